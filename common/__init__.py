@@ -1,0 +1,1 @@
+"""What every service shares: configuration, wire format, keys, tasks. Imports no service."""

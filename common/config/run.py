@@ -1,0 +1,147 @@
+"""Every setting of a run, by section. Defaults suit one GPU box; a recipe holds only what differs.
+
+Units are in the names. Whatever can be wrong without starting anything is refused here, in one line that names
+the value and what was expected.
+"""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from common.config.actor import ActorConfig
+from common.config.section import Section
+
+DType = Literal["float32", "bfloat16"]
+
+
+class ModelConfig(Section):
+    path: str = Field(description="Folder in Hugging Face format, or a hub name: the policy to start from.")
+    dtype: DType = Field("bfloat16", description="Of the published weights and the learner's forward pass.")
+
+
+class TaskConfig(Section):
+    name: str = Field(description="A built-in task (arithmetic, gsm8k) or 'package.module:Class'.")
+    settings: dict[str, Any] = Field({}, description="Keyword arguments of the task.")
+
+
+class SamplingConfig(Section):
+    """top_p stays 1 and top_k off: the engine's log-probabilities are of the full distribution."""
+
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature; the learner divides its logits by it.")
+    max_new_tokens: int = Field(1024, ge=1, description="Longest completion.")
+
+
+class OptimizerConfig(Section):
+    """AdamW."""
+
+    lr: float = Field(1e-6, gt=0, description="Highest learning rate.")
+    lr_schedule: Literal["constant", "linear"] = Field(
+        "constant", description="After the warm-up: constant, or linear down to lr * lr_final_fraction."
+    )
+    lr_final_fraction: float = Field(0.0, ge=0, le=1, description="Where 'linear' ends, as a share of lr.")
+    warmup_fraction: float = Field(0.0, ge=0, lt=1, description="Share of steps over which lr rises linearly.")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+
+
+class LearnerConfig(Section):
+    steps: int = Field(1000, ge=1, description="Steps of the run: one batch and one weight version each.")
+    groups_per_step: int = Field(32, ge=1, description="Groups in a batch.")
+    max_staleness: int = Field(2, ge=0, description="Highest staleness, in steps, that is trained on.")
+    stale_policy: Literal["drop", "train"] = Field(
+        "drop", description="What happens to a group above max_staleness at packing."
+    )
+    micro_batch_tokens: int = Field(10240, ge=16, description="Tokens, padding included, of one forward pass.")
+    logprob_chunk_tokens: int = Field(2048, ge=1, description="Tokens whose logits exist at one time.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is a GPU.")
+    gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass.")
+    num_threads: int | None = Field(None, ge=1, description="Torch's CPU threads; default: torch's own choice.")
+    checkpoint_interval_steps: int = Field(20, ge=1, description="Steps between checkpoints.")
+    starvation_timeout_s: float = Field(
+        1800.0, gt=0, description="The learner fails, with the reason, after this long without a step."
+    )
+    host: str = Field("127.0.0.1", description="Address the learner listens on.")
+    port: int = Field(0, ge=0, le=65535, description="0: any free port.")
+    keep_versions: int = Field(2, ge=1, description="Weight versions kept on disk.")
+
+    @property
+    def max_outstanding_groups(self) -> int:
+        """Admission: open tickets + groups not yet consumed never exceed this."""
+        return (self.max_staleness + 1) * self.groups_per_step
+
+
+class EngineConfig(Section):
+    """The SGLang server of each replica."""
+
+    url: str | None = Field(None, description="Attach to a running SGLang server instead of starting one.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is a GPU.")
+    max_running_requests: int = Field(256, ge=1, description="Completions decoded at one time.")
+    max_total_tokens: int | None = Field(None, ge=256, description="Tokens in the KV cache; default: what fits, 65,536 on a CPU.")
+    memory_fraction: float | None = Field(
+        None, gt=0, lt=1, description="Of the device, for weights and KV cache; default: SGLang's choice, 0.3 on a CPU."
+    )
+    num_threads: int = Field(1, ge=1, description="CPU threads of the engine's kernels.")
+    startup_timeout_s: float = Field(600.0, gt=0, description="Longest wait for the engine to answer.")
+    extra_args: list[str] = Field([], description="Further arguments of sglang.launch_server, as they are.")
+
+
+class GenerationConfig(Section):
+    replicas: int = Field(1, ge=1, description="Replicas that `headrace up` starts.")
+    max_groups_in_flight: int = Field(32, ge=1, description="Training groups that a replica works on at one time.")
+    max_eval_groups_in_flight: int = Field(32, ge=1, description="Evaluation groups, in slots of their own.")
+    max_attempts: int = Field(3, ge=1, description="Failed attempts before a ticket is dead.")
+    lease_s: float = Field(30.0, gt=0, description="A ticket whose replica is silent this long may be claimed.")
+    request_timeout_s: float = Field(600.0, gt=0, description="Longest wait for the completions of one ticket.")
+    reward_workers: int = Field(1, ge=1, description="Processes that score completions, per replica.")
+    reward_deadline_s: float = Field(10.0, gt=0, description="Longest time to score one group.")
+    reward_memory_bytes: int = Field(4 << 30, ge=1 << 26, description="Address space of one reward process.")
+    host: str = Field("127.0.0.1", description="Address a replica listens on.")
+    port: int = Field(0, ge=0, le=65535, description="0: any free port.")
+    engine: EngineConfig = EngineConfig()
+
+
+class EvaluationConfig(Section):
+    interval_steps: int = Field(0, ge=0, description="Steps between evaluations; 0: before and after the run only.")
+    num_prompts: int = Field(256, ge=1, description="Held-out prompts, the first of the split.")
+    num_samples: int = Field(2, ge=1, description="Completions per held-out prompt, at the sampling temperature.")
+
+
+class RunConfig(Section):
+    model: ModelConfig
+    task: TaskConfig
+    seed: int = Field(0, ge=0, description="Order of the prompts, and torch's random state.")
+    sampling: SamplingConfig = SamplingConfig()
+    actor: ActorConfig = ActorConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    learner: LearnerConfig = LearnerConfig()
+    generation: GenerationConfig = GenerationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    redis_url: str | None = Field(None, description="An existing Redis; default: `headrace up` starts one.")
+    durability: Literal["strict", "relaxed"] = Field(
+        "strict", description="strict refuses a Redis that may lose writes (appendonly, appendfsync, eviction)."
+    )
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        groups, tokens = self.learner.groups_per_step, self.learner.micro_batch_tokens
+        if self.actor.mini_batches > groups:
+            raise ValueError(f"actor.mini_batches {self.actor.mini_batches} is more than learner.groups_per_step {groups}")
+        if self.sampling.max_new_tokens > tokens:
+            raise ValueError(
+                f"sampling.max_new_tokens {self.sampling.max_new_tokens} does not fit learner.micro_batch_tokens {tokens}"
+            )
+        if self.actor.overlong_tokens > self.sampling.max_new_tokens:
+            raise ValueError(
+                f"actor.overlong_tokens {self.actor.overlong_tokens} is more than "
+                f"sampling.max_new_tokens {self.sampling.max_new_tokens}"
+            )
+        in_flight = max(self.actor.group_size, self.evaluation.num_samples)
+        if in_flight > self.generation.engine.max_running_requests:
+            raise ValueError(
+                f"a group of {in_flight} completions does not fit "
+                f"generation.engine.max_running_requests {self.generation.engine.max_running_requests}"
+            )
+        return self

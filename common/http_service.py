@@ -1,0 +1,105 @@
+"""What the services' HTTP sides share: the bearer token, problem details, and a server for a thread or a loop.
+
+Reading is open on the address the service binds to (loopback unless told otherwise); everything that changes
+state depends on `require_token`. Errors are problem details (RFC 9457).
+"""
+
+import contextlib
+import hmac
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+TOKEN_VARIABLE = "HEADRACE_TOKEN"
+STARTUP_TIMEOUT_S = 30.0
+
+
+def token_at(path: Path) -> str:
+    """The run's token: from the environment, else from `path`, made there at the first start with mode 600."""
+    given = os.environ.get(TOKEN_VARIABLE)
+    if given:
+        return given
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_urlsafe(32))
+    return path.read_text().strip()
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+def require_token(token: str) -> Callable[[Request], None]:
+    """A FastAPI dependency that answers 401 without the run's token."""
+    expected = f"Bearer {token}".encode()
+
+    def check(request: Request) -> None:
+        given = request.headers.get("authorization", "").encode()
+        if not hmac.compare_digest(given, expected):
+            raise HTTPException(401, "this call needs the run's token: Authorization: Bearer …")
+
+    return check
+
+
+def new_app(title: str) -> FastAPI:
+    app = FastAPI(title=title)
+
+    @app.exception_handler(HTTPException)
+    async def problem(request: Request, error: HTTPException) -> JSONResponse:
+        body = {"type": "about:blank", "status": error.status_code, "detail": error.detail}
+        return JSONResponse(body, error.status_code, headers=error.headers, media_type="application/problem+json")
+
+    return app
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises `ValueError` if the address cannot be had."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+        sock.listen(128)
+    except OSError as error:
+        sock.close()
+        raise ValueError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    return sock
+
+
+def url_of(sock: socket.socket) -> str:
+    """How others reach the socket: its address, or this host's name where it listens on all of them."""
+    host, port = sock.getsockname()[:2]
+    return f"http://{socket.gethostname() if host == '0.0.0.0' else host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """Leaves signals to the process that it is a part of."""
+
+    def __init__(self, app: FastAPI) -> None:
+        super().__init__(uvicorn.Config(app, log_level="warning", timeout_keep_alive=65, timeout_graceful_shutdown=5))
+
+    def capture_signals(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def serve_in_thread(app: FastAPI, sock: socket.socket) -> Iterator[None]:
+    """Serves until the block ends."""
+    server = Server(app)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, name="http", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join(STARTUP_TIMEOUT_S)
+        sock.close()

@@ -1,0 +1,172 @@
+"""GSM8K: grade-school word problems with one number for an answer, and data of the same two columns.
+
+Owns the prompts (from the Hugging Face hub, or a local folder or file of JSONL or Parquet) and the rule by which
+a completion is right. The rule reads one clearly marked answer and compares it exactly; it is pure, takes
+microseconds for a plain number, and is bounded for anything a model may write. Importing this module loads
+neither `datasets` nor `math_verify`: reward workers start fast.
+"""
+
+import logging
+import re
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.tasks import Prompt, Split
+from common.wire import Ticket
+
+INSTRUCTION = "Reason step by step, then end with the final answer on a line of its own: #### <number>"
+
+FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+
+MAX_ANSWER_CHARS = 100
+MARKUP = re.compile(r"\\[()\[\]$%,;:! ]|\*\*|[$€£]")
+DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+NUMBER = re.compile(rf"((?<!\w)- *)?({DIGITS})", re.ASCII)
+TERM = rf"-?(?:{DIGITS}|\\[dt]?frac\{{-?{DIGITS}\}}\{{-?{DIGITS}\}})"
+ARITHMETIC = re.compile(rf"{TERM}(?:\s*(?:[-+*/]|\\times|\\cdot|\\div)\s*{TERM})*", re.ASCII)
+
+
+class Gsm8k:
+    """Word problems; the reward is 1 for the right number and 0 otherwise.
+
+    `path` is a hub name, a folder with a file per split (`train.jsonl`, `test.parquet`, ...), or one file, whose
+    rows are then all in the split `train`. A split may be a slice: `train[:90%]`. `config` is for the hub only.
+    """
+
+    def __init__(
+        self,
+        path: str = "openai/gsm8k",
+        config: str = "main",
+        train_split: str = "train",
+        held_out_split: str = "test",
+        instruction: str = INSTRUCTION,
+    ) -> None:
+        if train_split == held_out_split:
+            raise ValueError(f"train_split and held_out_split are both {train_split!r}, expected different rows")
+        self._path = path
+        self._config = config
+        self._split_names: dict[Split, str] = {"train": train_split, "held_out": held_out_split}
+        self._instruction = instruction
+
+    def prompts(self, split: Split, *, seed: int, epoch: int) -> Iterator[Prompt]:
+        """`train` shuffled by (seed, epoch); `held_out` in file order.
+
+        Raises `ValueError`, before the first prompt, if the rows are missing, empty or not of GSM8K's form.
+        """
+        name = self._split_names[split]
+        rows = load_rows(self._path, self._config, name)
+        prompts = [self._prompt(row, f"{self._path!r}, {name!r}, row {index}") for index, row in enumerate(rows)]
+        if split == "held_out":
+            return iter(prompts)
+        order = np.random.default_rng([seed, epoch]).permutation(len(prompts))
+        return (prompts[index] for index in order)
+
+    def _prompt(self, row: dict[str, Any], origin: str) -> Prompt:
+        question, answer = row["question"], row["answer"]
+        if question is None or answer is None:
+            raise ValueError(f"{origin}: expected two texts, found question {question!r} and answer {answer!r}")
+        _, hashes, number = answer.rpartition("####")
+        reference = number.strip().replace(",", "")
+        if not hashes or not NUMBER.fullmatch(reference):
+            raise ValueError(f"{origin}: expected an answer that ends in '#### <number>', found {answer[-80:]!r}")
+        content = f"{question}\n\n{self._instruction}"
+        return Prompt(messages=[{"role": "user", "content": content}], reference={"answer": reference})
+
+    def reward(self, completion: str, ticket: Ticket) -> float:
+        """1.0 if the completion's marked answer equals the reference, else 0.0.
+
+        The answer is what stands last after `####` (to the end of that line) or inside `\\boxed{}`. Without such a
+        mark the reward is 0: the last number of the text would also reward a chain of thought that was cut off,
+        or that stumbles over the right number. Of an equation the right-hand side counts. One number among words
+        is that number: `$1,000.`, `5 dollars` and `50%` are 1000, 5 and 50. Several numbers are arithmetic
+        (`1/2`, `3 \\times 4`) or no answer at all, so that listing guesses earns nothing.
+        """
+        reference: str = ticket.reference["answer"]
+        answer = marked_answer(completion)
+        numbers = NUMBER.findall(answer)
+        if len(numbers) == 1:
+            sign, digits = numbers[0]
+            return float(_decimal(sign + digits) == _decimal(reference))
+        if ARITHMETIC.fullmatch(answer):
+            return float(is_same_value(answer, reference))
+        return 0.0
+
+
+def load_rows(path: str, config: str, split: str) -> list[dict[str, Any]]:
+    """The rows of one split, at least one. Raises `ValueError` if there are none by these names.
+
+    A hub that cannot be reached raises what `datasets` raises after its own retries: a `ConnectionError`.
+    """
+    import datasets  # 2 s: only a caller of `prompts` pays for it
+
+    local = Path(path)
+    if local.is_file() and local.suffix in FILE_FORMATS:
+        where: dict[str, Any] = {"path": FILE_FORMATS[local.suffix], "data_files": {"train": path}}
+    elif local.is_dir():
+        where = {"path": path}
+    elif not local.exists() and HUB_NAME.fullmatch(path):
+        where = {"path": path, "name": config}
+    else:
+        raise ValueError(f"path {path!r}: expected a hub name, a folder, or a file ending in {sorted(FILE_FORMATS)}")
+    try:
+        rows = datasets.load_dataset(**where, split=split)
+    except (FileNotFoundError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise ValueError(f"path {path!r}: cannot load the split {split!r}: {error}") from error
+    except StopIteration as error:  # how `datasets` says that every file is empty
+        raise ValueError(f"path {path!r}, split {split!r}: expected at least one row, found none") from error
+    if len(rows) == 0:
+        raise ValueError(f"path {path!r}, split {split!r}: expected at least one row, found none")
+    texts = {name for name, feature in rows.features.items() if getattr(feature, "dtype", "") == "string"}
+    if not {"question", "answer"} <= texts:
+        raise ValueError(f"path {path!r}: expected the text columns 'question' and 'answer', found {rows.features}")
+    return list(rows)
+
+
+def marked_answer(completion: str) -> str:
+    """What the completion marks last as its final answer, without markup; empty if it marks none."""
+    _, hashes, tail = completion.rpartition("####")
+    _, boxed, content = tail.rpartition("\\boxed{")
+    if boxed:
+        answer = _until_closing_brace(content[: MAX_ANSWER_CHARS + 1])
+    elif hashes:
+        answer = tail.lstrip().partition("\n")[0]
+    else:
+        return ""
+    if len(answer) > MAX_ANSWER_CHARS:
+        return ""
+    plain = MARKUP.sub("", answer.replace("{,}", ",").replace("\N{MINUS SIGN}", "-"))
+    return plain.rpartition("=")[2].strip().rstrip(".")
+
+
+def _until_closing_brace(text: str) -> str:
+    depth = 1
+    for index, char in enumerate(text):
+        depth += (char == "{") - (char == "}")
+        if depth == 0:
+            return text[:index]
+    return ""
+
+
+def _decimal(number: str) -> Decimal:
+    return Decimal(number.replace(",", "").replace(" ", ""))
+
+
+def is_same_value(arithmetic: str, reference: str) -> bool:
+    """Whether flat arithmetic, as `ARITHMETIC` matches it, has the reference's value, by math-verify.
+
+    Only for such text: math-verify's time grows exponentially with nested brackets, and a tower of powers never
+    ends. Its own timeout is off, as it needs SIGALRM and the main thread: the deadline is the reward pool's.
+    """
+    from math_verify import LatexExtractionConfig, parse, verify  # 0.7 s (sympy): only for answers that need it
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of the timeouts being off
+    latex = [LatexExtractionConfig()]
+    gold, answer = (
+        parse(f"${text.replace(',', '')}$", latex, parsing_timeout=None) for text in (reference, arithmetic)
+    )
+    return bool(verify(gold, answer, timeout_seconds=None))

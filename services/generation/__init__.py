@@ -1,0 +1,1 @@
+"""A generation replica: leases tickets, drives SGLang, scores completions, commits groups."""

@@ -1,0 +1,56 @@
+"""A replica's HTTP side: health, status, the hint that a version is out, and its switches."""
+
+from typing import Any
+
+import msgspec
+from fastapi import Depends, FastAPI
+from pydantic import BaseModel, Field
+
+from common.http_service import new_app, require_token
+from services.generation.loop import Replica
+
+
+class WeightsHint(BaseModel):
+    version: int = Field(ge=1, description="The version that was published; the replica takes the newest it finds.")
+
+
+def make_app(replica: Replica, token: str) -> FastAPI:
+    app = new_app("Headrace generation replica")
+    guarded = [Depends(require_token(token))]
+
+    def status() -> dict[str, Any]:
+        return {"service": "generation", **msgspec.to_builtins(replica.heartbeat())}
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/status")
+    async def get_status() -> dict[str, Any]:
+        return status()
+
+    @app.post("/weights", dependencies=guarded, status_code=202)
+    async def weights(hint: WeightsHint) -> dict[str, int]:
+        """A hint: the replica looks for a newer version now rather than at its next look."""
+        if hint.version > replica.weights.version:
+            replica.weights.look_now()
+        return {"serving": replica.weights.version}
+
+    @app.post("/pause", dependencies=guarded)
+    async def pause() -> dict[str, Any]:
+        """No new tickets; what is in flight is finished."""
+        replica.is_paused = True
+        return status()
+
+    @app.post("/resume", dependencies=guarded)
+    async def resume() -> dict[str, Any]:
+        replica.is_paused = False
+        return status()
+
+    @app.post("/drain", dependencies=guarded)
+    async def drain() -> dict[str, Any]:
+        """Finishes or hands back what is in flight, then ends the replica."""
+        replica.drain()
+        return status()
+
+    return app

@@ -1,0 +1,279 @@
+"""Rewards, computed in worker processes that may fail.
+
+A group's completions are one job on one worker. A reward that raises, hangs past the deadline, eats memory or ends
+its process costs its group a `RewardError` and nothing else: the worker of a failed group is killed, with its
+process group, and replaced before its place is used again. Other groups only ever wait for a free worker. A worker
+loads the task once and dies with its parent, however that dies. Between them is msgpack: one answer a message.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import math
+import numbers
+import os
+import reprlib
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from io import BufferedRWPair
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from common.tasks import Task, load_task
+from common.wire import Ticket
+
+START_DEADLINE_S = 120.0
+LENGTH_BYTES = 4
+MAX_PROBLEM_CHARS = 500
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+class RewardError(Exception):
+    """A group could not be scored, or a worker not be started; the text says why."""
+
+
+class Setup(msgspec.Struct, frozen=True):
+    """The first message to a worker."""
+
+    task_name: str
+    task_settings: dict[str, Any]
+    memory_bytes: int
+    parent_pid: int
+
+
+class Job(msgspec.Struct, frozen=True):
+    """Every later message to a worker."""
+
+    ticket: Ticket
+    completions: list[str]
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """To a `Setup`: no rewards; to a `Job`: one for each completion. Either may have a problem instead."""
+
+    rewards: list[float] = []
+    problem: str = ""
+
+
+class RewardPool:
+    """`num_workers` processes that score groups, each within `deadline_s` a group and `memory_bytes` of memory.
+
+    The memory is address space (RLIMIT_AS) and includes the interpreter, the libraries and the task.
+    """
+
+    def __init__(
+        self,
+        task_name: str,
+        task_settings: dict[str, Any],
+        *,
+        num_workers: int,
+        deadline_s: float,
+        memory_bytes: int,
+    ) -> None:
+        assert num_workers > 0, num_workers
+        self._setup = Setup(task_name, task_settings, memory_bytes, parent_pid=os.getpid())
+        self._num_workers = num_workers
+        self._deadline_s = deadline_s
+        self._open = False
+        self._free: asyncio.Queue[Worker] = asyncio.Queue()
+        """`num_workers` places, less those in use. A place may hold a dead worker, to be replaced when it is used."""
+        self._running: set[Worker] = set()
+        """Every worker whose process may not have ended yet."""
+
+    async def start(self) -> None:
+        """Returns when every worker has loaded the task; raises `RewardError` if one cannot.
+
+        The calling thread must outlive the pool: Linux ends a worker with the thread that started it.
+        """
+        self._open = True
+        starts = [self._start_worker() for _ in range(self._num_workers)]
+        for started in await asyncio.gather(*starts, return_exceptions=True):
+            if isinstance(started, BaseException):
+                await self.close()
+                raise started
+            self._free.put_nowait(started)
+
+    async def close(self) -> None:
+        """Returns when every worker has ended. A group still being scored, or waiting to be, gets `RewardError`."""
+        self._open = False
+        workers = list(self._running)
+        for worker in workers:
+            worker.kill()
+        await asyncio.gather(*(worker.ended() for worker in workers))
+
+    async def score(self, ticket: Ticket, completions: list[str]) -> list[float]:
+        """One finite reward for each completion, in order; raises `RewardError` naming the ticket.
+
+        Waits for a free worker; the deadline counts from when the worker gets the group.
+        """
+        assert self._open, "score() is for after start() and before close()"
+        worker = await self._free.get()
+        try:
+            if not worker.is_usable:
+                worker.kill()
+                worker = await self._start_worker()
+            rewards = await worker.ask(Job(ticket, completions), self._deadline_s)
+        except (RewardError, OSError) as error:
+            raise RewardError(f"ticket {ticket.id}: {error}") from error
+        finally:
+            self._free.put_nowait(worker)
+        assert len(rewards) == len(completions), (len(rewards), len(completions))
+        return rewards
+
+    async def _start_worker(self) -> "Worker":
+        ours, theirs = socket.socketpair()
+        answers, messages = await asyncio.open_unix_connection(sock=ours)
+        with theirs:
+            if not self._open:
+                messages.close()
+                raise RewardError("the reward pool was closed")
+            worker = Worker(spawn(theirs), answers, messages)
+        self._running = {worker, *(other for other in self._running if other.process.poll() is None)}
+        await worker.ask(self._setup, START_DEADLINE_S)
+        return worker
+
+
+class Worker:
+    """A worker as its parent sees it: a process that owes one answer to each message."""
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], answers: asyncio.StreamReader, messages: asyncio.StreamWriter
+    ) -> None:
+        self.process = process
+        self._answers = answers
+        self._messages = messages
+        self._killed = False
+
+    @property
+    def is_usable(self) -> bool:
+        return not self._killed and self.process.poll() is None
+
+    def kill(self) -> None:
+        """Ends what is left of it: its process group and the connection. Does not wait."""
+        self._killed = True
+        self._messages.close()
+        if self.process.returncode is None:  # not reaped, so that the process group is still its own
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    async def ended(self) -> int:
+        """The exit status of a killed worker, once its process has ended and the connection is closed."""
+        status = await asyncio.to_thread(self.process.wait)
+        with contextlib.suppress(ConnectionError):
+            await self._messages.wait_closed()
+        return status
+
+    async def ask(self, message: Setup | Job, deadline_s: float) -> list[float]:
+        """The rewards of the answer. Whatever else comes, a cancelled caller included, the worker is killed."""
+        answered = False
+        try:
+            async with asyncio.timeout(deadline_s):
+                answer = await self._exchange(message)
+            if answer.problem:
+                raise RewardError(answer.problem)
+            answered = True
+            return answer.rewards
+        except TimeoutError as error:
+            raise RewardError(f"no answer within the deadline of {deadline_s:g} s") from error
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            self.kill()  # it is dead already, or as good as: a dead process keeps its own exit status
+            raise RewardError(f"the worker's process ended with status {await self.ended()}") from error
+        except (UnicodeEncodeError, msgspec.DecodeError) as error:
+            raise RewardError(f"{type(error).__name__}: {error}") from error
+        finally:
+            if not answered:
+                self.kill()
+
+    async def _exchange(self, message: Setup | Job) -> Answer:
+        payload = msgspec.msgpack.encode(message)
+        self._messages.write(len(payload).to_bytes(LENGTH_BYTES) + payload)
+        await self._messages.drain()
+        length = int.from_bytes(await self._answers.readexactly(LENGTH_BYTES))
+        return msgspec.msgpack.decode(await self._answers.readexactly(length), type=Answer)
+
+
+def spawn(connection: socket.socket) -> subprocess.Popen[bytes]:
+    """This module as a new program, in its own process group: it shares no memory, lock or event loop with us.
+
+    Its import path is ours, so that a task may lie wherever we can import it; one worker is meant for one core.
+    Its standard input is the connection, and what a reward prints goes to our standard error.
+    """
+    import_path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
+    one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "services.generation.reward_pool"],
+        stdin=connection.fileno(),
+        stdout=2,
+        env={**os.environ, **one_thread, "PYTHONPATH": import_path},
+        start_new_session=True,
+    )
+
+
+Message = TypeVar("Message", Setup, Job)
+
+
+def work() -> None:
+    """A worker's life, from its parent's first message to its last."""
+    assert ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) == 0
+    parent = claim_connection()
+    setup = receive(parent, Setup)
+    if setup is None or os.getppid() != setup.parent_pid:  # the parent died before prctl could notice
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (setup.memory_bytes, setup.memory_bytes))
+        task = load_task(setup.task_name, setup.task_settings)
+    except BaseException as error:  # noqa: BLE001 - a task is foreign code: it may raise anything
+        send(parent, Answer(problem=describe(error)))
+        return
+    send(parent, Answer())
+    while job := receive(parent, Job):
+        send(parent, judge(task, job))
+
+
+def claim_connection() -> BufferedRWPair:
+    """The connection to the parent, moved away from where a reward reads; a reward finds nothing to read there."""
+    connection = socket.socket(fileno=os.dup(0))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    return connection.makefile("rwb")
+
+
+def receive(parent: BufferedRWPair, kind: type[Message]) -> Message | None:
+    """The next message; `None` when the parent has closed the connection."""
+    length = parent.read(LENGTH_BYTES)
+    return msgspec.msgpack.decode(parent.read(int.from_bytes(length)), type=kind) if length else None
+
+
+def send(parent: BufferedRWPair, answer: Answer) -> None:
+    payload = msgspec.msgpack.encode(answer)
+    parent.write(len(payload).to_bytes(LENGTH_BYTES) + payload)
+    parent.flush()
+
+
+def judge(task: Task, job: Job) -> Answer:
+    """The rewards of one group, or why there are none."""
+    rewards: list[float] = []
+    try:
+        for completion in job.completions:
+            reward = task.reward(completion, job.ticket)
+            if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
+                return Answer(problem=f"expected a finite number for a reward, got {reprlib.repr(reward)}")
+            rewards.append(float(reward))
+    except BaseException as error:  # noqa: BLE001 - as above
+        return Answer(problem=describe(error))
+    return Answer(rewards)
+
+
+def describe(error: BaseException) -> str:
+    """What was raised and where, in a form that any text survives."""
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    raised = "".join(traceback.format_exception_only(error)).strip()[:MAX_PROBLEM_CHARS]
+    return f"{raised} ({frame.f_code.co_filename}:{line})".encode(errors="backslashreplace").decode()
+
+
+if __name__ == "__main__":
+    work()

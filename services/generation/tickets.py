@@ -1,0 +1,159 @@
+"""A replica's side of Redis: leases on tickets, and the one script by which a ticket leaves its stream.
+
+`MOVE` acts only if the entry is still pending: it adds the outcome to the target stream, then acknowledges and
+deletes the ticket and notes its state, all at once. So a group is committed exactly once, however many replicas
+answered the ticket, and a Redis that is full refuses the group before the ticket is gone.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+import redis
+import redis.asyncio
+
+from common.keys import MAX_EVENTS, Keys
+from common.wire import Group, Heartbeat, Ticket, TicketState, WireError, decode_ticket, encode
+
+GROUP = "generation"
+_log = logging.getLogger(__name__)
+
+_MOVE = """
+if #redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[2], ARGV[2], 1) == 0 then return 0 end
+redis.call('XADD', KEYS[2], '*', 'id', ARGV[3], unpack(ARGV, 5))
+redis.call('XACK', KEYS[1], ARGV[1], ARGV[2])
+redis.call('XDEL', KEYS[1], ARGV[2])
+redis.call('HSET', KEYS[3], ARGV[3], ARGV[4])
+return 1
+"""
+
+_RENEW = """
+local renewed = 0
+for i = 3, #ARGV do
+  if #redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[i], ARGV[i], 1, ARGV[2]) == 1 then
+    redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[i], 'JUSTID')
+    renewed = renewed + 1
+  end
+end
+return renewed
+"""
+
+
+class Lease(NamedTuple):
+    """A ticket that this replica works on until it commits, fails or hands it back."""
+
+    stream: str
+    entry_id: str
+    ticket: Ticket
+    num_deliveries: int = 1
+
+
+class TicketStore:
+    """Every call is safe to repeat."""
+
+    def __init__(self, client: redis.asyncio.Redis, keys: Keys, replica: str) -> None:
+        self.client = client
+        self.keys = keys
+        self.replica = replica
+        self._move_script = client.register_script(_MOVE)
+        self._renew_script = client.register_script(_RENEW)
+
+    async def open(self) -> None:
+        for stream in (self.keys.tickets, self.keys.eval):
+            try:
+                await self.client.xgroup_create(stream, GROUP, id="0", mkstream=True)
+            except redis.ResponseError as error:
+                if "BUSYGROUP" not in str(error):
+                    raise
+
+    async def lease(self, stream: str, count: int, block_s: float) -> list[Lease]:
+        """Up to `count` open tickets; none after `block_s` seconds without any."""
+        found: Any = await self.client.xreadgroup(
+            GROUP, self.replica, {stream: ">"}, count=count, block=max(1, int(block_s * 1000))
+        )
+        pairs = found.items() if isinstance(found, dict) else found or []
+        return [lease for _, rows in pairs for lease in await self._leases(stream, _flat_rows(rows))]
+
+    async def claim(self, stream: str, count: int, idle_s: float) -> list[Lease]:
+        """Up to `count` tickets whose replica has been silent for `idle_s` seconds."""
+        _, rows, *_ = await self.client.xautoclaim(
+            stream, GROUP, self.replica, min_idle_time=int(idle_s * 1000), start_id="0-0", count=count
+        )
+        leases = await self._leases(stream, rows)
+        return [lease._replace(num_deliveries=await self._num_deliveries(lease)) for lease in leases]
+
+    async def renew(self, leases: Sequence[Lease]) -> None:
+        """Resets the idle time of those that are still ours."""
+        for stream in {lease.stream for lease in leases}:
+            entry_ids = [lease.entry_id for lease in leases if lease.stream == stream]
+            await self._renew_script(keys=[stream], args=[GROUP, self.replica, *entry_ids])
+
+    async def commit(self, lease: Lease, group: Group) -> bool:
+        """Adds the group and retires its ticket; False if somebody else already has."""
+        target = self.keys.evaluated if lease.ticket.kind == "eval" else self.keys.groups
+        return await self._move(lease.stream, lease.entry_id, lease.ticket.id, target, "queued", {"group": encode(group)})
+
+    async def fail(self, lease: Lease, reason: str, max_attempts: int) -> None:
+        """One attempt more: the ticket goes back to its stream, or to `dead` after the last."""
+        ticket = msgspec.structs.replace(
+            lease.ticket,
+            attempts=max(lease.ticket.attempts + 1, lease.num_deliveries),
+            avoid=sorted({*lease.ticket.avoid, self.replica}),
+        )
+        _log.warning("ticket %s, attempt %d of %d failed: %s", ticket.id, ticket.attempts, max_attempts, reason)
+        if ticket.attempts >= max_attempts:
+            await self._bury(lease.stream, lease.entry_id, ticket.id, reason, encode(ticket))
+        else:
+            await self._reopen(lease, ticket)
+
+    async def hand_back(self, lease: Lease) -> None:
+        """Not an attempt: the ticket is as it was, at the end of its stream."""
+        await self._reopen(lease, lease.ticket)
+
+    async def beat(self, heartbeat: Heartbeat, ttl_s: float) -> None:
+        await self.client.set(self.keys.replica(self.replica), encode(heartbeat), px=int(ttl_s * 1000))
+
+    async def leave(self) -> None:
+        await self.client.delete(self.keys.replica(self.replica))
+
+    async def announce(self, kind: str, event: dict[str, Any]) -> None:
+        fields: Any = {"kind": kind, "event": msgspec.json.encode(event)}
+        await self.client.xadd(self.keys.events, fields, maxlen=MAX_EVENTS)
+
+    async def _leases(self, stream: str, rows: Any) -> list[Lease]:
+        leases = []
+        for entry_id, fields in rows:
+            if not fields:  # deleted while pending: nothing is left to answer
+                continue
+            try:
+                leases.append(Lease(stream, entry_id.decode(), decode_ticket(fields[b"ticket"])))
+            except (KeyError, WireError) as error:
+                name = fields.get(b"id", b"?").decode(errors="replace")
+                await self._bury(stream, entry_id.decode(), name, f"undecodable ticket: {error}", b"")
+        return leases
+
+    async def _num_deliveries(self, lease: Lease) -> int:
+        pending = await self.client.xpending_range(lease.stream, GROUP, lease.entry_id, lease.entry_id, 1)
+        return int(pending[0]["times_delivered"]) if pending else 1
+
+    async def _reopen(self, lease: Lease, ticket: Ticket) -> None:
+        await self._move(lease.stream, lease.entry_id, ticket.id, lease.stream, "open", {"ticket": encode(ticket)})
+
+    async def _bury(self, stream: str, entry_id: str, ticket_id: str, reason: str, payload: bytes) -> None:
+        _log.error("ticket %s is dead: %s", ticket_id, reason)
+        await self._move(stream, entry_id, ticket_id, self.keys.dead, "dead", {"reason": reason, "payload": payload})
+
+    async def _move(
+        self, source: str, entry_id: str, ticket_id: str, target: str, state: TicketState, fields: dict[str, Any]
+    ) -> bool:
+        pairs = [part for pair in fields.items() for part in pair]
+        moved = await self._move_script(
+            keys=[source, target, self.keys.ledger], args=[GROUP, entry_id, ticket_id, state, *pairs]
+        )
+        return bool(moved)
+
+
+def _flat_rows(rows: Any) -> Any:
+    """RESP3 wraps a stream's entries in one more list."""
+    return rows[0] if rows and isinstance(rows[0], list) and rows[0] and isinstance(rows[0][0], tuple) else rows

@@ -1,0 +1,1 @@
+"""The `headrace` command: runs the services of one run on one machine and shows how it goes."""

@@ -1,0 +1,75 @@
+"""The learner's HTTP side: health, status, the weight versions, and the switches of its loop.
+
+Runs in a thread beside the loop and only reads its status or sets a switch; the loop obeys between steps.
+"""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastapi import Depends, FastAPI
+from fastapi.responses import FileResponse
+from starlette.exceptions import HTTPException
+
+from common.http_service import new_app, require_token
+from common.weights import MANIFEST_FILE, MODEL_FILE, stored_versions, version_folder
+
+
+class Switches:
+    """What a person asks of the loop."""
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self.paused = threading.Event()
+        self.checkpoint = threading.Event()
+
+
+def make_app(weights_root: Path, status: Callable[[], dict[str, Any]], switches: Switches, token: str) -> FastAPI:
+    app = new_app("Headrace learner")
+    guarded = [Depends(require_token(token))]
+
+    @app.get("/healthz")
+    def healthz() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/status")
+    def get_status() -> dict[str, Any]:
+        return status()
+
+    @app.get("/weights/latest")
+    def latest() -> FileResponse:
+        newest = max(stored_versions(weights_root), default=None)
+        if newest is None:
+            raise HTTPException(404, "no weight version has been published yet")
+        return FileResponse(version_folder(weights_root, newest) / MANIFEST_FILE)
+
+    @app.get("/weights/{version}/{name}")
+    def weights_file(version: int, name: str) -> FileResponse:
+        path = version_folder(weights_root, version) / name
+        if name not in (MANIFEST_FILE, MODEL_FILE) or not path.is_file():
+            raise HTTPException(404, f"weight version {version} has no file {name!r} here")
+        return FileResponse(path)
+
+    @app.post("/pause", dependencies=guarded)
+    def pause() -> dict[str, Any]:
+        switches.paused.set()
+        return status()
+
+    @app.post("/resume", dependencies=guarded)
+    def resume() -> dict[str, Any]:
+        switches.paused.clear()
+        return status()
+
+    @app.post("/checkpoint", dependencies=guarded)
+    def checkpoint() -> dict[str, Any]:
+        switches.checkpoint.set()
+        return status()
+
+    @app.post("/stop", dependencies=guarded)
+    def stop() -> dict[str, Any]:
+        """Ends the run after the step in progress, with a checkpoint."""
+        switches.stop.set()
+        return status()
+
+    return app

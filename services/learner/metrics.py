@@ -1,0 +1,87 @@
+"""What a step says of itself, so that one can tell whether asynchronous learning is healthy: pure functions.
+
+Off-policy metrics compare behaviour with proximal log-probabilities token by token, over the whole batch and by
+how stale each token is; at staleness 0 the gap is numerics alone, engine against learner.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from common.wire import Group
+from services.learner.loss import PolicyLoss
+from services.learner.packing import MicroBatch
+from services.learner.staleness import Staleness
+
+
+def combine(results: Sequence[PolicyLoss]) -> dict[str, float]:
+    """Metrics of micro-batches as those of the step: `_max` by the maximum, others weighted by tokens."""
+    total = sum(result.num_tokens for result in results)
+    combined = {"loss": sum(r.loss.item() * r.weight for r in results) / sum(r.weight for r in results)}
+    for name in results[0].metrics:
+        values = [result.metrics[name] for result in results]
+        if name.endswith("_max"):
+            combined[name] = max(values)
+        else:
+            combined[name] = sum(v * r.num_tokens for v, r in zip(values, results, strict=True)) / total
+    return combined
+
+
+def off_policy_metrics(micro_batches: Sequence[MicroBatch], proximal_logprobs: Sequence[Tensor]) -> dict[str, float]:
+    """`ess`: effective sample size of the uncapped behaviour weights as a share of the tokens, in (0, 1].
+
+    `kl_*`: KL(behaviour ‖ proximal) by the estimator exp(p - b) - 1 - (p - b), overall and at each staleness.
+    """
+    behaviour = torch.cat([torch.from_numpy(m.behaviour_logprobs.copy()) for m in micro_batches]).double()
+    staleness = torch.cat([torch.from_numpy(m.token_staleness) for m in micro_batches])
+    gap = torch.cat([p.detach().cpu() for p in proximal_logprobs]).double() - behaviour
+    weight = gap.exp()
+    kl = weight - 1 - gap
+    found = {
+        "ess": (weight.sum() ** 2 / (len(weight) * (weight**2).sum())).item(),
+        "kl_behaviour_proximal": kl.mean().item(),
+        "token_staleness_mean": staleness.double().mean().item(),
+    }
+    for level in staleness.unique().tolist():
+        found[f"kl_at_staleness_{level}"] = kl[staleness == level].mean().item()
+    fresh = gap[staleness == 0].abs()
+    if len(fresh):
+        found |= {"fresh_logprob_gap_mean": fresh.mean().item(), "fresh_logprob_gap_max": fresh.max().item()}
+    return found
+
+
+def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    lengths = [rollout.num_trained_tokens for rollout in rollouts]
+    versions = [span.version for r in rollouts for span in r.version_spans]
+    return {
+        "reward_mean": sum(rollout.reward for rollout in rollouts) / len(rollouts),
+        "completion_tokens_mean": sum(lengths) / len(rollouts),
+        "completion_tokens_max": float(max(lengths)),
+        "truncated_share": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
+        "trained_tokens": float(sum(lengths)),
+        "versions_spanned_share": sum(len(r.version_spans) > 1 for r in rollouts) / len(rollouts),
+        "num_versions": float(len(set(versions))),
+    }
+
+
+def staleness_metrics(levels: Sequence[Staleness]) -> dict[str, float]:
+    count = len(levels)
+    return {
+        "staleness_mean": sum(level.total for level in levels) / count,
+        "staleness_max": float(max(level.total for level in levels)),
+        "staleness_in_flight_mean": sum(level.in_flight for level in levels) / count,
+        "staleness_in_queue_mean": sum(level.in_queue for level in levels) / count,
+    }
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Linear between the two nearest ranks; 0 for no values."""
+    if not values:
+        return 0.0
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])

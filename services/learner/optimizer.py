@@ -1,0 +1,96 @@
+"""AdamW on float32 masters: weights in bfloat16 are rounded copies of them, weights in float32 are them.
+
+Gradients are summed in float32 as each backward pass delivers them, so that micro-batches of a bfloat16 model
+add up exactly. An update whose gradient is not finite is refused, and the weights stay as they are.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from common.config import OptimizerConfig
+
+
+def learning_rate(step: int, num_steps: int, settings: OptimizerConfig) -> float:
+    """Of the step after `step` completed ones: linear warm-up, then constant or linear."""
+    num_warmup = round(settings.warmup_fraction * num_steps)
+    if step < num_warmup:
+        return settings.lr * (step + 1) / num_warmup
+    if settings.lr_schedule == "constant":
+        return settings.lr
+    progress = (step - num_warmup) / max(1, num_steps - num_warmup)
+    return settings.lr * (1 - progress * (1 - settings.lr_final_fraction))
+
+
+class MasterAdamW:
+    """Owns the masters and AdamW's moments of a model's parameters."""
+
+    def __init__(self, model: nn.Module, settings: OptimizerConfig) -> None:
+        self.parameters = dict(model.named_parameters())
+        self.masters = {name: _master(parameter) for name, parameter in self.parameters.items()}
+        self.max_grad_norm = settings.max_grad_norm
+        self.adamw = torch.optim.AdamW(
+            self.masters.values(),
+            lr=settings.lr,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            fused=all(master.is_cuda for master in self.masters.values()),
+        )
+        for name, parameter in self.parameters.items():
+            if self.masters[name] is not parameter:
+                parameter.register_post_accumulate_grad_hook(self._gradient_to(self.masters[name]))
+
+    def _gradient_to(self, master: Tensor):  # type: ignore[no-untyped-def]
+        def move(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            gradient = parameter.grad.float()
+            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+            parameter.grad = None
+
+        return move
+
+    def update(self, lr: float) -> float:
+        """Clips, steps, rounds; returns the gradient norm before the clip (inf or nan: nothing was changed)."""
+        norm = float(nn.utils.clip_grad_norm_(self.masters.values(), self.max_grad_norm))
+        if math.isfinite(norm):
+            for group in self.adamw.param_groups:
+                group["lr"] = lr
+            self.adamw.step()
+            self._round_masters()
+        self.adamw.zero_grad(set_to_none=True)
+        return norm
+
+    @torch.no_grad()
+    def _round_masters(self) -> None:
+        for name, parameter in self.parameters.items():
+            if self.masters[name] is not parameter:
+                parameter.copy_(self.masters[name])
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything that a resume needs, by name: masters and moments."""
+        tensors = {f"master.{name}": master.detach() for name, master in self.masters.items()}
+        for name, master in self.masters.items():
+            tensors |= {f"{key}.{name}": value for key, value in self.adamw.state[master].items()}
+        return tensors
+
+    @torch.no_grad()
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Raises `KeyError` if a parameter of the model is missing."""
+        for name, master in self.masters.items():
+            master.copy_(tensors[f"master.{name}"])
+            moments = {key: tensors.get(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+            if moments["step"] is not None:
+                self.adamw.state[master] = {
+                    key: value.clone() if key == "step" else value.to(master.device, copy=True)
+                    for key, value in moments.items()
+                    if value is not None
+                }
+        self._round_masters()
+
+
+def _master(parameter: nn.Parameter) -> Tensor:
+    if parameter.dtype == torch.float32:
+        return parameter
+    return parameter.detach().float().clone().requires_grad_()

@@ -1,0 +1,136 @@
+"""From a batch of groups to token-budgeted micro-batches: pure functions on numpy arrays.
+
+A mini-batch takes whole groups, and a micro-batch keeps the rollouts of a group beside each other, so that a
+forward pass may one day compute a group's prompt once. Rows are padded on the right: under causal attention no
+real token sees the padding, so that no attention mask is needed.
+"""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.wire import Group, Rollout
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One rollout in a batch. `advantage` is its sequence's; `token_staleness` `(n,)` int, in steps."""
+
+    group: Group
+    rollout: Rollout
+    advantage: float
+    token_staleness: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.group.ticket.prompt_tokens) + len(self.rollout.tokens)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """B rows of T tokens, of which N are trained. Everything of length N is packed by `sequence_offsets`."""
+
+    input_ids: np.ndarray
+    """`(B, T)` int64, padded with 0 on the right."""
+    positions: np.ndarray
+    """`(N,)` int64: index into the flattened `(B * T)` of the position that predicts each trained token."""
+    targets: np.ndarray
+    """`(N,)` int64."""
+    behaviour_logprobs: np.ndarray
+    """`(N,)` float32."""
+    temperature: np.ndarray
+    """`(N,)` float32."""
+    token_staleness: np.ndarray
+    """`(N,)` int64, in steps."""
+    advantages: np.ndarray
+    """`(B,)` float32."""
+    sequence_offsets: np.ndarray
+    """`(B + 1,)` int64."""
+    num_tokens: int
+    """Without the padding."""
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.advantages)
+
+    @property
+    def num_trained_tokens(self) -> int:
+        return len(self.targets)
+
+
+def token_staleness(rollout: Rollout, step: int, version_steps: Mapping[int, int]) -> np.ndarray:
+    """Steps since the version that sampled each trained token was made, `(n,)` int64."""
+    spans = rollout.version_spans
+    return np.concatenate(
+        [np.full(span.end - span.start, max(0, step - version_steps[span.version]), np.int64) for span in spans]
+    )
+
+
+def split_mini_batches(samples: Sequence[Sample], num_mini_batches: int, seed: str) -> list[list[Sample]]:
+    """Whole groups, shuffled by `seed`, in mini-batches whose numbers of groups differ by at most one."""
+    by_group: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_group.setdefault(sample.group.ticket.id, []).append(sample)
+    groups = list(by_group.values())
+    if num_mini_batches > 1:
+        random.Random(seed).shuffle(groups)
+    bounds = [len(groups) * i // num_mini_batches for i in range(num_mini_batches + 1)]
+    return [
+        [sample for group in groups[start:end] for sample in group]
+        for start, end in zip(bounds, bounds[1:], strict=False)
+    ]
+
+
+def pack(samples: Sequence[Sample], max_tokens: int) -> list[MicroBatch]:
+    """Micro-batches of at most `max_tokens` tokens, padding included; a longer sample gets one of its own."""
+    return [_build(rows) for rows in _fill(_longest_groups_first(samples), max_tokens)]
+
+
+def _longest_groups_first(samples: Sequence[Sample]) -> list[Sample]:
+    longest: dict[str, int] = {}
+    for sample in samples:
+        name = sample.group.ticket.id
+        longest[name] = max(longest.get(name, 0), sample.num_tokens)
+    return sorted(samples, key=lambda sample: (-longest[sample.group.ticket.id], sample.group.ticket.id))
+
+
+def _fill(samples: list[Sample], max_tokens: int) -> Iterator[list[Sample]]:
+    rows: list[Sample] = []
+    width = 0
+    for sample in samples:
+        width_with = max(width, sample.num_tokens)
+        if rows and width_with * (len(rows) + 1) > max_tokens:
+            yield rows
+            rows, width_with = [], sample.num_tokens
+        rows.append(sample)
+        width = width_with
+    if rows:
+        yield rows
+
+
+def _build(rows: list[Sample]) -> MicroBatch:
+    width = max(sample.num_tokens for sample in rows)
+    input_ids = np.zeros((len(rows), width), np.int64)
+    positions, targets, counts = [], [], [0]
+    for row, sample in enumerate(rows):
+        prompt = sample.group.ticket.prompt_tokens
+        input_ids[row, : sample.num_tokens] = prompt + sample.rollout.tokens
+        trained = np.flatnonzero(sample.rollout.loss_mask) + len(prompt)
+        positions.append(row * width + trained - 1)
+        targets.append(input_ids[row, trained])
+        counts.append(len(trained))
+    return MicroBatch(
+        input_ids=input_ids,
+        positions=np.concatenate(positions),
+        targets=np.concatenate(targets),
+        behaviour_logprobs=np.concatenate([sample.rollout.behaviour_logprobs for sample in rows]),
+        temperature=np.repeat(
+            np.array([sample.group.ticket.sampling.temperature for sample in rows], np.float32), counts[1:]
+        ),
+        token_staleness=np.concatenate([sample.token_staleness for sample in rows]),
+        advantages=np.array([sample.advantage for sample in rows], np.float32),
+        sequence_offsets=np.cumsum(counts),
+        num_tokens=sum(sample.num_tokens for sample in rows),
+    )

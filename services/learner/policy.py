@@ -1,0 +1,97 @@
+"""The policy on its device: from a micro-batch to the log-probabilities of its trained tokens.
+
+Any causal language model that transformers loads. The forward pass stops at the hidden states, and only those
+that predict a trained token meet the vocabulary. The same code runs on CPU and CUDA.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from common.config import LearnerConfig, ModelConfig
+from services.learner.logprobs import token_logprobs
+from services.learner.packing import MicroBatch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def pick_device(wanted: str) -> torch.device:
+    """Raises `ValueError` if CUDA is asked for and there is none."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("learner.device is 'cuda', but torch sees no GPU; expected 'auto' or 'cpu'")
+    return torch.device(wanted)
+
+
+class Policy:
+    """A model in `dtype` on `device`, dropout off. Raises `ValueError` if it cannot be loaded or served."""
+
+    def __init__(self, model: ModelConfig, learner: LearnerConfig) -> None:
+        self.device = pick_device(learner.device)
+        self.dtype = DTYPES[model.dtype]
+        self.chunk_tokens = learner.logprob_chunk_tokens
+        self.model = self._load(model.path)
+        self.model.eval()
+        if learner.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.train()
+        if _has_dropout(self.model):
+            raise ValueError(f"model {model.path} has dropout: proximal and policy log-probabilities would differ")
+        if getattr(self.model.config, "final_logit_softcapping", None):
+            raise ValueError(f"model {model.path} caps its logits, which the chunked log-probabilities do not")
+
+    def _load(self, path: str) -> PreTrainedModel:
+        has_flash = self.device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
+        try:
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                path, dtype=self.dtype, attn_implementation="flash_attention_2" if has_flash else "sdpa"
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model {path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        return model.to(self.device)
+
+    def logprobs(self, micro_batch: MicroBatch) -> Tensor:
+        """Log-probabilities `(N,)` of the trained tokens at their sampling temperature, float32."""
+        input_ids = self.to_device(micro_batch.input_ids)
+        hidden = self.model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+        return token_logprobs(
+            hidden.flatten(0, 1)[self.to_device(micro_batch.positions)],
+            self.model.get_output_embeddings().weight,
+            self.to_device(micro_batch.targets),
+            self.to_device(micro_batch.temperature),
+            self.chunk_tokens,
+        )
+
+    def to_device(self, array: Any) -> Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is published: every parameter once, tied ones under their first name."""
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
+    def save(self, folder: Path, tokenizer: Any) -> None:
+        """In Hugging Face format: `AutoModelForCausalLM.from_pretrained(folder)` loads it."""
+        self.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def load_tokenizer(path: str) -> Any:
+    """Raises `ValueError` if there is none or it has no chat template."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {path!r} has no tokenizer that loads: {str(error).splitlines()[0]}") from error
+    if not tokenizer.chat_template:
+        raise ValueError(f"model {path!r} has no chat template; expected an instruction-tuned model")
+    return tokenizer
+
+
+def _has_dropout(model: PreTrainedModel) -> bool:
+    modules = (module for module in model.modules() if isinstance(module, torch.nn.Dropout))
+    attention: float = getattr(model.config, "attention_dropout", 0.0) or 0.0
+    return attention > 0 or any(module.p > 0 for module in modules)

@@ -1,0 +1,95 @@
+"""What a run leaves behind for people: rows of metrics, a summary, a picture of the curve.
+
+`metrics.jsonl` has one row a step and one an evaluation, and is the source of everything else here; a resumed
+learner cuts off the rows of steps that it will take again.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from services.learner.metrics import percentile
+
+Row = dict[str, Any]
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsFile:
+    """Appends rows, each flushed, so that a reader sees whole lines."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        self.rows = [row for row in _read_rows(path) if row["step"] <= step]
+        self._file = path.open("w", buffering=1)
+        for row in self.rows:
+            self._file.write(json.dumps(row) + "\n")
+
+    def append(self, row: Row) -> None:
+        self.rows.append(row)
+        self._file.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def summarise(rows: Sequence[Row], counts: Mapping[str, int], generation_lag: float) -> dict[str, Any]:
+    """`wall_s` is from the first ticket to the last step. `generation_lag`: share of their time that replicas had
+    nothing to do; the learner's is the share that it waited for groups."""
+    steps = [row for row in rows if row["kind"] == "step"]
+    wall_s = steps[-1]["wall_s"] if steps else 0.0
+    evaluations = [row for row in rows if row["kind"] == "evaluation"]
+    pauses_ms = [pause for row in rows for pause in row.get("swap_pauses_ms", [])]
+    return {
+        "held_out_before": evaluations[0]["held_out"] if evaluations else None,
+        "held_out_after": evaluations[-1]["held_out"] if evaluations else None,
+        "held_out_completions": evaluations[-1]["num_completions"] if evaluations else 0,
+        "steps": len(steps),
+        "wall_s": round(wall_s, 2),
+        "groups": {state: counts.get(state, 0) for state in ("trained", "uniform", "stale", "dead", "evaluated")},
+        "weight_pause_ms": {"p50": percentile(pauses_ms, 0.5), "p95": percentile(pauses_ms, 0.95)},
+        "tokens_per_s": round((steps[-1]["generated_tokens"] if steps else 0) / max(wall_s, 1e-9), 1),
+        "trained_tokens_per_s": round(sum(row["trained_tokens"] for row in steps) / max(wall_s, 1e-9), 1),
+        "staleness": {
+            "mean": sum(row["staleness_mean"] for row in steps) / max(1, len(steps)),
+            "max": max((row["staleness_max"] for row in steps), default=0),
+        },
+        "lag": {
+            "generation": round(generation_lag, 4),
+            "learner": round(sum(row["wait_s"] for row in steps) / max(wall_s, 1e-9), 4),
+        },
+    }
+
+
+def draw_curve(rows: Sequence[Row], path: Path) -> None:
+    """Reward of the batches (which dynamic sampling keeps mixed) and held-out accuracy over steps, as PNG."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    steps = [row for row in rows if row["kind"] == "step"]
+    evaluations = [row for row in rows if row["kind"] == "evaluation"]
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot([r["step"] for r in steps], [r["reward_mean"] for r in steps], alpha=0.45, label="reward of trained groups")
+    axes.plot(
+        [r["step"] for r in evaluations], [r["held_out"] for r in evaluations], marker="o", label="held-out pass@1"
+    )
+    axes.set(xlabel="step", ylabel="reward", ylim=(0, 1), title="Reward and held-out accuracy")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _read_rows(path: Path) -> list[Row]:
+    """Whole rows only: a killed writer may have left half a line."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows

@@ -1,0 +1,123 @@
+"""One step: a batch of groups becomes `mini_batches` optimizer updates and a row of metrics.
+
+Rewards become advantages over the whole batch, mini-batches of whole groups become token-budgeted
+micro-batches, and each adds its share of its mini-batch's loss, so that no split changes the gradient.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from common.config import RunConfig
+from common.wire import Group
+from services.learner.advantage import group_advantages, normalise_over_tokens, overlong_penalty
+from services.learner.loss import PolicyLoss, policy_loss, reference_kl
+from services.learner.metrics import combine, group_metrics, off_policy_metrics
+from services.learner.optimizer import MasterAdamW, learning_rate
+from services.learner.packing import MicroBatch, Sample, pack, split_mini_batches, token_staleness
+from services.learner.policy import Policy
+
+
+class Trainer:
+    """Owns the policy, the reference (where its KL is asked for) and the optimizer."""
+
+    def __init__(self, config: RunConfig, policy: Policy) -> None:
+        self.config = config
+        self.policy = policy
+        self.reference = None
+        if config.actor.kl_coef > 0:
+            self.reference = Policy(config.model, config.learner)
+        self.optimizer = MasterAdamW(policy.model, config.optimizer)
+
+    def train(self, groups: Sequence[Group], step: int, version_steps: Mapping[int, int]) -> dict[str, float]:
+        """Takes the step after `step` completed ones; returns its metrics."""
+        started = time.monotonic()
+        actor, learner = self.config.actor, self.config.learner
+        samples = self._samples(groups, step, version_steps)
+        mini_batches = [
+            pack(part, learner.micro_batch_tokens)
+            for part in split_mini_batches(samples, actor.mini_batches, f"{self.config.seed}-{step}")
+        ]
+        proximal = self._proximal_logprobs(mini_batches)
+        proximal_done = time.monotonic()
+
+        lr = learning_rate(step, learner.steps, self.config.optimizer)
+        results: list[PolicyLoss] = []
+        norms = []
+        for index, micro_batches in enumerate(mini_batches):
+            results += self._accumulate(micro_batches, proximal[index])
+            norms.append(self.optimizer.update(lr))
+        return {
+            "lr": lr,
+            "gradient_norm": max(norms),
+            "skipped_updates": float(sum(norm != norm or norm == float("inf") for norm in norms)),
+            **combine(results),
+            **off_policy_metrics([m for part in mini_batches for m in part], [p for part in proximal for p in part]),
+            **group_metrics(groups),
+            "padding_share": _padding_share(mini_batches),
+            "proximal_s": proximal_done - started,
+            "train_s": time.monotonic() - proximal_done,
+        }
+
+    def _samples(self, groups: Sequence[Group], step: int, version_steps: Mapping[int, int]) -> list[Sample]:
+        actor = self.config.actor
+        rollouts = [(index, group, rollout) for index, group in enumerate(groups) for rollout in group.rollouts]
+        lengths = torch.tensor([rollout.num_trained_tokens for _, _, rollout in rollouts])
+        rewards = torch.tensor([rollout.reward for _, _, rollout in rollouts], dtype=torch.float64)
+        rewards += overlong_penalty(lengths, self.config.sampling.max_new_tokens, actor)
+        advantages = group_advantages(rewards, torch.tensor([index for index, _, _ in rollouts]), actor)
+        if actor.batch_advantage_norm:
+            advantages = normalise_over_tokens(advantages, lengths)
+        return [
+            Sample(group, rollout, advantage, token_staleness(rollout, step, version_steps))
+            for (_, group, rollout), advantage in zip(rollouts, advantages.tolist(), strict=True)
+        ]
+
+    def _proximal_logprobs(self, mini_batches: list[list[MicroBatch]]) -> list[list[Tensor]]:
+        """By forward passes before the first update. With one mini-batch the gradient's own pass fills them in:
+        until the only update, proximal and policy are the same weights."""
+        if self.config.actor.mini_batches == 1:
+            return [[] for _ in mini_batches]
+        with torch.no_grad():
+            return [[self.policy.logprobs(micro_batch) for micro_batch in part] for part in mini_batches]
+
+    def _accumulate(self, micro_batches: list[MicroBatch], proximal: list[Tensor]) -> list[PolicyLoss]:
+        """Adds the gradient of one mini-batch; appends to an empty `proximal`."""
+        is_known = bool(proximal)
+        per_sequence = self.config.actor.loss_aggregation == "sequence_mean"
+        total = sum(m.num_sequences if per_sequence else m.num_trained_tokens for m in micro_batches)
+        results = []
+        for index, micro_batch in enumerate(micro_batches):
+            policy_logprobs = self.policy.logprobs(micro_batch)
+            if not is_known:
+                proximal.append(policy_logprobs.detach())
+            result = policy_loss(
+                policy_logprobs,
+                proximal[index],
+                self.policy.to_device(micro_batch.behaviour_logprobs.copy()),
+                self.policy.to_device(micro_batch.advantages),
+                torch.ones_like(policy_logprobs),
+                self.config.actor,
+                sequence_offsets=self.policy.to_device(micro_batch.sequence_offsets),
+            )
+            loss = result.loss + self._kl_loss(micro_batch, policy_logprobs)
+            (loss * (result.weight / total)).backward()
+            results.append(result)
+        return results
+
+    def _kl_loss(self, micro_batch: MicroBatch, policy_logprobs: Tensor) -> Tensor | float:
+        """Token mean of the KL to the reference, times its coefficient."""
+        if self.reference is None:
+            return 0.0
+        with torch.no_grad():
+            reference_logprobs = self.reference.logprobs(micro_batch)
+        actor = self.config.actor
+        return actor.kl_coef * reference_kl(policy_logprobs, reference_logprobs, actor.kl_estimator).mean()
+
+
+def _padding_share(mini_batches: list[list[MicroBatch]]) -> float:
+    padded = sum(m.input_ids.size for part in mini_batches for m in part)
+    real = sum(m.num_tokens for part in mini_batches for m in part)
+    return 1 - real / padded

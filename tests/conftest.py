@@ -1,0 +1,36 @@
+"""Fixtures that several test modules share: the demo policy and the one real SGLang server of a test session."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from common.config import EngineConfig
+from services.generation.engine_server import EngineServer
+
+FIRST_VERSION = 1
+
+
+@pytest.fixture(scope="session")
+def demo_policy() -> Path:
+    return Path(__file__).parents[1] / "assets" / "demo-policy"
+
+
+@pytest.fixture(scope="session")
+def engine_server(demo_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineServer]:
+    """The real SGLang on a CPU, started by the first test that needs it; its weights change as tests swap them."""
+    server = EngineServer(EngineConfig(device="cpu"), "float32", tmp_path_factory.mktemp("sglang") / "sglang.log")
+    children_before = set(psutil.Process().children())
+    asyncio.run(server.start(demo_policy, FIRST_VERSION))
+    started = [child for child in psutil.Process().children(recursive=True) if child not in children_before]
+    yield server
+    asyncio.run(server.stop())
+    assert len(started) >= 3, f"expected the server, its scheduler and its detokenizer, saw {started}"
+    assert not [process for process in started if process.is_running()], "the server left processes behind"
+
+
+@pytest.fixture(scope="session")
+def engine_url(engine_server: EngineServer) -> str:
+    return engine_server.url

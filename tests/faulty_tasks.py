@@ -1,0 +1,85 @@
+"""Tasks for the tests of the reward pool, chosen by import path; their rewards run in its workers."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common.tasks import Prompt, Split
+from common.wire import Ticket
+
+
+class Obedient:
+    """Does what the completion says; a number is its own reward."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        self._factor = factor
+
+    def prompts(self, split: Split, *, seed: int, epoch: int) -> Iterator[Prompt]:
+        return iter(())
+
+    def reward(self, completion: str, ticket: Ticket) -> Any:
+        order, _, argument = completion.partition(" ")
+        match order:
+            case "pid":
+                return os.getpid()
+            case "print":
+                return chatter()
+            case "raise":
+                raise KeyError("\ud800 is no text")
+            case "hang":
+                hang()
+            case "hang_with_child":
+                hang_with_child(argument)
+            case "eat":
+                eat_memory()
+            case "exit":
+                os._exit(7)
+            case "leave":
+                sys.exit("enough")
+            case "oom_killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "return":
+                return {"nan": math.nan, "inf": math.inf, "text": "1.0", "none": None}[argument]
+        return self._factor * float(completion)
+
+
+class Unloadable(Obedient):
+    def __init__(self) -> None:
+        raise RuntimeError("the judge's rules are lost")
+
+
+class Greedy(Obedient):
+    def __init__(self) -> None:
+        eat_memory()
+
+
+def hang() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print("hanging", file=sys.stderr, flush=True)
+    threading.Event().wait()
+
+
+def hang_with_child(fifo: str) -> None:
+    """The child holds `fifo` open for as long as it lives."""
+    with Path(fifo).open("wb") as held:
+        subprocess.Popen([sys.executable, "-c", "import threading; threading.Event().wait()"], stdout=held)
+    hang()
+
+
+def eat_memory() -> None:
+    """More than the tests' limit, but no more than a machine without limits can spare."""
+    eaten = bytearray(1 << 30)
+    del eaten
+
+
+def chatter() -> float:
+    """Writes where a naive worker would answer, and reads where it would listen."""
+    print("a reward thinks aloud " * 10_000, flush=True)
+    os.write(1, b"\x00\x00\x00\x01!")
+    return float(len(sys.stdin.read()))

@@ -1,0 +1,263 @@
+"""The engine's client against the real SGLang on a CPU: sampling, swaps in flight, broken weights, cancellation.
+
+The policies have random weights that never choose the end token, so that a completion lasts as long as it may.
+Their log-probabilities are held against transformers' own forward pass in float32.
+"""
+
+import asyncio
+import itertools
+import json
+import shutil
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import services.generation.sglang_cpu  # noqa: F401  (transformers cannot import torchvision without it)
+from common.wire import Sampling, Ticket
+from services.generation.engine import Completion, Engine, EngineError
+from services.generation.engine_server import EngineServer
+
+Result = TypeVar("Result")
+
+PROMPT = list(range(40, 60))
+"""Any tokens do: the weights are random."""
+ticket_numbers = itertools.count()
+
+
+def ticket(num_completions: int = 8, max_new_tokens: int = 24, **sampling: Any) -> Ticket:
+    return Ticket(
+        id=f"0-{next(ticket_numbers)}",
+        kind="train",
+        prompt_tokens=PROMPT,
+        messages=[],
+        reference={},
+        num_completions=num_completions,
+        sampling=Sampling(
+            temperature=sampling.get("temperature", 1.0),
+            max_new_tokens=max_new_tokens,
+            stop_token_ids=sampling.get("stop_token_ids", []),
+        ),
+        min_weight_version=0,
+    )
+
+
+def write_endless_policy(demo_policy: Path, folder: Path, seed: int) -> Path:
+    """Random weights of the demo policy's shapes, in a folder that has nothing but the safetensors file.
+
+    The first hidden unit is large and positive after every token but the end token, whose logit it lowers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, tensor in load_file(demo_policy / "model.safetensors").items():
+        is_norm = tensor.ndim == 1
+        weights[name] = torch.ones(tensor.shape) if is_norm else 0.08 * torch.randn(tensor.shape, generator=generator)
+    embedding = weights["model.embed_tokens.weight"]
+    embedding[:, 0] = 3.0
+    embedding[json.loads((demo_policy / "config.json").read_text())["eos_token_id"], 0] = -3.0
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def policies(demo_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two folders of different weights."""
+    root = tmp_path_factory.mktemp("policies")
+    return [write_endless_policy(demo_policy, root / f"seed-{seed}", seed) for seed in (1, 2)]
+
+
+def run(url: str, body: Callable[[Engine], Awaitable[Result]], **settings: float) -> Result:
+    async def with_engine() -> Result:
+        engine = Engine(url, **settings)
+        try:
+            return await body(engine)
+        finally:
+            await engine.aclose()
+
+    return asyncio.run(asyncio.wait_for(with_engine(), 60.0))
+
+
+async def next_version(engine: Engine) -> int:
+    version = await engine.weight_version()
+    assert version is not None
+    return version + 1
+
+
+async def until_running(engine: Engine, num_requests: int, timeout_s: float = 10.0) -> None:
+    """Waits until the engine itself says that it decodes so many completions."""
+    deadline_s = time.monotonic() + timeout_s
+    async with httpx.AsyncClient(base_url=engine.url, trust_env=False) as http:
+        while (running := (await http.get("/v1/loads")).json()["loads"][0]["num_running_reqs"]) != num_requests:
+            assert time.monotonic() < deadline_s, f"{running} requests run, expected {num_requests}"
+            await asyncio.sleep(0.02)
+
+
+def reference_logprobs(demo_policy: Path, weights: Path, tokens: list[int], temperature: float) -> np.ndarray:
+    """Of `tokens` after the prompt, by transformers in float32, `(len(tokens),)`."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(demo_policy)).float()
+    missing = model.load_state_dict(load_file(weights / "model.safetensors"), strict=False).missing_keys
+    assert missing == ["lm_head.weight"], "the head is tied to the embedding"
+    with torch.no_grad():
+        logits = model(torch.tensor([PROMPT + tokens])).logits[0, len(PROMPT) - 1 : -1]
+    logprobs = torch.log_softmax(logits / temperature, dim=-1)
+    return logprobs.gather(1, torch.tensor(tokens)[:, None])[:, 0].numpy()
+
+
+def expect_whole(completion: Completion) -> None:
+    """Everything fits together and nothing is longer or shorter than the rest."""
+    assert len(completion.tokens) == len(completion.behaviour_logprobs)
+    assert completion.behaviour_logprobs.dtype == np.float32
+    edges = [0, *(span.end for span in completion.version_spans)]
+    assert [span.start for span in completion.version_spans] == edges[:-1]
+    assert edges[-1] == len(completion.tokens)
+
+
+def test_one_and_eight_completions_end_at_their_length(engine_url: str, policies: list[Path]) -> None:
+    async def body(engine: Engine) -> None:
+        version = await next_version(engine)
+        await engine.swap(policies[0], version)
+        for num_completions in (1, 8):
+            completions = await engine.generate(ticket(num_completions, max_new_tokens=12))
+            assert len(completions) == num_completions
+            assert len({tuple(completion.tokens) for completion in completions}) == num_completions
+            for completion in completions:
+                expect_whole(completion)
+                assert (completion.finish_reason, len(completion.tokens)) == ("length", 12)
+                assert [span.version for span in completion.version_spans] == [version]
+
+    run(engine_url, body)
+
+
+def test_a_stop_token_ends_a_completion_and_is_its_last_token(engine_url: str, policies: list[Path]) -> None:
+    stop_token_ids = list(range(200, 300))
+
+    async def body(engine: Engine) -> list[Completion]:
+        await engine.swap(policies[0], await next_version(engine))
+        return await engine.generate(ticket(8, max_new_tokens=200, stop_token_ids=stop_token_ids))
+
+    for completion in run(engine_url, body):
+        expect_whole(completion)
+        assert completion.finish_reason == "stop"
+        assert completion.tokens[-1] in stop_token_ids
+        assert not set(completion.tokens[:-1]) & set(stop_token_ids)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_swap_in_flight_keeps_tokens_and_logprobs_right_on_both_sides(
+    engine_url: str, demo_policy: Path, policies: list[Path], temperature: float
+) -> None:
+    async def body(engine: Engine) -> tuple[int, list[Completion]]:
+        version = await next_version(engine)
+        await engine.swap(policies[0], version)
+        request = asyncio.create_task(engine.generate(ticket(8, max_new_tokens=120, temperature=temperature)))
+        await until_running(engine, 8)
+        await engine.swap(policies[1], version + 1)
+        return version, await request
+
+    version, completions = run(engine_url, body)
+    for completion in completions:
+        expect_whole(completion)
+        assert len(completion.tokens) == 120
+        assert [span.version for span in completion.version_spans] == [version, version + 1]
+    for completion in completions[:2]:
+        for policy, span in zip(policies, completion.version_spans, strict=True):
+            expected = reference_logprobs(demo_policy, policy, completion.tokens, temperature)
+            error = np.abs(expected - completion.behaviour_logprobs)
+            assert error[span.start : span.end].max() < 1e-4
+            assert np.delete(error, slice(span.start, span.end)).max() > 1e-2  # the other side is another policy's
+
+
+def broken_folders(policy: Path, root: Path) -> dict[str, Path]:
+    weights = load_file(policy / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def folder(fault: str) -> Path:
+        (root / fault).mkdir()
+        return root / fault
+
+    save_file(weights | {name: weights[name][:, :-1].contiguous()}, folder("shape") / "model.safetensors")
+    save_file({key: weights[key] for key in weights if key != name}, folder("missing") / "model.safetensors")
+    whole = (policy / "model.safetensors").read_bytes()
+    (folder("torn") / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    (folder("garbage") / "model.safetensors").write_bytes(b"\xff" * 4096)
+    (folder("void") / "model.safetensors").write_bytes(b"")
+    folder("empty")
+    return {path.name: path for path in root.iterdir()} | {"nowhere": root / "nowhere"}
+
+
+def test_broken_weights_are_refused_and_generation_goes_on(
+    engine_url: str, policies: list[Path], tmp_path: Path
+) -> None:
+    async def body(engine: Engine) -> tuple[int, list[Completion]]:
+        version = await next_version(engine)
+        await engine.swap(policies[0], version)
+        request = asyncio.create_task(engine.generate(ticket(4, max_new_tokens=100)))
+        await until_running(engine, 4)
+        for fault, folder in broken_folders(policies[1], tmp_path).items():
+            with pytest.raises(EngineError, match=f"/{fault}"):
+                await engine.swap(folder, version + 1)
+            assert await engine.weight_version() == version
+        return version, await request
+
+    version, completions = run(engine_url, body)
+    assert [[span.version for span in completion.version_spans] for completion in completions] == [[version]] * 4
+
+
+def test_what_the_engine_itself_refuses_is_told_and_generation_goes_on(
+    engine_url: str, policies: list[Path], tmp_path: Path
+) -> None:
+    """Tensors are whole, but the index beside them leads SGLang nowhere."""
+    folder = tmp_path / "misled"
+    shutil.copytree(policies[1], folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
+
+    async def body(engine: Engine) -> None:
+        version = await next_version(engine)
+        await engine.swap(policies[0], version)
+        with pytest.raises(EngineError, match=r"/update_weights_from_disk answered 400: .*[Ww]eights"):
+            await engine.swap(folder, version + 1)
+        [completion] = await engine.generate(ticket(1))
+        assert [span.version for span in completion.version_spans] == [version]
+
+    run(engine_url, body)
+
+
+def test_cancelling_and_running_out_of_time_abort_in_the_engine(engine_url: str, policies: list[Path]) -> None:
+    """Well before SGLang would notice by itself that the connection is closed, which takes it 4 s."""
+
+    async def body(engine: Engine) -> None:
+        await engine.swap(policies[0], await next_version(engine))
+        request = asyncio.create_task(engine.generate(ticket(8, max_new_tokens=900)))
+        await until_running(engine, 8)
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
+        await until_running(engine, 0, timeout_s=2.0)
+
+        impatient = Engine(engine.url, request_timeout_s=0.5)
+        late = ticket(8, max_new_tokens=900)
+        with pytest.raises(EngineError, match=rf"ticket {late.id}: no reply within 0\.5 s"):
+            await impatient.generate(late)
+        await impatient.aclose()
+        await until_running(engine, 0, timeout_s=2.0)
+
+    run(engine_url, body)
+
+
+def test_a_refused_request_names_the_ticket(engine_url: str) -> None:
+    too_long = ticket(1, max_new_tokens=1_000_000)
+    with pytest.raises(EngineError, match=rf"ticket {too_long.id}: /generate answered 400: .*context length"):
+        run(engine_url, lambda engine: engine.generate(too_long))
+
+
+def test_the_server_reports_that_it_is_well(engine_server: EngineServer) -> None:
+    assert engine_server.is_alive
+    assert run(engine_server.url, lambda engine: engine.health())

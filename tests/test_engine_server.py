@@ -1,0 +1,116 @@
+"""The server process: its start, its end, and that nothing outlives either. Its stand-ins are other programs."""
+
+import asyncio
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from common.config import EngineConfig
+from common.preflight import check_engine_installed
+from services.generation import engine_server
+from services.generation.engine import EngineError
+from services.generation.engine_server import EngineServer, launch_command
+
+STUBBORN = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if len(sys.argv) == 1:
+    subprocess.Popen([sys.executable, __file__, "child"])
+time.sleep(600)
+"""
+
+REPLICA = """
+import asyncio, sys
+from pathlib import Path
+from common.config import EngineConfig
+from services.generation.engine_server import EngineServer
+server = EngineServer(EngineConfig(device="cpu"), "float32", Path(sys.argv[2]))
+asyncio.run(server.start(sys.argv[1], 1))
+"""
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float) -> bool:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline_s:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def server_running(
+    program: list[str], monkeypatch: pytest.MonkeyPatch, log_path: Path, timeout_s: float = 30.0
+) -> EngineServer:
+    """An `EngineServer` that starts `program` in SGLang's place."""
+    monkeypatch.setattr(engine_server, "launch_command", lambda *_: program)
+    return EngineServer(EngineConfig(device="cpu", startup_timeout_s=timeout_s), "float32", log_path)
+
+
+def test_an_early_death_is_reported_with_the_end_of_the_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = "import sys; print('line one'); print('cannot allocate the cache', file=sys.stderr); sys.exit(7)"
+    server = server_running([sys.executable, "-c", script], monkeypatch, tmp_path / "sglang.log")
+    with pytest.raises(EngineError, match=r"(?s)exited with 7 .*the end of .*cannot allocate the cache"):
+        asyncio.run(server.start("model", 1))
+    assert server.returncode == 7
+    assert not server.is_alive
+
+
+def test_stop_ends_a_server_and_its_children_that_ignore_sigterm(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script = tmp_path / "stubborn.py"
+    script.write_text(STUBBORN)
+    monkeypatch.setattr(engine_server, "STOP_GRACE_S", 0.3)
+    server = server_running([sys.executable, str(script)], monkeypatch, tmp_path / "sglang.log", timeout_s=2.0)
+    others = set(psutil.Process().children(recursive=True))
+    seen: set[psutil.Process] = set()
+
+    async def start_and_watch() -> None:
+        start = asyncio.create_task(server.start("model", 1))
+        while not start.done():
+            seen.update(set(psutil.Process().children(recursive=True)) - others)
+            await asyncio.sleep(0.05)
+        await start
+
+    with pytest.raises(EngineError, match="not healthy within 2 s"):
+        asyncio.run(start_and_watch())
+    assert len(seen) == 2
+    assert not any(process.is_running() for process in seen)
+    assert server.returncode == -signal.SIGKILL
+
+
+def test_the_real_server_dies_with_a_killed_replica(demo_policy: Path, tmp_path: Path) -> None:
+    """Killed when SGLang has only just spawned its own children, before these have asked to die with it."""
+    command = [sys.executable, "-c", REPLICA, str(demo_policy), str(tmp_path / "sglang.log")]
+    replica = subprocess.Popen(command, cwd=Path(__file__).parents[1])
+    family = psutil.Process(replica.pid)
+    try:
+        assert eventually(lambda: len(family.children(recursive=True)) >= 3, 60.0)
+        descendants = family.children(recursive=True)
+    finally:
+        replica.send_signal(signal.SIGKILL)
+        replica.wait()
+    assert eventually(lambda: not any(process.is_running() for process in descendants), 5.0)
+
+
+def test_a_missing_sglang_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"^SGLang is not installed here[^\n]*$"):
+        check_engine_installed()
+
+
+def test_extra_arguments_come_last_and_cuda_runs_the_plain_server() -> None:
+    settings = EngineConfig(device="cuda", extra_args=["--tp-size", "2"])
+    command = launch_command(settings, "bfloat16", "org/model", None, 1234)
+    assert command[1:3] == ["-m", "sglang.launch_server"]
+    assert command[-2:] == ["--tp-size", "2"]
+    assert "--weight-version" not in command and "--mem-fraction-static" not in command
+    assert engine_server.launch_environment(settings) == dict(os.environ)
