@@ -45,7 +45,7 @@ class Obedient:
             case "oom_killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "return":
-                return {"nan": math.nan, "inf": math.inf, "text": "1.0", "none": None}[argument]
+                return {"nan": math.nan, "text": "1.0", "none": None}[argument]
         return self._factor * float(completion)
 
 

@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import services.generation.sglang_cpu  # noqa: F401  (transformers cannot import torchvision without it)
 from common.wire import Sampling, Ticket
 from services.generation.engine import Completion, Engine, EngineError
 from services.generation.engine_server import EngineServer

@@ -275,7 +275,7 @@ def test_bad_places_are_named(tmp_path: Path, folder: Path) -> None:
     }.items():
         with pytest.raises(ValueError, match=f"(?s){tmp_path / name}.*{problem}"):
             Gsm8k(path=str(tmp_path / name)).prompts("train", seed=0, epoch=0)
-    with pytest.raises(ValueError, match="'validation'.*train"):
+    with pytest.raises(ValueError, match=r"'validation'.*train"):
         Gsm8k(path=str(folder), held_out_split="validation").prompts("held_out", seed=0, epoch=0)
     with pytest.raises(ValueError, match="both 'train'"):
         Gsm8k(held_out_split="train")

@@ -64,7 +64,6 @@ def test_a_failing_reward_costs_its_group_and_its_worker_only() -> None:
         "leave": "SystemExit: enough",
         "oom_killed": "status -9",
         "return nan": "finite number.*nan",
-        "return inf": "finite number.*inf",
         "return text": "finite number.*'1.0'",
         "return none": "finite number.*None",
         "\ud800": "UnicodeEncodeError",
@@ -90,7 +89,7 @@ def test_a_hanging_reward_is_killed_and_others_are_scored_meanwhile() -> None:
             scored = await asyncio.gather(*(pool.score(TICKET, [str(number)]) for number in range(50)))
             assert scored == [[float(number)] for number in range(50)]
             assert not hanging.done()
-            with pytest.raises(RewardError, match="deadline of 1.5 s"):
+            with pytest.raises(RewardError, match=r"deadline of 1\.5 s"):
                 await hanging
 
     asyncio.run(scenario())

@@ -61,6 +61,9 @@ class Answer(msgspec.Struct, frozen=True):
     problem: str = ""
 
 
+Received = TypeVar("Received", Setup, Job)
+
+
 class RewardPool:
     """`num_workers` processes that score groups, each within `deadline_s` a group and `memory_bytes` of memory.
 
@@ -155,7 +158,9 @@ class Worker:
         return not self._killed and self.process.poll() is None
 
     def kill(self) -> None:
-        """Ends what is left of it: its process group and the connection. Does not wait."""
+        """Ends what is left of it, its process group and the connection, without waiting."""
+        if self._killed:
+            return
         self._killed = True
         self._messages.close()
         if self.process.returncode is None:  # not reaped, so that the process group is still its own
@@ -214,9 +219,6 @@ def spawn(connection: socket.socket) -> subprocess.Popen[bytes]:
     )
 
 
-Message = TypeVar("Message", Setup, Job)
-
-
 def work() -> None:
     """A worker's life, from its parent's first message to its last."""
     assert ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) == 0
@@ -242,7 +244,7 @@ def claim_connection() -> BufferedRWPair:
     return connection.makefile("rwb")
 
 
-def receive(parent: BufferedRWPair, kind: type[Message]) -> Message | None:
+def receive(parent: BufferedRWPair, kind: type[Received]) -> Received | None:
     """The next message; `None` when the parent has closed the connection."""
     length = parent.read(LENGTH_BYTES)
     return msgspec.msgpack.decode(parent.read(int.from_bytes(length)), type=kind) if length else None
