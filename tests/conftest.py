@@ -1,14 +1,19 @@
 """Fixtures that several test modules share: the demo policy and the one real SGLang server of a test session."""
 
 import asyncio
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+import redis
 
 from common.config import EngineConfig
+from common.keys import Keys
+from common.redis_client import connect
 from services.generation.engine_server import EngineServer
+from services.launcher.processes import start_redis
 
 FIRST_VERSION = 1
 
@@ -34,3 +39,25 @@ def engine_server(demo_policy: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="session")
 def engine_url(engine_server: EngineServer) -> str:
     return engine_server.url
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real Redis-compatible server, as `headrace up` starts it, one per test session."""
+    folder = tmp_path_factory.mktemp("redis")
+    service, url = start_redis(folder, folder / "redis.log")
+    yield url
+    service.stop(10.0)
+
+
+@pytest.fixture
+def keys() -> Keys:
+    """Of a run that no other test has."""
+    return Keys(f"test-{uuid.uuid4().hex[:12]}")
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator[redis.Redis]:
+    connection = connect(redis_url)
+    yield connection
+    connection.close()

@@ -3,21 +3,25 @@
 SGLang's Python code runs on CPU torch, but two things it imports exist only as compiled CUDA or AMX builds.
 This module puts stand-ins for them in place and then runs `sglang.launch_server` unchanged. SGLang spawns its
 scheduler and detokenizer, and a spawned process imports the main module again before anything else: the
-stand-ins are therefore installed at this module's import, the server is launched only where it is the program.
+stand-ins are therefore installed in both, the server is launched only where this module is the program.
 """
 
+from __future__ import annotations
+
 import ctypes
-import multiprocessing
+import importlib
 import os
 import runpy
 import signal
 import sys
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+PARENT_VARIABLE = "HEADRACE_SGLANG_PARENT"
 
 
 def assign_req_to_token_pool_cpu(
@@ -64,25 +68,33 @@ def declare_torchvision_ops() -> None:
 
     Without them `import torchvision`, which SGLang does, dies with "operator torchvision::nms does not exist".
     """
+    import torch.library
+
     try:
-        import torchvision  # noqa: F401
+        importlib.import_module("torchvision")
     except RuntimeError:
         for name in ("nms", "qnms"):
             torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
-def die_with_parent(parent_pid: int) -> None:
-    """A spawned process is killed with its parent. SGLang asks for this too, but only after 10 s of imports."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it died before we asked
-        os._exit(1)
+def die_with_parent() -> None:
+    """A spawned process is killed with the one that spawned it, from here on.
+
+    SGLang asks the kernel for this too, but only after 10 s of imports. `multiprocessing.parent_process` is not set
+    yet, so each process leaves its id to those it spawns.
+    """
+    parent_pid = os.environ.get(PARENT_VARIABLE)
+    os.environ[PARENT_VARIABLE] = str(os.getpid())
+    if __name__ == "__mp_main__":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if str(os.getppid()) != parent_pid:  # it died before we asked
+            os._exit(1)
 
 
-spawned_by = multiprocessing.parent_process()
-if spawned_by is not None and spawned_by.pid is not None:
-    die_with_parent(spawned_by.pid)
-install_sgl_kernel()
-declare_torchvision_ops()
+if __name__ in ("__main__", "__mp_main__"):
+    die_with_parent()  # before torch is imported, which takes seconds
+    install_sgl_kernel()
+    declare_torchvision_ops()
 
 if __name__ == "__main__":
     runpy.run_module("sglang.launch_server", run_name="__main__")

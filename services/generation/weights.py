@@ -105,6 +105,7 @@ class WeightFollower:
             self._swapped.notify_all()
         if outdated is not None:
             shutil.rmtree(outdated, ignore_errors=True)
+        _log.info("serving version %d: %d bytes in %.3f s, paused %.3f s", self.version, num_bytes, fetch_s, timings.pause_s)
         await self._on_swap(published.version, timings, fetch_s, num_bytes)
 
     async def _fetch(self, published: Published, folder: Path) -> int:

@@ -136,7 +136,8 @@ def _tell_results(folder: Path, console: Console) -> None:
     before, after = summary["held_out_before"], summary["held_out_after"]
     console.print(
         f"held-out pass@1 {before:.3f} → {after:.3f} in {summary['steps']} steps and {summary['wall_s']:.0f} s; "
-        f"{summary['tokens_per_s']:.0f} tokens/s; weight pause p50 {summary['weight_pause_ms']['p50']:.0f} ms"
+        f"{summary['tokens_per_s']:.0f} tokens/s; weight pause p50 {summary['weight_pause_ms']['p50']:.0f} ms",
+        soft_wrap=True,
     )
     for name in ("summary.json", "metrics.jsonl", "reward-curve.png", "policy", "config.yaml", "logs"):
         console.print(f"  {os.path.relpath(folder / name)}", highlight=False)

@@ -65,7 +65,7 @@ class Watcher:
             self._live.update(self._render())
 
     def say(self, text: str) -> None:
-        self.console.print(Text(f"[{time.monotonic() - self.started:6.1f} s] {text}"))
+        self.console.print(Text(f"[{time.monotonic() - self.started:6.1f} s] {text}"), soft_wrap=True)
 
     def _take(self, kind: str, event: Event) -> None:
         if kind == "step":
@@ -92,7 +92,7 @@ class Watcher:
         return f"learner: {phase or 'loading the model'}; replicas: {states or 'none yet'}"
 
     def _is_training(self, phase: str) -> bool:
-        return bool(self._steps) and ("waiting" in phase or "training" in phase)
+        return bool(self._steps) and phase.startswith(("learner: waiting;", "learner: training;"))
 
     def _render(self) -> Group:
         table = Table(title=None)

@@ -81,7 +81,7 @@ def _learn(config: RunConfig, folder: Path, token: str, client: Any, keys: Keys,
 
     def status() -> dict[str, Any]:
         progress = loop.progress
-        waits = progress.phase in ("waiting", "evaluating")
+        waits = progress.phase.startswith(("waiting", "evaluating"))
         return {
             "service": "learner",
             "run": folder.name,

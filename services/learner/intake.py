@@ -58,9 +58,11 @@ class Intake:
         self._recorded = recorded
         """By the last checkpoint; still in Redis until the next one."""
         self._step = self._version = 0
+        self._sampled_rewards: list[float] = []
         self._arrived: deque[Arrived] = deque()
         self._reissues: deque[Ticket] = deque()
         self._evaluation: Evaluation | None = None
+        self._looked_for_dead = 0.0
         self._failure: BaseException | None = None
         self._changed = threading.Condition()
         self._stopping = threading.Event()
@@ -102,6 +104,12 @@ class Intake:
         with self._changed:
             for arrived in batch:
                 self._consume(arrived.entry, "trained")
+
+    def take_sampled_rewards(self) -> list[float]:
+        """Of all training completions that arrived since the last call, those of uniform groups included."""
+        with self._changed:
+            rewards, self._sampled_rewards = self._sampled_rewards, []
+            return rewards
 
     def consumed(self) -> list[Settlement]:
         """What the next checkpoint must record."""
@@ -152,16 +160,18 @@ class Intake:
             f"{in_stream} groups in the stream; replicas: {states or 'none'}; so far {dict(self.counts)}"
         )
 
+    def turn(self) -> None:
+        """One turn of the thread: admit, take in, look after evaluation tickets that died."""
+        self._top_up()
+        for entry in self.store.read(READ_COUNT, READ_BLOCK_S):
+            self._take_in(entry)
+        if self._evaluation is not None and time.monotonic() > self._looked_for_dead + DEAD_CHECK_S:
+            self.give_up_dead_evaluations()
+
     def _work(self) -> None:
-        checked_dead = time.monotonic()
         try:
             while not self._stopping.is_set():
-                self._top_up()
-                for entry in self.store.read(READ_COUNT, READ_BLOCK_S):
-                    self._take_in(entry)
-                if self._evaluation is not None and time.monotonic() > checked_dead + DEAD_CHECK_S:
-                    self._give_up_dead_evaluations(self._evaluation)
-                    checked_dead = time.monotonic()
+                self.turn()
         except Exception as error:  # a thread's top: raised again where the loop waits
             with self._changed:
                 self._failure = error
@@ -195,7 +205,10 @@ class Intake:
                 if self._evaluation is not None:
                     self._evaluation.collect(group, self.version_steps)
                 self._consume(entry, "evaluated")
-            elif self.config.actor.dynamic_sampling and group.is_uniform:
+                self._changed.notify_all()
+                return
+            self._sampled_rewards += group.rewards
+            if self.config.actor.dynamic_sampling and group.is_uniform:
                 self._consume(entry, "uniform")
             else:
                 self._arrived.append(Arrived(entry, group, staleness))
@@ -218,14 +231,15 @@ class Intake:
         self._consumed.append(Settlement(entry.stream, entry.entry_id, entry.ticket_id, state))
         self.counts[state] += 1
 
-    def _give_up_dead_evaluations(self, evaluation: Evaluation) -> None:
+    def give_up_dead_evaluations(self) -> None:
         with self._changed:
-            names = sorted(evaluation.waiting_for)
-            if not names:
+            self._looked_for_dead = time.monotonic()
+            names = sorted(self._evaluation.waiting_for) if self._evaluation is not None else []
+            if self._evaluation is None or not names:
                 return
             for name, state in zip(names, self.store.states(names), strict=True):
                 if state == "dead":
-                    evaluation.give_up(name)
+                    self._evaluation.give_up(name)
             self._changed.notify_all()
 
     def _raise_failure(self) -> None:

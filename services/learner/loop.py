@@ -22,6 +22,7 @@ from services.learner.versions import Versions
 
 EVALUATION_TIMEOUT_S = 600.0
 SWITCH_POLL_S = 0.2
+_LOGGED = ("step", "held_out", "reward_mean", "loss", "gradient_norm", "kl_behaviour_proximal", "staleness_mean", "step_s")
 _log = logging.getLogger(__name__)
 
 
@@ -59,6 +60,7 @@ class Loop:
     def run(self) -> bool:
         """Until the last step, or until told to stop; True if the run is complete."""
         self._publish()
+        self._wait_for_replica()
         self.progress.started = time.monotonic()
         self.intake.start()
         if self.progress.step == 0:
@@ -75,6 +77,16 @@ class Loop:
         self._checkpoint()
         self._show("finished" if is_complete else "stopped")
         return is_complete
+
+    def _wait_for_replica(self) -> None:
+        """Nobody could answer the first ticket before one serves. Raises `TimeoutError` if none does in time."""
+        self._show("waiting for a replica")
+        deadline = time.monotonic() + self.config.learner.starvation_timeout_s
+        while not any(replica.state == "running" for replica in self.store.replicas()):
+            if self.switches.stop.wait(SWITCH_POLL_S):
+                return
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no replica is running: {self.intake.why_waiting()}")
 
     def _take_step(self) -> None:
         started = time.monotonic()
@@ -99,10 +111,12 @@ class Loop:
         self._evaluate_if_due()
 
     def _whole_run(self) -> dict[str, Any]:
-        """What a row says of the run up to its step, rather than of the step."""
+        """What a row says of the run up to its step, rather than of the batch."""
         counts = self.intake.counts
         decided = max(1, counts["trained"] + counts["uniform"] + counts["stale"])
+        rewards = self.intake.take_sampled_rewards()
         return {
+            "reward_mean": sum(rewards) / max(1, len(rewards)),
             "version": self.versions.current,
             "wall_s": self.progress.wall_s,
             "generated_tokens": counts["generated_tokens"],
@@ -161,7 +175,7 @@ class Loop:
         self.metrics.append(row)
         self.progress.latest[kind] = row
         self.store.announce(kind, row)
-        _log.info("%s %s", kind, {key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()})
+        _log.info("%s: %s", kind, ", ".join(f"{name} {row[name]:.4g}" for name in _LOGGED if name in row))
 
     def _wait_while_paused(self) -> None:
         self._show("paused")

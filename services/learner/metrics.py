@@ -56,7 +56,7 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
     lengths = [rollout.num_trained_tokens for rollout in rollouts]
     versions = [span.version for r in rollouts for span in r.version_spans]
     return {
-        "reward_mean": sum(rollout.reward for rollout in rollouts) / len(rollouts),
+        "trained_reward_mean": sum(rollout.reward for rollout in rollouts) / len(rollouts),
         "completion_tokens_mean": sum(lengths) / len(rollouts),
         "completion_tokens_max": float(max(lengths)),
         "truncated_share": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),

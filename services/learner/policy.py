@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from common.config import LearnerConfig, ModelConfig
 from services.learner.logprobs import token_logprobs
@@ -32,6 +33,7 @@ class Policy:
     """A model in `dtype` on `device`, dropout off. Raises `ValueError` if it cannot be loaded or served."""
 
     def __init__(self, model: ModelConfig, learner: LearnerConfig) -> None:
+        disable_progress_bar()
         self.device = pick_device(learner.device)
         self.dtype = DTYPES[model.dtype]
         self.chunk_tokens = learner.logprob_chunk_tokens

@@ -62,7 +62,7 @@ def summarise(rows: Sequence[Row], counts: Mapping[str, int], generation_lag: fl
 
 
 def draw_curve(rows: Sequence[Row], path: Path) -> None:
-    """Reward of the batches (which dynamic sampling keeps mixed) and held-out accuracy over steps, as PNG."""
+    """Reward of everything that was sampled, and held-out accuracy, over steps, as PNG."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -71,7 +71,7 @@ def draw_curve(rows: Sequence[Row], path: Path) -> None:
     steps = [row for row in rows if row["kind"] == "step"]
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot([r["step"] for r in steps], [r["reward_mean"] for r in steps], alpha=0.45, label="reward of trained groups")
+    axes.plot([r["step"] for r in steps], [r["reward_mean"] for r in steps], alpha=0.45, label="reward of sampled completions")
     axes.plot(
         [r["step"] for r in evaluations], [r["held_out"] for r in evaluations], marker="o", label="held-out pass@1"
     )

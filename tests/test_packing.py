@@ -1,0 +1,88 @@
+"""Packing: every trained token once, within the budget, whole groups in a mini-batch."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.wire import Group, Timings, VersionSpan
+from services.learner.packing import Sample, pack, split_mini_batches
+from tests.making import make_rollout, make_ticket
+
+
+def sample(name: str, prompt: list[int], tokens: list[int], mask: list[int], advantage: float = 1.0) -> Sample:
+    trained = sum(mask)
+    rollout = make_rollout(
+        tokens=tuple(tokens),
+        loss_mask=mask,
+        behaviour_logprobs=np.linspace(-1, 0, trained, dtype=np.float32),
+        version_spans=[VersionSpan(1, 0, trained)],
+    )
+    group = Group(make_ticket(name, prompt_tokens=prompt, num_completions=1), [rollout], "r", Timings(0, 0, 0))
+    return Sample(group, rollout, advantage, np.zeros(trained, np.int64))
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> list[Sample]:
+    samples = []
+    for group in range(draw(st.integers(1, 6))):
+        prompt = draw(st.lists(st.integers(1, 99), min_size=1, max_size=6))
+        for _ in range(draw(st.integers(1, 3))):
+            tokens = draw(st.lists(st.integers(1, 99), min_size=1, max_size=8))
+            mask = [1] + [draw(st.integers(0, 1)) for _ in tokens[1:]]
+            samples.append(sample(f"g{group}", prompt, tokens, mask, advantage=float(len(samples))))
+    return samples
+
+
+@given(batches(), st.integers(4, 40))
+def test_every_trained_token_is_predicted_once_within_the_budget(samples: list[Sample], budget: int) -> None:
+    micro_batches = pack(samples, budget)
+    found = []
+    for m in micro_batches:
+        assert m.input_ids.size <= budget or m.num_sequences == 1
+        flat = m.input_ids.reshape(-1)
+        width = m.input_ids.shape[1]
+        assert np.array_equal(flat[m.positions + 1], m.targets)
+        for row, (start, end) in enumerate(zip(m.sequence_offsets, m.sequence_offsets[1:], strict=False)):
+            assert ((m.positions[start:end] // width) == row).all()
+            found.append((m.advantages[row], m.targets[start:end].tolist(), m.behaviour_logprobs[start:end].tolist()))
+    expected = [
+        (
+            s.advantage,
+            [token for token, bit in zip(s.rollout.tokens, s.rollout.loss_mask, strict=True) if bit],
+            s.rollout.behaviour_logprobs.tolist(),
+        )
+        for s in samples
+    ]
+    assert sorted(found) == sorted(expected)
+    assert sum(m.num_tokens for m in micro_batches) == sum(s.num_tokens for s in samples)
+
+
+def test_positions_by_hand() -> None:
+    (m,) = pack([sample("a", [5, 6], [7, 8, 9], [1, 0, 1]), sample("b", [5], [4], [1])], 100)
+    assert m.input_ids.tolist() == [[5, 6, 7, 8, 9], [5, 4, 0, 0, 0]]
+    assert m.positions.tolist() == [1, 3, 5]
+    assert m.targets.tolist() == [7, 9, 4]
+    assert m.sequence_offsets.tolist() == [0, 2, 3]
+
+
+def test_a_group_stays_together_and_padding_stays_small() -> None:
+    samples = [sample(f"g{i % 4}", [1], [2] * (1 + 5 * (i % 4)), [1] * (1 + 5 * (i % 4))) for i in range(16)]
+    order = [length for m in pack(samples, 34) for length in np.diff(m.sequence_offsets).tolist()]
+    assert order == [16] * 4 + [11] * 4 + [6] * 4 + [1] * 4
+
+
+@given(batches(), st.integers(1, 4))
+def test_mini_batches_are_whole_groups_of_even_size(samples: list[Sample], num_mini_batches: int) -> None:
+    parts = split_mini_batches(samples, num_mini_batches, "seed")
+    names = [{s.group.ticket.id for s in part} for part in parts]
+    assert len(parts) == num_mini_batches
+    assert sum(len(part) for part in parts) == len(samples)
+    assert len(set().union(*names)) == sum(len(part) for part in names)
+    assert max(map(len, names)) - min(map(len, names)) <= 1
+
+
+def test_the_split_depends_on_the_seed_alone() -> None:
+    samples = [sample(f"g{i}", [1], [2], [1]) for i in range(8)]
+    one, again, other = (split_mini_batches(samples, 2, seed) for seed in ("0-1", "0-1", "0-2"))
+    assert one == again
+    assert [s.group.ticket.id for s in one[0]] != [s.group.ticket.id for s in other[0]]

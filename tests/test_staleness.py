@@ -1,0 +1,41 @@
+"""Staleness against hand-worked examples."""
+
+import msgspec
+import pytest
+
+from common.wire import VersionSpan
+from services.learner.packing import token_staleness
+from services.learner.staleness import Staleness, group_staleness
+from tests.making import make_group, make_rollout
+
+STEPS = {1: 0, 2: 1, 3: 2, 7: 3}
+"""Versions are identities: after a resume, version 7 was made by step 3."""
+
+
+def test_the_oldest_token_counts_and_the_newest_splits() -> None:
+    spans = [VersionSpan(2, 0, 1), VersionSpan(3, 1, 3)]
+    group = msgspec.structs.replace(
+        make_group(version=3), rollouts=[make_rollout(version=3), make_rollout(version_spans=spans)]
+    )
+    assert group_staleness(group, 5, STEPS) == Staleness(in_flight=1, in_queue=3)
+    assert group_staleness(group, 5, STEPS).total == 4
+
+
+def test_versions_are_never_subtracted() -> None:
+    assert group_staleness(make_group(version=7), 3, STEPS).total == 0
+    assert group_staleness(make_group(version=7), 4, STEPS) == Staleness(0, 1)
+
+
+def test_a_version_of_a_later_step_is_not_negative() -> None:
+    """After a resume from an earlier step, groups of lost versions are at most fresh."""
+    assert group_staleness(make_group(version=7), 1, STEPS) == Staleness(0, 0)
+
+
+def test_a_version_that_never_was_is_refused() -> None:
+    with pytest.raises(ValueError, match="version 9, which was never published"):
+        group_staleness(make_group(version=9), 1, STEPS)
+
+
+def test_per_token() -> None:
+    rollout = make_rollout(version_spans=[VersionSpan(1, 0, 1), VersionSpan(7, 1, 3)])
+    assert token_staleness(rollout, 4, STEPS).tolist() == [4, 1, 1]
