@@ -1,65 +1,242 @@
 """What can be known to be wrong before anything starts, read from files without torch or transformers.
 
-Every check raises `ValueError` with one line that names the value and what was expected.
+Every check raises `ValueError` with one line that names the value and what was expected: as its subclass
+`NotHere` if the configuration may be right and only this machine cannot run it now. Of a model on the hub the
+small files are downloaded; without a way to the hub, its local cache is all there is.
 """
 
 import importlib.util
-import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+import msgspec
 
 from common.config import RunConfig
 from common.tasks import Task, load_task
 
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_TASKS = {"gsm8k"}
+"""The built-in tasks whose prompts may come from the hub."""
+HUB_TIMEOUT_S = 3.0
+SMALL_FILES = ["*.json", "*.jinja"]
+DATA_SUFFIXES = {".csv", ".json", ".jsonl", ".parquet"}
+REDIS_TIMEOUT_S = 3.0
 
-def check_run(config: RunConfig) -> None:
-    """The model's folder, the task and its data, and the engine's installation."""
-    check_model_folder(config.model.path)
-    check_task(config)
+
+class NotHere(ValueError):
+    """Something is missing on this machine, busy, or out of its reach; elsewhere the configuration may run."""
+
+
+class _Vocabulary(msgspec.Struct):
+    vocab: dict[str, int] | list[tuple[str, float]]
+
+
+class _AddedToken(msgspec.Struct):
+    id: int
+
+
+class _TokenizerFile(msgspec.Struct):
+    model: _Vocabulary
+    added_tokens: list[_AddedToken] = []
+
+    @property
+    def num_rows(self) -> int:
+        """One above the highest token id."""
+        vocab = self.model.vocab
+        ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
+        return 1 + max([*ids, *(token.id for token in self.added_tokens)], default=-1)
+
+
+def check_run(config: RunConfig, missing: list[str] | None = None) -> None:
+    """Raises the first problem; given `missing`, collects there what is only not here, and raises only the rest."""
+    prepare_hub(config)
+    for check in (check_addresses, check_redis, check_model, check_task, check_engine):
+        try:
+            check(config)
+        except NotHere as problem:
+            if missing is None:
+                raise
+            missing.append(str(problem))
+
+
+def prepare_hub(config: RunConfig) -> None:
+    """Without a way to the hub, the libraries are told to use their caches: they would retry for half a minute.
+
+    Sets variables of this process and its children; to be called before the libraries are imported.
+    """
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # what goes wrong is raised as well
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not (is_hub_name(config.model.path) or config.task.name in HUB_TASKS) or "HF_HUB_OFFLINE" in os.environ:
+        return
+    import httpx
+
+    try:
+        httpx.head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=HUB_TIMEOUT_S)
+    except (httpx.HTTPError, httpx.InvalidURL):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def check_addresses(config: RunConfig) -> None:
+    """The ports that are not left to chance."""
+    learner, generation = config.learner, config.generation
+    if generation.port and generation.replicas > 1:
+        raise ValueError(
+            f"generation.port {generation.port} is one port for {generation.replicas} replicas; expected 0"
+        )
+    if learner.port and (learner.host, learner.port) == (generation.host, generation.port):
+        raise ValueError(f"learner.port and generation.port are both {learner.port}, expected two ports")
+    for name, section in (("learner", learner), ("generation", generation)):
+        if section.port:
+            from common.http_service import listen  # 0.4 s, that few need
+
+            try:
+                listen(section.host, section.port).close()
+            except ValueError as error:
+                raise NotHere(f"{name}.port {section.port}: {error}") from error
+
+
+def check_redis(config: RunConfig) -> None:
+    """Asks it once; whether it keeps what it is given, the learner checks."""
+    if config.redis_url is None:
+        return
+    import redis
+
+    address = without_password(config.redis_url)
+    try:
+        client = redis.Redis.from_url(
+            config.redis_url, socket_connect_timeout=REDIS_TIMEOUT_S, socket_timeout=REDIS_TIMEOUT_S
+        )
+        client.ping()
+        client.close()
+    except redis.RedisError as error:
+        raise NotHere(f"redis_url {address!r} does not answer: {one_line(error)}") from error
+    except ValueError as error:
+        raise ValueError(f"redis_url {address!r}: {one_line(error)}") from error
+
+
+def check_engine(config: RunConfig) -> None:
     if config.generation.engine.url is None:
         check_engine_installed()
 
 
+def check_engine_installed() -> None:
+    if importlib.util.find_spec("sglang") is None:
+        raise NotHere("SGLang is not installed here; expected `make setup`, or generation.engine.url of a server")
+
+
 def check_task(config: RunConfig) -> Task:
     """Loads the task and looks at the first prompt of each split."""
-    task = load_task(config.task.name, config.task.settings)
-    for split in ("train", "held_out"):
-        if next(task.prompts(split, seed=config.seed, epoch=0), None) is None:
-            raise ValueError(f"task {config.task.name!r} has no {split} prompts")
+    name, settings = config.task.name, config.task.settings
+    try:
+        task = load_task(name, settings)
+        for split in ("train", "held_out"):
+            if next(task.prompts(split, seed=config.seed, epoch=0), None) is None:
+                raise ValueError(f"task {name!r} has no {split} prompts")
+    except ConnectionError as error:
+        _check_file_exists(name, settings.get("path"))
+        raise NotHere(
+            f"task {name!r}: its data set is not on this machine and not to be had: {one_line(error)}"
+        ) from error
+    except ValueError as error:
+        text = _with_cause(error)
+        raise ValueError(text if text.startswith("task ") else f"task {name!r}: {text}") from error
     return task
 
 
-def check_engine_installed() -> None:
-    if importlib.util.find_spec("sglang") is None:
-        raise ValueError("SGLang is not installed here; expected `make setup`, or generation.engine.url of a server")
+def _check_file_exists(task: str, path: Any) -> None:
+    """A mistyped file may pass for a hub name."""
+    if isinstance(path, str) and not Path(path).exists():
+        is_path = "/" in path and not is_hub_name(path)
+        if is_path or Path(path).suffix in DATA_SUFFIXES:
+            raise ValueError(f"task {task!r}: path {path!r} does not exist; expected a folder, a file or a hub name")
+
+
+def check_model(config: RunConfig) -> None:
+    check_model_folder(config.model.path)
 
 
 def check_model_folder(path: str) -> None:
-    """A chat template, and no token without a row. A hub name is checked by the learner, once it is downloaded."""
-    folder = Path(path)
-    if not folder.exists() and path.count("/") == 1 and not path.startswith((".", "/")) and not folder.parent.exists():
-        return
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"model.path {path!r}: expected a folder with a config.json, or a hub name")
-    if not (folder / "tokenizer.json").is_file():
+    """A chat template, and no token without a row; of a model on the hub, as far as its files are here."""
+    folder = model_files(path)
+    is_partial = is_hub_name(path)
+    has_tokenizer = (folder / "tokenizer.json").is_file()
+    if not has_tokenizer and not is_partial:
         raise ValueError(f"model.path {path!r}: expected a tokenizer.json")
-    in_config = _read_json(folder / "tokenizer_config.json").get("chat_template")
-    if not in_config and not (folder / "chat_template.jinja").is_file():
-        raise ValueError(f"model.path {path!r} has no chat template; expected an instruction-tuned model")
-    num_rows = _read_json(folder / "config.json").get("vocab_size")
-    num_tokens = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size(with_added_tokens=True)
-    if num_rows is not None:
-        check_vocabulary(path, num_tokens, num_rows)
+    if (folder / "tokenizer_config.json").is_file() or not is_partial:
+        in_config = read_model_file(path, folder / "tokenizer_config.json").get("chat_template")
+        if not in_config and not (folder / "chat_template.jinja").is_file():
+            raise ValueError(f"model.path {path!r} has no chat template; expected an instruction-tuned model")
+    num_rows = read_model_file(path, folder / "config.json").get("vocab_size")
+    if has_tokenizer and num_rows is not None:
+        tokenizer = _decode(path, folder / "tokenizer.json", _TokenizerFile)
+        check_vocabulary(path, tokenizer.num_rows, num_rows)
 
 
 def check_vocabulary(path: str, num_tokens: int, num_rows: int) -> None:
     """The tokenizer may not produce an id that the model has no row for."""
     if num_tokens > num_rows:
-        raise ValueError(f"model.path {path!r}: its tokenizer has {num_tokens} tokens, but the model only {num_rows} rows")
+        raise ValueError(
+            f"model.path {path!r}: its tokenizer has {num_tokens} tokens, but the model has {num_rows} rows"
+        )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+def is_hub_name(path: str) -> bool:
+    """Such as `Qwen/Qwen3-0.6B`, and no folder here could be meant."""
+    local = Path(path)
+    is_named = HUB_NAME.fullmatch(path) is not None and not path.startswith(".")
+    return is_named and not local.exists() and not local.parent.exists()
+
+
+def model_files(path: str) -> Path:
+    """A folder with the model's config.json: its own, or the hub's cache on this machine."""
+    if not is_hub_name(path):
+        if not (Path(path) / "config.json").is_file():
+            raise ValueError(f"model.path {path!r}: expected a folder with a config.json, or a hub name")
+        return Path(path)
+    import httpx
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        folder = Path(str(snapshot_download(path, allow_patterns=SMALL_FILES)))
+    except errors.GatedRepoError as error:
+        raise ValueError(f"model.path {path!r}: the hub gives it only to those it knows; expected HF_TOKEN") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ValueError(f"model.path {path!r}: neither a folder here nor a model that the hub shows") from error
+    except (OSError, errors.HfHubHTTPError, httpx.HTTPError) as error:
+        where = "no folder here, and of a model of the hub the files are not on this machine: it is out of reach"
+        raise NotHere(f"model.path {path!r}: {where}") from error
+    if not (folder / "config.json").is_file():
+        raise NotHere(f"model.path {path!r}: the hub's cache on this machine has no config.json of it")
+    return folder
+
+
+def read_model_file(path: str, file: Path) -> dict[str, Any]:
+    """A JSON file of the model at `path`; empty if there is none."""
+    content: dict[str, Any] = _decode(path, file, dict) if file.is_file() else {}
     return content
+
+
+def _decode(path: str, file: Path, expected: type) -> Any:
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=expected)
+    except (msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"model.path {path!r}: {file.name} cannot be read: {one_line(error)}") from error
+
+
+def without_password(text: str) -> str:
+    return re.sub(r"(://[^/@\s]*:)[^/@\s]*@", r"\1...@", text)
+
+
+def _with_cause(error: Exception) -> str:
+    """`datasets` says only in the innermost cause what is wrong with a file."""
+    text, cause = one_line(error), error.__cause__
+    while cause is not None and cause.__cause__ is not None:
+        cause = cause.__cause__
+    return text if cause is None or one_line(cause) in text else f"{text}: {one_line(cause)}"
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -31,7 +31,7 @@ class Obedient:
             case "print":
                 return chatter()
             case "raise":
-                raise KeyError("\ud800 is no text")
+                raise ValueError("\ud800 is no text")
             case "hang":
                 hang()
             case "hang_with_child":
@@ -83,3 +83,8 @@ def chatter() -> float:
     print("a reward thinks aloud " * 10_000, flush=True)
     os.write(1, b"\x00\x00\x00\x01!")
     return float(len(sys.stdin.read()))
+
+
+class Raises(Obedient):
+    def reward(self, completion: str, ticket: Ticket) -> Any:
+        raise RuntimeError("no reward today")

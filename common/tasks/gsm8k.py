@@ -25,7 +25,7 @@ HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 MAX_ANSWER_CHARS = 100
 MARKUP = re.compile(r"\\[()\[\]$%,;:! ]|\*\*|[$€£]")
-DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
 NUMBER = re.compile(rf"((?<!\w)- *)?({DIGITS})", re.ASCII)
 TERM = rf"-?(?:{DIGITS}|\\[dt]?frac\{{-?{DIGITS}\}}\{{-?{DIGITS}\}})"
 ARITHMETIC = re.compile(rf"{TERM}(?:\s*(?:[-+*/]|\\times|\\cdot|\\div)\s*{TERM})*", re.ASCII)

@@ -15,12 +15,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import httpx
 
 from common.child_process import dies_with_parent
 from common.config import EngineConfig
+from common.device import CPU_MAX_TOTAL_TOKENS, resolve_device
 from common.preflight import check_engine_installed
 from services.generation.engine import EngineError
 
@@ -32,7 +32,6 @@ STOP_GRACE_S = 6.0
 KILL_DEADLINE_S = 5.0
 LOG_TAIL_LINES = 30
 LOG_TAIL_BYTES = 1 << 16
-CPU_MAX_TOTAL_TOKENS = 65536
 CPU_MEMORY_FRACTION = 0.3
 REPOSITORY = Path(__file__).resolve().parents[2]
 CPU_PACKAGES = Path(sys.prefix) / "sglang-cpu"
@@ -133,13 +132,6 @@ class EngineServer:
             log.seek(max(0, self.log_path.stat().st_size - LOG_TAIL_BYTES))
             lines = log.read().decode(errors="replace").splitlines()
         return f"the end of {self.log_path}:\n" + "\n".join(lines[-LOG_TAIL_LINES:])
-
-
-def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
-    """With "auto", CUDA where an NVIDIA device is visible to this machine or container."""
-    if device != "auto":
-        return device
-    return "cuda" if any(Path("/dev").glob("nvidia[0-9]*")) else "cpu"
 
 
 def launch_command(

@@ -156,7 +156,10 @@ class Replica:
                 next_claim = time.monotonic() + self.config.lease_s / 3
             leases = leases or await self.tickets.lease(stream, free, LEASE_BLOCK_S)
             for lease in leases:
-                self._begin(lease, answers)
+                if self.is_paused or self.is_draining:  # asked for while the lease was on its way
+                    await self.tickets.hand_back(lease)
+                else:
+                    self._begin(lease, answers)
 
     async def _wait_for_slot(self) -> None:
         """Or for a while, after which the state may be another."""

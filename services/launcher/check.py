@@ -1,0 +1,104 @@
+"""`headrace check`: says whether a recipe is right, what it comes to, and what it will need; starts nothing.
+
+Guarantees: every setting stands on one line of its own with its value and source, under its full name, also in a
+pipe. What only this machine lacks (SGLang, a free port, a way to the hub) is a note; what is wrong is raised.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from common.config import Recipe, RunConfig
+from common.device import CPU_MAX_TOTAL_TOKENS, resolve_device
+from common.preflight import check_run, model_files, read_model_file, without_password
+from services.launcher.estimate import Rows, Shape, engine_bytes, learner_bytes, moved_bytes, read_shape
+
+VALUE_WIDTH = 36
+"""Longer values push their source to the right."""
+KIB = 1024
+
+
+def check_recipe(recipe: Recipe, console: Console) -> None:
+    """Prints the settings, notes and estimates. Raises `ValueError` with one line if the recipe cannot run anywhere."""
+    missing: list[str] = []
+    check_run(recipe.config, missing)
+    _print(console, settings_lines(recipe))
+    lines, reason = _estimates(recipe.config)
+    for note in missing:
+        why = "; its shape is unknown, so that estimates are left out" if note == reason else ""
+        _print(console, [f"note: {note}{why}"])
+    if reason and reason not in missing:
+        _print(console, [f"note: no estimates: {reason}"])
+    _print(console, lines)
+
+
+def settings_lines(recipe: Recipe) -> Iterator[str]:
+    """`key value source` of every setting, an empty line after each section."""
+    names = list(recipe.sources)
+    width = max(len(name) for name in names)
+    sections: dict[str, list[str]] = {}
+    for name in names:
+        sections.setdefault(name.rpartition(".")[0].partition(".")[0], []).append(name)
+    for section in sections.values():
+        for name in section:
+            value = without_password(_shown(_value(recipe.config, name)))
+            yield f"{name:{width}}  {value:{VALUE_WIDTH}}  {without_password(recipe.sources[name])}"
+        yield ""
+
+
+def _value(config: RunConfig, name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) and value.isprintable() else json.dumps(value, ensure_ascii=False)
+
+
+def _estimates(config: RunConfig) -> tuple[list[str], str]:
+    """The lines of the estimates; or no lines, and why."""
+    try:
+        folder = model_files(config.model.path)
+        shape = read_shape(read_model_file(config.model.path, folder / "config.json"))
+    except ValueError as reason:
+        return [], str(reason)
+    return list(_estimate_lines(shape, config)), ""
+
+
+def _estimate_lines(shape: Shape, config: RunConfig) -> Iterator[str]:
+    yield f"estimates, for {shape.num_parameters:,} parameters"
+    yield from _table("learner", learner_bytes(shape, config), "together")
+    engine = engine_bytes(shape, config, _max_total_tokens(config))
+    yield from _table("engine", engine, "together, per replica")
+    yield from _table("moved", moved_bytes(shape, config), None)
+
+
+def _max_total_tokens(config: RunConfig) -> int | None:
+    on_cpu = resolve_device(config.generation.engine.device) == "cpu"
+    return config.generation.engine.max_total_tokens or (CPU_MAX_TOTAL_TOKENS if on_cpu else None)
+
+
+def _table(title: str, rows: Rows, total: str | None) -> Iterator[str]:
+    shown = rows if total is None else rows | {total: sum(rows.values())}
+    for index, (what, num_bytes) in enumerate(shown.items()):
+        yield f"{title if index == 0 else '':8}  {readable(num_bytes):>10}  {what}"
+
+
+def readable(num_bytes: int) -> str:
+    """Such as 2.9 GiB."""
+    amount = float(num_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if amount < KIB:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= KIB
+    return f"{amount:.1f} TiB"
+
+
+def _print(console: Console, lines: Any) -> None:
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)

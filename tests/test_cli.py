@@ -1,0 +1,143 @@
+"""The `headrace` command as people run it: what it refuses, in one line and leaving nothing, and what `check` says."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.config import RunConfig, load_recipe
+from common.http_service import listen
+
+ROOT = Path(__file__).parents[1]
+TINY = "configs/tiny-cpu.yaml"
+GSM8K = "configs/gsm8k-qwen2.5-1.5b.yaml"
+QWEN = {
+    "model_type": "qwen2",
+    "hidden_size": 1536,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "intermediate_size": 8960,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+
+
+def headrace(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Without a terminal, in a narrow world, and away from the network."""
+    return subprocess.run(
+        [sys.executable, "-m", "services.launcher", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"COLUMNS": "40", "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def caches(folder: Path) -> dict[str, str]:
+    """Variables that keep this machine's own caches out of it."""
+    return {"HF_HOME": str(folder), "HF_HUB_CACHE": str(folder / "hub"), "HF_DATASETS_CACHE": str(folder / "datasets")}
+
+
+def refused(result: subprocess.CompletedProcess[str], text: str) -> None:
+    assert result.returncode == 2, result
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("headrace: ") and text in line
+
+
+def settings_of(config: RunConfig) -> Iterator[str]:
+    def names(section: dict[str, Any], prefix: str) -> Iterator[str]:
+        for key, value in section.items():
+            if isinstance(value, dict) and f"{prefix}{key}" != "task.settings":
+                yield from names(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}"
+
+    return names(config.model_dump(), "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ((TINY, "--set", "learner.group_per_step=4"), "did you mean learner.groups_per_step?"),
+        ((TINY, "--set", "actor.group_size=1"), "group_size 1 has no group mean"),
+        ((TINY, "--set", "model.path=assets/nope"), "expected a folder with a config.json"),
+        ((TINY, "--set", "task.name=arithmetik"), "did you mean 'arithmetic'?"),
+        ((TINY, "--run", "../elsewhere"), "run '../elsewhere': expected"),
+        (("configs/nope.yaml",), "configs/nope.yaml: cannot be read"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_leaves_nothing(arguments: tuple[str, ...], text: str, tmp_path: Path) -> None:
+    refused(headrace("up", *arguments, "--runs-folder", str(tmp_path / "runs")), text)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_port_in_use_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        setting = f"learner.port={port}"
+        refused(headrace("up", TINY, "--set", setting, "--runs-folder", str(tmp_path / "runs")), f"learner.port {port}")
+        checked = headrace("check", TINY, "--set", setting)
+    assert not (tmp_path / "runs").exists()
+    assert checked.returncode == 0
+    assert f"note: learner.port {port}: cannot listen on 127.0.0.1:{port}: Address already in use\n" in checked.stdout
+
+
+def test_a_broken_data_file_is_one_line(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "a", ')
+    refused(headrace("check", TINY, "--set", "task.name=gsm8k", "--set", f"task.settings.path={rows}"), str(rows))
+
+
+def test_check_prints_every_setting_once_with_its_source(tmp_path: Path) -> None:
+    overrides = ["learner.steps=3", "actor.preset=token", "redis_url=redis://:secret@127.0.0.1:1"]
+    result = headrace("check", TINY, *[part for override in overrides for part in ("--set", override)])
+    assert (result.returncode, result.stderr) == (0, "")
+    settings, _, rest = result.stdout.partition("\n\nnote: ")
+    rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in settings.splitlines() if line}
+    names = [line.split()[0] for line in settings.splitlines() if line]
+    assert sorted(names) == sorted(settings_of(load_recipe(ROOT / TINY).config)), "each once"
+    assert rows["learner.steps"] == ["3", "--set learner.steps=3"]
+    assert rows["learner.groups_per_step"] == ["16", TINY]
+    assert rows["actor.importance_sampling_level"] == ["token", "preset token"]
+    assert rows["learner.keep_versions"] == ["2", "default"]
+    assert rows["learner.num_threads"] == ["1", TINY]
+    assert rows["actor.c_clip"] == ["null", "default"]
+    assert "secret" not in result.stdout
+    columns = {
+        line.index(source) for line in settings.splitlines() for source in [" default", f" {TINY}"] if source in line
+    }
+    assert len(columns) == 1, "aligned, and no line is broken in a pipe of any width"
+    assert rest.startswith("redis_url ")
+    assert "estimates, for 656,448 parameters\nlearner" in rest
+    assert "\nengine" in rest and "\nmoved" in rest
+
+
+def test_check_of_a_model_and_data_that_are_not_here(tmp_path: Path) -> None:
+    result = headrace("check", GSM8K, **caches(tmp_path))
+    assert (result.returncode, result.stderr) == (0, "")
+    first, second = [line for line in result.stdout.splitlines() if line.startswith("note: ")]
+    assert "'Qwen/Qwen2.5-1.5B-Instruct'" in first and "its shape is unknown, so that estimates are left out" in first
+    assert second.startswith("note: task 'gsm8k': its data set is not on this machine")
+    assert "learner.groups_per_step" in result.stdout and "GiB" not in result.stdout
+
+
+def test_check_estimates_from_the_hubs_cache(tmp_path: Path) -> None:
+    repository = tmp_path / "hub" / "models--Qwen--Qwen2.5-1.5B-Instruct"
+    snapshot = repository / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps(QWEN))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(snapshot.name)
+    result = headrace("check", GSM8K, "--set", "task.name=arithmetic", **caches(tmp_path))
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "estimates, for 1,543,714,304 parameters" in result.stdout
+    assert "28,672 bytes each" in result.stdout
+    assert "note: " not in result.stdout

@@ -1,0 +1,227 @@
+"""Recipes: they load, they are refused in one clear line, their presets fill in, and the shipped ones stay short."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from common.config import ActorConfig, ConfigError, RunConfig, load_recipe
+from common.config.actor import PRESETS
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+RECIPES = sorted(CONFIGS.glob("*.yaml"))
+TINY = CONFIGS / "tiny-cpu.yaml"
+GSM8K = CONFIGS / "gsm8k-qwen2.5-1.5b.yaml"
+SMALLEST: dict[str, Any] = {"model": {"path": "m"}, "task": {"name": "arithmetic"}}
+
+
+def recipe_file(folder: Path, **sections: Any) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(SMALLEST | sections))
+    return path
+
+
+def leaves(given: dict[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, value in given.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, (*prefix, key))
+        else:
+            yield (*prefix, key)
+
+
+def without(given: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    shorter = copy.deepcopy(given)
+    section = shorter
+    for key in path[:-1]:
+        section = section[key]
+    del section[path[-1]]
+    return shorter
+
+
+def repeated_defaults(given: dict[str, Any]) -> list[str]:
+    """The keys without which the configuration would be the same."""
+    complete = RunConfig.model_validate(given)
+    repeated = []
+    for path in leaves(given):
+        try:
+            if RunConfig.model_validate(without(given, path)) == complete:
+                repeated.append(".".join(path))
+        except ValidationError:  # it is needed
+            continue
+    return repeated
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_shipped_recipe_loads_and_repeats_no_default(path: Path) -> None:
+    given = yaml.safe_load(path.read_text())
+    assert load_recipe(path).config.model.path
+    assert repeated_defaults(given) == []
+
+
+def test_a_repeated_default_is_seen_also_where_a_preset_gives_it() -> None:
+    assert repeated_defaults(SMALLEST | {"learner": {"max_staleness": 2, "steps": 5}}) == ["learner.max_staleness"]
+    assert repeated_defaults(SMALLEST | {"actor": {"preset": "seed", "eps_clip": 0.4}}) == ["actor.eps_clip"]
+
+
+def test_the_gsm8k_recipe_is_the_seeds() -> None:
+    config = load_recipe(GSM8K).config
+    actor, learner, optimizer = config.actor, config.learner, config.optimizer
+    assert (config.model.path, config.model.dtype) == ("Qwen/Qwen2.5-1.5B-Instruct", "bfloat16")
+    assert config.task.name == "gsm8k"
+    assert (config.sampling.max_new_tokens, config.sampling.temperature) == (1024, 1.0)
+    assert (learner.groups_per_step, actor.group_size, learner.max_staleness) == (256, 4, 2)
+    assert (learner.micro_batch_tokens, actor.mini_batches) == (10_240, 1)
+    assert (optimizer.lr, optimizer.lr_schedule, optimizer.warmup_fraction) == (1.7e-5, "constant", 0.001)
+    assert (optimizer.beta1, optimizer.beta2, optimizer.eps) == (0.9, 0.999, 1e-8)
+    assert (optimizer.weight_decay, optimizer.max_grad_norm) == (0.017, 1.0)
+    assert (actor.eps_clip, actor.clip_range, actor.c_clip) == (0.4, (0.6, 1.4), None)
+    assert (actor.use_decoupled_loss, actor.behav_imp_weight_mode, actor.behav_imp_weight_cap) == (
+        True,
+        "token_mask",
+        5,
+    )
+    assert (actor.reward_bias, actor.reward_scaling) == (-0.5, 10.0)
+    assert (actor.advantage_mean, actor.advantage_std, actor.batch_advantage_norm) == ("group", "group", True)
+    assert (actor.kl_coef, actor.dynamic_sampling) == (0.0, True)
+    assert (actor.loss_aggregation, actor.importance_sampling_level) == ("token_mean", "sequence")
+    assert not actor.behaviour_clip, "the seed's loss has none"
+
+
+@pytest.mark.parametrize(
+    ("sections", "line"),
+    [
+        (
+            {"learner": {"group_per_step": 4}},
+            "learner.group_per_step is not a setting; did you mean learner.groups_per_step?",
+        ),
+        ({"learner": {"lr": 1.0}}, "learner.lr is not a setting; did you mean optimizer.lr?"),
+        ({"lerner": {"steps": 1}}, "lerner is not a setting; did you mean learner?"),
+        ({"generation": {"engine": {"devise": "cpu"}}}, "did you mean generation.engine.device?"),
+        ({"sampling": {"zzz": 1}}, "sampling.zzz is not a setting; expected one of temperature, max_new_tokens"),
+        ({"task": {}}, "task.name is missing"),
+        ({"learner": {"steps": 0}}, "learner.steps is 0: input should be greater than or equal to 1"),
+        ({"learner": {"steps": "many"}}, "learner.steps is 'many': input should be a valid integer"),
+        ({"optimizer": {"lr": float("nan")}}, "optimizer.lr is nan: input should be a finite number"),
+        ({"learner": None}, "learner is None: input should be a valid dictionary"),
+    ],
+)
+def test_a_wrong_key_or_value_is_one_line_that_names_it(tmp_path: Path, sections: dict[str, Any], line: str) -> None:
+    path = recipe_file(tmp_path, **sections)
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sections", "line"),
+    [
+        ({"actor": {"group_size": 1, "dynamic_sampling": False}}, "group_size 1 has no group mean"),
+        ({"actor": {"group_size": 1, "dynamic_sampling": False, "advantage_mean": "batch"}}, "group mean or deviation"),
+        (
+            {"actor": {"group_size": 1, "advantage_mean": "leave_one_out", "advantage_std": "none"}},
+            "group_size 1 leaves nobody in",
+        ),
+        (
+            {"actor": {"group_size": 1, "advantage_mean": "batch", "advantage_std": "batch"}},
+            "group_size 1 makes every group uniform",
+        ),
+        (
+            {"actor": {"mini_batches": 5}, "learner": {"groups_per_step": 4}},
+            "actor.mini_batches 5 is more than learner.groups_per_step 4",
+        ),
+        (
+            {"sampling": {"max_new_tokens": 513}, "learner": {"micro_batch_tokens": 512}},
+            "sampling.max_new_tokens 513 does not fit learner.micro_batch_tokens 512",
+        ),
+        ({"actor": {"overlong_tokens": 1025}}, "actor.overlong_tokens 1025 is more than sampling.max_new_tokens 1024"),
+        ({"actor": {"group_size": 257}}, "a group of 257 completions does not fit"),
+        ({"evaluation": {"num_samples": 257}}, "a group of 257 completions does not fit"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused(tmp_path: Path, sections: dict[str, Any], line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(recipe_file(tmp_path, **sections))
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_limits_themselves_are_accepted(tmp_path: Path) -> None:
+    sections = {
+        "actor": {"mini_batches": 4, "overlong_tokens": 512, "group_size": 256},
+        "sampling": {"max_new_tokens": 512},
+        "learner": {"groups_per_step": 4, "micro_batch_tokens": 512},
+    }
+    assert load_recipe(recipe_file(tmp_path, **sections)).config.actor.mini_batches == 4
+
+
+def test_every_problem_has_its_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(recipe_file(tmp_path, learner={"stepz": 1}, optimizer={"lr": -1}))
+    assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"), [("- a\n- b\n", "expected sections"), ("model: {", "not YAML"), (None, "cannot be read")]
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str | None, problem: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=problem):
+        load_recipe(path)
+
+
+def test_an_override_wins_and_every_value_names_its_source() -> None:
+    recipe = load_recipe(TINY, ["learner.steps=3", "optimizer.lr=1e-6", "actor.preset=token", "seed=7"])
+    assert (recipe.config.learner.steps, recipe.config.optimizer.lr, recipe.config.seed) == (3, 1e-6, 7)
+    assert recipe.sources["learner.steps"] == "--set learner.steps=3"
+    assert recipe.sources["seed"] == "--set seed=7"
+    assert recipe.sources["learner.groups_per_step"] == str(TINY)
+    assert recipe.sources["actor.importance_sampling_level"] == "preset token"
+    assert recipe.sources["learner.keep_versions"] == "default"
+    given = load_recipe(TINY, ["actor.preset=seed", "actor.eps_clip=0.1"])
+    assert given.sources["actor.eps_clip"] == "--set actor.eps_clip=0.1", "not the preset"
+
+
+def test_sources_are_exactly_the_settings() -> None:
+    recipe = load_recipe(TINY)
+    assert set(recipe.sources) == {".".join(path) for path in leaves(recipe.config.model_dump())}
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("learner.steps", "expected section.key=value"),
+        ("learner.steps={", "the value is not YAML"),
+        ("seed.deep=1", "seed is not a section|seed is"),
+        ("learner.stepz=1", "did you mean learner.steps"),
+    ],
+)
+def test_a_wrong_override_is_refused(override: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem) as caught:
+        load_recipe(TINY, [override])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_fills_in_and_what_is_given_wins(name: str) -> None:
+    filled = ActorConfig.model_validate({"preset": name})
+    for key, value in PRESETS[name].items():
+        assert getattr(filled, key) == value
+    plain = ActorConfig.model_validate({})
+    untouched = set(ActorConfig.model_fields) - set(PRESETS[name]) - {"preset"}
+    assert all(getattr(filled, key) == getattr(plain, key) for key in untouched)
+    for level in ("token", "sequence"):
+        given = ActorConfig.model_validate({"preset": name, "importance_sampling_level": level, "eps_clip": 0.05})
+        assert (given.importance_sampling_level, given.eps_clip) == (level, 0.05)
+
+
+def test_an_unknown_preset_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"actor\.preset is 'sead'"):
+        load_recipe(recipe_file(tmp_path, actor={"preset": "sead"}))

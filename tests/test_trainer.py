@@ -1,0 +1,158 @@
+"""A step on the demo's policy: splits change nothing, proximal is policy until the first update, reward goes up."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from common.config import RunConfig
+from common.wire import Group
+from services.learner.packing import Sample, pack
+from services.learner.policy import Policy
+from services.learner.trainer import Trainer
+from tests.making import make_group, make_rollout
+
+STEPS = {1: 0, 2: 1}
+
+
+def make_config(folder: Path, **sections: dict[str, Any]) -> RunConfig:
+    chosen: dict[str, Any] = {
+        "model": {"path": str(folder), "dtype": "float32"},
+        "task": {"name": "arithmetic"},
+        "sampling": {"max_new_tokens": 16},
+        "optimizer": {"lr": 1e-3},
+        "learner": {"device": "cpu", "gradient_checkpointing": False, "groups_per_step": 4, "num_threads": 1},
+    }
+    for name, section in sections.items():
+        chosen[name] = chosen.get(name, {}) | section
+    return RunConfig.model_validate(chosen)
+
+
+def make_trainer(config: RunConfig) -> Trainer:
+    return Trainer(config, Policy(config.model, config.learner))
+
+
+def make_batch(trainer: Trainer, drift: float = 0.0) -> list[Group]:
+    """Groups of random completions, behaviour = the trainer's present policy plus noise of `drift`."""
+    generator = np.random.default_rng(3)
+    groups = []
+    for index in range(4):
+        lengths = generator.integers(2, 9, 2)
+        rollouts = [
+            make_rollout(float(i), tokens=tuple(generator.integers(5, 500, n).tolist())) for i, n in enumerate(lengths)
+        ]
+        group = msgspec.structs.replace(make_group(f"0-{index}"), rollouts=rollouts)
+        for rollout in rollouts:
+            (m,) = pack([Sample(group, rollout, 0.0, np.zeros(rollout.num_trained_tokens, int))], 1000)
+            with torch.no_grad():
+                logprobs = trainer.policy.logprobs(m).numpy()
+            noise = generator.normal(0, drift, len(logprobs)).astype(np.float32)
+            rollout.behaviour_logprobs[:] = np.minimum(logprobs + noise, 0)
+        groups.append(group)
+    return groups
+
+
+def weights_after(config: RunConfig, drift: float = 0.0) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    trainer = make_trainer(config)
+    metrics = trainer.train(make_batch(trainer, drift), 0, STEPS)
+    return {name: tensor.clone() for name, tensor in trainer.policy.tensors().items()}, metrics
+
+
+def gradients_of(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """What the only update of a step would have used."""
+    trainer = make_trainer(config)
+    found: dict[str, torch.Tensor] = {}
+
+    def capture(lr: float) -> float:
+        found.update({name: m.grad.clone() for name, m in trainer.optimizer.masters.items() if m.grad is not None})
+        return 0.0
+
+    monkeypatch.setattr(trainer.optimizer, "update", capture)
+    return found, trainer.train(make_batch(trainer, drift=0.1), 0, STEPS)
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+def test_micro_batch_budgets_change_nothing(
+    demo_policy: Path, aggregation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor = {"loss_aggregation": aggregation, "group_size": 2}
+    large, small = ({"micro_batch_tokens": tokens} for tokens in (4096, 24))
+    whole, one = gradients_of(make_config(demo_policy, actor=actor, learner=large), monkeypatch)
+    split, other = gradients_of(make_config(demo_policy, actor=actor, learner=small), monkeypatch)
+    assert len(whole) > 30
+    for name, gradient in whole.items():
+        assert torch.allclose(gradient, split[name], atol=1e-5 * gradient.abs().max().item() + 1e-8, rtol=1e-3), name
+    for name in ("loss", "kl_behaviour_proximal", "ess", "behaviour_weight_max"):
+        assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-6), name
+
+
+def test_on_policy_metrics(demo_policy: Path) -> None:
+    _, metrics = weights_after(make_config(demo_policy, actor={"group_size": 2}))
+    assert metrics["importance_ratio_mean"] == pytest.approx(1.0)
+    assert metrics["ess"] == pytest.approx(1.0)
+    assert metrics["kl_behaviour_proximal"] == pytest.approx(0.0, abs=1e-9)
+    assert metrics["fresh_logprob_gap_max"] < 1e-4
+    assert metrics["skipped_updates"] == 0
+    assert 0 <= metrics["padding_share"] < 0.7
+
+
+def test_staleness_splits_the_kl(demo_policy: Path) -> None:
+    trainer = make_trainer(make_config(demo_policy, actor={"group_size": 2}))
+    metrics = trainer.train(make_batch(trainer, drift=0.2), 2, {1: 0})
+    assert metrics["kl_at_staleness_2"] == pytest.approx(metrics["kl_behaviour_proximal"])
+    assert metrics["kl_behaviour_proximal"] > 0.005 and metrics["ess"] < 0.99
+    assert "fresh_logprob_gap_max" not in metrics and metrics["token_staleness_mean"] == 2.0
+
+
+def test_with_several_mini_batches_the_ratio_moves_and_the_clip_can_act(demo_policy: Path) -> None:
+    config = make_config(
+        demo_policy, actor={"group_size": 2, "mini_batches": 4, "eps_clip": 1e-4}, optimizer={"lr": 1e-2}
+    )
+    _, metrics = weights_after(config)
+    assert metrics["importance_ratio_max"] > 1.001
+    assert metrics["clip_fraction"] > 0
+
+
+def test_reward_goes_up(demo_policy: Path) -> None:
+    """The better of two completions becomes more likely, relative to the worse one."""
+    trainer = make_trainer(make_config(demo_policy, actor={"group_size": 2}, optimizer={"lr": 1e-4}))
+    groups = make_batch(trainer)
+
+    def margins() -> list[float]:
+        found = []
+        for group in groups:
+            sums = []
+            for rollout in group.rollouts:
+                (m,) = pack([Sample(group, rollout, 0.0, np.zeros(rollout.num_trained_tokens, int))], 1000)
+                with torch.no_grad():
+                    sums.append(trainer.policy.logprobs(m).mean().item())
+            found.append(sums[1] - sums[0])
+        return found
+
+    before = margins()
+    trainer.train(groups, 0, STEPS)
+    assert sum(margins()) > sum(before) + 0.1
+
+
+def test_kl_to_the_reference_pulls_back(demo_policy: Path) -> None:
+    plain, _ = weights_after(make_config(demo_policy, actor={"group_size": 2, "mini_batches": 4}))
+    anchored, _ = weights_after(make_config(demo_policy, actor={"group_size": 2, "mini_batches": 4, "kl_coef": 10.0}))
+    start = make_trainer(make_config(demo_policy)).policy.tensors()
+
+    def distance(weights: dict[str, torch.Tensor]) -> float:
+        return sum((tensor - start[name]).pow(2).sum().item() for name, tensor in weights.items())
+
+    assert distance(anchored) != distance(plain)
+
+
+def test_bfloat16_trains_by_the_same_code(demo_policy: Path) -> None:
+    config = make_config(demo_policy, actor={"group_size": 2}, model={"dtype": "bfloat16"})
+    trainer = make_trainer(config)
+    before = {name: tensor.clone() for name, tensor in trainer.policy.tensors().items()}
+    trainer.train(make_batch(trainer), 0, STEPS)
+    changed = [name for name, tensor in trainer.policy.tensors().items() if not torch.equal(tensor, before[name])]
+    assert len(changed) > len(before) / 2
+    assert all(tensor.dtype == torch.bfloat16 for tensor in trainer.policy.tensors().values())
