@@ -1,20 +1,20 @@
 """The names of a run's keys in Redis: `headrace:{<run>}:…`, the braces literal, so that a run is one hash slot.
 
-    tickets     stream, group `generation`   open work, leased by replicas                        written by learner
-    eval        stream, group `generation`   evaluation tickets, beside admission                 learner
-    groups      stream, group `learner`      scored groups, each exactly once per ticket          replicas
-    evaluated   stream, group `learner`      scored evaluation groups, outside admission          replicas
-    dead        stream                       what could not be generated, scored or decoded       either
-    ledger      hash                         ticket id -> state                                   either
-    cursor      hash                         epoch and index of the next prompt                   learner
-    replicas    hash-slot prefix, TTL keys   heartbeats                                           replicas
-    learner     hash                         step, version, phase, the reason when it waits       learner
-    epoch       counter                      fences learners                                      learner
-    weights     hash                         newest version, its manifest's SHA-256 and URL       learner
-    versions    hash                         weight version -> the step that made it              learner
-    config      string                       the resolved configuration, for replicas that join   learner
-    control     hash                         desired state                                        control, launcher
-    events      stream, bounded              what happened, for the page and the command line     everybody
+tickets     stream, group `generation`   open work, leased by replicas                        written by learner
+eval        stream, group `generation`   evaluation tickets, beside admission                 learner
+groups      stream, group `learner`      scored groups, each exactly once per ticket          replicas
+evaluated   stream, group `learner`      scored evaluation groups, outside admission          replicas
+dead        stream                       what could not be generated, scored or decoded       either
+ledger      hash                         ticket id -> state                                   either
+cursor      hash                         epoch and place of the next prompt                   learner
+replicas    hash-slot prefix, TTL keys   heartbeats                                           replicas
+learner     hash                         step, version, phase, the reason when it waits       learner
+epoch       counter                      fences learners                                      learner
+weights     hash                         newest version, its manifest's SHA-256 and URL       learner
+versions    hash                         weight version -> the step that made it              learner
+config      string                       the resolved configuration, for replicas that join   learner
+control     hash                         desired state                                        control, launcher
+events      stream, bounded              what happened, for the page and the command line     everybody
 """
 
 import re
@@ -27,7 +27,9 @@ class Keys:
 
     def __init__(self, run: str) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", run):
-            raise ValueError(f"run {run!r}: expected 1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit")
+            raise ValueError(
+                f"run {run!r}: expected 1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit"
+            )
         prefix = f"headrace:{{{run}}}:"
         self.tickets = prefix + "tickets"
         self.eval = prefix + "eval"

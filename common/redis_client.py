@@ -22,7 +22,11 @@ DURABLE = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "no
 def connect(url: str) -> redis.Redis:
     """For code that runs in threads. Does not connect yet."""
     return redis.Redis.from_url(
-        url, retry=Retry(_BACKOFF, _NUM_RETRIES), retry_on_error=_ERRORS, socket_timeout=30.0, socket_connect_timeout=5.0
+        url,
+        retry=Retry(_BACKOFF, _NUM_RETRIES),
+        retry_on_error=_ERRORS,
+        socket_timeout=30.0,
+        socket_connect_timeout=5.0,
     )
 
 

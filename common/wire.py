@@ -6,7 +6,8 @@ ids with a loss mask over them, so that several turns with tool output in betwee
 """
 
 import math
-from typing import Annotated, Any, Literal
+from itertools import pairwise
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -149,6 +150,9 @@ class Heartbeat(msgspec.Struct, frozen=True):
     schema: int = SCHEMA
 
 
+Payload = TypeVar("Payload", Ticket, Group, Heartbeat)
+
+
 def _encode_array(value: object) -> bytes:
     if isinstance(value, np.ndarray):
         return value.astype("<f4", copy=False).tobytes()
@@ -217,12 +221,13 @@ def _rollout_problem(rollout: Rollout) -> str:
         return f"behaviour log-probability {rollout.behaviour_logprobs.max():.4f} is above 0"
     edges = [0, *(span.end for span in rollout.version_spans)]
     starts = [span.start for span in rollout.version_spans]
-    if starts != edges[:-1] or edges[-1] != num_trained or any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
-        return f"version spans {[(s.version, s.start, s.end) for s in rollout.version_spans]} do not tile {num_trained} tokens"
+    if starts != edges[:-1] or edges[-1] != num_trained or any(start >= end for start, end in pairwise(edges)):
+        spans = [(span.version, span.start, span.end) for span in rollout.version_spans]
+        return f"version spans {spans} do not tile {num_trained} tokens"
     return ""
 
 
-def _decode(decoder: msgspec.msgpack.Decoder[Any], payload: bytes) -> Any:
+def _decode(decoder: msgspec.msgpack.Decoder[Payload], payload: bytes) -> Payload:
     try:
         value = decoder.decode(payload)
     except (msgspec.DecodeError, msgspec.ValidationError, ValueError) as error:

@@ -142,9 +142,7 @@ def test_without_dynamic_sampling_uniform_groups_are_trained(client: redis.Redis
     assert harness.intake.take_batch(1.0, never) is not None
 
 
-def test_stale_groups_are_dropped_at_packing_and_their_prompt_comes_once_more(
-    client: redis.Redis, keys: Keys
-) -> None:
+def test_stale_groups_are_dropped_at_packing_and_their_prompt_comes_once_more(client: redis.Redis, keys: Keys) -> None:
     harness = Harness(client, keys, make_config())
     harness.turn()
     harness.answer(keys.tickets)
@@ -247,9 +245,7 @@ def test_a_restarted_intake_skips_what_the_checkpoint_recorded_and_takes_the_res
     assert [arrived.group.ticket.id for arrived in again] == ["0-4", "0-5", "0-6", "0-7"]
 
 
-def test_groups_leave_redis_one_checkpoint_after_the_one_that_recorded_them(
-    client: redis.Redis, keys: Keys
-) -> None:
+def test_groups_leave_redis_one_checkpoint_after_the_one_that_recorded_them(client: redis.Redis, keys: Keys) -> None:
     harness = Harness(client, keys, make_config())
     harness.turn()
     harness.answer(keys.tickets, rewards=(1.0, 1.0))

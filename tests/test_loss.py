@@ -34,9 +34,7 @@ def packed(settings: ActorConfig) -> tuple[PolicyLoss, Tensor]:
     policy = torch.tensor(POLICY, dtype=torch.float64, requires_grad=True)
     proximal, behaviour = (torch.tensor(values, dtype=torch.float64) for values in (PROXIMAL, BEHAVIOUR))
     advantages = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
-    result = policy_loss(
-        policy, proximal, behaviour, advantages, torch.ones(5), settings, sequence_offsets=OFFSETS
-    )
+    result = policy_loss(policy, proximal, behaviour, advantages, torch.ones(5), settings, sequence_offsets=OFFSETS)
     result.loss.backward()
     assert policy.grad is not None
     return result, policy.grad
@@ -197,18 +195,14 @@ def as_packed(sequences: list[dict[str, list[float]]], variant: ActorConfig) -> 
 def as_padded(sequences: list[dict[str, list[float]]], variant: ActorConfig) -> tuple[PolicyLoss, list[Tensor]]:
     """Prompt and padding positions hold NaN: nothing outside the mask may matter."""
     width = max(len(q["policy"]) for q in sequences) + 2
-    columns = {
-        name: torch.full((len(sequences), width), math.nan, dtype=torch.float64) for name in sequences[0]
-    }
+    columns = {name: torch.full((len(sequences), width), math.nan, dtype=torch.float64) for name in sequences[0]}
     mask = torch.zeros(len(sequences), width)
     for row, q in enumerate(sequences):
         mask[row, 1 : 1 + len(q["policy"])] = 1
         for name, values in q.items():
             columns[name][row, 1 : 1 + len(values)] = torch.tensor(values, dtype=torch.float64)
     policy = columns["policy"].requires_grad_()
-    result = policy_loss(
-        policy, columns["proximal"], columns["behaviour"], columns["advantages"], mask, variant
-    )
+    result = policy_loss(policy, columns["proximal"], columns["behaviour"], columns["advantages"], mask, variant)
     result.loss.backward()
     assert policy.grad is not None
     return result, [policy.grad[row, 1 : 1 + len(q["policy"])] for row, q in enumerate(sequences)]
@@ -281,7 +275,12 @@ def test_one_advantage_per_sequence_is_spread_over_its_tokens() -> None:
     other = torch.tensor(PROXIMAL, dtype=torch.float64)
     per_sequence = torch.tensor([1.0, -1.0], dtype=torch.float64)
     result = policy_loss(
-        values, other, torch.tensor(BEHAVIOUR, dtype=torch.float64), per_sequence, torch.ones(5), actor(),
+        values,
+        other,
+        torch.tensor(BEHAVIOUR, dtype=torch.float64),
+        per_sequence,
+        torch.ones(5),
+        actor(),
         sequence_offsets=OFFSETS,
     )
     assert result.loss.item() == pytest.approx(-0.2133632542, abs=1e-9)
@@ -299,9 +298,7 @@ def test_shapes_that_contradict_each_other_are_refused() -> None:
         policy_loss(square, flat, square, square, square, actor())
 
 
-@pytest.mark.parametrize(
-    ("estimator", "expected"), [("k1", 0.5), ("k2", 0.125), ("k3", math.exp(-0.5) - 1 + 0.5)]
-)
+@pytest.mark.parametrize(("estimator", "expected"), [("k1", 0.5), ("k2", 0.125), ("k3", math.exp(-0.5) - 1 + 0.5)])
 def test_kl_estimators(estimator, expected: float) -> None:  # type: ignore[no-untyped-def]
     assert reference_kl(torch.tensor(-1.0), torch.tensor(-1.5), estimator).item() == pytest.approx(expected)
     assert reference_kl(torch.tensor(0.0), torch.tensor(-50.0), "k1").item() == 10.0

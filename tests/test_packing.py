@@ -23,7 +23,7 @@ def sample(name: str, prompt: list[int], tokens: list[int], mask: list[int], adv
 
 @st.composite
 def batches(draw: st.DrawFn) -> list[Sample]:
-    samples = []
+    samples: list[Sample] = []
     for group in range(draw(st.integers(1, 6))):
         prompt = draw(st.lists(st.integers(1, 99), min_size=1, max_size=6))
         for _ in range(draw(st.integers(1, 3))):

@@ -28,7 +28,9 @@ def policy(demo_policy: Path) -> Policy:
 def as_sample(prompt: list[int], rollout: Rollout, temperature: float) -> Sample:
     sampling = Sampling(temperature, 64, [1])
     ticket = make_ticket(f"0-{len(prompt)}", prompt_tokens=prompt, num_completions=1, sampling=sampling)
-    return Sample(Group(ticket, [rollout], "r", Timings(0, 0, 0)), rollout, 1.0, np.zeros(rollout.num_trained_tokens, int))
+    return Sample(
+        Group(ticket, [rollout], "r", Timings(0, 0, 0)), rollout, 1.0, np.zeros(rollout.num_trained_tokens, int)
+    )
 
 
 def test_equals_a_plain_forward_pass_whatever_the_padding_and_the_temperature(policy: Policy) -> None:
@@ -36,12 +38,13 @@ def test_equals_a_plain_forward_pass_whatever_the_padding_and_the_temperature(po
     samples = []
     for length, temperature in ((3, 1.0), (17, 0.7), (9, 1.3), (1, 1.0)):
         tokens = tuple(generator.integers(5, 500, length).tolist())
-        samples.append(as_sample(generator.integers(5, 500, length + 2).tolist(), make_rollout(tokens=tokens), temperature))
+        samples.append(
+            as_sample(generator.integers(5, 500, length + 2).tolist(), make_rollout(tokens=tokens), temperature)
+        )
     (micro_batch,) = pack(samples, 1000)
     with torch.no_grad():
         ours = policy.logprobs(micro_batch)
-    row = 0
-    for sample in sorted(samples, key=lambda s: -s.num_tokens):
+    for row, sample in enumerate(sorted(samples, key=lambda s: -s.num_tokens)):
         prompt = sample.group.ticket.prompt_tokens
         ids = torch.tensor([prompt + sample.rollout.tokens])
         with torch.no_grad():
@@ -49,7 +52,6 @@ def test_equals_a_plain_forward_pass_whatever_the_padding_and_the_temperature(po
         plain = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None]).squeeze(1)
         start, end = micro_batch.sequence_offsets[row : row + 2]
         assert torch.allclose(ours[start:end].double(), plain, atol=1e-5)
-        row += 1
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -78,9 +80,7 @@ def test_agrees_with_sglang_within_1e_4(
             await engine.aclose()
 
     completions = asyncio.run(sample())
-    samples = [
-        as_sample(ticket.prompt_tokens, as_rollout(completion), temperature) for completion in completions
-    ]
+    samples = [as_sample(ticket.prompt_tokens, as_rollout(completion), temperature) for completion in completions]
     (micro_batch,) = pack(samples, 10_000)
     with torch.no_grad():
         gap = policy.logprobs(micro_batch) - torch.from_numpy(micro_batch.behaviour_logprobs.copy())
@@ -121,7 +121,7 @@ def test_cuda_without_a_gpu_is_one_clear_error() -> None:
         assert pick_device("auto").type == "cuda"
     else:
         assert pick_device("auto").type == "cpu"
-        with pytest.raises(ValueError, match="learner.device is 'cuda', but torch sees no GPU"):
+        with pytest.raises(ValueError, match=r"learner\.device is 'cuda', but torch sees no GPU"):
             pick_device("cuda")
 
 

@@ -70,7 +70,13 @@ def learner(tmp_path: Path, client: redis.Redis, keys: Keys, demo_policy: Path) 
 
 @contextlib.asynccontextmanager
 async def running_replica(
-    redis_url: str, keys: Keys, engine_url: str, model: Path, name: str = "a", task: str = "arithmetic", **settings: object
+    redis_url: str,
+    keys: Keys,
+    engine_url: str,
+    model: Path,
+    name: str = "a",
+    task: str = "arithmetic",
+    **settings: object,
 ) -> AsyncIterator[Replica]:
     """Serves until the block ends, then drains."""
     config = GenerationConfig.model_validate({"lease_s": 1.0, "max_attempts": 2, **settings})
@@ -224,9 +230,7 @@ def test_a_drained_replica_hands_back_what_it_cannot_finish(
     assert decode_ticket(fields[b"ticket"]).attempts == 0, "a hand-back is no attempt"
 
 
-def test_a_silent_replicas_ticket_is_claimed(
-    learner: Learner, start: Start, client: redis.Redis, keys: Keys
-) -> None:
+def test_a_silent_replicas_ticket_is_claimed(learner: Learner, start: Start, client: redis.Redis, keys: Keys) -> None:
     learner.publish(0)
     learner.issue("0-0")
     client.xreadgroup("generation", "dead-replica", {keys.tickets: ">"}, count=1)
@@ -259,9 +263,7 @@ def test_weights_that_do_not_match_quarantine_the_replica_until_a_good_version(
     run(scenario)
 
 
-def test_the_replicas_switches_need_the_token(
-    learner: Learner, start: Start, client: redis.Redis, keys: Keys
-) -> None:
+def test_the_replicas_switches_need_the_token(learner: Learner, start: Start, client: redis.Redis, keys: Keys) -> None:
     learner.publish(0)
 
     async def scenario() -> None:

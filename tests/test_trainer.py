@@ -61,7 +61,9 @@ def weights_after(config: RunConfig, drift: float = 0.0) -> tuple[dict[str, torc
     return {name: tensor.clone() for name, tensor in trainer.policy.tensors().items()}, metrics
 
 
-def gradients_of(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+def gradients_of(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """What the only update of a step would have used."""
     trainer = make_trainer(config)
     found: dict[str, torch.Tensor] = {}

@@ -88,7 +88,7 @@ def test_bytes_that_are_not_the_manifests_are_refused(tmp_path: Path, client: re
     content = bytearray((folder / MODEL_FILE).read_bytes())
     content[-1] ^= 1
     (folder / MODEL_FILE).write_bytes(content)
-    with pytest.raises(WeightsError, match="version 1, model.safetensors"):
+    with pytest.raises(WeightsError, match=r"version 1, model\.safetensors"):
         verify(folder, manifest)
 
 

@@ -89,9 +89,9 @@ class ActorConfig(Section):
     use_decoupled_loss: bool = Field(
         True, description="Ratio against the proximal policy, weighted by proximal/behaviour; else against behaviour."
     )
-    behav_imp_weight_mode: Literal[
-        "token_mask", "token_truncate", "sequence_mask", "sequence_truncate", "disabled"
-    ] = Field("token_mask", description="How the behaviour weight is formed and what happens above the cap.")
+    behav_imp_weight_mode: Literal["token_mask", "token_truncate", "sequence_mask", "sequence_truncate", "disabled"] = (
+        Field("token_mask", description="How the behaviour weight is formed and what happens above the cap.")
+    )
     behav_imp_weight_cap: float = Field(5.0, gt=0, description="The behaviour weight's cap.")
     behaviour_clip: bool = Field(
         True,
@@ -127,7 +127,9 @@ class ActorConfig(Section):
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
         if self.group_size == 1 and ("group" in (self.advantage_mean, self.advantage_std)):
-            raise ValueError("group_size 1 has no group mean or deviation: set advantage_mean and advantage_std to 'batch' or 'none'")
+            raise ValueError(
+                "group_size 1 has no group mean or deviation: set advantage_mean and advantage_std to 'batch' or 'none'"
+            )
         if self.group_size == 1 and self.advantage_mean == "leave_one_out":
             raise ValueError("group_size 1 leaves nobody in for advantage_mean 'leave_one_out'")
         if self.group_size == 1 and self.dynamic_sampling:

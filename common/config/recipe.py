@@ -60,7 +60,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(given, dict):
         raise ConfigError(f"{path}: expected sections such as 'model:' and 'task:', got {type(given).__name__}")
-    return _floats_as_written(given)
+    resolved: dict[str, Any] = _floats_as_written(given)
+    return resolved
 
 
 def _floats_as_written(value: Any) -> Any:
@@ -101,8 +102,8 @@ def _leaves(given: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 def _all_sources(given: dict[str, Any], sources: dict[str, str]) -> dict[str, str]:
     preset = (given.get("actor") or {}).get("preset")
-    filled_in = {f"actor.{key}": f"preset {preset}" for key in PRESETS.get(preset, {})}
-    every = {key: "default" for key in _setting_names(RunConfig)}
+    filled_in = {f"actor.{key}": f"preset {preset}" for key in PRESETS.get(str(preset), {})}
+    every = dict.fromkeys(_setting_names(RunConfig), "default")
     return every | filled_in | {key: source for key, source in sources.items() if key in every}
 
 

@@ -79,7 +79,9 @@ class EngineConfig(Section):
     url: str | None = Field(None, description="Attach to a running SGLang server instead of starting one.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is a GPU.")
     max_running_requests: int = Field(256, ge=1, description="Completions decoded at one time.")
-    max_total_tokens: int | None = Field(None, ge=256, description="Tokens in the KV cache; default: what fits, 65,536 on a CPU.")
+    max_total_tokens: int | None = Field(
+        None, ge=256, description="Tokens in the KV cache; default: what fits, 65,536 on a CPU."
+    )
     memory_fraction: float | None = Field(
         None, gt=0, lt=1, description="Of the device, for weights and KV cache; default: SGLang's choice, 0.3 on a CPU."
     )
@@ -128,10 +130,13 @@ class RunConfig(Section):
     def _check_combinations(self) -> Self:
         groups, tokens = self.learner.groups_per_step, self.learner.micro_batch_tokens
         if self.actor.mini_batches > groups:
-            raise ValueError(f"actor.mini_batches {self.actor.mini_batches} is more than learner.groups_per_step {groups}")
+            raise ValueError(
+                f"actor.mini_batches {self.actor.mini_batches} is more than learner.groups_per_step {groups}"
+            )
         if self.sampling.max_new_tokens > tokens:
             raise ValueError(
-                f"sampling.max_new_tokens {self.sampling.max_new_tokens} does not fit learner.micro_batch_tokens {tokens}"
+                f"sampling.max_new_tokens {self.sampling.max_new_tokens} does not fit "
+                f"learner.micro_batch_tokens {tokens}"
             )
         if self.actor.overlong_tokens > self.sampling.max_new_tokens:
             raise ValueError(

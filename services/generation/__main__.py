@@ -53,7 +53,7 @@ def main() -> int:
         return 2
     try:
         asyncio.run(_serve(arguments, config, token, sock))
-    except Exception:  # the process's top
+    except Exception:  # noqa: BLE001 - the process's top
         _log.exception("the replica failed")
         return 1
     return 0
@@ -77,7 +77,9 @@ def _wait_for_config(arguments: argparse.Namespace) -> RunConfig:
     deadline = time.monotonic() + RUN_TIMEOUT_S
     while (found := client.get(key)) is None:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"run {arguments.run!r} has no learner: no configuration in Redis for {RUN_TIMEOUT_S:.0f} s")
+            raise TimeoutError(
+                f"run {arguments.run!r} has no learner: no configuration in Redis for {RUN_TIMEOUT_S:.0f} s"
+            )
         time.sleep(POLL_S)
     return RunConfig.model_validate_json(found)
 
@@ -119,12 +121,13 @@ async def _serve(arguments: argparse.Namespace, config: RunConfig, token: str, s
         folder = await asyncio.to_thread(local_model_folder, config.model.path)
         weights = WeightFollower(client, keys, folder, announce)
         stack.push_async_callback(weights.close)
-        server = None
-        if settings.engine.url is None:
+        server, engine_url = None, settings.engine.url
+        if engine_url is None:
             log = arguments.log_folder / f"sglang-{arguments.name}.log"
             server = EngineServer(settings.engine, config.model.dtype, log)
             stack.push_async_callback(server.stop)
-        engine = Engine(settings.engine.url or server.url, request_timeout_s=settings.request_timeout_s)
+            engine_url = server.url
+        engine = Engine(engine_url, request_timeout_s=settings.request_timeout_s)
         stack.push_async_callback(engine.aclose)
         replica = Replica(arguments.name, url_of(sock), settings, tickets, engine, server, rewards, weights)
         await stack.enter_async_context(_http(replica, token, sock))

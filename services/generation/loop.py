@@ -183,7 +183,9 @@ class Replica:
 
     async def _answer(self, lease: Lease) -> None:
         if lease.num_deliveries > self.config.max_attempts:
-            await self.tickets.fail(lease, f"delivered {lease.num_deliveries} times, never answered", self.config.max_attempts)
+            await self.tickets.fail(
+                lease, f"delivered {lease.num_deliveries} times, never answered", self.config.max_attempts
+            )
             return
         try:
             group = await self._make_group(lease)

@@ -92,7 +92,9 @@ class TicketStore:
     async def commit(self, lease: Lease, group: Group) -> bool:
         """Adds the group and retires its ticket; False if somebody else already has."""
         target = self.keys.evaluated if lease.ticket.kind == "eval" else self.keys.groups
-        return await self._move(lease.stream, lease.entry_id, lease.ticket.id, target, "queued", {"group": encode(group)})
+        return await self._move(
+            lease.stream, lease.entry_id, lease.ticket.id, target, "queued", {"group": encode(group)}
+        )
 
     async def fail(self, lease: Lease, reason: str, max_attempts: int) -> None:
         """One attempt more: the ticket goes back to its stream, or to `dead` after the last."""

@@ -105,7 +105,9 @@ class WeightFollower:
             self._swapped.notify_all()
         if outdated is not None:
             shutil.rmtree(outdated, ignore_errors=True)
-        _log.info("serving version %d: %d bytes in %.3f s, paused %.3f s", self.version, num_bytes, fetch_s, timings.pause_s)
+        _log.info(
+            "serving version %d: %d bytes in %.3f s, paused %.3f s", self.version, num_bytes, fetch_s, timings.pause_s
+        )
         await self._on_swap(published.version, timings, fetch_s, num_bytes)
 
     async def _fetch(self, published: Published, folder: Path) -> int:
@@ -123,7 +125,11 @@ class WeightFollower:
                         file.write(chunk)
         await asyncio.to_thread(verify, folder, manifest)
         for path in self.model_folder.iterdir():
-            if path.is_file() and path.suffix not in (".safetensors", ".bin") and path.name != f"{MODEL_FILE}.index.json":
+            if (
+                path.is_file()
+                and path.suffix not in (".safetensors", ".bin")
+                and path.name != f"{MODEL_FILE}.index.json"
+            ):
                 (folder / path.name).symlink_to(path.resolve())
         return manifest.num_bytes
 

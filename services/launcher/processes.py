@@ -76,7 +76,9 @@ def start_redis(folder: Path, log: Path) -> tuple[Service, str]:
         except redis.ConnectionError as error:
             if service.returncode is not None or time.monotonic() > deadline:
                 service.stop(1.0)
-                raise ValueError(f"the embedded Redis did not start; the end of {log}:\n{service.log_tail()}") from error
+                raise ValueError(
+                    f"the embedded Redis did not start; the end of {log}:\n{service.log_tail()}"
+                ) from error
             time.sleep(0.05)
 
 

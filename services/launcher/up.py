@@ -61,7 +61,9 @@ def up(recipe: Recipe, run: str, runs_folder: Path, console: Console) -> None:
             folder / "logs" / "learner.log",
         )
         stack.callback(learner.stop, LEARNER_GRACE_S)
-        replicas = Replicas(recipe.config.generation.replicas, [*common, "--token-file", str(folder / "token")], folder / "logs")
+        replicas = Replicas(
+            recipe.config.generation.replicas, [*common, "--token-file", str(folder / "token")], folder / "logs"
+        )
         stack.callback(replicas.stop)
         _watch(learner, replicas, watcher, interrupted)
     _tell_results(folder, console)
@@ -82,9 +84,11 @@ class Replicas:
             if service.returncode is None:
                 continue
             if self.num_restarts == MAX_RESTARTS or service.returncode == 2:
-                raise Failed(f"{service.name} ended with {service.returncode}; the end of {service.log}:\n{service.log_tail()}")
+                raise Failed(
+                    f"{service.name} ended with {service.returncode}; the end of {service.log}:\n{service.log_tail()}"
+                )
             self.num_restarts += 1
-            yield f"{service.name} ended with {service.returncode}: starting it again ({self.num_restarts} of {MAX_RESTARTS})"
+            yield f"{service.name} ended with {service.returncode}: start {self.num_restarts} of {MAX_RESTARTS} more"
             self.services[index] = self._start(index)
 
     def stop(self) -> None:
@@ -103,7 +107,9 @@ class Replicas:
 def _interrupts() -> Iterator[list[int]]:
     """Collects SIGINT and SIGTERM instead of dying of them."""
     received: list[int] = []
-    before = {number: signal.signal(number, lambda n, _: received.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, lambda n, _: received.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield received
     finally:

@@ -74,7 +74,10 @@ class Watcher:
                 self.say(self._step_line(event))
         elif kind == "evaluation":
             self._evaluations.append(event)
-            self.say(f"held-out pass@1 {event['held_out']:.3f} after step {event['step']}, {event['num_completions']} completions")
+            self.say(
+                f"held-out pass@1 {event['held_out']:.3f} after step {event['step']}, "
+                f"{event['num_completions']} completions"
+            )
 
     def _step_line(self, event: Event) -> str:
         cells = ", ".join(f"{name} {value(event)}" for name, value in COLUMNS.items())
@@ -104,7 +107,9 @@ class Watcher:
             table.add_row(*(value(event) for value in COLUMNS.values()), held_out.get(event["step"], ""))
         latest = f", held-out pass@1 {self._evaluations[-1]['held_out']:.3f}" if self._evaluations else ""
         done = len(self._steps) and self._steps[-1]["step"]
-        head = Text(f"step {done} of {self.num_steps}{latest} · {time.monotonic() - self.started:.0f} s · {self._phase}")
+        head = Text(
+            f"step {done} of {self.num_steps}{latest} · {time.monotonic() - self.started:.0f} s · {self._phase}"
+        )
         return Group(head, table) if self._steps else Group(head)
 
 

@@ -100,7 +100,7 @@ def _learn(config: RunConfig, folder: Path, token: str, client: Any, keys: Keys,
         except Fenced as error:
             _log.error("%s", error)
             return 3
-        except Exception as error:  # the process's top
+        except Exception as error:  # noqa: BLE001 - the process's top
             _log.exception("the learner failed")
             client.hset(keys.learner, mapping={"phase": "failed", "reason": str(error)})
             return 1

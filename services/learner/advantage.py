@@ -19,7 +19,9 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, settings: ActorConfig) 
     r' = clip((r + reward_bias) * reward_scaling, ±reward_clip), A = (r' - mean) / (std + 1e-5), std unbiased.
     """
     if rewards.dim() != 1 or rewards.shape != group_ids.shape:
-        raise ValueError(f"rewards {tuple(rewards.shape)} and group_ids {tuple(group_ids.shape)}: expected (B,) and (B,)")
+        raise ValueError(
+            f"rewards {tuple(rewards.shape)} and group_ids {tuple(group_ids.shape)}: expected (B,) and (B,)"
+        )
     shaped = shape_rewards(rewards.double(), settings)
     _, groups = torch.unique(group_ids.to(rewards.device), return_inverse=True)
     advantages = shaped - _mean(shaped, groups, settings)

@@ -60,4 +60,6 @@ def assemble(
     intake.counts.update(record.counts if record else {})
     progress = Progress(step=record.step if record else 0, wall_s_before=record.wall_s if record else 0.0)
     metrics = MetricsFile(folder / METRICS_FILE, progress.step)
-    return Loop(config, folder / "checkpoints", store, trainer, intake, versions, switches, metrics, progress), tokenizer
+    return Loop(
+        config, folder / "checkpoints", store, trainer, intake, versions, switches, metrics, progress
+    ), tokenizer

@@ -15,7 +15,7 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
 
     `hidden` `(N, H)`, `weight` `(V, H)`, `targets` `(N,)` int64, `temperature` `(N,)`: each token's own.
     """
-    result: Tensor = _TokenLogprobs.apply(hidden, weight, targets, temperature, chunk_tokens)
+    result: Tensor = _TokenLogprobs.apply(hidden, weight, targets, temperature, chunk_tokens)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -37,7 +37,9 @@ class _TokenLogprobs(torch.autograd.Function):
             parts.append(chosen - logits.logsumexp(dim=1))
         ctx.save_for_backward(hidden, weight, targets, temperature)
         ctx.chunk_tokens = chunk_tokens
-        return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        return (
+            torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        )
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 from common.config import RunConfig
 from services.learner.api import Switches
 from services.learner.checkpoint import Record, save_checkpoint
-from services.learner.intake import Arrived, Intake
+from services.learner.intake import Intake
 from services.learner.metrics import staleness_metrics
 from services.learner.report import MetricsFile
 from services.learner.store import LearnerStore
@@ -22,7 +22,16 @@ from services.learner.versions import Versions
 
 EVALUATION_TIMEOUT_S = 600.0
 SWITCH_POLL_S = 0.2
-_LOGGED = ("step", "held_out", "reward_mean", "loss", "gradient_norm", "kl_behaviour_proximal", "staleness_mean", "step_s")
+_LOGGED = (
+    "step",
+    "held_out",
+    "reward_mean",
+    "loss",
+    "gradient_norm",
+    "kl_behaviour_proximal",
+    "staleness_mean",
+    "step_s",
+)
 _log = logging.getLogger(__name__)
 
 

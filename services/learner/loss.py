@@ -92,9 +92,7 @@ def policy_loss(
     return PolicyLoss(loss, metrics, num_tokens=int(tokens.mask.sum()), weight=aggregated_over)
 
 
-def reference_kl(
-    policy_logprobs: Tensor, reference_logprobs: Tensor, estimator: Literal["k1", "k2", "k3"]
-) -> Tensor:
+def reference_kl(policy_logprobs: Tensor, reference_logprobs: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
     """Per-token estimate of KL(policy ‖ reference), of the inputs' shape; d is clamped to ±10.
 
     k1 = d, k2 = d²/2, k3 = exp(-d) - 1 + d with d = log policy - log reference (joschu.net/blog/kl-approx.html).

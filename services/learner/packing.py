@@ -8,6 +8,7 @@ real token sees the padding, so that no attention mask is needed.
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -77,10 +78,7 @@ def split_mini_batches(samples: Sequence[Sample], num_mini_batches: int, seed: s
     if num_mini_batches > 1:
         random.Random(seed).shuffle(groups)
     bounds = [len(groups) * i // num_mini_batches for i in range(num_mini_batches + 1)]
-    return [
-        [sample for group in groups[start:end] for sample in group]
-        for start, end in zip(bounds, bounds[1:], strict=False)
-    ]
+    return [[sample for group in groups[start:end] for sample in group] for start, end in pairwise(bounds)]
 
 
 def pack(samples: Sequence[Sample], max_tokens: int) -> list[MicroBatch]:

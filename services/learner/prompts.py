@@ -1,7 +1,7 @@
 """Tickets from a task's prompts: rendered by the model's chat template, tokenized, numbered by the data cursor.
 
-Ticket ids name the data: `epoch-index` for training, with `.n` behind it for the n-th replacement of a stale group,
-and `eval-step-index` for evaluation. The same id is never issued twice, whatever restarts.
+Ticket ids name the data: `epoch-place` for training, with `.n` behind it for the n-th replacement of a stale group,
+and `eval-step-place` for evaluation. The same id is never issued twice, whatever restarts.
 """
 
 import itertools
@@ -19,7 +19,9 @@ from services.learner.store import Cursor
 class TicketSource:
     """Raises `ValueError` if the task has no prompts or one of them leaves the model no room."""
 
-    def __init__(self, config: RunConfig, task: Task, tokenizer: Any, stop_token_ids: list[int], cursor: Cursor) -> None:
+    def __init__(
+        self, config: RunConfig, task: Task, tokenizer: Any, stop_token_ids: list[int], cursor: Cursor
+    ) -> None:
         self.config = config
         self.task = task
         self.tokenizer = tokenizer
@@ -34,14 +36,14 @@ class TicketSource:
     def _next(self, step: int, version: int) -> Ticket:
         prompt = next(self._prompts, None)
         if prompt is None:
-            if self.cursor.index == 0:
+            if self.cursor.place == 0:
                 raise ValueError(f"task {self.config.task.name!r} has no training prompts")
             self.cursor = Cursor(self.cursor.epoch + 1, 0)
             self._prompts = self._from(self.cursor)
             return self._next(step, version)
-        epoch, index = self.cursor
-        self.cursor = Cursor(epoch, index + 1)
-        return self._ticket(prompt, f"{epoch}-{index}", "train", self.config.actor.group_size, step, version)
+        epoch, place = self.cursor
+        self.cursor = Cursor(epoch, place + 1)
+        return self._ticket(prompt, f"{epoch}-{place}", "train", self.config.actor.group_size, step, version)
 
     def reissue(self, ticket: Ticket, step: int, version: int) -> Ticket:
         """The same prompt once more, in place of a stale group."""
@@ -70,7 +72,7 @@ class TicketSource:
 
     def _from(self, cursor: Cursor) -> Iterator[Prompt]:
         prompts = self.task.prompts("train", seed=self.config.seed, epoch=cursor.epoch)
-        return itertools.islice(prompts, cursor.index, None)
+        return itertools.islice(prompts, cursor.place, None)
 
     def _ticket(self, prompt: Prompt, name: str, kind: Any, count: int, step: int, version: int) -> Ticket:
         text = self.tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True, tokenize=False)

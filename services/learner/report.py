@@ -71,7 +71,9 @@ def draw_curve(rows: Sequence[Row], path: Path) -> None:
     steps = [row for row in rows if row["kind"] == "step"]
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot([r["step"] for r in steps], [r["reward_mean"] for r in steps], alpha=0.45, label="reward of sampled completions")
+    axes.plot(
+        [r["step"] for r in steps], [r["reward_mean"] for r in steps], alpha=0.45, label="reward of sampled completions"
+    )
     axes.plot(
         [r["step"] for r in evaluations], [r["held_out"] for r in evaluations], marker="o", label="held-out pass@1"
     )

@@ -41,7 +41,7 @@ for i = 4, #ARGV, 2 do
     redis.call('XADD', KEYS[2], '*', 'id', ARGV[i], 'ticket', ARGV[i + 1])
   end
 end
-if ARGV[2] ~= '' then redis.call('HSET', KEYS[4], 'epoch', ARGV[2], 'index', ARGV[3]) end
+if ARGV[2] ~= '' then redis.call('HSET', KEYS[4], 'epoch', ARGV[2], 'place', ARGV[3]) end
 return 'OK'
 """
 )
@@ -54,10 +54,10 @@ class Fenced(RuntimeError):
 
 
 class Cursor(NamedTuple):
-    """The next prompt of the data: index within an epoch."""
+    """The next prompt of the data: its place within an epoch."""
 
     epoch: int
-    index: int
+    place: int
 
 
 class Entry(NamedTuple):
@@ -155,8 +155,8 @@ class LearnerStore:
         return int(open_tickets), int(groups)
 
     def cursor(self) -> Cursor | None:
-        epoch, index = self.client.hmget(self.keys.cursor, "epoch", "index")
-        return None if epoch is None or index is None else Cursor(int(epoch), int(index))
+        epoch, place = self.client.hmget(self.keys.cursor, "epoch", "place")
+        return None if epoch is None or place is None else Cursor(int(epoch), int(place))
 
     def version_steps(self) -> dict[int, int]:
         return {int(version): int(step) for version, step in self.client.hgetall(self.keys.versions).items()}

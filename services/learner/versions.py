@@ -7,7 +7,6 @@ the bytes may come from anyone.
 
 import hashlib
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -82,7 +81,9 @@ class Versions:
             step=step,
             lineage=f"epoch-{self.store.epoch}",
             files={MODEL_FILE: file_entry(aside / MODEL_FILE)},
-            tensors={name: TensorEntry(str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()},
+            tensors={
+                name: TensorEntry(str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()
+            },
         )
         (aside / MANIFEST_FILE).write_bytes(encode_manifest(manifest))
         move_into_place(aside, version_folder(self.root, version))
@@ -112,6 +113,6 @@ class Versions:
         aside = self.root / "VERSION.aside"
         aside.write_text(str(self._highest))
         fsync_path(aside)
-        os.replace(aside, self.root / "VERSION")
+        aside.replace(self.root / "VERSION")
         fsync_path(self.root)
         return self._highest

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from common.tasks.arithmetic import Problem, train_problems
@@ -172,4 +172,4 @@ def completion_loss(model: Qwen3ForCausalLM, ids: torch.Tensor, labels: torch.Te
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
     targets = labels[:, 1:]
     labelled = targets != IGNORED
-    return F.cross_entropy(model.lm_head(hidden[labelled]), targets[labelled])
+    return cross_entropy(model.lm_head(hidden[labelled]), targets[labelled])
