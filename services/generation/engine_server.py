@@ -144,6 +144,9 @@ def launch_command(
     if on_cpu:
         module = "services.generation.sglang_cpu"
         args += ["--device", "cpu", "--skip-server-warmup", "--sleep-on-idle"]  # idle, it would spin on a core
+        # What a prefix cache saves is less than its bookkeeping costs; and four decode steps between two looks for
+        # prefills make these fewer and larger: together about 1.4 times the tokens per second.
+        args += ["--disable-radix-cache", "--num-continuous-decode-steps", "4"]
         max_total_tokens = max_total_tokens or CPU_MAX_TOTAL_TOKENS
         memory_fraction = memory_fraction or CPU_MEMORY_FRACTION
     args += ["--dtype", dtype, "--max-running-requests", str(settings.max_running_requests)]

@@ -1,9 +1,10 @@
 """The real SGLang server on an ordinary CPU: `python -m services.generation.sglang_cpu <sglang.launch_server args>`.
 
 SGLang's Python code runs on CPU torch, but two things it imports exist only as compiled CUDA or AMX builds.
-This module puts stand-ins for them in place and then runs `sglang.launch_server` unchanged. SGLang spawns its
-scheduler and detokenizer, and a spawned process imports the main module again before anything else: the
-stand-ins are therefore installed in both, the server is launched only where this module is the program.
+This module puts stand-ins for them in place, hooks in a batched attention (`cpu_attention`), and then runs
+`sglang.launch_server` unchanged. SGLang spawns its scheduler and detokenizer, and a spawned process imports the main
+module again before anything else: all of it is therefore installed in both, the server is launched only where this
+module is the program.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ if __name__ in ("__main__", "__mp_main__"):
     die_with_parent()  # before torch is imported, which takes seconds
     install_sgl_kernel()
     declare_torchvision_ops()
+    importlib.import_module("services.generation.cpu_attention").install()
 
 if __name__ == "__main__":
     runpy.run_module("sglang.launch_server", run_name="__main__")

@@ -1,0 +1,1 @@
+"""Commands that print the numbers of the README; each writes its rows to `benchmarks/results/` as well."""

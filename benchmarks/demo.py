@@ -1,0 +1,78 @@
+"""The demo on several seeds: `python -m benchmarks.demo` runs `headrace up` for each in turn and prints a table.
+
+    python -m benchmarks.demo --seeds 0 1 2 --at-least 0.80
+
+Writes its rows to `benchmarks/results/demo.json`; exit code 1 if a run fails or stays below `--at-least`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "demo.json"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--at-least", type=float, default=0.0, help="lowest held-out accuracy that is a success")
+    arguments = parser.parse_args()
+    rows = [run_demo(seed) for seed in arguments.seeds]
+    machine = {"cores": os.cpu_count(), "cpu": cpu_model(), "python": platform.python_version()}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+    print_table(rows, machine)
+    return int(any(row["held_out_after"] < arguments.at_least for row in rows))
+
+
+def run_demo(seed: int) -> dict[str, Any]:
+    """One whole run; `total_s` is what a user waits, from the command to its end."""
+    run = f"benchmark-{time.strftime('%Y%m%d-%H%M%S')}-seed-{seed}"
+    command = ["-m", "services.launcher", "up", "configs/tiny-cpu.yaml", "--run", run, "--seed", str(seed)]
+    started = time.monotonic()
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    summary: dict[str, Any] = json.loads((ROOT / "runs" / run / "summary.json").read_text())
+    return {"seed": seed, "total_s": round(time.monotonic() - started, 1), **summary}
+
+
+def cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def print_table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> None:
+    table = Table(title=f"demo on {machine['cores']} cores of {machine['cpu']}")
+    columns = {
+        "seed": lambda r: str(r["seed"]),
+        "held-out before": lambda r: f"{r['held_out_before']:.3f}",
+        "after": lambda r: f"{r['held_out_after']:.3f}",
+        "steps": lambda r: str(r["steps"]),
+        "training s": lambda r: f"{r['wall_s']:.0f}",
+        "whole command s": lambda r: f"{r['total_s']:.0f}",
+        "tokens/s": lambda r: f"{r['tokens_per_s']:.0f}",
+        "pause ms p50 / p95": lambda r: f"{r['weight_pause_ms']['p50']:.0f} / {r['weight_pause_ms']['p95']:.0f}",
+        "staleness mean / max": lambda r: f"{r['staleness']['mean']:.2f} / {r['staleness']['max']:.0f}",
+        "trained / uniform / stale / dead": lambda r: " / ".join(
+            str(r["groups"][state]) for state in ("trained", "uniform", "stale", "dead")
+        ),
+        "waited: generation / learner": lambda r: f"{r['lag']['generation']:.0%} / {r['lag']['learner']:.0%}",
+    }
+    for name in columns:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*(cell(row) for cell in columns.values()))
+    Console(width=200).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
