@@ -20,7 +20,7 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 
 check-types: setup
-	$(VENV)/bin/mypy common services tests benchmarks
+	$(VENV)/bin/mypy common services benchmarks tests
 
 setup: $(VENV)/installed
 

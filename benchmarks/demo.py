@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def cpu_model() -> str:
 
 def print_table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> None:
     table = Table(title=f"demo on {machine['cores']} cores of {machine['cpu']}")
-    columns = {
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "seed": lambda r: str(r["seed"]),
         "held-out before": lambda r: f"{r['held_out_before']:.3f}",
         "after": lambda r: f"{r['held_out_after']:.3f}",

@@ -43,7 +43,12 @@ def reference(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
 
 
-OPTIONS = {"scaling": 1 / math.sqrt(DIM), "enable_gqa": True, "is_cross_attn": False, "sliding_window_size": None}
+OPTIONS: dict[str, Any] = {
+    "scaling": 1 / math.sqrt(DIM),
+    "enable_gqa": True,
+    "is_cross_attn": False,
+    "sliding_window_size": None,
+}
 
 
 @settings(max_examples=50, deadline=None)

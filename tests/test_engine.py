@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.wire import Sampling, Ticket
-from services.generation.engine import Completion, Engine, EngineError
+from services.generation.completions import Completion
+from services.generation.engine import Engine, EngineError
 from services.generation.engine_server import EngineServer
 
 Result = TypeVar("Result")

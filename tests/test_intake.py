@@ -198,7 +198,7 @@ def test_an_evaluation_is_beside_admission_and_counts_first_tokens(client: redis
     assert len(harness.outstanding()) == 8
     assert harness.intake.finished_evaluation() is None
     names = harness.answer(keys.eval, rewards=(1.0, 0.0), version=2)
-    assert names == ["eval-4-0", "eval-4-1", "eval-4-2"]
+    assert names == ["eval-2-0", "eval-2-1", "eval-2-2"]
     harness.turn()
     result = harness.intake.finished_evaluation()
     assert result is not None
@@ -209,11 +209,11 @@ def test_an_evaluation_is_beside_admission_and_counts_first_tokens(client: redis
 def test_dead_evaluation_tickets_are_left_out_and_counted(client: redis.Redis, keys: Keys) -> None:
     harness = Harness(client, keys, make_config())
     harness.intake.begin_evaluation(0, 1)
-    client.hset(keys.ledger, "eval-0-1", "dead")
-    ((_, first), *_) = [e for e in client.xrange(keys.eval) if e[1][b"id"] == b"eval-0-1"]
+    client.hset(keys.ledger, "eval-1-1", "dead")
+    ((_, first), *_) = [e for e in client.xrange(keys.eval) if e[1][b"id"] == b"eval-1-1"]
     assert decode_ticket(first[b"ticket"]).kind == "eval"
     for entry_id, fields in client.xrange(keys.eval):
-        if fields[b"id"] == b"eval-0-1":
+        if fields[b"id"] == b"eval-1-1":
             client.xdel(keys.eval, entry_id)
     harness.answer(keys.eval)
     harness.turn()

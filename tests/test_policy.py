@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.config import LearnerConfig, ModelConfig
 from common.wire import Group, Rollout, Sampling, Timings, VersionSpan
-from services.generation.engine import Completion, Engine
+from services.generation.completions import Completion
+from services.generation.engine import Engine
 from services.generation.engine_server import EngineServer
 from services.learner.packing import Sample, pack
 from services.learner.policy import Policy, load_tokenizer, pick_device

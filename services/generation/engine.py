@@ -7,45 +7,29 @@ here: a failure is an `EngineError` that names the ticket or the call, and the c
 """
 
 import asyncio
-import json
-import math
 import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, TypeVar
 
 import httpx
 import msgspec
-import numpy as np
 
-from common.wire import Ticket, VersionSpan
+from common.wire import Ticket
+from services.generation.completions import Completion, Sample, generate_body, to_completion, to_version
+from services.generation.tensor_shapes import Shapes, expected_shapes, safetensors_shapes
 
 CONTROL_TIMEOUT_S = 30.0
 ABORT_TIMEOUT_S = 5.0
 KEEPALIVE_EXPIRY_S = 2.0
 """Below SGLang's own 5 s, so that a request never goes into a connection that the server is closing."""
 
-FinishReason = Literal["stop", "length"]
-Shapes = dict[str, tuple[int, ...]]
-
 
 class EngineError(RuntimeError):
     """The engine failed, could not be reached, or answered something that cannot be used."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One sampled continuation of a ticket's prompt; the stop token, if any, is its last token."""
-
-    tokens: list[int]
-    behaviour_logprobs: np.ndarray
-    """float32 `(len(tokens),)`, at the sampling temperature."""
-    version_spans: list[VersionSpan]
-    finish_reason: FinishReason
-    text: str
 
 
 @dataclass(frozen=True)
@@ -57,31 +41,6 @@ class SwapTimings:
     load_s: float
     """The part of `pause_s` in which the engine read and installed the weights."""
     total_s: float
-
-
-class _Finish(msgspec.Struct):
-    type: str
-    message: str | None = None
-
-
-class _Span(msgspec.Struct):
-    version: str
-    start: int
-    end: int
-
-
-class _Meta(msgspec.Struct):
-    finish_reason: _Finish
-    output_token_logprobs: list[tuple[float | None, int, str | None]]
-    weight_versions: list[_Span] = []
-
-
-class _Sample(msgspec.Struct):
-    """One entry of the reply of `/generate`; a number that is not finite arrives as null."""
-
-    text: str
-    output_ids: list[int]
-    meta_info: _Meta
 
 
 class _Update(msgspec.Struct):
@@ -122,7 +81,7 @@ class Engine:
         rids = [f"{request}-{index}." for index in range(ticket.num_completions)]
         try:
             async with asyncio.timeout(self._request_timeout_s):
-                samples = await self._call("/generate", list[_Sample], _generate_body(ticket, rids), timeout_s=None)
+                samples = await self._call("/generate", list[Sample], generate_body(ticket, rids), timeout_s=None)
         except TimeoutError as error:
             await self._abort(rids)
             raise EngineError(f"ticket {ticket.id}: no reply within {self._request_timeout_s:g} s") from error
@@ -134,15 +93,14 @@ class Engine:
         if len(samples) != ticket.num_completions:
             raise EngineError(f"ticket {ticket.id}: {len(samples)} completions, asked for {ticket.num_completions}")
         try:
-            return [_completion(sample) for sample in samples]
+            return [to_completion(sample) for sample in samples]
         except ValueError as error:
             raise EngineError(f"ticket {ticket.id}: {error}") from error
 
     async def swap(self, folder: Path, version: int) -> SwapTimings:
         """Loads the safetensors in `folder` as weight `version`; requests in flight go on under them.
 
-        The folder is held against the checkpoint that the engine runs before anything is paused, because SGLang
-        dies of a truncated file or a wrong shape and silently keeps the present weights of a missing tensor.
+        The folder is held against the checkpoint that the engine runs before anything is paused.
         """
         async with self._swapping:
             started_s = time.monotonic()
@@ -166,7 +124,7 @@ class Engine:
         """The version that the engine says it serves; None if it was started without one."""
         label = (await self._call("/model_info", _Model)).weight_version
         try:
-            return None if label == "default" else _version(label)
+            return None if label == "default" else to_version(label)
         except ValueError as error:
             raise EngineError(f"{self.url}: {error}") from error
 
@@ -189,8 +147,11 @@ class Engine:
     async def _check_folder(self, folder: Path) -> None:
         """Raises `EngineError` unless the folder has, whole, every tensor the engine was started with."""
         if self._expected_shapes is None:
-            self._expected_shapes = _expected_shapes(Path((await self._call("/model_info", _Model)).model_path))
-        shapes = _safetensors_shapes(folder)
+            self._expected_shapes = expected_shapes(Path((await self._call("/model_info", _Model)).model_path))
+        try:
+            shapes = safetensors_shapes(folder)
+        except ValueError as error:
+            raise EngineError(str(error)) from error
         for name, shape in self._expected_shapes.items():
             if shapes.get(name) != shape:
                 found = f"shape {shapes[name]}" if name in shapes else "no such tensor"
@@ -219,86 +180,3 @@ class Engine:
         if response.status_code != httpx.codes.OK:
             raise EngineError(f"{path} answered {response.status_code}: {response.text[:500]}")
         return response.content
-
-
-def _generate_body(ticket: Ticket, rids: list[str]) -> dict[str, Any]:
-    """The prompt once per completion rather than `n`: with `n` SGLang replaces our ids, and it is slower."""
-    return {
-        "input_ids": [ticket.prompt_tokens] * len(rids),
-        "rid": rids,
-        "sampling_params": {
-            "temperature": ticket.sampling.temperature,
-            "max_new_tokens": ticket.sampling.max_new_tokens,
-            "stop_token_ids": ticket.sampling.stop_token_ids,
-            "top_p": 1.0,
-            "top_k": -1,
-        },
-        "return_logprob": True,
-    }
-
-
-def _completion(sample: _Sample) -> Completion:
-    """Raises `ValueError` saying what is wrong with the sample."""
-    problem = _sample_problem(sample)
-    if problem:
-        raise ValueError(problem)
-    meta = sample.meta_info
-    return Completion(
-        tokens=sample.output_ids,
-        behaviour_logprobs=np.array([logprob for logprob, _, _ in meta.output_token_logprobs], dtype=np.float32),
-        version_spans=[VersionSpan(_version(span.version), span.start, span.end) for span in meta.weight_versions],
-        finish_reason=cast(FinishReason, meta.finish_reason.type),
-        text=sample.text,
-    )
-
-
-def _sample_problem(sample: _Sample) -> str:
-    meta, num_tokens = sample.meta_info, len(sample.output_ids)
-    if meta.finish_reason.type not in get_args(FinishReason):
-        return f"finished with {meta.finish_reason.type}: {meta.finish_reason.message}"
-    if num_tokens == 0:
-        return "no tokens"
-    if [token for _, token, _ in meta.output_token_logprobs] != sample.output_ids:
-        return f"{len(meta.output_token_logprobs)} log-probabilities that are not those of the {num_tokens} tokens"
-    if not all(logprob is not None and math.isfinite(logprob) for logprob, _, _ in meta.output_token_logprobs):
-        return "a log-probability is not finite"
-    edges = [0, *(span.end for span in meta.weight_versions)]
-    starts = [span.start for span in meta.weight_versions]
-    if starts != edges[:-1] or edges[-1] != num_tokens or sorted(set(edges)) != edges:
-        spans = [(span.version, span.start, span.end) for span in meta.weight_versions]
-        return f"weight_versions {spans} do not tile {num_tokens} tokens"
-    return ""
-
-
-def _version(label: str) -> int:
-    """SGLang's versions are free text; ours are numbers."""
-    if not label.isdecimal():
-        raise ValueError(f"weight version {label!r} is not a number")
-    return int(label)
-
-
-def _expected_shapes(model: Path) -> Shapes:
-    """What a swap must bring: the tensors of the checkpoint in `model`; none if it is not a folder here."""
-    shapes = _safetensors_shapes(model) if model.is_dir() else {}
-    config = model / "config.json"
-    if config.is_file() and json.loads(config.read_text()).get("tie_word_embeddings"):
-        shapes.pop("lm_head.weight", None)  # some checkpoints store the tied head a second time
-    return shapes
-
-
-def _safetensors_shapes(folder: Path) -> Shapes:
-    """Names and shapes of all tensors in the folder, from the files' headers; raises `EngineError` on a torn file."""
-    shapes: Shapes = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with path.open("rb") as file:
-                header_bytes = int.from_bytes(file.read(8), "little")
-                size_bytes = path.stat().st_size - 8 - header_bytes
-                tensors = json.loads(file.read(header_bytes)) if size_bytes >= 0 else {}
-            tensors.pop("__metadata__", None)
-            if size_bytes != max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0):
-                raise ValueError(f"{path.stat().st_size} bytes are not the length its header tells")
-            shapes |= {name: tuple(tensor["shape"]) for name, tensor in tensors.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise EngineError(f"{path} is not a whole safetensors file: {error}") from error
-    return shapes

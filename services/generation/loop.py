@@ -12,7 +12,8 @@ from typing import Literal
 
 from common.config import GenerationConfig
 from common.wire import Group, Heartbeat, Rollout, Timings, WireError, check_group
-from services.generation.engine import Completion, Engine, EngineError
+from services.generation.completions import Completion
+from services.generation.engine import Engine, EngineError
 from services.generation.engine_server import EngineServer
 from services.generation.reward_pool import RewardError, RewardPool
 from services.generation.tickets import Lease, TicketStore
@@ -197,6 +198,8 @@ class Replica:
                 await self.tickets.fail(lease, str(error), self.config.max_attempts)
             else:
                 await self.tickets.hand_back(lease)
+        except TimeoutError:  # no weights for it here: not the ticket's fault
+            await self.tickets.hand_back(lease)
         except asyncio.CancelledError:
             await self.tickets.hand_back(lease)
             raise
@@ -204,7 +207,8 @@ class Replica:
     async def _make_group(self, lease: Lease) -> Group:
         ticket = lease.ticket
         leased_s = time.time()
-        await self.weights.at_least(ticket.min_weight_version)
+        async with asyncio.timeout(self.config.lease_s):
+            await self.weights.at_least(ticket.min_weight_version)
         completions = await self.engine.generate(ticket)
         sampled_s = time.time()
         rewards = await self.rewards.score(ticket, [completion.text for completion in completions])

@@ -76,6 +76,7 @@ class WeightFollower:
                 if published is not None and published.version > self.version:
                     await self._take(published, engine)
                     continue
+                await self._are_well()
             except (WeightsError, EngineError, httpx.HTTPError, redis.RedisError, OSError) as error:
                 self.problem = f"weights: {error}"
                 _log.error("%s", self.problem)
@@ -99,16 +100,19 @@ class WeightFollower:
         fetch_s = loop.time() - started_s
         timings = await engine.swap(folder, published.version)
         outdated = self.folder if self.version else None
-        async with self._swapped:
-            self.version = published.version
-            self.problem = ""
-            self._swapped.notify_all()
+        self.version = published.version
+        await self._are_well()
         if outdated is not None:
             shutil.rmtree(outdated, ignore_errors=True)
         _log.info(
             "serving version %d: %d bytes in %.3f s, paused %.3f s", self.version, num_bytes, fetch_s, timings.pause_s
         )
         await self._on_swap(published.version, timings, fetch_s, num_bytes)
+
+    async def _are_well(self) -> None:
+        async with self._swapped:
+            self.problem = ""
+            self._swapped.notify_all()
 
     async def _fetch(self, published: Published, folder: Path) -> int:
         """The bytes of a version, verified, with what else the engine needs to start on the folder."""

@@ -13,8 +13,11 @@ import os
 import shutil
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import redis
 
 from common.config import ConfigError, RunConfig, load_recipe
 from common.http_service import listen, serve_in_thread, token_at, url_of
@@ -34,6 +37,9 @@ def main() -> int:
     except (ConfigError, ValueError) as error:
         print(f"headrace learner: {error}", file=sys.stderr)
         return 2
+    except redis.RedisError as error:
+        print(f"headrace learner: Redis: {error}", file=sys.stderr)
+        return 1
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -78,6 +84,9 @@ def _learn(config: RunConfig, folder: Path, token: str, client: Any, keys: Keys,
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: switches.stop.set())
     loop, tokenizer = assemble(config, folder, token, client, keys, url_of(sock), task, switches)
+    if loop.is_at_last_step and (folder / "summary.json").exists():
+        _log.info("run %s is complete: more learner.steps would go on with it", folder.name)
+        return 0
 
     def status() -> dict[str, Any]:
         progress = loop.progress
@@ -102,7 +111,8 @@ def _learn(config: RunConfig, folder: Path, token: str, client: Any, keys: Keys,
             return 3
         except Exception as error:  # noqa: BLE001 - the process's top
             _log.exception("the learner failed")
-            client.hset(keys.learner, mapping={"phase": "failed", "reason": str(error)})
+            with suppress(Fenced, redis.RedisError):
+                loop.store.report({"phase": "failed", "reason": str(error)})
             return 1
         if is_complete:
             _write_results(loop, folder, tokenizer)
@@ -115,7 +125,7 @@ def _write_results(loop: Any, folder: Path, tokenizer: Any) -> None:
 
     replicas = loop.store.replicas()
     lags = [replica.waiting_s / replica.serving_s for replica in replicas if replica.serving_s > 0]
-    counts = loop.intake.counts | {"dead": loop.store.num_dead()}
+    counts = {**loop.intake.counts, "dead": loop.store.num_dead()}
     summary = summarise(loop.metrics.rows, counts, sum(lags) / max(1, len(lags)))
     policy = folder / "policy"
     shutil.rmtree(policy, ignore_errors=True)

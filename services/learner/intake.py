@@ -135,8 +135,10 @@ class Intake:
     def is_evaluating(self) -> bool:
         return self._evaluation is not None
 
-    def finished_evaluation(self, timeout_s: float = 0.0) -> dict[str, float] | None:
-        """The result once it is complete; None if there is none after `timeout_s` seconds."""
+    def finished_evaluation(
+        self, timeout_s: float = 0.0, is_interrupted: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
+        """The result once it is complete; None if there is none after `timeout_s` seconds, or when interrupted."""
         deadline = time.monotonic() + timeout_s
         with self._changed:
             while self._evaluation is not None:
@@ -146,7 +148,7 @@ class Intake:
                     self._evaluation = None
                     return result
                 remaining = deadline - time.monotonic()
-                if remaining <= 0:
+                if remaining <= 0 or is_interrupted():
                     return None
                 self._changed.wait(min(remaining, READ_BLOCK_S))
         return None

@@ -20,7 +20,6 @@ from services.learner.store import LearnerStore
 from services.learner.trainer import Trainer
 from services.learner.versions import Versions
 
-EVALUATION_TIMEOUT_S = 600.0
 SWITCH_POLL_S = 0.2
 _LOGGED = (
     "step",
@@ -74,15 +73,13 @@ class Loop:
         self.intake.start()
         if self.progress.step == 0:
             self._evaluate_and_wait()
-        while self.progress.step < self.config.learner.steps and not self.switches.stop.is_set():
+        while not self.is_at_last_step and not self.switches.stop.is_set():
             if self.switches.paused.is_set():
                 self._wait_while_paused()
             else:
                 self._take_step()
         self.intake.is_admitting = False
-        is_complete = self.progress.step == self.config.learner.steps
-        if is_complete:
-            self._evaluate_and_wait()
+        is_complete = self.is_at_last_step and self._evaluate_and_wait()
         self._checkpoint()
         self._show("finished" if is_complete else "stopped")
         return is_complete
@@ -96,6 +93,10 @@ class Loop:
                 return
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no replica is running: {self.intake.why_waiting()}")
+
+    @property
+    def is_at_last_step(self) -> bool:
+        return self.progress.step >= self.config.learner.steps
 
     def _take_step(self) -> None:
         started = time.monotonic()
@@ -161,19 +162,27 @@ class Loop:
         """Begins one every `interval_steps`, unless the one before is still running; collects what is done."""
         self._record_evaluation(self.intake.finished_evaluation())
         interval, step = self.config.evaluation.interval_steps, self.progress.step
-        is_due = interval > 0 and step % interval == 0 and step < self.config.learner.steps
+        is_due = interval > 0 and step % interval == 0 and not self.is_at_last_step
         if is_due and not self.intake.is_evaluating:
             self.intake.begin_evaluation(step, self.versions.current)
 
-    def _evaluate_and_wait(self) -> None:
-        """Nothing is published meanwhile, so that every completion is of this step's version."""
+    def _evaluate_and_wait(self) -> bool:
+        """Nothing is published meanwhile, so that every completion is of this step's version. False when stopped."""
         self._show("evaluating")
-        self._record_evaluation(self.intake.finished_evaluation(EVALUATION_TIMEOUT_S))
-        self.intake.begin_evaluation(self.progress.step, self.versions.current)
-        result = self.intake.finished_evaluation(EVALUATION_TIMEOUT_S)
-        if result is None:
-            raise TimeoutError(f"no evaluation within {EVALUATION_TIMEOUT_S:.0f} s: {self.intake.why_waiting()}")
-        self._record_evaluation(result)
+        if self.intake.is_evaluating:
+            self._record_evaluation(self._wait_for_evaluation())
+        if not self.switches.stop.is_set():
+            self.intake.begin_evaluation(self.progress.step, self.versions.current)
+            self._record_evaluation(self._wait_for_evaluation())
+        return not self.intake.is_evaluating and not self.switches.stop.is_set()
+
+    def _wait_for_evaluation(self) -> dict[str, float] | None:
+        """None when stopped. Raises `TimeoutError` with what is missing."""
+        timeout_s = self.config.learner.starvation_timeout_s
+        result = self.intake.finished_evaluation(timeout_s, self.switches.stop.is_set)
+        if result is None and not self.switches.stop.is_set():
+            raise TimeoutError(f"no evaluation within {timeout_s:.0f} s: {self.intake.why_waiting()}")
+        return result
 
     def _record_evaluation(self, result: dict[str, float] | None) -> None:
         if result is not None:

@@ -54,6 +54,7 @@ def off_policy_metrics(micro_batches: Sequence[MicroBatch], proximal_logprobs: S
 def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     lengths = [rollout.num_trained_tokens for rollout in rollouts]
+    timings = [group.timings for group in groups]
     versions = [span.version for r in rollouts for span in r.version_spans]
     return {
         "trained_reward_mean": sum(rollout.reward for rollout in rollouts) / len(rollouts),
@@ -63,6 +64,8 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "trained_tokens": float(sum(lengths)),
         "versions_spanned_share": sum(len(r.version_spans) > 1 for r in rollouts) / len(rollouts),
         "num_versions": float(len(set(versions))),
+        "sampling_s_mean": sum(timing.sampled_s - timing.leased_s for timing in timings) / len(groups),
+        "scoring_s_mean": sum(timing.scored_s - timing.sampled_s for timing in timings) / len(groups),
     }
 
 

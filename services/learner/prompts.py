@@ -1,7 +1,7 @@
 """Tickets from a task's prompts: rendered by the model's chat template, tokenized, numbered by the data cursor.
 
 Ticket ids name the data: `epoch-place` for training, with `.n` behind it for the n-th replacement of a stale group,
-and `eval-step-place` for evaluation. The same id is never issued twice, whatever restarts.
+and `eval-version-place` for evaluation. The same id is never issued twice, whatever restarts.
 """
 
 import itertools
@@ -63,8 +63,8 @@ class TicketSource:
         settings = self.config.evaluation
         prompts = self.task.prompts("held_out", seed=self.config.seed, epoch=0)
         tickets = [
-            self._ticket(prompt, f"eval-{step}-{index}", "eval", settings.num_samples, step, version)
-            for index, prompt in enumerate(itertools.islice(prompts, settings.num_prompts))
+            self._ticket(prompt, f"eval-{version}-{place}", "eval", settings.num_samples, step, version)
+            for place, prompt in enumerate(itertools.islice(prompts, settings.num_prompts))
         ]
         if not tickets:
             raise ValueError(f"task {self.config.task.name!r} has no held-out prompts")
