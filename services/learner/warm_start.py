@@ -5,6 +5,7 @@ seed and number of threads give the same numbers on the same machine. Reinforcem
 because most demonstrations are slips: groups are mixed, and the right strategy is within the policy's reach.
 """
 
+import argparse
 import json
 import random
 import time
@@ -173,3 +174,22 @@ def completion_loss(model: Qwen3ForCausalLM, ids: torch.Tensor, labels: torch.Te
     targets = labels[:, 1:]
     labelled = targets != IGNORED
     return cross_entropy(model.lm_head(hidden[labelled]), targets[labelled])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="headrace warm-start", description="Make the demo's warm-started policy.")
+    parser.add_argument("--folder", type=Path, default=Path("assets/demo-policy"))
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+
+    def show(step: int, loss: float) -> None:
+        if step % 100 == 0:
+            print(f"step {step} of {NUM_STEPS}, loss {loss:.4f}", flush=True)
+
+    made = make_policy(arguments.folder, seed=arguments.seed, on_progress=show)
+    print(f"{arguments.folder}: {made.evaluation}")
+
+
+if __name__ == "__main__":
+    main()
