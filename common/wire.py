@@ -138,7 +138,7 @@ class Heartbeat(msgspec.Struct, frozen=True):
 
     replica: str
     url: str
-    state: Literal["starting", "running", "swapping", "paused", "draining", "quarantined"]
+    state: Literal["starting", "running", "paused", "draining", "quarantined"]
     reason: str
     weight_version: NonNegative
     groups_in_flight: int

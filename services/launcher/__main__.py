@@ -47,7 +47,11 @@ def check(config: ConfigArgument, seed: SeedOption = None, overrides: SetOption 
         check_recipe(_load(config, seed, overrides), Console(highlight=False))
 
 
-@app.command(name="warm-start", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    name="warm-start",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
 def warm_start(context: typer.Context) -> None:
     """Make the demo's warm-started policy (about five minutes on one core); options: warm-start --help."""
     raise typer.Exit(subprocess.call([sys.executable, "-m", "services.learner.warm_start", *context.args]))
