@@ -63,7 +63,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m services.generation")
     parser.add_argument("--run", default=os.environ.get("HEADRACE_RUN", "demo"))
     parser.add_argument("--redis-url", default=os.environ.get("HEADRACE_REDIS_URL", "redis://127.0.0.1:6379"))
-    parser.add_argument("--token-file", type=Path, default=None, help=f"else the variable {TOKEN_VARIABLE}")
+    parser.add_argument("--token-file", type=Path, default=None, help=f"unless the variable {TOKEN_VARIABLE} is set")
     parser.add_argument("--name", default=f"{socket.gethostname()}-{os.getpid()}", help="of the replica")
     parser.add_argument("--log-folder", type=Path, default=Path("runs/logs"), help="for the engine's log")
     parser.add_argument("--host", default=None, help="overrides generation.host")
@@ -85,11 +85,11 @@ def _wait_for_config(arguments: argparse.Namespace) -> RunConfig:
 
 
 def _wait_for_token(arguments: argparse.Namespace) -> str:
+    if given := os.environ.get(TOKEN_VARIABLE):
+        return given
     path, deadline = arguments.token_file, time.monotonic() + RUN_TIMEOUT_S
     if path is None:
-        if not os.environ.get(TOKEN_VARIABLE):
-            raise ValueError(f"no token: expected --token-file or the variable {TOKEN_VARIABLE}")
-        return os.environ[TOKEN_VARIABLE]
+        raise ValueError(f"no token: expected the variable {TOKEN_VARIABLE} or --token-file")
     while not path.exists() or not path.read_text().strip():
         if time.monotonic() > deadline:
             raise TimeoutError(f"no token in {path} for {RUN_TIMEOUT_S:.0f} s")
