@@ -222,6 +222,21 @@ def test_dead_evaluation_tickets_are_left_out_and_counted(client: redis.Redis, k
     assert result is not None and (result["num_dead"], result["num_completions"]) == (1, 4)
 
 
+def test_a_restarted_learner_evaluates_the_same_step_again(client: redis.Redis, keys: Keys) -> None:
+    """Its version is another, so its tickets are; what the earlier life had asked is answered and left out."""
+    first = Harness(client, keys, make_config())
+    first.intake.begin_evaluation(0, 1)
+    first.answer(keys.eval)
+    second = Harness(client, keys, make_config())
+    second.versions[2] = 0
+    second.intake.begin_evaluation(0, 2)
+    second.answer(keys.eval, rewards=(1.0, 1.0), version=2)
+    second.turn()
+    result = second.intake.finished_evaluation()
+    assert result is not None and (result["held_out"], result["num_completions"]) == (1.0, 6)
+    assert second.intake.counts["evaluated"] == 6
+
+
 def test_a_restarted_intake_skips_what_the_checkpoint_recorded_and_takes_the_rest(
     client: redis.Redis, keys: Keys
 ) -> None:

@@ -50,7 +50,7 @@ class Versions:
         self.current = 0
         self._highest = self._highest_known()
         self._notifiers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="notify")
-        self._http = httpx.Client(timeout=NOTIFY_TIMEOUT_S, headers=bearer(token))
+        self._http = httpx.Client(timeout=NOTIFY_TIMEOUT_S, headers=bearer(token), trust_env=False)
 
     def publish(self, tensors: Mapping[str, Tensor], step: int) -> Manifest:
         """Makes `tensors` the next version, which `step` made; returns when replicas can find it."""
