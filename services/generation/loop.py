@@ -151,9 +151,10 @@ class Replica:
             if free == 0 or self.state != "running":
                 await self._wait_for_slot()
                 continue
-            leases = []
+            leases: list[Lease] = []
             if time.monotonic() >= next_claim:
-                leases = await self.tickets.claim(stream, free, self.config.lease_s)
+                claimed = await self.tickets.claim(stream, free, self.config.lease_s)
+                leases = [lease for lease in claimed if (stream, lease.entry_id) not in self._answers]
                 next_claim = time.monotonic() + self.config.lease_s / 3
             leases = leases or await self.tickets.lease(stream, free, LEASE_BLOCK_S)
             for lease in leases:
