@@ -54,7 +54,11 @@ def test_two_steps_are_worked_as_in_gsm8k() -> None:
 
 def test_a_slip_that_gives_the_right_answer_is_not_produced() -> None:
     # Taking 2 * 2 for 2 + 2 would go unnoticed, and 4 - 5 would be negative.
-    assert Problem("*+", (2, 2, 5), name="Ada", item="pens").slips == ["2 * 2 = 4\n#### 4"]
+    assert Problem("*+", (2, 2, 5), name="Ada", item="pens").slips == [
+        "2 - 2 = 0\n0 + 5 = 5\n#### 5",
+        "2 * 2 = 4\n4 * 5 = 20\n#### 20",
+        "2 * 2 = 4\n#### 4",
+    ]
 
 
 def test_every_demonstration_is_right_and_every_slip_is_wrong_by_its_strategy_alone() -> None:

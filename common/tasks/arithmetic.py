@@ -21,8 +21,9 @@ HELD_OUT_SHARE = 1 / 8
 OPERANDS = range(2, 21)
 MAX_PRODUCT = 100
 ANSWER_MARK = "####"
-MISTAKEN_FOR = {"+": "-", "-": "+", "*": "+"}
-"""The operation that a slip puts in the place of the right one."""
+MISTAKEN_FOR = {"+": "-*", "-": "+*", "*": "+-"}
+"""The operations that a slip may put in the place of the right one: two, so that no single slip outweighs the right
+answer, which reinforcement learning would then rarely find its way back to."""
 
 TEMPLATES = {
     "++": "{name} finds {a} {item}, {b} more and then {c} more. How many in all?",
@@ -136,7 +137,9 @@ def _is_easy(strategy: str, operands: tuple[int, ...]) -> bool:
 def _slip_strategies(strategy: str, operands: tuple[int, ...]) -> list[str]:
     """Each way to mistake one operation, and to stop one step early, that is easy and leads to a wrong answer."""
     mistaken = [
-        strategy[:step] + MISTAKEN_FOR[operation] + strategy[step + 1 :] for step, operation in enumerate(strategy)
+        strategy[:step] + mistake + strategy[step + 1 :]
+        for step, operation in enumerate(strategy)
+        for mistake in MISTAKEN_FOR[operation]
     ]
     stopped_early = [strategy[:-1]] if len(strategy) > 1 else []
     answer = _results(strategy, operands)[-1]

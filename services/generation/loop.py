@@ -167,7 +167,8 @@ class Replica:
         """Or for a while, after which the state may be another."""
         self._slot_freed.clear()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._slot_freed.wait(), STATE_POLL_S)
+            async with asyncio.timeout(STATE_POLL_S):
+                await self._slot_freed.wait()
 
     def _begin(self, lease: Lease, answers: asyncio.TaskGroup) -> None:
         if self._waiting_since is not None:

@@ -81,7 +81,8 @@ class WeightFollower:
                 self.problem = f"weights: {error}"
                 _log.error("%s", self.problem)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._hint.wait(), LOOK_INTERVAL_S)
+                async with asyncio.timeout(LOOK_INTERVAL_S):
+                    await self._hint.wait()
             self._hint.clear()
 
     async def close(self) -> None:
