@@ -75,6 +75,13 @@ def listen(host: str, port: int) -> socket.socket:
     return sock
 
 
+def free_port() -> int:
+    """On loopback, for a server that cannot be handed a socket."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def url_of(sock: socket.socket) -> str:
     """How others reach the socket: its address, or this host's name where it listens on all of them."""
     host, port = sock.getsockname()[:2]

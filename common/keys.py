@@ -20,6 +20,10 @@ events      stream, bounded              what happened, for the page and the com
 import re
 
 MAX_EVENTS = 10_000
+TICKET_GROUP = "generation"
+"""Consumer group of `tickets` and `eval`."""
+LEARNER_GROUP = "learner"
+"""Consumer group of `groups` and `evaluated`."""
 
 
 class Keys:

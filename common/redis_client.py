@@ -4,6 +4,9 @@ A command that fails on a broken connection is sent again, with growing pauses, 
 then raises. Every write of the project may therefore arrive twice, and is written so that twice does no harm.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import redis
 import redis.asyncio
 from redis.asyncio.retry import Retry as AsyncRetry
@@ -49,3 +52,14 @@ def durability_problem(client: redis.Redis) -> str | None:
         return "its CONFIG cannot be read, so that nobody knows whether it keeps what it is given"
     wrong = [f"{key} is {found[key]!r}, expected {wanted!r}" for key, wanted in DURABLE.items() if found[key] != wanted]
     return "; ".join(wrong) or None
+
+
+def entries_of(reply: Any) -> Iterator[tuple[str, bytes, dict[bytes, bytes]]]:
+    """Stream, entry id and fields of everything that XREADGROUP answered, in either protocol of Redis.
+
+    An entry that was deleted while it was pending comes without fields.
+    """
+    for stream, rows in reply.items() if isinstance(reply, dict) else reply or []:
+        is_wrapped = rows and isinstance(rows[0], list) and rows[0] and isinstance(rows[0][0], tuple)  # RESP3
+        for entry_id, fields in rows[0] if is_wrapped else rows:
+            yield stream.decode(), entry_id, fields or {}

@@ -9,7 +9,6 @@ import asyncio
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import httpx
 from common.child_process import dies_with_parent
 from common.config import EngineConfig
 from common.device import CPU_MAX_TOTAL_TOKENS, resolve_device
+from common.http_service import free_port
 from common.preflight import check_engine_installed
 from services.generation.engine import EngineError
 
@@ -47,7 +47,7 @@ class EngineServer:
         self.settings = settings
         self.dtype = dtype
         self.log_path = log_path
-        self.port = _free_port()
+        self.port = free_port()
         self.ready = asyncio.Event()
         """Set while `keep_running` has a healthy server."""
         self._process: subprocess.Popen[bytes] | None = None
@@ -174,12 +174,6 @@ def launch_environment(settings: EngineConfig) -> dict[str, str]:
             "PYTHONPATH": os.pathsep.join(search_path),
         }
     return environment
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
 
 
 def _signal_group(group: int, signal_number: int) -> bool:

@@ -69,8 +69,10 @@ class Replica:
             background.append(parts.create_task(self._follow_weights()))
             await self._until_ready_or_draining()
             await self._answer_tickets()
-            for task in background:
-                task.cancel()
+            while not all(task.done() for task in background):  # a library may swallow a cancellation
+                for task in background:
+                    task.cancel()
+                await asyncio.wait(background, timeout=STATE_POLL_S)
         await self.tickets.leave()
 
     async def _follow_weights(self) -> None:

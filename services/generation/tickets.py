@@ -13,10 +13,10 @@ import msgspec
 import redis
 import redis.asyncio
 
-from common.keys import MAX_EVENTS, Keys
+from common.keys import MAX_EVENTS, TICKET_GROUP, Keys
+from common.redis_client import entries_of
 from common.wire import Group, Heartbeat, Ticket, TicketState, WireError, decode_ticket, encode
 
-GROUP = "generation"
 _log = logging.getLogger(__name__)
 
 _MOVE = """
@@ -62,7 +62,7 @@ class TicketStore:
     async def open(self) -> None:
         for stream in (self.keys.tickets, self.keys.eval):
             try:
-                await self.client.xgroup_create(stream, GROUP, id="0", mkstream=True)
+                await self.client.xgroup_create(stream, TICKET_GROUP, id="0", mkstream=True)
             except redis.ResponseError as error:
                 if "BUSYGROUP" not in str(error):
                     raise
@@ -70,15 +70,14 @@ class TicketStore:
     async def lease(self, stream: str, count: int, block_s: float) -> list[Lease]:
         """Up to `count` open tickets; none after `block_s` seconds without any."""
         found: Any = await self.client.xreadgroup(
-            GROUP, self.replica, {stream: ">"}, count=count, block=max(1, int(block_s * 1000))
+            TICKET_GROUP, self.replica, {stream: ">"}, count=count, block=max(1, int(block_s * 1000))
         )
-        pairs = found.items() if isinstance(found, dict) else found or []
-        return [lease for _, rows in pairs for lease in await self._leases(stream, _flat_rows(rows))]
+        return await self._leases(stream, [(entry_id, fields) for _, entry_id, fields in entries_of(found)])
 
     async def claim(self, stream: str, count: int, idle_s: float) -> list[Lease]:
         """Up to `count` tickets whose replica has been silent for `idle_s` seconds."""
         _, rows, *_ = await self.client.xautoclaim(
-            stream, GROUP, self.replica, min_idle_time=int(idle_s * 1000), start_id="0-0", count=count
+            stream, TICKET_GROUP, self.replica, min_idle_time=int(idle_s * 1000), start_id="0-0", count=count
         )
         leases = await self._leases(stream, rows)
         return [lease._replace(num_deliveries=await self._num_deliveries(lease)) for lease in leases]
@@ -87,7 +86,7 @@ class TicketStore:
         """Resets the idle time of those that are still ours."""
         for stream in {lease.stream for lease in leases}:
             entry_ids = [lease.entry_id for lease in leases if lease.stream == stream]
-            await self._renew_script(keys=[stream], args=[GROUP, self.replica, *entry_ids])
+            await self._renew_script(keys=[stream], args=[TICKET_GROUP, self.replica, *entry_ids])
 
     async def commit(self, lease: Lease, group: Group) -> bool:
         """Adds the group and retires its ticket; False if somebody else already has."""
@@ -136,7 +135,7 @@ class TicketStore:
         return leases
 
     async def _num_deliveries(self, lease: Lease) -> int:
-        pending = await self.client.xpending_range(lease.stream, GROUP, lease.entry_id, lease.entry_id, 1)
+        pending = await self.client.xpending_range(lease.stream, TICKET_GROUP, lease.entry_id, lease.entry_id, 1)
         return int(pending[0]["times_delivered"]) if pending else 1
 
     async def _reopen(self, lease: Lease, ticket: Ticket) -> None:
@@ -151,11 +150,6 @@ class TicketStore:
     ) -> bool:
         pairs = [part for pair in fields.items() for part in pair]
         moved = await self._move_script(
-            keys=[source, target, self.keys.ledger], args=[GROUP, entry_id, ticket_id, state, *pairs]
+            keys=[source, target, self.keys.ledger], args=[TICKET_GROUP, entry_id, ticket_id, state, *pairs]
         )
         return bool(moved)
-
-
-def _flat_rows(rows: Any) -> Any:
-    """RESP3 wraps a stream's entries in one more list."""
-    return rows[0] if rows and isinstance(rows[0], list) and rows[0] and isinstance(rows[0][0], tuple) else rows

