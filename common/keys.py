@@ -5,7 +5,8 @@ eval        stream, group `generation`   evaluation tickets, beside admission   
 groups      stream, group `learner`      scored groups, each exactly once per ticket          replicas
 evaluated   stream, group `learner`      scored evaluation groups, outside admission          replicas
 dead        stream                       what could not be generated, scored or decoded       either
-ledger      hash                         ticket id -> state                                   either
+ledger      hash                         ticket id -> mark (common/ledger.py)                 either
+retries     set                          dead tickets to be issued again                      `headrace dead retry`
 cursor      hash                         epoch and place of the next prompt                   learner
 replicas    hash-slot prefix, TTL keys   heartbeats                                           replicas
 learner     hash                         step, version, phase, the reason when it waits       learner
@@ -41,6 +42,7 @@ class Keys:
         self.evaluated = prefix + "evaluated"
         self.dead = prefix + "dead"
         self.ledger = prefix + "ledger"
+        self.retries = prefix + "retries"
         self.cursor = prefix + "cursor"
         self.replicas = prefix + "replicas:"
         self.learner = prefix + "learner"

@@ -1,6 +1,5 @@
 """Admission, dynamic sampling, staleness at packing and evaluation, over a real Redis and a pretended replica."""
 
-import itertools
 from collections.abc import Iterator
 
 import msgspec
@@ -10,10 +9,13 @@ import redis
 from common.config import RunConfig
 from common.keys import Keys
 from common.tasks import Prompt
-from common.wire import Group, Ticket, Timings, decode_ticket, encode
-from services.learner.intake import Intake, Starved
+from common.wire import Group, Ticket, Timings, decode_ticket
+from services.learner.dead import purge, retry
+from services.learner.intake import Intake
 from services.learner.prompts import TicketSource
-from services.learner.store import Cursor, LearnerStore
+from services.learner.refusal import Limits
+from services.learner.store import Cursor, LearnerStore, Settlement
+from tests.committing import answer_all, queue
 from tests.making import make_rollout
 
 
@@ -51,6 +53,9 @@ def make_config(**learner: object) -> RunConfig:
     )
 
 
+LIMITS = Limits(vocab_size=512, group_size=2, num_eval_samples=2, max_sequence_tokens=512, highest_version=50)
+
+
 class Harness:
     """An intake, and a replica that answers every open ticket when it is told to."""
 
@@ -59,22 +64,20 @@ class Harness:
         self.keys = keys
         self.store = LearnerStore(client, keys)
         self.versions = {1: 0}
-        source = TicketSource(config, task or Counting(), PlainTokenizer(), [1], Cursor(0, 0))
-        self.intake = Intake(config, self.store, source, self.versions, recorded=[])
+        self.source = TicketSource(config, task or Counting(), PlainTokenizer(), [1], Cursor(0, 0))
+        self.intake = self.take_up(config, recorded=[])
         self.intake.advance(0, 1)
-        self.numbers = itertools.count()
+
+    def take_up(self, config: RunConfig, recorded: list[Settlement]) -> Intake:
+        return Intake(config, self.store, self.source, self.versions, lambda: LIMITS, recorded)
 
     def answer(self, stream: str, rewards: tuple[float, ...] = (1.0, 0.0), version: int = 1) -> list[str]:
         """Commits a group for every open ticket of the stream."""
-        target = self.keys.evaluated if stream == self.keys.eval else self.keys.groups
-        names = []
-        for entry_id, fields in self.client.xrange(stream):
-            ticket = decode_ticket(fields[b"ticket"])
-            group = Group(ticket, [make_rollout(r, version=version) for r in rewards], "r", Timings(0, 0, 0))
-            self.client.xadd(target, {"id": ticket.id, "group": encode(group)})
-            self.client.xdel(stream, entry_id)
-            names.append(ticket.id)
-        return names
+
+        def group(ticket: Ticket) -> Group:
+            return Group(ticket, [make_rollout(r, version=version) for r in rewards], "r", Timings(0, 0, 0))
+
+        return answer_all(self.client, self.keys, stream, group)
 
     def turn(self) -> None:
         """One turn of the intake's thread."""
@@ -149,8 +152,7 @@ def test_stale_groups_are_dropped_at_packing_and_their_prompt_comes_once_more(cl
     harness.turn()
     harness.versions[2] = 2
     harness.intake.advance(2, 2)
-    with pytest.raises(Starved, match="no step for 0 s: 0 of 4 groups"):
-        harness.intake.take_batch(0.0, never)
+    assert harness.intake.take_batch(0.0, never) is None
     assert harness.intake.counts["stale"] == 8
     harness.turn()
     assert harness.outstanding() == [f"0-{i}.1" for i in range(8)]
@@ -181,13 +183,47 @@ def test_epochs_follow_each_other(client: redis.Redis, keys: Keys) -> None:
 def test_groups_that_cannot_be_used_are_dead_and_counted(client: redis.Redis, keys: Keys) -> None:
     harness = Harness(client, keys, make_config())
     harness.turn()
-    client.xadd(keys.groups, {"id": "0-77", "group": b"garbage"})
+    queue(client, keys, "0-77", b"garbage")
+    client.xadd(keys.groups, {"id": "0-78", "group": b"nobody's"})
+    client.xadd(keys.groups, {"unheard": "of"})
     harness.answer(keys.tickets, version=99)
     harness.turn()
-    assert harness.intake.counts["dead"] == 9
+    assert harness.intake.counts["dead"] == 11
     reasons = {fields[b"id"]: fields[b"reason"].decode() for _, fields in client.xrange(keys.dead)}
     assert "cannot decode" in reasons[b"0-77"]
-    assert "version 99, which was never published" in reasons[b"0-0"]
+    assert reasons[b"0-78"] == reasons[b"?"] == "the ledger knows no such group: it says nothing"
+    assert "version 99, from the future" in reasons[b"0-0"]
+    marks = harness.store.marks(["0-77", "0-0", "0-78"])
+    assert [mark and mark.state for mark in marks] == ["dead", "dead", None]
+
+
+def test_a_copy_of_a_group_is_refused_and_the_group_itself_is_trained(client: redis.Redis, keys: Keys) -> None:
+    harness = Harness(client, keys, make_config())
+    harness.turn()
+    harness.answer(keys.tickets)
+    for _, fields in client.xrange(keys.groups, count=2):
+        client.xadd(keys.groups, fields)
+    harness.turn()
+    batch = harness.intake.take_batch(1.0, never)
+    assert batch is not None and len({arrived.group.ticket.id for arrived in batch}) == 4
+    assert client.xlen(keys.dead) == 2
+    assert [mark and mark.state for mark in harness.store.marks(["0-0", "0-1"])] == ["queued", "queued"]
+
+
+def test_a_dead_ticket_is_issued_again_when_a_person_asks(client: redis.Redis, keys: Keys) -> None:
+    harness = Harness(client, keys, make_config())
+    harness.turn()
+    harness.answer(keys.tickets, version=99)
+    harness.turn()
+    assert retry(client, keys, ["0-3"]) == ["0-3"]
+    client.sadd(keys.retries, "no such ticket")
+    harness.intake.look_around()
+    assert "0-3" in harness.outstanding() and client.scard(keys.retries) == 0
+    mark = harness.store.marks(["0-3"])[0]
+    assert mark is not None and mark.state == "open" and client.xlen(keys.dead) == 7
+    with pytest.raises(ValueError, match="'0-3' is not dead"):
+        retry(client, keys, ["0-3"])
+    assert len(purge(client, keys, [])) == 7 and client.xlen(keys.dead) == 0
 
 
 def test_an_evaluation_is_beside_admission_and_counts_first_tokens(client: redis.Redis, keys: Keys) -> None:
@@ -209,7 +245,7 @@ def test_an_evaluation_is_beside_admission_and_counts_first_tokens(client: redis
 def test_dead_evaluation_tickets_are_left_out_and_counted(client: redis.Redis, keys: Keys) -> None:
     harness = Harness(client, keys, make_config())
     harness.intake.begin_evaluation(0, 1)
-    client.hset(keys.ledger, "eval-1-1", "dead")
+    client.hset(keys.ledger, "eval-1-1", "dead 1-0")
     ((_, first), *_) = [e for e in client.xrange(keys.eval) if e[1][b"id"] == b"eval-1-1"]
     assert decode_ticket(first[b"ticket"]).kind == "eval"
     for entry_id, fields in client.xrange(keys.eval):
@@ -217,7 +253,7 @@ def test_dead_evaluation_tickets_are_left_out_and_counted(client: redis.Redis, k
             client.xdel(keys.eval, entry_id)
     harness.answer(keys.eval)
     harness.turn()
-    harness.intake.give_up_dead_evaluations()
+    harness.intake.look_around()
     result = harness.intake.finished_evaluation()
     assert result is not None and (result["num_dead"], result["num_completions"]) == (1, 4)
 
@@ -247,11 +283,12 @@ def test_a_restarted_intake_skips_what_the_checkpoint_recorded_and_takes_the_res
     batch = first.intake.take_batch(1.0, never)
     assert batch is not None
     first.intake.mark_trained(batch)
-    recorded = first.intake.consumed()
+    recorded, unfinished = first.intake.consumed()
+    assert unfinished == ["0-4", "0-5", "0-6", "0-7"]
     assert [settlement.state for settlement in recorded] == ["trained"] * 4
 
     second = Harness(client, keys, make_config())
-    second.intake = Intake(make_config(), second.store, second.intake.source, second.versions, recorded=recorded)
+    second.intake = second.take_up(make_config(), recorded)
     second.intake.advance(1, 1)
     second.intake.start()
     again = second.intake.take_batch(5.0, never)
@@ -269,7 +306,7 @@ def test_groups_leave_redis_one_checkpoint_after_the_one_that_recorded_them(clie
     assert client.xlen(keys.groups) == 8
     harness.intake.checkpointed(harness.intake.consumed())
     assert client.xlen(keys.groups) == 0
-    assert set(client.hgetall(keys.ledger).values()) == {b"uniform"}
+    assert {client.hget(keys.ledger, f"0-{place}") for place in range(8)} == {b"uniform"}
 
 
 def test_a_failure_of_the_thread_reaches_the_loop(client: redis.Redis, keys: Keys) -> None:
@@ -280,10 +317,23 @@ def test_a_failure_of_the_thread_reaches_the_loop(client: redis.Redis, keys: Key
     harness.intake.stop()
 
 
-def test_reissues_keep_everything_but_their_number() -> None:
+def test_a_replacement_keeps_everything_but_its_number_and_comes_once() -> None:
     source = TicketSource(make_config(), Counting(), PlainTokenizer(), [1], Cursor(2, 5))
     (ticket,) = source.next_train(1, 3, 4)
-    again = source.reissue(msgspec.structs.replace(ticket, attempts=2, avoid=["r"]), 6, 8)
-    assert (ticket.id, again.id) == ("2-5", "2-5.1")
-    assert (again.prompt_tokens, again.reference) == (ticket.prompt_tokens, ticket.reference)
-    assert (again.min_weight_version, again.issued_step, again.attempts, again.reissues) == (8, 6, 0, 1)
+    source.replace_stale(msgspec.structs.replace(ticket, attempts=2, avoid=["r"]))
+    assert source.to_issue() == ["2-5.1"]
+    again = source._again[0]
+    assert again == msgspec.structs.replace(ticket, id="2-5.1", reissues=1)
+    source.replace_stale(again)
+    assert source.to_issue() == ["2-5.1"], "what replaced one is not replaced again"
+
+
+def test_a_ticket_is_made_again_from_its_id() -> None:
+    source = TicketSource(make_config(), Counting(size=9), PlainTokenizer(), [1], Cursor(1, 0))
+    tickets = source.next_train(9, 3, 4)
+    assert source.rebuild(["1-7", "1-2"], 3, 4) == [tickets[7], tickets[2]]
+    (second_life,) = source.rebuild(["1-2.1"], 3, 4)
+    assert second_life == msgspec.structs.replace(tickets[2], id="1-2.1", reissues=1)
+    for name, reason in (("1-9", "no such prompt"), ("eval-1-0", "evaluation is over"), ("x", "expected epoch-place")):
+        with pytest.raises(ValueError, match=reason):
+            source.rebuild([name], 3, 4)

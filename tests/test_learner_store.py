@@ -4,8 +4,11 @@ import pytest
 import redis
 
 from common.keys import Keys
+from common.ledger import Mark
 from common.redis_client import durability_problem
-from services.learner.store import Cursor, Entry, Fenced, LearnerStore, Settlement
+from common.wire import Heartbeat, encode
+from services.learner.store import DEAD_PAYLOAD_BYTES, Cursor, Fenced, LearnerStore, RedisLost, Settlement
+from tests.committing import queue
 from tests.making import make_ticket
 
 
@@ -39,7 +42,7 @@ def test_a_ticket_is_added_once_and_the_cursor_moves_with_it(client: redis.Redis
 def test_what_was_read_and_not_settled_is_found_again(client: redis.Redis, keys: Keys) -> None:
     store = LearnerStore(client, keys)
     for index in range(3):
-        client.xadd(keys.groups, {"id": f"0-{index}", "group": f"payload {index}"})
+        queue(client, keys, f"0-{index}", b"payload")
     client.xadd(keys.evaluated, {"id": "eval-0-0", "group": "e"})
     entries = store.read(10, 0.1)
     assert sorted(entry.ticket_id for entry in entries) == ["0-0", "0-1", "0-2", "eval-0-0"]
@@ -50,17 +53,57 @@ def test_what_was_read_and_not_settled_is_found_again(client: redis.Redis, keys:
     again = LearnerStore(client, keys)
     assert sorted(entry.ticket_id for entry in again.read_pending()) == ["0-1", "0-2", "eval-0-0"]
     assert again.num_open_tickets_and_groups() == (0, 2)
-    assert again.states(["0-0", "0-1"]) == ["trained", None]
+    assert [mark and mark.state for mark in again.marks(["0-0", "0-1", "0-9"])] == ["trained", "queued", None]
+    assert sorted(again.unfinished()) == ["0-1", "0-2"]
+    client.xdel(keys.groups, again.read_pending()[0].entry_id)
+    assert sorted(entry.ticket_id for entry in again.read_pending()) == ["0-2", "eval-0-0"], "a deleted one is gone"
 
 
 def test_a_group_that_cannot_be_used_is_buried_with_the_reason(client: redis.Redis, keys: Keys) -> None:
     store = LearnerStore(client, keys)
-    entry_id = client.xadd(keys.groups, {"id": "0-0", "group": b"\xff\x00"}).decode()
-    store.read(10, 0.1)
-    store.bury(Entry(keys.groups, entry_id, "0-0", b"\xff\x00"), "cannot decode")
-    ((_, fields),) = client.xrange(keys.dead)
-    assert fields == {b"id": b"0-0", b"reason": b"cannot decode", b"payload": b"\xff\x00"}
-    assert (client.xlen(keys.groups), store.num_dead(), store.states(["0-0"])) == (0, 1, ["dead"])
+    entry_id = queue(client, keys, "0-0", b"\xff" * 100_000)
+    (entry,) = store.read(10, 0.1)
+    assert store.bury(entry, "cannot decode") and not store.bury(entry, "again")
+    ((dead_id, fields),) = client.xrange(keys.dead)
+    assert fields[b"payload"] == b"\xff" * DEAD_PAYLOAD_BYTES
+    assert {key: fields[key] for key in (b"id", b"reason", b"bytes")} == {
+        b"id": b"0-0",
+        b"reason": b"cannot decode",
+        b"bytes": b"100000",
+    }
+    assert (client.xlen(keys.groups), store.num_dead()) == (0, 1)
+    assert store.marks(["0-0"]) == [Mark("dead", dead_id.decode())] and entry_id == entry.entry_id
+
+
+def test_what_a_checkpoint_knows_and_redis_forgot_is_repaired(client: redis.Redis, keys: Keys) -> None:
+    """A Redis that is older than the checkpoint shows a trained ticket as open, or not at all."""
+    store = LearnerStore(client, keys)
+    store.add_tickets(keys.tickets, [make_ticket("0-0"), make_ticket("0-1")])
+    queued = queue(client, keys, "0-2", b"group")
+    names = ("0-0", "0-2", "0-3")
+    store.settle([Settlement(keys.groups, queued, name, "trained") for name in names], groups="keep")
+    assert [mark and mark.state for mark in store.marks(names)] == ["trained", "queued", "trained"]
+    assert [fields[b"id"] for _, fields in client.xrange(keys.tickets)] == [b"0-1"]
+    assert client.xlen(keys.groups) == 1, "a group that is there waits for the next checkpoint"
+
+
+def test_a_redis_that_lost_everything_is_told_from_a_newer_learner(client: redis.Redis, keys: Keys) -> None:
+    store = LearnerStore(client, keys)
+    client.delete(keys.epoch, keys.tickets, keys.groups)
+    with pytest.raises(RedisLost):
+        store.report({"phase": "training"})
+    with pytest.raises(RedisLost):
+        store.read(1, 0.01)
+    again = LearnerStore(client, keys)
+    assert again.exceed_epoch(7) and again.epoch == 8 and not again.exceed_epoch(7)
+    again.report({"phase": "training"})
+
+
+def test_heartbeats_that_are_none_are_passed_over(client: redis.Redis, keys: Keys) -> None:
+    store = LearnerStore(client, keys)
+    client.set(keys.replica("bad"), b"junk")
+    client.set(keys.replica("good"), encode(Heartbeat("good", "http://h:1", "running", "", 1, 0, 0, 0, 0.0, 1.0)))
+    assert [replica.replica for replica in store.replicas()] == ["good"]
 
 
 def test_swap_pauses_are_taken_once_and_only_from_now_on(client: redis.Redis, keys: Keys) -> None:

@@ -8,6 +8,7 @@ import pytest
 import redis
 
 from common.keys import Keys
+from common.ledger import parse_mark
 from common.redis_client import connect_async
 from common.wire import decode_group, decode_ticket, encode
 from services.generation.tickets import Lease, TicketStore
@@ -18,9 +19,9 @@ T = TypeVar("T")
 Replica = Callable[[TicketStore], Awaitable[T]]
 
 
-def as_replica(url: str, keys: Keys, name: str, act: Replica[T]) -> T:
+def as_replica(url: str, keys: Keys, name: str, act: Replica[T], deadline_s: float = 10.0) -> T:
     async def run() -> T:
-        client = connect_async(url)
+        client = connect_async(url, deadline_s=deadline_s)
         try:
             store = TicketStore(client, keys, name)
             await store.open()
@@ -32,7 +33,7 @@ def as_replica(url: str, keys: Keys, name: str, act: Replica[T]) -> T:
 
 
 def states(client: redis.Redis, keys: Keys) -> dict[str, str]:
-    return {name.decode(): state.decode() for name, state in client.hgetall(keys.ledger).items()}
+    return {name.decode(): parse_mark(mark).state for name, mark in client.hgetall(keys.ledger).items()}
 
 
 async def lease_one(store: TicketStore) -> Lease:
@@ -121,13 +122,53 @@ def test_a_hand_back_is_no_attempt(redis_url: str, client: redis.Redis, keys: Ke
 
 def test_a_ticket_nobody_can_decode_is_dead_and_accounted_for(redis_url: str, client: redis.Redis, keys: Keys) -> None:
     LearnerStore(client, keys).add_tickets(keys.tickets, [make_ticket("0-1")])
-    client.xadd(keys.tickets, {"id": "0-0", "ticket": b"garbage"})
+    entry_id = client.xadd(keys.tickets, {"id": "0-0", "ticket": b"garbage"}).decode()
+    client.hset(keys.ledger, "0-0", f"open {entry_id}")
 
     async def lease(store: TicketStore) -> list[Lease]:
         return await store.lease(store.keys.tickets, 10, 0.5)
 
     assert [found.ticket.id for found in as_replica(redis_url, keys, "a", lease)] == ["0-1"]
     assert states(client, keys)["0-0"] == "dead"
+
+
+def test_an_entry_that_the_ledger_does_not_know_is_nobodys_ticket(
+    redis_url: str, client: redis.Redis, keys: Keys
+) -> None:
+    """A copy of a ticket is never answered twice, and a made-up one not at all."""
+    LearnerStore(client, keys).add_tickets(keys.tickets, [make_ticket("0-1")])
+    ((_, fields),) = client.xrange(keys.tickets)
+    client.xadd(keys.tickets, fields)
+    client.xadd(keys.tickets, {"id": "0-9", "ticket": encode(make_ticket("0-9"))})
+
+    async def answer(store: TicketStore) -> list[bool]:
+        leases = await store.lease(store.keys.tickets, 10, 0.5)
+        return [await store.commit(lease, make_group(lease.ticket.id)) for lease in leases]
+
+    assert as_replica(redis_url, keys, "a", answer) == [True, False, False]
+    assert (client.xlen(keys.groups), client.xlen(keys.tickets), client.xlen(keys.dead)) == (1, 0, 2)
+    assert states(client, keys) == {"0-1": "queued"}
+
+
+def test_a_redis_that_lost_everything_forgets_leases_and_gets_its_streams_again(
+    redis_url: str, client: redis.Redis, keys: Keys
+) -> None:
+    LearnerStore(client, keys).add_tickets(keys.tickets, [make_ticket()])
+
+    async def lose(store: TicketStore) -> list[Lease]:
+        lease = await lease_one(store)
+        client.delete(keys.tickets, keys.eval, keys.ledger)
+        assert not await store.commit(lease, make_group())
+        client.delete(keys.tickets)
+        await store.renew([lease])
+        client.delete(keys.tickets)
+        assert await store.claim(store.keys.tickets, 5, idle_s=0.0) == []
+        client.delete(keys.tickets)
+        assert await store.lease(store.keys.tickets, 1, 0.01) == []
+        LearnerStore(client, keys).add_tickets(keys.tickets, [make_ticket()])
+        return await store.lease(store.keys.tickets, 1, 1.0)
+
+    assert [lease.ticket.id for lease in as_replica(redis_url, keys, "a", lose)] == ["0-0"]
 
 
 def test_a_redis_that_is_full_keeps_the_ticket(redis_url: str, client: redis.Redis, keys: Keys) -> None:
@@ -137,7 +178,7 @@ def test_a_redis_that_is_full_keeps_the_ticket(redis_url: str, client: redis.Red
     client.config_set("maxmemory", "1mb")
     try:
         with pytest.raises(redis.OutOfMemoryError):
-            as_replica(redis_url, keys, "a", lambda store: store.commit(lease, make_group()))
+            as_replica(redis_url, keys, "a", lambda store: store.commit(lease, make_group()), deadline_s=0.1)
     finally:
         client.config_set("maxmemory", "0")
     assert client.xlen(keys.tickets) == 1

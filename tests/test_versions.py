@@ -35,11 +35,11 @@ def test_a_version_is_announced_with_the_digest_of_its_manifest(
     manifest = versions.publish(tensors(2.0), step=1)
     versions.close()
     announced = {key.decode(): value.decode() for key, value in client.hgetall(keys.weights).items()}
-    payload = (version_folder(tmp_path, 2) / "manifest.json").read_bytes()
+    payload = (version_folder(versions.root, 2) / "manifest.json").read_bytes()
     assert announced["version"] == "2" and announced["step"] == "1"
     assert decode_manifest(payload, announced["sha256"]) == manifest
-    verify(version_folder(tmp_path, 2), manifest)
-    loaded = load_file(version_folder(tmp_path, 2) / MODEL_FILE)
+    verify(version_folder(versions.root, 2), manifest)
+    loaded = load_file(version_folder(versions.root, 2) / MODEL_FILE)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors(2.0).items())
     assert versions.steps == {1: 0, 2: 1} == LearnerStore(client, keys).version_steps()
 
@@ -49,7 +49,7 @@ def test_only_the_newest_versions_stay_on_disk(tmp_path: Path, client: redis.Red
     for step in range(4):
         versions.publish(tensors(step), step)
     versions.close()
-    assert sorted(stored_versions(tmp_path)) == [3, 4]
+    assert sorted(stored_versions(versions.root)) == [3, 4]
 
 
 def test_versions_grow_over_restarts_and_over_what_replicas_serve(
@@ -65,7 +65,8 @@ def test_versions_grow_over_restarts_and_over_what_replicas_serve(
     third = make_versions(tmp_path, client, keys)
     assert third.publish(tensors(1.0), 0).version == 41
     third.close()
-    assert (tmp_path / "VERSION").read_text() == "41"
+    assert (third.root / "VERSION").read_text() == "41"
+    assert [folder.name for folder in tmp_path.iterdir()] == [third.root.name], "a start clears away what came before"
 
 
 def test_a_fenced_learner_announces_nothing(tmp_path: Path, client: redis.Redis, keys: Keys) -> None:
@@ -81,7 +82,7 @@ def test_bytes_that_are_not_the_manifests_are_refused(tmp_path: Path, client: re
     versions = make_versions(tmp_path, client, keys)
     manifest = versions.publish(tensors(1.0), 0)
     versions.close()
-    folder = version_folder(tmp_path, 1)
+    folder = version_folder(versions.root, 1)
     payload = (folder / "manifest.json").read_bytes()
     with pytest.raises(WeightsError, match="manifest has SHA-256"):
         decode_manifest(payload + b" ", hashlib.sha256(payload).hexdigest())
@@ -96,7 +97,7 @@ def test_a_manifest_cannot_name_a_file_elsewhere(tmp_path: Path, client: redis.R
     versions = make_versions(tmp_path, client, keys)
     versions.publish(tensors(1.0), 0)
     versions.close()
-    content = json.loads((version_folder(tmp_path, 1) / "manifest.json").read_text())
+    content = json.loads((version_folder(versions.root, 1) / "manifest.json").read_text())
     content["files"] = {"../../etc/passwd": content["files"][MODEL_FILE]}
     payload = json.dumps(content).encode()
     with pytest.raises(WeightsError, match="names a file"):
@@ -110,7 +111,7 @@ def test_the_learner_serves_versions_and_obeys_only_with_the_token(
     manifest = versions.publish(tensors(1.0), 0)
     versions.close()
     switches, sock = Switches(), listen("127.0.0.1", 0)
-    app = make_app(tmp_path, lambda: {"paused": switches.paused.is_set()}, switches, "secret")
+    app = make_app(versions.root, lambda: {"paused": switches.paused.is_set()}, switches, "secret")
     with serve_in_thread(app, sock), httpx.Client(base_url=url_of(sock)) as http:
         assert http.get("/healthz").json() == {"status": "ok"}
         assert http.get("/weights/latest").json()["version"] == 1

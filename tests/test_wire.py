@@ -1,20 +1,38 @@
-"""The wire format: what goes out comes back, and what contradicts itself is refused with a reason."""
+"""The wire format: what goes out comes back, and what is anything else is refused with a reason, whatever it is."""
 
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from common.wire import (
     Group,
     Heartbeat,
+    Sampling,
     VersionSpan,
     WireError,
+    check_group,
     decode_group,
     decode_heartbeat,
     decode_ticket,
     encode,
+    one_line,
 )
+from common.wire_checks import is_url
+from services.generation.completions import generate_body
 from tests.making import make_group, make_rollout, make_ticket
+from tests.mutations import altered, mutated_heartbeats, mutated_tickets
+
+HEARTBEAT = Heartbeat("r", "http://x", "running", "", 3, 1, 2, 30, 0.5, 2.0)
+thorough = settings(deadline=None, max_examples=200)
 
 
 def test_groups_come_back_as_they_were() -> None:
@@ -30,8 +48,7 @@ def test_groups_come_back_as_they_were() -> None:
 def test_tickets_and_heartbeats_come_back_as_they_were() -> None:
     ticket = make_ticket(kind="eval", attempts=2, avoid=["x"])
     assert decode_ticket(encode(ticket)) == ticket
-    heartbeat = Heartbeat("r", "http://x", "running", "", 3, 1, 2, 30, 0.5, 2.0)
-    assert decode_heartbeat(encode(heartbeat)) == heartbeat
+    assert decode_heartbeat(encode(HEARTBEAT)) == HEARTBEAT
 
 
 def test_several_turns_fit_a_rollout() -> None:
@@ -42,7 +59,7 @@ def test_several_turns_fit_a_rollout() -> None:
         behaviour_logprobs=np.full(4, -0.1, np.float32),
         version_spans=[VersionSpan(1, 0, 2), VersionSpan(3, 2, 4)],
     )
-    group = msgspec.structs.replace(make_group(rewards=(1.0,)), rollouts=[rollout])
+    group = replace(make_group(rewards=(1.0,)), rollouts=[rollout])
     again = decode_group(encode(group))
     assert (again.oldest_version, again.newest_version, again.num_trained_tokens) == (1, 3, 4)
 
@@ -56,7 +73,11 @@ def test_several_turns_fit_a_rollout() -> None:
         ({"behaviour_logprobs": np.zeros(2, np.float32)}, "2 behaviour_logprobs for 3 trained tokens"),
         ({"behaviour_logprobs": np.array([0, np.nan, 0], np.float32)}, "not finite"),
         ({"behaviour_logprobs": np.array([0, 0.5, 0], np.float32)}, "is above 0"),
-        ({"reward": float("nan")}, "not finite"),
+        ({"behaviour_logprobs": np.array([0, -81, 0], np.float32)}, "is below -80"),
+        ({"reward": float("nan")}, "the reward nan is not finite"),
+        ({"reward": -1e31}, "beyond 1e.30"),
+        ({"tokens": [1, -1, 3]}, "token -1, expected 0 to 2147483647"),
+        ({"tokens": [1, 2**31, 3]}, "token 2147483648, expected 0 to 2147483647"),
         ({"version_spans": [VersionSpan(1, 0, 2)]}, "do not tile 3 tokens"),
         ({"version_spans": [VersionSpan(1, 0, 2), VersionSpan(2, 1, 3)]}, "do not tile 3 tokens"),
         ({"version_spans": [VersionSpan(1, 0, 0), VersionSpan(2, 0, 3)]}, "do not tile 3 tokens"),
@@ -65,9 +86,11 @@ def test_several_turns_fit_a_rollout() -> None:
 )
 def test_rollouts_that_contradict_themselves_are_refused(changes: dict[str, object], problem: str) -> None:
     group = make_group(rewards=(1.0, 0.0))
-    broken = msgspec.structs.replace(group, rollouts=[group.rollouts[0], make_rollout(**changes)])  # type: ignore[arg-type]
+    broken = replace(group, rollouts=[group.rollouts[0], make_rollout(**changes)])  # type: ignore[arg-type]
     with pytest.raises(WireError, match=f"group 0-0, rollout 1: .*{problem}"):
         decode_group(encode(broken))
+    with pytest.raises(WireError, match=problem):
+        check_group(broken)
 
 
 def test_other_payloads_are_refused() -> None:
@@ -77,7 +100,7 @@ def test_other_payloads_are_refused() -> None:
         decode_ticket(encode(make_ticket(schema=99)))
     with pytest.raises(WireError, match="no prompt tokens"):
         decode_ticket(encode(make_ticket(prompt_tokens=[])))
-    missing = msgspec.structs.replace(make_group(), rollouts=[make_rollout()])
+    missing = replace(make_group(), rollouts=[make_rollout()])
     with pytest.raises(WireError, match="1 rollouts, expected 2"):
         decode_group(encode(missing))
 
@@ -95,5 +118,226 @@ def test_a_rollout_token_costs_about_nine_bytes() -> None:
         behaviour_logprobs=np.full(1000, -0.5, np.float32),
         version_spans=[VersionSpan(1, 0, 1000)],
     )
-    group: Group = msgspec.structs.replace(make_group(rewards=(1.0,)), rollouts=[long])
+    group: Group = replace(make_group(rewards=(1.0,)), rollouts=[long])
     assert len(encode(group)) < 10.5 * 1000
+
+
+def test_rounding_may_take_a_log_probability_above_0() -> None:
+    group = make_group(rewards=(1.0,))
+    rounded = make_rollout(behaviour_logprobs=np.array([0, 9e-4, -80], np.float32))
+    decode_group(encode(replace(group, rollouts=[rounded])))
+
+
+def test_a_rollout_is_no_longer_than_was_asked_for() -> None:
+    """Tokens of tools do not count."""
+    sampling = Sampling(temperature=1.0, max_new_tokens=2, stop_token_ids=[])
+    two = replace(make_rollout(loss_mask=[1, 0, 1]), behaviour_logprobs=np.zeros(2, np.float32))
+    two = replace(two, version_spans=[VersionSpan(1, 0, 2)])
+    group = replace(make_group(rewards=(1.0,), sampling=sampling), rollouts=[two])
+    decode_group(encode(group))
+    with pytest.raises(WireError, match="3 trained tokens, more than the ticket's max_new_tokens 2"):
+        decode_group(encode(replace(group, rollouts=[make_rollout()])))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"id": ""}, "ticket id is empty"),
+        ({"id": "x" * 201}, "ticket id has 201 characters, more than 200"),
+        ({"id": "a b"}, "'a b' has characters that are whitespace"),
+        ({"id": "a\nb"}, r"'a\\nb' has characters that are whitespace or cannot be printed"),
+        ({"kind": "test"}, "Invalid enum value 'test'"),
+        ({"prompt_tokens": [3, -1]}, "a prompt with token -1"),
+        ({"prompt_tokens": [1] * 2**20, "num_completions": 33}, "33 completions of 1048576 prompt tokens"),
+        ({"prompt_tokens": [1] * (2**20 + 1)}, "length <= 1048576"),
+        ({"num_completions": 0}, "asks for 0 completions"),
+        ({"num_completions": 2**40}, "asks for 1099511627776 completions"),
+        ({"sampling": Sampling(0.0, 1, [])}, "temperature 0, expected"),
+        ({"sampling": Sampling(float("nan"), 1, [])}, "temperature nan, expected"),
+        ({"sampling": Sampling(1e-50, 1, [])}, "temperature 1e-50, expected"),
+        ({"sampling": Sampling(1e50, 1, [])}, "temperature 1e.50, expected"),
+        ({"sampling": Sampling(1.0, 0, [])}, "max_new_tokens 0, expected"),
+        ({"sampling": Sampling(1.0, 1, [2**40])}, "stops at token 1099511627776"),
+        ({"min_weight_version": -1}, "Expected `int` >= 0"),
+        ({"min_weight_version": 2**53}, "Expected `int` <= 9007199254740991"),
+        ({"avoid": ["a", ""]}, "avoids a replica whose name is empty"),
+        ({"reference": {"x": float("inf")}}, "a number that is not finite"),
+        ({"reference": {"x": {1: 2}}}, "keys that are no text"),
+        ({"reference": {"x": b"1"}}, "with a bytes, which JSON has not"),
+        ({"reference": {"x": "1" * 2**20}}, "a reference of 1048584 bytes, more than 1048576"),
+        ({"messages": [{}] * 4097}, "length <= 4096"),
+    ],
+)
+def test_tickets_that_cannot_be_answered_are_refused(changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(WireError, match=problem):
+        decode_ticket(encode(make_ticket(**changes)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"replica": ""}, "replica is empty"),
+        ({"replica": "a b"}, "replica 'a b' has"),
+        ({"url": "ftp://x"}, "'ftp://x' is no URL"),
+        ({"url": "http://" + "x" * 500}, "is no URL"),
+        ({"weight_version": 2**53}, "Expected `int` <= 4503599627370496"),
+        ({"groups_in_flight": -1}, "Expected `int` >= 0"),
+        ({"serving_s": float("nan")}, "Expected `float` >= 0"),
+        ({"serving_s": float("inf")}, "Expected `float` <= "),
+        ({"waiting_s": -1.0}, "Expected `float` >= 0"),
+        ({"waiting_s": 3.0}, "waited 3 s of 2 s"),
+        ({"reason": "x" * 2**16}, "bytes, more than 65536"),
+        ({"schema": 2}, "schema 2, expected 1"),
+    ],
+)
+def test_heartbeats_that_cannot_be_true_are_refused(changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(WireError, match=problem):
+        decode_heartbeat(encode(replace(HEARTBEAT, **changes)))
+
+
+def test_another_layout_is_refused_by_the_schema_that_it_names() -> None:
+    with pytest.raises(WireError, match=r"^schema 2, expected 1$"):
+        decode_ticket(msgspec.msgpack.encode({"schema": 2, "identity": "0-0"}))
+
+
+@thorough
+@given(mutated_tickets())
+def test_mutated_tickets_are_refused_or_can_be_asked_of_an_engine(payload: bytes) -> None:
+    try:
+        ticket = decode_ticket(payload)
+    except WireError as error:
+        assert_short(error)
+        return
+    rids = [f"x-{index}." for index in range(ticket.num_completions)]
+    json.dumps(generate_body(ticket, rids), allow_nan=False)
+    json.dumps([ticket.reference, ticket.messages], allow_nan=False)
+    again = replace(ticket, attempts=ticket.attempts, avoid=sorted({*ticket.avoid, "r"}))
+    assert decode_ticket(encode(again)) == again
+
+
+@thorough
+@given(mutated_heartbeats())
+def test_mutated_heartbeats_are_refused_or_usable(payload: bytes) -> None:
+    try:
+        heartbeat = decode_heartbeat(payload)
+    except WireError as error:
+        assert_short(error)
+        return
+    assert heartbeat.serving_s == 0 or heartbeat.waiting_s / heartbeat.serving_s < 1.01
+    json.dumps(msgspec.to_builtins(heartbeat), allow_nan=False)
+    decode_ticket(encode(make_ticket(min_weight_version=heartbeat.weight_version + 10**9)))
+    notify(heartbeat.url)
+
+
+@thorough
+@given(st.from_regex(r"\Ahttps?://[a-z0-9.:\[\]/_-]{0,30}\Z") | st.text(max_size=20).map("http://{}".format))
+def test_an_http_client_takes_every_url_that_passes(url: str) -> None:
+    if is_url(url):
+        notify(url)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:8000", "https://a_b-c.example", "http://[::1]:80/x", "http://123456"]
+)
+def test_urls_that_replicas_have_pass(url: str) -> None:
+    assert is_url(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "x", "http://", "http://a b", "http://a..b", "http://1.2.3.999", "http://[1]", "http://a:65536", "http://a?b"],
+)
+def test_other_urls_do_not(url: str) -> None:
+    assert not is_url(url)
+
+
+def notify(url: str) -> None:
+    """The hint that a version is out, as far as the socket."""
+    taken = httpx.Client(transport=httpx.MockTransport(lambda request: httpx.Response(202)))
+    taken.post(f"{url}/weights", json={"version": 1}).raise_for_status()
+    httpx.URL(url).host.encode("idna")  # as `socket.getaddrinfo` does
+
+
+def assert_short(error: WireError) -> None:
+    assert str(error).isprintable() and 0 < len(str(error)) <= 300
+
+
+def test_a_reason_is_one_short_line_whatever_it_quotes() -> None:
+    assert one_line("a\nb\x00\ud800ü") == r"a\nb\x00\ud800ü"
+    assert len(one_line("\n" * 10**6)) == len(one_line("x" * 301)) == 300
+    assert one_line("x" * 300) == "x" * 300
+    with pytest.raises(WireError, match="Invalid enum value 'xxx") as refusal:
+        decode_ticket(encode(make_ticket(kind="x" * 10**6)))
+    assert_short(refusal.value)
+
+
+def in_group(raw: bytes, *path: str | int) -> bytes:
+    """A valid group with the bytes where `path` leads."""
+    return altered(encode(make_group()), path, msgspec.Raw(raw))
+
+
+def text(num_bytes: int) -> bytes:
+    return b"\xdb" + num_bytes.to_bytes(4) + b"x" * num_bytes
+
+
+def many(element: bytes, count: int) -> bytes:
+    return b"\xdd" + count.to_bytes(4) + element * count
+
+
+def nest(depth: int) -> bytes:
+    return b"\x91" * depth + b"\xc0"
+
+
+CLAIM = b"\xdd\xff\xff\xff\xff"
+"""A list that claims 2**32 - 1 elements."""
+REFERENCE, SPANS = ("ticket", "reference", "x"), ("rollouts", 0, "version_spans")
+BOMBS: dict[str, Callable[[], bytes]] = {
+    "100 MB of junk": lambda: np.random.default_rng(0).bytes(10**8),
+    "100 MB of nothing": lambda: bytes(10**8),
+    "100 MB of text": lambda: in_group(text(10**8), "rollouts", 0, "text"),
+    "100 MB of an unknown field": lambda: in_group(text(10**8), "unknown"),
+    "an id of 60 MB": lambda: in_group(text(6 * 10**7), "ticket", "id"),
+    "a kind of 60 MB": lambda: in_group(text(6 * 10**7), "ticket", "kind"),
+    "2**32 of something": lambda: CLAIM,
+    "2**32 rollouts": lambda: in_group(CLAIM, "rollouts"),
+    "2**32 tokens": lambda: in_group(CLAIM, "rollouts", 0, "tokens"),
+    "2**32 in the reference": lambda: in_group(CLAIM, *REFERENCE),
+    "2**32 in an unknown field": lambda: in_group(CLAIM, "unknown"),
+    "2**32 bytes of logprobs": lambda: in_group(b"\xc6\xff\xff\xff\xff", "rollouts", 0, "behaviour_logprobs"),
+    "10,000 deep": lambda: nest(10_000),
+    "10,000 deep in maps": lambda: b"\x81\xa1x" * 10_000,
+    "10,000 deep in the reference": lambda: in_group(nest(10_000), *REFERENCE),
+    "900 deep in the reference": lambda: in_group(nest(900), *REFERENCE),
+    "32 deep in the reference": lambda: in_group(nest(32), *REFERENCE),
+    "10,000 deep in an unknown field": lambda: in_group(nest(10_000), "unknown"),
+    "10,000 deep in the logprobs": lambda: in_group(nest(10_000), "rollouts", 0, "behaviour_logprobs"),
+    "60 MB of empty lists in the reference": lambda: in_group(many(b"\x90", 6 * 10**7), *REFERENCE),
+    "1 MB of empty lists in the reference": lambda: in_group(many(b"\x90", 1_040_000), *REFERENCE),
+    "60 MB of empty messages": lambda: in_group(many(b"\x80", 6 * 10**7), "ticket", "messages"),
+    "60 MB of empty spans": lambda: in_group(many(b"\x93\x01\x00\x00", 15 * 10**6), *SPANS),
+    "a million empty spans": lambda: in_group(many(b"\x93\x01\x00\x00", 10**6), *SPANS),
+    "60 MB of tokens": lambda: in_group(many(b"\x01", 6 * 10**7), "rollouts", 0, "tokens"),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS.keys())
+def test_bombs_are_refused_in_bounded_time(bomb: Callable[[], bytes]) -> None:
+    payload = bomb()
+    started = time.process_time()
+    with pytest.raises(WireError) as refusal:
+        decode_group(payload)
+    assert time.process_time() - started < 2
+    assert_short(refusal.value)
+
+
+def test_a_field_that_stands_twice_counts_once_and_the_first_is_not_even_decoded() -> None:
+    """The last one counts; a bomb before it costs no memory."""
+    ticket = encode(make_ticket())
+    twice = bytes([ticket[0] + 1]) + b"\xa9reference" + b"\x81\xa1x" + many(b"\x90", 10**7) + ticket[1:]
+    started = time.process_time()
+    assert decode_ticket(twice) == make_ticket()
+    assert time.process_time() - started < 0.5
+
+
+def test_what_is_unknown_to_this_release_is_passed_over() -> None:
+    assert decode_ticket(altered(encode(make_ticket()), ("colour",), "blue")) == make_ticket()

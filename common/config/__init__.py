@@ -5,7 +5,7 @@ each value came from. Only a service's `__main__` reads configuration; everythin
 """
 
 from common.config.actor import ActorConfig
-from common.config.recipe import ConfigError, Recipe, load_recipe
+from common.config.recipe import ConfigError, Recipe, load_recipe, resolve
 from common.config.run import (
     EngineConfig,
     EvaluationConfig,
@@ -32,4 +32,5 @@ __all__ = [
     "SamplingConfig",
     "TaskConfig",
     "load_recipe",
+    "resolve",
 ]

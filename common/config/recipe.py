@@ -32,15 +32,19 @@ class Recipe:
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads `path`, applies `section.key=value` overrides (values are YAML), checks everything."""
-    given = _read_yaml(Path(path))
-    sources = {key: str(path) for key, _ in _leaves(given)}
+    return resolve(_read_yaml(Path(path)), str(path), overrides)
+
+
+def resolve(given: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The same for what was read from `origin` already."""
+    sources = {key: origin for key, _ in _leaves(given)}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"override {override!r}: expected section.key=value")
         _assign(given, key.strip().split("."), _parse_value(override, text))
         sources[key.strip()] = f"--set {override}"
-    return Recipe(config=validate(given, str(path)), sources=_all_sources(given, sources))
+    return Recipe(config=validate(given, origin), sources=_all_sources(given, sources))
 
 
 def validate(given: dict[str, Any], origin: str) -> RunConfig:

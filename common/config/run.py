@@ -60,8 +60,8 @@ class LearnerConfig(Section):
     gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass.")
     num_threads: int | None = Field(None, ge=1, description="Torch's CPU threads; default: torch's own choice.")
     checkpoint_interval_steps: int = Field(20, ge=1, description="Steps between checkpoints.")
-    starvation_timeout_s: float = Field(
-        1800.0, gt=0, description="The learner fails, with the reason, after this long without a step."
+    starvation_deadline_s: float = Field(
+        1800.0, gt=0, description="The learner exits (code 4), with the reason, after this long without a step."
     )
     host: str = Field("127.0.0.1", description="Address the learner listens on.")
     port: int = Field(0, ge=0, le=65535, description="0: any free port.")
@@ -87,6 +87,12 @@ class EngineConfig(Section):
     )
     num_threads: int = Field(1, ge=1, description="CPU threads of the engine's kernels.")
     startup_timeout_s: float = Field(600.0, gt=0, description="Longest wait for the engine to answer.")
+    silence_timeout_s: float = Field(
+        60.0,
+        ge=2,
+        description="An engine without a sign of life for so long is killed and started again. One on a CPU that is "
+        "busy computing is given request_timeout_s; on a GPU this must exceed the longest prefill.",
+    )
     extra_args: list[str] = Field([], description="Further arguments of sglang.launch_server, as they are.")
 
 
@@ -96,7 +102,9 @@ class GenerationConfig(Section):
     max_eval_groups_in_flight: int = Field(32, ge=1, description="Evaluation groups, in slots of their own.")
     max_attempts: int = Field(3, ge=1, description="Failed attempts before a ticket is dead.")
     lease_s: float = Field(30.0, gt=0, description="A ticket whose replica is silent this long may be claimed.")
-    request_timeout_s: float = Field(600.0, gt=0, description="Longest wait for the completions of one ticket.")
+    request_timeout_s: float = Field(
+        600.0, gt=0, description="Longest wait for the completions of one ticket, and for the weights that it asks for."
+    )
     reward_workers: int = Field(1, ge=1, description="Processes that score completions, per replica.")
     reward_deadline_s: float = Field(10.0, gt=0, description="Longest time to score one group.")
     reward_memory_bytes: int = Field(4 << 30, ge=1 << 26, description="Address space of one reward process.")

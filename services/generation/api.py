@@ -19,7 +19,7 @@ def make_app(replica: Replica, token: str) -> FastAPI:
     guarded = [Depends(require_token(token))]
 
     def status() -> dict[str, Any]:
-        return {"service": "generation", **msgspec.to_builtins(replica.heartbeat())}
+        return {"service": "generation", **msgspec.to_builtins(replica.heartbeat()), "waits": replica.waits.status()}
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:

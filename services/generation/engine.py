@@ -2,15 +2,17 @@
 
 What comes back from `generate` is checked: every token has a finite behaviour log-probability and belongs to one
 version span, as the engine itself reported. `swap` lets requests in flight go on under the new weights, always
-ends with generation continued, and returns only after the engine has confirmed the version. Nothing is retried
-here: a failure is an `EngineError` that names the ticket or the call, and the caller decides.
+ends with generation continued, and returns only after the engine has confirmed the version. Every call has a
+deadline. Nothing is retried here: a failure is an `EngineError` that names the ticket or the call, and the caller
+decides.
 """
 
 import asyncio
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,9 +25,13 @@ from services.generation.completions import Completion, Sample, generate_body, t
 from services.generation.tensor_shapes import Shapes, expected_shapes, safetensors_shapes
 
 CONTROL_TIMEOUT_S = 30.0
-ABORT_TIMEOUT_S = 5.0
+ABORT_TIMEOUT_S = 1.0
+LAST_CONTINUE_TIMEOUT_S = 2.0
+"""Of a swap that was cancelled: whoever drains has no longer."""
 KEEPALIVE_EXPIRY_S = 2.0
 """Below SGLang's own 5 s, so that a request never goes into a connection that the server is closing."""
+SIGNS_OF_LIFE = ("/generate", "/update_weights_from_disk", "/health")
+"""What SGLang cannot answer without its scheduler; the other calls its HTTP process answers alone."""
 
 
 class EngineError(RuntimeError):
@@ -62,12 +68,18 @@ class Engine:
 
     def __init__(self, url: str, *, request_timeout_s: float = 600.0, swap_timeout_s: float = 300.0) -> None:
         self.url = url
+        self.heard_at = -math.inf
+        """`time.monotonic()` of the last sign of life."""
         self._request_timeout_s = request_timeout_s
         self._swap_timeout_s = swap_timeout_s
         self._expected_shapes: Shapes | None = None
         self._swapping = asyncio.Lock()
         limits = httpx.Limits(max_connections=None, keepalive_expiry=KEEPALIVE_EXPIRY_S)
         self._http = httpx.AsyncClient(base_url=url, limits=limits, trust_env=False)
+
+    @property
+    def is_swapping(self) -> bool:
+        return self._swapping.locked()
 
     async def aclose(self) -> None:
         await self._http.aclose()
@@ -128,12 +140,13 @@ class Engine:
         except ValueError as error:
             raise EngineError(f"{self.url}: {error}") from error
 
-    async def health(self) -> bool:
+    async def health(self, timeout_s: float = CONTROL_TIMEOUT_S) -> bool:
         """Whether the engine answers and its scheduler is alive. Takes a second: SGLang samples a token for it."""
         try:
-            return (await self._http.get("/health", timeout=CONTROL_TIMEOUT_S)).status_code == httpx.codes.OK
-        except httpx.HTTPError:
+            await self._send("GET", "/health", None, timeout_s)
+        except EngineError:
             return False
+        return True
 
     @asynccontextmanager
     async def _paused(self) -> AsyncIterator[None]:
@@ -141,8 +154,17 @@ class Engine:
         try:
             await self._call("/pause_generation", msgspec.Raw, {"mode": "retract"})
             yield
-        finally:
-            await self._call("/continue_generation", msgspec.Raw, {"torch_empty_cache": False})
+        except asyncio.CancelledError:
+            with suppress(EngineError):  # which would take the place of the cancellation
+                await self._continue(LAST_CONTINUE_TIMEOUT_S)
+            raise
+        except BaseException:
+            await self._continue(CONTROL_TIMEOUT_S)
+            raise
+        await self._continue(CONTROL_TIMEOUT_S)
+
+    async def _continue(self, timeout_s: float) -> None:
+        await self._call("/continue_generation", msgspec.Raw, {"torch_empty_cache": False}, timeout_s)
 
     async def _check_folder(self, folder: Path) -> None:
         """Raises `EngineError` unless the folder has, whole, every tensor the engine was started with."""
@@ -179,4 +201,6 @@ class Engine:
             raise EngineError(f"{path} at {self.url}: {type(error).__name__}: {error}") from error
         if response.status_code != httpx.codes.OK:
             raise EngineError(f"{path} answered {response.status_code}: {response.text[:500]}")
+        if path in SIGNS_OF_LIFE:
+            self.heard_at = time.monotonic()
         return response.content

@@ -1,8 +1,8 @@
 """Owns one SGLang server as a child process: starts it on a free port, waits until it is healthy, stops it.
 
-`start` returns with a server that answers, or raises with the last lines of its log. `stop` leaves no process
-behind, SGLang's own children included. If this process dies, even of SIGKILL, the server dies with it. On a CPU
-the server is the real SGLang too, through `services.generation.sglang_cpu`; on CUDA it is the plain one.
+`start` returns with a server that answers, or raises with the last lines of its log. `stop` and `kill` leave no
+process behind, SGLang's own children included, within seconds. If this process dies, even of SIGKILL, the server dies
+with it.
 """
 
 import asyncio
@@ -10,7 +10,6 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,24 +18,19 @@ import httpx
 
 from common.child_process import dies_with_parent
 from common.config import EngineConfig
-from common.device import CPU_MAX_TOTAL_TOKENS, resolve_device
+from common.device import resolve_device
 from common.http_service import free_port
 from common.preflight import check_engine_installed
 from services.generation.engine import EngineError
+from services.generation.engine_command import HOST, launch_command, launch_environment
 
-HOST = "127.0.0.1"
 POLL_S = 0.05
 HEALTH_TIMEOUT_S = 30.0
-STOP_GRACE_S = 6.0
-"""SGLang looks every 5 s whether it has been asked to stop."""
+STOP_GRACE_S = 1.0
+"""Before the SIGKILL: a server holds nothing that is worth a longer wait."""
 KILL_DEADLINE_S = 5.0
 LOG_TAIL_LINES = 30
 LOG_TAIL_BYTES = 1 << 16
-CPU_MEMORY_FRACTION = 0.3
-REPOSITORY = Path(__file__).resolve().parents[2]
-CPU_PACKAGES = Path(sys.prefix) / "sglang-cpu"
-"""Where `make setup` puts torchvision for SGLang alone: it is a CUDA build, with which no other process can import
-transformers beside CPU torch."""
 _log = logging.getLogger(__name__)
 
 
@@ -48,8 +42,6 @@ class EngineServer:
         self.dtype = dtype
         self.log_path = log_path
         self.port = free_port()
-        self.ready = asyncio.Event()
-        """Set while `keep_running` has a healthy server."""
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -90,37 +82,40 @@ class EngineServer:
             await self.stop()
             raise
 
-    async def keep_running(self, where: Callable[[], tuple[Path, int | None]]) -> None:
-        """Until cancelled: starts the server on the model folder and version of `where`, again whenever it ends.
-
-        Raises `EngineError` if a start fails.
-        """
-        while True:
-            await self.start(*where())
-            self.ready.set()
-            while self.is_alive:
-                await asyncio.sleep(POLL_S)
-            self.ready.clear()
-            _log.error("SGLang exited with %s, starting it again", self.returncode)
-
     async def stop(self) -> None:
-        """SIGTERM, SIGKILL after a grace; returns when the server and all processes of its group are gone."""
+        """SIGTERM, and SIGKILL after a grace; returns when the server and all processes of its group are gone."""
+        if self._process is None:
+            return
+        _signal_group(self._process.pid, signal.SIGTERM)
+        try:
+            await _until(lambda: self.returncode is not None, STOP_GRACE_S)
+        finally:
+            await self.kill()
+
+    async def kill(self) -> None:
+        """SIGKILL for the whole group at once, also where its processes hang or are stopped."""
         if self._process is None:
             return
         group = self._process.pid
-        _signal_group(group, signal.SIGTERM)
-        await _until(lambda: self.returncode is not None, STOP_GRACE_S)
         _signal_group(group, signal.SIGKILL)
-        await _until(lambda: self.returncode is not None and not _signal_group(group, 0), KILL_DEADLINE_S)
+        if not await _until(lambda: self.returncode is not None and not _signal_group(group, 0), KILL_DEADLINE_S):
+            _log.error("processes of SGLang's group %d are still there %g s after SIGKILL", group, KILL_DEADLINE_S)
+
+    def busy_s(self) -> float:
+        """Processor time that the server's processes have used so far; on a GPU, where an idle SGLang spins, 0."""
+        if self._process is None or resolve_device(self.settings.device) != "cpu":
+            return 0.0
+        return sum(_cpu_s(stat, self._process.pid) for stat in Path("/proc").glob("[0-9]*/stat"))
 
     async def _wait_until_healthy(self) -> None:
         deadline_s = time.monotonic() + self.settings.startup_timeout_s
-        async with httpx.AsyncClient(timeout=HEALTH_TIMEOUT_S, trust_env=False) as http:
-            while time.monotonic() < deadline_s:
+        async with httpx.AsyncClient(trust_env=False) as http:
+            while (left_s := deadline_s - time.monotonic()) > 0:
                 if not self.is_alive:
                     raise EngineError(f"SGLang exited with {self.returncode} at its start; {self._log_tail()}")
                 try:
-                    if (await http.get(f"{self.url}/health")).status_code == httpx.codes.OK:
+                    timeout_s = min(left_s, HEALTH_TIMEOUT_S)
+                    if (await http.get(f"{self.url}/health", timeout=timeout_s)).status_code == httpx.codes.OK:
                         return
                 except httpx.TransportError:
                     pass  # it does not listen yet
@@ -134,48 +129,6 @@ class EngineServer:
         return f"the end of {self.log_path}:\n" + "\n".join(lines[-LOG_TAIL_LINES:])
 
 
-def launch_command(
-    settings: EngineConfig, dtype: str, model_path: str | Path, weight_version: int | None, port: int
-) -> list[str]:
-    on_cpu = resolve_device(settings.device) == "cpu"
-    max_total_tokens, memory_fraction = settings.max_total_tokens, settings.memory_fraction
-    module = "sglang.launch_server"
-    args = ["--model-path", str(model_path), "--host", HOST, "--port", str(port), "--log-level", "warning"]
-    if on_cpu:
-        module = "services.generation.sglang_cpu"
-        args += ["--device", "cpu", "--skip-server-warmup", "--sleep-on-idle"]  # idle, it would spin on a core
-        # What a prefix cache saves is less than its bookkeeping costs; and four decode steps between two looks for
-        # prefills make these fewer and larger: together about 1.4 times the tokens per second.
-        args += ["--disable-radix-cache", "--num-continuous-decode-steps", "4"]
-        max_total_tokens = max_total_tokens or CPU_MAX_TOTAL_TOKENS
-        memory_fraction = memory_fraction or CPU_MEMORY_FRACTION
-    args += ["--dtype", dtype, "--max-running-requests", str(settings.max_running_requests)]
-    if max_total_tokens is not None:
-        args += ["--max-total-tokens", str(max_total_tokens)]
-    if memory_fraction is not None:
-        args += ["--mem-fraction-static", str(memory_fraction)]
-    if weight_version is not None:
-        args += ["--weight-version", str(weight_version)]
-    return [sys.executable, "-m", module, *args, *settings.extra_args]
-
-
-def launch_environment(settings: EngineConfig) -> dict[str, str]:
-    """Ours, and on a CPU what makes SGLang use it, with few threads that do not spin beside the learner's."""
-    environment = dict(os.environ)
-    if resolve_device(settings.device) == "cpu":
-        search_path = [str(REPOSITORY), str(CPU_PACKAGES), *filter(None, [environment.get("PYTHONPATH")])]
-        environment |= {
-            "SGLANG_USE_CPU_ENGINE": "1",
-            "OMP_NUM_THREADS": str(settings.num_threads),
-            "MKL_NUM_THREADS": str(settings.num_threads),
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONPATH": os.pathsep.join(search_path),
-        }
-    return environment
-
-
 def _signal_group(group: int, signal_number: int) -> bool:
     """Whether the process group still exists; signal 0 only asks."""
     try:
@@ -185,7 +138,20 @@ def _signal_group(group: int, signal_number: int) -> bool:
     return True
 
 
-async def _until(condition: Callable[[], bool], timeout_s: float) -> None:
+def _cpu_s(stat: Path, group: int) -> float:
+    """Processor time of the process if it belongs to the process group (`man 5 proc_pid_stat`)."""
+    try:
+        fields = stat.read_text().rpartition(")")[2].split()
+    except OSError:  # it has ended
+        return 0.0
+    is_member = int(fields[2]) == group
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if is_member else 0.0
+
+
+async def _until(condition: Callable[[], bool], timeout_s: float) -> bool:
     deadline_s = time.monotonic() + timeout_s
-    while not condition() and time.monotonic() < deadline_s:
+    while not condition():
+        if time.monotonic() > deadline_s:
+            return False
         await asyncio.sleep(POLL_S)
+    return True

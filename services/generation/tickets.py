@@ -1,8 +1,10 @@
 """A replica's side of Redis: leases on tickets, and the one script by which a ticket leaves its stream.
 
 `MOVE` acts only if the entry is still pending: it adds the outcome to the target stream, then acknowledges and
-deletes the ticket and notes its state, all at once. So a group is committed exactly once, however many replicas
-answered the ticket, and a Redis that is full refuses the group before the ticket is gone.
+deletes the ticket and marks it in the ledger, all at once. So a group is committed exactly once, however many
+replicas answered the ticket, and a Redis that is full refuses the group before the ticket is gone. An entry that the
+ledger does not point to is nobody's ticket and goes to `dead`. A Redis that has lost everything has no tickets either:
+what was leased from it is forgotten, and the streams are created anew.
 """
 
 import logging
@@ -19,14 +21,20 @@ from common.wire import Group, Heartbeat, Ticket, TicketState, WireError, decode
 
 _log = logging.getLogger(__name__)
 
-_MOVE = """
+MOVE = """#!lua
 if #redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[2], ARGV[2], 1) == 0 then return 0 end
-redis.call('XADD', KEYS[2], '*', 'id', ARGV[3], unpack(ARGV, 5))
+local is_known = redis.call('HGET', KEYS[4], ARGV[3]) == 'open ' .. ARGV[2]
+if is_known then
+  local added = redis.call('XADD', KEYS[2], '*', 'id', ARGV[3], unpack(ARGV, 5))
+  redis.call('HSET', KEYS[4], ARGV[3], ARGV[4] .. ' ' .. added)
+else
+  redis.call('XADD', KEYS[3], '*', 'id', ARGV[3], 'reason', 'the ledger knows no such open ticket')
+end
 redis.call('XACK', KEYS[1], ARGV[1], ARGV[2])
 redis.call('XDEL', KEYS[1], ARGV[2])
-redis.call('HSET', KEYS[3], ARGV[3], ARGV[4])
-return 1
+return is_known and 1 or 0
 """
+"""KEYS: source, target, dead, ledger. ARGV: consumer group, entry, ticket, its state from now on, fields."""
 
 _RENEW = """
 local renewed = 0
@@ -56,7 +64,7 @@ class TicketStore:
         self.client = client
         self.keys = keys
         self.replica = replica
-        self._move_script = client.register_script(_MOVE)
+        self._move_script = client.register_script(MOVE)
         self._renew_script = client.register_script(_RENEW)
 
     async def open(self) -> None:
@@ -69,16 +77,24 @@ class TicketStore:
 
     async def lease(self, stream: str, count: int, block_s: float) -> list[Lease]:
         """Up to `count` open tickets; none after `block_s` seconds without any."""
-        found: Any = await self.client.xreadgroup(
-            TICKET_GROUP, self.replica, {stream: ">"}, count=count, block=max(1, int(block_s * 1000))
-        )
+        try:
+            found: Any = await self.client.xreadgroup(
+                TICKET_GROUP, self.replica, {stream: ">"}, count=count, block=max(1, int(block_s * 1000))
+            )
+        except redis.ResponseError as error:
+            await self._open_again(error)
+            return []
         return await self._leases(stream, [(entry_id, fields) for _, entry_id, fields in entries_of(found)])
 
     async def claim(self, stream: str, count: int, idle_s: float) -> list[Lease]:
         """Up to `count` tickets whose replica has been silent for `idle_s` seconds."""
-        _, rows, *_ = await self.client.xautoclaim(
-            stream, TICKET_GROUP, self.replica, min_idle_time=int(idle_s * 1000), start_id="0-0", count=count
-        )
+        try:
+            _, rows, *_ = await self.client.xautoclaim(
+                stream, TICKET_GROUP, self.replica, min_idle_time=int(idle_s * 1000), start_id="0-0", count=count
+            )
+        except redis.ResponseError as error:
+            await self._open_again(error)
+            return []
         leases = await self._leases(stream, rows)
         return [lease._replace(num_deliveries=await self._num_deliveries(lease)) for lease in leases]
 
@@ -86,7 +102,10 @@ class TicketStore:
         """Resets the idle time of those that are still ours."""
         for stream in {lease.stream for lease in leases}:
             entry_ids = [lease.entry_id for lease in leases if lease.stream == stream]
-            await self._renew_script(keys=[stream], args=[TICKET_GROUP, self.replica, *entry_ids])
+            try:
+                await self._renew_script(keys=[stream], args=[TICKET_GROUP, self.replica, *entry_ids])
+            except redis.ResponseError as error:
+                await self._open_again(error)
 
     async def commit(self, lease: Lease, group: Group) -> bool:
         """Adds the group and retires its ticket; False if somebody else already has."""
@@ -122,6 +141,13 @@ class TicketStore:
         fields: Any = {"kind": kind, "event": msgspec.json.encode(event)}
         await self.client.xadd(self.keys.events, fields, maxlen=MAX_EVENTS)
 
+    async def _open_again(self, error: redis.ResponseError) -> None:
+        """After a Redis that lost its streams; raises any other error again."""
+        if not str(error).startswith("NOGROUP"):
+            raise error
+        _log.warning("Redis has lost the run's streams, creating them again")
+        await self.open()
+
     async def _leases(self, stream: str, rows: Any) -> list[Lease]:
         leases = []
         for entry_id, fields in rows:
@@ -149,7 +175,10 @@ class TicketStore:
         self, source: str, entry_id: str, ticket_id: str, target: str, state: TicketState, fields: dict[str, Any]
     ) -> bool:
         pairs = [part for pair in fields.items() for part in pair]
-        moved = await self._move_script(
-            keys=[source, target, self.keys.ledger], args=[TICKET_GROUP, entry_id, ticket_id, state, *pairs]
-        )
+        keys = [source, target, self.keys.dead, self.keys.ledger]
+        try:
+            moved = await self._move_script(keys=keys, args=[TICKET_GROUP, entry_id, ticket_id, state, *pairs])
+        except redis.ResponseError as error:
+            await self._open_again(error)
+            return False
         return bool(moved)

@@ -1,8 +1,8 @@
 """Keeps the engine on the newest weight version: fetch, verify, swap, in that order, while generation goes on.
 
-The bytes are verified against the manifest, and the manifest against the SHA-256 in Redis, before the engine is
-paused. A version is reported only after the engine has confirmed it. A replica whose swap fails says why and
-takes no work until a later version succeeds.
+A version is reported only after the engine has confirmed it. A replica whose swap fails says why and takes no work
+until a later attempt succeeds; nothing is swapped into an engine that is down, and an engine that has been away must
+confirm its version before it is used again.
 """
 
 import asyncio
@@ -12,27 +12,20 @@ import shutil
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx
 import redis
 import redis.asyncio
 
 from common.keys import Keys
-from common.weights import MANIFEST_FILE, MODEL_FILE, WeightsError, decode_manifest, verify, version_folder
+from common.weights import WeightsError, version_folder
 from services.generation.engine import Engine, EngineError, SwapTimings
+from services.generation.engine_keeper import EngineKeeper
+from services.generation.publication import READ_TIMEOUT_S, Published, fetch, newest_version
 
 LOOK_INTERVAL_S = 1.0
-FETCH_TIMEOUT_S = 120.0
 _log = logging.getLogger(__name__)
-
-
-class Published(NamedTuple):
-    """What Redis says of the newest version."""
-
-    version: int
-    sha256: str
-    url: str
 
 
 class WeightFollower:
@@ -50,36 +43,48 @@ class WeightFollower:
         self.model_folder = model_folder
         self.version = 0
         self.problem = ""
+        self.confirmed_life = 0
+        """The life of the engine (`EngineKeeper.life`) that is known to serve `version`."""
+        self.awaited: list[int] = []
+        """The versions that callers of `at_least` wait for."""
         self._on_swap = on_swap
         self._root = Path(tempfile.mkdtemp(prefix="headrace-weights-", dir=_memory_backed()))
         self._hint = asyncio.Event()
         self._swapped = asyncio.Condition()
-        self._http = httpx.AsyncClient(timeout=FETCH_TIMEOUT_S, trust_env=False)
+        self._http = httpx.AsyncClient(timeout=READ_TIMEOUT_S, trust_env=False)
 
     @property
     def folder(self) -> Path:
-        """What a restarted engine starts on: the verified version, or the base model before there is one."""
         return version_folder(self._root, self.version) if self.version else self.model_folder
+
+    def engine_start(self) -> tuple[Path, int | None]:
+        """What an engine starts on: the verified version, or the base model before there is one."""
+        return self.folder, self.version or None
 
     def look_now(self) -> None:
         self._hint.set()
 
-    async def at_least(self, version: int) -> None:
-        async with self._swapped:
-            await self._swapped.wait_for(lambda: self.version >= version and not self.problem)
+    async def at_least(self, version: int, timeout_s: float) -> None:
+        """Raises `TimeoutError` if the version is not served in time."""
+        self.awaited.append(version)
+        try:
+            async with asyncio.timeout(timeout_s), self._swapped:
+                await self._swapped.wait_for(lambda: self.version >= version and not self.problem)
+        finally:
+            self.awaited.remove(version)
 
-    async def follow(self, engine: Engine) -> None:
+    async def follow(self, keeper: EngineKeeper) -> None:
         """Until cancelled. Skips to the newest; a failure is kept in `problem` and tried again."""
         while True:
+            await keeper.serving.wait()
+            life = keeper.life
             try:
-                published = await self._published()
-                if published is not None and published.version > self.version:
-                    await self._take(published, engine)
-                    continue
-                await self._are_well()
-            except (WeightsError, EngineError, httpx.HTTPError, redis.RedisError, OSError) as error:
-                self.problem = f"weights: {error}"
-                _log.error("%s", self.problem)
+                await self._catch_up(keeper.engine, life)
+            except (WeightsError, EngineError, redis.RedisError, OSError) as error:
+                self.problem = str(error)
+                _log.error("weights: %s", self.problem)
+                if isinstance(error, EngineError):
+                    await keeper.answers(life)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_INTERVAL_S):
                     await self._hint.wait()
@@ -89,17 +94,37 @@ class WeightFollower:
         await self._http.aclose()
         shutil.rmtree(self._root, ignore_errors=True)
 
+    async def _catch_up(self, engine: Engine, life: int) -> None:
+        """Returns when the engine, in this life of it, serves the newest version that there is."""
+        if life != self.confirmed_life and self.version and await engine.weight_version() != self.version:
+            await engine.swap(self.folder, self.version)  # somebody else has started it again
+        self.confirmed_life = life
+        while (published := await self._published()) is not None and published.version > self.version:
+            await self._take(published, engine)
+        await self._are_well()
+
     async def _published(self) -> Published | None:
-        version, sha256, url = await self.client.hmget(self.keys.weights, ["version", "sha256", "url"])
-        return None if version is None else Published(int(version), sha256.decode(), url.decode())
+        return await newest_version(self.client, self.keys.weights)
 
     async def _take(self, published: Published, engine: Engine) -> None:
+        """Returns, too, if the version cannot be had because a newer one has taken its place."""
         loop = asyncio.get_running_loop()
         started_s = loop.time()
         folder = version_folder(self._root, published.version)
-        num_bytes = await self._fetch(published, folder)
+        try:
+            num_bytes = await fetch(self._http, published, folder, self.model_folder)
+        except WeightsError as error:
+            newest = await self._published()
+            if newest is None or newest.version <= published.version:
+                raise
+            _log.warning("%s; going on to version %d", error, newest.version)
+            return
         fetch_s = loop.time() - started_s
-        timings = await engine.swap(folder, published.version)
+        try:
+            timings = await engine.swap(folder, published.version)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         outdated = self.folder if self.version else None
         self.version = published.version
         await self._are_well()
@@ -114,29 +139,6 @@ class WeightFollower:
         async with self._swapped:
             self.problem = ""
             self._swapped.notify_all()
-
-    async def _fetch(self, published: Published, folder: Path) -> int:
-        """The bytes of a version, verified, with what else the engine needs to start on the folder."""
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        place = f"{published.url}/weights/{published.version}"
-        response = await self._http.get(f"{place}/{MANIFEST_FILE}")
-        manifest = decode_manifest(response.raise_for_status().content, published.sha256)
-        for name in manifest.files:
-            async with self._http.stream("GET", f"{place}/{name}") as stream:
-                stream.raise_for_status()
-                with (folder / name).open("wb") as file:
-                    async for chunk in stream.aiter_bytes(1 << 20):
-                        file.write(chunk)
-        await asyncio.to_thread(verify, folder, manifest)
-        for path in self.model_folder.iterdir():
-            if (
-                path.is_file()
-                and path.suffix not in (".safetensors", ".bin")
-                and path.name != f"{MODEL_FILE}.index.json"
-            ):
-                (folder / path.name).symlink_to(path.resolve())
-        return manifest.num_bytes
 
 
 def _memory_backed() -> str | None:

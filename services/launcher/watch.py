@@ -1,11 +1,14 @@
 """What the launcher shows: start-up phases, then one live table of the run; plain lines where there is no terminal.
 
-Reads the run's keys in Redis and nothing else, so it shows the same as any other watcher would.
+Knows only the run's keys in Redis, so it shows the same as any other watcher would. It waits for nobody: while Redis
+is away it says so and looks again, and what it cannot decode it passes over.
 """
 
-import time
+import re
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from time import monotonic
+from typing import Any, Self
 
 import msgspec
 import redis
@@ -15,28 +18,60 @@ from rich.table import Table
 from rich.text import Text
 
 from common.keys import Keys
-from common.wire import decode_heartbeat
+from common.wire import WireError, decode_heartbeat
+from services.launcher.processes import look_up
 
 NUM_ROWS = 12
-Event = dict[str, Any]
+LOOK_TIMEOUT_S = 1.0
+TOLD_AFTER_S = 5.0
+"""A reason to wait that has lasted so long is told where there is no table to show it."""
+NUMBER = re.compile(r"\d+")
+DURATION = re.compile(r"\d+ s\b")
+
+
+class StepEvent(msgspec.Struct):
+    """What is shown of a step; its floats are null where they are not finite."""
+
+    step: int
+    generated_tokens: int
+    reward_mean: float | None
+    staleness_mean: float | None
+    uniform_share: float | None
+    wall_s: float | None
+    wait_s: float | None
+    step_s: float | None
+    kl_behaviour_proximal: float | None
+
+
+class EvaluationEvent(msgspec.Struct):
+    step: int
+    held_out: float
+    num_completions: int
 
 
 class Watcher:
     """Follows a run's events; call `look` again and again between `with`."""
 
-    def __init__(self, client: redis.Redis, keys: Keys, num_steps: int, console: Console) -> None:
-        self.client = client
+    def __init__(self, redis_url: str, keys: Keys, num_steps: int, console: Console) -> None:
+        self.client = look_up(redis_url, LOOK_TIMEOUT_S)
         self.keys = keys
         self.num_steps = num_steps
         self.console = console
-        self.started = time.monotonic()
+        self.started = monotonic()
+        self.step = 0
+        """The highest that the learner has reported."""
+        self.learner_url = ""
+        self.reason = ""
+        """Why the learner waits, or how it ended; empty while it works."""
         self._seen = "0"
-        self._steps: list[Event] = []
-        self._evaluations: list[Event] = []
+        self._steps: list[StepEvent] = []
+        self._evaluations: list[EvaluationEvent] = []
         self._phase = ""
+        self._reason_since = self.started
+        self._told_reason = ""
         self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
 
-    def __enter__(self) -> "Watcher":
+    def __enter__(self) -> Self:
         if self._live:
             self._live.start()
         return self
@@ -44,57 +79,105 @@ class Watcher:
     def __exit__(self, *_: object) -> None:
         if self._live:
             self._live.stop()
+        self.client.close()
 
     def skip_to_now(self) -> None:
         """What an earlier life of the run had told is not told again."""
         newest: Any = self.client.xrevrange(self.keys.events, count=1)
         self._seen = newest[0][0].decode() if newest else "0"
+        self._read_learner()
+
+    def forget_learner(self) -> None:
+        """What an earlier learner said of itself is not shown of the next one."""
+        with suppress(redis.RedisError):
+            self.client.hdel(self.keys.learner, "phase", "reason", "url")
 
     def look(self) -> None:
         """Takes in what happened since the last look, and shows it."""
-        phase = self._describe_phase()
-        if phase != self._phase:
-            self._phase = phase
-            if not self._live and not self._is_training(phase):
-                self.say(phase)
-        found: Any = self.client.xrange(self.keys.events, min=f"({self._seen}")
-        for entry_id, fields in found:
-            self._seen = entry_id.decode()
-            self._take(fields[b"kind"].decode(), msgspec.json.decode(fields[b"event"]))
+        try:
+            phase = f"learner: {self._read_learner()}; replicas: {self._describe_replicas()}"
+            self._tell(phase)
+            for kind, payload in self._new_events():
+                self._take(kind, payload)
+        except redis.RedisError:
+            self._tell("Redis unreachable")
         if self._live:
             self._live.update(self._render())
 
+    def latest_step(self) -> int:
+        """The highest step seen, also when the learner reported it a moment ago and ended."""
+        with suppress(redis.RedisError):
+            self._read_learner()
+        return self.step
+
+    def latest_reason(self) -> str:
+        with suppress(redis.RedisError):
+            self._read_learner()
+        return self.reason
+
     def say(self, text: str) -> None:
-        self.console.print(Text(f"[{time.monotonic() - self.started:6.1f} s] {text}"), soft_wrap=True)
+        self.console.print(Text(f"[{monotonic() - self.started:6.1f} s] {text}"), soft_wrap=True)
 
-    def _take(self, kind: str, event: Event) -> None:
-        if kind == "step":
-            self._steps.append(event)
-            if not self._live:
-                self.say(self._step_line(event))
-        elif kind == "evaluation":
-            self._evaluations.append(event)
-            self.say(
-                f"held-out pass@1 {event['held_out']:.3f} after step {event['step']}, "
-                f"{event['num_completions']} completions"
-            )
+    def _read_learner(self) -> str:
+        """The learner's phase."""
+        found: dict[bytes, bytes] = self.client.hgetall(self.keys.learner)
+        fields = {name.decode(errors="replace"): value.decode(errors="replace") for name, value in found.items()}
+        with suppress(ValueError):
+            self.step = max(self.step, int(fields.get("step", "")))
+        self.learner_url = fields.get("url", "")
+        reason = fields.get("reason", "")
+        if NUMBER.sub("", reason) != NUMBER.sub("", self.reason):
+            self._reason_since = monotonic()
+        self.reason = reason
+        return fields.get("phase", "loading the model")
 
-    def _step_line(self, event: Event) -> str:
-        cells = ", ".join(f"{name} {value(event)}" for name, value in COLUMNS.items())
-        return f"{cells} (of {self.num_steps} steps)"
-
-    def _describe_phase(self) -> str:
-        phase = (self.client.hget(self.keys.learner, "phase") or b"").decode()
-        payloads = [self.client.get(name) for name in sorted(self.client.scan_iter(match=self.keys.replicas + "*"))]
-        replicas = [decode_heartbeat(payload) for payload in payloads if payload]
+    def _describe_replicas(self) -> str:
         counts: dict[str, int] = {}
-        for replica in replicas:
-            state = f"{replica.state} ({replica.reason})" if replica.reason else replica.state
-            counts[state] = counts.get(state, 0) + 1
-        states = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
-        return f"learner: {phase or 'loading the model'}; replicas: {states or 'none yet'}"
+        for name in sorted(self.client.scan_iter(match=self.keys.replicas + "*", count=1000)):
+            with suppress(WireError):
+                replica = decode_heartbeat(self.client.get(name) or b"")
+                state = f"{replica.state} ({replica.reason})" if replica.reason else replica.state
+                counts[state] = counts.get(state, 0) + 1
+        return ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "none yet"
 
-    def _is_training(self, phase: str) -> bool:
+    def _new_events(self) -> Any:
+        found: Any = self.client.xrange(self.keys.events, min=f"({self._seen}")
+        for entry_id, fields in found:
+            self._seen = entry_id.decode()
+            yield fields.get(b"kind"), fields.get(b"event", b"")
+
+    def _take(self, kind: bytes | None, payload: bytes) -> None:
+        with suppress(msgspec.MsgspecError, UnicodeDecodeError):
+            if kind == b"step":
+                step = msgspec.json.decode(payload, type=StepEvent)
+                self._steps.append(step)
+                if not self._live:
+                    cells = ", ".join(f"{name} {_cell(value, step)}" for name, value in COLUMNS.items())
+                    self.say(f"{cells} (of {self.num_steps} steps)")
+            elif kind == b"evaluation":
+                evaluation = msgspec.json.decode(payload, type=EvaluationEvent)
+                self._evaluations.append(evaluation)
+                self.say(
+                    f"held-out pass@1 {evaluation.held_out:.3f} after step {evaluation.step}, "
+                    f"{evaluation.num_completions} completions"
+                )
+
+    def _tell(self, phase: str) -> None:
+        """Without a terminal: a line for each new phase until the first step, then for those out of the ordinary."""
+        is_new = DURATION.sub("", phase) != DURATION.sub("", self._phase)
+        self._phase = phase
+        if self._live:
+            return
+        if is_new and not self._is_ordinary(phase):
+            self.say(phase)
+        has_lasted = monotonic() - self._reason_since >= TOLD_AFTER_S
+        if not self.reason:
+            self._told_reason = ""
+        elif has_lasted and NUMBER.sub("", self.reason) != self._told_reason:
+            self._told_reason = NUMBER.sub("", self.reason)
+            self.say(f"the learner waits: {self.reason}")
+
+    def _is_ordinary(self, phase: str) -> bool:
         return bool(self._steps) and phase.startswith(("learner: waiting;", "learner: training;"))
 
     def _render(self) -> Group:
@@ -102,24 +185,32 @@ class Watcher:
         for name in COLUMNS:
             table.add_column(name, justify="right")
         table.add_column("held-out", justify="right")
-        held_out = {event["step"]: f"{event['held_out']:.3f}" for event in self._evaluations}
+        held_out = {event.step: f"{event.held_out:.3f}" for event in self._evaluations}
         for event in self._steps[-NUM_ROWS:]:
-            table.add_row(*(value(event) for value in COLUMNS.values()), held_out.get(event["step"], ""))
-        latest = f", held-out pass@1 {self._evaluations[-1]['held_out']:.3f}" if self._evaluations else ""
-        done = len(self._steps) and self._steps[-1]["step"]
+            table.add_row(*(_cell(value, event) for value in COLUMNS.values()), held_out.get(event.step, ""))
+        latest = f", held-out pass@1 {self._evaluations[-1].held_out:.3f}" if self._evaluations else ""
+        done = self._steps[-1].step if self._steps else 0
+        waits = f" · waits: {self.reason}" if self.reason else ""
         head = Text(
-            f"step {done} of {self.num_steps}{latest} · {time.monotonic() - self.started:.0f} s · {self._phase}"
+            f"step {done} of {self.num_steps}{latest} · {monotonic() - self.started:.0f} s · {self._phase}{waits}"
         )
         return Group(head, table) if self._steps else Group(head)
 
 
-COLUMNS: dict[str, Callable[[Event], str]] = {
-    "step": lambda e: str(e["step"]),
-    "reward": lambda e: f"{e['reward_mean']:.3f}",
-    "staleness": lambda e: f"{e['staleness_mean']:.2f}",
-    "uniform": lambda e: f"{e['uniform_share']:.0%}",
-    "tokens/s": lambda e: f"{e['generated_tokens'] / max(e['wall_s'], 1e-9):.0f}",
-    "waited": lambda e: f"{e['wait_s']:.2f} s",
-    "step time": lambda e: f"{e['step_s']:.2f} s",
-    "KL": lambda e: f"{e['kl_behaviour_proximal']:.4f}",
+def _cell(value: Callable[[StepEvent], str], event: StepEvent) -> str:
+    try:
+        return value(event)
+    except TypeError:  # a null
+        return "nan"
+
+
+COLUMNS: dict[str, Callable[[StepEvent], str]] = {
+    "step": lambda e: str(e.step),
+    "reward": lambda e: f"{e.reward_mean:.3f}",
+    "staleness": lambda e: f"{e.staleness_mean:.2f}",
+    "uniform": lambda e: f"{e.uniform_share:.0%}",
+    "tokens/s": lambda e: f"{e.generated_tokens / max(e.wall_s or 0, 1e-9):.0f}",
+    "waited": lambda e: f"{e.wait_s:.2f} s",
+    "step time": lambda e: f"{e.step_s:.2f} s",
+    "KL": lambda e: f"{e.kl_behaviour_proximal:.4f}",
 }

@@ -2,8 +2,10 @@
 
     python -m services.learner --config configs/tiny-cpu.yaml --run demo --redis-url redis://127.0.0.1:6379
 
+With `--replay` it trains on a recording (services/learner/recording.py) instead of what replicas send.
+
 Exit codes: 0 complete or stopped on request, 1 failed, 2 refused before anything started, 3 fenced off by a newer
-learner.
+learner, 4 starved: nothing to do for learner.starvation_deadline_s.
 """
 
 import argparse
@@ -19,12 +21,15 @@ from typing import Any
 
 import redis
 
-from common.config import ConfigError, RunConfig, load_recipe
+from common.config import ConfigError, RunConfig, load_recipe, resolve
 from common.http_service import listen, serve_in_thread, token_at, url_of
 from common.keys import Keys
 from common.logs import set_up_logging
 from common.preflight import check_model_folder, check_task
-from common.redis_client import connect, durability_problem
+from common.redis_client import OUTAGE_DEADLINE_S, connect, durability_problem
+from common.waiting import Waits
+from services.learner.api import Switches, make_app
+from services.learner.recording import Recording
 
 _log = logging.getLogger("services.learner")
 
@@ -44,7 +49,9 @@ def main() -> int:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m services.learner")
-    parser.add_argument("--config", required=True, type=Path)
+    parser.add_argument("--config", type=Path, help="a recipe; with --replay default to the recording's own")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], help="section.key=value")
+    parser.add_argument("--replay", type=Path, help="a recording to train on")
     parser.add_argument("--run", default=os.environ.get("HEADRACE_RUN", "demo"))
     parser.add_argument("--runs-folder", type=Path, default=Path("runs"))
     parser.add_argument("--redis-url", default=os.environ.get("HEADRACE_REDIS_URL"))
@@ -54,70 +61,102 @@ def _parse_arguments() -> argparse.Namespace:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    config = load_recipe(arguments.config).config
+    recording = None if arguments.replay is None else Recording(arguments.replay)
+    if arguments.config is not None:
+        config = load_recipe(arguments.config, arguments.overrides).config
+    elif recording is not None:
+        config = resolve(recording.config, str(arguments.replay), arguments.overrides).config
+    else:
+        raise ValueError("no configuration: expected --config, or --replay with a recording that carries one")
     keys = Keys(arguments.run)
     redis_url = arguments.redis_url or config.redis_url
     if not redis_url:
         raise ValueError("no Redis: expected --redis-url, HEADRACE_REDIS_URL or redis_url in the configuration")
     check_model_folder(config.model.path)
     task = check_task(config)
-    client = connect(redis_url)
-    problem = durability_problem(client)
+    problem = durability_problem(connect(redis_url))
     if problem and config.durability == "strict":
-        raise ValueError(f"the Redis at {redis_url} may lose writes: {problem}; or set durability: relaxed")
-    client.set(keys.config, config.model_dump_json())
+        raise ValueError(f"the Redis may lose writes: {problem}; or set durability: relaxed")
+    waits, switches = Waits(), Switches()
+    client = connect(redis_url, waits, deadline_s=OUTAGE_DEADLINE_S, is_stopping=switches.stop.is_set)
+    client.set(keys.config, config.model_dump_json(exclude={"redis_url"}))
     sock = listen(
         config.learner.host if arguments.host is None else arguments.host,
         config.learner.port if arguments.port is None else arguments.port,
     )
     folder = arguments.runs_folder / arguments.run
+    folder.mkdir(parents=True, exist_ok=True)
     token = token_at(folder / "token")
-    return _learn(config, folder, token, client, keys, sock, task)
-
-
-def _learn(config: RunConfig, folder: Path, token: str, client: Any, keys: Keys, sock: Any, task: Any) -> int:
-    from services.learner.api import Switches, make_app
-    from services.learner.assembly import assemble
-    from services.learner.store import Fenced
-
-    switches = Switches()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: switches.stop.set())
-    loop, tokenizer = assemble(config, folder, token, client, keys, url_of(sock), task, switches)
+    return _learn(config, folder, token, client, keys, sock, task, switches, waits, recording)
+
+
+def _learn(
+    config: RunConfig,
+    folder: Path,
+    token: str,
+    client: Any,
+    keys: Keys,
+    sock: Any,
+    task: Any,
+    switches: Switches,
+    waits: Waits,
+    recording: Recording | None,
+) -> int:
+    from services.learner.assembly import assemble
+    from services.learner.loop import Starved
+    from services.learner.store import Fenced
+
+    arguments = (config, folder, token, client, keys, url_of(sock), task, switches, waits, recording)
+    loop, tokenizer = assemble(*arguments)
     if loop.is_at_last_step and (folder / "summary.json").exists():
         _log.info("run %s is complete: more learner.steps would go on with it", folder.name)
         return 0
-
-    def status() -> dict[str, Any]:
-        progress = loop.progress
-        waits = progress.phase.startswith(("waiting", "evaluating"))
-        return {
-            "service": "learner",
-            "run": folder.name,
-            "phase": "paused" if switches.paused.is_set() else progress.phase,
-            "reason": loop.intake.why_waiting() if waits else "",
-            "step": progress.step,
-            "steps": config.learner.steps,
-            "version": loop.versions.current,
-            "counts": dict(loop.intake.counts),
-            "latest": progress.latest,
-        }
-
-    with serve_in_thread(make_app(loop.versions.root, status, switches, token), sock):
+    with serve_in_thread(make_app(loop.versions.root, lambda: _status(loop, folder.name), switches, token), sock):
         try:
             is_complete = loop.run()
         except Fenced as error:
             _log.error("%s", error)
             return 3
+        except Starved as error:
+            _log.error("%s", error)
+            _report_end(loop, "starved", str(error))
+            return 4
         except Exception as error:  # noqa: BLE001 - the process's top
             _log.exception("the learner failed")
-            with suppress(Fenced, redis.RedisError):
-                loop.store.report({"phase": "failed", "reason": str(error)})
+            _report_end(loop, "failed", str(error))
             return 1
         if is_complete:
             _write_results(loop, folder, tokenizer)
         loop.close()
     return 0
+
+
+def _status(loop: Any, run: str) -> dict[str, Any]:
+    """From memory alone: answers at once, whatever the loop waits for."""
+    progress = loop.progress
+    return {
+        "service": "learner",
+        "run": run,
+        "phase": "paused" if loop.switches.paused.is_set() else progress.phase,
+        "reason": loop.waits.describe(),
+        "waits": loop.waits.status(),
+        "step": progress.step,
+        "steps": loop.config.learner.steps,
+        "version": loop.versions.current,
+        "epoch": loop.store.epoch,
+        "counts": dict(loop.intake.counts),
+        "latest": progress.latest,
+    }
+
+
+def _report_end(loop: Any, phase: str, reason: str) -> None:
+    from services.learner.store import Fenced, RedisLost
+
+    loop.switches.stop.set()  # nothing is retried any more
+    with suppress(Fenced, RedisLost, redis.RedisError):
+        loop.store.report({"phase": phase, "reason": reason})
 
 
 def _write_results(loop: Any, folder: Path, tokenizer: Any) -> None:

@@ -1,12 +1,14 @@
 """Checkpoints: what a learner needs to go on as if it had never stopped, durable before anyone relies on it.
 
-A checkpoint is a folder of safetensors (float32 masters, moments) and a JSON record, written aside, fsynced and
-renamed. Two are kept: checkpoint N deletes from Redis what N-1 recorded, so that a corrupt newest one loses
-nothing.
+A checkpoint is a folder of safetensors (float32 masters, moments, random state) and a record, written aside under
+the learner's own name, fsynced and renamed; nothing is ever written over. Two are kept: checkpoint N deletes from
+Redis what N-1 recorded, so that a corrupt newest one loses nothing.
 """
 
+import contextlib
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -14,54 +16,77 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from common.weights import move_into_place
-from services.learner.store import Cursor, Settlement
+from common.weights import file_entry, move_into_place
+from services.learner.checkpoint_record import (
+    Record,
+    Unreadable,
+    checkpoint_folders,
+    folder_name,
+    read_record,
+    write_record,
+)
 
 NUM_KEPT = 2
-_TENSORS_FILE = "state.safetensors"
-_RECORD_FILE = "record.json"
+TENSORS_FILE = "state.safetensors"
 _log = logging.getLogger(__name__)
 
 
-class Record(msgspec.Struct, frozen=True):
-    """Everything of a checkpoint but the tensors."""
-
-    step: int
-    version: int
-    cursor: Cursor
-    version_steps: dict[int, int]
-    settlements: list[Settlement]
-    """What became of the groups consumed since the checkpoint before."""
-    counts: dict[str, int]
-    wall_s: float
-    """From the first ticket to this checkpoint, over all lives of the run."""
-    schema: int = 1
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; the ones before it stand."""
 
 
-def save_checkpoint(root: Path, record: Record, tensors: dict[str, Tensor]) -> Path:
-    root.mkdir(parents=True, exist_ok=True)
-    aside = root / "aside"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside / _TENSORS_FILE)
-    (aside / _RECORD_FILE).write_bytes(msgspec.json.encode(record))
-    final = root / f"step-{record.step:08d}"
-    move_into_place(aside, final)
-    for folder in _folders(root)[:-NUM_KEPT]:
-        shutil.rmtree(folder)
+def save_checkpoint(
+    root: Path, record: Record, tensors: dict[str, Tensor], check: Callable[[], None] = lambda: None
+) -> Path:
+    """`check` is called just before the rename and may raise. Raises `CheckpointError` if the disk refuses."""
+    aside = root / f"aside-{record.epoch:06d}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        detached = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(detached, aside / TENSORS_FILE)
+        files = {TENSORS_FILE: file_entry(aside / TENSORS_FILE)}
+        write_record(aside, msgspec.structs.replace(record, files=files))
+        check()
+        final = root / folder_name(record.epoch, _next_number(root, record.epoch))
+        move_into_place(aside, final)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(f"{root}: {error}") from error
+    for folder in checkpoint_folders(root)[:-NUM_KEPT]:
+        shutil.rmtree(folder, ignore_errors=True)
     return final
 
 
 def load_newest(root: Path) -> tuple[Record, dict[str, Tensor]] | None:
-    """The newest checkpoint that can be read; an unreadable one is reported and passed over."""
-    for folder in reversed(_folders(root)):
+    """The newest checkpoint that can be read, None if there is none yet.
+
+    An unreadable one is reported, renamed and passed over. Raises `ValueError` if all are unreadable: a run never
+    silently begins anew.
+    """
+    folders = checkpoint_folders(root)
+    problems = []
+    for folder in reversed(folders):
         try:
-            record = msgspec.json.decode((folder / _RECORD_FILE).read_bytes(), type=Record)
-            return record, load_file(folder / _TENSORS_FILE)
-        except (OSError, msgspec.DecodeError, SafetensorError) as error:
+            record = read_record(folder)
+            for name, expected in record.files.items():
+                if file_entry(folder / name) != expected:
+                    raise Unreadable(f"{folder.name}: {name} is not what was written")
+            tensors = load_file(folder / TENSORS_FILE)
+        except (OSError, Unreadable, SafetensorError) as error:
             _log.error("checkpoint %s is unreadable, taking the one before: %s", folder.name, error)
+            problems.append((folder, str(error)))
+            continue
+        for unreadable, _ in problems:  # out of the way, or it would count as one of the two that are kept
+            unreadable.rename(root / f"unreadable-{unreadable.name}")
+        return record, tensors
+    if problems:
+        raise ValueError(f"no checkpoint in {root} can be read: " + "; ".join(problem for _, problem in problems))
     return None
 
 
-def _folders(root: Path) -> list[Path]:
-    return sorted(root.glob("step-*"))
+def _next_number(root: Path, epoch: int) -> int:
+    own = [folder for folder in checkpoint_folders(root) if folder.name.startswith(f"checkpoint-{epoch:06d}-")]
+    return int(own[-1].name.rpartition("-")[2]) + 1 if own else 1

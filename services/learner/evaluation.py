@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from common.wire import Group, Ticket
+from services.learner.staleness import step_of
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Evaluation:
         self.waiting_for.remove(group.ticket.id)
         for rollout in group.rollouts:
             self.rewards.append(rollout.reward)
-            self.first_token_steps.append(version_steps[rollout.version_spans[0].version])
+            self.first_token_steps.append(step_of(rollout.version_spans[0].version, version_steps))
 
     def give_up(self, ticket_id: str) -> None:
         self.waiting_for.discard(ticket_id)

@@ -2,25 +2,53 @@
 
 A thread of its own, so that admission and dynamic sampling go on while a step computes. Admission:
 open tickets + groups not yet consumed <= (max_staleness + 1) * groups_per_step, where a group is consumed when it
-is trained (its step is over), uniform or stale. The check of staleness at packing is what bounds its maximum.
+is trained (its step is over), uniform or stale. The check of staleness at packing is what bounds its maximum. A
+group is taken in only if the ledger points to its entry, so that no copy is ever trained.
 """
 
+import logging
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from common.config import RunConfig
-from common.wire import Group, Ticket, TicketState, WireError, decode_group
+from common.ledger import Mark
+from common.wire import Group, Heartbeat, Ticket, TicketState, WireError, decode_group
 from services.learner.evaluation import Evaluation
-from services.learner.prompts import TicketSource
+from services.learner.refusal import Limits, Refused, refuse
 from services.learner.staleness import Staleness, group_staleness
-from services.learner.store import Entry, LearnerStore, Settlement
+from services.learner.store import Cursor, Entry, LearnerStore, Settlement
 
 READ_COUNT = 64
 READ_BLOCK_S = 0.2
-DEAD_CHECK_S = 2.0
+LOOK_INTERVAL_S = 1.0
+_log = logging.getLogger(__name__)
+
+
+class Source(Protocol):
+    """Where groups come from: tickets that replicas answer, or a recording."""
+
+    cursor: Cursor
+    is_recording: bool
+
+    def issue(self, store: LearnerStore, count: int, step: int, version: int) -> list[str]:
+        """Adds up to `count` tickets (or recorded groups) to Redis; returns their ids."""
+        ...
+
+    def replace_stale(self, ticket: Ticket) -> None: ...
+
+    def to_issue(self) -> list[str]:
+        """What a checkpoint must remember to issue again."""
+        ...
+
+    def rebuild(self, ticket_ids: list[str], step: int, version: int) -> list[Ticket]: ...
+
+    def evaluation(self, step: int, version: int) -> list[Ticket]: ...
+
+    @property
+    def is_exhausted(self) -> bool: ...
 
 
 class Arrived(NamedTuple):
@@ -31,8 +59,19 @@ class Arrived(NamedTuple):
     staleness: Staleness = Staleness(0, 0)
 
 
-class Starved(RuntimeError):
-    """No step could be taken for too long; the text says what was missing."""
+class Consumed(NamedTuple):
+    """What a checkpoint must record."""
+
+    settlements: list[Settlement]
+    unfinished: list[str]
+
+
+class Sight(NamedTuple):
+    """What the thread last saw of Redis, for those who must not wait for it."""
+
+    open_tickets: int = 0
+    in_stream: int = 0
+    replicas: tuple[Heartbeat, ...] = ()
 
 
 class Intake:
@@ -42,27 +81,33 @@ class Intake:
         self,
         config: RunConfig,
         store: LearnerStore,
-        source: TicketSource,
+        source: Source,
         version_steps: dict[int, int],
+        limits: Callable[[], Limits],
         recorded: list[Settlement],
     ) -> None:
-        """`recorded`: by the checkpoint that the learner was taken up from."""
+        """`limits`: of this moment. `recorded`: by the checkpoint that the learner was taken up from."""
         self.config = config
         self.store = store
         self.source = source
         self.version_steps = version_steps
         self.counts: Counter[str] = Counter()
         self.is_admitting = True
+        self.sight = Sight()
+        self._limits = limits
         self._consumed: list[Settlement] = []
         """Since the last checkpoint."""
         self._recorded = recorded
         """By the last checkpoint; still in Redis until the next one."""
+        self._retired: Counter[str] = Counter()
+        """Uniform and stale groups since the last batch."""
+        self._held_bytes = 0
+        self._unfinished: set[str] = set()
         self._step = self._version = 0
         self._sampled_rewards: list[float] = []
         self._arrived: deque[Arrived] = deque()
-        self._reissues: deque[Ticket] = deque()
         self._evaluation: Evaluation | None = None
-        self._looked_for_dead = 0.0
+        self._looked = 0.0
         self._failure: BaseException | None = None
         self._changed = threading.Condition()
         self._stopping = threading.Event()
@@ -71,14 +116,15 @@ class Intake:
     def start(self) -> None:
         """Takes in what an earlier life had read beyond the checkpoint, then reads on."""
         recorded = {(one.stream, one.entry_id) for one in self._recorded}
-        for entry in self.store.read_pending():
-            if (entry.stream, entry.entry_id) not in recorded:
-                self._take_in(entry)
+        self._unfinished |= set(self.store.unfinished()) - {one.ticket_id for one in self._recorded}
+        pending = self.store.read_pending()
+        self._take_in([entry for entry in pending if (entry.stream, entry.entry_id) not in recorded])
         self._thread.start()
 
     def stop(self) -> None:
         self._stopping.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def advance(self, step: int, version: int) -> None:
         """The learner has completed `step` steps and published `version`."""
@@ -86,24 +132,23 @@ class Intake:
             self._step, self._version = step, version
 
     def take_batch(self, timeout_s: float, is_interrupted: Callable[[], bool]) -> list[Arrived] | None:
-        """`groups_per_step` fresh groups, or None when interrupted. Raises `Starved` after `timeout_s` seconds."""
+        """`groups_per_step` fresh groups, or None when interrupted or after `timeout_s` seconds."""
         deadline = time.monotonic() + timeout_s
         with self._changed:
             while True:
                 self._raise_failure()
                 self._drop_stale()
                 if len(self._arrived) >= self.config.learner.groups_per_step:
+                    self._retired.clear()
                     return [self._arrived.popleft() for _ in range(self.config.learner.groups_per_step)]
-                if is_interrupted():
+                if is_interrupted() or time.monotonic() > deadline:
                     return None
-                if time.monotonic() > deadline:
-                    raise Starved(f"no step for {timeout_s:.0f} s: {self.why_waiting()}")
                 self._changed.wait(READ_BLOCK_S)
 
     def mark_trained(self, batch: list[Arrived]) -> None:
         with self._changed:
             for arrived in batch:
-                self._consume(arrived.entry, "trained")
+                self._consume(arrived.entry, arrived.group, "trained")
 
     def take_sampled_rewards(self) -> list[float]:
         """Of all training completions that arrived since the last call, those of uniform groups included."""
@@ -111,17 +156,35 @@ class Intake:
             rewards, self._sampled_rewards = self._sampled_rewards, []
             return rewards
 
-    def consumed(self) -> list[Settlement]:
+    @property
+    def held_bytes(self) -> int:
+        """Of groups in Redis that only the next checkpoint will record."""
+        return self._held_bytes
+
+    def consumed(self) -> Consumed:
         """What the next checkpoint must record."""
         with self._changed:
-            return list(self._consumed)
+            finished = {one.ticket_id for one in self._consumed}
+            unfinished = sorted(self._unfinished - finished)
+            marks = self.store.marks(unfinished)
+            waiting = [
+                name for name, mark in zip(unfinished, marks, strict=True) if mark and mark.state in ("open", "queued")
+            ]
+            self._unfinished = set(waiting)
+            return Consumed(list(self._consumed), waiting + self.source.to_issue())
 
-    def checkpointed(self, consumed: list[Settlement]) -> None:
+    def checkpointed(self, consumed: Consumed) -> None:
         """A durable checkpoint has recorded `consumed`: what the one before it recorded may leave Redis."""
         with self._changed:
             self.store.settle(self._recorded)
-            self._recorded = consumed
-            del self._consumed[: len(consumed)]
+            self._recorded = consumed.settlements
+            del self._consumed[: len(consumed.settlements)]
+            self._held_bytes = 0
+
+    @property
+    def recorded(self) -> list[Settlement]:
+        """By the last checkpoint."""
+        return self._recorded
 
     def begin_evaluation(self, step: int, version: int) -> None:
         """Issues the evaluation of `step`; one at a time."""
@@ -153,22 +216,42 @@ class Intake:
                 self._changed.wait(min(remaining, READ_BLOCK_S))
         return None
 
+    @property
+    def has_ended(self) -> bool:
+        """A recording has nothing more to give, not even for the batch that waits."""
+        with self._changed:
+            if not self.source.is_exhausted or len(self._arrived) >= self.config.learner.groups_per_step:
+                return False
+            return self.sight.in_stream == self._num_kept + len(self._arrived)
+
     def why_waiting(self) -> str:
-        open_tickets, in_stream = self.store.num_open_tickets_and_groups()
-        replicas = self.store.replicas()
-        states = ", ".join(f"{r.replica} {r.state}{f' ({r.reason})' if r.reason else ''}" for r in replicas)
+        """From what was last seen: never waits for Redis."""
+        if not self.source.is_recording and not self.sight.replicas:
+            return "no live replica"
+        if self._retired.total() >= 2 * self.config.learner.max_outstanding_groups:
+            return f"no group could be trained since the last step: {dict(self._retired)}"
+        states = ", ".join(f"{r.replica} {r.state}{f' ({r.reason})' if r.reason else ''}" for r in self.sight.replicas)
         return (
-            f"{len(self._arrived)} of {self.config.learner.groups_per_step} groups, {open_tickets} open tickets, "
-            f"{in_stream} groups in the stream; replicas: {states or 'none'}; so far {dict(self.counts)}"
+            f"{len(self._arrived)} of {self.config.learner.groups_per_step} groups, {self.sight.open_tickets} open "
+            f"tickets, {self.sight.in_stream} groups in the stream; replicas: {states or 'none'}; "
+            f"so far {dict(self.counts)}"
         )
 
     def turn(self) -> None:
-        """One turn of the thread: admit, take in, look after evaluation tickets that died."""
+        """One turn of the thread: admit, take in, look around now and then."""
         self._top_up()
-        for entry in self.store.read(READ_COUNT, READ_BLOCK_S):
-            self._take_in(entry)
-        if self._evaluation is not None and time.monotonic() > self._looked_for_dead + DEAD_CHECK_S:
-            self.give_up_dead_evaluations()
+        if len(self._arrived) < 2 * self.config.learner.max_outstanding_groups:
+            self._take_in(self.store.read(READ_COUNT, READ_BLOCK_S))
+        if time.monotonic() > self._looked + LOOK_INTERVAL_S:
+            self.look_around()
+
+    def look_around(self) -> None:
+        """Which replicas live, which evaluation tickets died, which dead tickets are to be issued again."""
+        self._looked = time.monotonic()
+        self.sight = self.sight._replace(replicas=tuple(self.store.replicas()))
+        self._give_up_dead_evaluations()
+        for name in self.store.asked_to_retry():
+            self._retry_dead(name)
 
     def _work(self) -> None:
         try:
@@ -179,41 +262,49 @@ class Intake:
                 self._failure = error
                 self._changed.notify_all()
 
+    @property
+    def _num_kept(self) -> int:
+        return sum(one.stream == self.store.keys.groups for one in (*self._consumed, *self._recorded))
+
     def _top_up(self) -> None:
         with self._changed:
             open_tickets, in_stream = self.store.num_open_tickets_and_groups()
-            kept = sum(one.stream == self.store.keys.groups for one in (*self._consumed, *self._recorded))
-            waiting = in_stream - kept
-            room = self.config.learner.max_outstanding_groups - open_tickets - waiting
-            if room <= 0 or not self.is_admitting:
-                return
-            again = [self._reissues.popleft() for _ in range(min(room, len(self._reissues)))]
-            tickets = [self.source.reissue(ticket, self._step, self._version) for ticket in again]
-            tickets += self.source.next_train(room - len(again), self._step, self._version)
-            self.store.add_tickets(self.store.keys.tickets, tickets, self.source.cursor)
+            self.sight = self.sight._replace(open_tickets=open_tickets, in_stream=in_stream)
+            room = self.config.learner.max_outstanding_groups - open_tickets - (in_stream - self._num_kept)
+            if room > 0 and self.is_admitting:
+                self._unfinished |= set(self.source.issue(self.store, room, self._step, self._version))
 
-    def _take_in(self, entry: Entry) -> None:
-        try:
-            group = decode_group(entry.payload)
-            staleness = group_staleness(group, self._step, self.version_steps)
-        except (WireError, ValueError) as error:
-            self.store.bury(entry, str(error))
-            with self._changed:
-                self.counts["dead"] += 1
-            return
+    def _take_in(self, entries: list[Entry]) -> None:
+        marks, limits = self.store.marks([entry.ticket_id for entry in entries]), self._limits()
+        for entry, mark in zip(entries, marks, strict=True):
+            try:
+                if mark != Mark("queued", entry.entry_id):
+                    raise Refused(f"the ledger knows no such group: it says {mark or 'nothing'}")
+                group = decode_group(entry.payload)
+                refuse(group, entry.ticket_id, limits)
+            except (WireError, Refused) as error:
+                self._bury(entry, str(error))
+            else:
+                self._accept(entry, group)
+
+    def _bury(self, entry: Entry, reason: str) -> None:
+        self.store.bury(entry, reason)
         with self._changed:
-            self.counts["generated_tokens"] += group.num_trained_tokens
+            self.counts["dead"] += 1
+            self._unfinished.discard(entry.ticket_id)
+
+    def _accept(self, entry: Entry, group: Group) -> None:
+        with self._changed:
             if group.ticket.kind == "eval":
                 if self._evaluation is not None:
                     self._evaluation.collect(group, self.version_steps)
-                self._consume(entry, "evaluated")
-                self._changed.notify_all()
-                return
-            self._sampled_rewards += group.rewards
-            if self.config.actor.dynamic_sampling and group.is_uniform:
-                self._consume(entry, "uniform")
+                self._consume(entry, group, "evaluated")
             else:
-                self._arrived.append(Arrived(entry, group, staleness))
+                self._sampled_rewards += group.rewards
+                if self.config.actor.dynamic_sampling and group.is_uniform:
+                    self._consume(entry, group, "uniform")
+                else:
+                    self._arrived.append(Arrived(entry, group))
             self._changed.notify_all()
 
     def _drop_stale(self) -> None:
@@ -224,23 +315,37 @@ class Intake:
             if staleness.total <= self.config.learner.max_staleness or self.config.learner.stale_policy == "train":
                 kept.append(Arrived(entry, group, staleness))
                 continue
-            self._consume(entry, "stale")
-            if group.ticket.reissues == 0:
-                self._reissues.append(group.ticket)
+            self._consume(entry, group, "stale")
+            self.source.replace_stale(group.ticket)
         self._arrived = kept
 
-    def _consume(self, entry: Entry, state: TicketState) -> None:
+    def _consume(self, entry: Entry, group: Group, state: TicketState) -> None:
         self._consumed.append(Settlement(entry.stream, entry.entry_id, entry.ticket_id, state))
+        self._unfinished.discard(entry.ticket_id)
+        self._held_bytes += len(entry.payload)
         self.counts[state] += 1
+        if state in ("uniform", "stale"):
+            self._retired[state] += 1
+        self.counts["generated_tokens"] += group.num_trained_tokens
 
-    def give_up_dead_evaluations(self) -> None:
+    def _retry_dead(self, name: str) -> None:
+        try:
+            (ticket,) = self.source.rebuild([name], self._step, self._version)
+        except ValueError as error:
+            _log.warning("not issued again: %s", error)
+            self.store.execute([("SREM", self.store.keys.retries, name)])
+            return
+        if self.store.revive(ticket):
+            with self._changed:
+                self._unfinished.add(name)
+
+    def _give_up_dead_evaluations(self) -> None:
         with self._changed:
-            self._looked_for_dead = time.monotonic()
             names = sorted(self._evaluation.waiting_for) if self._evaluation is not None else []
             if self._evaluation is None or not names:
                 return
-            for name, state in zip(names, self.store.states(names), strict=True):
-                if state == "dead":
+            for name, mark in zip(names, self.store.marks(names), strict=True):
+                if mark is not None and mark.state == "dead":
                     self._evaluation.give_up(name)
             self._changed.notify_all()
 

@@ -1,7 +1,8 @@
 """The learner's loop, top to bottom: take a batch, take a step, publish, checkpoint, evaluate.
 
 Guarantees: a group is trained once and counted in one state; a version is announced only after its files are
-durable; a stop leaves a checkpoint from which the next start goes on; every wait has a deadline and a reason.
+durable; a stop leaves a checkpoint from which the next start goes on; every wait has a deadline and a typed reason,
+and while nothing can be done the learner keeps Redis small by a checkpoint.
 """
 
 import logging
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from common.config import RunConfig
+from common.waiting import Reason, Waits
 from services.learner.api import Switches
-from services.learner.checkpoint import Record, save_checkpoint
-from services.learner.intake import Intake
+from services.learner.checkpoint import CheckpointError, save_checkpoint
+from services.learner.checkpoint_record import MAX_VERSION_STEPS, Loss, Record
+from services.learner.intake import Arrived, Intake
 from services.learner.metrics import staleness_metrics
 from services.learner.report import MetricsFile
 from services.learner.store import LearnerStore
@@ -21,6 +24,12 @@ from services.learner.trainer import Trainer
 from services.learner.versions import Versions
 
 SWITCH_POLL_S = 0.2
+PATIENCE_S = 1.0
+"""Between two looks at why no batch is there."""
+IDLE_CHECKPOINT_S = 10.0
+"""A learner that has waited this long uses the time for a checkpoint, so that consumed groups can leave Redis."""
+MAX_HELD_BYTES = 256 << 20
+"""Of consumed groups in Redis; more, and a checkpoint is due."""
 _LOGGED = (
     "step",
     "held_out",
@@ -34,6 +43,10 @@ _LOGGED = (
 _log = logging.getLogger(__name__)
 
 
+class Starved(RuntimeError):
+    """Nothing could be done for too long; the text says what was missing."""
+
+
 @dataclass
 class Progress:
     """Where the run is; `/status` shows it and a checkpoint keeps it."""
@@ -45,6 +58,8 @@ class Progress:
     started: float = field(default_factory=time.monotonic)
     """When this life issued its first ticket."""
     latest: dict[str, Any] = field(default_factory=dict)
+    losses: list[Loss] = field(default_factory=list)
+    """Of Redis, over the run's lives."""
 
     @property
     def wall_s(self) -> float:
@@ -64,11 +79,14 @@ class Loop:
     switches: Switches
     metrics: MetricsFile
     progress: Progress
+    waits: Waits
+    _is_checkpoint_due: bool = False
 
     def run(self) -> bool:
         """Until the last step, or until told to stop; True if the run is complete."""
         self._publish()
-        self._wait_for_replica()
+        if not self.intake.source.is_recording:
+            self._wait_for_replica()
         self.progress.started = time.monotonic()
         self.intake.start()
         if self.progress.step == 0:
@@ -76,23 +94,33 @@ class Loop:
         while not self.is_at_last_step and not self.switches.stop.is_set():
             if self.switches.paused.is_set():
                 self._wait_while_paused()
+            elif self.intake.has_ended:
+                break
             else:
                 self._take_step()
         self.intake.is_admitting = False
-        is_complete = self.is_at_last_step and self._evaluate_and_wait()
-        self._checkpoint()
+        is_complete = not self.switches.stop.is_set() and self._evaluate_and_wait()
+        self._checkpoint_at_last()
         self._show("finished" if is_complete else "stopped")
         return is_complete
 
     def _wait_for_replica(self) -> None:
-        """Nobody could answer the first ticket before one serves. Raises `TimeoutError` if none does in time."""
+        """Nobody could answer the first ticket before one serves."""
         self._show("waiting for a replica")
-        deadline = time.monotonic() + self.config.learner.starvation_timeout_s
-        while not any(replica.state == "running" for replica in self.store.replicas()):
+        while not any(replica.state == "running" for replica in self.intake.sight.replicas):
+            self._wait(Reason.NO_REPLICA, self.intake.why_waiting())
             if self.switches.stop.wait(SWITCH_POLL_S):
-                return
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"no replica is running: {self.intake.why_waiting()}")
+                break
+            self.intake.look_around()
+        self.waits.over(Reason.NO_REPLICA)
+
+    def _wait(self, reason: Reason, detail: str) -> float:
+        """How long it has lasted. Raises `Starved` at the deadline."""
+        deadline_s = self.config.learner.starvation_deadline_s
+        lasted_s = self.waits.waiting(reason, detail, deadline_s)
+        if lasted_s > deadline_s:
+            raise Starved(f"{reason} for {lasted_s:.0f} s: {detail}")
+        return lasted_s
 
     @property
     def is_at_last_step(self) -> bool:
@@ -101,24 +129,40 @@ class Loop:
     def _take_step(self) -> None:
         started = time.monotonic()
         self._show("waiting")
-        timeout_s = self.config.learner.starvation_timeout_s
-        batch = self.intake.take_batch(timeout_s, self._is_interrupted)
+        batch = self._wait_for_batch()
         if batch is None:
             return
         waited = time.monotonic()
         self._show("training")
-        row = self.trainer.train([arrived.group for arrived in batch], self.progress.step, self.versions.steps)
+        row = self.trainer.train([arrived.group for arrived in batch], self.progress.step, self.intake.version_steps)
         trained = time.monotonic()
         self.progress.step += 1
         self._publish()
         self.intake.mark_trained(batch)
         published = time.monotonic()
         timings = {"wait_s": waited - started, "publish_s": published - trained, "step_s": published - started}
-        self._record("step", row | timings | staleness_metrics([a.staleness for a in batch]) | self._whole_run())
-        if self.progress.step % self.config.learner.checkpoint_interval_steps == 0:
+        tickets = {"tickets": [arrived.entry.ticket_id for arrived in batch]}
+        staleness = staleness_metrics([arrived.staleness for arrived in batch])
+        self._record("step", row | timings | staleness | self._whole_run() | tickets)
+        is_due = self.progress.step % self.config.learner.checkpoint_interval_steps == 0
+        if is_due or self._is_checkpoint_due or self.intake.held_bytes > MAX_HELD_BYTES:
             self._checkpoint()
         self._checkpoint_if_asked()
         self._evaluate_if_due()
+
+    def _wait_for_batch(self) -> list[Arrived] | None:
+        """None when interrupted, or when a recording has ended."""
+        while not self._is_interrupted() and not self.intake.has_ended:
+            batch = self.intake.take_batch(PATIENCE_S, self._is_interrupted)
+            if batch is not None:
+                self.waits.over(Reason.STARVED)
+                return batch
+            lasted_s = self._wait(Reason.STARVED, self.intake.why_waiting())
+            self._show("waiting")
+            if lasted_s > IDLE_CHECKPOINT_S and (self.intake.held_bytes or self._is_checkpoint_due):
+                self._checkpoint()
+        self.waits.over(Reason.STARVED)
+        return None
 
     def _whole_run(self) -> dict[str, Any]:
         """What a row says of the run up to its step, rather than of the batch."""
@@ -140,18 +184,39 @@ class Loop:
         self.intake.advance(self.progress.step, self.versions.current)
 
     def _checkpoint(self) -> None:
+        """If the disk refuses, the ones before stand, the run goes on, and it is tried again after the next step."""
         consumed = self.intake.consumed()
+        steps = self.versions.steps
         record = Record(
+            epoch=self.store.epoch,
             step=self.progress.step,
             version=self.versions.current,
             cursor=self.intake.source.cursor,
-            version_steps=self.versions.steps,
-            settlements=consumed,
+            version_steps={version: steps[version] for version in sorted(steps)[-MAX_VERSION_STEPS:]},
+            settlements=consumed.settlements,
+            earlier=self.intake.recorded,
+            unfinished=consumed.unfinished,
             counts=dict(self.intake.counts),
             wall_s=self.progress.wall_s,
+            losses=self.progress.losses,
         )
-        save_checkpoint(self.checkpoints, record, self.trainer.optimizer.state_tensors())
+        try:
+            save_checkpoint(self.checkpoints, record, self.trainer.state_tensors(), self.store.check_fence)
+        except CheckpointError as error:
+            self._is_checkpoint_due = True
+            self._wait(Reason.CHECKPOINT, str(error))
+            return
+        self._is_checkpoint_due = False
+        self.waits.over(Reason.CHECKPOINT)
         self.intake.checkpointed(consumed)
+
+    def _checkpoint_at_last(self) -> None:
+        """The last one must succeed: tried again until the deadline, or once when told to stop."""
+        self._checkpoint()
+        while self._is_checkpoint_due and not self.switches.stop.wait(PATIENCE_S):
+            self._checkpoint()
+        if self._is_checkpoint_due:
+            raise CheckpointError(f"stopped without a checkpoint of step {self.progress.step}: {self.waits.describe()}")
 
     def _checkpoint_if_asked(self) -> None:
         if self.switches.checkpoint.is_set():
@@ -163,11 +228,13 @@ class Loop:
         self._record_evaluation(self.intake.finished_evaluation())
         interval, step = self.config.evaluation.interval_steps, self.progress.step
         is_due = interval > 0 and step % interval == 0 and not self.is_at_last_step
-        if is_due and not self.intake.is_evaluating:
+        if is_due and not self.intake.is_evaluating and not self.intake.source.is_recording:
             self.intake.begin_evaluation(step, self.versions.current)
 
     def _evaluate_and_wait(self) -> bool:
         """Nothing is published meanwhile, so that every completion is of this step's version. False when stopped."""
+        if self.intake.source.is_recording:
+            return True
         self._show("evaluating")
         if self.intake.is_evaluating:
             self._record_evaluation(self._wait_for_evaluation())
@@ -177,11 +244,12 @@ class Loop:
         return not self.intake.is_evaluating and not self.switches.stop.is_set()
 
     def _wait_for_evaluation(self) -> dict[str, float] | None:
-        """None when stopped. Raises `TimeoutError` with what is missing."""
-        timeout_s = self.config.learner.starvation_timeout_s
-        result = self.intake.finished_evaluation(timeout_s, self.switches.stop.is_set)
-        if result is None and not self.switches.stop.is_set():
-            raise TimeoutError(f"no evaluation within {timeout_s:.0f} s: {self.intake.why_waiting()}")
+        """None when stopped."""
+        while (result := self.intake.finished_evaluation(PATIENCE_S, self.switches.stop.is_set)) is None:
+            if self.switches.stop.is_set():
+                break
+            self._wait(Reason.EVALUATING, self.intake.why_waiting())
+        self.waits.over(Reason.EVALUATING)
         return result
 
     def _record_evaluation(self, result: dict[str, float] | None) -> None:
@@ -190,16 +258,18 @@ class Loop:
 
     def _record(self, kind: str, row: dict[str, Any]) -> None:
         row = {"kind": kind, "step": self.progress.step, "time_s": time.time()} | row
+        self.store.announce(kind, row)  # first: a learner that is fenced off here writes no row
         self.metrics.append(row)
         self.progress.latest[kind] = row
-        self.store.announce(kind, row)
         _log.info("%s: %s", kind, ", ".join(f"{name} {row[name]:.4g}" for name in _LOGGED if name in row))
 
     def _wait_while_paused(self) -> None:
         self._show("paused")
         self.intake.is_admitting = False
         while self.switches.paused.is_set() and not self.switches.stop.wait(SWITCH_POLL_S):
+            self.waits.waiting(Reason.PAUSED)
             self._checkpoint_if_asked()
+        self.waits.over(Reason.PAUSED)
         self.intake.is_admitting = True
 
     def _is_interrupted(self) -> bool:
@@ -207,7 +277,8 @@ class Loop:
 
     def _show(self, phase: str) -> None:
         self.progress.phase = phase
-        self.store.report({"phase": phase, "step": self.progress.step, "version": self.versions.current})
+        position = {"step": self.progress.step, "version": self.versions.current, "url": self.versions.url}
+        self.store.report({"phase": phase, "reason": self.waits.describe(), **position})
 
     def close(self) -> None:
         self.intake.stop()

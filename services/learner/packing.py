@@ -13,6 +13,7 @@ from itertools import pairwise
 import numpy as np
 
 from common.wire import Group, Rollout
+from services.learner.staleness import version_staleness
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,11 @@ class MicroBatch:
 
 def token_staleness(rollout: Rollout, step: int, version_steps: Mapping[int, int]) -> np.ndarray:
     """Steps since the version that sampled each trained token was made, `(n,)` int64."""
-    spans = rollout.version_spans
-    return np.concatenate(
-        [np.full(span.end - span.start, max(0, step - version_steps[span.version]), np.int64) for span in spans]
-    )
+    parts = [
+        np.full(span.end - span.start, version_staleness(span.version, step, version_steps), np.int64)
+        for span in rollout.version_spans
+    ]
+    return np.concatenate(parts)
 
 
 def split_mini_batches(samples: Sequence[Sample], num_mini_batches: int, seed: str) -> list[list[Sample]]:

@@ -1,7 +1,8 @@
 """What a run leaves behind for people: rows of metrics, a summary, a picture of the curve.
 
 `metrics.jsonl` has one row a step and one an evaluation, and is the source of everything else here; a resumed
-learner cuts off the rows of steps that it will take again.
+learner cuts off the rows of steps that it will take again, in a new file of that name, so that nothing a fenced one
+still writes arrives in it.
 """
 
 import json
@@ -20,10 +21,12 @@ class MetricsFile:
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        self.rows = [row for row in _read_rows(path) if row["step"] <= step]
-        self._file = path.open("w", buffering=1)
+        self.rows = [row for row in read_rows(path) if row["step"] <= step]
+        aside = path.with_suffix(".aside")
+        self._file = aside.open("w", buffering=1)
         for row in self.rows:
             self._file.write(json.dumps(row) + "\n")
+        aside.replace(path)
 
     def append(self, row: Row) -> None:
         self.rows.append(row)
@@ -84,7 +87,7 @@ def draw_curve(rows: Sequence[Row], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[Row]:
     """Whole rows only: a killed writer may have left half a line."""
     if not path.exists():
         return []

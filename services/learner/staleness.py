@@ -20,17 +20,19 @@ class Staleness(NamedTuple):
 
 
 def group_staleness(group: Group, step: int, version_steps: Mapping[int, int]) -> Staleness:
-    """`step`: how many steps the learner has completed. `version_steps`: which step made a version.
-
-    Raises `ValueError` if a version is not in the map: it never existed.
-    """
-    for version in (group.oldest_version, group.newest_version):
-        if version not in version_steps:
-            raise ValueError(f"group {group.ticket.id} was sampled by version {version}, which was never published")
-    oldest = min(version_steps[group.oldest_version], step)
-    newest = max(oldest, min(version_steps[group.newest_version], step))
+    """`step`: how many steps the learner has completed. `version_steps`: which step made a version."""
+    oldest = min(step_of(group.oldest_version, version_steps), step)
+    newest = max(oldest, min(step_of(group.newest_version, version_steps), step))
     return Staleness(in_flight=newest - oldest, in_queue=step - newest)
 
 
-def rollout_staleness(oldest_version: int, step: int, version_steps: Mapping[int, int]) -> int:
-    return max(0, step - version_steps[oldest_version])
+def version_staleness(version: int, step: int, version_steps: Mapping[int, int]) -> int:
+    return max(0, step - step_of(version, version_steps))
+
+
+def step_of(version: int, version_steps: Mapping[int, int]) -> int:
+    """The step that made `version`; of a version that the map has forgotten, that of the newest one before it."""
+    if version in version_steps:
+        return version_steps[version]
+    earlier = [known for known in list(version_steps) if known < version]
+    return version_steps[max(earlier)] if earlier else 0

@@ -1,55 +1,38 @@
 """The learner's side of Redis. Every write is one atomic script that checks the learner's epoch first.
 
 A learner takes its epoch at the start; once a newer one has started, the next write of the older raises `Fenced`
-and nothing of it happens. Writes may arrive twice (a retry after a lost answer) and do no harm then: a ticket id
-is added once, everything else sets, deletes or acknowledges by name.
+and nothing of it happens; `RedisLost` if Redis no longer knows the epoch. Writes may arrive twice (a retry after a
+lost answer) and do no harm then: a ticket id is added once, everything else sets, deletes or acknowledges by name.
 """
 
+import logging
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import redis
 
 from common.keys import LEARNER_GROUP, MAX_EVENTS, TICKET_GROUP, Keys
+from common.ledger import Mark, parse_mark
 from common.redis_client import entries_of
-from common.wire import Heartbeat, Ticket, TicketState, decode_heartbeat, encode
+from common.wire import Heartbeat, Ticket, TicketState, WireError, decode_heartbeat, encode
+from services.learner import scripts
 
 CONSUMER = "learner"
 """Fixed, so that a restarted learner finds what it had read."""
-
-_FENCED = "if redis.call('GET', KEYS[1]) ~= ARGV[1] then return redis.error_reply('FENCED') end\n"
-
-_EXECUTE = (
-    _FENCED
-    + """
-local at = 2
-while at < #ARGV do
-  redis.call(unpack(ARGV, at + 1, at + ARGV[at]))
-  at = at + 1 + ARGV[at]
-end
-return 'OK'
-"""
-)
-
-_ADD_TICKETS = (
-    _FENCED
-    + """
-for i = 4, #ARGV, 2 do
-  if redis.call('HSETNX', KEYS[3], ARGV[i], 'open') == 1 then
-    redis.call('XADD', KEYS[2], '*', 'id', ARGV[i], 'ticket', ARGV[i + 1])
-  end
-end
-if ARGV[2] ~= '' then redis.call('HSET', KEYS[4], 'epoch', ARGV[2], 'place', ARGV[3]) end
-return 'OK'
-"""
-)
+DEAD_PAYLOAD_BYTES = 1 << 16
+"""How much of a payload that cannot be used is kept in `dead`."""
+_log = logging.getLogger(__name__)
 
 Command = Sequence[str | bytes | int | float]
 
 
 class Fenced(RuntimeError):
     """A newer learner of this run has started; this one must stop."""
+
+
+class RedisLost(RuntimeError):
+    """Redis no longer has what this learner wrote; the next start goes on from the last checkpoint."""
 
 
 class Cursor(NamedTuple):
@@ -60,7 +43,7 @@ class Cursor(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One entry of `groups` or `evaluated`, read but not yet settled."""
+    """One entry of `groups` or `evaluated`, read but not yet settled; without a ticket's id if it is gone."""
 
     stream: str
     entry_id: str
@@ -93,44 +76,65 @@ class LearnerStore:
         self.epoch = int(client.incr(keys.epoch))
         newest: Any = client.xrevrange(keys.events, count=1)
         self._seen_event = newest[0][0].decode() if newest else "0"
-        self._execute_script = client.register_script(_EXECUTE)
-        self._add_tickets_script = client.register_script(_ADD_TICKETS)
+        self._scripts = {
+            text: client.register_script(text)
+            for text in (scripts.EXECUTE, scripts.ADD, scripts.SETTLE, scripts.BURY, scripts.REVIVE)
+        }
+
+    def exceed_epoch(self, epoch: int) -> bool:
+        """Whether Redis had forgotten `epoch`, which a checkpoint knows; the learner's own is above it afterwards."""
+        if self.epoch > epoch:
+            return False
+        self.execute([("SET", self.keys.epoch, epoch + 1)])
+        self.epoch = epoch + 1
+        return True
+
+    def check_fence(self) -> None:
+        """Raises `Fenced` or `RedisLost`."""
+        self.execute([])
 
     def execute(self, commands: Iterable[Command]) -> None:
         """All of `commands` atomically, or raises `Fenced`."""
-        counted = [part for command in commands for part in (len(command), *command)]
-        self._run(self._execute_script, [self.keys.epoch], [self.epoch, *counted])
+        self._run(scripts.EXECUTE, [], [part for command in commands for part in (len(command), *command)])
 
     def add_tickets(self, stream: str, tickets: Sequence[Ticket], cursor: Cursor | None = None) -> None:
         """Adds those whose id the ledger has never seen, and moves the data cursor, in one step."""
-        arguments: list[str | bytes | int] = [self.epoch, *(("", "") if cursor is None else cursor)]
-        for ticket in tickets:
-            arguments += [ticket.id, encode(ticket)]
-        keys = [self.keys.epoch, stream, self.keys.ledger, self.keys.cursor]
-        self._run(self._add_tickets_script, keys, arguments)
+        self._add(stream, cursor, "open", "ticket", [(ticket.id, encode(ticket)) for ticket in tickets])
 
-    def settle(self, settlements: Sequence[Settlement]) -> None:
-        """Writes the final states into the ledger and deletes the groups."""
-        commands: list[Command] = []
-        for stream, entry_id, ticket_id, state in settlements:
-            commands += [
-                ("XACK", stream, LEARNER_GROUP, entry_id),
-                ("XDEL", stream, entry_id),
-                ("HSET", self.keys.ledger, ticket_id, state),
-            ]
-        if commands:
-            self.execute(commands)
+    def add_groups(self, groups: Sequence[tuple[str, bytes]], cursor: Cursor) -> None:
+        """Recorded groups, by ticket id, as if replicas had committed them."""
+        self._add(self.keys.groups, cursor, "queued", "group", groups)
 
-    def bury(self, entry: Entry, reason: str) -> None:
-        """A group that cannot be used goes to `dead`, with the reason."""
-        self.execute(
-            [
-                ("XADD", self.keys.dead, "*", "id", entry.ticket_id, "reason", reason, "payload", entry.payload),
-                ("XACK", entry.stream, LEARNER_GROUP, entry.entry_id),
-                ("XDEL", entry.stream, entry.entry_id),
-                ("HSET", self.keys.ledger, entry.ticket_id, "dead"),
-            ]
-        )
+    def _add(
+        self, stream: str, cursor: Cursor | None, state: TicketState, field: str, items: Sequence[tuple[str, bytes]]
+    ) -> None:
+        place = ("", "") if cursor is None else cursor
+        keys = [stream, self.keys.ledger, self.keys.cursor]
+        self._run(scripts.ADD, keys, [*place, state, field, *(part for item in items for part in item)])
+
+    def revive(self, ticket: Ticket) -> bool:
+        """Puts a dead ticket back to work; False if it is not dead any more."""
+        keys = [self.keys.ledger, self.keys.tickets, self.keys.dead, self.keys.retries]
+        return bool(self._run(scripts.REVIVE, keys, [ticket.id, encode(ticket)]))
+
+    def asked_to_retry(self) -> list[str]:
+        """Dead tickets that a person wants answered after all."""
+        return sorted(name.decode(errors="replace") for name in self.client.smembers(self.keys.retries))
+
+    def settle(self, settlements: Sequence[Settlement], groups: Literal["delete", "keep"] = "delete") -> None:
+        """Writes the final states into the ledger and deletes the groups. `keep`: only where Redis has forgotten."""
+        keys = [self.keys.ledger, self.keys.tickets, self.keys.eval]
+        for first in range(0, len(settlements), 1000):  # Lua's stack is bounded
+            part = settlements[first : first + 1000]
+            self._run(scripts.SETTLE, keys, [groups, *(field for settlement in part for field in settlement)])
+
+    def bury(self, entry: Entry, reason: str) -> bool:
+        """A group that cannot be used goes to `dead`, with the reason; False if it is not pending any more."""
+        payload = entry.payload[:DEAD_PAYLOAD_BYTES]
+        _log.error("group %s of ticket %s is dead: %s", entry.entry_id, entry.ticket_id, reason)
+        keys = [entry.stream, self.keys.dead, self.keys.ledger]
+        arguments = [entry.entry_id, entry.ticket_id, reason, payload, len(entry.payload)]
+        return bool(self._run(scripts.BURY, keys, arguments))
 
     def read(self, count: int, block_s: float) -> list[Entry]:
         """New groups and evaluation groups, or none after `block_s` seconds."""
@@ -143,7 +147,9 @@ class LearnerStore:
         for stream in (self.keys.groups, self.keys.evaluated):
             after = "0"
             while entries := self._entries({stream: after}, 256, None):
-                found += entries
+                found += [entry for entry in entries if entry.ticket_id]
+                for gone in [entry for entry in entries if not entry.ticket_id]:
+                    self.client.xack(stream, LEARNER_GROUP, gone.entry_id)
                 after = entries[-1].entry_id
         return found
 
@@ -160,18 +166,29 @@ class LearnerStore:
     def version_steps(self) -> dict[int, int]:
         return {int(version): int(step) for version, step in self.client.hgetall(self.keys.versions).items()}
 
-    def states(self, ticket_ids: Sequence[str]) -> list[str | None]:
-        found = self.client.hmget(self.keys.ledger, ticket_ids)
-        return [None if state is None else state.decode() for state in found]
+    def marks(self, ticket_ids: Sequence[str]) -> list[Mark | None]:
+        """What the ledger says of each ticket; None of one that was never issued."""
+        found = self.client.hmget(self.keys.ledger, ticket_ids) if ticket_ids else []
+        return [None if mark is None else parse_mark(mark) for mark in found]
+
+    def unfinished(self) -> list[str]:
+        """Tickets that are open or queued, in no order."""
+        marks = self.client.hscan_iter(self.keys.ledger, count=1000)
+        return [name.decode() for name, mark in marks if parse_mark(mark).state in ("open", "queued")]
 
     def num_dead(self) -> int:
         return int(self.client.xlen(self.keys.dead))
 
     def replicas(self) -> list[Heartbeat]:
-        """The replicas whose heartbeat has not expired."""
-        names = sorted(self.client.scan_iter(match=self.keys.replicas.replace("[", "\\[") + "*", count=1000))
-        payloads = self.client.mget(names) if names else []
-        return [decode_heartbeat(payload) for payload in payloads if payload is not None]
+        """The replicas whose heartbeat has not expired; what is none is passed over."""
+        names = sorted(self.client.scan_iter(match=self.keys.replicas + "*", count=1000))
+        found = []
+        for name, payload in zip(names, self.client.mget(names) if names else [], strict=True):
+            try:
+                found += [decode_heartbeat(payload)] if payload is not None else []
+            except WireError as error:
+                _log.warning("%s is no heartbeat: %s", name.decode(errors="replace"), error)
+        return found
 
     def report(self, status: dict[str, Any]) -> None:
         """Sets fields of the learner's hash, which the page and the command line show."""
@@ -190,20 +207,27 @@ class LearnerStore:
         return [swap["pause_ms"] for swap in swaps]
 
     def _entries(self, streams: dict[str, str], count: int, block_ms: int | None) -> list[Entry]:
-        found: Any = self.client.xreadgroup(LEARNER_GROUP, CONSUMER, streams, count=count, block=block_ms)
+        try:
+            found: Any = self.client.xreadgroup(LEARNER_GROUP, CONSUMER, streams, count=count, block=block_ms)
+        except redis.ResponseError as error:
+            if str(error).startswith("NOGROUP"):
+                raise RedisLost("Redis has lost the run's streams") from error
+            raise
         return [
             Entry(
-                stream, entry_id.decode(), fields.get(b"id", b"?").decode(errors="replace"), fields.get(b"group", b"")
+                stream, entry_id.decode(), _text(fields.get(b"id", b"?" if fields else b"")), fields.get(b"group", b"")
             )
             for stream, entry_id, fields in entries_of(found)
         ]
 
-    def _run(self, script: Any, keys: list[str], arguments: list[Any]) -> None:
+    def _run(self, script: str, keys: list[str], arguments: list[Any]) -> Any:
         try:
-            script(keys=keys, args=arguments)
+            return self._scripts[script](keys=[self.keys.epoch, *keys], args=[self.epoch, *arguments])
         except redis.ResponseError as error:
-            if "FENCED" in str(error):
+            if str(error).startswith("FENCED"):
                 raise Fenced(f"a learner with an epoch above {self.epoch} has started") from error
+            if str(error).startswith(("LOST", "NOGROUP")):
+                raise RedisLost(f"Redis has lost what this learner wrote ({error})") from error
             raise
 
 
@@ -213,6 +237,11 @@ def _create_group(client: redis.Redis, stream: str, group: str) -> None:
     except redis.ResponseError as error:
         if "BUSYGROUP" not in str(error):
             raise
+
+
+def _text(name: bytes) -> str:
+    """An id as it may stand in a log and in an answer."""
+    return name[:200].decode(errors="replace")
 
 
 def _flat(fields: dict[str, Any]) -> list[str]:

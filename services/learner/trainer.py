@@ -61,6 +61,14 @@ class Trainer:
             "train_s": time.monotonic() - proximal_done,
         }
 
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything that a resume needs to take the next step bit for bit the same."""
+        return self.optimizer.state_tensors() | random_state()
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.optimizer.load_state_tensors(tensors)
+        set_random_state(tensors)
+
     def _samples(self, groups: Sequence[Group], step: int, version_steps: Mapping[int, int]) -> list[Sample]:
         actor = self.config.actor
         rollouts = [(index, group, rollout) for index, group in enumerate(groups) for rollout in group.rollouts]
@@ -115,6 +123,22 @@ class Trainer:
             reference_logprobs = self.reference.logprobs(micro_batch)
         actor = self.config.actor
         return actor.kl_coef * reference_kl(policy_logprobs, reference_logprobs, actor.kl_estimator).mean()
+
+
+def random_state() -> dict[str, Tensor]:
+    """Torch's, of the CPU and of every GPU, by name."""
+    states = {"random.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"random.cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def set_random_state(tensors: Mapping[str, Tensor]) -> None:
+    """What `random_state` returned; a GPU that was not there then keeps its own."""
+    torch.set_rng_state(tensors["random.cpu"])
+    for index in range(torch.cuda.device_count()):
+        if f"random.cuda.{index}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"random.cuda.{index}"], index)
 
 
 def _padding_share(mini_batches: list[list[MicroBatch]]) -> float:

@@ -1,8 +1,9 @@
 """Publishing weight versions: files first, then Redis, then a hint to every replica.
 
-Versions only grow. The next number is durable in the run's folder before anything carries it, and a start
-takes one above the largest that the folder, Redis or a replica knows. The manifest's SHA-256 stands in Redis, so
-the bytes may come from anyone.
+Versions only grow. The next number is durable in the run's folder before anything carries it, and a start takes one
+above the largest that the folder, Redis or a replica knows. Each learner writes into a folder of its own epoch, so
+that a fenced one that wakes up cannot touch what its successor serves. The manifest's SHA-256 stands in Redis, so the
+bytes may come from anyone.
 """
 
 import hashlib
@@ -34,21 +35,29 @@ from common.weights import (
 from services.learner.store import LearnerStore
 
 NOTIFY_TIMEOUT_S = 5.0
+COUNTER_FILE = "VERSION"
 _log = logging.getLogger(__name__)
 
 
 class Versions:
-    """The run's weight versions under `root`; `current` is the one that was published last (0: none yet)."""
+    """The run's weight versions; `root` is this learner's folder in `parent`, `current` the version that was published
+    last (0: none yet)."""
 
-    def __init__(self, root: Path, store: LearnerStore, url: str, token: str, num_kept: int) -> None:
-        root.mkdir(parents=True, exist_ok=True)
-        self.root = root
+    def __init__(self, parent: Path, store: LearnerStore, url: str, token: str, num_kept: int) -> None:
+        self.root = parent / f"epoch-{store.epoch:06d}"
         self.store = store
         self.url = url
         self.num_kept = num_kept
         self.steps = store.version_steps()
+        """Which step made a version."""
         self.current = 0
-        self._highest = self._highest_known()
+        self.highest = self._highest_known(parent)
+        """No replica can have sampled with a version above it."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._note_number()
+        for earlier in parent.glob("epoch-*"):
+            if earlier.name < self.root.name:
+                shutil.rmtree(earlier, ignore_errors=True)
         self._notifiers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="notify")
         self._http = httpx.Client(timeout=NOTIFY_TIMEOUT_S, headers=bearer(token), trust_env=False)
 
@@ -102,17 +111,20 @@ class Versions:
             except httpx.HTTPError as error:
                 _log.warning("version %d: replica %s did not take the hint: %s", version, replica.replica, error)
 
-    def _highest_known(self) -> int:
-        counter = self.root / "VERSION"
-        on_disk = [int(counter.read_text())] if counter.exists() else []
+    def _highest_known(self, parent: Path) -> int:
+        on_disk = [int(counter.read_text() or 0) for counter in parent.glob(f"epoch-*/{COUNTER_FILE}")]
+        stored = [version for folder in parent.glob("epoch-*") for version in stored_versions(folder)]
         serving = [heartbeat.weight_version for heartbeat in self.store.replicas()]
-        return max([0, *on_disk, *stored_versions(self.root), *self.steps, *serving])
+        return max([0, *on_disk, *stored, *self.steps, *serving])
 
     def _take_number(self) -> int:
-        self._highest += 1
-        aside = self.root / "VERSION.aside"
-        aside.write_text(str(self._highest))
+        self.highest += 1
+        self._note_number()
+        return self.highest
+
+    def _note_number(self) -> None:
+        aside = self.root / f"{COUNTER_FILE}.aside"
+        aside.write_text(str(self.highest))
         fsync_path(aside)
-        aside.replace(self.root / "VERSION")
+        aside.replace(self.root / COUNTER_FILE)
         fsync_path(self.root)
-        return self._highest

@@ -1,0 +1,117 @@
+"""What becomes of one leased ticket: a scored group, a failed attempt, or a hand-back.
+
+What the ticket, its reward or the engine's answer to it is to blame for costs an attempt. What this replica is to
+blame for costs none: an engine that is down, weights that did not come in time, a drain.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable
+
+import redis
+
+from common.config import GenerationConfig
+from common.wire import Group, Rollout, Timings, WireError, check_group
+from services.generation.completions import Completion
+from services.generation.engine import EngineError
+from services.generation.engine_keeper import EngineDown, EngineKeeper
+from services.generation.passing import PASS_ON_S
+from services.generation.reward_pool import RewardError, RewardPool
+from services.generation.tickets import Lease, TicketStore
+from services.generation.weights import WeightFollower
+
+REDIS_GRACE_S = 1.0
+_log = logging.getLogger(__name__)
+
+
+class Answering:
+    """Answers leases; `groups_committed` and `tokens_generated` count what became groups."""
+
+    def __init__(
+        self,
+        config: GenerationConfig,
+        tickets: TicketStore,
+        keeper: EngineKeeper,
+        rewards: RewardPool,
+        weights: WeightFollower,
+    ) -> None:
+        self.groups_committed = 0
+        self.tokens_generated = 0
+        self._config = config
+        self._tickets = tickets
+        self._keeper = keeper
+        self._rewards = rewards
+        self._weights = weights
+
+    async def answer(self, lease: Lease) -> None:
+        """Cancelled, it hands the ticket back."""
+        max_attempts = self._config.max_attempts
+        if lease.num_deliveries > max_attempts:
+            reason = f"delivered {lease.num_deliveries} times, never answered"
+            await self._tickets.fail(lease, reason, max_attempts)
+            return
+        async with self._handed_back_if_cancelled(lease):
+            await self._answer(lease, max_attempts)
+
+    async def pass_on(self, lease: Lease) -> None:
+        """Hands the ticket back after a moment, for another replica to take it."""
+        async with self._handed_back_if_cancelled(lease):
+            await asyncio.sleep(PASS_ON_S)
+            await self._tickets.hand_back(lease)
+
+    @contextlib.asynccontextmanager
+    async def _handed_back_if_cancelled(self, lease: Lease) -> AsyncIterator[None]:
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not await within_grace(self._tickets.hand_back(lease)):
+                _log.warning("ticket %s cannot be handed back: its lease expires", lease.ticket.id)
+            raise
+
+    async def _answer(self, lease: Lease, max_attempts: int) -> None:
+        ticket, leased_s = lease.ticket, time.time()
+        try:
+            await self._weights.at_least(ticket.min_weight_version, self._config.request_timeout_s)
+            completions = await self._keeper.generate(ticket)
+            group = await self._score(lease, completions, leased_s)
+        except (EngineDown, TimeoutError) as error:
+            _log.warning("ticket %s is handed back: %s", ticket.id, error or "its weight version did not come")
+            await self._tickets.hand_back(lease)
+        except (EngineError, RewardError, WireError) as error:
+            await self._tickets.fail(lease, str(error), max_attempts)
+        else:
+            if await self._tickets.commit(lease, group):
+                self.groups_committed += 1
+                self.tokens_generated += group.num_trained_tokens
+
+    async def _score(self, lease: Lease, completions: list[Completion], leased_s: float) -> Group:
+        sampled_s = time.time()
+        rewards = await self._rewards.score(lease.ticket, [completion.text for completion in completions])
+        rollouts = [_rollout(completion, reward) for completion, reward in zip(completions, rewards, strict=True)]
+        group = Group(lease.ticket, rollouts, self._tickets.replica, Timings(leased_s, sampled_s, time.time()))
+        check_group(group)
+        return group
+
+
+async def within_grace(call: Awaitable[None]) -> bool:
+    """Whether Redis has taken the call: a replica that ends does not wait for it any longer than this."""
+    try:
+        async with asyncio.timeout(REDIS_GRACE_S):
+            await call
+    except (TimeoutError, redis.RedisError):
+        return False
+    return True
+
+
+def _rollout(completion: Completion, reward: float) -> Rollout:
+    return Rollout(
+        tokens=completion.tokens,
+        loss_mask=[1] * len(completion.tokens),
+        behaviour_logprobs=completion.behaviour_logprobs,
+        version_spans=completion.version_spans,
+        reward=reward,
+        finish_reason=completion.finish_reason,
+        text=completion.text,
+    )

@@ -1,0 +1,73 @@
+"""Puts a replica together from its parts and takes it apart again, whichever of them could not be had."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from common.config import RunConfig
+from common.keys import Keys
+from common.redis_client import OUTAGE_DEADLINE_S, connect_async
+from common.waiting import Waits
+from services.generation.engine import Engine, SwapTimings
+from services.generation.engine_keeper import EngineKeeper
+from services.generation.engine_server import EngineServer
+from services.generation.loop import Replica
+from services.generation.reward_pool import RewardPool
+from services.generation.tickets import TicketStore
+from services.generation.weights import WeightFollower, local_model_folder
+
+MODEL_DEADLINE_S = 3600.0
+_log = logging.getLogger(__name__)
+
+
+@contextlib.asynccontextmanager
+async def assembled(
+    config: RunConfig, keys: Keys, redis_url: str, name: str, url: str, log_folder: Path, waits: Waits
+) -> AsyncIterator[Replica]:
+    """A replica that is ready to `serve`; when the block ends nothing of it is left."""
+    settings = config.generation
+    async with contextlib.AsyncExitStack() as stack:
+        client = connect_async(redis_url, waits, deadline_s=OUTAGE_DEADLINE_S)
+        stack.push_async_callback(client.aclose)
+        tickets = TicketStore(client, keys, name)
+        await tickets.open()
+        rewards = RewardPool(
+            config.task.name,
+            config.task.settings,
+            num_workers=settings.reward_workers,
+            deadline_s=settings.reward_deadline_s,
+            memory_bytes=settings.reward_memory_bytes,
+        )
+        stack.push_async_callback(rewards.close)
+        await rewards.start()
+
+        async def announce(version: int, timings: SwapTimings, fetch_s: float, num_bytes: int) -> None:
+            event = {"replica": name, "version": version, "bytes": num_bytes, "fetch_s": fetch_s}
+            await tickets.announce("swap", event | {"pause_ms": timings.pause_s * 1e3, "load_ms": timings.load_s * 1e3})
+
+        weights = WeightFollower(client, keys, await _model_folder(config.model.path), announce)
+        stack.push_async_callback(weights.close)
+        server, engine_url = None, settings.engine.url
+        if engine_url is None:
+            server = EngineServer(settings.engine, config.model.dtype, log_folder / f"sglang-{name}.log")
+            stack.push_async_callback(server.stop)
+            engine_url = server.url
+        engine = Engine(engine_url, request_timeout_s=settings.request_timeout_s)
+        stack.push_async_callback(engine.aclose)
+        keeper = EngineKeeper(
+            engine,
+            server,
+            weights.engine_start,
+            silence_timeout_s=settings.engine.silence_timeout_s,
+            busy_timeout_s=settings.request_timeout_s,
+        )
+        yield Replica(name, url, settings, tickets, keeper, rewards, weights, waits)
+
+
+async def _model_folder(path: str) -> Path:
+    """Raises `TimeoutError` if a hub does not deliver."""
+    _log.info("the model to start from: %s", path)
+    async with asyncio.timeout(MODEL_DEADLINE_S):
+        return await asyncio.to_thread(local_model_folder, path)

@@ -1,0 +1,60 @@
+"""The command line and the environment of an SGLang server.
+
+On a CPU the server is the real SGLang too, through `services.generation.sglang_cpu`; on CUDA it is the plain one.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from common.config import EngineConfig
+from common.device import CPU_MAX_TOTAL_TOKENS, resolve_device
+
+HOST = "127.0.0.1"
+CPU_MEMORY_FRACTION = 0.3
+REPOSITORY = Path(__file__).resolve().parents[2]
+CPU_PACKAGES = Path(sys.prefix) / "sglang-cpu"
+"""Where `make setup` puts torchvision for SGLang alone: it is a CUDA build, with which no other process can import
+transformers beside CPU torch."""
+
+
+def launch_command(
+    settings: EngineConfig, dtype: str, model_path: str | Path, weight_version: int | None, port: int
+) -> list[str]:
+    on_cpu = resolve_device(settings.device) == "cpu"
+    max_total_tokens, memory_fraction = settings.max_total_tokens, settings.memory_fraction
+    module = "sglang.launch_server"
+    args = ["--model-path", str(model_path), "--host", HOST, "--port", str(port), "--log-level", "warning"]
+    if on_cpu:
+        module = "services.generation.sglang_cpu"
+        args += ["--device", "cpu", "--skip-server-warmup", "--sleep-on-idle"]  # idle, it would spin on a core
+        # What a prefix cache saves is less than its bookkeeping costs; and four decode steps between two looks for
+        # prefills make these fewer and larger: together about 1.4 times the tokens per second.
+        args += ["--disable-radix-cache", "--num-continuous-decode-steps", "4"]
+        max_total_tokens = max_total_tokens or CPU_MAX_TOTAL_TOKENS
+        memory_fraction = memory_fraction or CPU_MEMORY_FRACTION
+    args += ["--dtype", dtype, "--max-running-requests", str(settings.max_running_requests)]
+    if max_total_tokens is not None:
+        args += ["--max-total-tokens", str(max_total_tokens)]
+    if memory_fraction is not None:
+        args += ["--mem-fraction-static", str(memory_fraction)]
+    if weight_version is not None:
+        args += ["--weight-version", str(weight_version)]
+    return [sys.executable, "-m", module, *args, *settings.extra_args]
+
+
+def launch_environment(settings: EngineConfig) -> dict[str, str]:
+    """Ours, and on a CPU what makes SGLang use it, with few threads that do not spin beside the learner's."""
+    environment = dict(os.environ)
+    if resolve_device(settings.device) == "cpu":
+        search_path = [str(REPOSITORY), str(CPU_PACKAGES), *filter(None, [environment.get("PYTHONPATH")])]
+        environment |= {
+            "SGLANG_USE_CPU_ENGINE": "1",
+            "OMP_NUM_THREADS": str(settings.num_threads),
+            "MKL_NUM_THREADS": str(settings.num_threads),
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONPATH": os.pathsep.join(search_path),
+        }
+    return environment

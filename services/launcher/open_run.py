@@ -1,0 +1,51 @@
+"""A run's Redis for the time of a command, whether the run is going on or only its files are left."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from common.keys import Keys
+from services.launcher.processes import REDIS_URL_VARIABLE, answers, start_redis
+from services.launcher.run_folder import REDIS_URL_FILE, InUse, locked, noted_url_in
+
+REDIS_GRACE_S = 30.0
+
+
+@contextmanager
+def open_run(run: str, runs_folder: Path, redis_url: str | None) -> Iterator[str]:
+    """Yields the URL: as given, else of the running launcher, else of a server on the run's append-only file.
+
+    Such a server, and the run's lock, last as long as the block. Raises `ValueError` with what was looked for.
+    """
+    Keys(run)  # a name that is no folder's
+    folder = runs_folder / run
+    with ExitStack() as stack:
+        yield redis_url or _find(folder, stack)
+
+
+def _find(folder: Path, stack: ExitStack) -> str:
+    if not folder.is_dir():
+        raise ValueError(f"run {folder.name!r}: there is no folder {folder}")
+    try:
+        lock = stack.enter_context(locked(folder))
+    except InUse as error:
+        noted = noted_url_in(folder)
+        if noted is None or not answers(noted):
+            raise ValueError(f"{error}, and no Redis answers at the URL in {folder / REDIS_URL_FILE}") from error
+        return noted
+    if not any(folder.glob("redis/**/appendonly.aof*")):
+        raise ValueError(
+            f"run {folder.name!r}: no Redis; looked for --redis-url, {REDIS_URL_VARIABLE}, a running launcher of "
+            f"{folder}, an append-only file in {folder / 'redis'}"
+        )
+    return stack.enter_context(embedded_redis(folder, lock))
+
+
+@contextmanager
+def embedded_redis(folder: Path, lock: int) -> Iterator[str]:
+    """A server on the run's append-only file while the block runs; yields its URL."""
+    service, url = start_redis(folder / "redis", folder / "logs" / "redis.log", lock)
+    try:
+        yield url
+    finally:
+        service.stop(REDIS_GRACE_S)

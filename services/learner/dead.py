@@ -1,0 +1,111 @@
+"""`headrace dead`: what could not be generated, scored or decoded, with its reason; to be tried again or given up.
+
+    python -m services.learner.dead list|retry|purge --run demo [TICKET ...]
+
+`retry` asks the learner, which issues the ticket anew from the data, with all its attempts before it; a learner that
+does not run yet does so when it starts. `purge` deletes what was kept of it; the ledger still says that it is dead.
+"""
+
+import argparse
+import os
+import sys
+import time
+from typing import Any, NamedTuple
+
+import redis
+
+from common.keys import Keys
+from common.ledger import Mark, parse_mark, parse_name
+from common.redis_client import connect
+
+_PURGE = """#!lua
+redis.call('XDEL', KEYS[1], ARGV[1])
+if redis.call('HGET', KEYS[2], ARGV[2]) == 'dead ' .. ARGV[1] then redis.call('HSET', KEYS[2], ARGV[2], 'dead') end
+return redis.call('SREM', KEYS[3], ARGV[2])
+"""
+
+
+class Dead(NamedTuple):
+    entry_id: str
+    ticket_id: str
+    reason: str
+    is_ticket: bool
+    """False: something that was no ticket of this run."""
+
+
+def dead_entries(client: redis.Redis, keys: Keys) -> list[Dead]:
+    """The oldest first."""
+    rows: Any = client.xrange(keys.dead)
+    names = [fields.get(b"id", b"?").decode(errors="replace") for _, fields in rows]
+    marks: Any = client.hmget(keys.ledger, names) if names else []
+    return [
+        Dead(
+            entry_id.decode(),
+            name,
+            fields.get(b"reason", b"").decode(errors="replace"),
+            mark is not None and parse_mark(mark) == Mark("dead", entry_id.decode()),
+        )
+        for (entry_id, fields), name, mark in zip(rows, names, marks, strict=True)
+    ]
+
+
+def retry(client: redis.Redis, keys: Keys, ticket_ids: list[str]) -> list[str]:
+    """The tickets that will be issued again: those named, or all. Raises `ValueError` naming one that cannot be."""
+    known = {dead.ticket_id for dead in dead_entries(client, keys) if dead.is_ticket}
+    for name in ticket_ids:
+        if name not in known:
+            raise ValueError(f"ticket {name!r} is not dead: expected one of `headrace dead list`")
+        if parse_name(name).kind == "eval":
+            raise ValueError(f"ticket {name!r} belongs to an evaluation, which is over")
+    chosen = ticket_ids or sorted(name for name in known if parse_name(name).kind == "train")
+    if chosen:
+        client.sadd(keys.retries, *chosen)
+    return chosen
+
+
+def purge(client: redis.Redis, keys: Keys, ticket_ids: list[str]) -> list[str]:
+    """The ids of what was given up: those named, or everything."""
+    entries = dead_entries(client, keys)
+    missing = set(ticket_ids) - {dead.ticket_id for dead in entries}
+    if missing:
+        raise ValueError(f"ticket {sorted(missing)[0]!r} is not dead: expected one of `headrace dead list`")
+    chosen = [dead for dead in entries if not ticket_ids or dead.ticket_id in ticket_ids]
+    for dead in chosen:
+        client.eval(_PURGE, 3, keys.dead, keys.ledger, keys.retries, dead.entry_id, dead.ticket_id)
+    return [dead.ticket_id for dead in chosen]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m services.learner.dead")
+    parser.add_argument("action", choices=("list", "retry", "purge"))
+    parser.add_argument("tickets", nargs="*")
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--runs-folder", help="not needed: all of it is in Redis")
+    parser.add_argument("--redis-url", default=os.environ.get("HEADRACE_REDIS_URL"))
+    arguments = parser.parse_intermixed_args()
+    if not arguments.redis_url:
+        parser.error("expected --redis-url or HEADRACE_REDIS_URL")
+    try:
+        client, keys = connect(arguments.redis_url), Keys(arguments.run)
+        if arguments.action == "list":
+            _print(dead_entries(client, keys))
+        elif arguments.action == "retry":
+            print(f"{len(retry(client, keys, arguments.tickets))} tickets will be issued again by the learner")
+        else:
+            print(f"{len(purge(client, keys, arguments.tickets))} given up for good")
+    except (ValueError, redis.RedisError) as error:
+        print(f"headrace dead: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _print(entries: list[Dead]) -> None:
+    for dead in entries:
+        died = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(int(dead.entry_id.partition("-")[0]) / 1000))
+        name = dead.ticket_id if dead.is_ticket else f"({dead.ticket_id}, no ticket of this run)"
+        print(f"{died}  {name}  {dead.reason}")
+    print(f"{len(entries)} dead")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""The learner's Lua scripts. Each checks the learner's epoch first, and is one atomic step of Redis.
+
+KEYS[1] is the epoch's key and ARGV[1] the learner's epoch: a higher one in Redis answers FENCED, none or a lower
+one LOST. Scripts that free memory or are small run even when Redis is full (`allow-oom`); adding tickets does not:
+that is backpressure.
+"""
+
+_FENCED = """
+local epoch = tonumber(redis.call('GET', KEYS[1]) or '-1')
+if epoch > tonumber(ARGV[1]) then return redis.error_reply('FENCED by epoch ' .. epoch) end
+if epoch < tonumber(ARGV[1]) then return redis.error_reply('LOST the epoch is ' .. epoch) end
+"""
+_ALWAYS = "#!lua flags=allow-oom\n" + _FENCED
+_UNLESS_FULL = "#!lua\n" + _FENCED
+
+EXECUTE = (
+    _ALWAYS
+    + """
+local at = 2
+while at < #ARGV do
+  redis.call(unpack(ARGV, at + 1, at + ARGV[at]))
+  at = at + 1 + ARGV[at]
+end
+return 'OK'
+"""
+)
+"""ARGV: each command as its number of parts, then the parts."""
+
+ADD = (
+    _UNLESS_FULL
+    + """
+for i = 6, #ARGV, 2 do
+  if redis.call('HEXISTS', KEYS[3], ARGV[i]) == 0 then
+    local added = redis.call('XADD', KEYS[2], '*', 'id', ARGV[i], ARGV[5], ARGV[i + 1])
+    redis.call('HSET', KEYS[3], ARGV[i], ARGV[4] .. ' ' .. added)
+  end
+end
+if ARGV[2] ~= '' then redis.call('HSET', KEYS[4], 'epoch', ARGV[2], 'place', ARGV[3]) end
+return 'OK'
+"""
+)
+"""KEYS: epoch, stream, ledger, cursor. ARGV: epoch, the cursor's two numbers (or empty), state, field, then ids and
+payloads. What the ledger has seen is passed over."""
+
+SETTLE = (
+    _ALWAYS
+    + """
+for i = 3, #ARGV, 4 do
+  local stream, entry, id, state = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
+  local mark = redis.call('HGET', KEYS[2], id) or ''
+  local open = string.match(mark, '^open (.+)$')
+  if open then
+    for _, tickets in ipairs({KEYS[3], KEYS[4]}) do
+      redis.call('XACK', tickets, 'generation', open)
+      redis.call('XDEL', tickets, open)
+    end
+  end
+  if ARGV[2] == 'delete' then
+    redis.call('XACK', stream, 'learner', entry)
+    redis.call('XDEL', stream, entry)
+  end
+  if ARGV[2] == 'delete' or open or mark == '' then redis.call('HSET', KEYS[2], id, state) end
+end
+return 'OK'
+"""
+)
+"""KEYS: epoch, ledger, tickets, eval. ARGV: epoch, `delete` or `keep`, then stream, entry, ticket and state of each.
+`delete` writes the states and deletes the groups. `keep` only repairs a Redis that is older than the checkpoint: a
+ticket that it shows as open, or not at all, was answered and consumed before."""
+
+BURY = (
+    _ALWAYS
+    + """
+if #redis.call('XPENDING', KEYS[2], 'learner', ARGV[2], ARGV[2], 1) == 0 then return 0 end
+local added = redis.call('XADD', KEYS[3], '*', 'id', ARGV[3], 'reason', ARGV[4], 'payload', ARGV[5], 'bytes', ARGV[6])
+if redis.call('HGET', KEYS[4], ARGV[3]) == 'queued ' .. ARGV[2] then
+  redis.call('HSET', KEYS[4], ARGV[3], 'dead ' .. added)
+end
+redis.call('XACK', KEYS[2], 'learner', ARGV[2])
+redis.call('XDEL', KEYS[2], ARGV[2])
+return 1
+"""
+)
+"""KEYS: epoch, stream, dead, ledger. ARGV: epoch, entry, ticket, reason, payload, its bytes before it was cut."""
+
+REVIVE = (
+    _UNLESS_FULL
+    + """
+local dead = string.match(redis.call('HGET', KEYS[2], ARGV[2]) or '', '^dead (.+)$')
+if dead then
+  local added = redis.call('XADD', KEYS[3], '*', 'id', ARGV[2], 'ticket', ARGV[3])
+  redis.call('HSET', KEYS[2], ARGV[2], 'open ' .. added)
+  redis.call('XDEL', KEYS[4], dead)
+end
+redis.call('SREM', KEYS[5], ARGV[2])
+return dead and 1 or 0
+"""
+)
+"""KEYS: epoch, ledger, tickets, dead, retries. ARGV: epoch, ticket, its payload."""
