@@ -104,7 +104,7 @@ def reason_to_wait(error: BaseException) -> Reason | None:
 class _Outage:
     """What is wrong between one client and its server: one deadline for all its connections, threads and tasks.
 
-    It begins with a failure and ends when a command that had failed is answered.
+    It begins with a failure and ends when what had failed succeeds (a command, a connect) or is answered with a no.
     """
 
     def __init__(
@@ -197,48 +197,34 @@ class _Call:
 
 
 class _Shared:
-    """Mixed into redis-py's Retry: each connection has its own copy, and all copies one outage."""
+    """Mixed into redis-py's Retry: each connection has its own copy, and all copies one outage. redis-py uses it for a
+    command, for the handshake, and within a command for its connect."""
 
     def __init__(self, outage: _Outage) -> None:
         super().__init__(NoBackoff(), -1)  # type: ignore[call-arg]  # of Retry; it uses neither
         self._outage = outage
-        self._is_within = False
 
     def __deepcopy__(self, memo: object) -> Self:
         return type(self)(self._outage)
-
-    @contextlib.contextmanager
-    def _call(self) -> Iterator[_Call | None]:
-        """None within another call: a connect for the sake of a command, which is itself sent again."""
-        if self._is_within:
-            yield None
-            return
-        self._is_within = True
-        try:
-            with _Call(self._outage) as call:
-                yield call
-        finally:
-            self._is_within = False
 
 
 class _Retry(_Shared, Retry):  # type: ignore[misc]
     def call_with_retry(
         self, do: Callable[[], T], fail: Callable[..., object], _: object = None, with_failure_count: bool = False
     ) -> T:
-        with self._call() as call:
+        with _Call(self._outage) as call:
             while True:
                 try:
                     result = do()
                 except (redis.RedisError, OSError) as error:
-                    if call is None or not call.is_worth_another_try(error):
+                    if not call.is_worth_another_try(error):
                         raise
                     fail(error, call.num_failures) if with_failure_count else fail(error)  # disconnects
                     time.sleep(call.pause_s)
                     if self._outage.is_stopping():
                         raise
                 else:
-                    if call is not None:
-                        call.answered()
+                    call.answered()
                     return result
 
 
@@ -250,19 +236,18 @@ class _AsyncRetry(_Shared, AsyncRetry):  # type: ignore[misc]
         _: object = None,
         with_failure_count: bool = False,
     ) -> T:
-        with self._call() as call:
+        with _Call(self._outage) as call:
             while True:
                 try:
                     result = await do()
                 except (redis.RedisError, OSError) as error:
-                    if call is None or not call.is_worth_another_try(error):
+                    if not call.is_worth_another_try(error):
                         raise
                     with contextlib.suppress(redis.TimeoutError):  # of the disconnect itself; it is closed anyway
                         await (fail(error, call.num_failures) if with_failure_count else fail(error))
                     await asyncio.sleep(call.pause_s)
                 else:
-                    if call is not None:
-                        call.answered()
+                    call.answered()
                     return result
 
 

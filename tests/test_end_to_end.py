@@ -1,76 +1,143 @@
-"""The whole stack by its one command: a short run with the real SGLang, ended, stopped, and taken up again."""
+"""The whole stack by its one command: a short run with the real SGLang, stopped, taken up again, shot at, complete."""
 
 import json
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
 from transformers import AutoModelForCausalLM
 
-ROOT = Path(__file__).parents[1]
-SHORT = ["learner.steps=4", "evaluation.num_prompts=16", "evaluation.interval_steps=2", "learner.groups_per_step=4"]
+from tests.fake_services import ROOT, redis_of
+
+STEPS = 6
+SHORT = [
+    f"learner.steps={STEPS}",
+    "learner.groups_per_step=4",
+    "learner.checkpoint_interval_steps=2",
+    "evaluation.num_prompts=16",
+    "evaluation.interval_steps=2",
+]
+STOPPED_WITHIN_S = 10.0
 
 
-def headrace_up(runs: Path, *overrides: str) -> subprocess.Popen[str]:
-    chosen = [part for override in (*SHORT, *overrides) for part in ("--set", override)]
-    command = [sys.executable, "-m", "services.launcher", "up", "configs/tiny-cpu.yaml", "--run", "short"]
-    return subprocess.Popen(
-        [*command, "--runs-folder", str(runs), *chosen],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+class Finished(NamedTuple):
+    run: Path
+    first: str
+    """What the first launcher said."""
+    second: str
+    stop_s: float
+    """From the Ctrl-C to the first launcher's end."""
+    processes: set[psutil.Process]
+    """Every process of the launchers that was seen."""
 
 
-def steps_in(run: Path) -> list[int]:
+class Launched:
+    """`headrace up` of the run; its lines can be waited for, and its processes killed."""
+
+    def __init__(self, runs: Path, seen: set[psutil.Process]) -> None:
+        command = [sys.executable, "-m", "services.launcher", "up", "configs/tiny-cpu.yaml", "--run", "short"]
+        chosen = [part for setting in SHORT for part in ("--set", setting)]
+        self.process = subprocess.Popen(
+            [*command, "--runs-folder", str(runs), *chosen],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.run = runs / "short"
+        self.seen = seen
+        self.output = ""
+
+    def wait_for(self, text: str) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output += line
+            if text in line:
+                self.seen |= set(psutil.Process(self.process.pid).children(recursive=True))
+                return
+        raise AssertionError(f"no line with {text!r} in:\n{self.output}")
+
+    def kill(self, *modules: str) -> None:
+        """Children, as the kernel might."""
+        children = psutil.Process(self.process.pid).children()
+        chosen = [child for child in children if set(modules) & set(child.cmdline())]
+        assert len(chosen) == len(modules), children
+        for child in chosen:
+            child.kill()
+
+    def end(self) -> str:
+        rest, _ = self.process.communicate(timeout=240)
+        assert self.process.returncode == 0, self.output + rest
+        return self.output + rest
+
+
+def rows_of(run: Path, kind: str) -> list[dict[str, float]]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row["step"] for row in rows if row["kind"] == "step"]
+    return [row for row in rows if row["kind"] == kind]
 
 
-def versions_in(run: Path) -> list[int]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row["version"] for row in rows if row["kind"] == "step"]
+def steps_in(run: Path) -> list[float]:
+    return [row["step"] for row in rows_of(run, "step")]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run of four steps, stopped by a Ctrl-C after its first ones and taken up again."""
-    runs = tmp_path_factory.mktemp("runs")
-    process = headrace_up(runs)
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if "step 2," in line:
-            process.send_signal(signal.SIGINT)
-    output = "".join(lines)
-    assert process.wait(60) == 0, output
-    assert "stopping" in output and "go on with" in output, output
-    stopped_at = steps_in(runs / "short")[-1]
-    assert 2 <= stopped_at < 4, output
-    again = headrace_up(runs)
-    output, _ = again.communicate(timeout=240)
-    assert again.returncode == 0, output
-    return runs / "short", output
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    """Its Redis is killed after step 1; a Ctrl-C after step 2; then the learner and the replica are killed."""
+    runs, seen = tmp_path_factory.mktemp("runs"), set[psutil.Process]()
+    first = Launched(runs, seen)
+    second = None
+    try:
+        first.wait_for("step 1,")
+        redis_of(first.run).kill()
+        first.wait_for("step 2,")
+        first.process.send_signal(signal.SIGINT)
+        interrupted = time.monotonic()
+        first.wait_for("stopping")
+        first_output = first.end()
+        stop_s = time.monotonic() - interrupted
+        print(f"stopped in {stop_s:.1f} s")
+        assert 2 <= steps_in(first.run)[-1] < STEPS - 1, first_output
+        second = Launched(runs, seen)
+        second.wait_for(f"step {STEPS - 2},")
+        second.kill("services.learner", "services.generation")
+        second.wait_for("held-out")
+        yield Finished(first.run, first_output, second.end(), stop_s, seen)
+    finally:
+        for launched in filter(None, (first, second)):
+            launched.process.kill()
 
 
-def test_a_stopped_run_goes_on_from_its_last_step(finished: tuple[Path, str]) -> None:
-    run, output = finished
-    assert steps_in(run) == [1, 2, 3, 4], output
-    versions = versions_in(run)
-    assert versions == sorted(set(versions)), "versions only grow, over a resume too"
+def test_ctrl_c_stops_everything_in_time(finished: Finished) -> None:
+    assert finished.stop_s < STOPPED_WITHIN_S
+    assert "go on with: headrace up" in finished.first
 
 
-def test_a_finished_run_leaves_what_people_need(finished: tuple[Path, str]) -> None:
-    run, output = finished
+def test_what_is_killed_is_started_again(finished: Finished) -> None:
+    assert "redis was killed by SIGKILL: starting it again" in finished.first
+    assert "learner was killed by SIGKILL: starting it again" in finished.second
+    assert "generation-0 was killed by SIGKILL: starting it again" in finished.second
+
+
+def test_each_step_is_taken_once(finished: Finished) -> None:
+    """Over a stop, and over kills of every process."""
+    assert steps_in(finished.run) == list(range(1, STEPS + 1)), finished.second
+    versions = [row["version"] for row in rows_of(finished.run, "step")]
+    assert versions == sorted(set(versions)), "versions only grow"
+
+
+def test_a_finished_run_leaves_what_people_need(finished: Finished) -> None:
+    run = finished.run
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["steps"] == 4
+    assert summary["steps"] == STEPS
     assert 0 <= summary["held_out_before"] <= 1 and 0 <= summary["held_out_after"] <= 1
-    assert summary["groups"]["trained"] == 16 and summary["groups"]["dead"] == 0
+    assert summary["groups"]["trained"] == 4 * STEPS and summary["groups"]["dead"] == 0
     assert summary["weight_pause_ms"]["p95"] >= summary["weight_pause_ms"]["p50"] > 0
     assert summary["tokens_per_s"] > 0 and summary["staleness"]["max"] <= 2
     assert set(summary["lag"]) == {"generation", "learner"}
@@ -79,16 +146,21 @@ def test_a_finished_run_leaves_what_people_need(finished: tuple[Path, str]) -> N
     assert {path.name for path in (run / "logs").iterdir()} >= {"learner.log", "generation-0.log", "redis.log"}
     assert AutoModelForCausalLM.from_pretrained(run / "policy").config.vocab_size == 512
     assert (run / "token").stat().st_mode & 0o777 == 0o600
-    assert "held-out pass@1" in output and "step 4," in output
+    assert "held-out pass@1" in finished.second and f"step {STEPS}," in finished.second
 
 
-def test_the_engine_and_the_learner_agree(finished: tuple[Path, str]) -> None:
+def test_the_engine_and_the_learner_agree(finished: Finished) -> None:
     """At staleness 0 the gap between their log-probabilities is numerics alone."""
-    rows = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
-    gaps = [row["fresh_logprob_gap_max"] for row in rows if "fresh_logprob_gap_max" in row]
+    gaps = [row["fresh_logprob_gap_max"] for row in rows_of(finished.run, "step") if "fresh_logprob_gap_max" in row]
     assert gaps and max(gaps) < 1e-4
 
 
-def test_no_process_is_left(finished: tuple[Path, str]) -> None:
-    left = [p for p in psutil.process_iter(["cmdline"]) if str(finished[0].parent) in " ".join(p.info["cmdline"] or [])]
-    assert not left
+def test_no_process_is_left(finished: Finished) -> None:
+    assert len(finished.processes) > 8, "two launchers' Redis, learner, replica, SGLang and its parts"
+    assert not [process for process in finished.processes if is_alive(process)]
+
+
+def is_alive(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False

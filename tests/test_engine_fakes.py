@@ -1,10 +1,8 @@
 """What `Engine` makes of faults that the real SGLang cannot be made to show: the other side is a scripted server."""
 
 import asyncio
-import json
-import threading
+import math
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -12,70 +10,13 @@ import pytest
 
 from common.wire import Sampling, Ticket
 from services.generation.engine import Engine, EngineError
-
-Json = dict[str, Any] | list[Any]
-
-
-class FakeSglang(ThreadingHTTPServer):
-    """Answers each path with `replies[path] = (status, body)`; a path in `hanging` gets no answer."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), FakeHandler)
-        self.replies: dict[str, tuple[int, Json]] = {
-            "/pause_generation": (200, {"status": "ok"}),
-            "/update_weights_from_disk": (200, {"success": True, "message": "ok"}),
-            "/continue_generation": (200, {"status": "ok"}),
-            "/model_info": (200, {"model_path": "/nowhere", "weight_version": "4"}),
-            "/abort_request": (200, {}),
-        }
-        self.hanging: set[str] = set()
-        self.closing = threading.Event()
-        self.calls: list[tuple[str, Any]] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-    @property
-    def paths(self) -> list[str]:
-        return [path for path, _ in self.calls]
-
-
-class FakeHandler(BaseHTTPRequestHandler):
-    server: FakeSglang
-
-    def do_GET(self) -> None:
-        self.do_POST()
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.server.calls.append((self.path, json.loads(body) if body else None))
-        if self.path in self.server.hanging:
-            self.server.closing.wait(30.0)
-            return
-        status, reply = self.server.replies.get(self.path, (404, {"detail": "Not Found"}))
-        content = json.dumps(reply).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: Any) -> None:
-        pass
+from tests.fake_sglang import FakeSglang, a_fake_sglang, sample
 
 
 @pytest.fixture
 def fake() -> Iterator[FakeSglang]:
-    server = FakeSglang()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.closing.set()
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with a_fake_sglang() as server:
+        yield server
 
 
 def ticket(num_completions: int = 1) -> Ticket:
@@ -89,16 +30,6 @@ def ticket(num_completions: int = 1) -> Ticket:
         sampling=Sampling(temperature=1.0, max_new_tokens=8, stop_token_ids=[1]),
         min_weight_version=0,
     )
-
-
-def sample(**changes: Any) -> dict[str, Any]:
-    """A sound sample of two tokens; `changes` replace entries of its `meta_info`."""
-    meta = {
-        "finish_reason": {"type": "stop", "matched": 1},
-        "output_token_logprobs": [[-0.5, 9, None], [-0.25, 1, None]],
-        "weight_versions": [{"version": "3", "start": 0, "end": 1}, {"version": "4", "start": 1, "end": 2}],
-    }
-    return {"text": "x", "output_ids": [9, 1], "meta_info": meta | changes}
 
 
 def generate(fake: FakeSglang, num_completions: int = 1, request_timeout_s: float = 10.0) -> Any:
@@ -211,10 +142,53 @@ def test_a_hanging_update_ends_at_its_deadline_and_continues(fake: FakeSglang, t
 
 
 def test_a_version_that_the_engine_does_not_report_is_no_success(fake: FakeSglang, tmp_path: Path) -> None:
+    fake.takes_weights = False
     with pytest.raises(EngineError, match="reports weight version 4 after a swap to 5"):
         swap(fake, tmp_path, version=5)
     timings = swap(fake, tmp_path, version=4)
     assert 0 < timings.load_s <= timings.pause_s <= timings.total_s
+
+
+def test_a_cancelled_swap_continues_and_stays_cancelled(
+    fake: FakeSglang, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where continuing fails, which must not take the cancellation's place: whoever drains would wait for ever."""
+    monkeypatch.setattr("services.generation.engine.LAST_CONTINUE_TIMEOUT_S", 0.2)
+    fake.hanging = {"/update_weights_from_disk", "/continue_generation"}
+
+    async def scenario() -> None:
+        engine = Engine(fake.url)
+        swapping = asyncio.create_task(engine.swap(tmp_path, 4))
+        while fake.paths[-1:] != ["/update_weights_from_disk"]:
+            await asyncio.sleep(0.01)
+        assert engine.is_swapping
+        swapping.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(swapping, 5.0)
+        await engine.aclose()
+
+    asyncio.run(scenario())
+    assert fake.paths[-1] == "/continue_generation"
+
+
+def test_only_what_needs_the_scheduler_is_a_sign_of_life(fake: FakeSglang, tmp_path: Path) -> None:
+    fake.replies["/generate"] = (200, [sample()])
+    heard: list[float] = []
+
+    async def scenario() -> None:
+        engine = Engine(fake.url)
+        await engine.weight_version()
+        heard.append(engine.heard_at)
+        for call in (engine.generate(ticket()), engine.swap(tmp_path, 4), engine.health()):
+            await call
+            heard.append(engine.heard_at)
+        fake.replies["/health"] = (503, {})
+        assert not await engine.health()
+        heard.append(engine.heard_at)
+        await engine.aclose()
+
+    asyncio.run(scenario())
+    assert heard[0] == -math.inf and heard[0] < heard[1] < heard[2] < heard[3] == heard[4]
 
 
 def test_an_engine_without_a_version_says_so(fake: FakeSglang) -> None:

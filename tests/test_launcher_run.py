@@ -162,23 +162,23 @@ def test_a_replay_has_a_redis_of_its_own_and_is_stopped_by_ctrl_c(faking: Faking
     recording = tmp_path / "recording.msgpack"
     recording.touch()
     script = "on({}, lambda: (note('stops'), sys.exit(5)))\nnote(redis('PING'))\nprint(*arguments)\nsignal.pause()"
-    fakes = faking({"learner.replay": script.format(int(number))})
+    fakes = faking(learner=script.format(int(number)))
     arguments = ["replay", str(recording), "--run", "faked"]
     process = fakes.headrace(*arguments, "--set", "seed=3", "--set", "learner.steps=2")
-    fakes.wait_for("replay +PONG")
+    fakes.wait_for("learner +PONG")
     assert "is in use by process" in refused(fakes, *arguments)
     assert redis_of(fakes.run)
     process.send_signal(number)
     assert ended(process, 5) == (
-        f"--recording {recording} --run faked --runs-folder {fakes.run.parent} --set seed=3 --set learner.steps=2\n"
+        f"--replay {recording} --run faked --runs-folder {fakes.run.parent} --set seed=3 --set learner.steps=2\n"
     )
-    assert "replay stops" in fakes.lines()
+    assert "learner stops" in fakes.lines()
     assert not processes_of(fakes.run)
 
 
 def test_a_replay_by_a_recipe(faking: Faking, tmp_path: Path) -> None:
     recording = tmp_path / "recording.msgpack"
-    fakes = faking({"learner.replay": "print(*arguments, pathlib.Path(option('--config')).read_text())"})
+    fakes = faking(learner="print(*arguments, pathlib.Path(option('--config')).read_text())")
     arguments = ["replay", str(recording), "--run", "faked", "--config", RECIPE]
     assert "there is no such recording" in refused(fakes, *arguments)
     recording.touch()

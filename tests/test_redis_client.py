@@ -196,7 +196,7 @@ def test_a_password_in_the_url_opens_and_a_wrong_one_raises_at_once_unseen(start
     ):
         for call in (connect(url, waits).ping, lambda url=url: asyncio.run(asked_async(url, waits, "PING"))):
             error, took_s = error_of(call)
-            assert took_s < 2 and word in str(error)
+            assert took_s < 4 and word in str(error)
             assert "s3cret" not in f"{error!r} {error}" and PASSWORD not in f"{error!r} {error}"
     assert waits.nothing_ever()
 
@@ -234,7 +234,7 @@ def test_tls(start: StartServer, certificate: Path, waits: Seen) -> None:
         assert asyncio.run(asked_async(trusting, waits, "GET", "key")) == b"value"
         for call in (lambda: connect(url, waits).ping(), lambda: asyncio.run(asked_async(url, waits, "PING"))):
             error, took_s = error_of(call)
-            assert "CERTIFICATE_VERIFY_FAILED" in str(error) and took_s < 2
+            assert "CERTIFICATE_VERIFY_FAILED" in str(error) and took_s < 4
         assert waits.nothing_ever()
     finally:
         proxy.close()
@@ -285,12 +285,12 @@ def test_the_deadline_is_of_the_outage_and_not_of_each_connection_or_command(
     server.kill()
     client = connect(server.url, deadline_s=1.0)
     errors = list(threads.map(lambda _: error_of(client.ping), range(4)))
-    assert all(isinstance(error, redis.ConnectionError) and 0.9 < took_s < 2 for error, took_s in errors)
-    assert error_of(client.ping)[1] < 0.5, "what winds up after the deadline must not wait for another one"
+    assert all(isinstance(error, redis.ConnectionError) and 0.9 < took_s < 4 for error, took_s in errors)
+    assert error_of(client.ping)[1] < 0.9, "what winds up after the deadline must not wait for another one"
     error, took_s = error_of(lambda: asyncio.run(asked_async(server.url, Waits(), "PING", deadline_s=1.0)))
-    assert isinstance(error, redis.ConnectionError) and 0.9 < took_s < 2
+    assert isinstance(error, redis.ConnectionError) and 0.9 < took_s < 4
     with client.pipeline() as pipeline:
-        assert error_of(pipeline.set("key", 1).execute)[1] < 0.5
+        assert error_of(pipeline.set("key", 1).execute)[1] < 0.9
 
 
 def test_who_is_told_to_stop_retries_nothing(server: Server, waits: Seen, threads: ThreadPoolExecutor) -> None:
@@ -302,9 +302,9 @@ def test_who_is_told_to_stop_retries_nothing(server: Server, waits: Seen, thread
     waits.until(UNREACHABLE)
     stop.set()
     error, took_s = pinging.result(ENOUGH_S)
-    assert isinstance(error, redis.ConnectionError) and took_s < 2
+    assert isinstance(error, redis.ConnectionError) and took_s < 4
     assert waits.status() == [], "nobody waits any more"
-    assert error_of(client.ping)[1] < 0.1
+    assert error_of(client.ping)[1] < 1
 
 
 def test_a_blocking_read_is_no_outage(redis_url: str, waits: Seen) -> None:
@@ -325,7 +325,7 @@ def test_an_outage_does_not_delay_a_cancellation(server: Server, waits: Seen) ->
         return time.monotonic() - started
 
     server.kill()
-    assert asyncio.run(cancelled_after_s()) < 0.2
+    assert asyncio.run(cancelled_after_s()) < 1
     assert waits.status() == []
 
 
@@ -335,7 +335,7 @@ def test_no_moment_of_a_command_swallows_a_cancellation(redis_url: str) -> None:
     async def cancel_after(num_turns: int) -> float:
         client = connect_async(redis_url)
         await client.ping()
-        task = asyncio.create_task(client.blpop(["nothing"], timeout=1))
+        task = asyncio.create_task(client.blpop(["nothing"], timeout=5))
         for _ in range(num_turns):
             await asyncio.sleep(0)
         started = time.monotonic()
@@ -348,7 +348,7 @@ def test_no_moment_of_a_command_swallows_a_cancellation(redis_url: str) -> None:
         return took_s
 
     for num_turns in range(12):
-        assert asyncio.run(cancel_after(num_turns)) < 0.5
+        assert asyncio.run(cancel_after(num_turns)) < 2
 
 
 # The server refuses
@@ -403,7 +403,7 @@ def test_a_refusal_has_the_deadline_too(server: Server, waits: Seen) -> None:
         lambda: asyncio.run(asked_async(server.url, waits, "SET", "key", 1, deadline_s=0.5)),
     ):
         error, took_s = error_of(call)
-        assert isinstance(error, redis.OutOfMemoryError) and 0.4 < took_s < 2
+        assert isinstance(error, redis.OutOfMemoryError) and 0.4 < took_s < 4
     assert waits.details[REFUSES] and waits.status() == []
 
 

@@ -20,7 +20,8 @@ from services.learner.packing import MicroBatch, Sample, pack, split_mini_batche
 from services.learner.refusal import Limits, Refused, refuse
 from services.learner.staleness import group_staleness
 from tests.making import make_group, make_rollout
-from tests.mutations import LIMITS, Poison, groups, mutated_groups, poison_groups, poisons
+from tests.mutations import LIMITS, groups, mutated_groups, poison_groups
+from tests.poisons import Poison, poisons
 
 STEP = 5
 VERSION_STEPS = {1: 0, 4: 2, 7: 4}
@@ -76,7 +77,7 @@ def train(micro_batch: MicroBatch) -> dict[str, float]:
     return {"loss": result.loss.item(), **result.metrics}
 
 
-@thorough
+@settings(thorough, max_examples=100)
 @given(groups())
 def test_valid_groups_pass_and_are_usable(group: Group) -> None:
     again = take_in(encode(group), group.ticket.id)

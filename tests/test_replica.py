@@ -11,6 +11,7 @@ import redis
 
 from common.http_service import bearer
 from common.keys import Keys
+from common.ledger import parse_mark
 from common.wire import decode_group, decode_ticket
 from services.generation.api import make_app as make_replica_app
 from services.generation.engine_server import EngineServer
@@ -93,7 +94,7 @@ def test_a_reward_that_fails_costs_attempts_and_then_the_ticket_not_the_replica(
     run(scenario)
     ((_, dead),) = client.xrange(keys.dead)
     assert dead[b"id"] == b"0-0" and b"ticket 0-0" in dead[b"reason"]
-    assert client.hget(keys.ledger, "0-0") == b"dead"
+    assert parse_mark(client.hget(keys.ledger, "0-0")).state == "dead"
 
 
 def test_a_paused_replica_leases_nothing(learner: Learner, start: Start, client: redis.Redis, keys: Keys) -> None:
@@ -124,7 +125,7 @@ def test_a_drained_replica_hands_back_what_it_cannot_finish(
             await until(lambda: replica.heartbeat().groups_in_flight == 1)
 
     run(scenario)
-    assert client.hget(keys.ledger, "0-9") == b"open"
+    assert parse_mark(client.hget(keys.ledger, "0-9")).state == "open"
     ((_, fields),) = client.xrange(keys.tickets)
     assert decode_ticket(fields[b"ticket"]).attempts == 0, "a hand-back is no attempt"
 

@@ -17,10 +17,10 @@ def replay(recording: Path, recipe: Recipe | None, overrides: Sequence[str], run
         raise ValueError(f"{recording}: there is no such recording")
     folder = runs_folder / run
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = ["--recording", str(recording), "--run", run, "--runs-folder", str(runs_folder)]
+    arguments = ["--replay", str(recording), "--run", run, "--runs-folder", str(runs_folder)]
     with locked(folder) as lock, embedded_redis(folder, lock) as url, noted_url(folder, url):
         if recipe is None:
             arguments += [part for override in overrides for part in ("--set", override)]
         else:
             arguments += ["--config", str(write_config(folder, recipe))]
-        return call_module("services.learner.replay", arguments, url)
+        return call_module("services.learner", arguments, url)

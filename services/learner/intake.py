@@ -257,7 +257,7 @@ class Intake:
         try:
             while not self._stopping.is_set():
                 self.turn()
-        except Exception as error:  # noqa: BLE001 - a thread's top: raised again where the loop waits
+        except BaseException as error:  # noqa: BLE001 - a thread's top: raised again where the loop waits
             with self._changed:
                 self._failure = error
                 self._changed.notify_all()

@@ -1,0 +1,110 @@
+"""A scripted server in SGLang's place, for faults that the real one cannot be made to show.
+
+In this process as `FakeSglang`; as a process of its own, for an `EngineServer`, by `python -m tests.fake_sglang PORT`.
+There `POST /script {"hanging": [paths], "burn_s": seconds}` says what it does from now on.
+"""
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Json = dict[str, Any] | list[Any]
+
+
+class FakeSglang(ThreadingHTTPServer):
+    """Answers each path with `replies[path] = (status, body)`; a path in `hanging` gets no answer."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), FakeHandler)
+        self.replies: dict[str, tuple[int, Json]] = {
+            "/health": (200, {}),
+            "/pause_generation": (200, {"status": "ok"}),
+            "/update_weights_from_disk": (200, {"success": True, "message": "ok"}),
+            "/continue_generation": (200, {"status": "ok"}),
+            "/model_info": (200, {"model_path": "/nowhere", "weight_version": "4"}),
+            "/abort_request": (200, {}),
+            "/script": (200, {}),
+        }
+        self.hanging: set[str] = set()
+        self.takes_weights = True
+        self.closing = threading.Event()
+        self.calls: list[tuple[str, Any]] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    @property
+    def paths(self) -> list[str]:
+        return [path for path, _ in self.calls]
+
+    def serve_version(self, label: str) -> None:
+        self.replies["/model_info"] = 200, {"model_path": "/nowhere", "weight_version": label}
+
+    def follow_script(self, hanging: list[str], burn_s: float = 0.0) -> None:
+        self.hanging = set(hanging)
+        burning_until = time.monotonic() + burn_s
+        while time.monotonic() < burning_until:
+            pass
+
+
+class FakeHandler(BaseHTTPRequestHandler):
+    server: FakeSglang
+
+    def do_GET(self) -> None:
+        self.do_POST()
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "null")
+        self.server.calls.append((self.path, body))
+        if self.path in self.server.hanging:
+            self.server.closing.wait(30.0)
+            return
+        status, reply = self.server.replies.get(self.path, (404, {"detail": "Not Found"}))
+        if self.path == "/update_weights_from_disk" and status == 200 and self.server.takes_weights:
+            self.server.serve_version(body["weight_version"])
+        content = json.dumps(reply).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+        if self.path == "/script":
+            self.server.follow_script(**body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextmanager
+def a_fake_sglang() -> Iterator[FakeSglang]:
+    server = FakeSglang()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.closing.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def sample(**changes: Any) -> dict[str, Any]:
+    """A sound sample of two tokens; `changes` replace entries of its `meta_info`."""
+    meta = {
+        "finish_reason": {"type": "stop", "matched": 1},
+        "output_token_logprobs": [[-0.5, 9, None], [-0.25, 1, None]],
+        "weight_versions": [{"version": "3", "start": 0, "end": 1}, {"version": "4", "start": 1, "end": 2}],
+    }
+    return {"text": "x", "output_ids": [9, 1], "meta_info": meta | changes}
+
+
+if __name__ == "__main__":
+    FakeSglang(int(sys.argv[1])).serve_forever(poll_interval=0.01)
