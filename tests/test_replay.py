@@ -1,6 +1,5 @@
 """Recordings: what was recorded comes back, and a replay ends bit for bit the same, however often it is killed."""
 
-import json
 import os
 import random
 import signal
@@ -10,88 +9,34 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import redis
 from safetensors.torch import load_file
 
-from common.config import RunConfig, load_recipe
 from common.keys import Keys
 from common.redis_client import connect
-from common.tasks import load_task
-from common.waiting import Waits
-from common.wire import Group, Rollout, Timings, VersionSpan, encode
-from services.learner.api import Switches
-from services.learner.assembly import assemble
+from common.wire import encode
 from services.learner.audit import audit
-from services.learner.checkpoint import load_newest
 from services.learner.record import follow
-from services.learner.recording import Header, RecordedGroup, Recording, RecordingWriter
+from services.learner.recording import Recording
 from services.learner.store import Cursor, LearnerStore
 from tests.committing import queue
-from tests.making import make_group, make_ticket
+from tests.making import make_group
+from tests.replaying import ROOT, STEPS, end, make_recording, state_of, take_up, trained
 
-ROOT = Path(__file__).parents[1]
-STEPS = 6
-SETTINGS = [
-    f"learner.steps={STEPS}",
-    "learner.groups_per_step=4",
-    "learner.checkpoint_interval_steps=2",
-    "actor.group_size=4",
-    "actor.mini_batches=2",
-]
-NUM_GROUPS = 60
 ENOUGH_S = 120.0
 
 
-def random_group(rng: random.Random, place: int) -> Group:
-    """As replicas make them: some uniform, some stale by the time they are packed, some across two versions."""
-    prompt = [rng.randrange(2, 500) for _ in range(rng.randrange(8, 40))]
-    ticket = make_ticket(f"0-{place}", prompt_tokens=prompt, num_completions=4)
-    newest = 1 + place // 12
-    rollouts = []
-    for _ in range(4):
-        num_tokens = rng.randrange(2, 16)
-        middle = rng.randrange(1, num_tokens)
-        rollouts.append(
-            Rollout(
-                tokens=[rng.randrange(2, 500) for _ in range(num_tokens)],
-                loss_mask=[1] * num_tokens,
-                behaviour_logprobs=np.array([-rng.random() * 8 for _ in range(num_tokens)], np.float32),
-                version_spans=[
-                    VersionSpan(max(1, newest - 1), 0, middle),
-                    VersionSpan(newest, middle, num_tokens),
-                ],
-                reward=1.0 if place % 5 == 0 else float(rng.random() < 0.5),
-                finish_reason="stop",
-            )
-        )
-    return Group(ticket, rollouts, "r", Timings(1.0, 2.0, 3.0))
-
-
 @pytest.fixture(scope="module")
-def config() -> RunConfig:
-    return load_recipe(ROOT / "configs" / "tiny-cpu.yaml", [*SETTINGS, f"model.path={ROOT}/assets/demo-policy"]).config
-
-
-@pytest.fixture(scope="module")
-def recording(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("recording") / "recording.msgpack"
-    writer = RecordingWriter(path, Header("recorded", config.model_dump(mode="json")))
-    writer.know({version: version - 1 for version in range(1, 7)})
-    rng = random.Random(5)
-    for place in range(NUM_GROUPS):
-        group = random_group(rng, place)
-        writer.add(RecordedGroup(f"{place + 1}-0", group.ticket.id, encode(group)))
-    writer.close()
-    return path
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_recording(tmp_path_factory.mktemp("recording") / "recording.msgpack")
 
 
 class Killed(BaseException):
     """In place of SIGKILL, at one Redis command of the learner."""
 
 
-class Mortal(redis.Redis):
+class Mortal(redis.Redis):  # type: ignore[misc]
     """Dies at a command, before it reaches Redis or after, when its answer is lost; and stays dead."""
 
     def arm(self, countdown: int, is_answer_lost: bool) -> "Mortal":
@@ -102,44 +47,30 @@ class Mortal(redis.Redis):
         self.countdown -= 1
         if self.countdown < 0 or (self.countdown == 0 and not self.is_answer_lost):
             raise Killed
-        answer = super().execute_command(*arguments, **options)  # type: ignore[no-untyped-call]
+        answer = super().execute_command(*arguments, **options)
         if self.countdown <= 0:
             raise Killed
         return answer
 
 
-def live(config: RunConfig, folder: Path, client: redis.Redis, keys: Keys, recording: Path) -> bool:
+def live(folder: Path, client: redis.Redis, keys: Keys, recording: Path) -> bool:
     """One life of a learner; whether it got to the end."""
-    task, url = load_task("arithmetic", {}), "http://127.0.0.1:1"
     loop = None
     try:
-        arguments = (config, folder, "token", client, keys, url, task, Switches(), Waits(), Recording(recording))
-        loop, _ = assemble(*arguments)
+        loop = take_up(folder, client, keys, recording)
         return loop.run()
     except Killed:
         return False
     finally:
         if loop is not None:
-            loop.intake.stop()
-            loop.metrics.close()
+            end(loop)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(config: RunConfig, recording: Path, redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(recording: Path, redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert live(config, folder, connect(redis_url), Keys("undisturbed"), recording)
+    assert live(folder, connect(redis_url), Keys("undisturbed"), recording)
     return folder
-
-
-def state_of(folder: Path) -> dict[str, bytes]:
-    found = load_newest(folder / "checkpoints")
-    assert found is not None and found[0].step == STEPS
-    return {name: tensor.numpy().tobytes() for name, tensor in found[1].items()}
-
-
-def trained(folder: Path) -> list[list[str]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row["tickets"] for row in rows if row["kind"] == "step"]
 
 
 def test_a_recording_is_trained_once_in_its_order(undisturbed: Path, redis_url: str) -> None:
@@ -151,13 +82,13 @@ def test_a_recording_is_trained_once_in_its_order(undisturbed: Path, redis_url: 
 
 
 def test_a_learner_that_is_killed_again_and_again_ends_bit_for_bit_the_same(
-    config: RunConfig, recording: Path, undisturbed: Path, redis_url: str, keys: Keys, tmp_path: Path
+    recording: Path, undisturbed: Path, redis_url: str, keys: Keys, tmp_path: Path
 ) -> None:
     rng = random.Random(11)
     num_deaths = 0
     while True:
         client = Mortal.from_url(redis_url).arm(rng.randrange(1, 50), rng.random() < 0.5)
-        if live(config, tmp_path, client, keys, recording):
+        if live(tmp_path, client, keys, recording):
             break
         num_deaths += 1
         if connect(redis_url).exists(keys.epoch):

@@ -1,0 +1,175 @@
+"""A learner whose disk, Redis, epoch or work goes away in the middle of a run, on a recording in this process."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from common.keys import Keys
+from common.redis_client import connect
+from common.waiting import Reason
+from services.learner import loop as loop_module
+from services.learner.audit import audit
+from services.learner.checkpoint import CheckpointError, load_newest, save_checkpoint
+from services.learner.loop import Loop, Starved
+from services.learner.store import Fenced, LearnerStore, RedisLost
+from tests.replaying import ROOT, STEPS, end, make_recording, state_of, take_up, trained
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_recording(tmp_path_factory.mktemp("recording") / "recording.msgpack")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recording: Path, redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    loop = take_up(folder, connect(redis_url), Keys(f"undisturbed-{os.getpid()}"), recording)
+    assert loop.run()
+    end(loop)
+    return folder
+
+
+@pytest.fixture
+def loop(recording: Path, client: redis.Redis, keys: Keys, tmp_path: Path) -> Iterator[Loop]:
+    found = take_up(tmp_path, client, keys, recording)
+    yield found
+    end(found)
+
+
+def after_step(loop: Loop, number: int, act: Any) -> None:
+    """Does `act` between that step's publication and its record."""
+    publish = loop.versions.publish
+
+    def publish_and_act(tensors: Any, step: int) -> Any:
+        manifest = publish(tensors, step)
+        if step == number:
+            act()
+        return manifest
+
+    loop.versions.publish = publish_and_act  # type: ignore[method-assign,assignment]
+
+
+def test_a_full_disk_is_waited_for_and_nothing_is_lost(
+    loop: Loop, client: redis.Redis, keys: Keys, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused: list[int] = []
+
+    def save(*arguments: Any) -> Path:
+        if len(refused) < 3:
+            refused.append(loop.progress.step)
+            raise CheckpointError("No space left on device")
+        if len(refused) == 3:
+            refused.append(loop.progress.step)
+            assert loop.waits.status()[0]["reason"] == Reason.CHECKPOINT
+            assert "No space left" in loop.waits.describe()
+        return save_checkpoint(*arguments)
+
+    monkeypatch.setattr(loop_module, "save_checkpoint", save)
+    assert loop.run()
+    assert refused == [2, 3, 4, 5], "tried again after every step"
+    assert not loop.waits.status()
+    assert state_of(tmp_path) == state_of(undisturbed)
+    assert audit(client, keys, tmp_path).violations == []
+
+
+def test_a_disk_that_stays_full_ends_the_learner_with_the_reason(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(*_: Any) -> Path:
+        raise CheckpointError("No space left on device")
+
+    monkeypatch.setattr(loop_module, "save_checkpoint", save)
+    monkeypatch.setattr(loop_module, "PATIENCE_S", 0.01)
+    learner = loop.config.learner.model_copy(update={"starvation_deadline_s": 0.05})
+    loop.config = loop.config.model_copy(update={"learner": learner})
+    with pytest.raises(Starved, match=r"the checkpoint cannot be written for .*No space left"):
+        loop.run()
+
+
+def test_a_learner_that_was_replaced_writes_nothing_more(
+    loop: Loop, client: redis.Redis, keys: Keys, tmp_path: Path
+) -> None:
+    after_step(loop, 3, lambda: LearnerStore(client, keys))
+    with pytest.raises(Fenced):
+        loop.run()
+    found = load_newest(tmp_path / "checkpoints")
+    assert found is not None and found[0].step == 2
+    assert len(trained(tmp_path)) == 2, "the third step was never recorded"
+    assert audit(client, keys, tmp_path).violations == []
+
+
+def test_when_redis_loses_everything_the_run_goes_on_from_its_checkpoint(
+    loop: Loop, recording: Path, client: redis.Redis, keys: Keys, tmp_path: Path, undisturbed: Path
+) -> None:
+    def lose() -> None:
+        client.delete(*client.keys(keys.epoch.removesuffix("epoch").replace("[", "\\[") + "*"))
+
+    after_step(loop, 5, lose)
+    with pytest.raises(RedisLost):
+        loop.run()
+    again = take_up(tmp_path, client, keys, recording)
+    assert again.progress.step == 4 and again.store.epoch == 2
+    assert again.run()
+    end(again)
+    assert trained(tmp_path) == trained(undisturbed)
+    assert state_of(tmp_path) == state_of(undisturbed)
+    found = audit(client, keys, tmp_path)
+    assert found.violations == []
+    assert any("Redis lost everything once: the run went on from step 4" in note for note in found.notes)
+
+
+def test_a_start_after_a_crash_between_a_checkpoint_and_its_settlement_trains_nothing_twice(
+    loop: Loop, recording: Path, client: redis.Redis, keys: Keys, tmp_path: Path, undisturbed: Path
+) -> None:
+    settle = loop.store.settle
+
+    def settle_or_die(*arguments: Any, **options: Any) -> None:
+        if loop.progress.step == 4:
+            raise KeyboardInterrupt
+        settle(*arguments, **options)
+
+    loop.store.settle = settle_or_die  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        loop.run()
+    again = take_up(tmp_path, client, keys, recording)
+    assert again.progress.step == 4
+    assert again.run()
+    end(again)
+    assert trained(tmp_path) == trained(undisturbed) and len(trained(tmp_path)) == STEPS
+    assert audit(client, keys, tmp_path).violations == []
+
+
+def test_a_learner_that_nobody_serves_says_so_and_ends(redis_url: str, keys: Keys, tmp_path: Path) -> None:
+    run = keys.epoch.partition("{")[2].partition("}")[0]
+    command = [sys.executable, "-m", "services.learner", "--config", "configs/tiny-cpu.yaml", "--run", run]
+    ended = subprocess.run(
+        [*command, "--runs-folder", str(tmp_path), "--set", "learner.starvation_deadline_s=0.5"],
+        cwd=ROOT,
+        env=os.environ | {"HEADRACE_REDIS_URL": redis_url},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 4, ended.stderr
+    assert "no live replica for " in ended.stderr
+    said = connect(redis_url).hgetall(keys.learner)
+    assert said[b"phase"] == b"starved" and b"no live replica" in said[b"reason"]
+
+
+def test_the_status_needs_no_redis(loop: Loop) -> None:
+    """While a command hangs in an outage, `/status` answers from memory."""
+    from services.learner.__main__ import _status
+
+    answers: list[dict[str, Any]] = []
+    loop.store.client.connection_pool.disconnect()
+    loop.waits.waiting(Reason.REDIS_UNREACHABLE, "127.0.0.1:1: refused", 300.0)
+    with loop.intake._changed:  # as the thread does while a command is tried again
+        asking = threading.Thread(target=lambda: answers.append(_status(loop, "x")))
+        asking.start()
+        asking.join(5.0)
+    assert answers and answers[0]["waits"][0]["reason"] == "Redis unreachable"
