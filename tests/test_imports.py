@@ -8,7 +8,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*(ROOT / "common").rglob("*.py"), *(ROOT / "services").rglob("*.py")])
-PURE = [f"services/learner/{name}.py" for name in ("staleness", "advantage", "loss", "logprobs", "packing", "metrics")]
+PURE = [
+    f"services/learner/{name}.py"
+    for name in ("staleness", "advantage", "loss", "logprobs", "packing", "metrics", "refusal")
+]
 IO_MODULES = {"redis", "httpx", "fastapi", "uvicorn", "os", "socket", "subprocess", "asyncio", "threading", "pathlib"}
 TOP = {"loop", "__main__", "assembly"}
 """Modules that put the others together: siblings never import them."""

@@ -4,6 +4,7 @@ import asyncio
 import re
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import threading
@@ -286,6 +287,7 @@ def test_the_deadline_is_of_the_outage_and_not_of_each_connection_or_command(
     client = connect(server.url, deadline_s=1.0)
     errors = list(threads.map(lambda _: error_of(client.ping), range(4)))
     assert all(isinstance(error, redis.ConnectionError) and 0.9 < took_s < 4 for error, took_s in errors)
+    client.connection_pool.reset()  # so that the next connection is another one
     assert error_of(client.ping)[1] < 0.9, "what winds up after the deadline must not wait for another one"
     error, took_s = error_of(lambda: asyncio.run(asked_async(server.url, Waits(), "PING", deadline_s=1.0)))
     assert isinstance(error, redis.ConnectionError) and 0.9 < took_s < 4
@@ -293,18 +295,20 @@ def test_the_deadline_is_of_the_outage_and_not_of_each_connection_or_command(
         assert error_of(pipeline.set("key", 1).execute)[1] < 0.9
 
 
-def test_who_is_told_to_stop_retries_nothing(server: Server, waits: Seen, threads: ThreadPoolExecutor) -> None:
-    stop = threading.Event()
-    client = connect(server.url, waits, is_stopping=stop.is_set)
-    client.ping()
-    server.kill()
-    pinging = threads.submit(error_of, client.ping)
-    waits.until(UNREACHABLE)
-    stop.set()
-    error, took_s = pinging.result(ENOUGH_S)
-    assert isinstance(error, redis.ConnectionError) and took_s < 4
+def test_who_is_told_to_stop_retries_nothing(waits: Seen) -> None:
+    told_in_the_pause, told_before = (False, True), (True,)
+    for answers, num_waits in ((told_in_the_pause, 1), (told_before, 0)):
+        stops = iter(answers)
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            url = f"redis://127.0.0.1:{silent.getsockname()[1]}?socket_timeout=0.1"
+            waits.details[UNREACHABLE].clear()
+            error, _ = error_of(connect(url, waits, is_stopping=stops.__next__).ping)
+            assert isinstance(error, redis.TimeoutError) and len(waits.details[UNREACHABLE]) == num_waits
+            silent.accept()[0].close()
+            silent.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                silent.accept()
     assert waits.status() == [], "nobody waits any more"
-    assert error_of(client.ping)[1] < 1
 
 
 def test_a_blocking_read_is_no_outage(redis_url: str, waits: Seen) -> None:
@@ -396,15 +400,22 @@ def write_in_every_way(url: str, threads: ThreadPoolExecutor) -> list[tuple[Seen
     return [(waits, threads.submit(way, waits)) for way in ways for waits in [Seen()]]
 
 
-def test_a_refusal_has_the_deadline_too(server: Server, waits: Seen) -> None:
+def test_a_refusal_has_the_deadline_too_and_each_its_own(
+    server: Server, waits: Seen, threads: ThreadPoolExecutor
+) -> None:
+    client = connect(server.url, waits, deadline_s=1.0)
+    server.admin.config_set("maxmemory", 1)
+    writing = threads.submit(client.set, "key", 1)
+    waits.until(REFUSES)
+    server.admin.config_set("maxmemory", 0)
+    assert writing.result(ENOUGH_S) and waits.status() == []
     server.admin.config_set("maxmemory", 1)
     for call in (
-        lambda: connect(server.url, waits, deadline_s=0.5).set("key", 1),
-        lambda: asyncio.run(asked_async(server.url, waits, "SET", "key", 1, deadline_s=0.5)),
+        lambda: client.set("key", 2),
+        lambda: asyncio.run(asked_async(server.url, waits, "SET", "key", 2, deadline_s=1.0)),
     ):
         error, took_s = error_of(call)
-        assert isinstance(error, redis.OutOfMemoryError) and 0.4 < took_s < 4
-    assert waits.details[REFUSES] and waits.status() == []
+        assert isinstance(error, redis.OutOfMemoryError) and 0.95 < took_s < 4 and waits.status() == []
 
 
 def test_a_replica_is_left_for_the_new_master_behind_the_same_address(

@@ -112,7 +112,7 @@ def test_each_poison_is_refused_with_a_reason_that_names_it(poison: Poison) -> N
         take_in(poison.payload, poison.ticket_id)
 
 
-@thorough
+@settings(thorough, max_examples=100)
 @given(poison_groups())
 def test_a_poison_is_one_whatever_group_it_was_made_from(poison: Poison) -> None:
     with pytest.raises((WireError, Refused)) as refusal:
@@ -138,6 +138,8 @@ def test_groups_of_each_kind_have_the_size_of_their_kind() -> None:
         refuse(make_group(kind="eval"), "0-0", limits)
     with pytest.raises(Refused, match="3 rollouts, expected 2 for train"):
         refuse(make_group(rewards=(1.0, 0.0, 0.0)), "0-0", limits)
+    with pytest.raises(Refused, match="of kind 'test', expected train or eval"):
+        refuse(make_group(kind="test"), "0-0", limits)
 
 
 def test_versions_that_nobody_remembers_are_legitimate() -> None:

@@ -37,7 +37,8 @@ def test_groups_come_back_as_they_were() -> None:
 
 
 def test_tickets_and_heartbeats_come_back_as_they_were() -> None:
-    ticket = make_ticket(kind="eval", attempts=2, avoid=["x"])
+    reference = {"cases": [[1, 2.5, None], {"é": True}], "answer": "2"}
+    ticket = make_ticket(kind="eval", attempts=2, avoid=["x"], reference=reference)
     assert decode_ticket(encode(ticket)) == ticket
     assert decode_heartbeat(encode(HEARTBEAT)) == HEARTBEAT
 
@@ -62,6 +63,7 @@ def test_several_turns_fit_a_rollout() -> None:
         ({"loss_mask": [0, 0, 0]}, "no trained token"),
         ({"loss_mask": [1, 2, 0]}, "other than 0 and 1"),
         ({"behaviour_logprobs": np.zeros(2, np.float32)}, "2 behaviour_logprobs for 3 trained tokens"),
+        ({"behaviour_logprobs": np.zeros(0, np.float32)}, "0 behaviour_logprobs for 3 trained tokens"),
         ({"behaviour_logprobs": np.array([0, np.nan, 0], np.float32)}, "not finite"),
         ({"behaviour_logprobs": np.array([0, 0.5, 0], np.float32)}, "is above 0"),
         ({"behaviour_logprobs": np.array([0, -81, 0], np.float32)}, "is below -80"),
@@ -94,6 +96,16 @@ def test_other_payloads_are_refused() -> None:
     missing = replace(make_group(), rollouts=[make_rollout()])
     with pytest.raises(WireError, match="1 rollouts, expected 2"):
         decode_group(encode(missing))
+
+
+def test_groups_of_a_nameless_replica_are_refused() -> None:
+    with pytest.raises(WireError, match="group 0-0: replica is empty"):
+        decode_group(encode(replace(make_group(), replica="")))
+
+
+def test_log_probabilities_are_whole_float32() -> None:
+    with pytest.raises(WireError, match="11 bytes of behaviour_logprobs, expected 4 for each"):
+        decode_group(altered(encode(make_group()), ("rollouts", 0, "behaviour_logprobs"), bytes(11)))
 
 
 def test_a_group_is_uniform_by_its_raw_rewards() -> None:

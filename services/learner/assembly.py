@@ -82,7 +82,7 @@ def assemble(
             vocab_size=vocab_size,
             group_size=config.actor.group_size,
             num_eval_samples=config.evaluation.num_samples,
-            max_sequence_tokens=config.learner.micro_batch_tokens,
+            max_sequence_tokens=getattr(policy.model.config, "max_position_embeddings", 1 << 20),
             highest_version=versions.highest if recording is None else max(recording.version_steps, default=0),
         )
 
