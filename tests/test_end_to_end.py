@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.fake_services import ROOT, redis_of
 
+pytestmark = pytest.mark.timeout(600)
+"""About two minutes on two idle cores, most of it three starts of SGLang."""
 STEPS = 6
 SHORT = [
     f"learner.steps={STEPS}",

@@ -53,7 +53,7 @@ def after_step(loop: Loop, number: int, act: Any) -> None:
             act()
         return manifest
 
-    loop.versions.publish = publish_and_act  # type: ignore[method-assign,assignment]
+    loop.versions.publish = publish_and_act  # type: ignore[method-assign]
 
 
 def test_a_full_disk_is_waited_for_and_nothing_is_lost(

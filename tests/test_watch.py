@@ -135,6 +135,27 @@ def test_replicas_are_counted_by_what_they_do(client: redis.Redis, redis_url: st
         ]
 
 
+def test_between_steps_only_what_is_out_of_the_ordinary_is_told(
+    client: redis.Redis, redis_url: str, keys: Keys
+) -> None:
+    beat(client, keys, "a")
+    announce(client, keys, "step", msgspec.json.encode(STEP))
+    with Seen(redis_url, keys) as watcher:
+        watcher.look()
+        watcher.new_lines()
+        for phase in ("training", "waiting", "training"):
+            client.hset(keys.learner, "phase", phase)
+            watcher.look()
+            beat(client, keys, "a", reason="no tickets for 3 s")
+            watcher.look()
+        assert watcher.new_lines() == []
+        beat(client, keys, "a", state="paused")
+        watcher.look()
+        client.hset(keys.learner, "phase", "loading")
+        watcher.look()
+        assert watcher.new_lines() == ["learner: training; replicas: 1 paused", "learner: loading; replicas: 1 paused"]
+
+
 def test_no_redis_is_shown_and_freezes_nothing(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gone, or frozen: it takes connections and answers nothing."""
     monkeypatch.setattr(watch, "LOOK_TIMEOUT_S", 0.2)

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from common.child_process import dies_with_parent
 from common.http_service import free_port
@@ -170,9 +168,7 @@ def answers(url: str, timeout_s: float = 2.0) -> bool:
 
 def look_up(url: str, timeout_s: float) -> redis.Redis:
     """A client that gives up at once, for those who look again anyway."""
-    return redis.Redis.from_url(
-        url, retry=Retry(NoBackoff(), 0), socket_timeout=timeout_s, socket_connect_timeout=timeout_s
-    )
+    return redis.Redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s)
 
 
 def redis_binary() -> str:

@@ -26,7 +26,8 @@ LOOK_TIMEOUT_S = 1.0
 TOLD_AFTER_S = 5.0
 """A reason to wait that has lasted so long is told where there is no table to show it."""
 NUMBER = re.compile(r"\d+")
-DURATION = re.compile(r"\d+ s\b")
+REASONS = re.compile(r" \(.*?\)(?=,|$)")
+ORDINARY = {"learner: waiting", "learner: training"}
 
 
 class StepEvent(msgspec.Struct):
@@ -67,6 +68,7 @@ class Watcher:
         self._steps: list[StepEvent] = []
         self._evaluations: list[EvaluationEvent] = []
         self._phase = ""
+        self._told_phase = "", ""
         self._reason_since = self.started
         self._told_reason = ""
         self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
@@ -163,12 +165,15 @@ class Watcher:
                 )
 
     def _tell(self, phase: str) -> None:
-        """Without a terminal: a line for each new phase until the first step, then for those out of the ordinary."""
-        is_new = DURATION.sub("", phase) != DURATION.sub("", self._phase)
+        """Without a terminal: a line for what is new; once there are steps, not for each turn to wait or train."""
+        learner, _, replicas = REASONS.sub("", phase).partition("; ")
+        is_new = (learner, replicas) != self._told_phase
+        is_ordinary = bool(self._steps) and learner in ORDINARY and replicas == self._told_phase[1]
         self._phase = phase
+        self._told_phase = learner, replicas
         if self._live:
             return
-        if is_new and not self._is_ordinary(phase):
+        if is_new and not is_ordinary:
             self.say(phase)
         has_lasted = monotonic() - self._reason_since >= TOLD_AFTER_S
         if not self.reason:
@@ -176,9 +181,6 @@ class Watcher:
         elif has_lasted and NUMBER.sub("", self.reason) != self._told_reason:
             self._told_reason = NUMBER.sub("", self.reason)
             self.say(f"the learner waits: {self.reason}")
-
-    def _is_ordinary(self, phase: str) -> bool:
-        return bool(self._steps) and phase.startswith(("learner: waiting;", "learner: training;"))
 
     def _render(self) -> Group:
         table = Table(title=None)
