@@ -1,4 +1,4 @@
-# make demo, make test; make setup is the installation that both need.
+# make demo, make test, make chaos; make setup is the installation that all need.
 VENV   := .venv
 PYTHON ?= python3.11
 PIP    := $(VENV)/bin/python -m pip
@@ -7,13 +7,16 @@ PIP    := $(VENV)/bin/python -m pip
 TORCH_INDEX ?=
 ARGS   ?=
 
-.PHONY: demo test setup lint check-types clean
+.PHONY: demo test chaos setup lint check-types clean
 
 demo: setup
 	$(VENV)/bin/headrace up configs/tiny-cpu.yaml $(ARGS)
 
 test: setup lint check-types
 	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+
+chaos: setup
+	$(VENV)/bin/python -m chaos $(ARGS)
 
 lint: setup
 	$(VENV)/bin/ruff check .

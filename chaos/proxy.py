@@ -5,6 +5,8 @@ each connection, also after the sender has closed: as a network may. Nothing of 
 """
 
 import asyncio
+import socket
+import struct
 import threading
 from collections.abc import Coroutine
 from typing import Any, Self
@@ -12,6 +14,8 @@ from typing import Any, Self
 HOST = "127.0.0.1"
 CHUNK_BYTES = 1 << 16
 CALL_TIMEOUT_S = 10.0
+RESET = struct.pack("ii", 1, 0)
+"""The value of SO_LINGER with which a close is a reset (`man 7 socket`)."""
 
 
 class Proxy:
@@ -70,6 +74,8 @@ class Proxy:
             self._server.close()
             self._server = None
         for writer in self._open:
+            connection = writer.get_extra_info("socket")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             writer.transport.abort()
 
     async def _close(self) -> None:

@@ -99,6 +99,8 @@ def _arrange_overlaps(order: list[Kind]) -> set[int]:
     """The places that overlap the one before; swaps kinds in `order` so that there are some."""
     overlapping = set()
     for place in range(OVERLAP_EVERY - 1, len(order), OVERLAP_EVERY):
+        if order[place - 1] is Kind.REPLACE_LEARNER:
+            order[place - 2], order[place - 1] = order[place - 1], order[place - 2]
         later = (other for other in range(place, len(order)) if _may_overlap(order[place - 1], order[other]))
         partner = next(later, None)
         if partner is not None:

@@ -4,20 +4,22 @@ In this process as `FakeSglang`; as a process of its own, for an `EngineServer`,
 There `POST /script {"hanging": [paths], "burn_s": seconds}` says what it does from now on.
 """
 
+import contextlib
 import json
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 Json = dict[str, Any] | list[Any]
 
 
 class FakeSglang(ThreadingHTTPServer):
-    """Answers each path with `replies[path] = (status, body)`; a path in `hanging` gets no answer."""
+    """Answers each path with `replies[path] = (status, body)`; a path in `hanging` gets no answer, and one in
+    `trickling` an answer without end."""
 
     daemon_threads = True
 
@@ -28,11 +30,13 @@ class FakeSglang(ThreadingHTTPServer):
             "/pause_generation": (200, {"status": "ok"}),
             "/update_weights_from_disk": (200, {"success": True, "message": "ok"}),
             "/continue_generation": (200, {"status": "ok"}),
-            "/model_info": (200, {"model_path": "/nowhere", "weight_version": "4"}),
             "/abort_request": (200, {}),
             "/script": (200, {}),
         }
         self.hanging: set[str] = set()
+        self.model_path = Path("/nowhere")
+        self.serve_version("4")
+        self.trickling: set[str] = set()
         self.takes_weights = True
         self.closing = threading.Event()
         self.calls: list[tuple[str, Any]] = []
@@ -46,7 +50,7 @@ class FakeSglang(ThreadingHTTPServer):
         return [path for path, _ in self.calls]
 
     def serve_version(self, label: str) -> None:
-        self.replies["/model_info"] = 200, {"model_path": "/nowhere", "weight_version": label}
+        self.replies["/model_info"] = 200, {"model_path": str(self.model_path), "weight_version": label}
 
     def follow_script(self, hanging: list[str], burn_s: float = 0.0) -> None:
         self.hanging = set(hanging)
@@ -67,6 +71,9 @@ class FakeHandler(BaseHTTPRequestHandler):
         if self.path in self.server.hanging:
             self.server.closing.wait(30.0)
             return
+        if self.path in self.server.trickling:
+            self.trickle()
+            return
         status, reply = self.server.replies.get(self.path, (404, {"detail": "Not Found"}))
         if self.path == "/update_weights_from_disk" and status == 200 and self.server.takes_weights:
             self.server.serve_version(body["weight_version"])
@@ -78,11 +85,19 @@ class FakeHandler(BaseHTTPRequestHandler):
         if self.path == "/script":
             self.server.follow_script(**body)
 
+    def trickle(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "1000000")
+        self.end_headers()
+        with contextlib.suppress(OSError):  # the other side has had enough
+            while not self.server.closing.wait(0.05):
+                self.wfile.write(b"{")
+
     def log_message(self, *_: Any) -> None:
         pass
 
 
-@contextmanager
+@contextlib.contextmanager
 def a_fake_sglang() -> Iterator[FakeSglang]:
     server = FakeSglang()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})

@@ -97,7 +97,7 @@ async def running_replica(
     timeouts = {"silence_timeout_s": silence_timeout_s, "busy_timeout_s": config.request_timeout_s}
     keeper = EngineKeeper(http, server, weights.engine_start, **timeouts)
     replica = Replica(name, "http://127.0.0.1:1", config, tickets, keeper, rewards, weights, waits)
-    serving = asyncio.create_task(replica.serve())
+    serving = asyncio.create_task(replica.serve(), name=f"replica {name}")
     try:
         yield replica
         replica.drain()
@@ -121,9 +121,9 @@ def beat(client: redis.Redis, keys: Keys, name: str = "a") -> tuple[str, int]:
     return heartbeat.state, heartbeat.weight_version
 
 
-def run(scenario: Callable[[], Awaitable[None]]) -> None:
+def run(scenario: Callable[[], Awaitable[None]], timeout_s: float = 3 * DEADLINE_S) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(3 * DEADLINE_S):
+        async with asyncio.timeout(timeout_s):
             await scenario()
 
     asyncio.run(bounded())

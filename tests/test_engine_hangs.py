@@ -1,6 +1,5 @@
 """The real SGLang, one of its processes stopped: alive for the kernel, silent for everybody else."""
 
-import asyncio
 import os
 import signal
 import time
@@ -67,13 +66,12 @@ def test_a_hung_sglang_is_started_again_on_the_verified_weights(
             assert client.xlen(keys.tickets) == 1 and client.xlen(keys.groups) == 0
             assert replica.waits.is_waiting(Reason.ENGINE_STARTING)
             await until(lambda: not any(process.is_running() for process in family))
-            await until(lambda: replica.state == "running", timeout_s=150.0)
-            print(
-                f"{part}: found after {detected_at - stopped_at:.1f} s, served {time.monotonic() - detected_at:.1f} s later"
-            )
+            await until(lambda: replica.state == "running", timeout_s=200.0)
+            detected_s, restart_s = detected_at - stopped_at, time.monotonic() - detected_at
+            print(f"{part}: found after {detected_s:.1f} s, served again {restart_s:.1f} s later")
             await until(lambda: client.xlen(keys.groups) == 1)
 
-    run(scenario)
+    run(scenario, timeout_s=270.0)
     [(_, fields)] = client.xrange(keys.groups)
     group = decode_group(fields[b"group"])
     assert group.ticket.attempts == 0, "an engine's fault is no attempt of the ticket"

@@ -177,12 +177,36 @@ def test_an_engine_that_computes_is_given_longer_but_not_for_ever(server: Engine
     asyncio.run(scenario())
 
 
-def test_somebody_elses_engine_is_waited_for(fake: FakeSglang) -> None:
-    fake.hanging = {"/health"}
+def test_who_was_stopped_himself_asks_again(fake: FakeSglang, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replica that wakes up finds its probe out of time, which says nothing about the engine."""
+    monkeypatch.setattr(engine_keeper, "MIN_PROBE_S", 0.2)
+    overslept: list[float] = []
+    real = Engine.health
+
+    async def oversleep(self: Engine, timeout_s: float) -> bool:
+        if overslept:
+            return await real(self, timeout_s)
+        overslept.append(timeout_s)
+        await asyncio.sleep(timeout_s + 0.5)
+        return False
+
+    monkeypatch.setattr(Engine, "health", oversleep)
 
     async def scenario() -> None:
         async with keeping(fake) as keeper:
-            await until(lambda: not keeper.serving.is_set())
+            await until(lambda: keeper.engine.heard_at > 0)
+            assert overslept and keeper.life == 1
+
+    asyncio.run(scenario())
+
+
+def test_somebody_elses_engine_is_waited_for(fake: FakeSglang) -> None:
+    fake.hanging = {"/health", "/generate"}
+
+    async def scenario() -> None:
+        async with keeping(fake) as keeper:
+            [outcome] = await asyncio.gather(*await requests_in_flight(keeper, 1), return_exceptions=True)
+            assert isinstance(outcome, EngineDown) and not keeper.serving.is_set()
             assert re.fullmatch(r"the engine has not answered for \d s: waiting until it does", keeper.problem)
             fake.hanging = set()
             await until(keeper.serving.is_set)

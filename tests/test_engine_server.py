@@ -17,7 +17,8 @@ from common.config import EngineConfig
 from common.preflight import check_engine_installed
 from services.generation import engine_server
 from services.generation.engine import EngineError
-from services.generation.engine_server import EngineServer, launch_command
+from services.generation.engine_command import launch_command, launch_environment
+from services.generation.engine_server import EngineServer
 
 STUBBORN = """
 import signal, subprocess, sys, time
@@ -113,4 +114,4 @@ def test_extra_arguments_come_last_and_cuda_runs_the_plain_server() -> None:
     assert command[1:3] == ["-m", "sglang.launch_server"]
     assert command[-2:] == ["--tp-size", "2"]
     assert "--weight-version" not in command and "--mem-fraction-static" not in command
-    assert engine_server.launch_environment(settings) == dict(os.environ)
+    assert launch_environment(settings) == dict(os.environ)

@@ -92,7 +92,8 @@ def test_commands_open_the_files_of_a_run_that_is_over(faking: Faking, redis_url
         ("dead purge faked", "dead purge"),
     ):
         shown = ended(fakes.headrace(*arguments.split()), 7)
-        assert shown == f"services.learner.{handed_on} --run faked --runs-folder {fakes.run.parent} dear\n"
+        ended_too = " --ended" if handed_on.startswith("record") else ""
+        assert shown == f"services.learner.{handed_on} --run faked --runs-folder {fakes.run.parent}{ended_too} dear\n"
         assert not processes_of(fakes.run)
 
 

@@ -132,12 +132,15 @@ async def _serve(
 
 
 def _on_signals(end: Callable[[], object]) -> None:
-    def receive() -> None:
+    """Not asyncio's own handlers: these hear nothing while the loop is blocked."""
+    loop = asyncio.get_running_loop()
+
+    def receive(*_: object) -> None:
         _end_in_time()
-        end()
+        loop.call_soon_threadsafe(end)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, receive)
+        signal.signal(number, receive)
 
 
 def _end_in_time() -> None:

@@ -23,7 +23,25 @@ from services.generation.tickets import Lease, TicketStore
 from services.generation.weights import WeightFollower
 
 REDIS_GRACE_S = 1.0
+SPENT_GRACE_S = 0.1
 _log = logging.getLogger(__name__)
+
+
+class RedisGrace:
+    """The patience of a replica that ends: a second for Redis, and hardly any once that was in vain."""
+
+    def __init__(self) -> None:
+        self._timeout_s = REDIS_GRACE_S
+
+    async def allows(self, call: Awaitable[None]) -> bool:
+        """Whether Redis has taken the call."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await call
+        except (TimeoutError, redis.RedisError):
+            self._timeout_s = SPENT_GRACE_S
+            return False
+        return True
 
 
 class Answering:
@@ -36,6 +54,7 @@ class Answering:
         keeper: EngineKeeper,
         rewards: RewardPool,
         weights: WeightFollower,
+        grace: RedisGrace,
     ) -> None:
         self.groups_committed = 0
         self.tokens_generated = 0
@@ -44,6 +63,7 @@ class Answering:
         self._keeper = keeper
         self._rewards = rewards
         self._weights = weights
+        self._grace = grace
 
     async def answer(self, lease: Lease) -> None:
         """Cancelled, it hands the ticket back."""
@@ -66,7 +86,7 @@ class Answering:
         try:
             yield
         except asyncio.CancelledError:
-            if not await within_grace(self._tickets.hand_back(lease)):
+            if not await self._grace.allows(self._tickets.hand_back(lease)):
                 _log.warning("ticket %s cannot be handed back: its lease expires", lease.ticket.id)
             raise
 
@@ -93,16 +113,6 @@ class Answering:
         group = Group(lease.ticket, rollouts, self._tickets.replica, Timings(leased_s, sampled_s, time.time()))
         check_group(group)
         return group
-
-
-async def within_grace(call: Awaitable[None]) -> bool:
-    """Whether Redis has taken the call: a replica that ends does not wait for it any longer than this."""
-    try:
-        async with asyncio.timeout(REDIS_GRACE_S):
-            await call
-    except (TimeoutError, redis.RedisError):
-        return False
-    return True
 
 
 def _rollout(completion: Completion, reward: float) -> Rollout:

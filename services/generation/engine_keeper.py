@@ -155,11 +155,13 @@ class EngineKeeper:
     async def _is_silent(self) -> bool:
         """Probes; whether there has been no sign of life for too long, and no excuse for it."""
         began_at, busy_s = time.monotonic(), self._busy_s()
-        left_s = self.silence_timeout_s - self.silent_s
-        if await self.engine.health(min(max(left_s, MIN_PROBE_S), self.silence_timeout_s)):
+        probe_s = min(max(self.silence_timeout_s - self.silent_s, MIN_PROBE_S), self.silence_timeout_s)
+        if await self.engine.health(probe_s):
             self._is_asked = False
             return False
         now = time.monotonic()
+        if now - began_at > probe_s + MIN_PROBE_S:
+            return False  # it is we who were stopped
         self._num_failed_probes += 1
         self._next_probe_at = now + PROBE_PAUSE_S
         is_busy = self._busy_s() - busy_s > BUSY_SHARE * max(now - began_at, 1.0)

@@ -15,7 +15,7 @@ from typing import Literal
 from common.config import GenerationConfig
 from common.waiting import Reason, Waits
 from common.wire import Heartbeat
-from services.generation.answer import Answering, within_grace
+from services.generation.answer import Answering, RedisGrace
 from services.generation.engine_keeper import EngineKeeper
 from services.generation.in_flight import InFlight
 from services.generation.passing import Passing
@@ -54,7 +54,8 @@ class Replica:
         self.weights = weights
         self.waits = waits
         self.is_paused = False
-        self._answering = Answering(config, tickets, keeper, rewards, weights)
+        self._grace = RedisGrace()
+        self._answering = Answering(config, tickets, keeper, rewards, weights, self._grace)
         self._passing = Passing(tickets.client, tickets.keys, name)
         self._in_flight = InFlight()
         self._draining = asyncio.Event()
@@ -73,7 +74,7 @@ class Replica:
             await self._answer_tickets()
             for task in background:
                 task.cancel()
-        await within_grace(self.tickets.leave())
+        await self._grace.allows(self.tickets.leave())
 
     def drain(self) -> None:
         """Finishes or hands back what is in flight; `serve` then returns."""

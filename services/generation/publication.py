@@ -18,6 +18,7 @@ from common.weights import MANIFEST_FILE, MODEL_FILE, WeightsError, decode_manif
 
 FETCH_DEADLINE_S = 600.0
 READ_TIMEOUT_S = 30.0
+MAX_TOLD_CHARS = 500
 _FIELDS = ("version", "sha256", "url")
 
 
@@ -36,7 +37,8 @@ async def newest_version(client: redis.asyncio.Redis, key: str) -> Published | N
         return None
     fields = {name: (value or b"").decode(errors="replace") for name, value in zip(_FIELDS, values, strict=True)}
     if not re.fullmatch("[1-9][0-9]{0,15}", fields["version"]) or not fields["sha256"] or not fields["url"]:
-        raise WeightsError(f"Redis says of the newest version {fields}: expected a number, a SHA-256 and a URL")
+        told = str(fields)[:MAX_TOLD_CHARS]
+        raise WeightsError(f"Redis says of the newest version {told}: expected a number, a SHA-256 and a URL")
     return Published(int(fields["version"]), fields["sha256"], fields["url"])
 
 

@@ -14,6 +14,8 @@ from rich.console import Console
 
 from common.config import ConfigError, Recipe, load_recipe
 
+RECORD_MODULE = "services.learner.record"
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 
 ConfigArgument = Annotated[Path, typer.Argument(help="A recipe, such as configs/tiny-cpu.yaml.")]
@@ -83,7 +85,7 @@ def record(
     redis_url: RedisUrlOption = None,
 ) -> None:
     """Follow a run and write its groups and configuration into a recording that can be trained on again."""
-    _call_on_run("services.learner.record", ["--output", str(output)] if output else [], run, runs_folder, redis_url)
+    _call_on_run(RECORD_MODULE, ["--output", str(output)] if output else [], run, runs_folder, redis_url)
 
 
 @app.command()
@@ -129,8 +131,10 @@ def _call_on_run(module: str, arguments: Sequence[str], run: str, runs_folder: P
     from services.launcher.open_run import open_run
     from services.launcher.processes import call_module
 
-    with _one_line_errors(ValueError), open_run(run, runs_folder, redis_url) as url:
-        code = call_module(module, [*arguments, "--run", run, "--runs-folder", str(runs_folder)], url)
+    with _one_line_errors(ValueError), open_run(run, runs_folder, redis_url) as opened:
+        place = ["--run", run, "--runs-folder", str(runs_folder)]
+        ended = ["--ended"] if opened.has_ended and module == RECORD_MODULE else []
+        code = call_module(module, [*arguments, *place, *ended], opened.url)
     raise typer.Exit(code)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from common.keys import Keys
 from services.launcher.processes import REDIS_URL_VARIABLE, answers, start_redis
@@ -11,19 +12,25 @@ from services.launcher.run_folder import REDIS_URL_FILE, InUse, locked, noted_ur
 REDIS_GRACE_S = 30.0
 
 
+class Opened(NamedTuple):
+    url: str
+    has_ended: bool
+    """Nothing of the run is running: what its Redis holds is all that it will."""
+
+
 @contextmanager
-def open_run(run: str, runs_folder: Path, redis_url: str | None) -> Iterator[str]:
-    """Yields the URL: as given, else of the running launcher, else of a server on the run's append-only file.
+def open_run(run: str, runs_folder: Path, redis_url: str | None) -> Iterator[Opened]:
+    """The Redis that is given, else of the running launcher, else a server on the run's append-only file.
 
     Such a server, and the run's lock, last as long as the block. Raises `ValueError` with what was looked for.
     """
     Keys(run)  # a name that is no folder's
     folder = runs_folder / run
     with ExitStack() as stack:
-        yield redis_url or _find(folder, stack)
+        yield Opened(redis_url, False) if redis_url else _find(folder, stack)
 
 
-def _find(folder: Path, stack: ExitStack) -> str:
+def _find(folder: Path, stack: ExitStack) -> Opened:
     if not folder.is_dir():
         raise ValueError(f"run {folder.name!r}: there is no folder {folder}")
     try:
@@ -32,13 +39,13 @@ def _find(folder: Path, stack: ExitStack) -> str:
         noted = noted_url_in(folder)
         if noted is None or not answers(noted):
             raise ValueError(f"{error}, and no Redis answers at the URL in {folder / REDIS_URL_FILE}") from error
-        return noted
+        return Opened(noted, has_ended=False)
     if not any(folder.glob("redis/**/appendonly.aof*")):
         raise ValueError(
             f"run {folder.name!r}: no Redis; looked for --redis-url, {REDIS_URL_VARIABLE}, a running launcher of "
             f"{folder}, an append-only file in {folder / 'redis'}"
         )
-    return stack.enter_context(embedded_redis(folder, lock))
+    return Opened(stack.enter_context(embedded_redis(folder, lock)), has_ended=True)
 
 
 @contextmanager

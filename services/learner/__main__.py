@@ -28,6 +28,7 @@ from common.logs import set_up_logging
 from common.preflight import check_model_folder, check_task
 from common.redis_client import OUTAGE_DEADLINE_S, connect, durability_problem
 from common.waiting import Waits
+from common.weights import file_entry
 from services.learner.api import Switches, make_app
 from services.learner.recording import Recording
 
@@ -169,6 +170,8 @@ def _write_results(loop: Any, folder: Path, tokenizer: Any) -> None:
     policy = folder / "policy"
     shutil.rmtree(policy, ignore_errors=True)
     loop.trainer.policy.save(policy, tokenizer)
+    for path in sorted(policy.glob("*.safetensors")):
+        _log.info("step %d, weights in %s with SHA-256 %s", loop.progress.step, path, file_entry(path).sha256)
     draw_curve(loop.metrics.rows, folder / "reward-curve.png")
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 

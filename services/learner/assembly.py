@@ -4,9 +4,9 @@ Order matters: the epoch fences an earlier learner before the checkpoint is read
 Redis does not is repaired, and what the checkpoint before it recorded is settled, before any group is taken in.
 """
 
+import contextlib
 import logging
-import time
-from collections import Counter
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from common.preflight import check_vocabulary
 from common.tasks import Task
 from common.waiting import Waits
 from services.learner.api import Switches
+from services.learner.audit import losses_so_far
 from services.learner.checkpoint import load_newest
-from services.learner.checkpoint_record import Loss, Record
+from services.learner.checkpoint_record import Loss, Record, checkpoint_folders
 from services.learner.intake import Intake
 from services.learner.loop import Loop, Progress
 from services.learner.policy import Policy, load_tokenizer
@@ -32,7 +33,6 @@ from services.learner.store import Cursor, LearnerStore
 from services.learner.trainer import Trainer
 from services.learner.versions import Versions
 
-FINISHED = ("trained", "uniform", "stale", "evaluated")
 _log = logging.getLogger(__name__)
 
 
@@ -58,15 +58,17 @@ def assemble(
     check_vocabulary(config.model.path, len(tokenizer), vocab_size)
     trainer = Trainer(config, policy)
     store = LearnerStore(client, keys)
+    store.exceed_epoch(_highest_epoch(folder))
+    _stop_unfinished(folder / "checkpoints")
     record, tensors = load_newest(folder / "checkpoints") or (None, {})
     if record is not None:
         trainer.load_state_tensors(tensors)
 
+    versions_in_redis = store.version_steps()
     versions = Versions(folder / "weights", store, url, token, config.learner.keep_versions)
     versions.steps |= {
         v: step for v, step in (record.version_steps if record else {}).items() if v not in versions.steps
     }
-    is_lost = record is not None and store.exceed_epoch(record.epoch)
     cursor = store.cursor() or (record.cursor if record else Cursor(0, 0))
     if recording is not None:
         source: Any = RecordingSource(recording, cursor)
@@ -91,13 +93,22 @@ def assemble(
     progress = Progress()
     if record is not None:
         intake.counts.update(record.counts)
-        progress = Progress(step=record.step, wall_s_before=record.wall_s, losses=list(record.losses))
+        losses = losses_so_far(record, versions_in_redis)
+        progress = Progress(step=record.step, wall_s_before=record.wall_s, losses=losses)
         _repair(store, source, record)
-        if is_lost:
-            progress.losses.append(_tell_loss(store, record))
+        if len(losses) > len(record.losses):
+            _tell(store, losses[-1])
     metrics = MetricsFile(folder / METRICS_FILE, progress.step)
     loop = Loop(config, folder / "checkpoints", store, trainer, intake, versions, switches, metrics, progress, waits)
     return loop, tokenizer
+
+
+def _stop_unfinished(checkpoints: Path) -> None:
+    """What an overtaken learner is writing can be renamed into place before this or not at all: never behind the
+    back of the one that takes up."""
+    for aside in checkpoints.glob("aside-*"):
+        with contextlib.suppress(OSError):  # it was
+            shutil.rmtree(aside.rename(checkpoints / f"overtaken-{aside.name}"))
 
 
 def _repair(store: LearnerStore, source: Any, record: Record) -> None:
@@ -110,17 +121,18 @@ def _repair(store: LearnerStore, source: Any, record: Record) -> None:
     source.issue_again(unknown)
 
 
-def _tell_loss(store: LearnerStore, record: Record) -> Loss:
-    """What the ledger has marks of from now on is what this checkpoint and the one before recorded."""
-    known = Counter[str](one.state for one in (*record.earlier, *record.settlements))
-    forgotten = {state: record.counts.get(state, 0) - known[state] for state in FINISHED}
-    loss = Loss(record.step, len(record.unfinished), forgotten, time.time())
+def _highest_epoch(folder: Path) -> int:
+    """Of all learners that have worked in the run's folder; a Redis that was lost counts from 1 again."""
+    names = [path.name for path in (*folder.glob("weights/epoch-*"), *checkpoint_folders(folder / "checkpoints"))]
+    return max((int(name.split("-")[1]) for name in names), default=0)
+
+
+def _tell(store: LearnerStore, loss: Loss) -> None:
     _log.error(
         "Redis has lost the run: going on from the checkpoint of step %d; %d tickets are issued anew; "
         "%d finished ones are known only by their number",
         loss.step,
         loss.num_reissued,
-        sum(forgotten.values()),
+        sum(loss.forgotten.values()),
     )
     store.announce("redis_lost", {"step": loss.step, "num_reissued": loss.num_reissued})
-    return loss

@@ -11,7 +11,9 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -22,7 +24,7 @@ from common.keys import Keys
 from common.ledger import Mark, parse_mark, parse_name
 from common.redis_client import connect
 from common.wire import TicketState
-from services.learner.checkpoint_record import Record, Unreadable, checkpoint_folders, read_record
+from services.learner.checkpoint_record import Loss, Record, Unreadable, checkpoint_folders, read_record
 from services.learner.report import METRICS_FILE, read_rows
 
 STATES: tuple[TicketState, ...] = get_args(TicketState)
@@ -32,7 +34,7 @@ MAX_ATTEMPTS = 10
 
 _SNAPSHOT = """#!lua flags=no-writes
 local streams = {}
-for i = 2, #KEYS do
+for i = 4, #KEYS do
   local ids = {}
   for _, entry in ipairs(redis.call('XRANGE', KEYS[i], '-', '+')) do
     local name = ''
@@ -42,7 +44,8 @@ for i = 2, #KEYS do
   end
   streams[#streams + 1] = ids
 end
-return {redis.call('HGETALL', KEYS[1]), streams}
+local cursor = redis.call('HMGET', KEYS[2], 'epoch', 'place')
+return {redis.call('HGETALL', KEYS[1]), cursor, redis.call('HKEYS', KEYS[3]), streams}
 """
 
 
@@ -57,6 +60,8 @@ class Snapshot:
     rows: list[dict[str, Any]]
     """Of `metrics.jsonl`, up to the checkpoint."""
     cursor: tuple[int, int] | None
+    losses: list[Loss]
+    """Of Redis, the one included that no checkpoint has recorded yet."""
 
 
 @dataclass
@@ -84,13 +89,13 @@ def take_snapshot(client: redis.Redis, keys: Keys, folder: Path) -> Snapshot:
     names = ("tickets", "eval", "groups", "evaluated", "dead")
     for _ in range(MAX_ATTEMPTS):
         record = _newest_record(folder / "checkpoints")
-        reply: Any = client.eval(_SNAPSHOT, 6, keys.ledger, *(getattr(keys, name) for name in names))
-        cursor: Any = client.hmget(keys.cursor, "epoch", "place")
+        others = (keys.ledger, keys.cursor, keys.versions)
+        reply: Any = client.eval(_SNAPSHOT, 8, *others, *(getattr(keys, name) for name in names))
         if record == _newest_record(folder / "checkpoints"):
             break
     else:
         raise ValueError(f"{folder}: checkpoints are written faster than they can be read")
-    flat, streams = reply
+    flat, cursor, versions, streams = reply
     if not client.exists(keys.epoch):
         raise ValueError(f"Redis has no run {folder.name!r}: expected {keys.epoch}")
     return Snapshot(
@@ -104,7 +109,18 @@ def take_snapshot(client: redis.Redis, keys: Keys, folder: Path) -> Snapshot:
         record=record,
         rows=[row for row in read_rows(folder / METRICS_FILE) if record is not None and row["step"] <= record.step],
         cursor=None if cursor[0] is None else (int(cursor[0]), int(cursor[1])),
+        losses=losses_so_far(record, [int(version) for version in versions]) if record else [],
     )
+
+
+def losses_so_far(record: Record, versions: Collection[int]) -> list[Loss]:
+    """Those that the newest checkpoint tells of, and one more if Redis, which has `versions`, knows none of its: what
+    the ledger has marks of from then on is what this checkpoint and the one before recorded."""
+    if not record.version_steps or not record.version_steps.keys().isdisjoint(versions):
+        return list(record.losses)
+    known = Counter[str](one.state for one in (*record.earlier, *record.settlements))
+    forgotten = {state: record.counts.get(state, 0) - known[state] for state in FINISHED}
+    return [*record.losses, Loss(record.step, len(record.unfinished), forgotten, time.time())]
 
 
 def _newest_record(root: Path) -> Record | None:
@@ -157,8 +173,7 @@ def _check_entries(snapshot: Snapshot, recorded: dict[str, TicketState], found: 
 
 def _check_numbers(snapshot: Snapshot, found: Audit) -> None:
     """Every number below the data's cursor has its mark, but for those before a loss of Redis."""
-    losses = snapshot.record.losses if snapshot.record else []
-    for loss in losses:
+    for loss in snapshot.losses:
         known = ", ".join(f"{count} {state}" for state, count in loss.forgotten.items() if count)
         found.notes.append(
             f"Redis lost everything once: the run went on from step {loss.step}, {loss.num_reissued} tickets were "
@@ -173,7 +188,7 @@ def _check_numbers(snapshot: Snapshot, found: Audit) -> None:
             continue
         if kind == "train":
             places[epoch].add(place)
-    if losses or snapshot.cursor is None:
+    if snapshot.losses or snapshot.cursor is None:
         return
     for epoch in range(snapshot.cursor[0] + 1):
         seen = places[epoch]
@@ -199,12 +214,12 @@ def _check_training(snapshot: Snapshot, states: dict[str, TicketState], found: A
     for name, state in states.items():
         if state == "trained" and trained_in and name not in trained_in:
             found.violations.append((name, "its state is trained, and no step of this run trained it"))
-    forgotten = record.losses[-1].forgotten if record.losses else {}
+    forgotten = snapshot.losses[-1].forgotten if snapshot.losses else {}
     for finished in FINISHED:
         expected = record.counts.get(finished, 0) - forgotten.get(finished, 0)
         if found.counts[finished] != expected:
             found.violations.append(
-                ("-", f"{found.counts[state]} tickets are {state}, the checkpoint counts {expected}")
+                ("-", f"{found.counts[finished]} tickets are {finished}, the checkpoint counts {expected}")
             )
 
 

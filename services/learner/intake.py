@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from common.config import RunConfig
-from common.ledger import Mark
+from common.ledger import Mark, parse_name
 from common.wire import Group, Heartbeat, Ticket, TicketState, WireError, decode_group
 from services.learner.evaluation import Evaluation
 from services.learner.refusal import Limits, Refused, refuse
@@ -114,12 +114,17 @@ class Intake:
         self._thread = threading.Thread(target=self._work, name="intake", daemon=True)
 
     def start(self) -> None:
-        """Takes in what an earlier life had read beyond the checkpoint, then reads on."""
+        """Goes on where an earlier life has ended, in a thread of its own."""
+        self.take_up()
+        self._thread.start()
+
+    def take_up(self) -> None:
+        """Takes in what an earlier life had read beyond the checkpoint."""
         recorded = {(one.stream, one.entry_id) for one in self._recorded}
-        self._unfinished |= set(self.store.unfinished()) - {one.ticket_id for one in self._recorded}
+        open_or_queued = {name for name in self.store.unfinished() if parse_name(name).kind == "train"}
+        self._unfinished |= open_or_queued - {one.ticket_id for one in self._recorded}
         pending = self.store.read_pending()
         self._take_in([entry for entry in pending if (entry.stream, entry.entry_id) not in recorded])
-        self._thread.start()
 
     def stop(self) -> None:
         self._stopping.set()
@@ -290,8 +295,7 @@ class Intake:
     def _bury(self, entry: Entry, reason: str) -> None:
         self.store.bury(entry, reason)
         with self._changed:
-            self.counts["dead"] += 1
-            self._unfinished.discard(entry.ticket_id)
+            self.counts["dead"] += 1  # the ticket may live: this may have been a copy
 
     def _accept(self, entry: Entry, group: Group) -> None:
         with self._changed:

@@ -33,6 +33,7 @@ def main() -> int:
     parser.add_argument("--runs-folder", type=Path, default=Path("runs"))
     parser.add_argument("--redis-url", default=os.environ.get("HEADRACE_REDIS_URL"))
     parser.add_argument("--output", type=Path, default=None, help="default: recording.msgpack in the run's folder")
+    parser.add_argument("--ended", action="store_true", help="the run does not go on: write what there is")
     arguments = parser.parse_args()
     set_up_logging("record")
     if not arguments.redis_url:
@@ -43,7 +44,7 @@ def main() -> int:
     output = arguments.output or arguments.runs_folder / arguments.run / "recording.msgpack"
     try:
         client = connect(arguments.redis_url, is_stopping=stopping.is_set)
-        num_groups = follow(client, Keys(arguments.run), arguments.run, output, stopping)
+        num_groups = follow(client, Keys(arguments.run), arguments.run, output, stopping, arguments.ended)
     except (ValueError, redis.RedisError) as error:
         print(f"headrace record: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
@@ -51,7 +52,9 @@ def main() -> int:
     return 0
 
 
-def follow(client: redis.Redis, keys: Keys, run: str, output: Path, stopping: threading.Event) -> int:
+def follow(
+    client: redis.Redis, keys: Keys, run: str, output: Path, stopping: threading.Event, has_ended: bool = False
+) -> int:
     """Returns how many groups the recording has. Raises `ValueError` if there is no such run."""
     config: Any = client.get(keys.config)
     if config is None:
@@ -60,7 +63,7 @@ def follow(client: redis.Redis, keys: Keys, run: str, output: Path, stopping: th
     try:
         _warn_of_what_is_gone(client, keys, writer)
         while True:
-            has_ended = client.hget(keys.learner, "phase") in ENDED
+            has_ended = has_ended or client.hget(keys.learner, "phase") in ENDED
             found: Any = client.xread({keys.groups: writer.last_entry_id}, count=READ_COUNT, block=BLOCK_MS)
             entries = list(entries_of(found))
             if entries:  # their versions were published before they were sampled

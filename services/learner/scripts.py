@@ -55,10 +55,7 @@ for i = 3, #ARGV, 4 do
       redis.call('XDEL', tickets, open)
     end
   end
-  if ARGV[2] == 'delete' then
-    redis.call('XACK', stream, 'learner', entry)
-    redis.call('XDEL', stream, entry)
-  end
+  if ARGV[2] == 'delete' then redis.call('XDEL', stream, entry) end
   if ARGV[2] == 'delete' or open or mark == '' then redis.call('HSET', KEYS[2], id, state) end
 end
 return 'OK'
@@ -71,12 +68,11 @@ ticket that it shows as open, or not at all, was answered and consumed before.""
 BURY = (
     _ALWAYS
     + """
-if #redis.call('XPENDING', KEYS[2], 'learner', ARGV[2], ARGV[2], 1) == 0 then return 0 end
+if #redis.call('XRANGE', KEYS[2], ARGV[2], ARGV[2]) == 0 then return 0 end
 local added = redis.call('XADD', KEYS[3], '*', 'id', ARGV[3], 'reason', ARGV[4], 'payload', ARGV[5], 'bytes', ARGV[6])
 if redis.call('HGET', KEYS[4], ARGV[3]) == 'queued ' .. ARGV[2] then
   redis.call('HSET', KEYS[4], ARGV[3], 'dead ' .. added)
 end
-redis.call('XACK', KEYS[2], 'learner', ARGV[2])
 redis.call('XDEL', KEYS[2], ARGV[2])
 return 1
 """

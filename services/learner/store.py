@@ -12,14 +12,12 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import redis
 
-from common.keys import LEARNER_GROUP, MAX_EVENTS, TICKET_GROUP, Keys
+from common.keys import MAX_EVENTS, TICKET_GROUP, Keys
 from common.ledger import Mark, parse_mark
 from common.redis_client import entries_of
 from common.wire import Heartbeat, Ticket, TicketState, WireError, decode_heartbeat, encode
 from services.learner import scripts
 
-CONSUMER = "learner"
-"""Fixed, so that a restarted learner finds what it had read."""
 DEAD_PAYLOAD_BYTES = 1 << 16
 """How much of a payload that cannot be used is kept in `dead`."""
 _log = logging.getLogger(__name__)
@@ -66,15 +64,11 @@ class LearnerStore:
     def __init__(self, client: redis.Redis, keys: Keys) -> None:
         self.client = client
         self.keys = keys
-        for stream, group in (
-            (keys.tickets, TICKET_GROUP),
-            (keys.eval, TICKET_GROUP),
-            (keys.groups, LEARNER_GROUP),
-            (keys.evaluated, LEARNER_GROUP),
-        ):
-            _create_group(client, stream, group)
+        for stream in (keys.tickets, keys.eval):
+            _create_group(client, stream, TICKET_GROUP)
         self.epoch = int(client.incr(keys.epoch))
         newest: Any = client.xrevrange(keys.events, count=1)
+        self._read_up_to = {keys.groups: "0", keys.evaluated: "0"}
         self._seen_event = newest[0][0].decode() if newest else "0"
         self._scripts = {
             text: client.register_script(text)
@@ -82,11 +76,10 @@ class LearnerStore:
         }
 
     def exceed_epoch(self, epoch: int) -> bool:
-        """Whether Redis had forgotten `epoch`, which a checkpoint knows; the learner's own is above it afterwards."""
+        """Whether Redis had forgotten `epoch`, which the run's folder knows; this learner's is above it afterwards."""
         if self.epoch > epoch:
             return False
-        self.execute([("SET", self.keys.epoch, epoch + 1)])
-        self.epoch = epoch + 1
+        self.epoch = int(self.client.incrby(self.keys.epoch, epoch + 1 - self.epoch))
         return True
 
     def check_fence(self) -> None:
@@ -137,20 +130,27 @@ class LearnerStore:
         return bool(self._run(scripts.BURY, keys, arguments))
 
     def read(self, count: int, block_s: float) -> list[Entry]:
-        """New groups and evaluation groups, or none after `block_s` seconds."""
-        streams = {self.keys.groups: ">", self.keys.evaluated: ">"}
-        return self._entries(streams, count, max(1, int(block_s * 1000)))
+        """Groups and evaluation groups that this learner has not read yet, or none after `block_s` seconds.
+
+        Only remembers where it is, so that an answer that was lost, or went to a learner that was overtaken, takes
+        nothing from anybody. Who is told of nothing new learns here that it is overtaken.
+        """
+        found: Any = self.client.xread(self._read_up_to, count=count, block=max(1, int(block_s * 1000)))
+        entries = [
+            Entry(stream, entry_id.decode(), _text(fields.get(b"id", b"?")), fields.get(b"group", b""))
+            for stream, entry_id, fields in entries_of(found)
+        ]
+        if not entries:
+            self.check_fence()
+        self._read_up_to |= {entry.stream: entry.entry_id for entry in entries}
+        return entries
 
     def read_pending(self) -> list[Entry]:
-        """Everything that an earlier life of the learner has read and not settled."""
+        """Everything that nobody has settled, whoever has read it; `read` goes on behind it."""
+        self._read_up_to = dict.fromkeys(self._read_up_to, "0")
         found: list[Entry] = []
-        for stream in (self.keys.groups, self.keys.evaluated):
-            after = "0"
-            while entries := self._entries({stream: after}, 256, None):
-                found += [entry for entry in entries if entry.ticket_id]
-                for gone in [entry for entry in entries if not entry.ticket_id]:
-                    self.client.xack(stream, LEARNER_GROUP, gone.entry_id)
-                after = entries[-1].entry_id
+        while entries := self.read(256, 0.0):
+            found += entries
         return found
 
     def num_open_tickets_and_groups(self) -> tuple[int, int]:
@@ -205,20 +205,6 @@ class LearnerStore:
             self._seen_event = found[-1][0].decode()
         swaps = [msgspec.json.decode(fields[b"event"]) for _, fields in found if fields[b"kind"] == b"swap"]
         return [swap["pause_ms"] for swap in swaps]
-
-    def _entries(self, streams: dict[str, str], count: int, block_ms: int | None) -> list[Entry]:
-        try:
-            found: Any = self.client.xreadgroup(LEARNER_GROUP, CONSUMER, streams, count=count, block=block_ms)
-        except redis.ResponseError as error:
-            if str(error).startswith("NOGROUP"):
-                raise RedisLost("Redis has lost the run's streams") from error
-            raise
-        return [
-            Entry(
-                stream, entry_id.decode(), _text(fields.get(b"id", b"?" if fields else b"")), fields.get(b"group", b"")
-            )
-            for stream, entry_id, fields in entries_of(found)
-        ]
 
     def _run(self, script: str, keys: list[str], arguments: list[Any]) -> Any:
         try:

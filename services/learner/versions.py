@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 import redis
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -62,9 +63,14 @@ class Versions:
         self._http = httpx.Client(timeout=NOTIFY_TIMEOUT_S, headers=bearer(token), trust_env=False)
 
     def publish(self, tensors: Mapping[str, Tensor], step: int) -> Manifest:
-        """Makes `tensors` the next version, which `step` made; returns when replicas can find it."""
-        version = self._take_number()
-        manifest = self._write(version, step, tensors)
+        """Makes `tensors` the next version, which `step` made; returns when replicas can find it. Raises `Fenced` also
+        where a successor has deleted this learner's folder."""
+        try:
+            version = self._take_number()
+            manifest = self._write(version, step, tensors)
+        except (OSError, SafetensorError):
+            self.store.check_fence()
+            raise
         digest = hashlib.sha256(encode_manifest(manifest)).hexdigest()
         weights = {"version": version, "step": step, "sha256": digest, "url": self.url}
         fields = [str(part) for pair in weights.items() for part in pair]

@@ -1,0 +1,137 @@
+"""`python -m chaos`: the kill matrix on this machine; exit code 1 if anything was lost, trained twice or violated.
+
+    python -m chaos --seed 7
+    python -m chaos --seed 7 --faults 3 --kinds kill_redis --no-undisturbed
+
+A run `chaos-SEED` of an earlier harness is deleted first. Ctrl-C stops everything that was started.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from chaos.ground import ChaosError, Ground, clear
+from chaos.launched import Launched
+from chaos.matrix import Matrix
+from chaos.report import print_table, problems, summarise, write_summary
+from chaos.schedule import Kind, schedule
+
+UNDISTURBED_START_S = 600.0
+UNDISTURBED_STEP_S = 30.0
+POLL_S = 0.5
+
+
+def main() -> int:
+    arguments = _parse_arguments()
+    started = time.monotonic()
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+
+    def say(text: str) -> None:
+        console.print(f"[{time.monotonic() - started:7.1f} s] {text}", markup=False, soft_wrap=True)
+
+    try:
+        summary = _measure(arguments, say)
+    except (ChaosError, RuntimeError, ValueError) as error:
+        say(f"FAILED: {error}")
+        return 1
+    except KeyboardInterrupt:
+        say("stopped")
+        return 130
+    path = arguments.runs_folder / "chaos" / "summary.json"
+    write_summary(summary, path)
+    print_table(summary, console)
+    console.print(f"  {path}")
+    found = problems(summary)
+    for problem in found:
+        console.print(f"FAILED: {problem}")
+    return 1 if found else 0
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m chaos", description="The kill matrix.")
+    parser.add_argument("--seed", type=int, default=0, help="of the schedule")
+    parser.add_argument("--faults", type=int, default=44, help="how many")
+    parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--runs-folder", type=Path, default=Path("runs"))
+    parser.add_argument("--no-undisturbed", dest="undisturbed", action="store_false", help="leave the second run out")
+    parser.add_argument("--kinds", type=_kinds, default=list(Kind), help=f"some of {','.join(Kind)}")
+    return parser.parse_args()
+
+
+def _kinds(text: str) -> list[Kind]:
+    try:
+        return [Kind(name) for name in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}; expected some of {','.join(Kind)}") from error
+
+
+def _measure(arguments: argparse.Namespace, say: Any) -> dict[str, Any]:
+    run, runs_folder = f"chaos-{arguments.seed}", arguments.runs_folder
+    (runs_folder / "chaos" / "summary.json").unlink(missing_ok=True)
+    with Ground(run, runs_folder, arguments.replicas) as ground:
+        problem = ground.disk.problem
+        kinds = _possible(arguments.kinds, problem, say)
+        faults = schedule(arguments.seed, arguments.faults, kinds)
+        say(f"{len(faults)} faults on run {run} in {runs_folder / run}, seed {arguments.seed}")
+        results = Matrix(ground, faults, _groups_per_step(), say).run()
+    held_out = _held_out(runs_folder / run)
+    say(f"held-out pass@1 {held_out} after step {results.num_steps}")
+    undisturbed = None
+    if arguments.undisturbed:
+        undisturbed = _run_undisturbed(f"{run}-undisturbed", runs_folder, arguments.replicas, results.num_steps, say)
+    return summarise(results, arguments.seed, held_out, undisturbed, problem)
+
+
+def _possible(kinds: Sequence[Kind], disk_problem: str, say: Any) -> list[Kind]:
+    """Without a small disk nothing can fill it; in CI that is an error."""
+    if not disk_problem or Kind.FILL_DISK not in kinds:
+        return list(kinds)
+    if os.environ.get("CI"):
+        raise RuntimeError(f"a small disk cannot be mounted for the checkpoints: {disk_problem}")
+    say(f"NOT TRIED: fill_disk, since a small disk cannot be mounted for the checkpoints: {disk_problem}")
+    return [kind for kind in kinds if kind is not Kind.FILL_DISK]
+
+
+def _run_undisturbed(run: str, runs_folder: Path, num_replicas: int, num_steps: int, say: Any) -> float | None:
+    """Its final accuracy."""
+    clear(runs_folder / run)
+    launched = Launched(run, runs_folder, None, num_replicas)
+    say(f"the same without faults: run {run}, {num_steps} steps")
+    deadline = time.monotonic() + UNDISTURBED_START_S + UNDISTURBED_STEP_S * num_steps
+    launched.start(num_steps)
+    try:
+        while launched.is_running:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the undisturbed run is too slow; its log is {launched.log}")
+            time.sleep(POLL_S)
+    finally:
+        launched.close()
+    if launched.returncode != 0:
+        raise RuntimeError(f"the undisturbed run ended with {launched.returncode}; its log is {launched.log}")
+    held_out = _held_out(runs_folder / run)
+    say(f"held-out pass@1 {held_out} after {num_steps} undisturbed steps")
+    return held_out
+
+
+def _held_out(folder: Path) -> float | None:
+    found: float | None = json.loads((folder / "summary.json").read_text())["held_out_after"]
+    return found
+
+
+def _groups_per_step() -> int:
+    from chaos.launched import RECIPE
+
+    found: int = yaml.safe_load(Path(RECIPE).read_text())["learner"]["groups_per_step"]
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""What the faults strike: Redis behind a proxy, a small disk for the checkpoints, and the run on both.
+
+Every wait has a deadline, ends at once with the logs' last lines when the launcher has ended unasked, and keeps the
+strikes going that are not over yet. After the `with` block nothing of it runs, and the run's files lie in its folder.
+"""
+
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+from chaos.disk import SmallDisk, unmount
+from chaos.launched import Launched
+from chaos.observer import Observer
+from chaos.proxy import Proxy
+from chaos.redis_server import RedisServer
+from chaos.schedule import Fault
+from common.keys import Keys
+from services.launcher.processes import redis_url_at
+from services.launcher.run_folder import locked
+
+POLL_S = 0.1
+TAIL_LINES = 12
+TAIL_BYTES = 1 << 15
+
+
+class ChaosError(RuntimeError):
+    """The run did not do in time what it must; the text ends with the logs' last lines."""
+
+
+@dataclass
+class Strike:
+    """A fault that was injected."""
+
+    fault: Fault
+    target: str
+    began_s: float
+    is_over: Callable[[], bool] = lambda: True
+    end: Callable[[], None] = lambda: None
+    ended_s: float | None = None
+    needs_checkpoint: bool = False
+    """It has recovered only when a checkpoint was written after its end."""
+    note: str = ""
+    recovery_s: float | None = None
+    """None: counted with the one that overlapped it."""
+
+    def tend(self) -> None:
+        if self.ended_s is None and self.is_over():
+            self.finish()
+
+    def finish(self) -> None:
+        if self.ended_s is None:
+            with suppress(psutil.NoSuchProcess):
+                self.end()
+            self.ended_s = time.time()
+
+
+class Ground:
+    """Everything is kept in the run's folder."""
+
+    def __init__(self, run: str, runs_folder: Path, num_replicas: int) -> None:
+        folder = runs_folder / run
+        clear(folder)
+        (folder / "logs").mkdir(parents=True)
+        self.checkpoints = folder / "checkpoints"
+        self.strikes: list[Strike] = []
+        self._stack = ExitStack()
+        self.disk = SmallDisk(self.checkpoints)
+        self._stack.callback(self.disk.close)
+        try:
+            self.redis = RedisServer(folder / "redis", folder / "logs" / "redis.log")
+            self._stack.callback(lambda: self.redis.kill())
+            self.redis.wait_until_it_answers()
+            self.proxy = self._stack.enter_context(Proxy(self.redis.port))
+            self.observer = Observer(self.redis.url, Keys(run), num_replicas)
+            self._stack.callback(self.observer.close)
+            self.launched = Launched(run, runs_folder, self.proxied_url, num_replicas)
+            self._stack.callback(self.launched.close)
+            self._stack.callback(self.end_strikes)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def proxied_url(self) -> str:
+        return redis_url_at(self.proxy.port)
+
+    def end_strikes(self) -> None:
+        for strike in self.strikes:
+            strike.finish()
+
+    def wait_until(
+        self, condition: Callable[[], bool], timeout_s: float, what: str, is_launcher_needed: bool = True
+    ) -> None:
+        """Raises `ChaosError` naming `what` after `timeout_s`, or when the launcher ends though it is needed."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            for strike in self.strikes:
+                strike.tend()
+            self.observer.look()
+            if condition():
+                return
+            if is_launcher_needed and not self.launched.is_running:
+                raise self.error(f"headrace up ended with {self.launched.returncode}; expected {what}")
+            if time.monotonic() > deadline:
+                raise self.error(f"expected {what} within {timeout_s:.0f} s; {self.observer.describe()}")
+            time.sleep(POLL_S)
+
+    def wait(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        self.wait_until(lambda: time.monotonic() >= until, seconds + 60.0, "a pause")
+
+    def error(self, text: str) -> ChaosError:
+        tails = [f"--- the end of {log}:\n{tail_of(log)}" for log in self.launched.logs()]
+        return ChaosError("\n".join([text, *tails]))
+
+
+def tail_of(log: Path) -> str:
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - TAIL_BYTES))
+        return "\n".join(file.read().decode(errors="replace").splitlines()[-TAIL_LINES:])
+
+
+def clear(folder: Path) -> None:
+    """Deletes what an earlier harness of the same seed has left; raises `ValueError` if that one still runs."""
+    if folder.exists():
+        with locked(folder):
+            unmount(folder / "checkpoints")
+            shutil.rmtree(folder)

@@ -1,0 +1,153 @@
+"""`headrace up` as a child of the harness, and the processes that it started: who is who, frozen and killed at will.
+
+They end with the harness, however it ends: the launcher is told by the kernel and ends its own.
+"""
+
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from services.launcher.processes import Service, python_service
+
+RECIPE = "configs/tiny-cpu.yaml"
+CHECKPOINT_EVERY = 2
+SETTINGS = (
+    f"learner.checkpoint_interval_steps={CHECKPOINT_EVERY}",
+    "evaluation.interval_steps=0",
+    "evaluation.num_prompts=256",
+    "evaluation.num_samples=2",
+    "generation.lease_s=5",
+    "generation.max_groups_in_flight=16",
+    "generation.engine.silence_timeout_s=10",
+    # How many steps the faults leave time for is known only afterwards: a rate that does not depend on it, and that
+    # still has something to learn after some hundred steps.
+    "optimizer.lr=3e-5",
+    "optimizer.lr_schedule=constant",
+)
+STOP_TIMEOUT_S = 180.0
+POLL_S = 0.1
+
+
+class Launched:
+    """One run by its name; started and stopped as often as one likes, it goes on where it stood."""
+
+    def __init__(self, run: str, runs_folder: Path, redis_url: str | None, num_replicas: int) -> None:
+        """Without a URL the run has a Redis server of its own."""
+        self.run = run
+        self.runs_folder = runs_folder
+        self.folder = runs_folder / run
+        self.redis_url = redis_url
+        self.num_replicas = num_replicas
+        self.log = self.folder / "logs" / "launcher.log"
+        self._service: Service | None = None
+
+    @property
+    def returncode(self) -> int | None:
+        return None if self._service is None else self._service.returncode
+
+    @property
+    def is_running(self) -> bool:
+        return self._service is not None and self._service.returncode is None
+
+    def start(self, num_steps: int) -> None:
+        settings = [*SETTINGS, f"learner.steps={num_steps}", f"generation.replicas={self.num_replicas}"]
+        if self.redis_url is not None:
+            settings.append(f"redis_url={self.redis_url}")
+        chosen = [part for setting in settings for part in ("--set", setting)]
+        command = [sys.executable, "-m", "services.launcher", "up", RECIPE, "--run", self.run]
+        self._service = Service("headrace up", [*command, "--runs-folder", str(self.runs_folder), *chosen], self.log)
+
+    def ask_to_stop(self) -> None:
+        """As a Ctrl-C does."""
+        if self._service is not None and self.is_running:
+            self._service.process.send_signal(signal.SIGINT)
+
+    def close(self) -> None:
+        """Asks, and kills what does not end; returns when nothing is left."""
+        if self._service is None:
+            return
+        left = self._descendants()
+        self.ask_to_stop()
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        while self.is_running and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        self._service.kill()
+        for process in left:
+            _kill(process)
+        psutil.wait_procs(left, timeout=STOP_TIMEOUT_S)
+
+    def learner(self) -> psutil.Process | None:
+        found = [process for process in self._children() if "services.learner" in _words(process)]
+        return found[0] if found else None
+
+    def replica(self, index: int) -> psutil.Process | None:
+        name = f"generation-{index}"
+        for process in self._children():
+            words = _words(process)
+            if "services.generation" in words and name in words:
+                return process
+        return None
+
+    def engine(self, index: int) -> list[psutil.Process]:
+        """The replica's SGLang: its HTTP server and its scheduler; empty until both are there."""
+        replica = self.replica(index)
+        servers = [process for process in _children(replica) if "services.generation.sglang_cpu" in _words(process)]
+        if not servers:
+            return []
+        schedulers = [process for process in _children(servers[0]) if "scheduler" in " ".join(_words(process))]
+        return [servers[0], schedulers[0]] if schedulers else []
+
+    def another_learner(self, redis_url: str) -> Service:
+        """Started by hand, with the launcher's arguments."""
+        arguments = ["--config", str(self.folder / "config.yaml"), "--run", self.run]
+        arguments += ["--runs-folder", str(self.runs_folder)]
+        log = self.folder / "logs" / "another-learner.log"
+        return python_service("another learner", "services.learner", arguments, log, redis_url)
+
+    def logs(self) -> Sequence[Path]:
+        return sorted((self.folder / "logs").glob("*.log"))
+
+    def _children(self) -> list[psutil.Process]:
+        if self._service is None or not self.is_running:
+            return []
+        try:
+            return _children(psutil.Process(self._service.process.pid))
+        except psutil.NoSuchProcess:
+            return []
+
+    def _descendants(self) -> list[psutil.Process]:
+        found = self._children()
+        return [*found, *(grandchild for child in found for grandchild in _children(child, recursive=True))]
+
+
+def _children(process: psutil.Process | None, recursive: bool = False) -> list[psutil.Process]:
+    """Those that live."""
+    try:
+        found = [] if process is None else process.children(recursive=recursive)
+    except psutil.Error:
+        return []
+    return [child for child in found if _is_alive(child)]
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        return [str(word) for word in process.cmdline()]
+    except psutil.Error:
+        return []
+
+
+def _kill(process: psutil.Process) -> None:
+    with suppress(psutil.Error):
+        process.kill()

@@ -1,0 +1,159 @@
+"""The loop over the schedule: inject, wait until the run works again, ask the audit, go on; then let the run end.
+
+One line for every fault as it happens, and one for its recovery. Every wait has a deadline (ground.py).
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from chaos.accounting import STUCK_AFTER_STEPS, Violation, check, dead_tickets, gather, run_audit, stuck_groups
+from chaos.disk import readable_checkpoints
+from chaos.faults import inject
+from chaos.ground import Ground, Strike
+from chaos.launched import CHECKPOINT_EVERY
+from chaos.replacement import STEPS_AHEAD
+from chaos.schedule import PARTS, Fault
+from services.learner.checkpoint_record import RECORD_FILE, read_record
+
+START_TIMEOUT_S = 300.0
+RECOVERY_TIMEOUT_S = 240.0
+END_TIMEOUT_S = 900.0
+MIN_STEPS = 24
+EXTRA_STEPS = 2
+"""After the last fault."""
+AUDIT_EVERY = 3
+AUDITED_PARTS = ("learner", "redis")
+
+
+@dataclass
+class Results:
+    """Of the disturbed run."""
+
+    strikes: list[Strike] = field(default_factory=list)
+    violations: dict[Violation, int] = field(default_factory=dict)
+    """Each with the number of the fault after which it was seen first; 0: at the end."""
+    dead: dict[str, str] = field(default_factory=dict)
+    num_steps: int = 0
+    num_audits: int = 0
+
+
+class Matrix:
+    def __init__(
+        self, ground: Ground, faults: Sequence[Fault], groups_per_step: int, say: Callable[[str], None]
+    ) -> None:
+        self.ground = ground
+        self.faults = faults
+        self.groups_per_step = groups_per_step
+        self.say = say
+        self.results = Results()
+        self._unrecovered: list[Strike] = []
+        self._prefix = ground.observer.keys.tickets.removesuffix("tickets")
+
+    def run(self) -> Results:
+        """Raises `ChaosError` if the run does not recover, or does not end."""
+        ground = self.ground
+        ground.launched.start(STEPS_AHEAD)
+        ground.wait_until(lambda: ground.observer.works(1.0, 1.0), START_TIMEOUT_S, "the first step")
+        self.say(f"the run works: {ground.launched.num_replicas} replicas, step {ground.observer.step}")
+        for place, fault in enumerate(self.faults):
+            ground.wait(fault.pause_s)
+            self._inject(fault)
+            is_overlapped = place + 1 < len(self.faults) and self.faults[place + 1].overlaps
+            if not is_overlapped:
+                self._await_recovery()
+        self._end()
+        return self.results
+
+    def _inject(self, fault: Fault) -> None:
+        self.say(f"{self._name(fault)}: {'at the same time, ' if fault.overlaps else ''}{fault.kind} …")
+        strike = inject(self.ground, fault)
+        held = f", for {fault.hold_s:.1f} s" if strike.ended_s is None and fault.hold_s else ""
+        self.say(f"{self._name(fault)}: {fault.kind}: {strike.target}{held}")
+        self.results.strikes.append(strike)
+        self._unrecovered.append(strike)
+
+    def _await_recovery(self) -> None:
+        last = self._unrecovered[-1]
+        names = ", ".join(strike.fault.kind for strike in self._unrecovered)
+        held_s = max(strike.fault.hold_s for strike in self._unrecovered)
+        self.ground.wait_until(self._has_recovered, RECOVERY_TIMEOUT_S + held_s, f"a recovery from {names}")
+        if last.recovery_s is None:
+            last.recovery_s = time.time() - last.began_s
+        notes = "; ".join(strike.note for strike in self._unrecovered if strike.note)
+        self.say(
+            f"{self._name(last.fault)}: recovered after {last.recovery_s:.1f} s, at step {self.ground.observer.step}"
+            + (f" ({notes})" if notes else "")
+        )
+        is_audit_due = last.fault.number % AUDIT_EVERY == 0 or any(
+            PARTS[strike.fault.kind] in AUDITED_PARTS for strike in self._unrecovered
+        )
+        self._unrecovered.clear()
+        self._look_for_stuck_groups(last.fault.number)
+        if is_audit_due:
+            self._audit(last.fault.number)
+
+    def _has_recovered(self) -> bool:
+        """From all that have been injected since the last time."""
+        ended_s = 0.0
+        for strike in self._unrecovered:
+            if strike.ended_s is None:
+                return False
+            ended_s = max(ended_s, strike.ended_s)
+        if not self.ground.observer.works(self._unrecovered[-1].began_s, ended_s):
+            return False
+        return not any(strike.needs_checkpoint for strike in self._unrecovered) or self._has_checkpoint_since(ended_s)
+
+    def _has_checkpoint_since(self, ended_s: float) -> bool:
+        readable = readable_checkpoints(self.ground.checkpoints)
+        try:
+            return bool(readable) and (readable[-1] / RECORD_FILE).stat().st_mtime > ended_s
+        except FileNotFoundError:
+            return False
+
+    def _audit(self, number: int) -> None:
+        launched = self.ground.launched
+        self._take(run_audit(launched.run, launched.runs_folder, self.ground.redis.url), number)
+        self.results.num_audits += 1
+
+    def _look_for_stuck_groups(self, number: int) -> None:
+        observer = self.ground.observer
+        self._take(stuck_groups(observer.client, self._prefix, self.ground.launched.folder, observer.ended_s), number)
+
+    def _take(self, violations: Sequence[Violation], number: int) -> None:
+        for violation in violations:
+            if violation not in self.results.violations:
+                self.results.violations[violation] = number
+                self.say(f"VIOLATION: ticket {violation.ticket}: {violation.text}")
+
+    def _end(self) -> None:
+        """Stops the run as a user does, and goes on to the end with a number of steps that is now known.
+
+        Before that it runs on until a group that was left lying by the last fault would be seen: a restart would
+        take it up again.
+        """
+        ground = self.ground
+        seen_at = ground.observer.step + STUCK_AFTER_STEPS + CHECKPOINT_EVERY
+        ground.wait_until(lambda: ground.observer.step > seen_at, RECOVERY_TIMEOUT_S, f"step {seen_at + 1}")
+        self._look_for_stuck_groups(len(self.faults))
+        ground.launched.ask_to_stop()
+        self._await_end("the run to stop with a checkpoint")
+        step = read_record(readable_checkpoints(ground.checkpoints)[-1]).step
+        self.results.num_steps = max(MIN_STEPS, step + EXTRA_STEPS)
+        self.say(f"stopped at step {step}, going on to the end at step {self.results.num_steps}")
+        ground.launched.start(self.results.num_steps)
+        self._await_end("the run to complete")
+        self._audit(0)
+        client = ground.observer.client
+        evidence = gather(client, self._prefix, ground.launched.folder)
+        self._take(check(evidence, self.results.num_steps, self.groups_per_step), 0)
+        self.results.dead = dead_tickets(client, self._prefix)
+
+    def _await_end(self, what: str) -> None:
+        launched = self.ground.launched
+        self.ground.wait_until(lambda: not launched.is_running, END_TIMEOUT_S, what, is_launcher_needed=False)
+        if launched.returncode != 0:
+            raise self.ground.error(f"headrace up ended with {launched.returncode}; expected {what}")
+
+    def _name(self, fault: Fault) -> str:
+        return f"fault {fault.number} of {len(self.faults)}"

@@ -1,0 +1,134 @@
+"""What the run says of itself in Redis, and from it whether it works again after a fault.
+
+It works when a step that began after the fault's begin was completed after the fault's end, and every replica has
+since then a fresh heartbeat that says `running` and has committed a group whose lease it took after the end: what
+a dead engine's replica goes on to say for a while proves nothing. Looks past the proxy; a Redis that is away is
+nothing new.
+"""
+
+import time
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+import redis
+
+from common.keys import Keys
+from common.wire import WireError, decode_heartbeat
+from services.launcher.processes import look_up
+
+LOOK_TIMEOUT_S = 1.0
+MAX_READ = 1000
+
+
+class StepEvent(msgspec.Struct):
+    step: int
+    time_s: float
+    step_s: float
+
+
+class _Timings(msgspec.Struct):
+    leased_s: float
+
+
+class _Answer(msgspec.Struct):
+    """What of a group matters here."""
+
+    replica: str
+    timings: _Timings
+
+
+class Observer:
+    """Call `look` again and again; unix times in seconds throughout."""
+
+    def __init__(self, url: str, keys: Keys, num_replicas: int) -> None:
+        self.client = look_up(url, LOOK_TIMEOUT_S)
+        self.keys = keys
+        self.num_replicas = num_replicas
+        self.step = 0
+        """That was completed last; a restarted learner takes some again."""
+        self.step_began_s = 0.0
+        self.step_ended_s = 0.0
+        self.ended_s: dict[int, float] = {}
+        """By step; the last time, of one that was taken again."""
+        self._seen_event = "-"
+        self._seen_group = "-"
+        self._beats: dict[str, tuple[int, float, str]] = {}
+        """By replica: what its heartbeat had left to live, when it last came, its state."""
+        self._leased_s: dict[str, float] = {}
+        """By replica: the newest lease that became a group."""
+
+    def look(self) -> None:
+        with suppress(redis.RedisError):
+            self._take_steps()
+            self._take_groups()
+            self._take_heartbeats()
+
+    def works(self, began_s: float, ended_s: float) -> bool:
+        """Whether the run has recovered from a fault of that time."""
+        is_learning = self.step_began_s > began_s and self.step_ended_s > ended_s
+        return is_learning and len(self.serving_since(ended_s)) >= self.num_replicas
+
+    def serving_since(self, ended_s: float) -> list[str]:
+        """The replicas that have answered since then and say that they run."""
+        return [
+            name
+            for name, (_, came_s, state) in self._beats.items()
+            if state == "running" and came_s > ended_s and self._leased_s.get(name, 0.0) > ended_s
+        ]
+
+    def describe(self) -> str:
+        states = ", ".join(
+            f"{name} {state} {time.time() - came_s:.0f} s ago" for name, (_, came_s, state) in self._beats.items()
+        )
+        learner = self.learner()
+        return (
+            f"step {self.step}, completed {time.time() - self.step_ended_s:.0f} s ago; learner: "
+            f"{learner.get('phase', 'no phase')} {learner.get('reason', '')}; replicas: {states or 'none'}"
+        )
+
+    def learner(self) -> dict[str, str]:
+        """What the learner says of itself; empty while Redis is away."""
+        with suppress(redis.RedisError):
+            found: dict[bytes, bytes] = self.client.hgetall(self.keys.learner)
+            return {name.decode(): value.decode(errors="replace") for name, value in found.items()}
+        return {}
+
+    def epoch(self) -> int:
+        with suppress(redis.RedisError):
+            return int(self.client.get(self.keys.epoch) or 0)
+        return 0
+
+    def close(self) -> None:
+        self.client.close()
+
+    def _take_steps(self) -> None:
+        for entry_id, fields in self._new_entries(self.keys.events, self._seen_event):
+            self._seen_event = f"({entry_id}"
+            if fields.get(b"kind") == b"step":
+                event = msgspec.json.decode(fields[b"event"], type=StepEvent)
+                self.step = event.step
+                self.step_ended_s = self.ended_s[event.step] = event.time_s
+                self.step_began_s = event.time_s - event.step_s
+
+    def _take_groups(self) -> None:
+        for entry_id, fields in self._new_entries(self.keys.groups, self._seen_group):
+            self._seen_group = f"({entry_id}"
+            with suppress(msgspec.MsgspecError):
+                answer = msgspec.msgpack.decode(fields.get(b"group", b""), type=_Answer)
+                newest = max(answer.timings.leased_s, self._leased_s.get(answer.replica, 0.0))
+                self._leased_s[answer.replica] = newest
+
+    def _new_entries(self, stream: str, after: str) -> list[tuple[str, dict[bytes, bytes]]]:
+        found: Any = self.client.xrange(stream, min=after, count=MAX_READ)
+        return [(entry_id.decode(), fields) for entry_id, fields in found]
+
+    def _take_heartbeats(self) -> None:
+        """One came when its time to live has grown."""
+        for key in self.client.scan_iter(match=self.keys.replicas + "*", count=1000):
+            left_ms, payload = int(self.client.pttl(key)), self.client.get(key)
+            with suppress(WireError):
+                beat = decode_heartbeat(payload or b"")
+                before_ms, came_s, _ = self._beats.get(beat.replica, (0, 0.0, ""))
+                came_s = time.time() if left_ms > before_ms else came_s
+                self._beats[beat.replica] = (left_ms, came_s, beat.state)

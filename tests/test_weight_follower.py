@@ -1,0 +1,199 @@
+"""Following the published versions past whatever Redis, the learner's HTTP side or the engine may do to it."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from common.keys import Keys
+from common.redis_client import connect_async
+from common.weights import version_folder
+from services.generation import publication, weights
+from services.generation.engine import Engine, SwapTimings
+from services.generation.engine_keeper import EngineKeeper
+from services.generation.weights import WeightFollower
+from tests.fake_sglang import FakeSglang, a_fake_sglang
+from tests.replicas import Learner, a_learner, run, until
+
+
+@pytest.fixture
+def learner(tmp_path: Path, client: redis.Redis, keys: Keys, demo_policy: Path) -> Iterator[Learner]:
+    with a_learner(client, keys, tmp_path, demo_policy) as learner:
+        yield learner
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeSglang]:
+    with a_fake_sglang() as server:
+        yield server
+
+
+@contextlib.asynccontextmanager
+async def following(
+    redis_url: str, keys: Keys, fake: FakeSglang, model: Path
+) -> AsyncIterator[tuple[WeightFollower, EngineKeeper]]:
+    async def ignore(version: int, timings: SwapTimings, fetch_s: float, num_bytes: int) -> None:
+        pass
+
+    client, engine = connect_async(redis_url), Engine(fake.url)
+    follower = WeightFollower(client, keys, model, ignore)
+    keeper = EngineKeeper(engine, None, follower.engine_start, silence_timeout_s=1.0, busy_timeout_s=1.0)
+    tasks = [asyncio.create_task(keeper.keep()), asyncio.create_task(follower.follow(keeper))]
+    try:
+        yield follower, keeper
+        assert not any(task.done() for task in tasks), "it goes on whatever happens"
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for closing in (engine.aclose(), follower.close(), client.aclose()):
+            await closing
+
+
+GOOD = {"version": "7", "sha256": "0" * 64, "url": "http://127.0.0.1:1"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        (GOOD | {"version": "seven"}, "'seven'"),
+        (GOOD | {"version": "-7"}, "'-7'"),
+        (GOOD | {"version": "9" * 5000}, "999"),
+        (GOOD | {"version": b"\xff\xfe"}, "expected a number"),
+        ({"version": "7", "url": "http://127.0.0.1:1"}, "'sha256': ''"),
+        ({"version": "7", "sha256": "0" * 64}, "'url': ''"),
+        ({"sha256": "0" * 64, "url": "http://127.0.0.1:1"}, "'version': ''"),
+        (GOOD, "version 7: ConnectError"),
+        (GOOD | {"url": "http://[::"}, "version 7: InvalidURL"),
+        (GOOD | {"url": "ftp://127.0.0.1"}, "version 7: UnsupportedProtocol"),
+        (GOOD | {"url": "http://a:b:c"}, "version 7: "),
+    ],
+)
+def test_what_redis_says_wrongly_quarantines_with_a_reason_until_it_is_right(
+    learner: Learner, fake: FakeSglang, redis_url: str, keys: Keys, demo_policy: Path,
+    fields: dict[str, str], problem: str,
+) -> None:  # fmt: skip
+    learner.store.client.hset(keys.weights, mapping=fields)
+
+    async def scenario() -> None:
+        async with following(redis_url, keys, fake, demo_policy) as (follower, _):
+            await until(lambda: follower.problem != "")
+            assert problem in follower.problem and len(follower.problem) < 1000
+            learner.store.client.delete(keys.weights)
+            version = await asyncio.to_thread(learner.publish, 1)
+            follower.look_now()
+            await until(lambda: (follower.version, follower.problem) == (version, ""))
+
+    run(scenario)
+
+
+def test_a_weights_key_of_another_type_is_a_reason_too(
+    learner: Learner, fake: FakeSglang, redis_url: str, keys: Keys, demo_policy: Path
+) -> None:
+    learner.store.client.set(keys.weights, "nonsense")
+
+    async def scenario() -> None:
+        async with following(redis_url, keys, fake, demo_policy) as (follower, _):
+            await until(lambda: "WRONGTYPE" in follower.problem)
+
+    run(scenario)
+
+
+def test_a_version_that_was_deleted_meanwhile_is_passed_over_without_a_quarantine(
+    learner: Learner, fake: FakeSglang, redis_url: str, keys: Keys, demo_policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = learner.publish(0)
+    problems: list[str] = []
+    real = publication._download
+
+    async def outrun(*given: object) -> int:
+        """The learner publishes three more while this one is being fetched, and keeps two."""
+        if given[1].version == first:  # type: ignore[attr-defined]
+            for step in (1, 2, 3):
+                await asyncio.to_thread(learner.publish, step)
+            assert not version_folder(learner.versions.root, first).exists()
+        return await real(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(publication, "_download", outrun)
+    monkeypatch.setattr(weights._log, "error", lambda *given: problems.append(str(given)))
+
+    async def scenario() -> None:
+        async with following(redis_url, keys, fake, demo_policy) as (follower, _):
+            await until(lambda: follower.version == first + 3)
+            assert [path.name for path in follower.folder.parent.iterdir()] == [follower.folder.name], "nothing is left"
+
+    run(scenario)
+    assert problems == []
+
+
+def test_a_version_that_is_gone_with_none_after_it_is_a_reason(
+    learner: Learner, fake: FakeSglang, redis_url: str, keys: Keys, demo_policy: Path
+) -> None:
+    version = learner.publish(0)
+    learner.store.client.hset(keys.weights, "version", version + 1)
+
+    async def scenario() -> None:
+        async with following(redis_url, keys, fake, demo_policy) as (follower, _):
+            await until(lambda: f"version {version + 1}: HTTPStatusError" in follower.problem)
+            assert "404" in follower.problem
+
+    run(scenario)
+
+
+def test_a_fetch_that_trickles_ends_at_its_deadline(
+    learner: Learner, fake: FakeSglang, redis_url: str, keys: Keys, demo_policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fake sends a byte now and then, so that no single read takes long."""
+    monkeypatch.setattr(publication, "FETCH_DEADLINE_S", 0.5)
+    fake.trickling.add("/weights/7/manifest.json")
+    learner.store.client.hset(keys.weights, mapping=GOOD | {"url": fake.url})
+
+    async def scenario() -> None:
+        async with following(redis_url, keys, fake, demo_policy) as (follower, _):
+            await until(lambda: "version 7 did not arrive within 0.5 s" in follower.problem)
+
+    run(scenario)
+
+
+def test_an_engine_that_somebody_has_started_again_gets_its_weights_back(
+    learner: Learner, fake: FakeSglang, redis_url: str, keys: Keys, demo_policy: Path
+) -> None:
+    version = learner.publish(0)
+
+    async def scenario() -> None:
+        async with following(redis_url, keys, fake, demo_policy) as (follower, keeper):
+            await until(lambda: follower.version == version)
+            fake.hanging = {"/health"}
+            await until(lambda: not keeper.serving.is_set())
+            fake.calls.clear()
+            fake.serve_version("default")
+            fake.hanging = set()
+            await until(lambda: follower.confirmed_life == 2)
+            [update] = [body for path, body in fake.calls if path == "/update_weights_from_disk"]
+            assert (update["weight_version"], update["model_path"]) == (str(version), str(follower.folder))
+
+    run(scenario)
+
+
+def test_nothing_is_swapped_into_an_engine_that_is_down(
+    learner: Learner, fake: FakeSglang, redis_url: str, keys: Keys, demo_policy: Path
+) -> None:
+    version = learner.publish(0)
+    fake.hanging = {"/health"}
+    fake.replies["/pause_generation"] = (500, {})
+
+    async def scenario() -> None:
+        async with following(redis_url, keys, fake, demo_policy) as (follower, keeper):
+            await until(lambda: "/pause_generation answered 500" in follower.problem)
+            await until(lambda: not keeper.serving.is_set())
+            fake.calls.clear()
+            await until(lambda: len(fake.calls) >= 2)
+            assert set(fake.paths) == {"/health"}
+            fake.replies["/pause_generation"] = (200, {})
+            fake.hanging = set()
+            await until(lambda: (follower.version, follower.problem) == (version, ""))
+
+    run(scenario)
