@@ -23,7 +23,7 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 
 check-types: setup
-	$(VENV)/bin/mypy common services benchmarks tests
+	$(VENV)/bin/mypy common services chaos benchmarks tests
 
 setup: $(VENV)/installed
 

@@ -2,8 +2,8 @@
 
 tickets     stream, group `generation`   open work, leased by replicas                        written by learner
 eval        stream, group `generation`   evaluation tickets, beside admission                 learner
-groups      stream, group `learner`      scored groups, each exactly once per ticket          replicas
-evaluated   stream, group `learner`      scored evaluation groups, outside admission          replicas
+groups      stream                       scored groups, each exactly once per ticket          replicas
+evaluated   stream                       scored evaluation groups, outside admission          replicas
 dead        stream                       what could not be generated, scored or decoded       either
 ledger      hash                         ticket id -> mark (common/ledger.py)                 either
 retries     set                          dead tickets to be issued again                      `headrace dead retry`
@@ -23,8 +23,6 @@ import re
 MAX_EVENTS = 10_000
 TICKET_GROUP = "generation"
 """Consumer group of `tickets` and `eval`."""
-LEARNER_GROUP = "learner"
-"""Consumer group of `groups` and `evaluated`."""
 
 
 class Keys:

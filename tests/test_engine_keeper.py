@@ -137,15 +137,22 @@ def test_traffic_is_a_sign_of_life_without_probes(fake: FakeSglang) -> None:
     asyncio.run(scenario())
 
 
-def test_a_swap_that_lasts_is_no_silence_but_after_it_the_probe_decides(fake: FakeSglang, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_probed", [False, True])
+def test_a_swap_that_lasts_is_no_silence_but_after_it_the_probe_decides(
+    fake: FakeSglang, tmp_path: Path, is_probed: bool
+) -> None:
     fake.hanging = {"/update_weights_from_disk", "/health"}
 
     async def scenario() -> None:
         async with keeping(fake, swap_timeout_s=2 * SILENCE_S) as keeper:
+            if is_probed:  # just when it begins
+                await until(lambda: "/health" in fake.paths)
+            num_calls = len(fake.calls)
             swapping = asyncio.create_task(keeper.engine.swap(tmp_path, 4))
             with pytest.raises(EngineError, match="ReadTimeout"):
                 await swapping
             assert keeper.silent_s > 1.5 * SILENCE_S and keeper.serving.is_set()
+            assert "/health" not in fake.paths[num_calls:]
             await until(lambda: not keeper.serving.is_set())
 
     asyncio.run(scenario())
@@ -205,7 +212,9 @@ def test_somebody_elses_engine_is_waited_for(fake: FakeSglang) -> None:
 
     async def scenario() -> None:
         async with keeping(fake) as keeper:
-            [outcome] = await asyncio.gather(*await requests_in_flight(keeper, 1), return_exceptions=True)
+            requests = await requests_in_flight(keeper, 1)
+            async with asyncio.timeout(SILENCE_S + 5.0):
+                [outcome] = await asyncio.gather(*requests, return_exceptions=True)
             assert isinstance(outcome, EngineDown) and not keeper.serving.is_set()
             assert re.fullmatch(r"the engine has not answered for \d s: waiting until it does", keeper.problem)
             fake.hanging = set()
