@@ -9,6 +9,7 @@ A run `chaos-SEED` of an earlier harness is deleted first. Ctrl-C stops everythi
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from chaos.ground import ChaosError, Ground, clear
+from chaos.ground import Ground, clear
 from chaos.launched import Launched
 from chaos.matrix import Matrix
 from chaos.report import print_table, problems, summarise, write_summary
@@ -32,6 +33,7 @@ POLL_S = 0.5
 def main() -> int:
     arguments = _parse_arguments()
     started = time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
 
     def say(text: str) -> None:
@@ -39,7 +41,7 @@ def main() -> int:
 
     try:
         summary = _measure(arguments, say)
-    except (ChaosError, RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
         say(f"FAILED: {error}")
         return 1
     except KeyboardInterrupt:
@@ -82,10 +84,11 @@ def _measure(arguments: argparse.Namespace, say: Any) -> dict[str, Any]:
         faults = schedule(arguments.seed, arguments.faults, kinds)
         say(f"{len(faults)} faults on run {run} in {runs_folder / run}, seed {arguments.seed}")
         results = Matrix(ground, faults, _groups_per_step(), say).run()
-    held_out = _held_out(runs_folder / run)
-    say(f"held-out pass@1 {held_out} after step {results.num_steps}")
-    undisturbed = None
-    if arguments.undisturbed:
+    held_out = undisturbed = None
+    if not results.failure:
+        held_out = _held_out(runs_folder / run)
+        say(f"held-out pass@1 {held_out} after step {results.num_steps}")
+    if arguments.undisturbed and not results.failure:
         undisturbed = _run_undisturbed(f"{run}-undisturbed", runs_folder, arguments.replicas, results.num_steps, say)
     return summarise(results, arguments.seed, held_out, undisturbed, problem)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from chaos.accounting import STUCK_AFTER_STEPS, Violation, check, dead_tickets, gather, run_audit, stuck_groups
 from chaos.disk import readable_checkpoints
 from chaos.faults import inject
-from chaos.ground import Ground, Strike
+from chaos.ground import ChaosError, Ground, Strike
 from chaos.launched import CHECKPOINT_EVERY
 from chaos.replacement import STEPS_AHEAD
 from chaos.schedule import PARTS, Fault
@@ -36,6 +36,8 @@ class Results:
     dead: dict[str, str] = field(default_factory=dict)
     num_steps: int = 0
     num_audits: int = 0
+    failure: str = ""
+    """Why the schedule was not completed."""
 
 
 class Matrix:
@@ -51,7 +53,14 @@ class Matrix:
         self._prefix = ground.observer.keys.tickets.removesuffix("tickets")
 
     def run(self) -> Results:
-        """Raises `ChaosError` if the run does not recover, or does not end."""
+        """Up to the first fault that the run does not recover from, if there is one."""
+        try:
+            self._run()
+        except ChaosError as error:
+            self.results.failure = str(error)
+        return self.results
+
+    def _run(self) -> None:
         ground = self.ground
         ground.launched.start(STEPS_AHEAD)
         ground.wait_until(lambda: ground.observer.works(1.0, 1.0), START_TIMEOUT_S, "the first step")
@@ -63,7 +72,6 @@ class Matrix:
             if not is_overlapped:
                 self._await_recovery()
         self._end()
-        return self.results
 
     def _inject(self, fault: Fault) -> None:
         self.say(f"{self._name(fault)}: {'at the same time, ' if fault.overlaps else ''}{fault.kind} …")

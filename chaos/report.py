@@ -33,6 +33,7 @@ def summarise(
         "steps": results.num_steps,
         "audits": results.num_audits,
         "dead": results.dead,
+        "failure": results.failure,
         "not_tried": {"fill_disk": disk_problem} if disk_problem else {},
         "kinds": {
             kind: {
@@ -61,14 +62,15 @@ def summarise(
 
 def problems(summary: dict[str, Any]) -> list[str]:
     """Why this is no success; empty if it is one."""
-    found = [f"{summary[key]} {key.replace('_', ' ')}" for key in COUNTED if summary[key]]
+    found = [f"the schedule was not completed: {summary['failure']}"] if summary["failure"] else []
+    found += [f"{summary[key]} {key.replace('_', ' ')}" for key in COUNTED if summary[key]]
     if summary["dead"]:
         reasons = sorted(set(summary["dead"].values()))
         found.append(f"{len(summary['dead'])} dead tickets: {'; '.join(reasons)}")
     after, undisturbed = summary["held_out_after"], summary["held_out_after_undisturbed"]
-    if after is None:
+    if after is None and not summary["failure"]:
         found.append("no final accuracy")
-    elif undisturbed is not None and after < undisturbed - MAX_LOSS_OF_ACCURACY:
+    elif None not in (after, undisturbed) and after < undisturbed - MAX_LOSS_OF_ACCURACY:
         found.append(f"final accuracy {after:.3f}, undisturbed {undisturbed:.3f}")
     return found
 

@@ -441,6 +441,12 @@ def test_dead_tickets_and_a_worse_policy_are_failures() -> None:
     assert problems(summarise(results(), 7, None, None, "")) == ["no final accuracy"]
 
 
+def test_a_run_that_did_not_recover_is_a_failure_and_keeps_what_was_seen() -> None:
+    summary = summarise(results(failure="no step within 240 s"), 7, None, None, "")
+    assert summary["faults"] == 3
+    assert problems(summary) == ["the schedule was not completed: no step within 240 s"]
+
+
 def test_a_disk_that_could_not_be_filled_is_said() -> None:
     assert summarise(results(), 7, 0.9, 0.9, "must be superuser")["not_tried"] == {"fill_disk": "must be superuser"}
 

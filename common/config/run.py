@@ -27,7 +27,9 @@ class TaskConfig(Section):
 class SamplingConfig(Section):
     """top_p stays 1 and top_k off: the engine's log-probabilities are of the full distribution."""
 
-    temperature: float = Field(1.0, ge=1e-3, le=1e3, description="Sampling temperature; the learner divides its logits by it.")
+    temperature: float = Field(
+        1.0, ge=1e-3, le=1e3, description="Sampling temperature; the learner divides its logits by it."
+    )
     max_new_tokens: int = Field(1024, ge=1, description="Longest completion.")
 
 

@@ -97,7 +97,7 @@ class Answering:
             completions = await self._keeper.generate(ticket)
             group = await self._score(lease, completions, leased_s)
         except (EngineDown, TimeoutError) as error:
-            _log.warning("ticket %s is handed back: %s", ticket.id, error or "its weight version did not come")
+            _log.warning("ticket %s is handed back: %s", ticket.id, str(error) or "no weights in time")
             await self._tickets.hand_back(lease)
         except (EngineError, RewardError, WireError) as error:
             await self._tickets.fail(lease, str(error), max_attempts)

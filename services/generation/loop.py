@@ -68,7 +68,7 @@ class Replica:
                 parts.create_task(self.weights.follow(self.keeper), name="weights"),
                 parts.create_task(_every(BEAT_INTERVAL_S, self._beat), name="heartbeats"),
                 parts.create_task(_every(self.config.lease_s / 3, self._renew), name="leases"),
-                parts.create_task(_every(BEAT_INTERVAL_S, self._tell_waits), name="waits"),
+                parts.create_task(self._keep_telling(), name="waits"),
             ]
             await self._until_ready_or_draining()
             await self._answer_tickets()
@@ -172,8 +172,11 @@ class Replica:
     async def _renew(self) -> None:
         await self.tickets.renew(self._in_flight.leases)
 
-    async def _tell_waits(self) -> None:
-        self.tell_waits()
+    async def _keep_telling(self) -> None:
+        """Also while heartbeats wait for Redis."""
+        while True:
+            self.tell_waits()
+            await asyncio.sleep(BEAT_INTERVAL_S)
 
     def tell_waits(self) -> None:
         """Brings `waits` up to date, but for the outages of Redis, which its client tells."""
