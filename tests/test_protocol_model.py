@@ -381,7 +381,7 @@ class Protocol(RuleBasedStateMachine):
     def _note(self, life: Life, num_noted: int) -> None:
         """What the learner has done since it had consumed `num_noted` groups."""
         loop, line = life
-        for one in loop.intake._consumed[num_noted:]:
+        for one in loop.intake.books.since_checkpoint[num_noted:]:
             kind, group = self.groups[one.entry_id]
             is_stale = group_staleness(group, line.step, loop.intake.version_steps).total > MAX_STALENESS
             expected = "uniform" if kind == "uniform" else "stale" if is_stale else "trained"
@@ -428,7 +428,7 @@ class Protocol(RuleBasedStateMachine):
         """The learner does one thing, and lives on if it can."""
         life = self.life
         assert life is not None
-        intake, num_noted, was_lost = life.loop.intake, len(life.loop.intake._consumed), self.is_lost
+        intake, num_noted, was_lost = life.loop.intake, len(life.loop.intake.books.since_checkpoint), self.is_lost
         try:
             with self.trap.armed(fault):
                 self._deed(life.loop, name)
@@ -444,7 +444,10 @@ class Protocol(RuleBasedStateMachine):
         self._note(life, num_noted)
         self._note_checkpoint(life)
         if name == "turn" and self.life is life and not self.is_lost and len(intake._arrived) < READS_BELOW:
-            seen = {one.entry_id for one in (*intake._consumed, *intake.recorded, *(a.entry for a in intake._arrived))}
+            seen = {
+                one.entry_id
+                for one in (*intake.books.since_checkpoint, *intake.books.recorded, *(a.entry for a in intake._arrived))
+            }
             queued = {mark.entry_id for mark in self._ledger().values() if mark.state == "queued"}
             assert queued <= seen, f"groups that the learner never sees: {queued - seen}"
 
