@@ -130,7 +130,7 @@ def test_uniform_groups_are_replaced_by_the_next_prompt(client: redis.Redis, key
     harness.answer(keys.tickets, rewards=(0.0, 0.0))
     harness.turn()
     harness.turn()
-    assert harness.intake.counts["uniform"] == 8
+    assert harness.intake.books.counts["uniform"] == 8
     assert harness.outstanding() == [f"0-{i}" for i in range(8, 16)]
     assert harness.intake.take_sampled_rewards() == [0.0] * 16
 
@@ -153,7 +153,7 @@ def test_stale_groups_are_dropped_at_packing_and_their_prompt_comes_once_more(cl
     harness.versions[2] = 2
     harness.intake.advance(2, 2)
     assert harness.intake.take_batch(0.0, never) is None
-    assert harness.intake.counts["stale"] == 8
+    assert harness.intake.books.counts["stale"] == 8
     harness.turn()
     assert harness.outstanding() == [f"0-{i}.1" for i in range(8)]
     harness.answer(keys.tickets, version=1)
@@ -188,7 +188,7 @@ def test_groups_that_cannot_be_used_are_dead_and_counted(client: redis.Redis, ke
     client.xadd(keys.groups, {"unheard": "of"})
     harness.answer(keys.tickets, version=99)
     harness.turn()
-    assert harness.intake.counts["dead"] == 11
+    assert harness.intake.books.counts["dead"] == 11
     reasons = {fields[b"id"]: fields[b"reason"].decode() for _, fields in client.xrange(keys.dead)}
     assert "cannot decode" in reasons[b"0-77"]
     assert reasons[b"0-78"] == reasons[b"?"] == "the ledger knows no such group: it says nothing"
@@ -239,7 +239,7 @@ def test_an_evaluation_is_beside_admission_and_counts_first_tokens(client: redis
     result = harness.intake.finished_evaluation()
     assert result is not None
     assert (result["held_out"], result["num_completions"], result["first_token_step_mean"]) == (0.5, 6, 4.0)
-    assert harness.intake.counts["evaluated"] == 3
+    assert harness.intake.books.counts["evaluated"] == 3
 
 
 def test_dead_evaluation_tickets_are_left_out_and_counted(client: redis.Redis, keys: Keys) -> None:
@@ -270,7 +270,7 @@ def test_a_restarted_learner_evaluates_the_same_step_again(client: redis.Redis, 
     second.turn()
     result = second.intake.finished_evaluation()
     assert result is not None and (result["held_out"], result["num_completions"]) == (1.0, 6)
-    assert second.intake.counts["evaluated"] == 6
+    assert second.intake.books.counts["evaluated"] == 6
 
 
 def test_a_restarted_intake_skips_what_the_checkpoint_recorded_and_takes_the_rest(

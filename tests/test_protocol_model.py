@@ -399,7 +399,7 @@ class Protocol(RuleBasedStateMachine):
     def _note(self, life: Life, num_noted: int) -> None:
         """What the learner has done since it had consumed `num_noted` groups."""
         loop, line = life
-        for one in loop.intake._consumed[num_noted:]:
+        for one in loop.intake.books.since_checkpoint[num_noted:]:
             kind, group = self.groups[one.entry_id]
             is_stale = group_staleness(group, line.step, loop.intake.version_steps).total > CONFIG.learner.max_staleness
             expected = "uniform" if kind == "uniform" else "stale" if is_stale else "trained"
@@ -450,7 +450,7 @@ class Protocol(RuleBasedStateMachine):
         """The learner does one thing, and lives on if it can."""
         life, was_lost = self.life, self.is_lost
         assert life is not None
-        taken, num_noted = life.loop.intake, len(life.loop.intake._consumed)
+        taken, num_noted = life.loop.intake, len(life.loop.intake.books.since_checkpoint)
         try:
             with self.trap.armed(fault and fault._replace(at=fault.at % NUM_COMMANDS[name])):
                 self._do(life.loop, name)
@@ -467,7 +467,7 @@ class Protocol(RuleBasedStateMachine):
         self._note_checkpoint(life)
         is_full = len(taken._arrived) >= 2 * CONFIG.learner.max_outstanding_groups
         if name == "turn" and self.life is life and not self.is_lost and not is_full:
-            seen = [*taken._consumed, *taken.recorded, *(arrived.entry for arrived in taken._arrived)]
+            seen = [*taken.books.since_checkpoint, *taken.books.recorded, *(arrived.entry for arrived in taken._arrived)]
             queued = {mark.entry_id for mark in self._ledger().values() if mark.state == "queued"}
             assert queued <= {one.entry_id for one in seen}, "groups that the learner does not see"
 

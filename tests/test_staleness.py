@@ -34,7 +34,6 @@ def test_a_version_that_the_map_has_forgotten_is_as_old_as_the_one_before_it() -
     assert [step_of(version, {3: 7, 5: 9}) for version in (1, 3, 4, 5, 9)] == [0, 7, 7, 9, 9]
 
 
-
 def test_per_token() -> None:
     rollout = make_rollout(version_spans=[VersionSpan(1, 0, 1), VersionSpan(7, 1, 3)])
     assert token_staleness(rollout, 4, STEPS).tolist() == [4, 1, 1]

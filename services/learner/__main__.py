@@ -147,7 +147,7 @@ def _status(loop: Any, run: str) -> dict[str, Any]:
         "steps": loop.config.learner.steps,
         "version": loop.versions.current,
         "epoch": loop.store.epoch,
-        "counts": dict(loop.intake.counts),
+        "counts": dict(loop.intake.books.counts),
         "latest": progress.latest,
     }
 
@@ -165,7 +165,7 @@ def _write_results(loop: Any, folder: Path, tokenizer: Any) -> None:
 
     replicas = loop.store.replicas()
     lags = [replica.waiting_s / replica.serving_s for replica in replicas if replica.serving_s > 0]
-    counts = {**loop.intake.counts, "dead": loop.store.num_dead()}
+    counts = {**loop.intake.books.counts, "dead": loop.store.num_dead()}
     summary = summarise(loop.metrics.rows, counts, sum(lags) / max(1, len(lags)))
     policy = folder / "policy"
     shutil.rmtree(policy, ignore_errors=True)

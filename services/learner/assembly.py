@@ -29,6 +29,7 @@ from services.learner.prompts import TicketSource, stop_token_ids
 from services.learner.recording import Recording, RecordingSource
 from services.learner.refusal import Limits
 from services.learner.report import METRICS_FILE, MetricsFile
+from services.learner.source import Source
 from services.learner.store import Cursor, LearnerStore
 from services.learner.trainer import Trainer
 from services.learner.versions import Versions
@@ -71,7 +72,7 @@ def assemble(
     }
     cursor = store.cursor() or (record.cursor if record else Cursor(0, 0))
     if recording is not None:
-        source: Any = RecordingSource(recording, cursor)
+        source: Source = RecordingSource(recording, cursor)
         version_steps = recording.version_steps
     else:
         source = TicketSource(
@@ -92,7 +93,7 @@ def assemble(
     intake = Intake(config, store, source, version_steps, limits, recorded)
     progress = Progress()
     if record is not None:
-        intake.counts.update(record.counts)
+        intake.books.counts.update(record.counts)
         losses = losses_so_far(record, versions_in_redis)
         progress = Progress(step=record.step, wall_s_before=record.wall_s, losses=losses)
         _repair(store, source, record)
@@ -111,7 +112,7 @@ def _stop_unfinished(checkpoints: Path) -> None:
             shutil.rmtree(aside.rename(checkpoints / f"overtaken-{aside.name}"))
 
 
-def _repair(store: LearnerStore, source: Any, record: Record) -> None:
+def _repair(store: LearnerStore, source: Source, record: Record) -> None:
     """Makes Redis agree with the checkpoint, whatever either of them missed. Safe to repeat."""
     store.settle(record.earlier)
     store.settle(record.settlements, groups="keep")

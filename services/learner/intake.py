@@ -9,46 +9,24 @@ group is taken in only if the ledger points to its entry, so that no copy is eve
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from common.config import RunConfig
-from common.ledger import Mark, parse_name
-from common.wire import Group, Heartbeat, Ticket, TicketState, WireError, decode_group
+from common.ledger import Mark
+from common.wire import Group, Heartbeat, WireError, decode_group
+from services.learner.books import Books
 from services.learner.evaluation import Evaluation
 from services.learner.refusal import Limits, Refused, refuse
+from services.learner.source import Source
 from services.learner.staleness import Staleness, group_staleness
-from services.learner.store import Cursor, Entry, LearnerStore, Settlement
+from services.learner.store import Entry, LearnerStore, Settlement
 
 READ_COUNT = 64
 READ_BLOCK_S = 0.2
 LOOK_INTERVAL_S = 1.0
 _log = logging.getLogger(__name__)
-
-
-class Source(Protocol):
-    """Where groups come from: tickets that replicas answer, or a recording."""
-
-    cursor: Cursor
-    is_recording: bool
-
-    def issue(self, store: LearnerStore, count: int, step: int, version: int) -> list[str]:
-        """Adds up to `count` tickets (or recorded groups) to Redis; returns their ids."""
-        ...
-
-    def replace_stale(self, ticket: Ticket) -> None: ...
-
-    def to_issue(self) -> list[str]:
-        """What a checkpoint must remember to issue again."""
-        ...
-
-    def rebuild(self, ticket_ids: list[str], step: int, version: int) -> list[Ticket]: ...
-
-    def evaluation(self, step: int, version: int) -> list[Ticket]: ...
-
-    @property
-    def is_exhausted(self) -> bool: ...
 
 
 class Arrived(NamedTuple):
@@ -91,18 +69,10 @@ class Intake:
         self.store = store
         self.source = source
         self.version_steps = version_steps
-        self.counts: Counter[str] = Counter()
+        self.books = Books(recorded)
         self.is_admitting = True
         self.sight = Sight()
         self._limits = limits
-        self._consumed: list[Settlement] = []
-        """Since the last checkpoint."""
-        self._recorded = recorded
-        """By the last checkpoint; still in Redis until the next one."""
-        self._retired: Counter[str] = Counter()
-        """Uniform and stale groups since the last batch."""
-        self._held_bytes = 0
-        self._unfinished: set[str] = set()
         self._step = self._version = 0
         self._sampled_rewards: list[float] = []
         self._arrived: deque[Arrived] = deque()
@@ -120,9 +90,8 @@ class Intake:
 
     def take_up(self) -> None:
         """Takes in what an earlier life had read beyond the checkpoint."""
-        recorded = {(one.stream, one.entry_id) for one in self._recorded}
-        open_or_queued = {name for name in self.store.unfinished() if parse_name(name).kind == "train"}
-        self._unfinished |= open_or_queued - {one.ticket_id for one in self._recorded}
+        recorded = {(one.stream, one.entry_id) for one in self.books.recorded}
+        self.books.take_up(self.store)
         pending = self.store.read_pending()
         self._take_in([entry for entry in pending if (entry.stream, entry.entry_id) not in recorded])
 
@@ -144,7 +113,7 @@ class Intake:
                 self._raise_failure()
                 self._drop_stale()
                 if len(self._arrived) >= self.config.learner.groups_per_step:
-                    self._retired.clear()
+                    self.books.retired.clear()
                     return [self._arrived.popleft() for _ in range(self.config.learner.groups_per_step)]
                 if is_interrupted() or time.monotonic() > deadline:
                     return None
@@ -153,7 +122,7 @@ class Intake:
     def mark_trained(self, batch: list[Arrived]) -> None:
         with self._changed:
             for arrived in batch:
-                self._consume(arrived.entry, arrived.group, "trained")
+                self.books.consume(arrived.entry, arrived.group, "trained")
 
     def take_sampled_rewards(self) -> list[float]:
         """Of all training completions that arrived since the last call, those of uniform groups included."""
@@ -161,35 +130,17 @@ class Intake:
             rewards, self._sampled_rewards = self._sampled_rewards, []
             return rewards
 
-    @property
-    def held_bytes(self) -> int:
-        """Of groups in Redis that only the next checkpoint will record."""
-        return self._held_bytes
-
     def consumed(self) -> Consumed:
         """What the next checkpoint must record."""
         with self._changed:
-            finished = {one.ticket_id for one in self._consumed}
-            unfinished = sorted(self._unfinished - finished)
-            marks = self.store.marks(unfinished)
-            waiting = [
-                name for name, mark in zip(unfinished, marks, strict=True) if mark and mark.state in ("open", "queued")
-            ]
-            self._unfinished = set(waiting)
-            return Consumed(list(self._consumed), waiting + self.source.to_issue())
+            unfinished = self.books.unfinished(self.store) + self.source.to_issue()
+            return Consumed(list(self.books.since_checkpoint), unfinished)
 
     def checkpointed(self, consumed: Consumed) -> None:
         """A durable checkpoint has recorded `consumed`: what the one before it recorded may leave Redis."""
         with self._changed:
-            self.store.settle(self._recorded)
-            self._recorded = consumed.settlements
-            del self._consumed[: len(consumed.settlements)]
-            self._held_bytes = 0
-
-    @property
-    def recorded(self) -> list[Settlement]:
-        """By the last checkpoint."""
-        return self._recorded
+            self.store.settle(self.books.recorded)
+            self.books.checkpointed(len(consumed.settlements))
 
     def begin_evaluation(self, step: int, version: int) -> None:
         """Issues the evaluation of `step`; one at a time."""
@@ -227,19 +178,19 @@ class Intake:
         with self._changed:
             if not self.source.is_exhausted or len(self._arrived) >= self.config.learner.groups_per_step:
                 return False
-            return self.sight.in_stream == self._num_kept + len(self._arrived)
+            return self.sight.in_stream == self.books.num_kept(self.store.keys.groups) + len(self._arrived)
 
     def why_waiting(self) -> str:
         """From what was last seen: never waits for Redis."""
         if not self.source.is_recording and not self.sight.replicas:
             return "no live replica"
-        if self._retired.total() >= 2 * self.config.learner.max_outstanding_groups:
-            return f"no group could be trained since the last step: {dict(self._retired)}"
+        if self.books.retired.total() >= 2 * self.config.learner.max_outstanding_groups:
+            return f"no group could be trained since the last step: {dict(self.books.retired)}"
         states = ", ".join(f"{r.replica} {r.state}{f' ({r.reason})' if r.reason else ''}" for r in self.sight.replicas)
         return (
             f"{len(self._arrived)} of {self.config.learner.groups_per_step} groups, {self.sight.open_tickets} open "
             f"tickets, {self.sight.in_stream} groups in the stream; replicas: {states or 'none'}; "
-            f"so far {dict(self.counts)}"
+            f"so far {dict(self.books.counts)}"
         )
 
     def turn(self) -> None:
@@ -267,17 +218,17 @@ class Intake:
                 self._failure = error
                 self._changed.notify_all()
 
-    @property
-    def _num_kept(self) -> int:
-        return sum(one.stream == self.store.keys.groups for one in (*self._consumed, *self._recorded))
-
     def _top_up(self) -> None:
         with self._changed:
             open_tickets, in_stream = self.store.num_open_tickets_and_groups()
             self.sight = self.sight._replace(open_tickets=open_tickets, in_stream=in_stream)
-            room = self.config.learner.max_outstanding_groups - open_tickets - (in_stream - self._num_kept)
+            room = (
+                self.config.learner.max_outstanding_groups
+                - open_tickets
+                - (in_stream - self.books.num_kept(self.store.keys.groups))
+            )
             if room > 0 and self.is_admitting:
-                self._unfinished |= set(self.source.issue(self.store, room, self._step, self._version))
+                self.books.issued(self.source.issue(self.store, room, self._step, self._version))
 
     def _take_in(self, entries: list[Entry]) -> None:
         marks, limits = self.store.marks([entry.ticket_id for entry in entries]), self._limits()
@@ -295,18 +246,18 @@ class Intake:
     def _bury(self, entry: Entry, reason: str) -> None:
         self.store.bury(entry, reason)
         with self._changed:
-            self.counts["dead"] += 1  # the ticket may live: this may have been a copy
+            self.books.counts["dead"] += 1  # the ticket may live: this may have been a copy
 
     def _accept(self, entry: Entry, group: Group) -> None:
         with self._changed:
             if group.ticket.kind == "eval":
                 if self._evaluation is not None:
                     self._evaluation.collect(group, self.version_steps)
-                self._consume(entry, group, "evaluated")
+                self.books.consume(entry, group, "evaluated")
             else:
                 self._sampled_rewards += group.rewards
                 if self.config.actor.dynamic_sampling and group.is_uniform:
-                    self._consume(entry, group, "uniform")
+                    self.books.consume(entry, group, "uniform")
                 else:
                     self._arrived.append(Arrived(entry, group))
             self._changed.notify_all()
@@ -319,18 +270,9 @@ class Intake:
             if staleness.total <= self.config.learner.max_staleness or self.config.learner.stale_policy == "train":
                 kept.append(Arrived(entry, group, staleness))
                 continue
-            self._consume(entry, group, "stale")
+            self.books.consume(entry, group, "stale")
             self.source.replace_stale(group.ticket)
         self._arrived = kept
-
-    def _consume(self, entry: Entry, group: Group, state: TicketState) -> None:
-        self._consumed.append(Settlement(entry.stream, entry.entry_id, entry.ticket_id, state))
-        self._unfinished.discard(entry.ticket_id)
-        self._held_bytes += len(entry.payload)
-        self.counts[state] += 1
-        if state in ("uniform", "stale"):
-            self._retired[state] += 1
-        self.counts["generated_tokens"] += group.num_trained_tokens
 
     def _retry_dead(self, name: str) -> None:
         try:
@@ -341,7 +283,7 @@ class Intake:
             return
         if self.store.revive(ticket):
             with self._changed:
-                self._unfinished.add(name)
+                self.books.issued([name])
 
     def _give_up_dead_evaluations(self) -> None:
         with self._changed:

@@ -145,7 +145,7 @@ class Loop:
         staleness = staleness_metrics([arrived.staleness for arrived in batch])
         self._record("step", row | timings | staleness | self._whole_run() | tickets)
         is_due = self.progress.step % self.config.learner.checkpoint_interval_steps == 0
-        if is_due or self._is_checkpoint_due or self.intake.held_bytes > MAX_HELD_BYTES:
+        if is_due or self._is_checkpoint_due or self.intake.books.held_bytes > MAX_HELD_BYTES:
             self._checkpoint()
         self._checkpoint_if_asked()
         self._evaluate_if_due()
@@ -159,14 +159,14 @@ class Loop:
                 return batch
             lasted_s = self._wait(Reason.STARVED, self.intake.why_waiting())
             self._show("waiting")
-            if lasted_s > IDLE_CHECKPOINT_S and (self.intake.held_bytes or self._is_checkpoint_due):
+            if lasted_s > IDLE_CHECKPOINT_S and (self.intake.books.held_bytes or self._is_checkpoint_due):
                 self._checkpoint()
         self.waits.over(Reason.STARVED)
         return None
 
     def _whole_run(self) -> dict[str, Any]:
         """What a row says of the run up to its step, rather than of the batch."""
-        counts = self.intake.counts
+        counts = self.intake.books.counts
         decided = max(1, counts["trained"] + counts["uniform"] + counts["stale"])
         rewards = self.intake.take_sampled_rewards()
         return {
@@ -194,9 +194,9 @@ class Loop:
             cursor=self.intake.source.cursor,
             version_steps={version: steps[version] for version in sorted(steps)[-MAX_VERSION_STEPS:]},
             settlements=consumed.settlements,
-            earlier=self.intake.recorded,
+            earlier=self.intake.books.recorded,
             unfinished=consumed.unfinished,
-            counts=dict(self.intake.counts),
+            counts=dict(self.intake.books.counts),
             wall_s=self.progress.wall_s,
             losses=self.progress.losses,
         )

@@ -7,7 +7,7 @@ learner, a recording gives the same steps, bit for bit, however often that learn
 
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,7 @@ class RecordingSource:
     def replace_stale(self, ticket: Ticket) -> None:
         """What replaced it then, if anything did, comes later in the recording."""
 
-    def issue_again(self, ticket_ids: list[str]) -> None:
+    def issue_again(self, ticket_ids: Sequence[str]) -> None:
         """Groups that Redis has lost."""
         wanted = set(ticket_ids)
         names = self.recording.groups(range(self.recording.num_groups)) if wanted else []
@@ -153,7 +153,7 @@ class RecordingSource:
     def to_issue(self) -> list[str]:
         return []
 
-    def rebuild(self, ticket_ids: list[str], step: int, version: int) -> list[Ticket]:
+    def rebuild(self, ticket_ids: Sequence[str], step: int, version: int) -> list[Ticket]:
         raise ValueError(f"tickets {', '.join(ticket_ids)}: a recording issues none")
 
     def evaluation(self, step: int, version: int) -> list[Ticket]:

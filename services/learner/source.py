@@ -1,0 +1,37 @@
+"""Where a learner's groups come from: tickets that replicas answer (prompts.py), or a recording (recording.py)."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from common.wire import Ticket
+from services.learner.store import Cursor, LearnerStore
+
+
+class Source(Protocol):
+    cursor: Cursor
+    is_recording: bool
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Only a recording ends."""
+        ...
+
+    def issue(self, store: LearnerStore, count: int, step: int, version: int) -> list[str]:
+        """Adds up to `count` tickets (or recorded groups) to Redis; returns their ids."""
+        ...
+
+    def replace_stale(self, ticket: Ticket) -> None: ...
+
+    def issue_again(self, ticket_ids: Sequence[str]) -> None:
+        """What Redis has lost, or what was still to be issued."""
+        ...
+
+    def to_issue(self) -> list[str]:
+        """What a checkpoint must remember to issue again."""
+        ...
+
+    def rebuild(self, ticket_ids: Sequence[str], step: int, version: int) -> list[Ticket]:
+        """Training tickets from their ids. Raises `ValueError` naming one that cannot be."""
+        ...
+
+    def evaluation(self, step: int, version: int) -> list[Ticket]: ...
