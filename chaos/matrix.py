@@ -3,6 +3,7 @@
 One line for every fault as it happens, and one for its recovery. Every wait has a deadline (ground.py).
 """
 
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 from chaos.accounting import STUCK_AFTER_STEPS, Violation, check, dead_tickets, gather, run_audit, stuck_groups
 from chaos.disk import readable_checkpoints
 from chaos.faults import inject
-from chaos.ground import ChaosError, Ground, Strike
+from chaos.ground import Ground, Strike
 from chaos.launched import CHECKPOINT_EVERY
 from chaos.replacement import STEPS_AHEAD
 from chaos.schedule import PARTS, Fault
@@ -56,7 +57,7 @@ class Matrix:
         """Up to the first fault that the run does not recover from, if there is one."""
         try:
             self._run()
-        except ChaosError as error:
+        except (RuntimeError, subprocess.TimeoutExpired) as error:  # `ChaosError`, or the audit's own failure
             self.results.failure = str(error)
         return self.results
 

@@ -78,7 +78,11 @@ CONFIG = RunConfig.model_validate(
 )
 G = CONFIG.learner.groups_per_step
 FINAL: tuple[TicketState, ...] = ("trained", "uniform", "stale", "evaluated")
-AFTER = {"open": {"open", "queued", "dead"}, "queued": {"queued", "dead", *FINAL}, "dead": {"dead", "open"}}
+AFTER: dict[str, set[str]] = {
+    "open": {"open", "queued", "dead"},
+    "queued": {"queued", "dead", *FINAL},
+    "dead": {"dead", "open"},
+}
 AFTER |= {state: {state} for state in FINAL}
 WORK, ANSWERS = ("tickets", "eval"), ("groups", "evaluated")
 STREAMS = (*WORK, *ANSWERS, "dead")
@@ -459,7 +463,7 @@ class Protocol(RuleBasedStateMachine):
         except RedisLost:
             assert was_lost
             self.life = None
-        except (Fenced, FileNotFoundError):  # its successor deletes the files of its versions
+        except Fenced:
             assert self.trap.sprung == "frozen"
         if self.trap.sprung == "frozen":
             assert self._everything() == self.as_overtaken, "a learner that was overtaken has changed something"
@@ -467,7 +471,8 @@ class Protocol(RuleBasedStateMachine):
         self._note_checkpoint(life)
         is_full = len(taken._arrived) >= 2 * CONFIG.learner.max_outstanding_groups
         if name == "turn" and self.life is life and not self.is_lost and not is_full:
-            seen = [*taken.books.since_checkpoint, *taken.books.recorded, *(arrived.entry for arrived in taken._arrived)]
+            arrived = [one.entry for one in taken._arrived]
+            seen = [*taken.books.since_checkpoint, *taken.books.recorded, *arrived]
             queued = {mark.entry_id for mark in self._ledger().values() if mark.state == "queued"}
             assert queued <= {one.entry_id for one in seen}, "groups that the learner does not see"
 
