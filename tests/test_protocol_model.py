@@ -304,12 +304,13 @@ class Protocol(RuleBasedStateMachine):
         fault=REPLICA_FAULT,
     )
     def lease(self, how: str, store: int, stream: str, count: int, fault: Fault | None) -> None:
-        replica = self.replicas[store]
+        """`renew`: by every replica, of all that it has ever leased."""
         if how != "renew":
-            self._lease(replica, stream, count, how == "claim", fault)
+            self._lease(self.replicas[store], stream, count, how == "claim", fault)
             return
         before = self._pending()
-        self._as_replica(replica.renew([lease for owner, lease in self.leases if owner is replica]), fault)
+        for replica in self.replicas:
+            self._as_replica(replica.renew([lease for owner, lease in self.leases if owner is replica]), fault)
         assert self.is_lost or self._pending() == before, "who renews takes nothing"
 
     @precondition(lambda self: self.leases)
