@@ -38,6 +38,7 @@ def running_server(engine_server: EngineServer, monkeypatch: pytest.MonkeyPatch)
     return engine_server
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["http", "scheduler"])
 def test_a_hung_sglang_is_started_again_on_the_verified_weights(
     part: str, learner: Learner, running_server: EngineServer, keys: Keys, demo_policy: Path, redis_url: str

@@ -98,6 +98,7 @@ def test_a_learner_that_is_killed_again_and_again_ends_bit_for_bit_the_same(
     assert state_of(tmp_path) == state_of(undisturbed)
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment_changes_no_bit(
     recording: Path, undisturbed: Path, redis_url: str, keys: Keys, tmp_path: Path
 ) -> None:

@@ -133,7 +133,7 @@ def test_bombs_are_refused_in_bounded_time(bomb: Callable[[], bytes]) -> None:
     started = time.process_time()
     with pytest.raises(WireError) as refusal:
         decode_group(payload)
-    assert time.process_time() - started < 2
+    assert time.process_time() - started < 10  # of a CPU that may be slow; what is not bounded takes minutes
     assert_short(refusal.value)
 
 
