@@ -11,6 +11,7 @@ cursor      hash                         epoch and place of the next prompt     
 replicas    hash-slot prefix, TTL keys   heartbeats                                           replicas
 learner     hash                         step, version, phase, the reason when it waits       learner
 epoch       counter                      fences learners                                      learner
+epochs      hash                         a learner's start -> the epoch that it took          learner
 weights     hash                         newest version, its manifest's SHA-256 and URL       learner
 versions    hash                         weight version -> the step that made it              learner
 config      string                       the resolved configuration, for replicas that join   learner
@@ -45,6 +46,7 @@ class Keys:
         self.replicas = prefix + "replicas:"
         self.learner = prefix + "learner"
         self.epoch = prefix + "epoch"
+        self.epochs = prefix + "epochs"
         self.weights = prefix + "weights"
         self.versions = prefix + "versions"
         self.config = prefix + "config"

@@ -47,6 +47,8 @@ def redis(*words):
             answer = answers.readline().decode().strip()
             if answer.startswith("$") and answer != "$-1":
                 answer = answers.readline().decode().strip()
+            elif answer.startswith("-"):
+                raise OSError(answer)
     return answer
 
 def on(number, act):

@@ -161,10 +161,11 @@ def test_a_cancelled_swap_continues_and_stays_cancelled(
         swapping = asyncio.create_task(engine.swap(tmp_path, 4))
         while fake.paths[-1:] != ["/update_weights_from_disk"]:
             await asyncio.sleep(0.01)
-        assert engine.is_swapping
+        assert engine.is_loading
         swapping.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asyncio.wait_for(swapping, 5.0)
+        assert not engine.is_loading
         await engine.aclose()
 
     asyncio.run(scenario())

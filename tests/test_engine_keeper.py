@@ -147,13 +147,29 @@ def test_a_swap_that_lasts_is_no_silence_but_after_it_the_probe_decides(
         async with keeping(fake, swap_timeout_s=2 * SILENCE_S) as keeper:
             if is_probed:  # just when it begins
                 await until(lambda: "/health" in fake.paths)
-            num_calls = len(fake.calls)
             swapping = asyncio.create_task(keeper.engine.swap(tmp_path, 4))
             with pytest.raises(EngineError, match="ReadTimeout"):
                 await swapping
             assert keeper.silent_s > 1.5 * SILENCE_S and keeper.serving.is_set()
-            assert "/health" not in fake.paths[num_calls:]
+            loading = fake.paths[fake.paths.index("/update_weights_from_disk") : fake.paths.index("/continue_generation")]
+            assert "/health" not in loading
             await until(lambda: not keeper.serving.is_set())
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("path", ["/pause_generation", "/update_weights_from_disk", "/continue_generation"])
+def test_an_engine_of_our_own_that_hangs_in_a_swap_is_started_again_as_soon(
+    server: EngineServer, path: str, tmp_path: Path
+) -> None:
+    async def scenario() -> None:
+        async with keeping(server) as keeper:
+            await script(keeper, path, "/health")
+            began_at = time.monotonic()
+            with pytest.raises(EngineError, match=path):
+                await keeper.engine.swap(tmp_path, 4)
+            await until(lambda: keeper.life == 2)
+            assert time.monotonic() - began_at < SILENCE_S + 5.0
 
     asyncio.run(scenario())
 

@@ -7,6 +7,7 @@ from common.keys import Keys
 from common.ledger import Mark
 from common.redis_client import durability_problem
 from common.wire import Heartbeat, encode
+from services.learner import scripts
 from services.learner.store import DEAD_PAYLOAD_BYTES, Cursor, Fenced, LearnerStore, RedisLost, Settlement
 from tests.committing import queue
 from tests.making import make_ticket
@@ -94,9 +95,20 @@ def test_a_redis_that_lost_everything_is_told_from_a_newer_learner(client: redis
         store.report({"phase": "training"})
     with pytest.raises(RedisLost):
         store.read(1, 0.01)
-    again = LearnerStore(client, keys)
-    assert again.exceed_epoch(7) and again.epoch == 8 and not again.exceed_epoch(7)
+    again = LearnerStore(client, keys, above=7)
+    assert again.epoch == 8
     again.report({"phase": "training"})
+
+
+def test_a_late_copy_of_a_learners_first_command_fences_nobody(client: redis.Redis, keys: Keys) -> None:
+    """Its answer was lost, it was sent again, and the first one arrives after all."""
+    LearnerStore(client, keys)
+    ((start, _),) = client.hgetall(keys.epochs).items()
+    store = LearnerStore(client, keys)
+    late = client.register_script(scripts.TAKE_EPOCH)(keys=[keys.epoch, keys.epochs], args=[start, 0])
+    assert (late, store.epoch) == (1, 2)
+    store.check_fence()
+    assert LearnerStore(client, keys).epoch == 3
 
 
 def test_heartbeats_that_are_none_are_passed_over(client: redis.Redis, keys: Keys) -> None:

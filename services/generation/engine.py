@@ -73,13 +73,11 @@ class Engine:
         self._request_timeout_s = request_timeout_s
         self._swap_timeout_s = swap_timeout_s
         self._expected_shapes: Shapes | None = None
+        self.is_loading = False
+        """It reads and installs weights, and can be asked for no other sign of life."""
         self._swapping = asyncio.Lock()
         limits = httpx.Limits(max_connections=None, keepalive_expiry=KEEPALIVE_EXPIRY_S)
         self._http = httpx.AsyncClient(base_url=url, limits=limits, trust_env=False)
-
-    @property
-    def is_swapping(self) -> bool:
-        return self._swapping.locked()
 
     async def aclose(self) -> None:
         await self._http.aclose()
@@ -117,14 +115,10 @@ class Engine:
         async with self._swapping:
             started_s = time.monotonic()
             await self._check_folder(folder)
-            update = {"model_path": str(folder), "weight_version": str(version), "flush_cache": True}
             pausing_s = time.monotonic()
             async with self._paused():
                 loading_s = time.monotonic()
-                path = "/update_weights_from_disk"
-                reply = await self._call(path, _Update, update, timeout_s=self._swap_timeout_s)
-                if not reply.success:
-                    raise EngineError(f"{path} to version {version}: {reply.message}")
+                await self._load(folder, version)
                 loaded_s = time.monotonic()
             continued_s = time.monotonic()
             served = await self.weight_version()
@@ -154,14 +148,23 @@ class Engine:
         try:
             await self._call("/pause_generation", msgspec.Raw, {"mode": "retract"})
             yield
-        except asyncio.CancelledError:
-            with suppress(EngineError):  # which would take the place of the cancellation
-                await self._continue(LAST_CONTINUE_TIMEOUT_S)
-            raise
-        except BaseException:
-            await self._continue(CONTROL_TIMEOUT_S)
+        except BaseException as error:
+            is_cancelled = isinstance(error, asyncio.CancelledError)
+            with suppress(EngineError):  # which would take the place of the first
+                await self._continue(LAST_CONTINUE_TIMEOUT_S if is_cancelled else CONTROL_TIMEOUT_S)
             raise
         await self._continue(CONTROL_TIMEOUT_S)
+
+    async def _load(self, folder: Path, version: int) -> None:
+        path = "/update_weights_from_disk"
+        update = {"model_path": str(folder), "weight_version": str(version), "flush_cache": True}
+        self.is_loading = True
+        try:
+            reply = await self._call(path, _Update, update, timeout_s=self._swap_timeout_s)
+        finally:
+            self.is_loading = False
+        if not reply.success:
+            raise EngineError(f"{path} to version {version}: {reply.message}")
 
     async def _continue(self, timeout_s: float) -> None:
         await self._call("/continue_generation", msgspec.Raw, {"torch_empty_cache": False}, timeout_s)

@@ -3,9 +3,9 @@
 A sign of life is whatever SGLang cannot answer without its scheduler: completions, loaded weights, or the token of a
 probe, which is sent when nothing else has been heard for a while. An engine of our own that gives none for
 `silence_timeout_s` is killed, all its processes at once, and started on the verified weights. Of somebody else's the
-replica says so, and waits until it answers. A swap in progress has its own deadline, and an engine on a CPU that is
-busy computing is given `busy_timeout_s`. Whoever has a request in an engine that dies or falls silent gets
-`EngineDown`, before anything is killed: it was not the request's fault.
+replica says so, and waits until it answers. An engine on a CPU that is busy computing is given `busy_timeout_s`;
+others do not show it, and are left alone while they load weights, which has its own deadline. Whoever has a request
+in an engine that dies or falls silent gets `EngineDown`, before anything is killed: it was not the request's fault.
 """
 
 import asyncio
@@ -69,7 +69,7 @@ class EngineKeeper:
     @property
     def is_doubtful(self) -> bool:
         """It has been silent for so long that it should have answered a probe."""
-        return self.serving.is_set() and not self.engine.is_swapping and self.silent_s > self.silence_timeout_s / 2
+        return self.serving.is_set() and not self.engine.is_loading and self.silent_s > self.silence_timeout_s / 2
 
     async def keep(self) -> None:
         """Until cancelled. Raises the last `EngineError`, with the end of the log, if the engine cannot be started."""
@@ -110,7 +110,7 @@ class EngineKeeper:
 
     async def answers(self, life: int) -> bool:
         """Whether the engine of this life gives a sign of life before the next failed probe; one is sent at once, or
-        when a swap is over."""
+        when weights are loaded."""
         asked_at, num_failed = time.monotonic(), self._num_failed_probes
         self._is_asked = True
         while self.life == life and self.serving.is_set() and self._num_failed_probes == num_failed:
@@ -146,7 +146,7 @@ class EngineKeeper:
             if self.server is not None and not self.server.is_alive:
                 return f"the engine exited with {self.server.returncode}: restarting it"
             is_due = self._is_asked or self.silent_s > PROBE_AFTER * self.silence_timeout_s
-            if not is_due or self.engine.is_swapping or time.monotonic() < self._next_probe_at:
+            if not is_due or self._is_excused or time.monotonic() < self._next_probe_at:
                 continue
             if await self._is_silent():
                 what_next = "waiting until it does" if self.server is None else "restarting it"
@@ -164,12 +164,16 @@ class EngineKeeper:
             return False  # it is we who were stopped
         self._num_failed_probes += 1
         self._next_probe_at = now + PROBE_PAUSE_S
-        is_busy = self._busy_s() - busy_s > BUSY_SHARE * max(now - began_at, 1.0)
+        is_busy = (self._busy_s() or 0.0) - (busy_s or 0.0) > BUSY_SHARE * max(now - began_at, 1.0)
         timeout_s = max(self.silence_timeout_s, self._busy_timeout_s) if is_busy else self.silence_timeout_s
-        return self.silent_s >= timeout_s and not self.engine.is_swapping
+        return self.silent_s >= timeout_s and not self._is_excused
 
-    def _busy_s(self) -> float:
-        return self.server.busy_s() if self.server is not None else 0.0
+    @property
+    def _is_excused(self) -> bool:
+        return self.engine.is_loading and self._busy_s() is None
+
+    def _busy_s(self) -> float | None:
+        return self.server.busy_s() if self.server is not None else None
 
     async def _until_it_answers(self) -> None:
         while not await self.engine.health(self.silence_timeout_s):

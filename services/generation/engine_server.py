@@ -101,10 +101,10 @@ class EngineServer:
         if not await _until(lambda: self.returncode is not None and not _signal_group(group, 0), KILL_DEADLINE_S):
             _log.error("processes of SGLang's group %d are still there %g s after SIGKILL", group, KILL_DEADLINE_S)
 
-    def busy_s(self) -> float:
-        """Processor time that the server's processes have used so far; on a GPU, where an idle SGLang spins, 0."""
+    def busy_s(self) -> float | None:
+        """Processor time that the server's processes have used so far; None on a GPU, where an idle SGLang spins."""
         if self._process is None or resolve_device(self.settings.device) != "cpu":
-            return 0.0
+            return None
         return sum(_cpu_s(stat, self._process.pid) for stat in Path("/proc").glob("[0-9]*/stat"))
 
     async def _wait_until_healthy(self) -> None:

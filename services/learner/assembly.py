@@ -58,8 +58,7 @@ def assemble(
     vocab_size = policy.model.get_input_embeddings().num_embeddings
     check_vocabulary(config.model.path, len(tokenizer), vocab_size)
     trainer = Trainer(config, policy)
-    store = LearnerStore(client, keys)
-    store.exceed_epoch(_highest_epoch(folder))
+    store = LearnerStore(client, keys, above=_highest_epoch(folder))
     _stop_unfinished(folder / "checkpoints")
     record, tensors = load_newest(folder / "checkpoints") or (None, {})
     if record is not None:

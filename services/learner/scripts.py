@@ -1,4 +1,4 @@
-"""The learner's Lua scripts. Each checks the learner's epoch first, and is one atomic step of Redis.
+"""The learner's Lua scripts. Each but the one that takes an epoch checks it first, and is one atomic step of Redis.
 
 KEYS[1] is the epoch's key and ARGV[1] the learner's epoch: a higher one in Redis answers FENCED, none or a lower
 one LOST. Scripts that free memory or are small run even when Redis is full (`allow-oom`); adding tickets does not:
@@ -12,6 +12,17 @@ if epoch < tonumber(ARGV[1]) then return redis.error_reply('LOST the epoch is ' 
 """
 _ALWAYS = "#!lua flags=allow-oom\n" + _FENCED
 _UNLESS_FULL = "#!lua\n" + _FENCED
+
+TAKE_EPOCH = """#!lua flags=allow-oom
+local taken = redis.call('HGET', KEYS[2], ARGV[1])
+if taken then return tonumber(taken) end
+local epoch = math.max(tonumber(redis.call('GET', KEYS[1]) or '0'), tonumber(ARGV[2])) + 1
+redis.call('SET', KEYS[1], epoch)
+redis.call('HSET', KEYS[2], ARGV[1], epoch)
+return epoch
+"""
+"""KEYS: epoch, epochs. ARGV: the name of a learner's start, an epoch to exceed. The only one without a fence: it is
+the fence. A copy that arrives late, even after the next learner's, changes nothing."""
 
 EXECUTE = (
     _ALWAYS

@@ -6,6 +6,7 @@ lost answer) and do no harm then: a ticket id is added once, everything else set
 """
 
 import logging
+import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -59,14 +60,15 @@ class Settlement(NamedTuple):
 
 
 class LearnerStore:
-    """Takes the run's next epoch and creates its streams."""
+    """Takes the run's next epoch, and one above `above` in any case, and creates the run's streams."""
 
-    def __init__(self, client: redis.Redis, keys: Keys) -> None:
+    def __init__(self, client: redis.Redis, keys: Keys, above: int = 0) -> None:
         self.client = client
         self.keys = keys
         for stream in (keys.tickets, keys.eval):
             _create_group(client, stream, TICKET_GROUP)
-        self.epoch = int(client.incr(keys.epoch))
+        take_epoch = client.register_script(scripts.TAKE_EPOCH)
+        self.epoch = int(take_epoch(keys=[keys.epoch, keys.epochs], args=[uuid.uuid4().hex, above]))
         newest: Any = client.xrevrange(keys.events, count=1)
         self._read_up_to = {keys.groups: "0", keys.evaluated: "0"}
         self._seen_event = newest[0][0].decode() if newest else "0"
@@ -74,13 +76,6 @@ class LearnerStore:
             text: client.register_script(text)
             for text in (scripts.EXECUTE, scripts.ADD, scripts.SETTLE, scripts.BURY, scripts.REVIVE)
         }
-
-    def exceed_epoch(self, epoch: int) -> bool:
-        """Whether Redis had forgotten `epoch`, which the run's folder knows; this learner's is above it afterwards."""
-        if self.epoch > epoch:
-            return False
-        self.epoch = int(self.client.incrby(self.keys.epoch, epoch + 1 - self.epoch))
-        return True
 
     def check_fence(self) -> None:
         """Raises `Fenced` or `RedisLost`."""
