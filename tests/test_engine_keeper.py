@@ -151,7 +151,9 @@ def test_a_swap_that_lasts_is_no_silence_but_after_it_the_probe_decides(
             with pytest.raises(EngineError, match="ReadTimeout"):
                 await swapping
             assert keeper.silent_s > 1.5 * SILENCE_S and keeper.serving.is_set()
-            loading = fake.paths[fake.paths.index("/update_weights_from_disk") : fake.paths.index("/continue_generation")]
+            loading = fake.paths[
+                fake.paths.index("/update_weights_from_disk") : fake.paths.index("/continue_generation")
+            ]
             assert "/health" not in loading
             await until(lambda: not keeper.serving.is_set())
 
