@@ -61,6 +61,8 @@ class Ticket(msgspec.Struct, frozen=True):
     """Failed attempts so far; a hand-back on a drain is none."""
     avoid: Annotated[list[str], msgspec.Meta(max_length=4096)] = []
     """Replicas that failed on this ticket."""
+    interruptions: NonNegative = 0
+    """How often an engine died or fell silent while it had this ticket."""
     schema: int = SCHEMA
 
 

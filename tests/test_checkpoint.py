@@ -8,8 +8,7 @@ import torch
 
 from services.learner.checkpoint import CheckpointError, load_newest, save_checkpoint
 from services.learner.checkpoint_record import Record, checkpoint_folders, read_record
-from services.learner.metrics import percentile
-from services.learner.report import MetricsFile, summarise
+from services.learner.report import MetricsFile, percentile, summarise
 from services.learner.store import Cursor, Fenced, Settlement
 
 

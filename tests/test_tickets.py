@@ -11,7 +11,7 @@ from common.keys import Keys
 from common.ledger import parse_mark
 from common.redis_client import connect_async
 from common.wire import decode_group, decode_ticket, encode
-from services.generation.tickets import Lease, TicketStore
+from services.generation.tickets import MAX_INTERRUPTIONS, Lease, TicketStore
 from services.learner.store import LearnerStore
 from tests.making import make_group, make_ticket
 
@@ -118,6 +118,23 @@ def test_a_hand_back_is_no_attempt(redis_url: str, client: redis.Redis, keys: Ke
 
     as_replica(redis_url, keys, "a", hand_back)
     assert as_replica(redis_url, keys, "b", lease_one).ticket == make_ticket()
+
+
+def test_a_ticket_under_which_engines_keep_going_down_is_dead_in_the_end(
+    redis_url: str, client: redis.Redis, keys: Keys
+) -> None:
+    LearnerStore(client, keys).add_tickets(keys.tickets, [make_ticket()])
+
+    async def interrupt(store: TicketStore) -> None:
+        for num_before in range(MAX_INTERRUPTIONS):
+            lease = await lease_one(store)
+            assert (lease.ticket.interruptions, lease.ticket.attempts, lease.ticket.avoid) == (num_before, 0, [])
+            await store.interrupted(lease, "the engine exited with -9")
+
+    as_replica(redis_url, keys, "a", interrupt)
+    ((_, dead),) = client.xrange(keys.dead)
+    assert dead[b"reason"] == b"interrupted 10 times: the engine exited with -9"
+    assert states(client, keys) == {"0-0": "dead"} and client.xlen(keys.tickets) == 0
 
 
 def test_a_ticket_nobody_can_decode_is_dead_and_accounted_for(redis_url: str, client: redis.Redis, keys: Keys) -> None:

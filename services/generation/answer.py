@@ -1,7 +1,8 @@
 """What becomes of one leased ticket: a scored group, a failed attempt, or a hand-back.
 
 What the ticket, its reward or the engine's answer to it is to blame for costs an attempt. What this replica is to
-blame for costs none: an engine that is down, weights that did not come in time, a drain.
+blame for costs none: weights that did not come in time, a drain. An engine that goes down costs an interruption, of
+which a ticket has more.
 """
 
 import asyncio
@@ -96,8 +97,10 @@ class Answering:
             await self._weights.at_least(ticket.min_weight_version, self._config.request_timeout_s)
             completions = await self._keeper.generate(ticket)
             group = await self._score(lease, completions, leased_s)
-        except (EngineDown, TimeoutError) as error:
-            _log.warning("ticket %s is handed back: %s", ticket.id, str(error) or "no weights in time")
+        except EngineDown as error:
+            await self._tickets.interrupted(lease, str(error))
+        except TimeoutError:
+            _log.warning("ticket %s is handed back: no weights in time", ticket.id)
             await self._tickets.hand_back(lease)
         except (EngineError, RewardError, WireError) as error:
             await self._tickets.fail(lease, str(error), max_attempts)

@@ -19,6 +19,7 @@ from common.keys import MAX_EVENTS, TICKET_GROUP, Keys
 from common.redis_client import entries_of
 from common.wire import Group, Heartbeat, Ticket, TicketState, WireError, decode_ticket, encode
 
+MAX_INTERRUPTIONS = 10
 _log = logging.getLogger(__name__)
 
 MOVE = """#!lua
@@ -130,6 +131,16 @@ class TicketStore:
     async def hand_back(self, lease: Lease) -> None:
         """Not an attempt: the ticket is as it was, at the end of its stream."""
         await self._reopen(lease, lease.ticket)
+
+    async def interrupted(self, lease: Lease, reason: str) -> None:
+        """As a hand-back, but a ticket that is in the engine whenever one goes down is dead in the end."""
+        ticket = msgspec.structs.replace(lease.ticket, interruptions=lease.ticket.interruptions + 1)
+        _log.warning("ticket %s is handed back: %s", ticket.id, reason)
+        if ticket.interruptions >= MAX_INTERRUPTIONS:
+            reason = f"interrupted {ticket.interruptions} times: {reason}"
+            await self._bury(lease.stream, lease.entry_id, ticket.id, reason, encode(ticket))
+        else:
+            await self._reopen(lease, ticket)
 
     async def beat(self, heartbeat: Heartbeat, ttl_s: float) -> None:
         await self.client.set(self.keys.replica(self.replica), encode(heartbeat), px=int(ttl_s * 1000))

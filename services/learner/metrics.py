@@ -77,14 +77,3 @@ def staleness_metrics(levels: Sequence[Staleness]) -> dict[str, float]:
         "staleness_in_flight_mean": sum(level.in_flight for level in levels) / count,
         "staleness_in_queue_mean": sum(level.in_queue for level in levels) / count,
     }
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """Linear between the two nearest ranks; 0 for no values."""
-    if not values:
-        return 0.0
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    below = int(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (place - below) * (ordered[above] - ordered[below])

@@ -48,7 +48,9 @@ class TicketSource:
         """The same prompt once more, in place of a stale group; what replaced one already is not replaced again."""
         if ticket.reissues == 0:
             name = str(parse_name(ticket.id)._replace(reissue=1))
-            self._again.append(msgspec.structs.replace(ticket, id=name, reissues=1, attempts=0, avoid=[]))
+            self._again.append(
+                msgspec.structs.replace(ticket, id=name, reissues=1, attempts=0, avoid=[], interruptions=0)
+            )
 
     def issue_again(self, ticket_ids: Sequence[str]) -> None:
         """Tickets that Redis has lost, or that were still to be issued."""

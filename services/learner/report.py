@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from services.learner.metrics import percentile
+import numpy as np
 
 Row = dict[str, Any]
 METRICS_FILE = "metrics.jsonl"
@@ -62,6 +62,11 @@ def summarise(rows: Sequence[Row], counts: Mapping[str, int], generation_lag: fl
             "learner": round(sum(row["wait_s"] for row in steps) / max(wall_s, 1e-9), 4),
         },
     }
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Linear between the two nearest ranks; 0 for no values."""
+    return float(np.quantile(values, share)) if values else 0.0
 
 
 def draw_curve(rows: Sequence[Row], path: Path) -> None:
