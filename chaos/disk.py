@@ -9,7 +9,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from common.weights import file_entry
+from common.durable import file_entry
 from services.learner.checkpoint_record import Unreadable, checkpoint_folders, read_record
 
 SIZE_BYTES = 64 << 20

@@ -18,7 +18,10 @@ from common.wire import Sampling, decode_heartbeat
 from services.generation.engine import Engine, SwapTimings
 from services.generation.engine_keeper import EngineKeeper
 from services.generation.engine_server import EngineServer
+from services.generation.fetching import Fetcher
+from services.generation.host_copy import HostCopy
 from services.generation.loop import Replica
+from services.generation.publication import Arrival
 from services.generation.reward_pool import RewardPool
 from services.generation.tickets import TicketStore
 from services.generation.weights import WeightFollower
@@ -60,7 +63,7 @@ def a_learner(client: redis.Redis, keys: Keys, folder: Path, demo_policy: Path) 
         tokenize=False,
     )
     store, sock = LearnerStore(client, keys), listen("127.0.0.1", 0)
-    versions = Versions(folder / "weights", store, url_of(sock), "token", num_kept=2)
+    versions = Versions(folder / "weights", store, url_of(sock), "token")
     app = make_app(versions.root, dict, Switches(), "token")
     with serve_in_thread(app, sock):
         tensors = load_file(demo_policy / "model.safetensors")
@@ -88,10 +91,11 @@ async def running_replica(
     rewards = RewardPool(task, {}, num_workers=1, deadline_s=20.0, memory_bytes=4 << 30)
     await rewards.start()
 
-    async def announce(version: int, timings: SwapTimings, fetch_s: float, num_bytes: int) -> None:
-        await tickets.announce("swap", {"version": version, "pause_ms": timings.pause_s * 1e3})
+    async def announce(timings: SwapTimings, arrival: Arrival) -> None:
+        event = {"version": arrival.held.manifest.version, "pause_ms": timings.pause_s * 1e3}
+        await tickets.announce("swap", event)
 
-    weights = WeightFollower(client, keys, model, announce)
+    weights = WeightFollower(client, keys, HostCopy(model), Fetcher("token"), announce)
     server = None if isinstance(engine, str) else engine
     http = Engine(engine if isinstance(engine, str) else engine.url, request_timeout_s=config.request_timeout_s)
     timeouts = {"silence_timeout_s": silence_timeout_s, "busy_timeout_s": config.request_timeout_s}

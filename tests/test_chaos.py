@@ -25,8 +25,8 @@ from chaos.observer import Observer
 from chaos.proxy import Proxy
 from chaos.report import problems, summarise
 from chaos.schedule import HOLD_S, PARTS, Fault, Kind, schedule
+from common.durable import file_entry
 from common.keys import Keys
-from common.weights import file_entry
 from common.wire import Heartbeat, encode
 from services.learner.checkpoint_record import Record, write_record
 from services.learner.store import Cursor, Settlement

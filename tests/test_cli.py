@@ -107,7 +107,7 @@ def test_check_prints_every_setting_once_with_its_source(tmp_path: Path) -> None
     assert rows["learner.steps"] == ["3", "--set learner.steps=3"]
     assert rows["learner.groups_per_step"] == ["16", TINY]
     assert rows["actor.importance_sampling_level"] == ["token", "preset token"]
-    assert rows["learner.keep_versions"] == ["2", "default"]
+    assert rows["learner.max_staleness"] == ["2", "default"]
     assert rows["learner.num_threads"] == ["1", TINY]
     assert rows["actor.c_clip"] == ["null", "default"]
     assert "secret" not in result.stdout

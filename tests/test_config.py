@@ -184,7 +184,7 @@ def test_an_override_wins_and_every_value_names_its_source() -> None:
     assert recipe.sources["seed"] == "--set seed=7"
     assert recipe.sources["learner.groups_per_step"] == str(TINY)
     assert recipe.sources["actor.importance_sampling_level"] == "preset token"
-    assert recipe.sources["learner.keep_versions"] == "default"
+    assert recipe.sources["learner.host"] == "default"
     given = load_recipe(TINY, ["actor.preset=seed", "actor.eps_clip=0.1"])
     assert given.sources["actor.eps_clip"] == "--set actor.eps_clip=0.1", "not the preset"
 

@@ -71,7 +71,7 @@ def test_a_ticket_waits_for_its_minimum_version(
             await until(lambda: replica.heartbeat().groups_in_flight == 1)
             assert client.xlen(keys.groups) == 0
             assert await asyncio.to_thread(learner.publish, 1) == 2
-            replica.weights.look_now()
+            replica.weights.hint(1)
             await until(lambda: client.xlen(keys.groups) == 1)
 
     run(scenario)
@@ -153,11 +153,11 @@ def test_weights_that_do_not_match_quarantine_the_replica_until_a_good_version(
             await until(lambda: replica.state == "running")
             await asyncio.to_thread(learner.publish, 1)
             client.hset(keys.weights, mapping={"version": 50, "sha256": "0" * 64})
-            replica.weights.look_now()
+            replica.weights.hint(1)
             await until(lambda: replica.state == "quarantined")
             assert "weights" in replica.reason
             await asyncio.to_thread(learner.publish, 2)
-            replica.weights.look_now()
+            replica.weights.hint(1)
             await until(lambda: replica.state == "running" and replica.weights.version == 3)
 
     run(scenario)

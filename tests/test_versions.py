@@ -1,8 +1,9 @@
 """Publishing a version: durable files, a growing number, a manifest that the bytes must match, over plain HTTP."""
 
-import hashlib
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -12,15 +13,24 @@ from safetensors.torch import load_file
 
 from common.http_service import bearer, listen, serve_in_thread, url_of
 from common.keys import Keys
-from common.weights import MODEL_FILE, WeightsError, decode_manifest, stored_versions, verify, version_folder
+from common.weights import (
+    DELTA_FILE,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    WeightsError,
+    decode_manifest,
+    sha256_of,
+    stored_versions,
+    version_folder,
+)
 from common.wire import Heartbeat, encode
 from services.learner.api import Switches, make_app
 from services.learner.store import Fenced, LearnerStore
-from services.learner.versions import Versions
+from services.learner.versions import Versions, places_above
 
 
 def make_versions(root: Path, client: redis.Redis, keys: Keys) -> Versions:
-    return Versions(root, LearnerStore(client, keys), "http://127.0.0.1:1", "token", num_kept=2)
+    return Versions(root, LearnerStore(client, keys), "http://127.0.0.1:1", "token")
 
 
 def tensors(value: float) -> dict[str, torch.Tensor]:
@@ -38,18 +48,93 @@ def test_a_version_is_announced_with_the_digest_of_its_manifest(
     payload = (version_folder(versions.root, 2) / "manifest.json").read_bytes()
     assert announced["version"] == "2" and announced["step"] == "1"
     assert decode_manifest(payload, announced["sha256"]) == manifest
-    verify(version_folder(versions.root, 2), manifest)
-    loaded = load_file(version_folder(versions.root, 2) / MODEL_FILE)
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors(2.0).items())
+    assert manifest.delta is not None and manifest.delta.base == 1
+    assert manifest.delta.base_sha256 == sha256_of((version_folder(versions.root, 1) / MANIFEST_FILE).read_bytes())
+    assert announced["folder"] == str(versions.root) and announced["machine"]
     assert versions.steps == {1: 0, 2: 1} == LearnerStore(client, keys).version_steps()
 
 
-def test_only_the_newest_versions_stay_on_disk(tmp_path: Path, client: redis.Redis, keys: Keys) -> None:
+def test_an_anchor_is_an_ordinary_safetensors_file(tmp_path: Path, client: redis.Redis, keys: Keys) -> None:
     versions = make_versions(tmp_path, client, keys)
+    published = tensors(1.5) | {"half": torch.ones(2, 1, dtype=torch.float16), "empty": torch.empty(0, 3)}
+    assert versions.publish(published, 0).has_model
+    versions.close()
+    loaded = load_file(version_folder(versions.root, 1) / MODEL_FILE)
+    assert loaded.keys() == published.keys()
+    for name, tensor in published.items():
+        assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor)
+
+
+def small_steps(num_versions: int, seed: int = 0) -> Iterator[dict[str, torch.Tensor]]:
+    """Versions of which each changes a random 1 % of the one before by a unit in the last place."""
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.randint(0, 2**14, (100, 200), dtype=torch.int16, generator=generator)
+    for _ in range(num_versions):
+        yield {"a": bits.view(torch.bfloat16).clone(), "b": torch.ones(3)}
+        bits += (torch.rand(bits.shape, generator=generator) < 0.01).to(torch.int16)
+
+
+def test_small_steps_travel_as_deltas_with_an_anchor_now_and_then(
+    tmp_path: Path, client: redis.Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.learner.version_writer.MAX_CHAIN", 3)
+    versions = make_versions(tmp_path, client, keys)
+    manifests = [versions.publish(step, index) for index, step in enumerate(small_steps(10))]
+    versions.close()
+    assert [manifest.has_model for manifest in manifests] == [True, False, False, False] * 2 + [True, False]
+    deltas = [manifest.delta for manifest in manifests[1:]]
+    assert all(delta is not None and delta.num_bytes < 0.02 * manifests[0].num_model_bytes for delta in deltas)
+    assert sorted(stored_versions(versions.root)) == [5, 6, 7, 8, 9, 10], "from the last anchor but one on"
+    files = {path.name for path in version_folder(versions.root, 9).iterdir()}
+    assert files == {MANIFEST_FILE, MODEL_FILE, DELTA_FILE}, "an anchor costs those who are up to date no more"
+
+
+def test_large_steps_travel_as_anchors(tmp_path: Path, client: redis.Redis, keys: Keys) -> None:
+    versions = make_versions(tmp_path, client, keys)
+    generator = torch.Generator().manual_seed(0)
     for step in range(4):
-        versions.publish(tensors(step), step)
+        bits = torch.randint(-(2**31), 2**31 - 1, (1000,), dtype=torch.int32, generator=generator)
+        manifest = versions.publish({"a": bits.view(torch.float32)}, step)
+        assert manifest.has_model and manifest.delta is None
+        assert not (version_folder(versions.root, manifest.version) / DELTA_FILE).exists()
     versions.close()
     assert sorted(stored_versions(versions.root)) == [3, 4]
+
+
+def test_a_disk_that_refused_costs_an_anchor(
+    tmp_path: Path, client: redis.Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = make_versions(tmp_path, client, keys)
+    steps = small_steps(4)
+    versions.publish(next(steps), 0)
+    with monkeypatch.context() as patch:
+        patch.setattr("services.learner.version_writer.move_into_place", refuse)
+        with pytest.raises(OSError, match="No space"):
+            versions.publish(next(steps), 1)
+    assert versions.publish(next(steps), 2).has_model, "what the failed one would have been is no base"
+    assert versions.publish(next(steps), 3).delta is not None
+    versions.close()
+
+
+def refuse(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_version_does_not_change_with_the_weights_that_it_was_made_of(
+    tmp_path: Path, client: redis.Redis, keys: Keys
+) -> None:
+    """The learner's tensors are its parameters, which the next step writes over."""
+    versions = make_versions(tmp_path, client, keys)
+    parameter = torch.zeros(1000)
+    versions.publish({"a": parameter}, 0)
+    parameter[:3] = 1.0
+    manifest = versions.publish({"a": parameter}, 1)
+    versions.close()
+    assert manifest.delta is not None and manifest.delta.patches["a"].num_changed == 3
+
+
+def test_replicas_form_a_tree_under_the_learner() -> None:
+    assert [places_above(place) for place in range(8)] == [[], [0], [0], [1, 0], [1, 0], [2, 0], [2, 0], [3, 1, 0]]
 
 
 def test_versions_grow_over_restarts_and_over_what_replicas_serve(
@@ -78,30 +163,45 @@ def test_a_fenced_learner_announces_nothing(tmp_path: Path, client: redis.Redis,
     assert not client.exists(keys.weights)
 
 
-def test_bytes_that_are_not_the_manifests_are_refused(tmp_path: Path, client: redis.Redis, keys: Keys) -> None:
-    versions = make_versions(tmp_path, client, keys)
-    manifest = versions.publish(tensors(1.0), 0)
-    versions.close()
-    folder = version_folder(versions.root, 1)
-    payload = (folder / "manifest.json").read_bytes()
-    with pytest.raises(WeightsError, match="manifest has SHA-256"):
-        decode_manifest(payload + b" ", hashlib.sha256(payload).hexdigest())
-    content = bytearray((folder / MODEL_FILE).read_bytes())
-    content[-1] ^= 1
-    (folder / MODEL_FILE).write_bytes(content)
-    with pytest.raises(WeightsError, match=r"version 1, model\.safetensors"):
-        verify(folder, manifest)
+Json = dict[str, Any]
 
 
-def test_a_manifest_cannot_name_a_file_elsewhere(tmp_path: Path, client: redis.Redis, keys: Keys) -> None:
+def change_delta(content: Json, **changes: object) -> None:
+    content["delta"] |= changes
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda content: content["tensors"]["a"].update(dtype="bfloat17"), "dtype 'bfloat17', expected one of"),
+        (lambda content: content["tensors"]["a"].update(shape=[1 << 40, 1 << 40]), "expected at most"),
+        (lambda content: content["tensors"]["a"].update(shape=[-1, 2]), "cannot be read"),
+        (lambda content: content["tensors"]["a"].update(blake3="../../etc/passwd"), "cannot be read"),
+        (lambda content: content.update(has_model=False, delta=None), "expected an anchor or a delta"),
+        (lambda content: content.update(version=1 << 60), "cannot be read"),
+        (lambda content: change_delta(content, base=2), "a delta against version 2, expected an earlier one"),
+        (lambda content: change_delta(content, num_bytes=5), "in 5"),
+        (lambda content: content["delta"]["patches"].pop("a"), "a patch for every tensor"),
+        (lambda content: content["delta"]["patches"]["a"].update(frame_bytes=[-1, 1]), "negative length"),
+        (lambda content: content["delta"]["patches"]["a"].update(method="eval"), "cannot be read"),
+    ],
+)
+def test_a_manifest_of_impossible_tensors_is_refused(
+    tmp_path: Path, client: redis.Redis, keys: Keys, change: Callable[[Json], object], problem: str
+) -> None:
     versions = make_versions(tmp_path, client, keys)
     versions.publish(tensors(1.0), 0)
+    versions.publish(tensors(2.0), 1)
     versions.close()
-    content = json.loads((version_folder(versions.root, 1) / "manifest.json").read_text())
-    content["files"] = {"../../etc/passwd": content["files"][MODEL_FILE]}
+    payload = (version_folder(versions.root, 2) / MANIFEST_FILE).read_bytes()
+    decode_manifest(payload, sha256_of(payload))
+    with pytest.raises(WeightsError, match="manifest has SHA-256"):
+        decode_manifest(payload + b" ", sha256_of(payload))
+    content = json.loads(payload)
+    change(content)
     payload = json.dumps(content).encode()
-    with pytest.raises(WeightsError, match="names a file"):
-        decode_manifest(payload, hashlib.sha256(payload).hexdigest())
+    with pytest.raises(WeightsError, match=problem):
+        decode_manifest(payload, sha256_of(payload))
 
 
 def test_the_learner_serves_versions_and_obeys_only_with_the_token(
@@ -114,13 +214,26 @@ def test_the_learner_serves_versions_and_obeys_only_with_the_token(
     app = make_app(versions.root, lambda: {"paused": switches.paused.is_set()}, switches, "secret")
     with serve_in_thread(app, sock), httpx.Client(base_url=url_of(sock)) as http:
         assert http.get("/healthz").json() == {"status": "ok"}
-        assert http.get("/weights/latest").json()["version"] == 1
-        body = http.get(f"/weights/1/{MODEL_FILE}").content
-        assert hashlib.sha256(body).hexdigest() == manifest.files[MODEL_FILE].sha256
-        part = http.get(f"/weights/1/{MODEL_FILE}", headers={"Range": "bytes=0-9"})
-        assert (part.status_code, part.content) == (206, body[:10])
-        assert http.get("/weights/9/manifest.json").status_code == 404
-        assert http.get("/weights/1/..%2fVERSION").status_code == 404
+        for path in ("/weights/latest", f"/weights/1/{MODEL_FILE}"):
+            assert http.get(path).status_code == http.get(path, headers=bearer("wrong")).status_code == 401
+        allowed = bearer("secret")
+        assert http.get("/weights/latest", headers=allowed).json()["version"] == 1
+        body = http.get(f"/weights/1/{MODEL_FILE}", headers=allowed).content
+        assert body == (version_folder(versions.root, 1) / MODEL_FILE).read_bytes()
+        assert len(body) == manifest.num_model_bytes
+        part = http.get(f"/weights/1/{MODEL_FILE}", headers=allowed | {"Range": "bytes=10-"})
+        assert (part.status_code, part.content) == (206, body[10:])
+        (version_folder(versions.root, 1) / DELTA_FILE).symlink_to("/etc/passwd")
+        absent = [
+            "9/manifest.json",
+            "1/..%2fVERSION",
+            "1/..%2f..%2f..%2fetc%2fpasswd",
+            f"1/{DELTA_FILE}",
+            "1/.",
+            "-1/x",
+        ]
+        for path in (*absent, "1/%2e%2e/VERSION", "00000001/VERSION"):
+            assert http.get(f"/weights/{path}", headers=allowed).status_code == 404, path
         for path in ("/pause", "/resume", "/checkpoint", "/stop"):
             refused = http.post(path)
             assert (refused.status_code, refused.headers["content-type"]) == (401, "application/problem+json")

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -14,7 +15,12 @@ from common.weights import version_folder
 from services.generation import publication, weights
 from services.generation.engine import Engine, SwapTimings
 from services.generation.engine_keeper import EngineKeeper
+from services.generation.fetching import Fetcher
+from services.generation.host_copy import HostCopy
+from services.generation.publication import Arrival
+from services.generation.route import Route
 from services.generation.weights import WeightFollower
+from services.learner.version_writer import VersionWriter
 from tests.fake_sglang import FakeSglang, a_fake_sglang
 from tests.replicas import Learner, a_learner, run, until
 
@@ -35,11 +41,11 @@ def fake() -> Iterator[FakeSglang]:
 async def following(
     redis_url: str, keys: Keys, fake: FakeSglang, model: Path
 ) -> AsyncIterator[tuple[WeightFollower, EngineKeeper]]:
-    async def ignore(version: int, timings: SwapTimings, fetch_s: float, num_bytes: int) -> None:
+    async def ignore(timings: SwapTimings, arrival: Arrival) -> None:
         pass
 
     client, engine = connect_async(redis_url), Engine(fake.url)
-    follower = WeightFollower(client, keys, model, ignore)
+    follower = WeightFollower(client, keys, HostCopy(model), Fetcher("token"), ignore)
     keeper = EngineKeeper(engine, None, follower.engine_start, silence_timeout_s=1.0, busy_timeout_s=1.0)
     tasks = [asyncio.create_task(keeper.keep()), asyncio.create_task(follower.follow(keeper))]
     try:
@@ -66,10 +72,10 @@ GOOD = {"version": "7", "sha256": "0" * 64, "url": "http://127.0.0.1:1"}
         ({"version": "7", "url": "http://127.0.0.1:1"}, "'sha256': ''"),
         ({"version": "7", "sha256": "0" * 64}, "'url': ''"),
         ({"sha256": "0" * 64, "url": "http://127.0.0.1:1"}, "'version': ''"),
-        (GOOD, "version 7: ConnectError"),
-        (GOOD | {"url": "http://[::"}, "version 7: InvalidURL"),
-        (GOOD | {"url": "ftp://127.0.0.1"}, "version 7: UnsupportedProtocol"),
-        (GOOD | {"url": "http://a:b:c"}, "version 7: "),
+        (GOOD, "version 7: http://127.0.0.1:1: ConnectError"),
+        (GOOD | {"url": "http://[::"}, "version 7: http://[::: InvalidURL"),
+        (GOOD | {"url": "ftp://127.0.0.1"}, "version 7: ftp://127.0.0.1: UnsupportedProtocol"),
+        (GOOD | {"url": "http://a:b:c"}, "version 7: http://a:b:c: "),
     ],
 )
 def test_what_redis_says_wrongly_quarantines_with_a_reason_until_it_is_right(
@@ -84,7 +90,7 @@ def test_what_redis_says_wrongly_quarantines_with_a_reason_until_it_is_right(
             assert problem in follower.problem and len(follower.problem) < 1000
             learner.store.client.delete(keys.weights)
             version = await asyncio.to_thread(learner.publish, 1)
-            follower.look_now()
+            follower.hint(version)
             await until(lambda: (follower.version, follower.problem) == (version, ""))
 
     run(scenario)
@@ -107,23 +113,24 @@ def test_a_version_that_was_deleted_meanwhile_is_passed_over_without_a_quarantin
 ) -> None:
     first = learner.publish(0)
     problems: list[str] = []
-    real = publication._download
+    real = publication._Journey._fetch
 
-    async def outrun(*given: object) -> int:
-        """The learner publishes three more while this one is being fetched, and keeps two."""
-        if given[1].version == first:  # type: ignore[attr-defined]
+    async def outrun(self: Any, route: Route) -> None:
+        """The learner publishes three more while this one is being fetched, each an anchor."""
+        if route.model is not None and route.model.version == first:
             for step in (1, 2, 3):
+                learner.versions._writer = VersionWriter("another")
                 await asyncio.to_thread(learner.publish, step)
             assert not version_folder(learner.versions.root, first).exists()
-        return await real(*given)  # type: ignore[arg-type]
+        await real(self, route)
 
-    monkeypatch.setattr(publication, "_download", outrun)
+    monkeypatch.setattr(publication._Journey, "_fetch", outrun)
     monkeypatch.setattr(weights._log, "error", lambda *given: problems.append(str(given)))
 
     async def scenario() -> None:
         async with following(redis_url, keys, fake, demo_policy) as (follower, _):
             await until(lambda: follower.version == first + 3)
-            assert [path.name for path in follower.folder.parent.iterdir()] == [follower.folder.name], "nothing is left"
+            assert list(follower.copy.root.glob("v*")) == [follower.copy.folder], "nothing is left"
 
     run(scenario)
     assert problems == []
@@ -137,7 +144,7 @@ def test_a_version_that_is_gone_with_none_after_it_is_a_reason(
 
     async def scenario() -> None:
         async with following(redis_url, keys, fake, demo_policy) as (follower, _):
-            await until(lambda: f"version {version + 1}: HTTPStatusError" in follower.problem)
+            await until(lambda: "HTTPStatusError" in follower.problem)
             assert "404" in follower.problem
 
     run(scenario)
@@ -173,7 +180,7 @@ def test_an_engine_that_somebody_has_started_again_gets_its_weights_back(
             fake.hanging = set()
             await until(lambda: follower.confirmed_life == 2)
             [update] = [body for path, body in fake.calls if path == "/update_weights_from_disk"]
-            assert (update["weight_version"], update["model_path"]) == (str(version), str(follower.folder))
+            assert (update["weight_version"], update["model_path"]) == (str(version), str(follower.copy.folder))
 
     run(scenario)
 

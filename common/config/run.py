@@ -67,7 +67,6 @@ class LearnerConfig(Section):
     )
     host: str = Field("127.0.0.1", description="Address the learner listens on.")
     port: int = Field(0, ge=0, le=65535, description="0: any free port.")
-    keep_versions: int = Field(2, ge=1, description="Weight versions kept on disk.")
 
     @property
     def max_outstanding_groups(self) -> int:

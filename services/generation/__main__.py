@@ -123,7 +123,7 @@ async def _serve(
     assert task is not None
     _on_signals(task.cancel)
     try:
-        parts = assembled(config, keys, arguments.redis_url, arguments.name, url, arguments.log_folder, waits)
+        parts = assembled(config, keys, arguments.redis_url, token, arguments.name, url, arguments.log_folder, waits)
         async with parts as replica, _http(replica, token, sock):
             _on_signals(replica.drain)
             await replica.serve()

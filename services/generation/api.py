@@ -1,6 +1,6 @@
 """A replica's HTTP side: health, status, the hint that a version is out, and its switches."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from fastapi import Depends, FastAPI
@@ -8,14 +8,19 @@ from pydantic import BaseModel, Field
 
 from common.http_service import new_app, require_token
 from services.generation.loop import Replica
+from services.generation.sharing import weights_router
+
+Source = Annotated[str, Field(max_length=2000, pattern="^https?://")]
 
 
 class WeightsHint(BaseModel):
     version: int = Field(ge=1, description="The version that was published; the replica takes the newest it finds.")
+    sources: list[Source] = Field([], max_length=64, description="Replicas that can be asked for it, in this order.")
 
 
 def make_app(replica: Replica, token: str) -> FastAPI:
     app = new_app("Headrace generation replica")
+    app.include_router(weights_router(replica.weights.shared, token))
     guarded = [Depends(require_token(token))]
 
     def status() -> dict[str, Any]:
@@ -33,7 +38,7 @@ def make_app(replica: Replica, token: str) -> FastAPI:
     async def weights(hint: WeightsHint) -> dict[str, int]:
         """A hint: the replica looks for a newer version now rather than at its next look."""
         if hint.version > replica.weights.version:
-            replica.weights.look_now()
+            replica.weights.hint(hint.version, hint.sources)
         return {"serving": replica.weights.version}
 
     @app.post("/pause", dependencies=guarded)

@@ -13,7 +13,10 @@ from common.waiting import Waits
 from services.generation.engine import Engine, SwapTimings
 from services.generation.engine_keeper import EngineKeeper
 from services.generation.engine_server import EngineServer
+from services.generation.fetching import Fetcher
+from services.generation.host_copy import HostCopy
 from services.generation.loop import Replica
+from services.generation.publication import Arrival
 from services.generation.reward_pool import RewardPool
 from services.generation.tickets import TicketStore
 from services.generation.weights import WeightFollower, local_model_folder
@@ -24,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 @contextlib.asynccontextmanager
 async def assembled(
-    config: RunConfig, keys: Keys, redis_url: str, name: str, url: str, log_folder: Path, waits: Waits
+    config: RunConfig, keys: Keys, redis_url: str, token: str, name: str, url: str, log_folder: Path, waits: Waits
 ) -> AsyncIterator[Replica]:
     """A replica that is ready to `serve`; when the block ends nothing of it is left."""
     settings = config.generation
@@ -43,11 +46,13 @@ async def assembled(
         stack.push_async_callback(rewards.close)
         await rewards.start()
 
-        async def announce(version: int, timings: SwapTimings, fetch_s: float, num_bytes: int) -> None:
-            event = {"replica": name, "version": version, "bytes": num_bytes, "fetch_s": fetch_s}
+        async def announce(timings: SwapTimings, arrival: Arrival) -> None:
+            event = {"replica": name, "version": arrival.held.manifest.version, "bytes": arrival.num_bytes}
+            event |= {"fetch_ms": arrival.fetch_s * 1e3, "apply_ms": arrival.apply_s * 1e3}
             await tickets.announce("swap", event | {"pause_ms": timings.pause_s * 1e3, "load_ms": timings.load_s * 1e3})
 
-        weights = WeightFollower(client, keys, await _model_folder(config.model.path), announce)
+        copy = HostCopy(await _model_folder(config.model.path))
+        weights = WeightFollower(client, keys, copy, Fetcher(token), announce)
         stack.push_async_callback(weights.close)
         server, engine_url = None, settings.engine.url
         if engine_url is None:

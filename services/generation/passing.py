@@ -10,7 +10,8 @@ import time
 import redis.asyncio
 
 from common.keys import Keys
-from common.wire import Ticket, WireError, decode_heartbeat
+from common.wire import Ticket
+from services.generation.others import others
 
 PASS_ON_S = 0.5
 MAX_PASSES = 10
@@ -46,17 +47,7 @@ class Passing:
     async def _running_replicas(self) -> frozenset[str]:
         """By their heartbeats; looked up at most once a second."""
         if time.monotonic() - self._looked_at >= LOOK_INTERVAL_S:
-            names = [name async for name in self._client.scan_iter(match=self._keys.replicas + "*", count=1000)]
-            payloads = await self._client.mget(names) if names else []
-            self._running = frozenset(name for payload in payloads if (name := _running_name(payload)))
+            found = await others(self._client, self._keys)
+            self._running = frozenset(one.replica for one in found if one.state == "running")
             self._looked_at = time.monotonic()
         return self._running
-
-
-def _running_name(payload: bytes | None) -> str:
-    """The replica whose heartbeat this is, if it runs; an empty name otherwise."""
-    try:
-        heartbeat = decode_heartbeat(payload or b"")
-    except WireError:
-        return ""
-    return heartbeat.replica if heartbeat.state == "running" else ""

@@ -1,25 +1,30 @@
-"""The newest weight version as the learner has published it: what Redis says of it, and its bytes over HTTP.
+"""Brings a published weight version into the replica's copy: what Redis says of it, who has it, and the way there.
 
-The bytes are verified against the manifest, and the manifest against the SHA-256 in Redis. Whatever is wrong with
-either is a `WeightsError` that says so.
+Whatever is wrong with what Redis or anybody else says is a `WeightsError` that tells; nothing is left then of what had
+been fetched.
 """
 
 import asyncio
+import logging
 import re
-import shutil
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import httpx
-import msgspec
 import redis.asyncio
 
-from common.weights import MANIFEST_FILE, MODEL_FILE, WeightsError, decode_manifest, verify
+from common.weights import DELTA_FILE, MANIFEST_FILE, MODEL_FILE, Manifest, WeightsError
+from services.generation.fetching import Fetcher, file_source
+from services.generation.host_copy import Held, HostCopy, check_delta, check_model
+from services.generation.route import Route, routes
 
 FETCH_DEADLINE_S = 600.0
-READ_TIMEOUT_S = 30.0
 MAX_TOLD_CHARS = 500
-_FIELDS = ("version", "sha256", "url")
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_log = logging.getLogger(__name__)
+_FIELDS = ("version", "sha256", "url", "machine", "folder")
 
 
 class Published(NamedTuple):
@@ -28,6 +33,25 @@ class Published(NamedTuple):
     version: int
     sha256: str
     url: str
+    machine: str = ""
+    """The boot id of the learner's machine, where `folder` has the files."""
+    folder: str = ""
+
+    def sources(self, named: Sequence[str]) -> list[str]:
+        """Where to ask for its files, in this order: the learner's folder if it is here, those who were named, the
+        learner."""
+        is_here = self.machine and BOOT_ID.exists() and BOOT_ID.read_text().strip() == self.machine
+        here = [file_source(Path(self.folder))] if is_here and Path(self.folder).is_dir() else []
+        return list(dict.fromkeys([*here, *named, self.url]))
+
+
+class Arrival(NamedTuple):
+    """A version that is here: how many bytes came for it, and where the time went."""
+
+    num_bytes: int
+    fetch_s: float
+    apply_s: float
+    held: Held
 
 
 async def newest_version(client: redis.asyncio.Redis, key: str) -> Published | None:
@@ -39,48 +63,108 @@ async def newest_version(client: redis.asyncio.Redis, key: str) -> Published | N
     if not re.fullmatch("[1-9][0-9]{0,15}", fields["version"]) or not fields["sha256"] or not fields["url"]:
         told = str(fields)[:MAX_TOLD_CHARS]
         raise WeightsError(f"Redis says of the newest version {told}: expected a number, a SHA-256 and a URL")
-    return Published(int(fields["version"]), fields["sha256"], fields["url"])
+    return Published(int(fields["version"]), *(fields[name] for name in _FIELDS[1:]))
 
 
-async def fetch(http: httpx.AsyncClient, published: Published, folder: Path, model_folder: Path) -> int:
-    """The version in `folder`, verified, with what else an engine needs to start on it; how many bytes it has.
-
-    Of a version that cannot be had nothing is left.
-    """
-    name = f"version {published.version}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+async def bring(copy: HostCopy, fetcher: Fetcher, published: Published, named: Sequence[str]) -> Arrival:
+    """The version in its folder of `copy`, verified, with what else an engine needs to start on it."""
+    journey = _Journey(copy, fetcher, published, named)
     try:
         async with asyncio.timeout(FETCH_DEADLINE_S):
-            num_bytes = await _download(http, published, folder)
-        _link_rest(model_folder, folder)
+            return await journey.make()
     except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
+        journey.leave_nothing()
         if isinstance(error, TimeoutError):
-            raise WeightsError(f"{name} did not arrive within {FETCH_DEADLINE_S:g} s") from error
-        if isinstance(error, httpx.HTTPError | httpx.InvalidURL | msgspec.MsgspecError | OSError):
-            raise WeightsError(f"{name}: {type(error).__name__}: {error}") from error
+            raise WeightsError(f"version {published.version} did not arrive within {FETCH_DEADLINE_S:g} s") from error
+        if isinstance(error, OSError):
+            raise WeightsError(f"version {published.version}: {type(error).__name__}: {error}") from error
         raise
-    return num_bytes
 
 
-async def _download(http: httpx.AsyncClient, published: Published, folder: Path) -> int:
-    place = f"{published.url}/weights/{published.version}"
-    response = await http.get(f"{place}/{MANIFEST_FILE}")
-    manifest = decode_manifest(response.raise_for_status().content, published.sha256)
-    for name in manifest.files:
-        async with http.stream("GET", f"{place}/{name}") as stream:
-            stream.raise_for_status()
-            with (folder / name).open("wb") as file:
-                async for chunk in stream.aiter_bytes(1 << 20):
-                    file.write(chunk)
-    await asyncio.to_thread(verify, folder, manifest)
-    return manifest.num_bytes
+class _Journey:
+    def __init__(self, copy: HostCopy, fetcher: Fetcher, published: Published, named: Sequence[str]) -> None:
+        self.copy = copy
+        self.fetcher = fetcher
+        self.published = published
+        self.named = named
+        self.sources = published.sources(named)
+        self.payloads: dict[int, bytes] = {}
+        """The manifests that were read, by version."""
+        self.begun: set[int] = set()
+        self.num_bytes = 0
 
+    async def make(self) -> Arrival:
+        newest = await self._manifest(self.published.version, self.published.sha256)
+        problems = []
+        for held in [self.copy.held, None] if self.copy.held else [None]:
+            for route in await routes(newest, held, bool(self.named), self._manifest):
+                try:
+                    return await self._follow(route, newest)
+                except WeightsError as error:
+                    problems.append(str(error))
+                    _log.warning("%s", error)
+        raise WeightsError("; ".join(problems))
 
-def _link_rest(model_folder: Path, folder: Path) -> None:
-    """The configuration and the tokenizer, which no version brings."""
-    for path in model_folder.iterdir():
-        is_weights = path.suffix in (".safetensors", ".bin") or path.name == f"{MODEL_FILE}.index.json"
-        if path.is_file() and not is_weights:
-            (folder / path.name).symlink_to(path.resolve())
+    async def _follow(self, route: Route, newest: Manifest) -> Arrival:
+        started_s = time.monotonic()
+        await self._fetch(route)
+        fetched_s = time.monotonic()
+        await asyncio.to_thread(self._build, route)
+        self.copy.link_rest(newest.version)
+        held = Held(newest, self.published.sha256)
+        return Arrival(self.num_bytes, fetched_s - started_s, time.monotonic() - fetched_s, held)
+
+    def leave_nothing(self) -> None:
+        for version in self.begun:
+            self.copy.drop(version)
+
+    async def _manifest(self, version: int, sha256: str) -> Manifest:
+        manifest, self.payloads[version] = await self.fetcher.manifest(self.sources, version, sha256)
+        return manifest
+
+    async def _fetch(self, route: Route) -> None:
+        self._begin(self.published.version)
+        if route.model is not None:
+            check = partial(check_model, manifest=route.model)
+            # of a version that is no anchor only other replicas have all of it
+            sources = self.sources if route.model.has_model else self.named
+            await self._file(route.model, MODEL_FILE, self._start(route), route.model.num_model_bytes, sources, check)
+        for manifest in route.deltas:
+            assert manifest.delta is not None
+            self._begin(manifest.version)
+            path = self.copy.folder_of(manifest.version) / DELTA_FILE
+            check = partial(check_delta, delta=manifest.delta)
+            await self._file(manifest, DELTA_FILE, path, manifest.delta.num_bytes, self.sources, check)
+
+    def _begin(self, version: int) -> None:
+        """Its folder, with its manifest, which others may ask for from now on; the served one stays as it is."""
+        folder = self.copy.folder_of(version)
+        if not folder.exists():
+            folder.mkdir()
+            self.begun.add(version)
+            (folder / MANIFEST_FILE).write_bytes(self.payloads[version])
+
+    def _start(self, route: Route) -> Path:
+        """The model's file that the deltas are applied to, or, if there are none, the one that results."""
+        if route.model is None:
+            return self.copy.folder / MODEL_FILE
+        return self.copy.folder_of(self.published.version) / (f"{MODEL_FILE}.start" if route.deltas else MODEL_FILE)
+
+    async def _file(
+        self,
+        manifest: Manifest,
+        name: str,
+        path: Path,
+        num_bytes: int,
+        sources: Sequence[str],
+        check: Callable[[Path], None],
+    ) -> None:
+        if not path.exists():  # else an earlier journey has brought it, or another route of this one
+            self.num_bytes += await self.fetcher.file(sources, manifest.version, name, path, num_bytes, check)
+
+    def _build(self, route: Route) -> None:
+        if route.deltas:
+            start = self._start(route)
+            self.copy.build(start, route.deltas)
+            if route.model is not None:
+                start.unlink()

@@ -1,6 +1,7 @@
 """Keeps the engine on the newest weight version: fetch, verify, swap, in that order, while generation goes on.
 
-A version is reported only after the engine has confirmed it. A replica whose swap fails says why and takes no work
+A version is fetched and built in host memory while generation goes on; the pause is the swap alone. It is reported
+only after the engine has confirmed it. A replica whose swap fails says why and takes no work
 until a later attempt succeeds; nothing is swapped into an engine that is down, and an engine that has been away must
 confirm its version before it is used again.
 """
@@ -8,39 +9,48 @@ confirm its version before it is used again.
 import asyncio
 import contextlib
 import logging
-import shutil
-import tempfile
-from collections.abc import Awaitable, Callable
+import random
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 import redis
 import redis.asyncio
 
 from common.keys import Keys
-from common.weights import WeightsError, version_folder
+from common.weights import WeightsError
 from services.generation.engine import Engine, EngineError, SwapTimings
 from services.generation.engine_keeper import EngineKeeper
-from services.generation.publication import READ_TIMEOUT_S, Published, fetch, newest_version
+from services.generation.fetching import Fetcher
+from services.generation.host_copy import HostCopy
+from services.generation.others import others
+from services.generation.publication import Arrival, Published, bring, newest_version
+from services.generation.sharing import Sharing
 
 LOOK_INTERVAL_S = 1.0
+HINT_GRACE_S = 0.3
+"""Who finds a version by himself waits so long for the learner's word on whom to ask for it."""
+MAX_ASKED = 3
+"""Replicas, by one that has not been told whom to ask."""
 _log = logging.getLogger(__name__)
 
 
 class WeightFollower:
-    """`version` is what the engine has confirmed, 0 before the first swap; its files are in `folder`."""
+    """`version` is what the engine has confirmed, 0 before the first swap; its files are in `copy.folder`."""
 
     def __init__(
         self,
         client: redis.asyncio.Redis,
         keys: Keys,
-        model_folder: Path,
-        on_swap: Callable[[int, SwapTimings, float, int], Awaitable[None]],
+        copy: HostCopy,
+        fetcher: Fetcher,
+        on_swap: Callable[[SwapTimings, Arrival], Awaitable[None]],
     ) -> None:
         self.client = client
         self.keys = keys
-        self.model_folder = model_folder
+        self.copy = copy
+        self.fetcher = fetcher
+        self.shared = Sharing(copy, fetcher)
         self.version = 0
         self.problem = ""
         self.confirmed_life = 0
@@ -48,20 +58,19 @@ class WeightFollower:
         self.awaited: list[int] = []
         """The versions that callers of `at_least` wait for."""
         self._on_swap = on_swap
-        self._root = Path(tempfile.mkdtemp(prefix="headrace-weights-", dir=_memory_backed()))
         self._hint = asyncio.Event()
+        self._hinted: tuple[int, list[str]] = (0, [])
+        """A version, and who can be asked for it."""
         self._swapped = asyncio.Condition()
-        self._http = httpx.AsyncClient(timeout=READ_TIMEOUT_S, trust_env=False)
-
-    @property
-    def folder(self) -> Path:
-        return version_folder(self._root, self.version) if self.version else self.model_folder
 
     def engine_start(self) -> tuple[Path, int | None]:
         """What an engine starts on: the verified version, or the base model before there is one."""
-        return self.folder, self.version or None
+        return self.copy.folder, self.version or None
 
-    def look_now(self) -> None:
+    def hint(self, version: int, sources: Sequence[str] = ()) -> None:
+        """There is a newer version; those are on their way to have it."""
+        if version > self._hinted[0]:
+            self._hinted = version, list(sources)
         self._hint.set()
 
     async def at_least(self, version: int, timeout_s: float) -> None:
@@ -91,13 +100,13 @@ class WeightFollower:
             self._hint.clear()
 
     async def close(self) -> None:
-        await self._http.aclose()
-        shutil.rmtree(self._root, ignore_errors=True)
+        await self.fetcher.aclose()
+        self.copy.close()
 
     async def _catch_up(self, engine: Engine, life: int) -> None:
         """Returns when the engine, in this life of it, serves the newest version that there is."""
         if life != self.confirmed_life and self.version and await engine.weight_version() != self.version:
-            await engine.swap(self.folder, self.version)  # somebody else has started it again
+            await engine.swap(self.copy.folder, self.version)  # somebody else has started it again
         self.confirmed_life = life
         while (published := await self._published()) is not None and published.version > self.version:
             await self._take(published, engine)
@@ -108,51 +117,43 @@ class WeightFollower:
 
     async def _take(self, published: Published, engine: Engine) -> None:
         """Returns, too, if the version cannot be had because a newer one has taken its place."""
-        loop = asyncio.get_running_loop()
-        started_s = loop.time()
-        folder = version_folder(self._root, published.version)
         try:
-            num_bytes = await fetch(self._http, published, folder, self.model_folder)
+            arrival = await bring(self.copy, self.fetcher, published, await self._sources(published.version))
         except WeightsError as error:
             newest = await self._published()
             if newest is None or newest.version <= published.version:
                 raise
             _log.warning("%s; going on to version %d", error, newest.version)
             return
-        fetch_s = loop.time() - started_s
         try:
-            timings = await engine.swap(folder, published.version)
+            timings = await engine.swap(self.copy.folder_of(published.version), published.version)
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            self.copy.drop(published.version)
             raise
-        outdated = self.folder if self.version else None
+        self.copy.serve(arrival.held)
         self.version = published.version
         await self._are_well()
-        if outdated is not None:
-            shutil.rmtree(outdated, ignore_errors=True)
         _log.info(
-            "serving version %d: %d bytes in %.3f s, paused %.3f s", self.version, num_bytes, fetch_s, timings.pause_s
-        )
-        await self._on_swap(published.version, timings, fetch_s, num_bytes)
+            "serving version %d: %d bytes in %.3f s, applied in %.3f s, paused %.3f s",
+            self.version, arrival.num_bytes, arrival.fetch_s, arrival.apply_s, timings.pause_s,
+        )  # fmt: skip
+        await self._on_swap(timings, arrival)
+
+    async def _sources(self, version: int) -> list[str]:
+        """Replicas to ask: whom the learner has named, else whoever serves the version."""
+        if self._hinted[0] < version:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(HINT_GRACE_S):
+                    await self._hint.wait()
+        if self._hinted[0] >= version:
+            return self._hinted[1]
+        serving = [one.url for one in await others(self.client, self.keys) if one.weight_version == version]
+        return random.sample(serving, min(len(serving), MAX_ASKED))
 
     async def _are_well(self) -> None:
         async with self._swapped:
             self.problem = ""
             self._swapped.notify_all()
-
-
-def _memory_backed() -> str | None:
-    """A tmpfs where there is one; else the ordinary temporary folder."""
-    shared_memory = Path("/dev/shm")
-    return str(shared_memory) if shared_memory.is_dir() and _is_writable(shared_memory) else None
-
-
-def _is_writable(folder: Path) -> bool:
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
 
 
 def local_model_folder(path: str) -> Path:

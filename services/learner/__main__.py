@@ -22,13 +22,13 @@ from typing import Any
 import redis
 
 from common.config import ConfigError, RunConfig, load_recipe, resolve
+from common.durable import file_entry
 from common.http_service import listen, serve_in_thread, token_at, url_of
 from common.keys import Keys
 from common.logs import set_up_logging
 from common.preflight import check_model_folder, check_task
 from common.redis_client import OUTAGE_DEADLINE_S, connect, durability_problem
 from common.waiting import Waits
-from common.weights import file_entry
 from services.learner.api import Switches, make_app
 from services.learner.recording import Recording
 

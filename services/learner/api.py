@@ -13,7 +13,7 @@ from fastapi.responses import FileResponse
 from starlette.exceptions import HTTPException
 
 from common.http_service import new_app, require_token
-from common.weights import MANIFEST_FILE, MODEL_FILE, stored_versions, version_folder
+from common.weights import MANIFEST_FILE, file_of, stored_versions, version_folder
 
 
 class Switches:
@@ -37,17 +37,19 @@ def make_app(weights_root: Path, status: Callable[[], dict[str, Any]], switches:
     def get_status() -> dict[str, Any]:
         return status()
 
-    @app.get("/weights/latest")
+    @app.get("/weights/latest", dependencies=guarded)
     def latest() -> FileResponse:
+        """The manifest of the newest version."""
         newest = max(stored_versions(weights_root), default=None)
         if newest is None:
             raise HTTPException(404, "no weight version has been published yet")
         return FileResponse(version_folder(weights_root, newest) / MANIFEST_FILE)
 
-    @app.get("/weights/{version}/{name}")
+    @app.get("/weights/{version}/{name}", dependencies=guarded)
     def weights_file(version: int, name: str) -> FileResponse:
-        path = version_folder(weights_root, version) / name
-        if name not in (MANIFEST_FILE, MODEL_FILE) or not path.is_file():
+        """A file of a version, or a range of it."""
+        path = file_of(weights_root, version, name)
+        if path is None:
             raise HTTPException(404, f"weight version {version} has no file {name!r} here")
         return FileResponse(path)
 

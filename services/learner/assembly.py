@@ -65,7 +65,7 @@ def assemble(
         trainer.load_state_tensors(tensors)
 
     versions_in_redis = store.version_steps()
-    versions = Versions(folder / "weights", store, url, token, config.learner.keep_versions)
+    versions = Versions(folder / "weights", store, url, token)
     versions.steps |= {
         v: step for v, step in (record.version_steps if record else {}).items() if v not in versions.steps
     }

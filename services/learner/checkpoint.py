@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from common.weights import file_entry, move_into_place
+from common.durable import file_entry, move_into_place
 from services.learner.checkpoint_record import (
     Record,
     Unreadable,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from common.weights import FileEntry
+from common.durable import FileEntry
 from services.learner.store import Cursor, Settlement
 
 RECORD_FILE = "record.json"

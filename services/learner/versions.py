@@ -3,40 +3,30 @@
 Versions only grow. The next number is durable in the run's folder before anything carries it, and a start takes one
 above the largest that the folder, Redis or a replica knows. Each learner writes into a folder of its own epoch, so
 that a fenced one that wakes up cannot touch what its successor serves. The manifest's SHA-256 stands in Redis, so the
-bytes may come from anyone.
+bytes may come from anyone: replicas are told whom to ask so that they form a tree, of which the learner feeds the root.
 """
 
-import hashlib
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import redis
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
+from common.durable import fsync_path
 from common.http_service import bearer
-from common.weights import (
-    MANIFEST_FILE,
-    MODEL_FILE,
-    Manifest,
-    TensorEntry,
-    delete_versions_but,
-    encode_manifest,
-    file_entry,
-    fsync_path,
-    move_into_place,
-    stored_versions,
-    version_folder,
-)
+from common.weights import Manifest, encode_manifest, is_anchor, sha256_of, stored_versions, version_folder
 from services.learner.store import LearnerStore
+from services.learner.version_writer import VersionWriter
 
 NOTIFY_TIMEOUT_S = 5.0
 COUNTER_FILE = "VERSION"
+BRANCHES = 2
+"""Replicas that fetch from each replica."""
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _log = logging.getLogger(__name__)
 
 
@@ -44,11 +34,10 @@ class Versions:
     """The run's weight versions; `root` is this learner's folder in `parent`, `current` the version that was published
     last (0: none yet)."""
 
-    def __init__(self, parent: Path, store: LearnerStore, url: str, token: str, num_kept: int) -> None:
+    def __init__(self, parent: Path, store: LearnerStore, url: str, token: str) -> None:
         self.root = parent / f"epoch-{store.epoch:06d}"
         self.store = store
         self.url = url
-        self.num_kept = num_kept
         self.steps = store.version_steps()
         """Which step made a version."""
         self.current = 0
@@ -59,6 +48,8 @@ class Versions:
         for earlier in parent.glob("epoch-*"):
             if earlier.name < self.root.name:
                 shutil.rmtree(earlier, ignore_errors=True)
+        self._machine = BOOT_ID.read_text().strip() if BOOT_ID.exists() else ""
+        self._writer = VersionWriter(f"epoch-{store.epoch}")
         self._notifiers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="notify")
         self._http = httpx.Client(timeout=NOTIFY_TIMEOUT_S, headers=bearer(token), trust_env=False)
 
@@ -67,18 +58,19 @@ class Versions:
         where a successor has deleted this learner's folder."""
         try:
             version = self._take_number()
-            manifest = self._write(version, step, tensors)
-        except (OSError, SafetensorError):
+            manifest = self._writer.write(version_folder(self.root, version), version, step, tensors)
+        except OSError:
             self.store.check_fence()
             raise
-        digest = hashlib.sha256(encode_manifest(manifest)).hexdigest()
+        digest = sha256_of(encode_manifest(manifest))
         weights = {"version": version, "step": step, "sha256": digest, "url": self.url}
+        weights |= {"machine": self._machine, "folder": self.root.resolve()}
         fields = [str(part) for pair in weights.items() for part in pair]
         keys = self.store.keys
         self.steps[version] = step  # before a group of this version can come back
         self.store.execute([("HSET", keys.versions, version, step), ("HSET", keys.weights, *fields)])
         self.current = version
-        delete_versions_but(self.root, self.num_kept)
+        self._delete_unneeded()
         self._notifiers.submit(self._notify_replicas, version)
         return manifest
 
@@ -86,23 +78,13 @@ class Versions:
         self._notifiers.shutdown()
         self._http.close()
 
-    def _write(self, version: int, step: int, tensors: Mapping[str, Tensor]) -> Manifest:
-        aside = self.root / "aside"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside / MODEL_FILE)
-        manifest = Manifest(
-            version=version,
-            step=step,
-            lineage=f"epoch-{self.store.epoch}",
-            files={MODEL_FILE: file_entry(aside / MODEL_FILE)},
-            tensors={
-                name: TensorEntry(str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()
-            },
-        )
-        (aside / MANIFEST_FILE).write_bytes(encode_manifest(manifest))
-        move_into_place(aside, version_folder(self.root, version))
-        return manifest
+    def _delete_unneeded(self) -> None:
+        """Whoever serves an older version than the last anchor but one starts from an anchor."""
+        versions = sorted(stored_versions(self.root))
+        anchors = [version for version in versions if is_anchor(version_folder(self.root, version))]
+        for version in versions:
+            if version < anchors[-2:][0]:
+                shutil.rmtree(version_folder(self.root, version), ignore_errors=True)
 
     def _notify_replicas(self, version: int) -> None:
         """A hint only: a replica that misses it looks by itself."""
@@ -111,11 +93,15 @@ class Versions:
         except redis.RedisError as error:
             _log.warning("version %d: replicas cannot be listed, they will look by themselves: %s", version, error)
             return
-        for replica in replicas:
-            try:
-                self._http.post(f"{replica.url}/weights", json={"version": version}).raise_for_status()
-            except httpx.HTTPError as error:
-                _log.warning("version %d: replica %s did not take the hint: %s", version, replica.replica, error)
+        urls = [replica.url for replica in sorted(replicas, key=lambda one: (one.state != "running", one.replica))]
+        for index, url in enumerate(urls):
+            self._notifiers.submit(self._notify, url, version, [urls[above] for above in places_above(index)])
+
+    def _notify(self, url: str, version: int, sources: Sequence[str]) -> None:
+        try:
+            self._http.post(f"{url}/weights", json={"version": version, "sources": sources}).raise_for_status()
+        except httpx.HTTPError as error:
+            _log.warning("version %d: the replica at %s did not take the hint: %s", version, url, error)
 
     def _highest_known(self, parent: Path) -> int:
         on_disk = [int(counter.read_text() or 0) for counter in parent.glob(f"epoch-*/{COUNTER_FILE}")]
@@ -134,3 +120,12 @@ class Versions:
         fsync_path(aside)
         aside.replace(self.root / COUNTER_FILE)
         fsync_path(self.root)
+
+
+def places_above(place: int) -> list[int]:
+    """The way from a place in the tree to its root, the nearest first; the root fetches from the learner."""
+    above = []
+    while place > 0:
+        place = (place - 1) // BRANCHES
+        above.append(place)
+    return above

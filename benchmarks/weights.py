@@ -1,0 +1,217 @@
+"""What weight versions cost on the wire and on one core.
+
+    python -m benchmarks.weights [--millions 50]
+
+Bytes (share of the whole model's) and speeds (of the model's bytes, GB/s) of four exact encodings: full (nothing is
+encoded), raw sparse (a 32-bit place and a value for each change), xor + zstd, and ours (common/delta.py). On random
+bfloat16 weights of which none, 1.5 % or all differ by one unit in the last place, and on real consecutive versions: a
+run of the demo with the real engine, in bfloat16 with float32 masters, at lr 1e-6, that this command makes first.
+
+Speeds are the best of some repetitions, in memory, on one thread. BLAKE3 of the result, which every version needs
+whichever encoding it has, is a row of its own. Rows go to benchmarks/results/weights.json.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zstandard
+from blake3 import blake3
+from rich.console import Console
+from rich.table import Table
+
+from common.delta import Bits, apply, bits_of, encode
+from common.weights import (
+    DELTA_FILE,
+    ITEM_BYTES,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    Manifest,
+    decode_manifest,
+    places_in_file,
+    sha256_of,
+    stored_versions,
+    version_folder,
+)
+
+RESULTS = Path(__file__).parent / "results" / "weights.json"
+REPEATS = 5
+RUN_SETTINGS = ["model.dtype=bfloat16", "optimizer.lr=1e-6", "learner.steps=12", "evaluation.num_prompts=16"]
+Row = dict[str, Any]
+Pair = tuple[Bits, Bits]
+"""A tensor, and what it was a version before."""
+Encode = Callable[[Bits, Bits], Any]
+Decode = Callable[[Any, Bits, Bits], None]
+"""What was sent, the tensor before, and where to write."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.weights")
+    parser.add_argument("--millions", type=float, default=50, help="Of random weights.")
+    num_items = int(parser.parse_args().millions * 1e6)
+    rows = []
+    for case, share in (("none changes", 0.0), ("1.5 % by one unit", 0.015), ("all by one unit", 1.0)):
+        rows += measure(case, [random_pair(num_items, share)])
+    with tempfile.TemporaryDirectory(prefix="headrace-weights-") as folder:
+        versions = real_versions(Path(folder))
+    for index in (1, len(versions) - 1):
+        pairs = list(zip(versions[index], versions[index - 1], strict=True))
+        rows += measure(f"real: version {index + 1} after {index}, lr 1e-6", pairs)
+    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+    report(rows, Console(highlight=False, width=110))
+
+
+def random_pair(num_items: int, share: float) -> Pair:
+    """Normal weights of deviation 0.02, and the same with a random `share` a unit up or down."""
+    rng = np.random.default_rng(0)
+    floats = rng.standard_normal(num_items, np.float32) * np.float32(0.02)
+    before: Bits = (floats.view(np.uint32) >> 16).astype(np.uint16)
+    places = np.flatnonzero(rng.random(num_items, np.float32) < share)
+    after = before.copy()
+    after[places] += np.where(rng.random(len(places)) < 0.5, 1, 0xFFFF).astype(np.uint16)
+    return after, before
+
+
+def real_versions(folder: Path) -> list[list[Bits]]:
+    """The tensors of each version of a short run."""
+    settings = [part for setting in RUN_SETTINGS for part in ("--set", setting)]
+    command = [sys.executable, "-m", "services.launcher", "up", "configs/tiny-cpu.yaml", "--run", "real"]
+    subprocess.run([*command, "--runs-folder", str(folder), *settings], check=True, stdout=subprocess.DEVNULL)
+    (root,) = (folder / "real" / "weights").glob("epoch-*")
+    found: list[list[Bits]] = []
+    for version in sorted(stored_versions(root)):
+        payload = (version_folder(root, version) / MANIFEST_FILE).read_bytes()
+        manifest = decode_manifest(payload, sha256_of(payload))
+        found.append(list(_tensors(version_folder(root, version), manifest, found[-1] if found else None)))
+    return found
+
+
+def _tensors(folder: Path, manifest: Manifest, before: Sequence[Bits] | None) -> Iterator[Bits]:
+    if manifest.has_model:
+        content = np.fromfile(folder / MODEL_FILE, np.uint8)
+        for name, place in places_in_file(manifest.tensors).items():
+            yield bits_of(content[place], ITEM_BYTES[manifest.tensors[name].dtype])
+        return
+    assert manifest.delta is not None and before is not None
+    frames = memoryview((folder / DELTA_FILE).read_bytes())
+    for (name, place), bits in zip(manifest.delta.places().items(), before, strict=True):
+        after = bits.copy()
+        apply(manifest.delta.patches[name], frames[place], after, after)
+        yield after
+
+
+def measure(case: str, pairs: Sequence[Pair]) -> list[Row]:
+    model_bytes = sum(after.nbytes for after, _ in pairs)
+    num_changed = sum(int(np.count_nonzero(after != before)) for after, before in pairs)
+    changed = num_changed / sum(len(after) for after, _ in pairs)
+    rows = []
+    for name, (encode_one, decode_one) in METHODS.items():
+        encode_s, sent = _best(partial(_encode_all, encode_one, pairs))
+        outs = [before.copy() for _, before in pairs]
+        decode_s, _ = _best(partial(_decode_all, decode_one, sent, pairs, outs))
+        assert all(np.array_equal(out, after) for (after, _), out in zip(pairs, outs, strict=True)), "exact"
+        num_bytes = sum(_size(one) for one in sent)
+        speeds = {"encode_gb_per_s": model_bytes / encode_s / 1e9, "decode_gb_per_s": model_bytes / decode_s / 1e9}
+        row = {"case": case, "method": name, "bytes": num_bytes, "share": num_bytes / model_bytes, "changed": changed}
+        rows.append(row | {"model_bytes": model_bytes} | speeds)
+    digest_s, _ = _best(lambda: [blake3(after.view(np.uint8).data).digest() for after, _ in pairs])
+    speeds = {"encode_gb_per_s": model_bytes / digest_s / 1e9, "decode_gb_per_s": model_bytes / digest_s / 1e9}
+    return [*rows, {"case": case, "method": "BLAKE3 of the result", "model_bytes": model_bytes, **speeds}]
+
+
+def _encode_all(encode_one: Encode, pairs: Sequence[Pair]) -> list[Any]:
+    return [encode_one(*pair) for pair in pairs]
+
+
+def _decode_all(decode_one: Decode, sent: Sequence[Any], pairs: Sequence[Pair], outs: Sequence[Bits]) -> None:
+    for one, (_, before), out in zip(sent, pairs, outs, strict=True):
+        decode_one(one, before, out)
+
+
+def _best(act: Callable[[], Any]) -> tuple[float, Any]:
+    best_s = float("inf")
+    for _ in range(REPEATS):
+        began_s = time.perf_counter()
+        result = act()
+        best_s = min(best_s, time.perf_counter() - began_s)
+    return best_s, result
+
+
+def _size(sent: Any) -> int:
+    if isinstance(sent, bytes | np.ndarray):
+        return len(sent) if isinstance(sent, bytes) else sent.nbytes
+    return sum(_size(part) for part in sent if not hasattr(part, "method"))
+
+
+def _full(after: Bits, before: Bits) -> Any:
+    return after
+
+
+def _copy(sent: Bits, before: Bits, out: Bits) -> None:
+    np.copyto(out, sent)
+
+
+def _raw_sparse(after: Bits, before: Bits) -> Any:
+    places = np.flatnonzero(after != before).astype(np.uint32)
+    return places, after[places]
+
+
+def _put(sent: Any, before: Bits, out: Bits) -> None:
+    np.copyto(out, before)
+    out[sent[0]] = sent[1]
+
+
+def _xor(after: Bits, before: Bits) -> Any:
+    return zstandard.ZstdCompressor(level=1).compress((after ^ before).data)
+
+
+def _unxor(sent: bytes, before: Bits, out: Bits) -> None:
+    difference = np.frombuffer(zstandard.ZstdDecompressor().decompress(sent), before.dtype)
+    np.bitwise_xor(before, difference, out=out)
+
+
+def _ours(after: Bits, before: Bits) -> Any:
+    patch, frames = encode(after, before)
+    return patch, b"".join(frames)
+
+
+def _apply_ours(sent: Any, before: Bits, out: Bits) -> None:
+    apply(sent[0], memoryview(sent[1]), before, out)
+
+
+METHODS: dict[str, tuple[Encode, Decode]] = {
+    "full": (_full, _copy),
+    "raw sparse": (_raw_sparse, _put),
+    "xor + zstd": (_xor, _unxor),
+    "ours": (_ours, _apply_ours),
+}
+
+
+def report(rows: Sequence[Row], console: Console) -> None:
+    table = Table("case", "changed", "method", "bytes", "share", "encode GB/s", "decode GB/s")
+    for row in rows:
+        is_code = "bytes" in row
+        table.add_row(
+            row["case"],
+            f"{row['changed']:.2%}" if is_code else "",
+            row["method"],
+            f"{row['bytes']:,}" if is_code else "",
+            f"{row['share']:.3%}" if is_code else "",
+            *(f"{row[key]:.2f}" if row["method"] != "full" or key[0] == "d" else "" for key in SPEEDS),
+        )
+    console.print(table)
+
+
+SPEEDS = ("encode_gb_per_s", "decode_gb_per_s")
+
+
+if __name__ == "__main__":
+    main()

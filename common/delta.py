@@ -1,0 +1,174 @@
+"""One tensor's change between two weight versions, in as few bytes as it takes, and exactly.
+
+A reinforcement learning step at a small learning rate changes 1 to 3 % of bfloat16 weights, nearly all of them by one
+unit in the last place. Weights are compared as integers of their bits, so that nothing is ever rounded, and a tensor
+is sent by whichever of three methods is smallest:
+
+same    nothing has changed, nothing is sent
+sparse  where: the gaps between changed places, as bytes, 255 standing for "255 more, and go on";
+        by how much: the difference of the bits, as its sign bit and its magnitude less one in byte planes
+full    the bits themselves, in byte planes
+
+Each part is a zstd frame; at level 1 that is hardly more than a Huffman code, in which the gaps of a random 1.5 %
+take 7.4 bits each. Imports no torch.
+"""
+
+import itertools
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import zstandard
+
+ZSTD_LEVEL = 1
+DENSE_SHARE = 0.2
+"""Of places that have changed; above it sending the tensor in full is tried as well."""
+MORE = 255
+"""The byte of a gap that goes on."""
+CHUNK_WORDS = 1 << 17
+"""64-bit words that are compared at one time: what stays in a core's cache."""
+
+Bits = npt.NDArray[np.unsignedinteger[Any]]
+Bytes = npt.NDArray[np.uint8]
+
+
+class DeltaError(ValueError):
+    """A patch, or its bytes, cannot be what `encode` has made."""
+
+
+class Patch(msgspec.Struct, frozen=True):
+    """How a tensor is sent: `frame_bytes` are the lengths of its zstd frames, which follow one another."""
+
+    method: Literal["same", "sparse", "full"]
+    num_changed: int = 0
+    """Places, of `sparse`."""
+    frame_bytes: list[int] = []
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.frame_bytes)
+
+
+def bits_of(content: Bytes, item_bytes: int) -> Bits:
+    """Bytes as little-endian integers of 1, 2, 4 or 8 bytes, without a copy."""
+    bits: Bits = content.view(f"<u{item_bytes}")
+    return bits
+
+
+def encode(current: Bits, base: Bits | None) -> tuple[Patch, list[bytes]]:
+    """What makes `base` into `current`, both flat and of one dtype; without a base, `current` itself."""
+    if base is None:
+        return _sent("full", _planes(current))
+    places = changed_places(current, base)
+    if not len(places):
+        return Patch("same"), []
+    sparse = _sent("sparse", _sparse(current[places] - base[places], places), len(places))
+    if len(places) < DENSE_SHARE * len(current):
+        return sparse
+    return min(sparse, _sent("full", _planes(current)), key=lambda sent: sent[0].num_bytes)
+
+
+def apply(patch: Patch, content: memoryview, base: Bits | None, out: Bits) -> None:
+    """Writes into `out`, which may be `base` itself, what `encode` was given as current. `content` are the patch's
+    frames.
+
+    Raises `DeltaError` for everything that `encode` cannot have made; no more memory is taken than for a tensor of
+    `out`'s size. `out` is of no use then.
+    """
+    _check(patch, out, len(content))
+    ends = itertools.accumulate(patch.frame_bytes, initial=0)
+    frames = [content[first:end] for first, end in itertools.pairwise(ends)]
+    if patch.method == "full":
+        _join(frames, out)
+        return
+    if base is None:
+        raise DeltaError(f"{patch.method}: expected full, where there is no base")
+    if base is not out:
+        np.copyto(out, base)
+    if patch.method == "sparse":
+        _change(patch.num_changed, frames, out)
+
+
+def changed_places(current: Bits, base: Bits) -> npt.NDArray[np.int64]:
+    """Where they differ, ascending. Both contiguous; compared by 64-bit words, of which hardly any differ."""
+    lanes = 8 // current.itemsize
+    num_words = len(current) // lanes
+    words, base_words = current[: num_words * lanes].view(np.uint64), base[: num_words * lanes].view(np.uint64)
+    found = []
+    for first in range(0, num_words, CHUNK_WORDS):
+        here, there = words[first : first + CHUNK_WORDS], base_words[first : first + CHUNK_WORDS]
+        changed = np.flatnonzero(here != there)
+        rows, lane = np.nonzero((here[changed] ^ there[changed]).view(current.dtype).reshape(-1, lanes))
+        found.append((changed[rows] + first) * lanes + lane)
+    rest = num_words * lanes
+    found.append(np.flatnonzero(current[rest:] != base[rest:]) + rest)
+    return np.concatenate(found)
+
+
+def _sent(method: Literal["sparse", "full"], parts: list[Bytes], num_changed: int = 0) -> tuple[Patch, list[bytes]]:
+    compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
+    frames = [compressor.compress(part.tobytes()) for part in parts]
+    return Patch(method, num_changed, [len(frame) for frame in frames]), frames
+
+
+def _sparse(differences: Bits, places: npt.NDArray[np.int64]) -> list[Bytes]:
+    gaps = np.diff(places, prepend=-1) - 1
+    num_more, rest = np.divmod(gaps, MORE)
+    gap_bytes = np.full(len(gaps) + int(num_more.sum()), MORE, np.uint8)
+    gap_bytes[np.cumsum(num_more + 1) - 1] = rest
+    is_negative = _is_negative(differences)
+    one = differences.dtype.type(1)
+    magnitudes = np.where(is_negative, ~differences, differences - one)
+    return [gap_bytes, np.packbits(is_negative), *_planes(magnitudes)]
+
+
+def _change(num_changed: int, frames: list[memoryview], out: Bits) -> None:
+    gap_bytes = _decompress(frames[0], num_changed, num_changed + len(out) // MORE)
+    (ends,) = np.nonzero(gap_bytes != MORE)
+    if len(ends) != num_changed or gap_bytes[-1] == MORE:
+        raise DeltaError(f"{len(ends)} gaps, expected {num_changed}")
+    places = np.cumsum(gap_bytes, dtype=np.int64)[ends] + np.arange(num_changed)
+    if places[-1] >= len(out):
+        raise DeltaError(f"a change at place {places[-1]}, expected below {len(out)}")
+    num_sign_bytes = (num_changed + 7) // 8
+    is_negative = np.unpackbits(_decompress(frames[1], num_sign_bytes, num_sign_bytes), count=num_changed)
+    magnitudes = np.empty(num_changed, out.dtype)
+    _join(frames[2:], magnitudes)
+    out[places] += np.where(is_negative, ~magnitudes, magnitudes + out.dtype.type(1))
+
+
+def _check(patch: Patch, out: Bits, num_bytes: int) -> None:
+    num_frames = {"same": 0, "sparse": 2 + out.itemsize}.get(patch.method, out.itemsize)
+    if len(patch.frame_bytes) != num_frames or min(patch.frame_bytes, default=0) < 0 or patch.num_bytes != num_bytes:
+        raise DeltaError(f"{patch.method}: frames of {patch.frame_bytes} bytes, expected {num_frames} in {num_bytes}")
+    fewest, most = (1, len(out)) if patch.method == "sparse" else (0, 0)
+    if not fewest <= patch.num_changed <= most:
+        raise DeltaError(f"{patch.method}: {patch.num_changed} changes, expected {fewest} to {most}")
+
+
+def _decompress(frame: memoryview, fewest: int, most: int) -> Bytes:
+    try:
+        num_bytes = zstandard.frame_content_size(frame)
+        if not fewest <= num_bytes <= most:
+            raise DeltaError(f"a frame of {num_bytes} bytes, expected {fewest} to {most}")
+        content = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise DeltaError(f"a frame that is not zstd's: {error}") from error
+    return np.frombuffer(content, np.uint8)
+
+
+def _planes(bits: Bits) -> list[Bytes]:
+    """The lowest byte of each, then the second and so on."""
+    return list(np.ascontiguousarray(bits).view(np.uint8).reshape(-1, bits.itemsize).T)
+
+
+def _join(frames: list[memoryview], out: Bits) -> None:
+    planes = out.view(np.uint8).reshape(-1, out.itemsize).T
+    for plane, frame in zip(planes, frames, strict=True):
+        plane[:] = _decompress(frame, len(out), len(out))
+
+
+def _is_negative(differences: Bits) -> npt.NDArray[np.bool_]:
+    highest: Bits = differences >> differences.dtype.type(8 * differences.itemsize - 1)
+    return np.not_equal(highest, 0)
