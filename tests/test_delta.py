@@ -56,12 +56,13 @@ def test_any_change_of_any_bits_comes_back(dtype: Any, num_items: int, share: fl
     assert round_trip(current, None).method == "full"
 
 
-@pytest.mark.parametrize(("share", "share_of_bytes"), [(0.0, 0.0), (0.015, 0.009), (0.5, 0.12), (1.0, 0.065)])
+@pytest.mark.parametrize(("share", "share_of_bytes"), [(0.0, 0.0), (0.015, 0.009), (0.5, 0.13), (1.0, 0.1)])
 def test_a_change_by_one_unit_is_small_however_many_places_it_has(share: float, share_of_bytes: float) -> None:
     rng = np.random.default_rng(0)
     base = bfloat16_weights(100_000, rng)
     patch = round_trip(changed(base, share, rng), base)
-    assert patch.method == ("sparse" if share else "same") and patch.num_bytes <= share_of_bytes * base.nbytes
+    assert patch.method == ("dense" if share > 0.1 else "sparse" if share else "same")
+    assert patch.num_bytes <= share_of_bytes * base.nbytes
 
 
 def test_what_has_nothing_in_common_is_sent_in_full() -> None:
@@ -120,6 +121,7 @@ def frame(content: bytes) -> bytes:
         ({"frame_bytes": [-1, 1, 1, 1]}, "expected 4"),
         ({"frame_bytes": [1, 1, 1, 1]}, "expected 4"),
         ({"method": "full"}, "expected 2"),
+        ({"method": "dense"}, "expected 2"),
         ({"num_changed": 0}, "expected 1 to 2000"),
         ({"num_changed": 2001}, "expected 1 to 2000"),
         ({"num_changed": 1 << 60}, "expected 1 to 2000"),
