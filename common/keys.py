@@ -12,7 +12,8 @@ replicas    hash-slot prefix, TTL keys   heartbeats                             
 learner     hash                         step, version, phase, the reason when it waits       learner
 epoch       counter                      fences learners                                      learner
 epochs      hash                         a learner's start -> the epoch that it took          learner
-weights     hash                         newest version, its manifest's SHA-256 and URL       learner
+weights     hash                         newest version, its manifest's SHA-256, URL, folder  learner
+swapping    sorted set                   replicas that swap, by when their turn ends          replicas
 versions    hash                         weight version -> the step that made it              learner
 config      string                       the resolved configuration, for replicas that join   learner
 control     hash                         desired state                                        control, launcher
@@ -48,6 +49,7 @@ class Keys:
         self.epoch = prefix + "epoch"
         self.epochs = prefix + "epochs"
         self.weights = prefix + "weights"
+        self.swapping = prefix + "swapping"
         self.versions = prefix + "versions"
         self.config = prefix + "config"
         self.control = prefix + "control"

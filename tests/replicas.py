@@ -24,6 +24,7 @@ from services.generation.loop import Replica
 from services.generation.publication import Arrival
 from services.generation.reward_pool import RewardPool
 from services.generation.tickets import TicketStore
+from services.generation.turns import Turns
 from services.generation.weights import WeightFollower
 from services.learner.api import Switches, make_app
 from services.learner.policy import load_tokenizer
@@ -95,7 +96,7 @@ async def running_replica(
         event = {"version": arrival.held.manifest.version, "pause_ms": timings.pause_s * 1e3}
         await tickets.announce("swap", event)
 
-    weights = WeightFollower(client, keys, HostCopy(model), Fetcher("token"), announce)
+    weights = WeightFollower(client, keys, HostCopy(model), Fetcher("token"), Turns(client, keys, name, 0.5), announce)
     server = None if isinstance(engine, str) else engine
     http = Engine(engine if isinstance(engine, str) else engine.url, request_timeout_s=config.request_timeout_s)
     timeouts = {"silence_timeout_s": silence_timeout_s, "busy_timeout_s": config.request_timeout_s}

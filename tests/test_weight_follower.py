@@ -19,6 +19,7 @@ from services.generation.fetching import Fetcher
 from services.generation.host_copy import HostCopy
 from services.generation.publication import Arrival
 from services.generation.route import Route
+from services.generation.turns import Turns
 from services.generation.weights import WeightFollower
 from services.learner.version_writer import VersionWriter
 from tests.fake_sglang import FakeSglang, a_fake_sglang
@@ -45,7 +46,7 @@ async def following(
         pass
 
     client, engine = connect_async(redis_url), Engine(fake.url)
-    follower = WeightFollower(client, keys, HostCopy(model), Fetcher("token"), ignore)
+    follower = WeightFollower(client, keys, HostCopy(model), Fetcher("token"), Turns(client, keys, "a", 0.5), ignore)
     keeper = EngineKeeper(engine, None, follower.engine_start, silence_timeout_s=1.0, busy_timeout_s=1.0)
     tasks = [asyncio.create_task(keeper.keep()), asyncio.create_task(follower.follow(keeper))]
     try:

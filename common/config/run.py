@@ -106,6 +106,9 @@ class GenerationConfig(Section):
     request_timeout_s: float = Field(
         600.0, gt=0, description="Longest wait for the completions of one ticket, and for the weights that it asks for."
     )
+    max_swapping_share: float = Field(
+        0.5, gt=0, le=1, description="Of the replicas, paused for new weights at the same time; one is always let."
+    )
     reward_workers: int = Field(1, ge=1, description="Processes that score completions, per replica.")
     reward_deadline_s: float = Field(10.0, gt=0, description="Longest time to score one group.")
     reward_memory_bytes: int = Field(4 << 30, ge=1 << 26, description="Address space of one reward process.")

@@ -19,6 +19,7 @@ from services.generation.loop import Replica
 from services.generation.publication import Arrival
 from services.generation.reward_pool import RewardPool
 from services.generation.tickets import TicketStore
+from services.generation.turns import Turns
 from services.generation.weights import WeightFollower, local_model_folder
 
 MODEL_DEADLINE_S = 3600.0
@@ -51,8 +52,9 @@ async def assembled(
             event |= {"fetch_ms": arrival.fetch_s * 1e3, "apply_ms": arrival.apply_s * 1e3}
             await tickets.announce("swap", event | {"pause_ms": timings.pause_s * 1e3, "load_ms": timings.load_s * 1e3})
 
+        turns = Turns(client, keys, name, settings.max_swapping_share)
         copy = HostCopy(await _model_folder(config.model.path))
-        weights = WeightFollower(client, keys, copy, Fetcher(token), announce)
+        weights = WeightFollower(client, keys, copy, Fetcher(token), turns, announce)
         stack.push_async_callback(weights.close)
         server, engine_url = None, settings.engine.url
         if engine_url is None:

@@ -26,6 +26,7 @@ from services.generation.host_copy import HostCopy
 from services.generation.others import others
 from services.generation.publication import Arrival, Published, bring, newest_version
 from services.generation.sharing import Sharing
+from services.generation.turns import Turns
 
 LOOK_INTERVAL_S = 1.0
 HINT_GRACE_S = 0.3
@@ -44,12 +45,14 @@ class WeightFollower:
         keys: Keys,
         copy: HostCopy,
         fetcher: Fetcher,
+        turns: Turns,
         on_swap: Callable[[SwapTimings, Arrival], Awaitable[None]],
     ) -> None:
         self.client = client
         self.keys = keys
         self.copy = copy
         self.fetcher = fetcher
+        self.turns = turns
         self.shared = Sharing(copy, fetcher)
         self.version = 0
         self.problem = ""
@@ -126,7 +129,8 @@ class WeightFollower:
             _log.warning("%s; going on to version %d", error, newest.version)
             return
         try:
-            timings = await engine.swap(self.copy.folder_of(published.version), published.version)
+            async with self.turns.turn():
+                timings = await engine.swap(self.copy.folder_of(published.version), published.version)
         except BaseException:
             self.copy.drop(published.version)
             raise

@@ -1,0 +1,181 @@
+"""How a weight version reaches many replicas, and one on the learner's machine.
+
+    python -m benchmarks.fan_out [--replicas 8] [--millions 10] [--megabytes-per-s 20]
+
+The learner's real HTTP side with its port capped (a relay of so many megabytes a second in all), and replicas without
+engines but with their real copies of the weights, each with a port of its own. Every version, an anchor and then
+deltas, is fetched by all at the same time: once as the learner tells them (a tree of replicas) and once all from the
+learner. Then one replica fetches the same versions over HTTP without a cap, and from the learner's folder. Rows go to
+benchmarks/results/fan_out.json.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.weights import random_pair
+from common.http_service import Server, listen, new_app, serve_in_thread, url_of
+from common.weights import encode_manifest, sha256_of, version_folder
+from services.generation.fetching import Fetcher
+from services.generation.host_copy import HostCopy
+from services.generation.publication import BOOT_ID, Published, bring
+from services.generation.sharing import Sharing, weights_router
+from services.learner.api import Switches, make_app
+from services.learner.version_writer import VersionWriter
+from services.learner.versions import places_above
+
+RESULTS = Path(__file__).parent / "results" / "fan_out.json"
+TOKEN = "benchmark"
+NUM_DELTAS = 3
+PIECE_BYTES = 1 << 14
+Row = dict[str, Any]
+
+
+class Relay:
+    """Passes connections on to `port`; what comes back is slowed down to `bytes_per_s` in all, and counted."""
+
+    def __init__(self, port: int, bytes_per_s: float) -> None:
+        self.port = port
+        self.bytes_per_s = bytes_per_s
+        self.num_bytes = 0
+        self._free_at = 0.0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, asyncio.CancelledError):
+            there_reader, there_writer = await asyncio.open_connection("127.0.0.1", self.port)
+            asking = asyncio.create_task(self._pass_on(reader, there_writer, False))
+            await self._pass_on(there_reader, writer, True)
+            asking.cancel()
+            there_writer.close()
+        writer.close()
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, is_capped: bool) -> None:
+        while piece := await reader.read(PIECE_BYTES):
+            if is_capped:
+                self.num_bytes += len(piece)
+                now = time.monotonic()
+                self._free_at = max(self._free_at, now) + len(piece) / self.bytes_per_s
+                await asyncio.sleep(self._free_at - now)
+            writer.write(piece)
+            await writer.drain()
+
+
+class Replica:
+    def __init__(self, model_folder: Path) -> None:
+        self.copy = HostCopy(model_folder)
+        self.fetcher = Fetcher(TOKEN)
+
+    @contextlib.asynccontextmanager
+    async def served(self) -> AsyncIterator[str]:
+        app, sock = new_app("replica"), listen("127.0.0.1", 0)
+        app.include_router(weights_router(Sharing(self.copy, self.fetcher), TOKEN))
+        server = Server(app)
+        serving = asyncio.create_task(server.serve([sock]))
+        try:
+            yield url_of(sock)
+        finally:
+            server.should_exit = True
+            await serving
+            await self.fetcher.aclose()
+            self.copy.close()
+
+    async def take(self, published: Published, named: list[str]) -> None:
+        arrival = await bring(self.copy, self.fetcher, published, named)
+        self.copy.serve(arrival.held)
+
+
+def write_versions(root: Path, num_items: int) -> list[Published]:
+    """An anchor, and deltas of 1.5 % by one unit."""
+    root.mkdir()
+    writer, found = VersionWriter("benchmark"), []
+    after, before = random_pair(num_items, 0.015)
+    for version in range(1, NUM_DELTAS + 2):
+        bits = before if version % 2 else after
+        tensor = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
+        manifest = writer.write(version_folder(root, version), version, version, {"weights": tensor})
+        found.append(Published(version, sha256_of(encode_manifest(manifest)), ""))
+    return found
+
+
+async def spread(
+    way: str, versions: list[Published], num_replicas: int, relay: Relay, url: str, folder: Path
+) -> list[Row]:
+    rows = []
+    async with contextlib.AsyncExitStack() as stack:
+        replicas = [Replica(folder) for _ in range(num_replicas)]
+        urls = [await stack.enter_async_context(replica.served()) for replica in replicas]
+        for published in versions:
+            relay.num_bytes, began_s = 0, time.monotonic()
+            asked = published._replace(url=url)
+            if way == "folder":
+                asked = asked._replace(machine=BOOT_ID.read_text().strip(), folder=str(folder.parent / "weights"))
+            above = [[urls[one] for one in places_above(place)] if way == "tree" else [] for place in range(len(urls))]
+            await asyncio.gather(*(one.take(asked, named) for one, named in zip(replicas, above, strict=True)))
+            took_s = time.monotonic() - began_s
+            came = sum(sum(replica.fetcher.num_bytes.values()) for replica in replicas)
+            row = {"way": way, "replicas": num_replicas, "version": published.version, "seconds": took_s}
+            rows.append(row | {"learner_bytes": relay.num_bytes, "replica_bytes": came / num_replicas})
+            for replica in replicas:
+                replica.fetcher.num_bytes.clear()
+    return rows
+
+
+async def measure(arguments: argparse.Namespace, folder: Path) -> list[Row]:
+    versions = write_versions(folder / "weights", int(arguments.millions * 1e6))
+    model_folder = folder / "model"
+    model_folder.mkdir()
+    sock = listen("127.0.0.1", 0)
+    rows = []
+    with serve_in_thread(make_app(folder / "weights", dict, Switches(), TOKEN), sock):
+        relay = Relay(sock.getsockname()[1], arguments.megabytes_per_s * 1e6)
+        async with await asyncio.start_server(relay.serve, "127.0.0.1", 0) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            for way in ("tree", "learner"):
+                rows += await spread(way, versions, arguments.replicas, relay, url, model_folder)
+        for way in ("HTTP", "folder"):
+            rows += await spread(way, versions, 1, relay, url_of(sock), model_folder)
+    return rows
+
+
+def report(rows: list[Row], console: Console) -> None:
+    table = Table("from", "replicas", "version", "until all have it, s", "learner sent", "copies", "each fetched")
+    for row in rows:
+        is_relayed = row["replicas"] > 1
+        kind = "anchor" if row["version"] == 1 else "delta"
+        table.add_row(
+            row["way"],
+            str(row["replicas"]),
+            f"{row['version']} ({kind})",
+            f"{row['seconds']:.3f}",
+            f"{row['learner_bytes']:,}" if is_relayed else "",
+            f"{row['learner_bytes'] / row['replica_bytes']:.2f}" if is_relayed else "",
+            f"{row['replica_bytes']:,.0f}",
+        )
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fan_out")
+    parser.add_argument("--replicas", type=int, default=8)
+    parser.add_argument("--millions", type=float, default=10, help="Of bfloat16 weights.")
+    parser.add_argument("--megabytes-per-s", type=float, default=20, help="That the learner's port lets through.")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="headrace-fan-out-") as folder:
+        rows = asyncio.run(measure(arguments, Path(folder)))
+    RESULTS.write_text(json.dumps({"arguments": vars(arguments), "rows": rows}, indent=1) + "\n")
+    report(rows, Console(highlight=False, width=120))
+
+
+if __name__ == "__main__":
+    main()
