@@ -43,7 +43,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from common import weights
+from common import durable
 from common.config import RunConfig
 from common.keys import TICKET_GROUP, Keys
 from common.ledger import Mark, TicketName, parse_mark, parse_name
@@ -197,7 +197,7 @@ def server(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         (versions, "ThreadPoolExecutor", Nobody),
         (versions, "httpx", SimpleNamespace(Client=Nobody)),
         (versions, "fsync_path", lambda path: None),
-        (weights, "fsync_path", lambda path: None),
+        (durable, "fsync_path", lambda path: None),
         (intake, "READ_BLOCK_S", 0.001),
         (intake, "LOOK_INTERVAL_S", float("inf")),
     ):
