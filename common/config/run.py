@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from common.config.actor import ActorConfig
 from common.config.section import Section
+from common.control import MAX_REPLICAS
 
 DType = Literal["float32", "bfloat16"]
 
@@ -99,7 +100,12 @@ class EngineConfig(Section):
 
 
 class GenerationConfig(Section):
-    replicas: int = Field(1, ge=1, description="Replicas that `headrace up` starts.")
+    replicas: int = Field(
+        1,
+        ge=0,
+        le=MAX_REPLICAS,
+        description="Replicas that `headrace up` keeps as long as `headrace scale` has ordered no other number.",
+    )
     max_groups_in_flight: int = Field(32, ge=1, description="Training groups that a replica works on at one time.")
     max_eval_groups_in_flight: int = Field(32, ge=1, description="Evaluation groups, in slots of their own.")
     max_attempts: int = Field(3, ge=1, description="Failed attempts before a ticket is dead.")

@@ -108,11 +108,24 @@ class Loop:
         """Nobody could answer the first ticket before one serves."""
         self._show("waiting for a replica")
         while not any(replica.state == "running" for replica in self.intake.sight.replicas):
-            self._wait(Reason.NO_REPLICA, self.intake.why_waiting())
+            self._wait_for_groups(Reason.NO_REPLICA)
             if self.switches.stop.wait(SWITCH_POLL_S):
                 break
             self.intake.look_around()
-        self.waits.over(Reason.NO_REPLICA)
+        self._has_groups(Reason.NO_REPLICA)
+
+    def _wait_for_groups(self, reason: Reason) -> float:
+        """The same. While generation is paused, as ordered, no deadline comes nearer."""
+        if self.intake.sight.is_generation_paused:
+            self.waits.over(reason)
+            return self.waits.waiting(Reason.PAUSED, "generation is scaled to 0 replicas")
+        self.waits.over(Reason.PAUSED)
+        return self._wait(reason, self.intake.why_waiting())
+
+    def _has_groups(self, reason: Reason) -> None:
+        """Or nobody waits for them any more."""
+        self.waits.over(reason)
+        self.waits.over(Reason.PAUSED)
 
     def _wait(self, reason: Reason, detail: str) -> float:
         """How long it has lasted. Raises `Starved` at the deadline."""
@@ -155,13 +168,13 @@ class Loop:
         while not self._is_interrupted() and not self.intake.has_ended:
             batch = self.intake.take_batch(PATIENCE_S, self._is_interrupted)
             if batch is not None:
-                self.waits.over(Reason.STARVED)
+                self._has_groups(Reason.STARVED)
                 return batch
-            lasted_s = self._wait(Reason.STARVED, self.intake.why_waiting())
+            lasted_s = self._wait_for_groups(Reason.STARVED)
             self._show("waiting")
             if lasted_s > IDLE_CHECKPOINT_S and (self.intake.books.held_bytes or self._is_checkpoint_due):
                 self._checkpoint()
-        self.waits.over(Reason.STARVED)
+        self._has_groups(Reason.STARVED)
         return None
 
     def _whole_run(self) -> dict[str, Any]:
@@ -248,8 +261,8 @@ class Loop:
         while (result := self.intake.finished_evaluation(PATIENCE_S, self.switches.stop.is_set)) is None:
             if self.switches.stop.is_set():
                 break
-            self._wait(Reason.EVALUATING, self.intake.why_waiting())
-        self.waits.over(Reason.EVALUATING)
+            self._wait_for_groups(Reason.EVALUATING)
+        self._has_groups(Reason.EVALUATING)
         return result
 
     def _record_evaluation(self, result: dict[str, float] | None) -> None:
