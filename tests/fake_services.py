@@ -111,8 +111,10 @@ class Fakes:
             process.communicate()
 
 
-def until(condition: Callable[[], bool], what: str, seen: Callable[[], object] = lambda: "") -> None:
-    deadline = time.monotonic() + TIMEOUT_S
+def until(
+    condition: Callable[[], bool], what: str, seen: Callable[[], object] = lambda: "", timeout_s: float = TIMEOUT_S
+) -> None:
+    deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"expected {what}; {seen()}"
         time.sleep(0.02)

@@ -162,6 +162,41 @@ def test_an_order_outlives_the_launcher_until_another_number_is_given(faking: Fa
     assert "] 3 replicas, as configured\n" in stopped(third)
 
 
+ADVISES = """
+on(signal.SIGUSR1, lambda: tell_learner(advised_replicas=99, advice="it waits"))
+tell_learner(advised_replicas=3, advice="it waits")
+"""
+
+
+def test_advice_is_followed_where_the_recipe_says_so_and_nobody_has_ordered(faking: Faking) -> None:
+    fakes = faking(learner=f"{ADVISES}note('serves')\nwhile True:\n    signal.pause()", generation=DRAINS)
+    process = fakes.up("--set", "generation.autoscale=true", "--set", "generation.max_replicas=4", settings=QUICK)
+    fakes.wait_for(*serving(0, 1, 2), "learner serves")
+    scaled(fakes, "2")
+    fakes.wait_for("generation drains generation-2")
+    (learner,) = [one for one in psutil.Process(process.pid).children() if "services.learner" in one.cmdline()]
+    learner.send_signal(signal.SIGUSR1)
+    with client_of(fakes) as client:
+        until(lambda: client.hget(Keys("faked").learner, "advised_replicas") == b"99", "other advice")
+    scaled(fakes, "1")
+    fakes.wait_for("generation drains generation-1")
+    scaled(fakes, "auto")
+    until(lambda: len(psutil.Process(process.pid).children()) == 3, "no advice beyond the bounds is obeyed")
+    output = stopped(process)
+    assert "] 3 replicas, as advised: it waits\n" in output and "] 1 replica, as ordered\n" in output
+    assert "an order is not obeyed: '99' replicas: expected a number from 0 to 64\n" in output
+
+
+def test_advice_is_advice(faking: Faking) -> None:
+    fakes = faking(learner=ADVISES + SERVES, generation=DRAINS)
+    process = fakes.up(settings=QUICK)
+    fakes.wait_for(*serving(0), "learner serves")
+    scaled(fakes, "2")
+    fakes.wait_for(*serving(1))
+    assert "as advised" not in stopped(process)
+    assert not set(serving(2)) & set(fakes.lines())
+
+
 def test_an_order_that_makes_no_sense_is_told_and_not_obeyed(faking: Faking) -> None:
     """Also one that stood there before the launcher came."""
     fakes = faking(learner=KEEPS_A_BAD_ORDER, generation=DRAINS)

@@ -77,6 +77,17 @@ def scale(
 
 
 @app.command()
+def plan(
+    run: RunArgument,
+    up_to: Annotated[int | None, typer.Option(min=1, help="Replicas; default: generation.max_replicas.")] = None,
+    runs_folder: RunsFolderOption = Path("runs"),
+) -> None:
+    """Simulate a run with other numbers of replicas, from what it has measured; starts and touches nothing."""
+    place = ["--run", run, "--runs-folder", str(runs_folder), *([] if up_to is None else ["--up-to", str(up_to)])]
+    raise typer.Exit(subprocess.call([sys.executable, "-m", "services.learner.plan", *place]))
+
+
+@app.command()
 def check(config: ConfigArgument, seed: SeedOption = None, overrides: SetOption = []) -> None:  # noqa: B006
     """Validate a recipe without starting anything; print its settings with their sources, and estimates."""
     from services.launcher.check import check_recipe

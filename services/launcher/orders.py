@@ -1,4 +1,5 @@
-"""How many replicas a launcher is to keep: what was ordered in the run's `control`, else what its recipe says.
+"""How many replicas a launcher is to keep: what was ordered in the run's `control`, else what its recipe says, or the
+learner advises where the recipe says to follow that (`generation.autoscale`).
 
 A launcher that follows orders says so in Redis under a key that expires, so that nobody orders into the void. It waits
 for nobody: while Redis is away the number of before stands.
@@ -29,9 +30,11 @@ class Order(NamedTuple):
 class Orders:
     """Of one run, for its one launcher. `start` is the recipe's number."""
 
-    def __init__(self, redis_url: str, keys: Keys, start: int) -> None:
+    def __init__(self, redis_url: str, keys: Keys, start: int, max_advised: int) -> None:
+        """`max_advised`: advice is followed up to this many; 0: not at all."""
         self._client = look_up(redis_url, LOOK_TIMEOUT_S)
         self._keys = keys
+        self._max_advised = max_advised
         self.start = Order(start, "as configured")
         self._latest = self.start
 
@@ -46,11 +49,15 @@ class Orders:
                 presence = f"{socket.gethostname()} process {os.getpid()}"
                 pipe.set(self._keys.launcher, presence, px=int(PRESENCE_TTL_S * 1000))
                 pipe.hget(self._keys.control, DESIRED_REPLICAS)
-                ordered = pipe.execute()[1]
+                pipe.hmget(self._keys.learner, "advised_replicas", "advice")
+                _, ordered, (advised, reason) = pipe.execute()
         except redis.RedisError:
             return self._latest
         if ordered is not None:
-            self._latest = Order(desired_replicas(ordered.decode(errors="replace")), "as ordered")
+            self._latest = Order(desired_replicas(_text(ordered)), "as ordered")
+        elif advised is not None and self._max_advised:
+            number = max(1, min(desired_replicas(_text(advised)), self._max_advised))
+            self._latest = Order(number, f"as advised: {_text(reason or b'')}")
         else:
             self._latest = self.start
         return self._latest
@@ -60,3 +67,7 @@ class Orders:
         with suppress(redis.RedisError):
             self._client.delete(self._keys.launcher)
         self._client.close()
+
+
+def _text(value: bytes) -> str:
+    return value[:300].decode(errors="replace")

@@ -68,7 +68,8 @@ def up(recipe: Recipe, run: str, runs_folder: Path, console: Console, is_order_w
         watcher.say(f"run {run} in {folder}: logs in {folder / 'logs'}")
         signals: list[int] = []
         stack.enter_context(taking_signals(signals.append))
-        orders = Orders(url, keys, recipe.config.generation.replicas)
+        settings = recipe.config.generation
+        orders = Orders(url, keys, settings.replicas, settings.max_replicas if settings.autoscale else 0)
         if is_order_withdrawn:
             orders.withdraw()
         learner = _learner(folder, url, watcher)

@@ -13,11 +13,12 @@ from typing import Any
 
 from common.config import RunConfig
 from common.waiting import Reason, Waits
+from services.learner.advice import Advice, Adviser
 from services.learner.api import Switches
 from services.learner.checkpoint import CheckpointError, save_checkpoint
 from services.learner.checkpoint_record import MAX_VERSION_STEPS, Loss, Record
 from services.learner.intake import Arrived, Intake
-from services.learner.metrics import staleness_metrics
+from services.learner.metrics import group_durations_s, staleness_metrics
 from services.learner.report import MetricsFile
 from services.learner.store import LearnerStore
 from services.learner.trainer import Trainer
@@ -80,7 +81,9 @@ class Loop:
     metrics: MetricsFile
     progress: Progress
     waits: Waits
+    adviser: Adviser
     _is_checkpoint_due: bool = False
+    _shown_at: float = field(default_factory=time.monotonic)
 
     def run(self) -> bool:
         """Until the last step, or until told to stop; True if the run is complete."""
@@ -154,7 +157,10 @@ class Loop:
         self.intake.mark_trained(batch)
         published = time.monotonic()
         timings = {"wait_s": waited - started, "publish_s": published - trained, "step_s": published - started}
-        tickets = {"tickets": [arrived.entry.ticket_id for arrived in batch]}
+        tickets = {
+            "tickets": [arrived.entry.ticket_id for arrived in batch],
+            "group_s": group_durations_s([arrived.group for arrived in batch]),
+        }
         staleness = staleness_metrics([arrived.staleness for arrived in batch])
         self._record("step", row | timings | staleness | self._whole_run() | tickets)
         is_due = self.progress.step % self.config.learner.checkpoint_interval_steps == 0
@@ -289,9 +295,22 @@ class Loop:
         return self.switches.stop.is_set() or self.switches.paused.is_set()
 
     def _show(self, phase: str) -> None:
+        advice = self._advise()
         self.progress.phase = phase
         position = {"step": self.progress.step, "version": self.versions.current, "url": self.versions.url}
-        self.store.report({"phase": phase, "reason": self.waits.describe(), **position})
+        advised = {"advised_replicas": advice.replicas, "advice": advice.reason}
+        self.store.report({"phase": phase, "reason": self.waits.describe(), **position, **advised})
+
+    def _advise(self) -> Advice:
+        """By the phase that is over; neither an evaluation nor a pause says how many replicas are right."""
+        now = time.monotonic()
+        spent_s, self._shown_at = now - self._shown_at, now
+        return self.adviser.observe(
+            waited_s=spent_s if self.progress.phase == "waiting" else 0.0,
+            worked_s=spent_s if self.progress.phase == "training" else 0.0,
+            replicas=self.intake.sight.replicas,
+            steps_in_queue=self.progress.latest.get("step", {}).get("staleness_in_queue_mean", 0.0),
+        )
 
     def close(self) -> None:
         self.intake.stop()

@@ -193,6 +193,13 @@ class LearnerStore:
         except ValueError:
             return None
 
+    def advised_replicas(self) -> int | None:
+        """What an earlier learner of this run has last advised."""
+        try:
+            return desired_replicas(_text(self.client.hget(self.keys.learner, "advised_replicas") or b""))
+        except ValueError:
+            return None
+
     def report(self, status: dict[str, Any]) -> None:
         """Sets fields of the learner's hash, which the page and the command line show."""
         self.execute([("HSET", self.keys.learner, *_flat(status))])
