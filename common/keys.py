@@ -16,7 +16,8 @@ weights     hash                         newest version, its manifest's SHA-256,
 swapping    sorted set                   replicas that swap, by when their turn ends          replicas
 versions    hash                         weight version -> the step that made it              learner
 config      string                       the resolved configuration, for replicas that join   learner
-control     hash                         desired state                                        control, launcher
+control     hash                         what is ordered (common/control.py)                  launcher, autoscalers
+launcher    string, TTL                  host and process of the launcher that obeys it       launcher
 events      stream, bounded              what happened, for the page and the command line     everybody
 """
 
@@ -25,6 +26,16 @@ import re
 MAX_EVENTS = 10_000
 TICKET_GROUP = "generation"
 """Consumer group of `tickets` and `eval`."""
+
+
+def of_every_run(name: str) -> str:
+    """A pattern of the key of that name, whatever the run."""
+    return f"headrace:{{*}}:{name}"
+
+
+def run_of(key: bytes) -> str:
+    """The run whose key this is."""
+    return key.decode(errors="replace").partition("{")[2].partition("}")[0]
 
 
 class Keys:
@@ -53,6 +64,7 @@ class Keys:
         self.versions = prefix + "versions"
         self.config = prefix + "config"
         self.control = prefix + "control"
+        self.launcher = prefix + "launcher"
         self.events = prefix + "events"
 
     def replica(self, replica: str) -> str:

@@ -77,7 +77,7 @@ class Fakes:
         """`settings` are statements that change the launcher's constants, such as `up.REPLICA_GRACE_S = 1`."""
         start = (
             f"import sys; sys.executable = {str(self.executable)!r}\n"
-            f"from services.launcher import __main__, health, supervise, up\n{settings}\n__main__.main()"
+            f"from services.launcher import __main__, health, kept, orders, supervise, up\n{settings}\n__main__.main()"
         )
         process = subprocess.Popen(
             [sys.executable, "-c", start, *arguments, "--runs-folder", str(self.run.parent)],
@@ -111,8 +111,10 @@ class Fakes:
             process.communicate()
 
 
-def until(condition: Callable[[], bool], what: str, seen: Callable[[], object] = lambda: "") -> None:
-    deadline = time.monotonic() + TIMEOUT_S
+def until(
+    condition: Callable[[], bool], what: str, seen: Callable[[], object] = lambda: "", timeout_s: float = TIMEOUT_S
+) -> None:
+    deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"expected {what}; {seen()}"
         time.sleep(0.02)

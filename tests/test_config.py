@@ -142,6 +142,10 @@ def test_a_wrong_key_or_value_is_one_line_that_names_it(tmp_path: Path, sections
         ({"actor": {"overlong_tokens": 1025}}, "actor.overlong_tokens 1025 is more than sampling.max_new_tokens 1024"),
         ({"actor": {"group_size": 257}}, "a group of 257 completions does not fit"),
         ({"evaluation": {"num_samples": 257}}, "a group of 257 completions does not fit"),
+        (
+            {"generation": {"autoscale": True, "replicas": 9}},
+            "generation.replicas 9 is more than generation.max_replicas 8",
+        ),
     ],
 )
 def test_what_cannot_be_combined_is_refused(tmp_path: Path, sections: dict[str, Any], line: str) -> None:

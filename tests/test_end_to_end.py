@@ -2,11 +2,8 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +11,8 @@ import psutil
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.fake_services import ROOT, redis_of
+from tests.fake_services import redis_of
+from tests.launching import Launched, is_alive, rows_of, steps_in
 
 pytestmark = pytest.mark.timeout(600)
 """About two minutes on two idle cores, most of it three starts of SGLang."""
@@ -40,60 +38,11 @@ class Finished(NamedTuple):
     """Every process of the launchers that was seen."""
 
 
-class Launched:
-    """`headrace up` of the run; its lines can be waited for, and its processes killed."""
-
-    def __init__(self, runs: Path, seen: set[psutil.Process]) -> None:
-        command = [sys.executable, "-m", "services.launcher", "up", "configs/tiny-cpu.yaml", "--run", "short"]
-        chosen = [part for setting in SHORT for part in ("--set", setting)]
-        self.process = subprocess.Popen(
-            [*command, "--runs-folder", str(runs), *chosen],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self.run = runs / "short"
-        self.seen = seen
-        self.output = ""
-
-    def wait_for(self, text: str) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.output += line
-            if text in line:
-                self.seen |= set(psutil.Process(self.process.pid).children(recursive=True))
-                return
-        raise AssertionError(f"no line with {text!r} in:\n{self.output}")
-
-    def kill(self, *modules: str) -> None:
-        """Children, as the kernel might."""
-        children = psutil.Process(self.process.pid).children()
-        chosen = [child for child in children if set(modules) & set(child.cmdline())]
-        assert len(chosen) == len(modules), children
-        for child in chosen:
-            child.kill()
-
-    def end(self) -> str:
-        rest, _ = self.process.communicate(timeout=240)
-        assert self.process.returncode == 0, self.output + rest
-        return self.output + rest
-
-
-def rows_of(run: Path, kind: str) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["kind"] == kind]
-
-
-def steps_in(run: Path) -> list[float]:
-    return [row["step"] for row in rows_of(run, "step")]
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
     """Its Redis is killed after step 1; a Ctrl-C after step 2; then the learner and the replica are killed."""
     runs, seen = tmp_path_factory.mktemp("runs"), set[psutil.Process]()
-    first = Launched(runs, seen)
+    first = Launched(runs, seen, SHORT)
     second = None
     try:
         first.wait_for("step 1,")
@@ -106,7 +55,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
         stop_s = time.monotonic() - interrupted
         print(f"stopped in {stop_s:.1f} s")
         assert 2 <= steps_in(first.run)[-1] < STEPS - 1, first_output
-        second = Launched(runs, seen)
+        second = Launched(runs, seen, SHORT)
         second.wait_for(f"step {STEPS - 2},")
         second.kill("services.learner", "services.generation")
         second.wait_for("held-out")
@@ -160,9 +109,3 @@ def test_the_engine_and_the_learner_agree(finished: Finished) -> None:
 def test_no_process_is_left(finished: Finished) -> None:
     assert len(finished.processes) > 8, "two launchers' Redis, learner, replica, SGLang and its parts"
     assert not [process for process in finished.processes if is_alive(process)]
-
-
-def is_alive(process: psutil.Process) -> bool:
-    with suppress(psutil.NoSuchProcess):
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
-    return False

@@ -14,11 +14,14 @@ import redis
 from common.keys import Keys
 from common.redis_client import connect
 from common.waiting import Reason
+from services.learner import intake as intake_module
 from services.learner import loop as loop_module
 from services.learner.audit import audit
 from services.learner.checkpoint import CheckpointError, load_newest, save_checkpoint
 from services.learner.loop import Loop, Starved
 from services.learner.store import Fenced, LearnerStore, RedisLost
+from tests.fake_services import until
+from tests.launching import rows_of
 from tests.replaying import ROOT, STEPS, end, make_recording, state_of, take_up, trained
 
 
@@ -159,6 +162,71 @@ def test_a_learner_that_nobody_serves_says_so_and_ends(redis_url: str, keys: Key
     assert "no live replica for " in ended.stderr
     said = connect(redis_url).hgetall(keys.learner)
     assert said[b"phase"] == b"starved" and b"no live replica" in said[b"reason"]
+
+
+def test_a_run_that_is_scaled_to_0_waits_without_a_deadline(
+    loop: Loop, client: redis.Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No ticket is answered meanwhile; the learner starves only once replicas are wanted again."""
+    monkeypatch.setattr(loop.intake.source, "issue", lambda *_: [])
+    monkeypatch.setattr(intake_module, "LOOK_INTERVAL_S", 0.01)
+    monkeypatch.setattr(loop_module, "PATIENCE_S", 0.01)
+    learner = loop.config.learner.model_copy(update={"starvation_deadline_s": 0.2})
+    loop.config = loop.config.model_copy(update={"learner": learner})
+    client.hset(keys.control, "desired_replicas", 0)
+    loop.intake.look_around()
+    ends: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            loop.run()
+        except BaseException as error:  # noqa: BLE001 - looked at below
+            ends.append(error)
+
+    running = threading.Thread(target=run)
+    running.start()
+    until(lambda: any(wait["for_s"] > 0.4 for wait in loop.waits.status()), "a long wait", loop.waits.status)
+    assert not ends and loop.waits.describe().startswith("paused: generation is scaled to 0 replicas for ")
+    client.hdel(keys.control, "desired_replicas")
+    running.join(10.0)
+    assert len(ends) == 1 and isinstance(ends[0], Starved)
+    assert loop.waits.describe().startswith("starved")
+
+
+def test_the_adviser_is_told_how_the_learner_spends_its_time(loop: Loop, tmp_path: Path) -> None:
+    told: list[tuple[float, float]] = []
+    observe = loop.adviser.observe
+
+    def listen(waited_s: float, worked_s: float, *others: Any, **named: Any) -> Any:
+        told.append((waited_s, worked_s))
+        return observe(waited_s, worked_s, *others, **named)
+
+    loop.adviser.observe = listen  # type: ignore[method-assign]
+    assert loop.run()
+    rows = rows_of(tmp_path, "step")
+    waited_s, worked_s = (sum(part) for part in zip(*told, strict=True))
+    assert waited_s >= sum(row["wait_s"] for row in rows) * 0.9
+    assert worked_s >= sum(row["step_s"] - row["wait_s"] for row in rows)
+    assert waited_s + worked_s <= loop.progress.wall_s + 1
+    assert sum(worked > 0 for _, worked in told) == STEPS
+
+
+def test_the_advice_is_published_and_outlives_the_learner(
+    loop: Loop, recording: Path, client: redis.Redis, keys: Keys, tmp_path: Path
+) -> None:
+    from services.learner.__main__ import _status
+
+    assert loop.run()
+    said = client.hgetall(keys.learner)
+    assert (said[b"advised_replicas"], said[b"advice"]) == (b"1", b"nothing has been measured yet")
+    for stands, expected in ((b"5", 5), (b"many", 1)):
+        client.hset(keys.learner, "advised_replicas", stands)
+        client.hset(keys.control, "desired_replicas", 2)
+        again = take_up(tmp_path, client, keys, recording)
+        again.intake.look_around()
+        status = _status(again, "x")
+        assert (status["advised_replicas"], status["desired_replicas"]) == (expected, 2)
+        end(again)
 
 
 def test_the_status_needs_no_redis(loop: Loop) -> None:

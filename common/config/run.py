@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from common.config.actor import ActorConfig
 from common.config.section import Section
+from common.control import MAX_REPLICAS
 
 DType = Literal["float32", "bfloat16"]
 
@@ -98,7 +99,16 @@ class EngineConfig(Section):
 
 
 class GenerationConfig(Section):
-    replicas: int = Field(1, ge=1, description="Replicas that `headrace up` starts.")
+    replicas: int = Field(
+        1,
+        ge=0,
+        le=MAX_REPLICAS,
+        description="Replicas that `headrace up` keeps as long as `headrace scale` has ordered no other number.",
+    )
+    autoscale: bool = Field(
+        False, description="`headrace up` follows the learner's advice as long as nobody has ordered a number."
+    )
+    max_replicas: int = Field(8, ge=1, le=MAX_REPLICAS, description="More are never advised.")
     max_groups_in_flight: int = Field(32, ge=1, description="Training groups that a replica works on at one time.")
     max_eval_groups_in_flight: int = Field(32, ge=1, description="Evaluation groups, in slots of their own.")
     max_attempts: int = Field(3, ge=1, description="Failed attempts before a ticket is dead.")
@@ -154,6 +164,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"actor.overlong_tokens {self.actor.overlong_tokens} is more than "
                 f"sampling.max_new_tokens {self.sampling.max_new_tokens}"
+            )
+        if self.generation.autoscale and self.generation.replicas > self.generation.max_replicas:
+            raise ValueError(
+                f"generation.replicas {self.generation.replicas} is more than "
+                f"generation.max_replicas {self.generation.max_replicas}"
             )
         in_flight = max(self.actor.group_size, self.evaluation.num_samples)
         if in_flight > self.generation.engine.max_running_requests:

@@ -44,17 +44,47 @@ def up(
     seed: SeedOption = None,
     overrides: SetOption = [],  # noqa: B006 - typer copies it
     run: Annotated[str | None, typer.Option(help="Name of the run; an existing one goes on where it stopped.")] = None,
+    replicas: Annotated[
+        int | None,
+        typer.Option(help="Overrides generation.replicas, and what `headrace scale` has ordered of an existing run."),
+    ] = None,
     runs_folder: RunsFolderOption = Path("runs"),
 ) -> None:
     """Run everything on this machine until the run is complete."""
     from redis import RedisError
 
-    from services.launcher.supervise import Failed
+    from services.launcher.kept import Failed
     from services.launcher.up import up as run_everything
 
     with _one_line_errors(ConfigError, ValueError, Failed, RedisError):
-        recipe = _load(config, seed, overrides)
-        run_everything(recipe, run or _new_name(config), runs_folder, Console(highlight=False))
+        number = [] if replicas is None else [f"generation.replicas={replicas}"]
+        recipe = _load(config, seed, [*overrides, *number])
+        run_everything(recipe, run or _new_name(config), runs_folder, Console(highlight=False), replicas is not None)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})  # -1 is a number that is refused, and no option
+def scale(
+    order: Annotated[str, typer.Argument(metavar="N|auto", help="Replicas, or auto: no number is ordered any more.")],
+    run: Annotated[str | None, typer.Option(help="Name of the run; default: the only one with a launcher.")] = None,
+    runs_folder: RunsFolderOption = Path("runs"),
+    redis_url: RedisUrlOption = None,
+) -> None:
+    """Order another number of replicas of a run that `headrace up` is running; 0 pauses generation."""
+    from services.launcher.scale import scale as order_replicas
+
+    with _one_line_errors(ValueError):
+        print(order_replicas(order, run, runs_folder, redis_url))
+
+
+@app.command()
+def plan(
+    run: RunArgument,
+    up_to: Annotated[int | None, typer.Option(min=1, help="Replicas; default: generation.max_replicas.")] = None,
+    runs_folder: RunsFolderOption = Path("runs"),
+) -> None:
+    """Simulate a run with other numbers of replicas, from what it has measured; starts and touches nothing."""
+    place = ["--run", run, "--runs-folder", str(runs_folder), *([] if up_to is None else ["--up-to", str(up_to)])]
+    raise typer.Exit(subprocess.call([sys.executable, "-m", "services.learner.plan", *place]))
 
 
 @app.command()

@@ -1,8 +1,9 @@
 """`headrace up`: runs the services of one run on this machine until the run is complete, and shows how it goes.
 
-Whatever ends unasked is started again (supervise.py). Ctrl-C stops the learner, with a checkpoint, and the replicas,
-with their tickets handed back, at the same time, then Redis; a second one kills them. One launcher at a time has the
-run.
+Whatever ends unasked is started again (supervise.py); there are as many replicas as are ordered, also while the run
+goes on (replicas.py), and an order outlives the launcher. Ctrl-C stops the learner, with a checkpoint, and the
+replicas, with their tickets handed back, at the same time, then Redis; a second one kills them. One launcher at a time
+has the run.
 """
 
 import json
@@ -17,7 +18,9 @@ from common.config import Recipe
 from common.http_service import free_port, token_at
 from common.keys import Keys
 from common.preflight import check_run
+from services.launcher.kept import Kept
 from services.launcher.open_run import REDIS_GRACE_S
+from services.launcher.orders import Orders
 from services.launcher.processes import (
     Service,
     launch_redis,
@@ -26,8 +29,9 @@ from services.launcher.processes import (
     taking_signals,
     wait_for_redis,
 )
+from services.launcher.replicas import Replicas
 from services.launcher.run_folder import locked, noted_url, write_config
-from services.launcher.supervise import Kept, Supervisor
+from services.launcher.supervise import Supervisor
 from services.launcher.watch import Watcher
 
 LEARNER_GRACE_S = 120.0
@@ -38,8 +42,11 @@ REFUSED, FENCED, STARVED = 2, 3, 4
 """Exit codes of a learner that another start would not help."""
 
 
-def up(recipe: Recipe, run: str, runs_folder: Path, console: Console) -> None:
-    """Returns when the run is complete or was stopped. Raises `ValueError` before anything starts, else `Failed`."""
+def up(recipe: Recipe, run: str, runs_folder: Path, console: Console, is_order_withdrawn: bool = False) -> None:
+    """Returns when the run is complete or was stopped. Raises `ValueError` before anything starts, else `Failed`.
+
+    `is_order_withdrawn`: the recipe's number of replicas counts again, whatever was ordered of the run before.
+    """
     keys, folder = Keys(run), runs_folder / run
     check_run(recipe.config)
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,8 +68,12 @@ def up(recipe: Recipe, run: str, runs_folder: Path, console: Console) -> None:
         watcher.say(f"run {run} in {folder}: logs in {folder / 'logs'}")
         signals: list[int] = []
         stack.enter_context(taking_signals(signals.append))
+        settings = recipe.config.generation
+        orders = Orders(url, keys, settings.replicas, settings.max_replicas if settings.autoscale else 0)
+        if is_order_withdrawn:
+            orders.withdraw()
         learner = _learner(folder, url, watcher)
-        replicas = [_replica(folder, index, url) for index in range(recipe.config.generation.replicas)]
+        replicas = Replicas(lambda index: _replica(folder, index, url), orders)
         Supervisor(learner, replicas, redis, watcher, signals).run()
     _tell_results(folder, console)
 

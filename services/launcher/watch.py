@@ -64,6 +64,7 @@ class Watcher:
         self.learner_url = ""
         self.reason = ""
         """Why the learner waits, or how it ended; empty while it works."""
+        self.is_scaled_to_0 = False
         self._seen = "0"
         self._steps: list[StepEvent] = []
         self._evaluations: list[EvaluationEvent] = []
@@ -135,12 +136,13 @@ class Watcher:
 
     def _describe_replicas(self) -> str:
         counts: dict[str, int] = {}
+        nobody = "none, scaled to 0: generation is paused" if self.is_scaled_to_0 else "none yet"
         for name in sorted(self.client.scan_iter(match=self.keys.replicas + "*", count=1000)):
             with suppress(WireError):
                 replica = decode_heartbeat(self.client.get(name) or b"")
                 state = f"{replica.state} ({replica.reason})" if replica.reason else replica.state
                 counts[state] = counts.get(state, 0) + 1
-        return ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "none yet"
+        return ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or nobody
 
     def _new_events(self) -> Any:
         found: Any = self.client.xrange(self.keys.events, min=f"({self._seen}")

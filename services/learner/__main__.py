@@ -147,6 +147,9 @@ def _status(loop: Any, run: str) -> dict[str, Any]:
         "steps": loop.config.learner.steps,
         "version": loop.versions.current,
         "epoch": loop.store.epoch,
+        "desired_replicas": loop.intake.sight.desired_replicas,
+        "advised_replicas": loop.adviser.advice.replicas,
+        "advice": loop.adviser.advice.reason,
         "counts": dict(loop.intake.books.counts),
         "latest": progress.latest,
     }

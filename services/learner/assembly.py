@@ -18,6 +18,7 @@ from common.keys import Keys
 from common.preflight import check_vocabulary
 from common.tasks import Task
 from common.waiting import Waits
+from services.learner.advice import Adviser
 from services.learner.api import Switches
 from services.learner.audit import losses_so_far
 from services.learner.checkpoint import load_newest
@@ -99,8 +100,11 @@ def assemble(
         if len(losses) > len(record.losses):
             _tell(store, losses[-1])
     metrics = MetricsFile(folder / METRICS_FILE, progress.step)
-    loop = Loop(config, folder / "checkpoints", store, trainer, intake, versions, switches, metrics, progress, waits)
-    return loop, tokenizer
+    settings = config.generation
+    start = store.advised_replicas() or settings.replicas
+    adviser = Adviser(start, settings.max_replicas, settings.max_groups_in_flight)
+    parts = (store, trainer, intake, versions, switches, metrics, progress, waits, adviser)
+    return Loop(config, folder / "checkpoints", *parts), tokenizer
 
 
 def _stop_unfinished(checkpoints: Path) -> None:

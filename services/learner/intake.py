@@ -50,6 +50,13 @@ class Sight(NamedTuple):
     open_tickets: int = 0
     in_stream: int = 0
     replicas: tuple[Heartbeat, ...] = ()
+    desired_replicas: int | None = None
+    """None: no number is ordered."""
+
+    @property
+    def is_generation_paused(self) -> bool:
+        """As ordered."""
+        return self.desired_replicas == 0 and not self.replicas
 
 
 class Intake:
@@ -204,7 +211,8 @@ class Intake:
     def look_around(self) -> None:
         """Which replicas live, which evaluation tickets died, which dead tickets are to be issued again."""
         self._looked = time.monotonic()
-        self.sight = self.sight._replace(replicas=tuple(self.store.replicas()))
+        replicas, desired_replicas = tuple(self.store.replicas()), self.store.desired_replicas()
+        self.sight = self.sight._replace(replicas=replicas, desired_replicas=desired_replicas)
         self._give_up_dead_evaluations()
         for name in self.store.asked_to_retry():
             self._retry_dead(name)

@@ -13,11 +13,12 @@ from typing import Any
 
 from common.config import RunConfig
 from common.waiting import Reason, Waits
+from services.learner.advice import Advice, Adviser
 from services.learner.api import Switches
 from services.learner.checkpoint import CheckpointError, save_checkpoint
 from services.learner.checkpoint_record import MAX_VERSION_STEPS, Loss, Record
 from services.learner.intake import Arrived, Intake
-from services.learner.metrics import staleness_metrics
+from services.learner.metrics import group_durations_s, staleness_metrics
 from services.learner.report import MetricsFile
 from services.learner.store import LearnerStore
 from services.learner.trainer import Trainer
@@ -80,7 +81,9 @@ class Loop:
     metrics: MetricsFile
     progress: Progress
     waits: Waits
+    adviser: Adviser
     _is_checkpoint_due: bool = False
+    _shown_at: float = field(default_factory=time.monotonic)
 
     def run(self) -> bool:
         """Until the last step, or until told to stop; True if the run is complete."""
@@ -108,11 +111,24 @@ class Loop:
         """Nobody could answer the first ticket before one serves."""
         self._show("waiting for a replica")
         while not any(replica.state == "running" for replica in self.intake.sight.replicas):
-            self._wait(Reason.NO_REPLICA, self.intake.why_waiting())
+            self._wait_for_groups(Reason.NO_REPLICA)
             if self.switches.stop.wait(SWITCH_POLL_S):
                 break
             self.intake.look_around()
-        self.waits.over(Reason.NO_REPLICA)
+        self._has_groups(Reason.NO_REPLICA)
+
+    def _wait_for_groups(self, reason: Reason) -> float:
+        """The same. While generation is paused, as ordered, no deadline comes nearer."""
+        if self.intake.sight.is_generation_paused:
+            self.waits.over(reason)
+            return self.waits.waiting(Reason.PAUSED, "generation is scaled to 0 replicas")
+        self.waits.over(Reason.PAUSED)
+        return self._wait(reason, self.intake.why_waiting())
+
+    def _has_groups(self, reason: Reason) -> None:
+        """Or nobody waits for them any more."""
+        self.waits.over(reason)
+        self.waits.over(Reason.PAUSED)
 
     def _wait(self, reason: Reason, detail: str) -> float:
         """How long it has lasted. Raises `Starved` at the deadline."""
@@ -141,7 +157,10 @@ class Loop:
         self.intake.mark_trained(batch)
         published = time.monotonic()
         timings = {"wait_s": waited - started, "publish_s": published - trained, "step_s": published - started}
-        tickets = {"tickets": [arrived.entry.ticket_id for arrived in batch]}
+        tickets = {
+            "tickets": [arrived.entry.ticket_id for arrived in batch],
+            "group_s": group_durations_s([arrived.group for arrived in batch]),
+        }
         staleness = staleness_metrics([arrived.staleness for arrived in batch])
         self._record("step", row | timings | staleness | self._whole_run() | tickets)
         is_due = self.progress.step % self.config.learner.checkpoint_interval_steps == 0
@@ -155,13 +174,13 @@ class Loop:
         while not self._is_interrupted() and not self.intake.has_ended:
             batch = self.intake.take_batch(PATIENCE_S, self._is_interrupted)
             if batch is not None:
-                self.waits.over(Reason.STARVED)
+                self._has_groups(Reason.STARVED)
                 return batch
-            lasted_s = self._wait(Reason.STARVED, self.intake.why_waiting())
+            lasted_s = self._wait_for_groups(Reason.STARVED)
             self._show("waiting")
             if lasted_s > IDLE_CHECKPOINT_S and (self.intake.books.held_bytes or self._is_checkpoint_due):
                 self._checkpoint()
-        self.waits.over(Reason.STARVED)
+        self._has_groups(Reason.STARVED)
         return None
 
     def _whole_run(self) -> dict[str, Any]:
@@ -248,8 +267,8 @@ class Loop:
         while (result := self.intake.finished_evaluation(PATIENCE_S, self.switches.stop.is_set)) is None:
             if self.switches.stop.is_set():
                 break
-            self._wait(Reason.EVALUATING, self.intake.why_waiting())
-        self.waits.over(Reason.EVALUATING)
+            self._wait_for_groups(Reason.EVALUATING)
+        self._has_groups(Reason.EVALUATING)
         return result
 
     def _record_evaluation(self, result: dict[str, float] | None) -> None:
@@ -276,9 +295,22 @@ class Loop:
         return self.switches.stop.is_set() or self.switches.paused.is_set()
 
     def _show(self, phase: str) -> None:
+        advice = self._advise()
         self.progress.phase = phase
         position = {"step": self.progress.step, "version": self.versions.current, "url": self.versions.url}
-        self.store.report({"phase": phase, "reason": self.waits.describe(), **position})
+        advised = {"advised_replicas": advice.replicas, "advice": advice.reason}
+        self.store.report({"phase": phase, "reason": self.waits.describe(), **position, **advised})
+
+    def _advise(self) -> Advice:
+        """By the phase that is over; neither an evaluation nor a pause says how many replicas are right."""
+        now = time.monotonic()
+        spent_s, self._shown_at = now - self._shown_at, now
+        return self.adviser.observe(
+            waited_s=spent_s if self.progress.phase == "waiting" else 0.0,
+            worked_s=spent_s if self.progress.phase == "training" else 0.0,
+            replicas=self.intake.sight.replicas,
+            steps_in_queue=self.progress.latest.get("step", {}).get("staleness_in_queue_mean", 0.0),
+        )
 
     def close(self) -> None:
         self.intake.stop()

@@ -69,6 +69,11 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
     }
 
 
+def group_durations_s(groups: Sequence[Group]) -> list[float]:
+    """Of each, from its lease until it was scored."""
+    return [round(group.timings.scored_s - group.timings.leased_s, 4) for group in groups]
+
+
 def staleness_metrics(levels: Sequence[Staleness]) -> dict[str, float]:
     count = len(levels)
     return {

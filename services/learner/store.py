@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import redis
 
+from common.control import DESIRED_REPLICAS, desired_replicas
 from common.keys import MAX_EVENTS, TICKET_GROUP, Keys
 from common.ledger import Mark, parse_mark
 from common.redis_client import entries_of
@@ -184,6 +185,20 @@ class LearnerStore:
             except WireError as error:
                 _log.warning("%s is no heartbeat: %s", name.decode(errors="replace"), error)
         return found
+
+    def desired_replicas(self) -> int | None:
+        """What is ordered of the launcher; None if nothing is, or nothing that it could obey."""
+        try:
+            return desired_replicas(_text(self.client.hget(self.keys.control, DESIRED_REPLICAS) or b""))
+        except ValueError:
+            return None
+
+    def advised_replicas(self) -> int | None:
+        """What an earlier learner of this run has last advised."""
+        try:
+            return desired_replicas(_text(self.client.hget(self.keys.learner, "advised_replicas") or b""))
+        except ValueError:
+            return None
 
     def report(self, status: dict[str, Any]) -> None:
         """Sets fields of the learner's hash, which the page and the command line show."""

@@ -1,0 +1,69 @@
+"""The real stack scaled from one replica to two and back during a run: every step is taken, and nothing is lost."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+import redis
+
+from common.keys import Keys
+from common.wire import WireError, decode_heartbeat
+from tests.fake_services import ROOT, until
+from tests.launching import Launched, is_alive, steps_in
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+"""About a minute and a half on two idle cores, most of it two starts of SGLang."""
+SETTINGS = [
+    "learner.steps=2000",
+    "learner.groups_per_step=4",
+    "learner.checkpoint_interval_steps=5",
+    "evaluation.num_prompts=8",
+]
+KEYS = Keys("scaled")
+NEWCOMER = "generation-1"
+
+
+def headrace(*arguments: str) -> str:
+    command = [sys.executable, "-m", "services.launcher", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done
+    return done.stdout
+
+
+def num_committed(url: str, name: str) -> int:
+    with redis.Redis.from_url(url) as client, suppress(WireError):
+        return decode_heartbeat(client.get(KEYS.replica(name)) or b"").groups_committed
+    return 0
+
+
+@pytest.fixture
+def launched(tmp_path: Path) -> Iterator[Launched]:
+    found = Launched(tmp_path, set[psutil.Process](), SETTINGS, "scaled")
+    yield found
+    found.process.kill()
+
+
+def test_from_1_to_2_and_back_during_a_run(launched: Launched, tmp_path: Path) -> None:
+    place = ["--runs-folder", str(tmp_path)]
+    launched.wait_for("step 1,")
+    assert headrace("scale", "2", *place) == "run scaled: 2 replicas ordered\n"
+    url = (launched.run / "redis-url").read_text()
+    until(lambda: num_committed(url, NEWCOMER) > 0, "groups of the newcomer", timeout_s=300.0)
+    at_two = steps_in(launched.run)[-1]
+    assert headrace("scale", "1", *place) == "run scaled: 1 replica ordered\n"
+    launched.wait_for(f"{NEWCOMER} has left")
+    launched.wait_for(f"step {steps_in(launched.run)[-1] + 3:.0f},")
+    launched.process.send_signal(signal.SIGINT)
+    output = launched.end()
+
+    steps = steps_in(launched.run)
+    assert at_two > 1 and steps == list(range(1, len(steps) + 1)), "no step was missed, and none taken twice"
+    audited = headrace("audit", "scaled", *place)
+    assert "dead       0\n" in audited and audited.rstrip().endswith("0 violations"), audited
+    assert "starting it again" not in output, output
+    assert len(launched.seen) > 6 and not [process for process in launched.seen if is_alive(process)]
