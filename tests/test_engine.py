@@ -74,7 +74,7 @@ def policies(demo_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
     return [write_endless_policy(demo_policy, root / f"seed-{seed}", seed) for seed in (1, 2)]
 
 
-def run(url: str, body: Callable[[Engine], Awaitable[Result]], **settings: float) -> Result:
+def run(url: str, body: Callable[[Engine], Awaitable[Result]], **settings: Any) -> Result:
     async def with_engine() -> Result:
         engine = Engine(url, **settings)
         try:
