@@ -5,6 +5,7 @@ There `POST /script {"hanging": [paths], "burn_s": seconds}` says what it does f
 """
 
 import contextlib
+import hashlib
 import json
 import sys
 import threading
@@ -14,12 +15,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import safetensors
+
 Json = dict[str, Any] | list[Any]
 
 
 class FakeSglang(ThreadingHTTPServer):
-    """Answers each path with `replies[path] = (status, body)`; a path in `hanging` gets no answer, and one in
-    `trickling` an answer without end."""
+    """Answers each path with `replies[path] = (status, body)`, one in `delaying` when its event is set; a path
+    in `hanging` gets no answer, and one in `trickling` an answer without end."""
 
     daemon_threads = True
 
@@ -31,13 +34,18 @@ class FakeSglang(ThreadingHTTPServer):
             "/update_weights_from_disk": (200, {"success": True, "message": "ok"}),
             "/continue_generation": (200, {"status": "ok"}),
             "/abort_request": (200, {}),
+            "/server_info": (200, server_info()),
             "/script": (200, {}),
         }
         self.hanging: set[str] = set()
         self.model_path = Path("/nowhere")
         self.serve_version("4")
         self.trickling: set[str] = set()
+        self.delaying: dict[str, threading.Event] = {}
         self.takes_weights = True
+        self.keeps_tensors = False
+        """It takes a new version's label, and not its tensors."""
+        self.hold({})
         self.closing = threading.Event()
         self.calls: list[tuple[str, Any]] = []
 
@@ -51,6 +59,15 @@ class FakeSglang(ThreadingHTTPServer):
 
     def serve_version(self, label: str) -> None:
         self.replies["/model_info"] = 200, {"model_path": str(self.model_path), "weight_version": label}
+
+    def hold(self, checksums: dict[str, str]) -> None:
+        self.replies["/weights_checker"] = 200, {"success": True, "ranks": [{"checksums": checksums}]}
+
+    def take_weights(self, folder: Path, label: str) -> None:
+        self.serve_version(label)
+        if not self.keeps_tensors:
+            files = [safetensors.deserialize(path.read_bytes()) for path in folder.glob("*.safetensors")]
+            self.hold({name: sha256(tensor["data"]) for file in files for name, tensor in file})
 
     def follow_script(self, hanging: list[str], burn_s: float = 0.0) -> None:
         self.hanging = set(hanging)
@@ -74,9 +91,11 @@ class FakeHandler(BaseHTTPRequestHandler):
         if self.path in self.server.trickling:
             self.trickle()
             return
+        if self.path in self.server.delaying:
+            self.server.delaying[self.path].wait(30.0)
         status, reply = self.server.replies.get(self.path, (404, {"detail": "Not Found"}))
         if self.path == "/update_weights_from_disk" and status == 200 and self.server.takes_weights:
-            self.server.serve_version(body["weight_version"])
+            self.server.take_weights(Path(body["model_path"]), body["weight_version"])
         content = json.dumps(reply).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
@@ -109,6 +128,15 @@ def a_fake_sglang() -> Iterator[FakeSglang]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def server_info(**changes: Any) -> dict[str, Any]:
+    return {"device": "cpu", "tp_size": 1, "disable_overlap_schedule": False, "disable_radix_cache": True} | changes
+
+
+def sha256(payload: bytes) -> str:
+    """As SGLang on a CPU tells it of a tensor."""
+    return hashlib.sha256(payload).hexdigest()[:16]
 
 
 def sample(**changes: Any) -> dict[str, Any]:

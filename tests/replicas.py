@@ -98,7 +98,8 @@ async def running_replica(
 
     weights = WeightFollower(client, keys, HostCopy(model), Fetcher("token"), Turns(client, keys, name, 0.5), announce)
     server = None if isinstance(engine, str) else engine
-    http = Engine(engine if isinstance(engine, str) else engine.url, request_timeout_s=config.request_timeout_s)
+    url = engine if isinstance(engine, str) else engine.url
+    http = Engine(url, swap_mode=config.engine.swap_mode, request_timeout_s=config.request_timeout_s)
     timeouts = {"silence_timeout_s": silence_timeout_s, "busy_timeout_s": config.request_timeout_s}
     keeper = EngineKeeper(http, server, weights.engine_start, **timeouts)
     replica = Replica(name, "http://127.0.0.1:1", config, tickets, keeper, rewards, weights, waits)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from common.config import ActorConfig, ConfigError, RunConfig, load_recipe
+from common.config import ActorConfig, ConfigError, EngineConfig, RunConfig, load_recipe
 from common.config.actor import PRESETS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -101,6 +101,18 @@ def test_the_gsm8k_recipe_is_the_seeds() -> None:
         ({"learner": {"lr": 1.0}}, "learner.lr is not a setting; did you mean optimizer.lr?"),
         ({"lerner": {"steps": 1}}, "lerner is not a setting; did you mean learner?"),
         ({"generation": {"engine": {"devise": "cpu"}}}, "did you mean generation.engine.device?"),
+        (
+            {"generation": {"engine": {"swap_mode": "in_place", "extra_args": ["--tp-size", "2"]}}},
+            "--tp-size 2 in extra_args: swap_mode in_place can deadlock",
+        ),
+        (
+            {"generation": {"engine": {"swap_mode": "in_place", "extra_args": ["--tensor-parallel-size=4"]}}},
+            "--tensor-parallel-size 4 in extra_args",
+        ),
+        (
+            {"generation": {"engine": {"swap_mode": "in_place", "extra_args": ["--enable-hierarchical-cache"]}}},
+            "--enable-hierarchical-cache in extra_args",
+        ),
         ({"sampling": {"zzz": 1}}, "sampling.zzz is not a setting; expected one of temperature, max_new_tokens"),
         ({"task": {}}, "task.name is missing"),
         ({"learner": {"steps": 0}}, "learner.steps is 0: input should be greater than or equal to 1"),
@@ -116,6 +128,14 @@ def test_a_wrong_key_or_value_is_one_line_that_names_it(tmp_path: Path, sections
     assert str(caught.value).startswith(f"{path}: ")
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("swap_mode", "extra_args"),
+    [("retract", ["--tp", "2"]), ("in_place", ["--tp", "1", "--mem-fraction-static", "0.5"])],
+)
+def test_what_a_swap_mode_allows_is_not_refused(swap_mode: Any, extra_args: list[str]) -> None:
+    assert EngineConfig(swap_mode=swap_mode, extra_args=extra_args).extra_args == extra_args
 
 
 @pytest.mark.parametrize(

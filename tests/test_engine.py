@@ -9,7 +9,7 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from common.config import EngineConfig
 from common.wire import Sampling, Ticket
 from services.generation.completions import Completion
 from services.generation.engine import Engine, EngineError
@@ -74,7 +75,7 @@ def policies(demo_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
     return [write_endless_policy(demo_policy, root / f"seed-{seed}", seed) for seed in (1, 2)]
 
 
-def run(url: str, body: Callable[[Engine], Awaitable[Result]], **settings: float) -> Result:
+def run(url: str, body: Callable[[Engine], Awaitable[Result]], **settings: Any) -> Result:
     async def with_engine() -> Result:
         engine = Engine(url, **settings)
         try:
@@ -261,3 +262,85 @@ def test_a_refused_request_names_the_ticket(engine_url: str) -> None:
 def test_the_server_reports_that_it_is_well(engine_server: EngineServer) -> None:
     assert engine_server.is_alive
     assert run(engine_server.url, lambda engine: engine.health())
+
+
+def test_an_engine_that_kept_its_weights_under_a_new_label_is_found(
+    engine_url: str, policies: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real engine is misled: it loads its present weights once more, and is told that they are others."""
+
+    async def body(engine: Engine) -> None:
+        version = await next_version(engine)
+        await engine.swap(policies[0], version)
+        load = engine._swapper._load
+        monkeypatch.setattr(engine._swapper, "_load", lambda _, version: load(policies[0], version))
+        with pytest.raises(EngineError, match=r"it holds other bytes for \d+ of \d+ tensors"):
+            await engine.swap(policies[1], version + 1)
+        monkeypatch.undo()
+        timings = await engine.swap(policies[1], version + 2)
+        print(f"paused {timings.pause_s * 1e3:.0f} ms, confirmed in {timings.confirm_s * 1e3:.0f} ms more")
+
+    run(engine_url, body)
+
+
+def test_every_tensor_of_the_demo_policy_is_compared(engine_url: str, policies: list[Path]) -> None:
+    async def body(engine: Engine) -> int:
+        await engine.swap(policies[0], await next_version(engine))
+        assert engine._swapper._confirmed is not None
+        given, [held] = engine._swapper._confirmed
+        assert given == held
+        return len(given)
+
+    num_fused = 3 * (2 + 1)
+    assert run(engine_url, body) == len(load_file(policies[0] / "model.safetensors")) - num_fused
+
+
+@pytest.fixture
+def in_place_url(demo_policy: Path, tmp_path: Path) -> Iterator[str]:
+    """A second engine, started as swaps in place need it."""
+    server = EngineServer(EngineConfig(device="cpu", swap_mode="in_place"), "float32", tmp_path / "sglang.log")
+    asyncio.run(server.start(demo_policy, 1))
+    yield server.url
+    asyncio.run(server.stop())
+
+
+@pytest.mark.slow
+def test_swaps_in_place_label_every_token_right_and_leave_nothing_stale_behind(
+    in_place_url: str, demo_policy: Path, policies: list[Path]
+) -> None:
+    """Tokens before a swap match the weights before it exactly; that those after it do not is the kept KV cache's
+    doing, and shows that it was kept. Completions begun after the swap, with the same prompt, match again."""
+
+    async def body(engine: Engine) -> tuple[list[Completion], list[Completion]]:
+        await engine.swap(policies[0], 2)
+        request = asyncio.create_task(engine.generate(ticket(8, max_new_tokens=120)))
+        await until_running(engine, 8)
+        for version in (3, 4, 5):  # flushing a cache with requests in flight would be refused
+            await engine.swap(policies[version % 2], version)
+        later = await engine.generate(ticket(4, max_new_tokens=24))
+        return await request, later
+
+    in_flight, later = run(in_place_url, body, swap_mode="in_place")
+    for completion in (*in_flight, *later):
+        expect_whole(completion)
+    assert {len(completion.tokens) for completion in in_flight} == {120}
+    for completion in in_flight[:4]:
+        assert completion.version_spans[0].version == 2
+        end = completion.version_spans[0].end
+        expected = reference_logprobs(demo_policy, policies[0], completion.tokens, 1.0)
+        error = np.abs(expected - completion.behaviour_logprobs)
+        assert error[:end].max() < 1e-4
+        assert error[end] > 1e-3, "the first token after the swap is another policy's"
+        last = completion.version_spans[-1]
+        expected = reference_logprobs(demo_policy, policies[last.version % 2], completion.tokens, 1.0)
+        assert np.abs(expected - completion.behaviour_logprobs)[last.start :].max() > 1e-3, "its KV was kept"
+    for completion in later:
+        assert [span.version for span in completion.version_spans] == [5]
+        expected = reference_logprobs(demo_policy, policies[1], completion.tokens, 1.0)
+        assert np.abs(expected - completion.behaviour_logprobs).max() < 1e-4
+    run(in_place_url, lambda engine: engine.swap(policies[0], 6))  # it serves the other mode as well
+
+
+def test_an_engine_with_its_overlap_schedule_is_refused_in_place(engine_url: str, policies: list[Path]) -> None:
+    with pytest.raises(EngineError, match=r"swap_mode in_place needs .* has overlap schedule on, radix cache off"):
+        run(engine_url, lambda engine: engine.swap(policies[0], 99), swap_mode="in_place")

@@ -2,15 +2,18 @@
 
 import asyncio
 import math
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
 from common.wire import Sampling, Ticket
-from services.generation.engine import Engine, EngineError
-from tests.fake_sglang import FakeSglang, a_fake_sglang, sample
+from services.generation.engine import Engine, EngineError, UnconfirmedWeights
+from tests.fake_sglang import FakeSglang, a_fake_sglang, sample, server_info, sha256
 
 
 @pytest.fixture
@@ -43,11 +46,13 @@ def generate(fake: FakeSglang, num_completions: int = 1, request_timeout_s: floa
     return asyncio.run(run())
 
 
-def swap(fake: FakeSglang, folder: Path, version: int = 4, swap_timeout_s: float = 10.0) -> Any:
+def swap(fake: FakeSglang, *folders: Path, version: int = 4, **settings: Any) -> Any:
+    """One engine swaps to each of the folders in turn, the first as `version`; the last swap's timings."""
+
     async def run() -> Any:
-        engine = Engine(fake.url, swap_timeout_s=swap_timeout_s)
+        engine = Engine(fake.url, **{"swap_timeout_s": 10.0, **settings})
         try:
-            return await engine.swap(folder, version)
+            return [await engine.swap(folder, version + place) for place, folder in enumerate(folders)][-1]
         finally:
             await engine.aclose()
 
@@ -149,11 +154,134 @@ def test_a_version_that_the_engine_does_not_report_is_no_success(fake: FakeSglan
     assert 0 < timings.load_s <= timings.pause_s <= timings.total_s
 
 
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    """Three versions of three tensors, of which the engine holds two fused."""
+    folders = [tmp_path / f"v{version}" for version in range(3)]
+    for version, folder in enumerate(folders):
+        folder.mkdir()
+        names = ("model.norm.weight", "layers.0.mlp.gate_proj.weight", "layers.0.mlp.up_proj.weight")
+        tensors = {name: np.full(3 + place, version + place, np.float32) for place, name in enumerate(names)}
+        safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    return folders
+
+
+def test_an_engine_that_kept_its_weights_and_took_the_label_is_found(fake: FakeSglang, folders: list[Path]) -> None:
+    assert swap(fake, folders[0]).confirm_s > 0
+    fake.keeps_tensors = True
+    with pytest.raises(EngineError, match=r"version 5 after a swap to .*/v1, but it holds other bytes for 3 of 3 tens"):
+        swap(fake, folders[1], version=5)
+    assert fake.paths[-3:] == ["/continue_generation", "/model_info", "/weights_checker"], "the pause is over"
+
+
+def test_fused_tensors_are_compared_too(fake: FakeSglang, folders: list[Path]) -> None:
+    fake.keeps_tensors = True
+    parts = [np.full(4, 1, np.float32), np.full(5, 2, np.float32)]
+    fake.hold({"layers.0.mlp.gate_up_proj.weight": sha256(b"".join(part.tobytes() for part in parts))})
+    swap(fake, folders[0])
+    with pytest.raises(
+        EngineError, match=r"other bytes for 1 of 1 tensors, layers\.0\.mlp\.gate_up_proj\.weight first"
+    ):
+        swap(fake, folders[1])
+
+
+@pytest.mark.parametrize("other", [{"device": "cuda"}, {"tp_size": 2}])
+def test_where_the_hash_is_not_the_files_it_must_change_with_the_file(
+    fake: FakeSglang, folders: list[Path], other: dict[str, Any]
+) -> None:
+    fake.replies["/server_info"] = 200, server_info(**other)
+    fake.keeps_tensors = True
+    for version, told in enumerate(["a", "a"]):
+        fake.hold({"model.norm.weight": told})
+        swap(fake, folders[version])  # each client's first: only the label can be held against anything
+    with pytest.raises(EngineError, match="its tensors are as before with another file"):
+        swap(fake, folders[0], folders[0], folders[1])
+    fake.keeps_tensors = False
+    swap(fake, *folders)
+
+
+def test_tokens_of_a_version_that_is_not_confirmed_are_refused(fake: FakeSglang, folders: list[Path]) -> None:
+    """Also of a request that was in flight, after a second swap to the version has been confirmed."""
+    fake.replies["/generate"] = (200, [sample()])
+
+    async def scenario() -> None:
+        engine = Engine(fake.url)
+        fake.delaying["/generate"] = answering = threading.Event()
+        in_flight = asyncio.create_task(engine.generate(ticket()))
+        while "/generate" not in fake.paths:
+            await asyncio.sleep(0.01)
+        fake.keeps_tensors = True
+        fake.hold({"model.norm.weight": "stale"})
+        with pytest.raises(EngineError, match="other bytes"):
+            await engine.swap(folders[0], 4)
+        del fake.delaying["/generate"]
+        with pytest.raises(UnconfirmedWeights, match=r"\[4\]"):
+            await engine.generate(ticket())
+        fake.keeps_tensors = False
+        await engine.swap(folders[0], 4)
+        answering.set()
+        with pytest.raises(UnconfirmedWeights):
+            await in_flight
+        assert len(await engine.generate(ticket())) == 1
+        await engine.aclose()
+
+    asyncio.run(scenario())
+
+
+def test_tokens_of_a_version_wait_until_it_is_confirmed(fake: FakeSglang, folders: list[Path]) -> None:
+    fake.replies["/generate"] = (200, [sample()])
+
+    async def scenario() -> None:
+        engine = Engine(fake.url)
+        fake.delaying["/weights_checker"] = confirming = threading.Event()
+        swapping = asyncio.create_task(engine.swap(folders[0], 4))
+        while "/weights_checker" not in fake.paths:
+            await asyncio.sleep(0.01)
+        request = asyncio.create_task(engine.generate(ticket()))
+        while "/generate" not in fake.paths:
+            await asyncio.sleep(0.01)
+        done, _ = await asyncio.wait([request], timeout=0.3)
+        assert not done
+        confirming.set()
+        await swapping
+        assert len(await request) == 1
+        await engine.aclose()
+
+    asyncio.run(scenario())
+
+
+def test_in_place_keeps_the_cache_and_does_not_ask_for_a_flush(fake: FakeSglang, tmp_path: Path) -> None:
+    fake.replies["/server_info"] = 200, server_info(disable_overlap_schedule=True)
+    for mode, flush_cache in (("retract", True), ("in_place", False)):
+        fake.calls.clear()
+        swap(fake, tmp_path, swap_mode=mode)
+        assert dict(fake.calls)["/pause_generation"] == {"mode": mode}
+        assert dict(fake.calls)["/update_weights_from_disk"]["flush_cache"] is flush_cache
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({}, "has overlap schedule on, radix cache off, tp_size 1"),
+        ({"disable_overlap_schedule": True, "disable_radix_cache": False}, "radix cache on"),
+        ({"disable_overlap_schedule": True, "tp_size": 2}, "tp_size 2"),
+    ],
+)
+def test_in_place_refuses_an_engine_in_which_it_would_go_wrong(
+    fake: FakeSglang, tmp_path: Path, changes: dict[str, Any], problem: str
+) -> None:
+    fake.replies["/server_info"] = 200, server_info(**changes)
+    with pytest.raises(EngineError, match=f"in_place needs an engine started with .*{problem}"):
+        swap(fake, tmp_path, swap_mode="in_place")
+    assert "/pause_generation" not in fake.paths
+    swap(fake, tmp_path)
+
+
 def test_a_cancelled_swap_continues_and_stays_cancelled(
     fake: FakeSglang, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where continuing fails, which must not take the cancellation's place: whoever drains would wait for ever."""
-    monkeypatch.setattr("services.generation.engine.LAST_CONTINUE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("services.generation.swapping.LAST_CONTINUE_TIMEOUT_S", 0.2)
     fake.hanging = {"/update_weights_from_disk", "/continue_generation"}
 
     async def scenario() -> None:

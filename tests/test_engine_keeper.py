@@ -19,7 +19,7 @@ from services.generation import engine_keeper, engine_server
 from services.generation.engine import Engine, EngineError
 from services.generation.engine_keeper import EngineDown, EngineKeeper
 from services.generation.engine_server import EngineServer
-from tests.fake_sglang import FakeSglang, a_fake_sglang
+from tests.fake_sglang import FakeSglang, a_fake_sglang, sample
 from tests.making import make_ticket
 from tests.replicas import until
 
@@ -126,7 +126,7 @@ def test_traffic_is_a_sign_of_life_without_probes(fake: FakeSglang) -> None:
         async with keeping(fake) as keeper:
             ends_at = time.monotonic() + SILENCE_S
             while time.monotonic() < ends_at:
-                keeper.engine.heard_at = time.monotonic()
+                keeper.engine.calls.heard_at = time.monotonic()
                 await asyncio.sleep(0.05)
             assert "/health" not in fake.paths
             await until(lambda: "/health" in fake.paths)  # quiet: asked
@@ -326,5 +326,21 @@ def test_an_engine_that_is_cancelled_while_it_starts_leaves_nothing(
         with contextlib.suppress(asyncio.CancelledError):
             await keeping
         assert not server.is_alive and time.monotonic() - began_at < 3.0
+
+    asyncio.run(scenario())
+
+
+def test_weights_that_the_engine_may_not_hold_are_no_fault_of_the_request(fake: FakeSglang, tmp_path: Path) -> None:
+    fake.replies["/generate"] = (200, [sample()] * make_ticket().num_completions)
+
+    async def scenario() -> None:
+        async with keeping(fake) as keeper:
+            fake.keeps_tensors = True
+            fake.replies["/weights_checker"] = (400, {"success": False, "message": "out of memory"})
+            with pytest.raises(EngineError, match="out of memory"):
+                await keeper.engine.swap(tmp_path, 4)
+            with pytest.raises(EngineDown, match="has not been confirmed"):
+                await keeper.generate(make_ticket())
+            assert keeper.serving.is_set()
 
     asyncio.run(scenario())

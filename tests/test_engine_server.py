@@ -115,3 +115,10 @@ def test_extra_arguments_come_last_and_cuda_runs_the_plain_server() -> None:
     assert command[-2:] == ["--tp-size", "2"]
     assert "--weight-version" not in command and "--mem-fraction-static" not in command
     assert launch_environment(settings) == dict(os.environ)
+
+
+def test_the_launch_arguments_follow_from_the_swap_mode() -> None:
+    needed = {"--disable-overlap-schedule", "--disable-radix-cache"}
+    for device in ("cpu", "cuda"):
+        assert needed <= {*launch_command(EngineConfig(device=device, swap_mode="in_place"), "float32", "m", 1, 1)}
+    assert not needed & {*launch_command(EngineConfig(device="cuda"), "float32", "m", 1, 1)}

@@ -4,6 +4,7 @@ Units are in the names. Whatever can be wrong without starting anything is refus
 the value and what was expected.
 """
 
+import itertools
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -13,6 +14,9 @@ from common.config.section import Section
 from common.control import MAX_REPLICAS
 
 DType = Literal["float32", "bfloat16"]
+TP_FLAGS = ("--tp", "--tp-size", "--tensor-parallel-size")
+CACHE_FLAGS = ("--enable-hierarchical-cache", "--enable-lmcache", "--enable-flexkv")
+"""Of sglang.launch_server: KV that outlives its request."""
 
 
 class ModelConfig(Section):
@@ -95,7 +99,25 @@ class EngineConfig(Section):
         description="An engine without a sign of life for so long is killed and started again. One on a CPU that is "
         "busy computing is given request_timeout_s; on a GPU this must exceed the longest prefill.",
     )
+    swap_mode: Literal["retract", "in_place"] = Field(
+        "retract",
+        description="What becomes of the KV cache of what is in flight when weights are swapped. retract: computed "
+        "again. in_place: kept; needs an engine without overlap schedule, radix cache and tensor parallelism.",
+    )
     extra_args: list[str] = Field([], description="Further arguments of sglang.launch_server, as they are.")
+
+    @model_validator(mode="after")
+    def _check_swap_mode(self) -> Self:
+        words = [word for argument in self.extra_args for word in argument.split("=", 1)]
+        pairs = itertools.zip_longest(words, words[1:])
+        refused = [f"{word} {following}" for word, following in pairs if word in TP_FLAGS and following != "1"]
+        refused += [word for word in words if word in CACHE_FLAGS]
+        if self.swap_mode == "in_place" and refused:
+            raise ValueError(
+                f"{refused[0]} in extra_args: swap_mode in_place can deadlock under tensor parallelism, and a cache "
+                "would hand KV of earlier weights to later requests; expected swap_mode retract"
+            )
+        return self
 
 
 class GenerationConfig(Section):

@@ -61,7 +61,7 @@ async def assembled(
             server = EngineServer(settings.engine, config.model.dtype, log_folder / f"sglang-{name}.log")
             stack.push_async_callback(server.stop)
             engine_url = server.url
-        engine = Engine(engine_url, request_timeout_s=settings.request_timeout_s)
+        engine = Engine(engine_url, swap_mode=settings.engine.swap_mode, request_timeout_s=settings.request_timeout_s)
         stack.push_async_callback(engine.aclose)
         keeper = EngineKeeper(
             engine,

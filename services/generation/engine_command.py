@@ -33,6 +33,10 @@ def launch_command(
         args += ["--disable-radix-cache", "--num-continuous-decode-steps", "4"]
         max_total_tokens = max_total_tokens or CPU_MAX_TOTAL_TOKENS
         memory_fraction = memory_fraction or CPU_MEMORY_FRACTION
+    if settings.swap_mode == "in_place":
+        # With the overlap schedule one token per request would be told of the wrong version; a radix cache would hand
+        # KV of earlier weights to later requests, and cannot be flushed while others are in flight.
+        args += ["--disable-overlap-schedule", "--disable-radix-cache"]
     args += ["--dtype", dtype, "--max-running-requests", str(settings.max_running_requests)]
     if max_total_tokens is not None:
         args += ["--max-total-tokens", str(max_total_tokens)]

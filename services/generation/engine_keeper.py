@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common.wire import Ticket
 from services.generation.completions import Completion
-from services.generation.engine import Engine, EngineError
+from services.generation.engine import Engine, EngineError, UnconfirmedWeights
 from services.generation.engine_server import POLL_S, EngineServer
 
 START_PAUSES_S = (2.0, 10.0)
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 class EngineDown(RuntimeError):
-    """The engine died, fell silent or was started again while it had the request."""
+    """The engine died, fell silent, was started again, or swapped to weights that it may not hold, under a request."""
 
 
 class EngineKeeper:
@@ -101,6 +101,8 @@ class EngineKeeper:
             if task.cancelling():
                 raise
             raise EngineDown(self.problem) from None
+        except UnconfirmedWeights as error:
+            raise EngineDown(str(error)) from error
         except EngineError as error:
             if await self.answers(life):
                 raise

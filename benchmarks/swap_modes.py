@@ -1,0 +1,201 @@
+"""What a weight swap costs requests in flight, by swap mode: `python -m benchmarks.swap_modes [--repeats 2]`.
+
+Both modes in turns on one engine that serves both (no overlap schedule, no radix cache), beside the same work without
+swaps: groups of the demo's policy, of the demo's length (about 14 tokens, ended by itself) and of 512 tokens (its end
+token ignored), a new version every `--interval` seconds of the engine's processor time. A version moves each weight by
+a normal step of `lr`, about what one AdamW update does. Reported: tokens per second of the engine's processor time,
+which other work on the machine does not change, and the share lost to swaps; tokens prefilled beyond the prompts, per
+version, by the engine's own count; the pause; and how far the behaviour log-probabilities of tokens after a swap are
+from an exact forward pass under the version they are labelled with. Rows go to benchmarks/results/swap_modes.json.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from benchmarks.demo import ROOT, cpu_model
+from benchmarks.logprob_gap import Prompted, gaps
+from benchmarks.swap_table import Row, report
+from common.config import EngineConfig
+from common.tasks.arithmetic import Arithmetic
+from common.wire import Sampling, Ticket
+from services.generation.completions import Completion, Sample, generate_body, to_completion
+from services.generation.engine import Engine, SwapTimings
+from services.generation.engine_server import EngineServer
+from services.generation.swapping import SwapMode
+from services.learner.policy import load_tokenizer
+
+POLICY = ROOT / "assets" / "demo-policy"
+RESULTS = ROOT / "benchmarks" / "results" / "swap_modes.json"
+LRS = (1e-3, 1e-4)
+NUM_STEPS = 8
+"""Versions of a random walk, which is walked to and fro."""
+GROUP_SIZE = 8
+POLL_S = 0.05
+
+
+@dataclass(frozen=True)
+class Shape:
+    """`num_groups` groups with `num_in_flight` at a time; `ends`: at the end token, not only at `max_new_tokens`."""
+
+    name: str
+    num_groups: int
+    num_in_flight: int
+    max_new_tokens: int
+    ends: bool
+
+
+SHAPES = [Shape("demo, ~14 tokens", 100, 16, 40, True), Shape("512 tokens", 4, 4, 512, False)]
+Turn = tuple[float, Shape, SwapMode | None]
+MODES: tuple[SwapMode | None, ...] = (None, "retract", "in_place")
+
+
+@dataclass
+class Walk:
+    """Which folder of weights each version of one engine has been."""
+
+    root: Path
+    version: int = 1
+    folders: dict[int, Path] = field(default_factory=dict)
+    place: int = 0
+
+    def next(self, lr: float) -> tuple[Path, int]:
+        self.place += 1
+        self.version += 1
+        to_and_fro = self.place % (2 * NUM_STEPS - 2)
+        folder = self.root / f"{lr:g}-{min(to_and_fro, 2 * NUM_STEPS - 2 - to_and_fro)}"
+        self.folders[self.version] = folder
+        return folder, self.version
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.swap_modes")
+    parser.add_argument("--repeats", type=int, default=2, help="turns of each kind and learning rate")
+    parser.add_argument("--interval", type=float, default=1.2, help="seconds between versions: the demo's step")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the groups")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="headrace-swap-modes-") as folder:
+        for lr in LRS:
+            write_walk(Path(folder), lr)
+        turns: list[Turn] = [(lr, shape, mode) for lr in LRS * arguments.repeats for shape in SHAPES for mode in MODES]
+        rows = asyncio.run(measure(turns, Path(folder), arguments.interval, arguments.scale))
+    machine = {"cores": os.cpu_count(), "cpu": cpu_model(), "python": platform.python_version()}
+    load = {"load_average": os.getloadavg()}
+    RESULTS.write_text(json.dumps({"machine": machine | load, "rows": rows}, indent=1) + "\n")
+    report(rows, Console(highlight=False, width=170))
+
+
+def write_walk(root: Path, lr: float) -> None:
+    """Folders of `NUM_STEPS` versions, each a normal step of `lr` from the one before."""
+    generator = torch.Generator().manual_seed(0)
+    weights = load_file(POLICY / "model.safetensors")
+    for step in range(NUM_STEPS):
+        folder = root / f"{lr:g}-{step}"
+        folder.mkdir()
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        weights = {name: w + lr * torch.randn(w.shape, generator=generator) for name, w in weights.items()}
+
+
+async def measure(turns: list[Turn], root: Path, interval_s: float, scale: float) -> list[Row]:
+    """Turn after turn on one server, the first of them twice, for it to warm up."""
+    server = EngineServer(EngineConfig(device="cpu", swap_mode="in_place"), "float32", root / "sglang.log")
+    await server.start(POLICY, 1)
+    walk, rows = Walk(root), []
+    try:
+        for place, (lr, shape, mode) in enumerate([turns[0], *turns]):
+            engine = Engine(server.url, swap_mode=mode or "retract")
+            tickets = list(make_tickets(shape, max(1, round(shape.num_groups * scale))))
+            row, completions = await take_turn(server, engine, walk, tickets, (lr, shape, mode), interval_s)
+            await engine.aclose()
+            if place > 0:
+                rows.append(row | gaps(completions, walk.folders, POLICY))
+                print(json.dumps(rows[-1]), flush=True)
+    finally:
+        await server.stop()
+    return rows
+
+
+async def take_turn(
+    server: EngineServer, engine: Engine, walk: Walk, tickets: list[Ticket], turn: Turn, interval_s: float
+) -> tuple[Row, Prompted]:
+    lr, shape, mode = turn
+    await engine.swap(*walk.next(lr))
+    num_prefilled, started_s, busy_before_s = await prefilled_tokens(engine), time.monotonic(), busy_s(server)
+    ended = asyncio.Event()
+    swapping = asyncio.create_task(keep_swapping(server, engine, walk, lr, interval_s if mode else None, ended))
+    slots = asyncio.Semaphore(shape.num_in_flight)
+    groups = await asyncio.gather(*(answer(engine, ticket, shape, slots) for ticket in tickets))
+    wall_s, engine_s = time.monotonic() - started_s, busy_s(server) - busy_before_s
+    ended.set()
+    timings = await swapping
+    num_recomputed = await prefilled_tokens(engine) - num_prefilled
+    num_recomputed -= sum(len(ticket.prompt_tokens) for ticket in tickets) * GROUP_SIZE
+    completions = [(t.prompt_tokens, c) for t, group in zip(tickets, groups, strict=True) for c in group]
+    num_tokens = sum(len(completion.tokens) for _, completion in completions)
+    row = {"shape": shape.name, "mode": mode or "no swaps", "lr": lr, "num_tokens": num_tokens, "wall_s": wall_s}
+    row |= {"engine_s": engine_s, "num_swaps": len(timings), "num_recomputed": num_recomputed}
+    row |= {"pauses_ms": [timing.pause_s * 1e3 for timing in timings]}
+    row |= {"confirm_ms": [timing.confirm_s * 1e3 for timing in timings]}
+    return row, completions
+
+
+def make_tickets(shape: Shape, count: int) -> Iterator[Ticket]:
+    tokenizer, prompts = load_tokenizer(str(POLICY)), Arithmetic().prompts("train", seed=0, epoch=0)
+    sampling = Sampling(1.0, shape.max_new_tokens, [tokenizer.eos_token_id] if shape.ends else [])
+    for place, prompt in zip(range(count), prompts, strict=False):
+        text = tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True, tokenize=False)
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+        yield Ticket(f"0-{place}", "train", tokens, [], {}, GROUP_SIZE, sampling, 0)
+
+
+async def answer(engine: Engine, ticket: Ticket, shape: Shape, slots: asyncio.Semaphore) -> list[Completion]:
+    """As `Engine.generate`, but that the end token may be ignored."""
+    request = uuid.uuid4().hex
+    body = generate_body(ticket, [f"{request}-{index}." for index in range(GROUP_SIZE)])
+    body["sampling_params"]["ignore_eos"] = not shape.ends
+    async with slots:
+        samples = await engine.calls.call("/generate", list[Sample], body, timeout_s=None)
+    return [to_completion(sample) for sample in samples]
+
+
+async def keep_swapping(
+    server: EngineServer, engine: Engine, walk: Walk, lr: float, interval_s: float | None, ended: asyncio.Event
+) -> list[SwapTimings]:
+    """Every `interval_s` of the engine's processor time, until `ended`."""
+    timings: list[SwapTimings] = []
+    last_s = busy_s(server)
+    while not ended.is_set():
+        await asyncio.sleep(POLL_S)
+        if interval_s is not None and busy_s(server) - last_s >= interval_s:
+            last_s = busy_s(server)
+            timings.append(await engine.swap(*walk.next(lr)))
+    return timings
+
+
+def busy_s(server: EngineServer) -> float:
+    seconds = server.busy_s()
+    assert seconds is not None, "the engine is on a CPU"
+    return seconds
+
+
+async def prefilled_tokens(engine: Engine) -> int:
+    """That the engine has computed in prefills since its start, by its own count."""
+    async with httpx.AsyncClient(base_url=engine.url, trust_env=False) as http:
+        return int((await http.get("/v1/loads")).json()["loads"][0]["total_prefill_uncached_tokens"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""HTTP calls to one SGLang server: each has a deadline, and ends in a reply of its type or an `EngineError`.
+
+Nothing is retried. Remembers when the engine last gave a sign of life.
+"""
+
+import math
+import time
+from typing import Any, TypeVar
+
+import httpx
+import msgspec
+
+CONTROL_TIMEOUT_S = 30.0
+KEEPALIVE_EXPIRY_S = 2.0
+"""Below SGLang's own 5 s, so that a request never goes into a connection that the server is closing."""
+SIGNS_OF_LIFE = ("/generate", "/update_weights_from_disk", "/health", "/weights_checker", "/server_info")
+"""What SGLang cannot answer without its scheduler; the other calls its HTTP process answers alone."""
+
+Reply = TypeVar("Reply")
+
+
+class EngineError(RuntimeError):
+    """The engine failed, could not be reached, or answered something that cannot be used."""
+
+
+class EngineCalls:
+    """To the server at `url`."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.heard_at = -math.inf
+        """`time.monotonic()` of the last sign of life."""
+        limits = httpx.Limits(max_connections=None, keepalive_expiry=KEEPALIVE_EXPIRY_S)
+        self._http = httpx.AsyncClient(base_url=url, limits=limits, trust_env=False)
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def call(
+        self, path: str, reply_type: type[Reply], body: Any = None, timeout_s: float | None = CONTROL_TIMEOUT_S
+    ) -> Reply:
+        """POSTs `body`, or GETs without one, and decodes the reply."""
+        content = await self.send("GET" if body is None else "POST", path, body, timeout_s)
+        try:
+            return msgspec.json.decode(content, type=reply_type)
+        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+            raise EngineError(f"{path} answered what cannot be decoded ({error}): {content[:200]!r}") from error
+
+    async def send(self, method: str, path: str, body: Any, timeout_s: float | None) -> bytes:
+        try:
+            response = await self._http.request(method, path, json=body, timeout=timeout_s)
+        except httpx.HTTPError as error:
+            raise EngineError(f"{path} at {self.url}: {type(error).__name__}: {error}") from error
+        if response.status_code != httpx.codes.OK:
+            raise EngineError(f"{path} answered {response.status_code}: {response.text[:500]}")
+        if path in SIGNS_OF_LIFE:
+            self.heard_at = time.monotonic()
+        return response.content
