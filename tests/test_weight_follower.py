@@ -191,16 +191,17 @@ def test_nothing_is_swapped_into_an_engine_that_is_down(
 ) -> None:
     version = learner.publish(0)
     fake.hanging = {"/health"}
-    fake.replies["/pause_generation"] = (500, {})
+    answers = fake.replies["/server_info"]
+    fake.replies["/server_info"] = (500, {})
 
     async def scenario() -> None:
         async with following(redis_url, keys, fake, demo_policy) as (follower, keeper):
-            await until(lambda: "/pause_generation answered 500" in follower.problem)
+            await until(lambda: "/server_info answered 500" in follower.problem)
             await until(lambda: not keeper.serving.is_set())
             fake.calls.clear()
             await until(lambda: len(fake.calls) >= 2)
             assert set(fake.paths) == {"/health"}
-            fake.replies["/pause_generation"] = (200, {})
+            fake.replies["/server_info"] = answers
             fake.hanging = set()
             await until(lambda: (follower.version, follower.problem) == (version, ""))
 
