@@ -8,8 +8,8 @@ which other work on the machine does not change, and the share lost to swaps; to
 version, by the engine's own count; the pause; and how far the behaviour log-probabilities of tokens after a swap are
 from an exact forward pass under the version they are labelled with. Rows go to benchmarks/results/swap_modes.json.
 
-The default stays `retract`: it loses engine time (21 % of the demo's at a version a second, 7 % at 512 tokens and one in
-two), but is exact and asks nothing of the engine; what `in_place` forbids matters more on a GPU, where nothing was measured.
+The default stays `retract`: it loses engine time (21 % of the demo's at a version a second, 7 % at 512 tokens and a
+version in two), but is exact and asks nothing of the engine. What `in_place` forbids matters on a GPU: not measured.
 """
 
 import argparse
