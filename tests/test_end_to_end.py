@@ -16,7 +16,7 @@ from tests.launching import Launched, is_alive, rows_of, steps_in
 
 pytestmark = pytest.mark.timeout(600)
 """About two minutes on two idle cores, most of it three starts of SGLang."""
-STEPS = 6
+STEPS = 12
 SHORT = [
     f"learner.steps={STEPS}",
     "learner.groups_per_step=4",
@@ -54,9 +54,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
         first_output = first.end()
         stop_s = time.monotonic() - interrupted
         print(f"stopped in {stop_s:.1f} s")
-        assert 2 <= steps_in(first.run)[-1] < STEPS - 1, first_output
+        last = steps_in(first.run)[-1]
+        assert 2 <= last < STEPS - 4, first_output
         second = Launched(runs, seen, SHORT)
-        second.wait_for(f"step {STEPS - 2},")
+        second.wait_for(f"step {last + 1},")
         second.kill("services.learner", "services.generation")
         second.wait_for("held-out")
         yield Finished(first.run, first_output, second.end(), stop_s, seen)
