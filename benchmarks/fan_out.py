@@ -25,11 +25,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.weights import random_pair
-from common.http_service import Server, listen, new_app, serve_in_thread, url_of
+from common.device import machine_id
+from common.http_service import listen, new_app, serve_in_loop, serve_in_thread, url_of
 from common.weights import encode_manifest, sha256_of, version_folder
 from services.generation.fetching import Fetcher
 from services.generation.host_copy import HostCopy
-from services.generation.publication import BOOT_ID, Published, bring
+from services.generation.publication import Published, bring
 from services.generation.sharing import Sharing, weights_router
 from services.learner.api import Switches, make_app
 from services.learner.version_writer import VersionWriter
@@ -80,15 +81,10 @@ class Replica:
     async def served(self) -> AsyncIterator[str]:
         app, sock = new_app("replica"), listen("127.0.0.1", 0)
         app.include_router(weights_router(Sharing(self.copy, self.fetcher), TOKEN))
-        server = Server(app)
-        serving = asyncio.create_task(server.serve([sock]))
-        try:
+        async with serve_in_loop(app, sock):
             yield url_of(sock)
-        finally:
-            server.should_exit = True
-            await serving
-            await self.fetcher.aclose()
-            self.copy.close()
+        await self.fetcher.aclose()
+        self.copy.close()
 
     async def take(self, published: Published, named: list[str]) -> None:
         arrival = await bring(self.copy, self.fetcher, published, named)
@@ -119,7 +115,7 @@ async def spread(
             relay.num_bytes, began_s = 0, time.monotonic()
             asked = published._replace(url=url)
             if way == "folder":
-                asked = asked._replace(machine=BOOT_ID.read_text().strip(), folder=str(folder.parent / "weights"))
+                asked = asked._replace(machine=machine_id(), folder=str(folder.parent / "weights"))
             above = [[urls[one] for one in places_above(place)] if way == "tree" else [] for place in range(len(urls))]
             await asyncio.gather(*(one.take(asked, named) for one, named in zip(replicas, above, strict=True)))
             took_s = time.monotonic() - began_s

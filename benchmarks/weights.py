@@ -36,7 +36,7 @@ from common.weights import (
     MODEL_FILE,
     Manifest,
     decode_manifest,
-    places_in_file,
+    model_layout,
     sha256_of,
     stored_versions,
     version_folder,
@@ -97,7 +97,7 @@ def real_versions(folder: Path) -> list[list[Bits]]:
 def _tensors(folder: Path, manifest: Manifest, before: Sequence[Bits] | None) -> Iterator[Bits]:
     if manifest.has_model:
         content = np.fromfile(folder / MODEL_FILE, np.uint8)
-        for name, place in places_in_file(manifest.tensors).items():
+        for name, place in model_layout(manifest.tensors).places.items():
             yield bits_of(content[place], ITEM_BYTES[manifest.tensors[name].dtype])
         return
     assert manifest.delta is not None and before is not None

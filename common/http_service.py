@@ -4,13 +4,14 @@ Reading is open on the address the service binds to (loopback unless told otherw
 state depends on `require_token`. Errors are problem details (RFC 9457).
 """
 
+import asyncio
 import contextlib
 import hmac
 import os
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import uvicorn
@@ -97,6 +98,18 @@ class Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+@contextlib.asynccontextmanager
+async def serve_in_loop(app: FastAPI, sock: socket.socket) -> AsyncIterator[None]:
+    """Serves in this event loop until the block ends."""
+    server = Server(app)
+    serving = asyncio.create_task(server.serve(sockets=[sock]))
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await serving
 
 
 @contextlib.contextmanager

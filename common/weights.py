@@ -13,19 +13,19 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 from blake3 import blake3
 
 from common.delta import Patch
+from common.wire_structs import NonNegative
 
 MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.safetensors"
 DELTA_FILE = "delta.bin"
 FILES = (MANIFEST_FILE, MODEL_FILE, DELTA_FILE)
 MAX_MANIFEST_BYTES = 1 << 26
-MAX_VERSION = 2**53 - 1
 MAX_MODEL_BYTES = 1 << 43
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "uint8": 1}
 _SAFETENSORS_DTYPES = {
@@ -34,7 +34,6 @@ _SAFETENSORS_DTYPES = {
 }  # fmt: skip
 
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
-Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_VERSION)]
 
 
 class WeightsError(RuntimeError):
@@ -43,7 +42,7 @@ class WeightsError(RuntimeError):
 
 class TensorEntry(msgspec.Struct, frozen=True):
     dtype: str
-    shape: Annotated[list[Count], msgspec.Meta(max_length=32)]
+    shape: Annotated[list[NonNegative], msgspec.Meta(max_length=32)]
     blake3: Digest
     """Of the tensor's bytes, row-major and little-endian."""
 
@@ -56,10 +55,10 @@ class Delta(msgspec.Struct, frozen=True):
     """What changes the version `base` into this one: a patch for every tensor, whose frames follow one another in
     `DELTA_FILE` in the order of the manifest's tensors."""
 
-    base: Count
+    base: NonNegative
     base_sha256: Digest
     """Of the base's manifest."""
-    num_bytes: Count
+    num_bytes: NonNegative
     blake3: Digest
     """Of the file."""
     patches: dict[str, Patch]
@@ -71,11 +70,19 @@ class Delta(msgspec.Struct, frozen=True):
         return {name: slice(end - sizes[name], end) for name, end in zip(sizes, ends, strict=True)}
 
 
+class Layout(NamedTuple):
+    """How the model's file is laid out: its first bytes, where each tensor's bytes are, how many bytes in all."""
+
+    header: bytes
+    places: dict[str, slice]
+    num_bytes: int
+
+
 class Manifest(msgspec.Struct, frozen=True):
     """What a version consists of. `step` made it; `lineage` names the learner's epoch."""
 
-    version: Count
-    step: Count
+    version: NonNegative
+    step: NonNegative
     lineage: str
     tensors: dict[str, TensorEntry]
     """In the order in which they lie in the model's file."""
@@ -87,7 +94,7 @@ class Manifest(msgspec.Struct, frozen=True):
     @property
     def num_model_bytes(self) -> int:
         """Of the whole model's file."""
-        return len(model_header(self.tensors)) + sum(entry.num_bytes for entry in self.tensors.values())
+        return model_layout(self.tensors).num_bytes
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
@@ -136,31 +143,19 @@ def file_order(dtypes: Mapping[str, str]) -> list[str]:
     return sorted(dtypes, key=lambda name: (-ITEM_BYTES[dtypes[name]], name))
 
 
-def model_header(tensors: Mapping[str, TensorEntry]) -> bytes:
-    """The first bytes of the model's file, which is a safetensors file with the tensors in their order, no gaps."""
+def model_layout(tensors: Mapping[str, TensorEntry]) -> Layout:
+    """A safetensors file with the tensors in their order, no gaps."""
+    ends = list(itertools.accumulate((entry.num_bytes for entry in tensors.values()), initial=0))
+    spans = dict(zip(tensors, itertools.pairwise(ends), strict=True))
     described: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    begin = 0
     for name, entry in tensors.items():
-        end = begin + entry.num_bytes
-        described[name] = {
-            "dtype": _SAFETENSORS_DTYPES[entry.dtype],
-            "shape": entry.shape,
-            "data_offsets": [begin, end],
-        }
-        begin = end
+        dtype = _SAFETENSORS_DTYPES[entry.dtype]
+        described[name] = {"dtype": dtype, "shape": entry.shape, "data_offsets": spans[name]}
     text = json.dumps(described, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def places_in_file(tensors: Mapping[str, TensorEntry]) -> dict[str, slice]:
-    """Where each tensor's bytes are in the model's file."""
-    begin = len(model_header(tensors))
-    places = {}
-    for name, entry in tensors.items():
-        places[name] = slice(begin, begin + entry.num_bytes)
-        begin += entry.num_bytes
-    return places
+    header = len(text).to_bytes(8, "little") + text
+    places = {name: slice(len(header) + begin, len(header) + end) for name, (begin, end) in spans.items()}
+    return Layout(header, places, len(header) + ends[-1])
 
 
 def check_tensor(name: str, entry: TensorEntry, content: memoryview) -> None:

@@ -15,6 +15,7 @@ from common.keys import Keys
 from common.redis_client import connect
 from services.generation.engine_server import EngineServer
 from services.launcher.processes import start_redis
+from tests.fake_sglang import FakeSglang, a_fake_sglang, sample
 
 FIRST_VERSION = 1
 
@@ -22,6 +23,14 @@ FIRST_VERSION = 1
 @pytest.fixture(scope="session")
 def demo_policy() -> Path:
     return Path(__file__).parents[1] / "assets" / "demo-policy"
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeSglang]:
+    """In SGLang's place: it answers every ticket of two completions."""
+    with a_fake_sglang() as server:
+        server.replies["/generate"] = (200, [sample(), sample()])
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -13,18 +13,29 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 
 Json = dict[str, Any] | list[Any]
 
 
-class FakeSglang(ThreadingHTTPServer):
-    """Answers each path with `replies[path] = (status, body)`, one in `delaying` when its event is set; a path
-    in `hanging` gets no answer, and one in `trickling` an answer without end."""
+class ScriptedServer(ThreadingHTTPServer):
+    """`closing` is set when it is to end."""
 
     daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        super().__init__(address, handler)
+        self.closing = threading.Event()
+
+
+Scripted = TypeVar("Scripted", bound=ScriptedServer)
+
+
+class FakeSglang(ScriptedServer):
+    """Answers each path with `replies[path] = (status, body)`, one in `delaying` when its event is set; a path
+    in `hanging` gets no answer, and one in `trickling` an answer without end."""
 
     def __init__(self, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), FakeHandler)
@@ -46,7 +57,6 @@ class FakeSglang(ThreadingHTTPServer):
         self.keeps_tensors = False
         """It takes a new version's label, and not its tensors."""
         self.hold({})
-        self.closing = threading.Event()
         self.calls: list[tuple[str, Any]] = []
 
     @property
@@ -116,9 +126,13 @@ class FakeHandler(BaseHTTPRequestHandler):
         pass
 
 
+def a_fake_sglang() -> contextlib.AbstractContextManager[FakeSglang]:
+    return in_a_thread(FakeSglang())
+
+
 @contextlib.contextmanager
-def a_fake_sglang() -> Iterator[FakeSglang]:
-    server = FakeSglang()
+def in_a_thread(server: Scripted) -> Iterator[Scripted]:
+    """Serves until the block ends; whatever hangs sees `closing`."""
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:

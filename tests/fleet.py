@@ -1,25 +1,24 @@
 """Replicas without engines: their real copies of the weights, fetching from a learner, from each other, or from
 sources that fail."""
 
-import asyncio
 import contextlib
 import socket
-import threading
 import time
-from collections.abc import AsyncIterator, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import AsyncIterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from common.http_service import Server, listen, new_app, url_of
+from common.http_service import listen, new_app, serve_in_loop, url_of
 from common.weights import MODEL_FILE, Manifest, encode_manifest, file_of, sha256_of, version_folder
 from services.generation.fetching import Fetcher
 from services.generation.host_copy import HostCopy
 from services.generation.publication import Arrival, Published, bring
 from services.generation.sharing import Sharing, weights_router
 from services.learner.version_writer import VersionWriter
+from tests.fake_sglang import ScriptedServer, in_a_thread
 
 TOKEN = "secret"
 Fault = Literal["", "absent", "garbage", "truncated", "stalls", "endless", "refuses ranges"]
@@ -71,13 +70,8 @@ class Member:
     async def served(self) -> AsyncIterator[str]:
         app, sock = new_app("member"), listen("127.0.0.1", 0)
         app.include_router(weights_router(self.sharing, TOKEN))
-        server = Server(app)
-        serving = asyncio.create_task(server.serve([sock]))
-        try:
+        async with serve_in_loop(app, sock):
             yield url_of(sock)
-        finally:
-            server.should_exit = True
-            await serving
 
     async def close(self) -> None:
         await self.fetcher.aclose()
@@ -94,10 +88,8 @@ async def members(model_folder: Path, count: int = 1) -> AsyncIterator[list[Memb
             await member.close()
 
 
-class Source(ThreadingHTTPServer):
+class Source(ScriptedServer):
     """Serves the files of `root`, each with the fault that `faults` names for it; `requests` are what it was asked."""
-
-    daemon_threads = True
 
     def __init__(self, root: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -106,7 +98,6 @@ class Source(ThreadingHTTPServer):
         self.requests: list[tuple[str, str]] = []
         self.num_bytes = 0
         self.bytes_per_s = float("inf")
-        self.closing = threading.Event()
 
     @property
     def url(self) -> str:
@@ -153,15 +144,5 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-@contextlib.contextmanager
-def a_source(root: Path) -> Iterator[Source]:
-    source = Source(root)
-    thread = threading.Thread(target=source.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield source
-    finally:
-        source.closing.set()
-        source.shutdown()
-        thread.join()
-        source.server_close()
+def a_source(root: Path) -> contextlib.AbstractContextManager[Source]:
+    return in_a_thread(Source(root))

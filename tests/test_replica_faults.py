@@ -21,7 +21,7 @@ from services.generation.passing import MAX_PASSES
 from services.generation.tickets import Lease, TicketStore
 from services.launcher.processes import launch_redis, start_redis, wait_for_redis
 from services.learner.store import LearnerStore
-from tests.fake_sglang import FakeSglang, a_fake_sglang, sample
+from tests.fake_sglang import FakeSglang
 from tests.replicas import Learner, a_learner, run, running_replica, until
 
 ENGINE_SILENT = Reason.ENGINE_SILENT
@@ -32,14 +32,6 @@ Start = Callable[..., contextlib.AbstractAsyncContextManager[Replica]]
 def learner(tmp_path: Path, client: redis.Redis, keys: Keys, demo_policy: Path) -> Iterator[Learner]:
     with a_learner(client, keys, tmp_path, demo_policy) as learner:
         yield learner
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeSglang]:
-    """It answers every ticket of two completions."""
-    with a_fake_sglang() as server:
-        server.replies["/generate"] = (200, [sample(), sample()])
-        yield server
 
 
 @pytest.fixture

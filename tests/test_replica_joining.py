@@ -19,18 +19,11 @@ from services.generation import joining
 from services.generation.joining import join
 from services.launcher.processes import start_redis
 from tests.fake_services import ROOT, until
-from tests.fake_sglang import FakeSglang, a_fake_sglang, sample
+from tests.fake_sglang import FakeSglang
 from tests.replicas import a_learner
 
 Start = Callable[..., "subprocess.Popen[str]"]
 RUN = Keys("joined")
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeSglang]:
-    with a_fake_sglang() as server:
-        server.replies["/generate"] = (200, [sample(), sample()])
-        yield server
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from common.keys import Keys
 from common.redis_client import connect
 from common.wire import decode_ticket
 from services.launcher.processes import Service, start_redis
-from tests.fake_sglang import FakeSglang, a_fake_sglang, sample
+from tests.fake_sglang import FakeSglang
 from tests.replicas import Learner, a_learner
 
 ROOT = Path(__file__).parents[1]
@@ -72,13 +72,6 @@ def answers(process: Process) -> bool:
         return httpx.get(f"http://127.0.0.1:{listening.laddr.port}/healthz", timeout=0.5).status_code == 200
     except httpx.TransportError:
         return False
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeSglang]:
-    with a_fake_sglang() as server:
-        server.replies["/generate"] = (200, [sample(), sample()])
-        yield server
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import random
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import httpx
 import pytest
 from safetensors.torch import load_file
 
+from common.device import machine_id
 from common.http_service import bearer
 from common.weights import DELTA_FILE, MANIFEST_FILE, MODEL_FILE, WeightsError, encode_manifest, sha256_of
 from services.generation import fetching, host_copy
-from services.generation.publication import BOOT_ID, Published
+from services.generation.publication import Arrival, Published
 from services.learner import version_writer
 from services.learner.versions import places_above
 from tests.fleet import TOKEN, Fault, Member, Source, Versions, a_source, members
@@ -284,7 +285,7 @@ def test_the_learners_folder_is_read_where_it_is_on_this_machine(
 ) -> None:
     async def scenario() -> None:
         async with members(model) as [member]:
-            here: dict[str, Any] = {"machine": BOOT_ID.read_text().strip(), "folder": str(versions.root)}
+            here: dict[str, Any] = {"machine": machine_id(), "folder": str(versions.root)}
             for _ in range(2):
                 versions.publish()
                 await member.take(versions.published(learner.url)._replace(**here))
@@ -328,19 +329,28 @@ def test_a_tree_of_replicas_costs_the_learner_one_copy(versions: Versions, learn
     run(scenario)
 
 
+@contextlib.asynccontextmanager
+async def flowing(
+    versions: Versions, learner: Source, first: Member, second: Member
+) -> AsyncIterator[tuple[str, asyncio.Task[Arrival], asyncio.Task[Arrival]]]:
+    """The learner is slow, and the second has bytes of what is on its way to the first, at that URL."""
+    versions.publish()
+    published = versions.published(learner.url)
+    learner.bytes_per_s = versions.manifests[0].num_model_bytes / 1.0
+    async with first.served() as url:
+        taking = asyncio.create_task(first.take(published))
+        follow = asyncio.create_task(second.take(published, url))
+        while not second.fetcher.num_bytes[url]:
+            await asyncio.sleep(0.01)
+        yield url, taking, follow
+
+
 def test_a_file_on_its_way_is_passed_on(versions: Versions, learner: Source, model: Path) -> None:
     """The second replica has its first bytes before the first one has its last."""
 
     async def scenario() -> None:
         async with members(model, 2) as [first, second]:
-            versions.publish()
-            published = versions.published(learner.url)
-            learner.bytes_per_s = versions.manifests[0].num_model_bytes / 1.0
-            async with first.served() as url:
-                taking = asyncio.create_task(first.take(published))
-                follow = asyncio.create_task(second.take(published, url))
-                while not second.fetcher.num_bytes[url]:
-                    await asyncio.sleep(0.01)
+            async with flowing(versions, learner, first, second) as (_, taking, follow):
                 assert not taking.done()
                 await asyncio.gather(taking, follow)
             expect(second, versions)
@@ -354,14 +364,7 @@ def test_a_replica_that_vanishes_in_the_middle_is_replaced_by_the_learner(
 ) -> None:
     async def scenario() -> None:
         async with members(model, 2) as [first, second]:
-            versions.publish()
-            published = versions.published(learner.url)
-            learner.bytes_per_s = versions.manifests[0].num_model_bytes / 1.0
-            async with first.served() as url:
-                taking = asyncio.create_task(first.take(published))
-                follow = asyncio.create_task(second.take(published, url))
-                while not second.fetcher.num_bytes[url]:
-                    await asyncio.sleep(0.01)
+            async with flowing(versions, learner, first, second) as (url, taking, follow):
                 taking.cancel()
                 await asyncio.gather(taking, return_exceptions=True)
                 arrival = await follow

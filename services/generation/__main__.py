@@ -8,7 +8,6 @@ Exit codes: 0 drained, 1 failed, 2 refused before anything started.
 
 import argparse
 import asyncio
-import contextlib
 import logging
 import os
 import secrets
@@ -16,19 +15,18 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import redis
 
-from common.http_service import TOKEN_VARIABLE, Server, listen, url_of
+from common.http_service import TOKEN_VARIABLE, listen, serve_in_loop, url_of
 from common.logs import set_up_logging
 from common.preflight import check_engine_installed
 from common.waiting import Waits
 from services.generation.api import make_app
 from services.generation.assembly import assembled
 from services.generation.joining import Joined, check_name, join
-from services.generation.loop import Replica
 
 EXIT_DEADLINE_S = 9.0
 _log = logging.getLogger("services.generation")
@@ -85,7 +83,7 @@ async def _serve(arguments: argparse.Namespace, joined: Joined, sock: socket.soc
     try:
         name, log_folder = arguments.name, arguments.log_folder
         parts = assembled(joined.config, joined.keys, arguments.redis_url, joined.token, name, url, log_folder, waits)
-        async with parts as replica, _http(replica, joined.token, sock):
+        async with parts as replica, serve_in_loop(make_app(replica, joined.token), sock):
             _on_signals(replica.drain)
             await replica.serve()
     finally:
@@ -114,17 +112,6 @@ def _end_in_time() -> None:
     timer = threading.Timer(EXIT_DEADLINE_S, give_up)
     timer.daemon = True
     timer.start()
-
-
-@contextlib.asynccontextmanager
-async def _http(replica: Replica, token: str, sock: socket.socket) -> AsyncIterator[None]:
-    server = Server(make_app(replica, token))
-    serving = asyncio.create_task(server.serve(sockets=[sock]))
-    try:
-        yield
-    finally:
-        server.should_exit = True
-        await serving
 
 
 if __name__ == "__main__":

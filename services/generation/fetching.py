@@ -26,10 +26,6 @@ CHUNK_BYTES = 1 << 20
 _log = logging.getLogger(__name__)
 
 
-class Refused(WeightsError):
-    """What a source served is not what was asked for."""
-
-
 class Download:
     """A file of a known length on its way to `path`; whoever reads it sees it grow."""
 
@@ -141,7 +137,7 @@ class Fetcher:
             raise OSError(f"ended after {download.num_arrived} of {download.num_bytes} bytes")
 
     async def _chunks(self, source: str, version: int, name: str, first: int, most: int) -> AsyncIterator[bytes]:
-        """The file's bytes from `first` on; raises `Refused` rather than go beyond `most`."""
+        """The file's bytes from `first` on; raises `WeightsError` rather than go beyond `most`."""
         if source.startswith("file:"):
             folder = Path(unquote(urlsplit(source).path))
             chunks = _read(version_folder(folder, version) / name, first)
@@ -150,7 +146,7 @@ class Fetcher:
         async for chunk in chunks:
             first += len(chunk)
             if first > most:
-                raise Refused(f"more than {most} bytes")
+                raise WeightsError(f"more than {most} bytes")
             yield chunk
 
     async def _get(self, url: str, first: int) -> AsyncIterator[bytes]:

@@ -7,10 +7,10 @@ exactly if the file's bytes have. Tensors that the engine calls by other names t
 """
 
 import hashlib
-import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from services.generation.tensor_shapes import StoredTensor, safetensors_entries
 
 HASH_CHARS = 16
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -18,18 +18,9 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 Hashes = dict[str, str]
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a tensor's bytes lie."""
-
-    path: Path
-    start: int
-    num_bytes: int
-
-
 def file_hashes(folder: Path, names: Collection[str]) -> Hashes:
     """SHA-256, 16 hex digits, of those of the engine's tensors `names` whose bytes the safetensors files have."""
-    places = _places(folder)
+    places = {entry.name: entry for entry in safetensors_entries(folder)}
     parts = {name: [part for part in _parts(name) if part in places] for name in names}
     return {name: _hash([places[part] for part in found]) for name, found in parts.items() if found}
 
@@ -58,20 +49,7 @@ def _parts(name: str) -> list[str]:
     return [name]
 
 
-def _places(folder: Path) -> dict[str, _Place]:
-    places = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(header_bytes))
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            start, end = entry["data_offsets"]
-            places[name] = _Place(path, 8 + header_bytes + start, end - start)
-    return places
-
-
-def _hash(places: list[_Place]) -> str:
+def _hash(places: list[StoredTensor]) -> str:
     digest = hashlib.sha256()
     for place in places:
         with place.path.open("rb") as file:

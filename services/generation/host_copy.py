@@ -24,11 +24,11 @@ from common.weights import (
     ITEM_BYTES,
     MODEL_FILE,
     Delta,
+    Layout,
     Manifest,
     WeightsError,
     check_tensor,
-    model_header,
-    places_in_file,
+    model_layout,
     stored_versions,
     version_folder,
 )
@@ -70,15 +70,14 @@ class HostCopy:
         """
         newest = manifests[-1]
         aside = self.folder_of(newest.version) / f"{MODEL_FILE}.aside"
-        begun, header = _mapped(start), _header(newest)
-        if not np.array_equal(begun[: len(header)], header) or len(begun) != newest.num_model_bytes:
-            raise WeightsError(f"{start} has other tensors than version {newest.version}")
+        begun, layout = _mapped(start), model_layout(newest.tensors)
+        _check_layout(start, begun, newest, layout)
         files = [_mapped(self.folder_of(manifest.version) / DELTA_FILE) for manifest in manifests]
         deltas = [(manifest.delta, file) for manifest, file in zip(manifests, files, strict=True) if manifest.delta]
         frames = [(delta.patches, file, delta.places()) for delta, file in deltas]
         out = np.memmap(aside, np.uint8, "w+", shape=begun.shape)
-        out[: len(header)] = header
-        for name, place in places_in_file(newest.tensors).items():
+        out[: len(layout.header)] = begun[: len(layout.header)]
+        for name, place in layout.places.items():
             out[place] = begun[place]
             bits = bits_of(out[place], ITEM_BYTES[newest.tensors[name].dtype])
             for patches, content, places in frames:
@@ -122,10 +121,9 @@ class HostCopy:
 
 def check_model(path: Path, manifest: Manifest) -> None:
     """Raises `WeightsError` unless the file is the whole model of the version."""
-    content, header = _mapped(path), _header(manifest)
-    if len(content) != manifest.num_model_bytes or not np.array_equal(content[: len(header)], header):
-        raise WeightsError(f"{path.name} is not laid out as version {manifest.version} says")
-    for name, place in places_in_file(manifest.tensors).items():
+    content, layout = _mapped(path), model_layout(manifest.tensors)
+    _check_layout(path, content, manifest, layout)
+    for name, place in layout.places.items():
         check_tensor(name, manifest.tensors[name], content[place].data)
 
 
@@ -136,8 +134,9 @@ def check_delta(path: Path, delta: Delta) -> None:
         raise WeightsError(f"{path.name}: BLAKE3 {found[:12]}…, expected {delta.blake3[:12]}…")
 
 
-def _header(manifest: Manifest) -> Bytes:
-    return np.frombuffer(model_header(manifest.tensors), np.uint8)
+def _check_layout(path: Path, content: Bytes, manifest: Manifest, layout: Layout) -> None:
+    if len(content) != layout.num_bytes or content[: len(layout.header)].tobytes() != layout.header:
+        raise WeightsError(f"{path.name} is not laid out as version {manifest.version} says")
 
 
 def _mapped(path: Path) -> Bytes:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import redis.asyncio
 
+from common.device import machine_id
 from common.weights import DELTA_FILE, MANIFEST_FILE, MODEL_FILE, Manifest, WeightsError
 from services.generation.fetching import Fetcher, file_source
 from services.generation.host_copy import Held, HostCopy, check_delta, check_model
@@ -22,7 +23,6 @@ from services.generation.route import Route, routes
 
 FETCH_DEADLINE_S = 600.0
 MAX_TOLD_CHARS = 500
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _log = logging.getLogger(__name__)
 _FIELDS = ("version", "sha256", "url", "machine", "folder")
 
@@ -34,14 +34,14 @@ class Published(NamedTuple):
     sha256: str
     url: str
     machine: str = ""
-    """The boot id of the learner's machine, where `folder` has the files."""
+    """The learner's (`machine_id`), where `folder` has the files."""
     folder: str = ""
 
     def sources(self, named: Sequence[str]) -> list[str]:
         """Where to ask for its files, in this order: the learner's folder if it is here, those who were named, the
         learner."""
-        is_here = self.machine and BOOT_ID.exists() and BOOT_ID.read_text().strip() == self.machine
-        here = [file_source(Path(self.folder))] if is_here and Path(self.folder).is_dir() else []
+        is_here = self.machine and self.machine == machine_id() and Path(self.folder).is_dir()
+        here = [file_source(Path(self.folder))] if is_here else []
         return list(dict.fromkeys([*here, *named, self.url]))
 
 

@@ -1,11 +1,24 @@
-"""Names and shapes of the tensors in a folder, read from the headers of its safetensors files.
+"""Names, shapes and places of the tensors in a folder, read from the headers of its safetensors files.
 
 SGLang dies of a truncated file or a wrong shape, and silently keeps the present weights of a missing tensor; so a
 folder is held against the model that the engine runs before a swap begins.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a file, and where its bytes lie there."""
+
+    name: str
+    shape: tuple[int, ...]
+    path: Path
+    start: int
+    num_bytes: int
+
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -20,18 +33,29 @@ def expected_shapes(model: Path) -> Shapes:
 
 
 def safetensors_shapes(folder: Path) -> Shapes:
-    """Names and shapes of all tensors in the folder, from the files' headers; raises `ValueError` on a torn file."""
-    shapes: Shapes = {}
+    """Names and shapes of all tensors in the folder; raises `ValueError` on a torn file."""
+    return {entry.name: entry.shape for entry in safetensors_entries(folder)}
+
+
+def safetensors_entries(folder: Path) -> Iterator[StoredTensor]:
+    """All tensors in the folder, from the files' headers; raises `ValueError` on a torn file."""
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            with path.open("rb") as file:
-                header_bytes = int.from_bytes(file.read(8), "little")
-                size_bytes = path.stat().st_size - 8 - header_bytes
-                tensors = json.loads(file.read(header_bytes)) if size_bytes >= 0 else {}
-            tensors.pop("__metadata__", None)
-            if size_bytes != max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0):
-                raise ValueError(f"{path.stat().st_size} bytes are not the length its header tells")
-            shapes |= {name: tuple(tensor["shape"]) for name, tensor in tensors.items()}
+            yield from _entries(path)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    return shapes
+
+
+def _entries(path: Path) -> list[StoredTensor]:
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        size_bytes = path.stat().st_size - 8 - header_bytes
+        tensors = json.loads(file.read(header_bytes)) if size_bytes >= 0 else {}
+    tensors.pop("__metadata__", None)
+    if size_bytes != max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0):
+        raise ValueError(f"{path.stat().st_size} bytes are not the length its header tells")
+    found = []
+    for name, tensor in tensors.items():
+        begin, end = tensor["data_offsets"]
+        found.append(StoredTensor(name, tuple(tensor["shape"]), path, 8 + header_bytes + begin, end - begin))
+    return found

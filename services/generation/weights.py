@@ -1,9 +1,9 @@
 """Keeps the engine on the newest weight version: fetch, verify, swap, in that order, while generation goes on.
 
 A version is fetched and built in host memory while generation goes on; the pause is the swap alone. It is reported
-only after the engine has confirmed it. A replica whose swap fails says why and takes no work
-until a later attempt succeeds; nothing is swapped into an engine that is down, and an engine that has been away must
-confirm its version before it is used again.
+only after the engine has confirmed it. A replica whose swap fails says why and takes no work until a later attempt
+succeeds; nothing is swapped into an engine that is down, and an engine that has been away must confirm its version
+before it is used again.
 """
 
 import asyncio

@@ -117,19 +117,6 @@ class Loop:
             self.intake.look_around()
         self._has_groups(Reason.NO_REPLICA)
 
-    def _wait_for_groups(self, reason: Reason) -> float:
-        """The same. While generation is paused, as ordered, no deadline comes nearer."""
-        if self.intake.sight.is_generation_paused:
-            self.waits.over(reason)
-            return self.waits.waiting(Reason.PAUSED, "generation is scaled to 0 replicas")
-        self.waits.over(Reason.PAUSED)
-        return self._wait(reason, self.intake.why_waiting())
-
-    def _has_groups(self, reason: Reason) -> None:
-        """Or nobody waits for them any more."""
-        self.waits.over(reason)
-        self.waits.over(Reason.PAUSED)
-
     def _wait(self, reason: Reason, detail: str) -> float:
         """How long it has lasted. Raises `Starved` at the deadline."""
         deadline_s = self.config.learner.starvation_deadline_s
@@ -137,6 +124,19 @@ class Loop:
         if lasted_s > deadline_s:
             raise Starved(f"{reason} for {lasted_s:.0f} s: {detail}")
         return lasted_s
+
+    def _wait_for_groups(self, reason: Reason) -> float:
+        """As `_wait`; but while generation is paused, as ordered, no deadline comes nearer."""
+        if self.intake.sight.is_generation_paused:
+            self.waits.over(reason)
+            return self.waits.waiting(Reason.PAUSED, "generation is scaled to 0 replicas")
+        self.waits.over(Reason.PAUSED)
+        return self._wait(reason, self.intake.why_waiting())
+
+    def _has_groups(self, reason: Reason) -> None:
+        """They are there, or nobody waits for them any more."""
+        self.waits.over(reason)
+        self.waits.over(Reason.PAUSED)
 
     @property
     def is_at_last_step(self) -> bool:

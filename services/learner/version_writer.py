@@ -25,7 +25,7 @@ from common.weights import (
     TensorEntry,
     encode_manifest,
     file_order,
-    model_header,
+    model_layout,
     sha256_of,
 )
 
@@ -98,7 +98,7 @@ class VersionWriter:
 
     def _write_model(self, path: Path, entries: Mapping[str, TensorEntry]) -> None:
         with path.open("wb") as file:
-            file.write(model_header(entries))
+            file.write(model_layout(entries).header)
             for name in entries:
                 file.write(self._content[name].data)
 

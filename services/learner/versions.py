@@ -16,6 +16,7 @@ import httpx
 import redis
 from torch import Tensor
 
+from common.device import machine_id
 from common.durable import fsync_path
 from common.http_service import bearer
 from common.weights import Manifest, encode_manifest, is_anchor, sha256_of, stored_versions, version_folder
@@ -26,7 +27,6 @@ NOTIFY_TIMEOUT_S = 5.0
 COUNTER_FILE = "VERSION"
 BRANCHES = 2
 """Replicas that fetch from each replica."""
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _log = logging.getLogger(__name__)
 
 
@@ -48,7 +48,6 @@ class Versions:
         for earlier in parent.glob("epoch-*"):
             if earlier.name < self.root.name:
                 shutil.rmtree(earlier, ignore_errors=True)
-        self._machine = BOOT_ID.read_text().strip() if BOOT_ID.exists() else ""
         self._writer = VersionWriter(f"epoch-{store.epoch}")
         self._notifiers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="notify")
         self._http = httpx.Client(timeout=NOTIFY_TIMEOUT_S, headers=bearer(token), trust_env=False)
@@ -64,7 +63,7 @@ class Versions:
             raise
         digest = sha256_of(encode_manifest(manifest))
         weights = {"version": version, "step": step, "sha256": digest, "url": self.url}
-        weights |= {"machine": self._machine, "folder": self.root.resolve()}
+        weights |= {"machine": machine_id(), "folder": self.root.resolve()}
         fields = [str(part) for pair in weights.items() for part in pair]
         keys = self.store.keys
         self.steps[version] = step  # before a group of this version can come back
