@@ -16,14 +16,18 @@ weights     hash                         newest version, its manifest's SHA-256,
 swapping    sorted set                   replicas that swap, by when their turn ends          replicas
 versions    hash                         weight version -> the step that made it              learner
 config      string                       the resolved configuration, for replicas that join   learner
-control     hash                         what is ordered (common/control.py)                  launcher, autoscalers
+control     hash                         what is ordered (common/control.py)                  control, command line
 launcher    string, TTL                  host and process of the launcher that obeys it       launcher
 events      stream, bounded              what happened, for the page and the command line     everybody
+history     stream, bounded              rows of numbers, one a step and one an evaluation    learner
+shown       stream, bounded              a sample of groups for people to read                learner
 """
 
 import re
 
 MAX_EVENTS = 10_000
+MAX_HISTORY = 20_000
+MAX_SHOWN = 256
 TICKET_GROUP = "generation"
 """Consumer group of `tickets` and `eval`."""
 
@@ -66,6 +70,8 @@ class Keys:
         self.control = prefix + "control"
         self.launcher = prefix + "launcher"
         self.events = prefix + "events"
+        self.history = prefix + "history"
+        self.shown = prefix + "shown"
 
     def replica(self, replica: str) -> str:
         return self.replicas + replica
