@@ -35,7 +35,7 @@ from benchmarks.swap_table import Row, report
 from common.config import EngineConfig
 from common.tasks.arithmetic import Arithmetic
 from common.wire import Sampling, Ticket
-from services.generation.completions import Completion, Sample, generate_body, to_completion
+from services.generation.completions import Completion, generate_body, to_completion
 from services.generation.engine import Engine, SwapTimings
 from services.generation.engine_server import EngineServer
 from services.generation.swapping import SwapMode
@@ -171,14 +171,14 @@ async def answer(engine: Engine, ticket: Ticket, shape: Shape, slots: asyncio.Se
     body = generate_body(ticket, [f"{request}-{index}." for index in range(GROUP_SIZE)])
     body["sampling_params"]["ignore_eos"] = not shape.ends
     async with slots:
-        samples = await engine.calls.call("/generate", list[Sample], body, timeout_s=None)
+        samples = await engine.complete(body)
     return [to_completion(sample) for sample in samples]
 
 
 async def keep_swapping(
     server: EngineServer, engine: Engine, walk: Walk, lr: float, interval_s: float | None, ended: asyncio.Event
 ) -> list[SwapTimings]:
-    """Every `interval_s` of the engine's processor time, until `ended`."""
+    """Every `interval_s` of the engine's processor time, or as seldom as a replica would, until `ended`."""
     timings: list[SwapTimings] = []
     last_s = busy_s(server)
     while not ended.is_set():
@@ -186,6 +186,7 @@ async def keep_swapping(
         if interval_s is not None and busy_s(server) - last_s >= interval_s:
             last_s = busy_s(server)
             timings.append(await engine.swap(*walk.next(lr)))
+            await engine.let_generate(timings[-1])
     return timings
 
 
