@@ -9,7 +9,10 @@ version, by the engine's own count; the pause; and how far the behaviour log-pro
 from an exact forward pass under the version they are labelled with. Rows go to benchmarks/results/swap_modes.json.
 
 The default stays `retract`: it loses engine time (21 % of the demo's at a version a second, 7 % at 512 tokens and a
-version in two), but is exact and asks nothing of the engine. What `in_place` forbids matters on a GPU: not measured.
+version in two), but is exact and asks nothing of the engine. Of whole runs of the demo (`benchmarks.demo --vary`) it
+takes 4 % more time, and 10 % more of the engine's (there it keeps the overlap schedule); they learn as well in place,
+but engine and learner then differ by up to 0.4 on fresh tokens, which else tells whether an engine computes what it
+should. What `in_place` forbids matters on a GPU: not measured.
 """
 
 import argparse
