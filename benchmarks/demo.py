@@ -1,8 +1,10 @@
 """The demo on several seeds: `python -m benchmarks.demo` runs `headrace up` for each in turn and prints a table.
 
     python -m benchmarks.demo --seeds 0 1 2 --at-least 0.80
+    python -m benchmarks.demo --vary generation.engine.swap_mode=retract generation.engine.swap_mode=in_place
 
-Writes its rows to `benchmarks/results/demo.json`; exit code 1 if a run fails or stays below `--at-least`.
+Writes its rows to `benchmarks/results/demo.json`, with `--vary` to `demo-varied.json` there; exit code 1 if a run fails
+or stays below `--at-least`.
 """
 
 import argparse
@@ -20,30 +22,34 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "demo.json"
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--at-least", type=float, default=0.0, help="lowest held-out accuracy that is a success")
+    parser.add_argument("--vary", nargs="+", default=[], metavar="SETTING=VALUE", help="each seed with each in turn")
     arguments = parser.parse_args()
-    rows = [run_demo(seed) for seed in arguments.seeds]
+    settings = [["--set", setting] for setting in arguments.vary] or [[]]
+    rows = [run_demo(seed, *setting) for seed in arguments.seeds for setting in settings]
     machine = {"cores": os.cpu_count(), "cpu": cpu_model(), "python": platform.python_version()}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / ("demo-varied.json" if arguments.vary else "demo.json")).write_text(
+        json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n"
+    )
     print_table(rows, machine)
     return int(any(row["held_out_after"] < arguments.at_least for row in rows))
 
 
-def run_demo(seed: int) -> dict[str, Any]:
+def run_demo(seed: int, *setting: str) -> dict[str, Any]:
     """One whole run; `total_s` is what a user waits, from the command to its end."""
     run = f"benchmark-{time.strftime('%Y%m%d-%H%M%S')}-seed-{seed}"
-    command = ["-m", "services.launcher", "up", "configs/tiny-cpu.yaml", "--run", run, "--seed", str(seed)]
+    command = ["-m", "services.launcher", "up", "configs/tiny-cpu.yaml", "--run", run, "--seed", str(seed), *setting]
     started = time.monotonic()
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
     summary: dict[str, Any] = json.loads((ROOT / "runs" / run / "summary.json").read_text())
-    return {"seed": seed, "total_s": round(time.monotonic() - started, 1), **summary}
+    return {"seed": seed, "setting": " ".join(setting[1:]), "total_s": round(time.monotonic() - started, 1), **summary}
 
 
 def cpu_model() -> str:
@@ -54,7 +60,7 @@ def cpu_model() -> str:
 def print_table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> None:
     table = Table(title=f"demo on {machine['cores']} cores of {machine['cpu']}")
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "seed": lambda r: str(r["seed"]),
+        "seed": lambda r: " ".join([str(r["seed"]), r["setting"]]),
         "held-out before": lambda r: f"{r['held_out_before']:.3f}",
         "after": lambda r: f"{r['held_out_after']:.3f}",
         "steps": lambda r: str(r["steps"]),

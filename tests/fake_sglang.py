@@ -53,6 +53,8 @@ class FakeSglang(ScriptedServer):
         self.serve_version("4")
         self.trickling: set[str] = set()
         self.delaying: dict[str, threading.Event] = {}
+        self.completes = True
+        """Else tickets get no answer, but smaller requests do."""
         self.takes_weights = True
         self.keeps_tensors = False
         """It takes a new version's label, and not its tensors."""
@@ -95,7 +97,8 @@ class FakeHandler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "null")
         self.server.calls.append((self.path, body))
-        if self.path in self.server.hanging:
+        is_ticket = self.path == "/generate" and "return_logprob" in body
+        if self.path in self.server.hanging or (is_ticket and not self.server.completes):
             self.server.closing.wait(30.0)
             return
         if self.path in self.server.trickling:

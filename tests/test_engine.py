@@ -295,6 +295,27 @@ def test_every_tensor_of_the_demo_policy_is_compared(engine_url: str, policies: 
     assert run(engine_url, body) == len(load_file(policies[0] / "model.safetensors")) - num_fused
 
 
+def test_however_fast_versions_come_every_request_gets_ahead_under_each(engine_url: str, policies: list[Path]) -> None:
+    """Each would get one token per version, that of its recomputation, or none, if the next swap began at once."""
+
+    async def body(engine: Engine) -> list[Completion]:
+        version = await next_version(engine)
+        await engine.swap(policies[0], version)
+        tickets = asyncio.gather(*(engine.generate(ticket(8, max_new_tokens=96)) for _ in range(4)))
+        await until_running(engine, 32)
+        while not tickets.done():
+            version += 1
+            await engine.let_generate(await engine.swap(policies[version % 2], version))
+        return list(itertools.chain(*await tickets))
+
+    spans = [completion.version_spans for completion in run(engine_url, body)]
+    assert min(map(len, spans)) > 2
+    assert min(span.end - span.start for completion in spans for span in completion[1:-1]) > 1
+    for completion in spans:
+        versions = [span.version for span in completion]
+        assert versions == list(range(versions[0], versions[-1] + 1)), "it got ahead under each"
+
+
 @pytest.fixture
 def in_place_url(demo_policy: Path, tmp_path: Path) -> Iterator[str]:
     """A second engine, started as swaps in place need it."""

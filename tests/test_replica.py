@@ -48,7 +48,7 @@ def test_tickets_become_scored_groups_of_the_engines_versions(
         async with start() as replica:
             await until(lambda: client.xlen(keys.groups) == 2 and client.xlen(keys.evaluated) == 1)
             await until(lambda: beat(client, keys) == ("running", 1))
-            assert replica.heartbeat().groups_committed == 3
+            await until(lambda: replica.heartbeat().groups_committed == 3)
         assert not client.exists(keys.replica("a")), "a replica that left says so"
 
     run(scenario)

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,12 @@ from services.generation.fetching import Fetcher
 from services.generation.host_copy import HostCopy
 from services.generation.publication import Arrival
 from services.generation.route import Route
+from services.generation.swapping import SwapMode
 from services.generation.turns import Turns
 from services.generation.weights import WeightFollower
 from services.learner.version_writer import VersionWriter
-from tests.fake_sglang import FakeSglang, a_fake_sglang
+from tests.fake_sglang import FakeSglang, a_fake_sglang, server_info
+from tests.making import make_ticket
 from tests.replicas import Learner, a_learner, run, until
 
 
@@ -40,12 +44,12 @@ def fake() -> Iterator[FakeSglang]:
 
 @contextlib.asynccontextmanager
 async def following(
-    redis_url: str, keys: Keys, fake: FakeSglang, model: Path
+    redis_url: str, keys: Keys, fake: FakeSglang, model: Path, swap_mode: SwapMode = "retract"
 ) -> AsyncIterator[tuple[WeightFollower, EngineKeeper]]:
     async def ignore(timings: SwapTimings, arrival: Arrival) -> None:
         pass
 
-    client, engine = connect_async(redis_url), Engine(fake.url)
+    client, engine = connect_async(redis_url), Engine(fake.url, swap_mode=swap_mode)
     follower = WeightFollower(client, keys, HostCopy(model), Fetcher("token"), Turns(client, keys, "a", 0.5), ignore)
     keeper = EngineKeeper(engine, None, follower.engine_start, silence_timeout_s=1.0, busy_timeout_s=1.0)
     tasks = [asyncio.create_task(keeper.keep()), asyncio.create_task(follower.follow(keeper))]
@@ -204,5 +208,52 @@ def test_nothing_is_swapped_into_an_engine_that_is_down(
             fake.replies["/server_info"] = answers
             fake.hanging = set()
             await until(lambda: (follower.version, follower.problem) == (version, ""))
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(("swap_mode", "waits"), [("retract", True), ("in_place", False)])
+def test_versions_do_not_come_faster_than_what_was_retracted_gets_ahead(
+    learner: Learner, fake: FakeSglang, redis_url: str, keys: Keys, demo_policy: Path, swap_mode: SwapMode, waits: bool
+) -> None:
+    """The small request is answered when all that was retracted has been computed again; then as long again."""
+    fake.replies["/server_info"] = 200, server_info(disable_overlap_schedule=True)
+    fake.replies["/generate"] = 200, {}
+    fake.delaying["/generate"] = recomputed = threading.Event()
+    fake.completes = False
+
+    async def scenario() -> None:
+        async with following(redis_url, keys, fake, demo_policy, swap_mode) as (follower, keeper):
+            await until(keeper.serving.is_set)
+            request = asyncio.create_task(keeper.generate(make_ticket("0-0")))
+            await until(lambda: "/generate" in fake.paths)
+            first = await asyncio.to_thread(learner.publish, 0)
+            follower.hint(first)
+            await until(lambda: follower.version == first)
+            began_s = time.monotonic()
+            follower.hint(await asyncio.to_thread(learner.publish, 1))
+            with contextlib.suppress(TimeoutError):
+                await until(lambda: follower.version > first, 1.0 if waits else 20.0)
+            assert (follower.version == first) == waits
+            took_s = time.monotonic() - began_s
+            recomputed.set()
+            await until(lambda: follower.version > first)
+            assert time.monotonic() - began_s > 2 * took_s or not waits
+            request.cancel()
+
+    run(scenario)
+
+
+def test_who_has_nothing_in_flight_is_not_waited_for(
+    learner: Learner, fake: FakeSglang, redis_url: str, keys: Keys, demo_policy: Path
+) -> None:
+    first = learner.publish(0)
+
+    async def scenario() -> None:
+        async with following(redis_url, keys, fake, demo_policy) as (follower, _):
+            await until(lambda: follower.version == first)
+            follower.hint(await asyncio.to_thread(learner.publish, 1))
+            await until(lambda: follower.version == first + 1)
+            assert "/generate" not in fake.paths
 
     run(scenario)

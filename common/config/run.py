@@ -103,8 +103,9 @@ class EngineConfig(Section):
         "retract",
         description="What becomes of the KV cache of what is in flight when weights are swapped. retract: computed "
         "again, and log-probabilities stay exact. in_place: kept; no engine time is lost (retract: 21 % at a version "
-        "a second, benchmarks.swap_modes), but tokens after a swap match no version exactly, and the engine must have "
-        "no overlap schedule, radix cache or tensor parallelism.",
+        "a second, benchmarks.swap_modes; the demo's runs as a whole: 10 %, and 4 % of their time), but tokens after "
+        "a swap match no version exactly (up to 0.4 from the learner's log-probabilities, else 2e-5), and the engine "
+        "must have no overlap schedule, radix cache or tensor parallelism.",
     )
     extra_args: list[str] = Field([], description="Further arguments of sglang.launch_server, as they are.")
 

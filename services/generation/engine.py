@@ -3,13 +3,19 @@
 What comes back from `generate` is checked: every token has a finite behaviour log-probability and belongs to one
 version span, as the engine itself reported, of a version that the engine has been confirmed to hold. `swap` lets
 requests in flight go on under the new weights, always ends with generation continued, and returns only after the
-engine has confirmed the version. Every call has a deadline. Nothing is retried here: a failure is an `EngineError`
-that names the ticket or the call, and the caller decides.
+engine has confirmed the version; `let_generate` keeps the next one from coming before they have got ahead. Every call
+has a deadline. Nothing is retried here: a failure is an `EngineError` that names the ticket or the call, and the
+caller decides.
 """
 
 import asyncio
+import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from common.wire import Ticket
 from services.generation.completions import Completion, Sample, generate_body, to_completion
@@ -19,6 +25,9 @@ from services.generation.swapping import SwapMode, Swapper, SwapTimings, Unconfi
 __all__ = ["Engine", "EngineError", "SwapTimings", "UnconfirmedWeights"]
 
 ABORT_TIMEOUT_S = 1.0
+RECOMPUTE_TIMEOUT_S = 60.0
+POLL_S = 0.02
+ONE_TOKEN = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1}}
 
 
 class Engine:
@@ -35,6 +44,8 @@ class Engine:
     ) -> None:
         self.calls = EngineCalls(url)
         self._swapper = Swapper(self.calls, swap_mode, swap_timeout_s)
+        self._recomputes = swap_mode == "retract"
+        self._in_flight: set[object] = set()
         self._request_timeout_s = request_timeout_s
 
     @property
@@ -65,7 +76,7 @@ class Engine:
         num_refuted = self._swapper.num_refuted
         try:
             async with asyncio.timeout(self._request_timeout_s):
-                samples = await self.calls.call("/generate", list[Sample], generate_body(ticket, rids), timeout_s=None)
+                samples = await self.complete(generate_body(ticket, rids))
         except TimeoutError as error:
             await self._abort(rids)
             raise EngineError(f"ticket {ticket.id}: no reply within {self._request_timeout_s:g} s") from error
@@ -84,6 +95,15 @@ class Engine:
         await self._swapper.vouch_for(versions, num_refuted)
         return completions
 
+    async def complete(self, body: dict[str, Any]) -> list[Sample]:
+        """What the engine answers, unchecked and without a deadline."""
+        request = object()
+        self._in_flight.add(request)
+        try:
+            return await self.calls.call("/generate", list[Sample], body, timeout_s=None)
+        finally:
+            self._in_flight.discard(request)
+
     async def swap(self, folder: Path, version: int) -> SwapTimings:
         """Loads the safetensors in `folder` as weight `version`; requests in flight go on under them.
 
@@ -91,6 +111,21 @@ class Engine:
         holds against the folder when it has continued.
         """
         return await self._swapper.swap(folder, version)
+
+    async def let_generate(self, swapped: SwapTimings) -> None:
+        """Returns when requests in flight have gone on for as long as the swap, with what it recomputes, took; or have
+        ended.
+
+        Else versions that come faster than what is in flight is computed again would leave each request a token per
+        version, or none.
+        """
+        in_flight = set(self._in_flight) if self._recomputes else set()
+        going_on = asyncio.create_task(self._go_on(swapped))
+        try:
+            while not (going_on.done() or in_flight.isdisjoint(self._in_flight)):
+                await asyncio.wait([going_on], timeout=POLL_S)
+        finally:
+            going_on.cancel()
 
     async def weight_version(self) -> int | None:
         """The version that the engine says it serves; None if it was started without one."""
@@ -103,6 +138,14 @@ class Engine:
         except EngineError:
             return False
         return True
+
+    async def _go_on(self, swapped: SwapTimings) -> None:
+        """Retracted requests are computed again in the order of their coming, before this small one, whose answer tells
+        that they have been."""
+        asked_s = time.monotonic()
+        with suppress(EngineError):  # of an engine that is down, or so slow that it has had long enough
+            await self.calls.call("/generate", msgspec.Raw, ONE_TOKEN, RECOMPUTE_TIMEOUT_S)
+            await asyncio.sleep(swapped.pause_s + swapped.confirm_s + time.monotonic() - asked_s)
 
     async def _abort(self, rids: list[str]) -> None:
         """Ends the requests in the engine; it would notice the closed connection by itself, seconds later."""

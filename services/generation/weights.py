@@ -142,6 +142,7 @@ class WeightFollower:
             self.version, arrival.num_bytes, arrival.fetch_s, arrival.apply_s, timings.pause_s,
         )  # fmt: skip
         await self._on_swap(timings, arrival)
+        await engine.let_generate(timings)
 
     async def _sources(self, version: int) -> list[str]:
         """Replicas to ask: whom the learner has named, else whoever serves the version."""
