@@ -11,11 +11,14 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
@@ -40,11 +43,11 @@ def bearer(token: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"}
 
 
-def require_token(token: str) -> Callable[[Request], None]:
+def require_token(token: str) -> Callable[[Request], Awaitable[None]]:
     """A FastAPI dependency that answers 401 without the run's token."""
     expected = f"Bearer {token}".encode()
 
-    def check(request: Request) -> None:
+    async def check(request: Request) -> None:
         given = request.headers.get("authorization", "").encode()
         if not hmac.compare_digest(given, expected):
             raise HTTPException(401, "this call needs the run's token: Authorization: Bearer …")
@@ -52,15 +55,31 @@ def require_token(token: str) -> Callable[[Request], None]:
     return check
 
 
-def new_app(title: str) -> FastAPI:
-    app = FastAPI(title=title)
+def new_app(title: str, **settings: Any) -> FastAPI:
+    """Every error that it answers is a problem: of the routes, of what a request lacks, and of our own."""
+    app = FastAPI(title=title, **settings)
 
     @app.exception_handler(HTTPException)
-    async def problem(request: Request, error: HTTPException) -> JSONResponse:
-        body = {"type": "about:blank", "status": error.status_code, "detail": error.detail}
-        return JSONResponse(body, error.status_code, headers=error.headers, media_type="application/problem+json")
+    async def refused(request: Request, error: HTTPException) -> JSONResponse:
+        return problem(error.status_code, str(error.detail), error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        """Names what is wrong and where, and never repeats what was sent."""
+        told = [f"{'.'.join(str(part)[:60] for part in one['loc'][:8])}: {one['msg']}" for one in error.errors()[:5]]
+        return problem(422, "; ".join(told)[:1000])
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        return problem(500, "this call failed; the service's log tells why")
 
     return app
+
+
+def problem(status: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """Problem details (RFC 9457)."""
+    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
+    return JSONResponse(body, status, headers=headers, media_type="application/problem+json")
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -90,10 +109,12 @@ def url_of(sock: socket.socket) -> str:
 
 
 class Server(uvicorn.Server):
-    """Leaves signals to the process that it is a part of."""
+    """Leaves signals to the process that it is a part of. Callers are who they are, whatever their headers say."""
 
-    def __init__(self, app: FastAPI) -> None:
-        super().__init__(uvicorn.Config(app, log_level="warning", timeout_keep_alive=65, timeout_graceful_shutdown=5))
+    def __init__(self, app: FastAPI, **settings: Any) -> None:
+        """`settings` of uvicorn."""
+        defaults = {"timeout_keep_alive": 65, "timeout_graceful_shutdown": 5, "log_level": "warning"}
+        super().__init__(uvicorn.Config(app, **{**defaults, "proxy_headers": False, **settings}))
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -101,9 +122,9 @@ class Server(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def serve_in_loop(app: FastAPI, sock: socket.socket) -> AsyncIterator[None]:
-    """Serves in this event loop until the block ends."""
-    server = Server(app)
+async def serve_in_loop(app: FastAPI, sock: socket.socket, **settings: Any) -> AsyncIterator[None]:
+    """Serves in this event loop until the block ends. `settings` of uvicorn."""
+    server = Server(app, **settings)
     serving = asyncio.create_task(server.serve(sockets=[sock]))
     try:
         yield
