@@ -1,7 +1,7 @@
-"""What the services' HTTP sides share: the bearer token, problem details, and a server for a thread or a loop.
+"""What the services' HTTP sides share: the bearer token, and a server for a thread or a loop.
 
 Reading is open on the address the service binds to (loopback unless told otherwise); everything that changes
-state depends on `require_token`. Errors are problem details (RFC 9457).
+state depends on `require_token`.
 """
 
 import asyncio
@@ -11,16 +11,16 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from http import HTTPStatus
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+
+from common.http_limits import BoundedBody
+from common.http_problems import answer_by_problems
 
 TOKEN_VARIABLE = "HEADRACE_TOKEN"
 STARTUP_TIMEOUT_S = 30.0
@@ -56,30 +56,11 @@ def require_token(token: str) -> Callable[[Request], Awaitable[None]]:
 
 
 def new_app(title: str, **settings: Any) -> FastAPI:
-    """Every error that it answers is a problem: of the routes, of what a request lacks, and of our own."""
+    """Its errors are problems, and its requests bounded."""
     app = FastAPI(title=title, **settings)
-
-    @app.exception_handler(HTTPException)
-    async def refused(request: Request, error: HTTPException) -> JSONResponse:
-        return problem(error.status_code, str(error.detail), error.headers)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        """Names what is wrong and where, and never repeats what was sent."""
-        told = [f"{'.'.join(str(part)[:60] for part in one['loc'][:8])}: {one['msg']}" for one in error.errors()[:5]]
-        return problem(422, "; ".join(told)[:1000])
-
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> JSONResponse:
-        return problem(500, "this call failed; the service's log tells why")
-
+    app.add_middleware(BoundedBody)
+    answer_by_problems(app)
     return app
-
-
-def problem(status: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """Problem details (RFC 9457)."""
-    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
-    return JSONResponse(body, status, headers=headers, media_type="application/problem+json")
 
 
 def listen(host: str, port: int) -> socket.socket:

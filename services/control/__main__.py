@@ -8,6 +8,7 @@ Exit codes: 0 asked to end, 1 failed, 2 refused before anything started.
 
 import argparse
 import asyncio
+import json
 import logging
 import os
 import signal
@@ -21,13 +22,16 @@ from common.http_service import TOKEN_VARIABLE, listen, url_of
 from common.joining import Joined, join
 from common.logs import set_up_logging
 from common.waiting import Waits
-from services.control.assembly import assembled, serving
+from services.control.assembly import assembled, document, serving
 
 _log = logging.getLogger("services.control")
 
 
 def main() -> int:
     arguments = _parse_arguments()
+    if arguments.openapi:
+        print(json.dumps(document(), indent=2))
+        return 0
     set_up_logging("control")
     try:
         joined = join(arguments.redis_url, arguments.run, arguments.token_file, Waits())
@@ -60,6 +64,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--token-file", type=Path, default=None, help=f"unless the variable {TOKEN_VARIABLE} is set")
     parser.add_argument("--host", default=None, help="overrides control.host")
     parser.add_argument("--port", type=int, default=None, help="overrides control.port")
+    parser.add_argument("--openapi", action="store_true", help="print the OpenAPI document, and end")
     return parser.parse_args()
 
 

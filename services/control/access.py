@@ -10,8 +10,10 @@ from common.wire import one_line
 MAX_AGENT_CHARS = 60
 
 _TEXTS = {
+    400: "The request cannot be read.",
     401: "The run's token is missing or wrong.",
     404: "There is no such thing.",
+    408: "The request took too long to come.",
     409: "Something stands against it.",
     413: "The request is too large.",
     422: "The request is not valid; `detail` says what is wrong.",

@@ -20,6 +20,7 @@ from services.control.models import (
     SettingsAnswer,
     Status,
 )
+from services.control.openapi import openapi_of
 from services.control.order_routes import ReplicaName, order_router
 from services.control.orders import Orders
 from services.control.page import page_router
@@ -32,7 +33,8 @@ GroupName = Annotated[str, Path(min_length=1, max_length=200, examples=["0-17", 
 
 
 def make_app(snapshot: Snapshot, orders: Orders, http: httpx.AsyncClient, token: str, protect_reads: bool) -> FastAPI:
-    app = new_app("Headrace control")
+    app = new_app("Headrace control", docs_url=None, redoc_url=None)
+    app.openapi = lambda: openapi_of(app, protect_reads)  # type: ignore[method-assign]
     guard = require_token(token)
     app.include_router(page_router())
 
@@ -64,6 +66,7 @@ def _status_router(snapshot: Snapshot) -> APIRouter:
 
     @router.get("/replicas", operation_id="replicas", response_model=Replicas)
     async def replicas() -> Response:
+        """Those that live, and how many are ordered and advised."""
         return _json(_drawn(snapshot).replicas_json)
 
     @router.get("/replicas/{id}", operation_id="replica", responses=problems(404, 422))

@@ -14,6 +14,7 @@ from services.control.orders import Orders, Overtaken, Unreachable
 from services.control.settings import settings_answer
 from services.control.snapshot import Picture, Snapshot
 
+_WITH_BODY = problems(400, 408, 409, 413, 422)
 ReplicaName = Annotated[str, Path(min_length=1, max_length=200, examples=["generation-0"])]
 
 
@@ -52,7 +53,7 @@ def order_router(snapshot: Snapshot, orders: Orders, http: httpx.AsyncClient, to
         await _written(orders.stop(who(request)))
         return await done("the run stops after the step in progress, with a checkpoint")
 
-    @router.put("/replicas/desired", operation_id="order_replicas", responses=problems(409, 413, 422))
+    @router.put("/replicas/desired", operation_id="order_replicas", responses=_WITH_BODY)
     async def order_replicas(request: Request, demand: DesiredReplicas) -> Done:
         """How many replicas the run's launcher keeps; 409 where no launcher would obey."""
         if demand.replicas is not None and _drawn(snapshot).status.replicas.launcher is None:
@@ -74,7 +75,7 @@ def order_router(snapshot: Snapshot, orders: Orders, http: httpx.AsyncClient, to
         await _written(orders.note_drain(id, who(request)))
         return await done("it finishes or hands back its tickets, then ends")
 
-    @router.patch("/settings", operation_id="change_settings", responses=problems(409, 413, 422), tags=["settings"])
+    @router.patch("/settings", operation_id="change_settings", responses=_WITH_BODY, tags=["settings"])
     async def change_settings(request: Request, change: SettingsChange) -> SettingsAnswer:
         """Settings count from the learner's next step; all of a change or none of it."""
         config: RunConfig = _drawn(snapshot).config

@@ -61,7 +61,8 @@ class Snapshot:
         self.num_looks = 0
         """At Redis, ever."""
         self._config, self._config_json = config, b""
-        self._look: Look | None = None
+        self.look: Look | None = None
+        """The newest that Redis has answered."""
         self._finder = FactFinder()
         self._judge = Judge()
         self._looking = asyncio.Lock()
@@ -99,7 +100,7 @@ class Snapshot:
         is_behind = True
         while is_behind:
             async with asyncio.timeout(LOOK_DEADLINE_S):
-                self._look = look = await self.reader.look()
+                self.look = look = await self.reader.look()
             self.num_looks += 1
             news += self._take(look)
             is_behind = look.is_behind
@@ -126,7 +127,7 @@ class Snapshot:
             _log.warning("the run's configuration in Redis cannot be read: %d problems", error.error_count())
 
     def _draw(self, is_away: bool) -> None:
-        look, now = self._look, time.time()
+        look, now = self.look, time.time()
         if look is None:
             return
         self._finder.replicas.take(look.heartbeats, now)
