@@ -95,7 +95,9 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, **settings: Any) -> None:
         """`settings` of uvicorn."""
         defaults = {"timeout_keep_alive": 65, "timeout_graceful_shutdown": 5, "log_level": "warning"}
-        super().__init__(uvicorn.Config(app, **{**defaults, "proxy_headers": False, **settings}))
+        super().__init__(
+            uvicorn.Config(app, **{**defaults, "proxy_headers": False, "server_header": False, **settings})
+        )
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

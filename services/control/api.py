@@ -33,7 +33,7 @@ GroupName = Annotated[str, Path(min_length=1, max_length=200, examples=["0-17", 
 
 
 def make_app(snapshot: Snapshot, orders: Orders, http: httpx.AsyncClient, token: str, protect_reads: bool) -> FastAPI:
-    app = new_app("Headrace control", docs_url=None, redoc_url=None)
+    app = new_app("Headrace control", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.openapi = lambda: openapi_of(app, protect_reads)  # type: ignore[method-assign]
     guard = require_token(token)
     app.include_router(page_router())
