@@ -85,7 +85,10 @@ def free_port() -> int:
 
 def url_of(sock: socket.socket) -> str:
     """How others reach the socket: its address, or this host's name where it listens on all of them."""
-    host, port = sock.getsockname()[:2]
+    return url_at(*sock.getsockname()[:2])
+
+
+def url_at(host: str, port: int) -> str:
     return f"http://{socket.gethostname() if host == '0.0.0.0' else host}:{port}"
 
 

@@ -18,6 +18,7 @@ from common.config import Recipe
 
 LOCK_FILE = "lock"
 REDIS_URL_FILE = "redis-url"
+CONTROL_URL_FILE = "control-url"
 ORPHAN_TIMEOUT_S = 10.0
 POLL_S = 0.05
 
@@ -64,12 +65,12 @@ def _has_ended(pid: str) -> bool:
 
 
 @contextmanager
-def noted_url(folder: Path, url: str) -> Iterator[None]:
-    """While the block runs, those who may read our files find the run's Redis by `noted_url_in`."""
-    path = folder / REDIS_URL_FILE
+def noted_url(folder: Path, url: str, file: str = REDIS_URL_FILE) -> Iterator[None]:
+    """While the block runs, those who may read our files find the run's Redis (by `noted_url_in`) or control."""
+    path = folder / file
     path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(url)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as note:
+        note.write(url)
     try:
         yield
     finally:
