@@ -2,7 +2,6 @@
 
 import re
 import signal
-from contextlib import suppress
 
 import psutil
 
@@ -44,10 +43,13 @@ def test_a_token_that_is_given_is_not_shown(faking: Faking) -> None:
 
 
 def controls_of(launcher: int) -> list[psutil.Process]:
+    """One that has ended is there until the launcher has seen it."""
     found = []
     for child in psutil.Process(launcher).children():
-        with suppress(psutil.Error):
+        try:
             found += [child] if "services.control" in child.cmdline() else []
+        except psutil.ZombieProcess:
+            found.append(child)
     return found
 
 
