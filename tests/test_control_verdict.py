@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from services.control.facts import Lasting, ReplicaMemory
+from services.control.finding import Facts, ReplicaFact
 from services.control.models import Verdict
 from services.control.redaction import without_secrets
-from services.control.verdict import Facts, Judge, ReplicaFact, findings_of
+from services.control.verdict import Judge, findings_of
 from tests.making import make_ticket
 from tests.seeded_run import heartbeat
 

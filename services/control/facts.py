@@ -10,10 +10,12 @@ from typing import NamedTuple
 
 from common.config import RunConfig
 from common.wire import Heartbeat
+from services.control.finding import FINAL_PHASES, Facts, ReplicaFact
 from services.control.history import RunHistory
 from services.control.learner_probe import LearnerProbe
+from services.control.learning_checks import SMOOTHED_STEPS
 from services.control.reading import Look
-from services.control.verdict import DEAD_WINDOW_S, FINAL_PHASES, SMOOTHED_STEPS, Facts, ReplicaFact
+from services.control.verdict import DEAD_WINDOW_S
 
 PACE_WINDOW_S = 30.0
 DEAD_SAMPLE_S = 10.0

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from common.config import RunConfig
 from services.control.facts import ReplicaMemory, number_of
+from services.control.finding import FINAL_PHASES, Facts, Finding
 from services.control.happenings import Happenings
 from services.control.history import RunHistory
 from services.control.learner_probe import LearnerProbe
@@ -20,7 +21,6 @@ from services.control.models import (
     Wait,
 )
 from services.control.reading import Look
-from services.control.verdict import FINAL_PHASES, Facts, Finding
 
 PACE_STEPS = 20
 
