@@ -1,5 +1,6 @@
 """What dies beside control is seen, said, and survived."""
 
+import asyncio
 import json
 import os
 import signal
@@ -11,14 +12,16 @@ import httpx
 import pytest
 import redis
 
+from common.config import load_recipe
 from common.http_service import bearer, free_port
 from common.keys import Keys
 from services.control import learner_probe
+from services.control.assembly import assembled
 from services.launcher.processes import launch_redis, redis_url_at, start_redis, wait_for_redis
-from tests.controls import TOKEN, a_control
+from tests.controls import TOKEN, WAIT_S, a_control
 from tests.fake_services import ROOT, until
 from tests.fake_sglang import FakeSglang
-from tests.seeded_run import seed_run, step_rows
+from tests.seeded_run import RECIPE, seed_run, step_rows
 
 KEYS = Keys("test-control-faults")
 
@@ -77,15 +80,15 @@ def test_a_learner_that_falls_silent_is_seen(
     """What it has written in Redis looks as well as ever."""
     from services.control import verdict
 
-    monkeypatch.setattr(verdict, "LEARNER_SLOW_S", 0.4)
-    monkeypatch.setattr(verdict, "LEARNER_SILENT_S", 0.8)
+    monkeypatch.setattr(verdict, "LEARNER_SLOW_S", 1.0)
+    monkeypatch.setattr(verdict, "LEARNER_SILENT_S", 2.0)
     monkeypatch.setattr(learner_probe, "PROBE_INTERVAL_S", 0.05)
-    monkeypatch.setattr(learner_probe, "PROBE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(learner_probe, "PROBE_TIMEOUT_S", 0.5)
     fake.replies["/status"] = 200, {"counts": {"trained": 5}}
     seed_run(client, keys, learner_url=fake.url)
     with a_control(redis_url, keys) as control:
         control.wait_for(lambda found: found["counts"]["trained"] == 5, "the learner's answer")
-        assert control.status()["verdict"]["text"] == "healthy"
+        control.wait_for(lambda found: found["verdict"]["text"] == "healthy", "it to be prompt")
         fake.hanging.add("/status")
         control.wait_for(lambda found: found["verdict"]["text"] == "the learner does not answer", "its silence")
         assert control.status()["counts"]["trained"] == 5
@@ -95,6 +98,25 @@ def test_a_learner_that_falls_silent_is_seen(
         control.wait_for(lambda found: found["verdict"]["text"] == "the learner does not answer", "its refusal")
         client.hset(keys.learner, "phase", "finished")
         control.wait_for(lambda found: found["verdict"]["level"] == "ended", "its end")
+
+
+def test_control_ends_rather_than_serve_an_old_picture_for_ever(
+    redis_url: str, client: redis.Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed_run(client, keys)
+
+    async def look() -> None:
+        raise RuntimeError("a bug of ours")
+
+    async def scenario() -> None:
+        config = load_recipe(RECIPE, []).config
+        async with assembled(keys.run, config, redis_url, TOKEN, protect_reads=False) as (_, snapshot):
+            monkeypatch.setattr(snapshot.reader, "look", look)
+            await asyncio.wait_for(asyncio.Event().wait(), WAIT_S)
+
+    with pytest.raises(ExceptionGroup) as raised:
+        asyncio.run(scenario())
+    assert raised.group_contains(RuntimeError, match="a bug of ours")
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:99999", "file:///etc/passwd", "http://[", "x" * 600, "http://a b"])

@@ -30,7 +30,10 @@ ORDER_RETRY_S = 3.0
 async def assembled(
     run: str, config: RunConfig, redis_url: str, token: str, protect_reads: bool
 ) -> AsyncIterator[tuple[FastAPI, Snapshot]]:
-    """The app, and the snapshot behind it, kept fresh while the block runs. Redis need not answer yet."""
+    """The app, and the snapshot behind it, kept fresh while the block runs. Redis need not answer yet.
+
+    Should what keeps it fresh fail, the block is cancelled and the failure raised: nothing old is served for ever.
+    """
     keys = Keys(run)
     async with contextlib.AsyncExitStack() as stack:
         looking = connect_async(redis_url, deadline_s=0.0)
@@ -42,8 +45,9 @@ async def assembled(
         stack.callback(hub.close)
         snapshot = Snapshot(run, RunReader(looking, keys), probe, hub, config)
         await snapshot.refresh()
+        group = await stack.enter_async_context(asyncio.TaskGroup())
         for job in (snapshot.follow(), probe.run(), hub.keep_alive()):
-            stack.push_async_callback(_cancelled, asyncio.create_task(job))
+            stack.callback(group.create_task(job).cancel)
         yield make_app(snapshot, Orders(ordering, keys), http, token, protect_reads), snapshot
 
 
@@ -66,9 +70,3 @@ def document() -> dict[str, Any]:
     keys = Keys("none")
     snapshot = Snapshot(keys.run, RunReader(client, keys), LearnerProbe(http), Hub(), config)
     return make_app(snapshot, Orders(client, keys), http, "", protect_reads=False).openapi()
-
-
-async def _cancelled(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
