@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 
 from common.http_limits import BoundedBody
 from common.http_problems import answer_by_problems
+from common.logs import keep_out
 
 TOKEN_VARIABLE = "HEADRACE_TOKEN"
 STARTUP_TIMEOUT_S = 30.0
@@ -28,15 +29,16 @@ STARTUP_TIMEOUT_S = 30.0
 
 def token_at(path: Path) -> str:
     """The run's token: from the environment, else from `path`, made there at the first start with mode 600."""
-    given = os.environ.get(TOKEN_VARIABLE)
-    if given:
-        return given
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_urlsafe(32))
-    return path.read_text().strip()
+    token = os.environ.get(TOKEN_VARIABLE)
+    if not token:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(secrets.token_urlsafe(32))
+        token = path.read_text().strip()
+    keep_out(token)
+    return token
 
 
 def bearer(token: str) -> dict[str, str]:
@@ -98,9 +100,8 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, **settings: Any) -> None:
         """`settings` of uvicorn."""
         defaults = {"timeout_keep_alive": 65, "timeout_graceful_shutdown": 5, "log_level": "warning"}
-        super().__init__(
-            uvicorn.Config(app, **{**defaults, "proxy_headers": False, "server_header": False, **settings})
-        )
+        settings = {**defaults, "log_config": None, "proxy_headers": False, "server_header": False, **settings}
+        super().__init__(uvicorn.Config(app, **settings))
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

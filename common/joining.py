@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from common.config import ConfigError, RunConfig
 from common.http_service import TOKEN_VARIABLE
 from common.keys import Keys, of_every_run, run_of
+from common.logs import from_now_on, keep_out
 from common.redis_client import connect
 from common.waiting import Reason, Waits
 
@@ -43,7 +44,10 @@ def join(redis_url: str, run: str | None, token_file: Path | None, waits: Waits)
         keys = Keys(run) if run else _wait_for(lambda: _only_run(client), "no learner has begun any run", waits)
         what = f"run {run!r} has no configuration in Redis: no learner has begun it"
         config = _read_config(_wait_for(lambda: client.get(keys.config), what, waits))
-    return Joined(keys, config, _wait_for_token(token_file, waits))
+    token = _wait_for_token(token_file, waits)
+    keep_out(token)
+    from_now_on(run=keys.run)
+    return Joined(keys, config, token)
 
 
 def _only_run(client: redis.Redis) -> Keys | None:

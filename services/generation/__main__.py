@@ -35,7 +35,7 @@ _log = logging.getLogger("services.generation")
 
 def main() -> int:
     arguments, waits = _parse_arguments(), Waits()
-    set_up_logging(f"generation {arguments.name}")
+    set_up_logging("generation", replica=arguments.name)
     try:
         check_name(arguments.name)
         joined = join(arguments.redis_url, arguments.run, arguments.token_file, waits)

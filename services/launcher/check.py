@@ -13,7 +13,8 @@ from rich.text import Text
 
 from common.config import Recipe, RunConfig
 from common.device import CPU_MAX_TOTAL_TOKENS, resolve_device
-from common.preflight import check_run, model_files, read_model_file, without_password
+from common.passwords import without_password
+from common.preflight import check_run, model_files, read_model_file
 from services.launcher.estimate import Rows, Shape, engine_bytes, learner_bytes, moved_bytes, read_shape
 
 VALUE_WIDTH = 36
