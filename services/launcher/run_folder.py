@@ -83,6 +83,29 @@ def noted_url_in(folder: Path) -> str | None:
     return None
 
 
+def control_url_in(folder: Path) -> str | None:
+    """Where the run's control service answers, while the run is going on."""
+    with suppress(FileNotFoundError):
+        return (folder / CONTROL_URL_FILE).read_text().strip() or None
+    return None
+
+
+def runs_with_control(runs_folder: Path) -> dict[str, str]:
+    """The same of every run kept there, by name."""
+    found = {
+        path.parent.name: control_url_in(path.parent) for path in sorted(runs_folder.glob(f"*/{CONTROL_URL_FILE}"))
+    }
+    return {name: url for name, url in found.items() if url}
+
+
+def newest_run(runs_folder: Path) -> str:
+    """The run that was started last. Raises `ValueError` if none was."""
+    found = sorted(runs_folder.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise ValueError(f"there is no run in {runs_folder}")
+    return found[-1].parent.name
+
+
 def write_config(folder: Path, recipe: Recipe) -> Path:
     """The resolved configuration, without the Redis URL, which may hold a password."""
     path = folder / "config.yaml"
