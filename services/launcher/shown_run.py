@@ -37,7 +37,8 @@ def status_lines(status: Answer) -> Text:
         "held-out": f"{number(held_out['held_out'], 3)} after step {held_out['step']}{best}" if held_out else "–",
         "rates": f"{number(rates['generated_tokens_per_s'], 0)} tokens/s generated, "
         f"{number(rates['trained_tokens_per_s'], 0)} trained, {number(rates['steps_per_hour'], 0)} steps/hour",
-        "waiting": f"learner {share(rates['learner_waiting_share'])}, replicas {share(rates['replicas_waiting_share'])}",
+        "waiting": f"learner {share(rates['learner_waiting_share'])}, "
+        f"replicas {share(rates['replicas_waiting_share'])}",
         "queues": f"{queues['open_tickets']} tickets open ({queues['leased_tickets']} leased), {queues['groups']} "
         f"groups, {queues['evaluation_tickets']} of an evaluation, {queues['dead']} dead",
         "groups": ", ".join(f"{counts[name]} {name}" for name in ("trained", "uniform", "stale", "evaluated", "dead")),
@@ -47,7 +48,7 @@ def status_lines(status: Answer) -> Text:
     rows |= {f"{wait['who']} waits": wait["detail"] for wait in status["waits"]}
     text = verdict_line(status)
     for check in status["checks"]:
-        if check["level"] not in ("healthy", "ended"):
+        if check["level"] not in ("healthy", "ended") and check["text"] != status["verdict"]["text"]:
             text.append(f"\n  {check['name']}: {check['text']}", COLOURS.get(check["level"], ""))
     for name, value in rows.items():
         text.append(f"\n{name:9} ", "dim").append(value)

@@ -71,13 +71,13 @@ def logs(
         follower = Follower(folder / "logs", wanted) if follow else None
         last = LINES_BEFORE_FOLLOWING if follow and lines is None else lines
         for line in deque(read_logs(folder / "logs", wanted), maxlen=last):
-            _print_line(line, as_json)
+            _print_line(_about(line, ticket), as_json)
         if ticket is not None and (state := _ledger_state(folder, ticket, redis_url)):
             told = {"ticket": ticket, "ledger": state}
             print_json(told, one_line=True) if as_json else print(f"ledger: {ticket} is {state}")
         while follower is not None:
             for line in follower.look():
-                _print_line(line, as_json)
+                _print_line(_about(line, ticket), as_json)
             time.sleep(FOLLOW_INTERVAL_S)
 
 
@@ -178,6 +178,15 @@ def _print_line(line: Line, as_json: bool) -> None:
         print_json(as_json_object(line), one_line=True)
     else:
         out().print(Text(shown_line(line), LEVEL_COLOURS.get(line.level, "")), soft_wrap=True)
+
+
+def _about(line: Line, ticket: str | None) -> Line:
+    """Of the many tickets of a line only the one that is asked for."""
+    if ticket is None or "tickets" not in line.fields:
+        return line
+    count = line.fields["tickets"].count(",")
+    fields = {name: value for name, value in line.fields.items() if name != "tickets"} | {"ticket": ticket}
+    return line._replace(fields=fields, message=f"{line.message}, with {count} others" if count else line.message)
 
 
 def _ledger_state(folder: Path, ticket: str, redis_url: str | None) -> str:
