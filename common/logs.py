@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -87,6 +88,24 @@ def set_up_logging(service: str, **fields: Field) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[stderr])
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.captureWarnings(True)
+
+
+@contextmanager
+def logging_to(path: Path, service: str, **fields: Field) -> Iterator[None]:
+    """While the block runs, what this process logs goes to the end of a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(path, encoding="utf-8")
+    file.setFormatter(LineFormatter(service, **fields))
+    root, level = logging.getLogger(), logging.getLogger().level
+    root.addHandler(file)
+    root.setLevel(logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        root.removeHandler(file)
+        root.setLevel(level)
+        file.close()
 
 
 def from_now_on(**fields: Field) -> None:

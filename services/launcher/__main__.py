@@ -34,6 +34,7 @@ def up(
         int | None,
         typer.Option(help="Overrides generation.replicas, and what `headrace scale` has ordered of an existing run."),
     ] = None,
+    as_json: JsonOption = False,
     runs_folder: RunsFolderOption = RUNS,
 ) -> None:
     """Run everything on this machine until the run is complete."""
@@ -45,7 +46,8 @@ def up(
     with one_line_errors(Failed, RedisError):
         number = [] if replicas is None else [f"generation.replicas={replicas}"]
         recipe = _load(config, seed, [*overrides, *number])
-        run_everything(recipe, run or _new_name(config), runs_folder, Console(highlight=False), replicas is not None)
+        name, is_number_given = run or _new_name(config), replicas is not None
+        run_everything(recipe, name, runs_folder, Console(highlight=False), is_number_given, as_json)
 
 
 @app.command(rich_help_panel=START)

@@ -43,8 +43,7 @@ def _as_json(recipe: Recipe, missing: list[str]) -> dict[str, Any]:
     """`estimates`: bytes by title and by what; null where the model's shape is unknown."""
     shown: dict[str, Any] = {"settings": {}, "notes": missing, "estimates": None}
     for name, source in recipe.sources.items():
-        value = _value(recipe.config, name)
-        value = without_password(value) if isinstance(value, str) else value
+        value = json.loads(without_password(json.dumps(_value(recipe.config, name))))
         shown["settings"][name] = {"value": value, "source": without_password(source)}
     try:
         shape = _shape(recipe.config)

@@ -35,7 +35,8 @@ class Control:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"{url!r} is no URL of a control service: expected http://host:port")
         self.url = url.rstrip("/")
-        self._http = httpx.Client(headers=bearer(token) if token else {}, timeout=TIMEOUT_S, trust_env=False)
+        headers = {"User-Agent": "the headrace command"} | (bearer(token) if token else {})
+        self._http = httpx.Client(headers=headers, timeout=TIMEOUT_S, trust_env=False)
 
     def get(self, path: str, **query: str | int | None) -> Any:
         given = {name: value for name, value in query.items() if value is not None}
@@ -47,7 +48,10 @@ class Control:
 
     def run(self, timeout_s: float = LOOK_TIMEOUT_S) -> str:
         """Whose control it is."""
-        return str(self._call("GET", "/status", timeout=timeout_s)["run"])
+        status = self._call("GET", "/status", timeout=timeout_s)
+        if not isinstance(status, dict) or "run" not in status:
+            raise NothingRuns(f"what answers at {self.url} is no control service")
+        return str(status["run"])
 
     def _call(self, method: str, path: str, **arguments: Any) -> Any:
         try:
@@ -57,7 +61,7 @@ class Control:
         if answer.is_success:
             with suppress(ValueError):
                 return answer.json()
-            raise NothingRuns(f"what answers at {self.url} is no control service: {path} is no JSON there")
+            raise NothingRuns(f"what answers at {self.url} is no control service")
         detail = _detail(answer)
         if answer.status_code >= 500:
             raise ControlFailed(detail)
@@ -70,7 +74,10 @@ def find_control(run: str | None, url: str | None, runs_folder: Path) -> Control
         Keys(run)  # a name that is no folder's
     if url:
         owner = run or next((name for name, found in runs_with_control(runs_folder).items() if found == url), None)
-        return Control(url, _token(runs_folder / owner if owner else None))
+        control = Control(url, _token(runs_folder / owner if owner else None))
+        if (name := control.run()) != (run or name):
+            raise ValueError(f"the control service at {url} is of run {name!r}, not {run!r}")
+        return control
     known = {run: control_url_in(runs_folder / run)} if run else runs_with_control(runs_folder)
     found: dict[str, Control] = {}
     silent: list[str] = []

@@ -31,7 +31,7 @@ class Panel(NamedTuple):
 
 class Setting(NamedTuple):
     name: str
-    value: Any
+    value: str
     default: Any
     is_default: bool
 
@@ -149,8 +149,12 @@ def _settings(given: dict[str, Any], section: type[BaseModel] | None, prefix: st
             continue
         default = field.get_default(call_default_factory=True) if field else PydanticUndefined
         has_default = default is not PydanticUndefined
-        shown = without_password(value) if isinstance(value, str) else value
-        yield Setting(f"{prefix}{key}", shown, default if has_default else None, has_default and value == default)
+        yield Setting(
+            f"{prefix}{key}",
+            without_password(str(value)),
+            default if has_default else None,
+            has_default and value == default,
+        )
 
 
 def headline(rows: Sequence[Row], num_steps: int | None, summary: Row | None) -> list[tuple[str, str]]:

@@ -18,6 +18,7 @@ from rich.console import Console
 from common.config import Recipe
 from common.http_service import TOKEN_VARIABLE, free_port, token_at, url_at
 from common.keys import Keys
+from common.logs import logging_to
 from common.preflight import check_run
 from services.launcher.kept import Kept
 from services.launcher.open_run import REDIS_GRACE_S
@@ -44,21 +45,30 @@ REFUSED, FENCED, STARVED = 2, 3, 4
 """Exit codes of a learner that another start would not help."""
 
 
-def up(recipe: Recipe, run: str, runs_folder: Path, console: Console, is_order_withdrawn: bool = False) -> None:
+def up(
+    recipe: Recipe,
+    run: str,
+    runs_folder: Path,
+    console: Console,
+    is_order_withdrawn: bool = False,
+    is_json: bool = False,
+) -> None:
     """Returns when the run is complete or was stopped. Raises `ValueError` before anything starts, else `Failed`.
 
     `is_order_withdrawn`: the recipe's number of replicas counts again, whatever was ordered of the run before.
+    `is_json`: what is said is an object a line, the last one the summary.
     """
     keys, folder = Keys(run), runs_folder / run
     check_run(recipe.config)
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         lock = stack.enter_context(locked(folder))
+        stack.enter_context(logging_to(folder / "logs" / "launcher.log", "launcher", run=run))
         write_config(folder, recipe)
         token = _new_token(folder / "token")
         port = free_port()
         url = recipe.config.redis_url or redis_url_at(port)
-        watcher = Watcher(url, keys, recipe.config.learner.steps, console)
+        watcher = Watcher(url, keys, recipe.config.learner.steps, console, is_json)
         redis = None
         if recipe.config.redis_url is None:
             redis = _redis(folder, port, lock, watcher)
@@ -83,7 +93,11 @@ def up(recipe: Recipe, run: str, runs_folder: Path, console: Console, is_order_w
         replicas = Replicas(lambda index: _replica(folder, index, url), orders)
         control = _control(folder, url, host, page_port)
         Supervisor(learner, replicas, control, redis, watcher, signals).run()
-    _tell_results(folder, console)
+    if is_json:
+        summary = folder / "summary.json"
+        print(json.dumps({"at": time.time(), "summary": json.loads(summary.read_text()) if summary.exists() else None}))
+    else:
+        _tell_results(folder, console)
 
 
 def _new_token(path: Path) -> str:
