@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import json
 import logging
 import subprocess
 import sys
@@ -14,7 +15,9 @@ import pytest
 from common.http_service import token_at
 from common.logs import LineFormatter, about, as_json, from_now_on, parse_line, shown_line
 from common.redis_client import connect
+from tests.fake_services import Faking, ended, faking
 
+__all__ = ["faking"]
 ROOT = Path(__file__).parents[1]
 Logged = Callable[[], list[str]]
 
@@ -153,3 +156,20 @@ def test_services_that_are_refused_name_no_password(tmp_path: Path) -> None:
             timeout=60,
         )
         assert done.returncode == 2 and "secret-word" not in done.stderr + done.stdout
+
+
+def test_the_launchers_log_has_what_it_says_and_not_the_token(faking: Faking) -> None:
+    """Which it shows once, on the screen, in the page's address."""
+    fakes = faking(learner="sys.exit(0)")
+    output = ended(fakes.up(), 0)
+    token, log = (fakes.run / "token").read_text(), (fakes.run / "logs" / "launcher.log").read_text()
+    assert f"#token={token}" in output and token not in log and "#token=..." in log
+    lines = [parse_line(line) for line in log.splitlines()]
+    assert all(line and (line.service, line.fields) == ("launcher", {"run": "faked"}) for line in lines)
+    assert lines[0] and lines[0].message.startswith(f"run faked in {fakes.run}")
+
+
+def test_up_says_objects_for_programs(faking: Faking) -> None:
+    fakes = faking(learner="sys.exit(0)")
+    said = [json.loads(line) for line in ended(fakes.up("--json"), 0).splitlines()]
+    assert said[0]["text"].startswith("run faked in ") and said[-1]["summary"] is None

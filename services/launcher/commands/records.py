@@ -121,14 +121,17 @@ def dead(
     _call_on_run("services.learner.dead", [action, *(ids or []), *_json(as_json)], run, runs_folder, redis_url)
 
 
-@app.command(
-    rich_help_panel=panel,
-    add_help_option=False,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)
-def export(context: typer.Context) -> None:
-    """Write a run's policy as a folder that anybody can load; options: export --help."""
-    raise typer.Exit(subprocess.call([sys.executable, "-m", "services.learner.export", *context.args]))
+@app.command(rich_help_panel=panel)
+def export(
+    run: RunArgument,
+    output: Annotated[Path, typer.Option(help="A folder that is not there yet, or empty.")],
+    best: Annotated[bool, typer.Option("--best", help="The best by held-out accuracy.")] = False,
+    step: Annotated[int | None, typer.Option(min=0, help="Of a checkpoint that is still kept, or of the best.")] = None,
+    runs_folder: RunsFolderOption = RUNS,
+) -> None:
+    """Write a run's policy in Hugging Face format: the finished run's, its best, or a checkpoint's."""
+    which = [*(["--best"] if best else []), *([] if step is None else ["--step", str(step)])]
+    raise typer.Exit(_call("services.learner.export", run, runs_folder, ["--output", str(output), *which]))
 
 
 @app.command(rich_help_panel=panel)
@@ -139,9 +142,8 @@ def plan(
     runs_folder: RunsFolderOption = RUNS,
 ) -> None:
     """Simulate a run with other numbers of replicas, from what it has measured; starts and touches nothing."""
-    place = ["--run", run, "--runs-folder", str(runs_folder), *([] if up_to is None else ["--up-to", str(up_to)])]
-    command = [sys.executable, "-m", "services.learner.plan", *place, *_json(as_json)]
-    raise typer.Exit(subprocess.call(command))
+    most = [] if up_to is None else ["--up-to", str(up_to)]
+    raise typer.Exit(_call("services.learner.plan", run, runs_folder, [*most, *_json(as_json)]))
 
 
 @app.command(rich_help_panel=panel)
@@ -159,6 +161,11 @@ def record(
 def openapi() -> None:
     """Print the control service's OpenAPI document."""
     raise typer.Exit(subprocess.call([sys.executable, "-m", "services.control", "--openapi"]))
+
+
+def _call(module: str, run: str, runs_folder: Path, arguments: Sequence[str]) -> int:
+    place = ["--run", run, "--runs-folder", str(runs_folder)]
+    return subprocess.call([sys.executable, "-m", module, *place, *arguments])
 
 
 def _call_on_run(module: str, arguments: Sequence[str], run: str, runs_folder: Path, redis_url: str | None) -> None:
