@@ -1,7 +1,7 @@
-"""What the services' HTTP sides share: the bearer token, problem details, and a server for a thread or a loop.
+"""What the services' HTTP sides share: the bearer token, and a server for a thread or a loop.
 
 Reading is open on the address the service binds to (loopback unless told otherwise); everything that changes
-state depends on `require_token`. Errors are problem details (RFC 9457).
+state depends on `require_token`.
 """
 
 import asyncio
@@ -11,13 +11,17 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+
+from common.http_limits import BoundedBody
+from common.http_problems import answer_by_problems
+from common.logs import keep_out
 
 TOKEN_VARIABLE = "HEADRACE_TOKEN"
 STARTUP_TIMEOUT_S = 30.0
@@ -25,26 +29,27 @@ STARTUP_TIMEOUT_S = 30.0
 
 def token_at(path: Path) -> str:
     """The run's token: from the environment, else from `path`, made there at the first start with mode 600."""
-    given = os.environ.get(TOKEN_VARIABLE)
-    if given:
-        return given
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_urlsafe(32))
-    return path.read_text().strip()
+    token = os.environ.get(TOKEN_VARIABLE)
+    if not token:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(secrets.token_urlsafe(32))
+        token = path.read_text().strip()
+    keep_out(token)
+    return token
 
 
 def bearer(token: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"}
 
 
-def require_token(token: str) -> Callable[[Request], None]:
+def require_token(token: str) -> Callable[[Request], Awaitable[None]]:
     """A FastAPI dependency that answers 401 without the run's token."""
     expected = f"Bearer {token}".encode()
 
-    def check(request: Request) -> None:
+    async def check(request: Request) -> None:
         given = request.headers.get("authorization", "").encode()
         if not hmac.compare_digest(given, expected):
             raise HTTPException(401, "this call needs the run's token: Authorization: Bearer …")
@@ -52,14 +57,11 @@ def require_token(token: str) -> Callable[[Request], None]:
     return check
 
 
-def new_app(title: str) -> FastAPI:
-    app = FastAPI(title=title)
-
-    @app.exception_handler(HTTPException)
-    async def problem(request: Request, error: HTTPException) -> JSONResponse:
-        body = {"type": "about:blank", "status": error.status_code, "detail": error.detail}
-        return JSONResponse(body, error.status_code, headers=error.headers, media_type="application/problem+json")
-
+def new_app(title: str, **settings: Any) -> FastAPI:
+    """Its errors are problems, and its requests bounded."""
+    app = FastAPI(title=title, **settings)
+    app.add_middleware(BoundedBody)
+    answer_by_problems(app)
     return app
 
 
@@ -85,15 +87,21 @@ def free_port() -> int:
 
 def url_of(sock: socket.socket) -> str:
     """How others reach the socket: its address, or this host's name where it listens on all of them."""
-    host, port = sock.getsockname()[:2]
+    return url_at(*sock.getsockname()[:2])
+
+
+def url_at(host: str, port: int) -> str:
     return f"http://{socket.gethostname() if host == '0.0.0.0' else host}:{port}"
 
 
 class Server(uvicorn.Server):
-    """Leaves signals to the process that it is a part of."""
+    """Leaves signals to the process that it is a part of. Callers are who they are, whatever their headers say."""
 
-    def __init__(self, app: FastAPI) -> None:
-        super().__init__(uvicorn.Config(app, log_level="warning", timeout_keep_alive=65, timeout_graceful_shutdown=5))
+    def __init__(self, app: FastAPI, **settings: Any) -> None:
+        """`settings` of uvicorn."""
+        defaults = {"timeout_keep_alive": 65, "timeout_graceful_shutdown": 5, "log_level": "warning"}
+        settings = {**defaults, "log_config": None, "proxy_headers": False, "server_header": False, **settings}
+        super().__init__(uvicorn.Config(app, **settings))
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -101,9 +109,9 @@ class Server(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def serve_in_loop(app: FastAPI, sock: socket.socket) -> AsyncIterator[None]:
-    """Serves in this event loop until the block ends."""
-    server = Server(app)
+async def serve_in_loop(app: FastAPI, sock: socket.socket, **settings: Any) -> AsyncIterator[None]:
+    """Serves in this event loop until the block ends. `settings` of uvicorn."""
+    server = Server(app, **settings)
     serving = asyncio.create_task(server.serve(sockets=[sock]))
     try:
         yield

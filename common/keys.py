@@ -50,6 +50,7 @@ class Keys:
             raise ValueError(
                 f"run {run!r}: expected 1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit"
             )
+        self.run = run
         prefix = f"headrace:{{{run}}}:"
         self.tickets = prefix + "tickets"
         self.eval = prefix + "eval"

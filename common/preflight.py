@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from common.config import RunConfig
+from common.passwords import without_password
 from common.tasks import Task, load_task
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -224,10 +225,6 @@ def _decode(path: str, file: Path, expected: type) -> Any:
         return msgspec.json.decode(file.read_bytes(), type=expected)
     except (msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"model.path {path!r}: {file.name} cannot be read: {one_line(error)}") from error
-
-
-def without_password(text: str) -> str:
-    return re.sub(r"(://[^/@\s]*:)[^/@\s]*@", r"\1...@", text)
 
 
 def _with_cause(error: Exception) -> str:

@@ -13,6 +13,7 @@ import redis
 import redis.asyncio
 from redis.connection import parse_url
 
+from common.logs import keep_out
 from common.redis_retry import AsyncRetry, Cancellable, Outage, SyncRetry
 from common.waiting import Waits
 
@@ -56,6 +57,7 @@ def _outage(url: str, waits: Waits | None, deadline_s: float, is_stopping: Calla
             "the URL of Redis cannot be read: expected redis://:password@host:port/db, rediss:// or unix:///path,"
             " with the special characters of the password percent-encoded"
         ) from None
+    keep_out(options.get("password", ""))
     server = options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"
     return Outage(server, options.get("password", ""), waits or Waits(), deadline_s, is_stopping)
 

@@ -22,6 +22,8 @@ TIMEOUT_S = 30.0
 
 SERVES = "note('serves'); signal.pause()"
 """Until SIGTERM, of which it dies."""
+IDLES = "signal.pause()"
+"""The same, and it says nothing."""
 
 _PRELUDE = f"""#!{sys.executable} -S
 import os, pathlib, signal, socket, sys, time
@@ -125,11 +127,11 @@ Faking = Callable[..., Fakes]
 
 @pytest.fixture
 def faking(tmp_path: Path) -> Iterator[Faking]:
-    """Scripts by module, as keywords or a dictionary; a replica serves unless told otherwise."""
+    """Scripts by module, as keywords or a dictionary; a replica serves unless told otherwise, and control is there."""
     made: list[Fakes] = []
 
     def fake(others: dict[str, str] | None = None, generation: str = SERVES, **scripts: str) -> Fakes:
-        made.append(Fakes(tmp_path, {"generation": generation, **scripts, **(others or {})}))
+        made.append(Fakes(tmp_path, {"generation": generation, "control": IDLES, **scripts, **(others or {})}))
         return made[-1]
 
     yield fake

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from common.config import RunConfig, load_recipe
 from common.http_service import listen
+from common.keys import Keys
 
 ROOT = Path(__file__).parents[1]
 TINY = "configs/tiny-cpu.yaml"
@@ -141,3 +143,24 @@ def test_check_estimates_from_the_hubs_cache(tmp_path: Path) -> None:
     assert "estimates, for 1,543,714,304 parameters" in result.stdout
     assert "28,672 bytes each" in result.stdout
     assert "note: " not in result.stdout
+
+
+def test_check_for_programs_says_the_same() -> None:
+    overrides = ["--set", "learner.steps=3", "--set", "redis_url=redis://:secret@127.0.0.1:1"]
+    result = headrace("check", TINY, "--json", *overrides)
+    assert (result.returncode, result.stderr) == (0, "") and "secret" not in result.stdout
+    found = json.loads(result.stdout)
+    assert found["settings"]["learner.steps"] == {"value": 3, "source": "--set learner.steps=3"}
+    assert set(found["settings"]) == set(settings_of(load_recipe(ROOT / TINY).config))
+    assert found["estimates"]["parameters"] == 656_448 and set(found["estimates"]) >= {"learner", "engine", "moved"}
+    assert found["notes"][0].startswith("redis_url ")
+
+
+def test_dead_tickets_for_programs(redis_url: str, client: redis.Redis, keys: Keys) -> None:
+    entry_id = client.xadd(keys.dead, {"id": "0-7", "reason": "no answer"}).decode()
+    client.hset(keys.ledger, "0-7", f"dead {entry_id}")
+    where = [keys.run, "--json", "--redis-url", redis_url]
+    (dead,) = json.loads(headrace("dead", "list", *where).stdout)["dead"]
+    assert (dead["ticket_id"], dead["reason"], dead["is_ticket"]) == ("0-7", "no answer", True)
+    assert json.loads(headrace("dead", "retry", *where).stdout) == {"tickets": ["0-7"]}
+    assert json.loads(headrace("dead", "purge", *where).stdout) == {"tickets": ["0-7"]}

@@ -97,6 +97,8 @@ def test_a_finished_run_leaves_what_people_need(finished: Finished) -> None:
     assert (run / "config.yaml").is_file()
     assert {path.name for path in (run / "logs").iterdir()} >= {"learner.log", "generation-0.log", "redis.log"}
     assert AutoModelForCausalLM.from_pretrained(run / "policy").config.vocab_size == 512
+    token = (run / "token").read_text()
+    assert not [path for path in (run / "logs").iterdir() if token in path.read_text(errors="replace")]
     assert (run / "token").stat().st_mode & 0o777 == 0o600
     assert "held-out pass@1" in finished.second and f"step {STEPS}," in finished.second
 

@@ -146,14 +146,16 @@ def test_a_password_travels_in_the_environment_alone(faking: Faking, guarded_red
     process = fakes.headrace("up", str(recipe), "--run", "faked")
     fakes.wait_for("learner serves", "generation serves")
     children = psutil.Process(process.pid).children(recursive=True)
-    assert len(children) == 2, "a Redis of one's own is not started"
+    assert len(children) == 3, "a Redis of one's own is not started"
     assert PASSWORD not in " ".join(word for child in children for word in child.cmdline())
     token = (fakes.run / "token").read_text()
     assert token not in " ".join(word for child in children for word in child.cmdline())
     output = ended(fakes.headrace("audit", "faked"), 7)
     assert output.endswith(" dear\n")
     process.send_signal(signal.SIGINT)
-    output += ended(process, 0)
+    shown = ended(process, 0)
+    assert shown.count(token) == 1, "the sign-in link of the first start"
+    output += shown.replace(token, "")
     texts = [output, *(path.read_text() for path in fakes.run.rglob("*") if path.is_file() and path.name != "token")]
     assert not [text for text in texts if PASSWORD in text or token in text]
 

@@ -28,9 +28,9 @@ def scaled(fakes: Fakes, order: str, *arguments: str) -> str:
     return ended(fakes.headrace("scale", order, *arguments), 0)
 
 
-def refused(fakes: Fakes, *arguments: str) -> str:
-    """The one line."""
-    (line,) = ended(fakes.headrace("scale", *arguments), 2).splitlines()
+def refused(fakes: Fakes, *arguments: str, code: int = 2) -> str:
+    """The one line. Code 3: nobody runs who could obey."""
+    (line,) = ended(fakes.headrace("scale", *arguments), code).splitlines()
     assert line.startswith("headrace: ")
     return line
 
@@ -236,17 +236,17 @@ def test_a_number_out_of_bounds_is_refused_at_the_start(faking: Faking) -> None:
 def test_an_order_that_nobody_would_obey_is_refused(faking: Faking, redis_url: str) -> None:
     fakes = faking(learner=SERVES)
     none = f"no launcher is running in {fakes.run.parent}; headrace up starts one"
-    assert none in refused(fakes, "2")
-    assert f"run 'faked' has no launcher in {fakes.run.parent}" in refused(fakes, "2", "--run", "faked")
-    assert "no launcher is running in that Redis" in refused(fakes, "2", "--redis-url", redis_url)
+    assert none in refused(fakes, "2", code=3)
+    assert f"run 'faked' has no launcher in {fakes.run.parent}" in refused(fakes, "2", "--run", "faked", code=3)
+    assert "no launcher is running in that Redis" in refused(fakes, "2", "--redis-url", redis_url, code=3)
     assert "expected 1 to 64 letters" in refused(fakes, "2", "--run", "../faked")
     process = fakes.up()
     fakes.wait_for("learner serves", "generation serves")
     process.kill()
     process.wait()
-    assert none in refused(fakes, "2"), "it has left its note"
+    assert none in refused(fakes, "2", code=3), "it has left its note"
     nowhere = "redis://127.0.0.1:1"
-    assert "Redis does not answer: " in refused(fakes, "2", "--redis-url", nowhere)
+    assert "Redis does not answer: " in refused(fakes, "2", "--redis-url", nowhere, code=3)
 
 
 def test_a_launcher_that_was_killed_is_soon_known_to_be_gone(faking: Faking, redis_url: str) -> None:
@@ -260,7 +260,7 @@ def test_a_launcher_that_was_killed_is_soon_known_to_be_gone(faking: Faking, red
         fakes.wait_for("generation serves", times=2)
         process.kill()
         until(lambda: not client.exists(keys.launcher), "no launcher's key")
-        assert "no launcher is running in that Redis" in refused(fakes, "3", "--redis-url", redis_url)
+        assert "no launcher is running in that Redis" in refused(fakes, "3", "--redis-url", redis_url, code=3)
         assert client.hget(keys.control, "desired_replicas") == b"2"
         client.delete(keys.control)
 

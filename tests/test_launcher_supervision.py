@@ -127,7 +127,7 @@ def test_a_replica_that_was_up_for_long_has_not_failed_in_vain(faking: Faking) -
         learner="while notes.exists() == 0 or notes.read_text().count('generation starts') < 8:\n    time.sleep(0.02)",
         generation="note('starts'); time.sleep(0.3); sys.exit(1)",
     )
-    output = ended(fakes.up(settings=f"{QUICK}; up.REPLICA_UP_S = 0.2"), 0)
+    output = ended(fakes.up(settings=f"{QUICK}; up.SERVICE_UP_S = 0.2"), 0)
     assert output.count("generation-0 ended with 1: starting it again\n") >= 7
 
 

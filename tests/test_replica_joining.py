@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import redis
 
+from common import joining
 from common.config import RunConfig
 from common.keys import Keys
 from common.redis_client import connect
 from common.waiting import Waits
 from common.wire import decode_heartbeat
-from services.generation import joining
 from services.generation.joining import join
 from services.launcher.processes import start_redis
 from tests.fake_services import ROOT, until

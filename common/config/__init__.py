@@ -7,6 +7,7 @@ each value came from. Only a service's `__main__` reads configuration; everythin
 from common.config.actor import ActorConfig
 from common.config.recipe import ConfigError, Recipe, load_recipe, resolve
 from common.config.run import (
+    ControlConfig,
     EngineConfig,
     EvaluationConfig,
     GenerationConfig,
@@ -21,6 +22,7 @@ from common.config.run import (
 __all__ = [
     "ActorConfig",
     "ConfigError",
+    "ControlConfig",
     "EngineConfig",
     "EvaluationConfig",
     "GenerationConfig",

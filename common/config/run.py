@@ -158,6 +158,16 @@ class EvaluationConfig(Section):
     num_samples: int = Field(2, ge=1, description="Completions per held-out prompt, at the sampling temperature.")
 
 
+class ControlConfig(Section):
+    """The run's front door: REST, the live page, metrics."""
+
+    host: str = Field("127.0.0.1", description="Address control listens on.")
+    port: int = Field(0, ge=0, le=65535, description="0: any free port.")
+    protect_reads: bool = Field(
+        False, description="Reading needs the run's token as well; changing something needs it in any case."
+    )
+
+
 class RunConfig(Section):
     model: ModelConfig
     task: TaskConfig
@@ -168,6 +178,7 @@ class RunConfig(Section):
     learner: LearnerConfig = LearnerConfig()
     generation: GenerationConfig = GenerationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    control: ControlConfig = ControlConfig()
     redis_url: str | None = Field(None, description="An existing Redis; default: `headrace up` starts one.")
     durability: Literal["strict", "relaxed"] = Field(
         "strict", description="strict refuses a Redis that may lose writes (appendonly, appendfsync, eviction)."

@@ -19,7 +19,7 @@ class Answer(BaseModel):
 class Demand(BaseModel):
     """What a caller sends: nothing beside what is known."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Verdict(Answer):

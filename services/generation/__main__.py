@@ -21,12 +21,13 @@ from pathlib import Path
 import redis
 
 from common.http_service import TOKEN_VARIABLE, listen, serve_in_loop, url_of
+from common.joining import Joined
 from common.logs import set_up_logging
 from common.preflight import check_engine_installed
 from common.waiting import Waits
 from services.generation.api import make_app
 from services.generation.assembly import assembled
-from services.generation.joining import Joined, check_name, join
+from services.generation.joining import check_name, join
 
 EXIT_DEADLINE_S = 9.0
 _log = logging.getLogger("services.generation")
@@ -34,7 +35,7 @@ _log = logging.getLogger("services.generation")
 
 def main() -> int:
     arguments, waits = _parse_arguments(), Waits()
-    set_up_logging(f"generation {arguments.name}")
+    set_up_logging("generation", replica=arguments.name)
     try:
         check_name(arguments.name)
         joined = join(arguments.redis_url, arguments.run, arguments.token_file, waits)

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable
 import redis
 
 from common.config import GenerationConfig
+from common.logs import about
 from common.wire import Group, Rollout, Timings, WireError, check_group
 from services.generation.completions import Completion
 from services.generation.engine import EngineError
@@ -73,11 +74,15 @@ class Answering:
             reason = f"delivered {lease.num_deliveries} times, never answered"
             await self._tickets.fail(lease, reason, max_attempts)
             return
-        async with self._handed_back_if_cancelled(lease):
-            await self._answer(lease, max_attempts)
+        with about(ticket=lease.ticket.id):
+            _log.info("leased, for version %d or later", lease.ticket.min_weight_version)
+            async with self._handed_back_if_cancelled(lease):
+                await self._answer(lease, max_attempts)
 
     async def pass_on(self, lease: Lease) -> None:
         """Hands the ticket back after a moment, for another replica to take it."""
+        with about(ticket=lease.ticket.id):
+            _log.info("leased, to be passed on: it failed here")
         async with self._handed_back_if_cancelled(lease):
             await asyncio.sleep(PASS_ON_S)
             await self._tickets.hand_back(lease)
@@ -88,7 +93,7 @@ class Answering:
             yield
         except asyncio.CancelledError:
             if not await self._grace.allows(self._tickets.hand_back(lease)):
-                _log.warning("ticket %s cannot be handed back: its lease expires", lease.ticket.id)
+                _log.warning("cannot be handed back: its lease expires", extra={"ticket": lease.ticket.id})
             raise
 
     async def _answer(self, lease: Lease, max_attempts: int) -> None:
@@ -100,14 +105,18 @@ class Answering:
         except EngineDown as error:
             await self._tickets.interrupted(lease, str(error))
         except TimeoutError:
-            _log.warning("ticket %s is handed back: no weights in time", ticket.id)
+            _log.warning("no weights in time")
             await self._tickets.hand_back(lease)
         except (EngineError, RewardError, WireError) as error:
             await self._tickets.fail(lease, str(error), max_attempts)
         else:
-            if await self._tickets.commit(lease, group):
-                self.groups_committed += 1
-                self.tokens_generated += group.num_trained_tokens
+            if not await self._tickets.commit(lease, group):
+                _log.info("not committed: it is no longer ours")
+                return
+            self.groups_committed += 1
+            self.tokens_generated += group.num_trained_tokens
+            versions = f"{group.oldest_version} to {group.newest_version}"
+            _log.info("committed, sampled by versions %s", versions, extra={"version": group.newest_version})
 
     async def _score(self, lease: Lease, completions: list[Completion], leased_s: float) -> Group:
         sampled_s = time.time()

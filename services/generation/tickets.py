@@ -122,7 +122,8 @@ class TicketStore:
             attempts=max(lease.ticket.attempts + 1, lease.num_deliveries),
             avoid=sorted({*lease.ticket.avoid, self.replica}),
         )
-        _log.warning("ticket %s, attempt %d of %d failed: %s", ticket.id, ticket.attempts, max_attempts, reason)
+        told = ticket.attempts, max_attempts, reason
+        _log.warning("attempt %d of %d failed: %s", *told, extra={"ticket": ticket.id})
         if ticket.attempts >= max_attempts:
             await self._bury(lease.stream, lease.entry_id, ticket.id, reason, encode(ticket))
         else:
@@ -130,12 +131,13 @@ class TicketStore:
 
     async def hand_back(self, lease: Lease) -> None:
         """Not an attempt: the ticket is as it was, at the end of its stream."""
+        _log.info("handed back", extra={"ticket": lease.ticket.id})
         await self._reopen(lease, lease.ticket)
 
     async def interrupted(self, lease: Lease, reason: str) -> None:
         """As a hand-back, but a ticket that is in the engine whenever one goes down is dead in the end."""
         ticket = msgspec.structs.replace(lease.ticket, interruptions=lease.ticket.interruptions + 1)
-        _log.warning("ticket %s is handed back: %s", ticket.id, reason)
+        _log.warning("interrupted for the %d. time: %s", ticket.interruptions, reason, extra={"ticket": ticket.id})
         if ticket.interruptions >= MAX_INTERRUPTIONS:
             reason = f"interrupted {ticket.interruptions} times: {reason}"
             await self._bury(lease.stream, lease.entry_id, ticket.id, reason, encode(ticket))
@@ -179,7 +181,7 @@ class TicketStore:
         await self._move(lease.stream, lease.entry_id, ticket.id, lease.stream, "open", {"ticket": encode(ticket)})
 
     async def _bury(self, stream: str, entry_id: str, ticket_id: str, reason: str, payload: bytes) -> None:
-        _log.error("ticket %s is dead: %s", ticket_id, reason)
+        _log.error("dead: %s", reason, extra={"ticket": ticket_id})
         await self._move(stream, entry_id, ticket_id, self.keys.dead, "dead", {"reason": reason, "payload": payload})
 
     async def _move(

@@ -138,8 +138,8 @@ class WeightFollower:
         self.version = published.version
         await self._are_well()
         _log.info(
-            "serving version %d: %d bytes in %.3f s, applied in %.3f s, paused %.3f s",
-            self.version, arrival.num_bytes, arrival.fetch_s, arrival.apply_s, timings.pause_s,
+            "serving: %d bytes in %.3f s, applied in %.3f s, paused %.3f s",
+            arrival.num_bytes, arrival.fetch_s, arrival.apply_s, timings.pause_s, extra={"version": self.version},
         )  # fmt: skip
         await self._on_swap(timings, arrival)
         await engine.let_generate(timings)

@@ -13,7 +13,8 @@ from rich.text import Text
 
 from common.config import Recipe, RunConfig
 from common.device import CPU_MAX_TOTAL_TOKENS, resolve_device
-from common.preflight import check_run, model_files, read_model_file, without_password
+from common.passwords import without_password
+from common.preflight import check_run, model_files, read_model_file
 from services.launcher.estimate import Rows, Shape, engine_bytes, learner_bytes, moved_bytes, read_shape
 
 VALUE_WIDTH = 36
@@ -21,10 +22,13 @@ VALUE_WIDTH = 36
 KIB = 1024
 
 
-def check_recipe(recipe: Recipe, console: Console) -> None:
+def check_recipe(recipe: Recipe, console: Console, as_json: bool) -> None:
     """Prints the settings, notes and estimates. Raises `ValueError` with one line if the recipe cannot run anywhere."""
     missing: list[str] = []
     check_run(recipe.config, missing)
+    if as_json:
+        print(json.dumps(_as_json(recipe, missing), indent=2, ensure_ascii=False))
+        return
     _print(console, settings_lines(recipe))
     lines, reason = _estimates(recipe.config)
     for note in missing:
@@ -33,6 +37,19 @@ def check_recipe(recipe: Recipe, console: Console) -> None:
     if reason and reason not in missing:
         _print(console, [f"note: no estimates: {reason}"])
     _print(console, lines)
+
+
+def _as_json(recipe: Recipe, missing: list[str]) -> dict[str, Any]:
+    """`estimates`: bytes by title and by what; null where the model's shape is unknown."""
+    shown: dict[str, Any] = {"settings": {}, "notes": missing, "estimates": None}
+    for name, source in recipe.sources.items():
+        value = json.loads(without_password(json.dumps(_value(recipe.config, name))))
+        shown["settings"][name] = {"value": value, "source": without_password(source)}
+    try:
+        shape = _shape(recipe.config)
+    except ValueError as reason:
+        return shown | {"notes": list(dict.fromkeys([*missing, str(reason)]))}
+    return shown | {"estimates": {"parameters": shape.num_parameters, **_tables(shape, recipe.config)}}
 
 
 def settings_lines(recipe: Recipe) -> Iterator[str]:
@@ -63,19 +80,30 @@ def _shown(value: Any) -> str:
 def _estimates(config: RunConfig) -> tuple[list[str], str]:
     """The lines of the estimates; or no lines, and why."""
     try:
-        folder = model_files(config.model.path)
-        shape = read_shape(read_model_file(config.model.path, folder / "config.json"))
+        shape = _shape(config)
     except ValueError as reason:
         return [], str(reason)
     return list(_estimate_lines(shape, config)), ""
 
 
+def _shape(config: RunConfig) -> Shape:
+    folder = model_files(config.model.path)
+    return read_shape(read_model_file(config.model.path, folder / "config.json"))
+
+
+def _tables(shape: Shape, config: RunConfig) -> dict[str, Rows]:
+    return {
+        "learner": learner_bytes(shape, config),
+        "engine": engine_bytes(shape, config, _max_total_tokens(config)),
+        "moved": moved_bytes(shape, config),
+    }
+
+
 def _estimate_lines(shape: Shape, config: RunConfig) -> Iterator[str]:
     yield f"estimates, for {shape.num_parameters:,} parameters"
-    yield from _table("learner", learner_bytes(shape, config), "together")
-    engine = engine_bytes(shape, config, _max_total_tokens(config))
-    yield from _table("engine", engine, "together, per replica")
-    yield from _table("moved", moved_bytes(shape, config), None)
+    totals = {"learner": "together", "engine": "together, per replica", "moved": None}
+    for title, rows in _tables(shape, config).items():
+        yield from _table(title, rows, totals[title])
 
 
 def _max_total_tokens(config: RunConfig) -> int | None:

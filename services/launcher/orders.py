@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import redis
 
-from common.control import DESIRED_REPLICAS, desired_replicas
+from common.control import DESIRED_REPLICAS, PAUSED, STOP, desired_replicas
 from common.keys import Keys
 from services.launcher.processes import look_up
 
@@ -38,8 +38,12 @@ class Orders:
         self.start = Order(start, "as configured")
         self._latest = self.start
 
+    def begin(self) -> None:
+        """A new life of the run neither stops nor pauses because the one before was told to."""
+        self._client.hdel(self._keys.control, PAUSED, STOP)
+
     def withdraw(self) -> None:
-        """What was ordered for an earlier life of the run no longer stands."""
+        """The number that was ordered for an earlier life of the run no longer stands."""
         self._client.hdel(self._keys.control, DESIRED_REPLICAS)
 
     def look(self) -> Order:

@@ -18,6 +18,7 @@ from common.config import Recipe
 
 LOCK_FILE = "lock"
 REDIS_URL_FILE = "redis-url"
+CONTROL_URL_FILE = "control-url"
 ORPHAN_TIMEOUT_S = 10.0
 POLL_S = 0.05
 
@@ -64,12 +65,12 @@ def _has_ended(pid: str) -> bool:
 
 
 @contextmanager
-def noted_url(folder: Path, url: str) -> Iterator[None]:
-    """While the block runs, those who may read our files find the run's Redis by `noted_url_in`."""
-    path = folder / REDIS_URL_FILE
+def noted_url(folder: Path, url: str, file: str = REDIS_URL_FILE) -> Iterator[None]:
+    """While the block runs, those who may read our files find the run's Redis (by `noted_url_in`) or control."""
+    path = folder / file
     path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(url)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as note:
+        note.write(url)
     try:
         yield
     finally:
@@ -80,6 +81,29 @@ def noted_url_in(folder: Path) -> str | None:
     with suppress(FileNotFoundError):
         return (folder / REDIS_URL_FILE).read_text() or None
     return None
+
+
+def control_url_in(folder: Path) -> str | None:
+    """Where the run's control service answers, while the run is going on."""
+    with suppress(FileNotFoundError):
+        return (folder / CONTROL_URL_FILE).read_text().strip() or None
+    return None
+
+
+def runs_with_control(runs_folder: Path) -> dict[str, str]:
+    """The same of every run kept there, by name."""
+    found = {
+        path.parent.name: control_url_in(path.parent) for path in sorted(runs_folder.glob(f"*/{CONTROL_URL_FILE}"))
+    }
+    return {name: url for name, url in found.items() if url}
+
+
+def newest_run(runs_folder: Path) -> str:
+    """The run that was started last. Raises `ValueError` if none was."""
+    found = sorted(runs_folder.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise ValueError(f"there is no run in {runs_folder}")
+    return found[-1].parent.name
 
 
 def write_config(folder: Path, recipe: Recipe) -> Path:

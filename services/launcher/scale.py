@@ -1,13 +1,18 @@
-"""`headrace scale`: orders a number of replicas of a running launcher, or withdraws the order."""
+"""`headrace scale`: orders a number of replicas of a running launcher, or withdraws the order.
+
+Through the run's control service where it answers, so that the order is told to whoever watches; else in Redis itself.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import redis
 
 from common.control import DESIRED_REPLICAS, desired_replicas
 from common.keys import Keys, of_every_run, run_of
+from services.launcher.control_client import ControlFailed, NothingRuns, find_control
 from services.launcher.processes import look_up
 from services.launcher.run_folder import REDIS_URL_FILE, noted_url_in
 
@@ -15,27 +20,57 @@ LOOK_TIMEOUT_S = 5.0
 WITHDRAWN = "auto"
 
 
-def scale(order: str, run: str | None, runs_folder: Path, redis_url: str | None) -> str:
-    """What to tell. `order`: a number, or `auto`. Raises `ValueError`, and orders nothing, where nobody would obey."""
+class Ordered(NamedTuple):
+    run: str
+    replicas: int | None
+    text: str
+
+
+def scale(order: str, run: str | None, runs_folder: Path, redis_url: str | None, url: str | None) -> Ordered:
+    """`order`: a number, or `auto`. Raises `NothingRuns`, and orders nothing, where nobody would obey, and `ValueError`
+    for what is no order."""
     number = None if order == WITHDRAWN else desired_replicas(order)
     if run is not None:
         Keys(run)  # a name that is no folder's
+    name = None if redis_url and not url else _through_control(number, run, runs_folder, url)
+    return _told(name or _in_redis(number, run, runs_folder, redis_url), number)
+
+
+def _told(run: str, number: int | None) -> Ordered:
+    if number is None:
+        return Ordered(run, None, f"run {run}: no number is ordered any more")
+    paused = "; at 0 generation is paused, and the learner waits" if number == 0 else ""
+    return Ordered(run, number, f"run {run}: {number} replica{'s' * (number != 1)} ordered{paused}")
+
+
+def _through_control(number: int | None, run: str | None, runs_folder: Path, url: str | None) -> str | None:
+    """The run's name; None if no control service answers where none was named."""
+    try:
+        control = find_control(run, url, runs_folder)
+        name = control.run()
+        control.order("PUT", "/replicas/desired", {"replicas": number})
+    except (NothingRuns, ControlFailed):
+        if url:
+            raise
+        return None
+    return name
+
+
+def _in_redis(number: int | None, run: str | None, runs_folder: Path, redis_url: str | None) -> str:
     found = _launched_at(redis_url, run) if redis_url else _launched_in(runs_folder, run)
-    if len(found) != 1:
+    if len(found) > 1:
+        raise ValueError(f"{len(found)} launchers are running ({', '.join(sorted(found))}): expected --run")
+    if not found:
         where = "in that Redis" if redis_url else f"in {runs_folder}"
         of = f"run {run!r} has no launcher" if run else "no launcher is running"
-        several = f"{len(found)} launchers are running ({', '.join(sorted(found))}): expected --run"
-        raise ValueError(
-            several if found else f"{of} {where}; headrace up starts one, and replicas elsewhere just join"
-        )
+        raise NothingRuns(f"{of} {where}; headrace up starts one, and replicas elsewhere just join")
     ((name, url),) = found.items()
     with _asked(url) as client:
         if number is None:
             client.hdel(Keys(name).control, DESIRED_REPLICAS)
-            return f"run {name}: no number is ordered any more"
-        client.hset(Keys(name).control, DESIRED_REPLICAS, number)
-    paused = "; at 0 generation is paused, and the learner waits" if number == 0 else ""
-    return f"run {name}: {number} replica{'s' * (number != 1)} ordered{paused}"
+        else:
+            client.hset(Keys(name).control, DESIRED_REPLICAS, number)
+    return name
 
 
 def _launched_at(url: str, run: str | None) -> dict[str, str]:
@@ -54,16 +89,16 @@ def _launched_in(runs_folder: Path, run: str | None) -> dict[str, str]:
         url = noted_url_in(runs_folder / name)
         try:
             found |= _launched_at(url, name) if url else {}
-        except ValueError:  # a launcher that was killed may have left its note
+        except NothingRuns:  # a launcher that was killed may have left its note
             continue
     return found
 
 
 @contextmanager
 def _asked(url: str) -> Iterator[redis.Redis]:
-    """Raises `ValueError` with one line if Redis does not answer."""
+    """Raises `NothingRuns` with one line if Redis does not answer."""
     with look_up(url, LOOK_TIMEOUT_S) as client:
         try:
             yield client
         except redis.RedisError as error:
-            raise ValueError(f"Redis does not answer: {error}") from error
+            raise NothingRuns(f"Redis does not answer: {error}") from error

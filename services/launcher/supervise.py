@@ -22,17 +22,28 @@ HANG_TIMEOUT_S = 60.0
 
 
 class Supervisor:
-    """The services of one run. `signals` fills from outside: the first is a request to stop, the second to kill."""
+    """The services of one run, of which `control` is the only one that it can do without.
+
+    `signals` fills from outside: the first is a request to stop, the second to kill.
+    """
 
     def __init__(
-        self, learner: Kept, replicas: Replicas, redis: Kept | None, watcher: Watcher, signals: Sequence[int]
+        self,
+        learner: Kept,
+        replicas: Replicas,
+        control: Kept,
+        redis: Kept | None,
+        watcher: Watcher,
+        signals: Sequence[int],
     ) -> None:
         self.learner = learner
         self.replicas = replicas
+        self.control = control
         self.redis = redis
         """None: it is somebody else's."""
         self.watcher = watcher
         self.signals = signals
+        self._is_control_given_up = False
 
     def run(self) -> None:
         """Until the run is complete or stopped as asked, else raises `Failed`; nothing runs after it."""
@@ -50,6 +61,7 @@ class Supervisor:
     def _keep_going(self, health: Health) -> None:
         while not self.signals and self.learner.service.returncode != 0:
             self._keep(self.redis)
+            self._keep_control()
             for line in self.replicas.follow():
                 self.watcher.say(line)
             self.watcher.is_scaled_to_0 = self.replicas.is_none_wanted
@@ -62,6 +74,15 @@ class Supervisor:
         if kept is not None and (line := kept.keep()):
             self.watcher.say(line)
 
+    def _keep_control(self) -> None:
+        """The run goes on without it, if it must."""
+        if not self._is_control_given_up:
+            try:
+                self._keep(self.control)
+            except Failed as failure:
+                self._is_control_given_up = True
+                self.watcher.say(f"control is given up, the run goes on without a page: {failure}")
+
     def _keep_learner(self, health: Health) -> None:
         service, url = self.learner.service, self.watcher.learner_url
         if service.returncode is None:
@@ -72,11 +93,12 @@ class Supervisor:
             self._keep(self.learner)
 
     def _stop(self) -> None:
-        """The learner and the replicas at the same time; Redis, which they need to end well, after them."""
+        """The learner and the replicas at the same time; control, which shows it, and Redis, which they need, after."""
         if self.signals and self.learner.is_running:
             self.watcher.say("stopping: the learner finishes its step and writes a checkpoint; once more kills it")
         self.replicas.orders.leave()
         self._end([self.learner, *self.replicas.all], is_redis_needed=True)
+        self._end([self.control])
         if self.redis is not None:
             self._end([self.redis])
 

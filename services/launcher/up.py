@@ -1,8 +1,9 @@
 """`headrace up`: runs the services of one run on this machine until the run is complete, and shows how it goes.
 
 Whatever ends unasked is started again (supervise.py); there are as many replicas as are ordered, also while the run
-goes on (replicas.py), and an order outlives the launcher. Ctrl-C stops the learner, with a checkpoint, and the
-replicas, with their tickets handed back, at the same time, then Redis; a second one kills them. One launcher at a time
+goes on (replicas.py), and a number that was ordered outlives the launcher. Control, whose death ends nothing, has the
+page; its address is noted in the run's folder. Ctrl-C stops the learner, with a checkpoint, and the replicas, with
+their tickets handed back, at the same time, then control and Redis; a second one kills them. One launcher at a time
 has the run.
 """
 
@@ -15,8 +16,9 @@ from pathlib import Path
 from rich.console import Console
 
 from common.config import Recipe
-from common.http_service import free_port, token_at
+from common.http_service import TOKEN_VARIABLE, free_port, token_at, url_at
 from common.keys import Keys
+from common.logs import logging_to
 from common.preflight import check_run
 from services.launcher.kept import Kept
 from services.launcher.open_run import REDIS_GRACE_S
@@ -30,52 +32,79 @@ from services.launcher.processes import (
     wait_for_redis,
 )
 from services.launcher.replicas import Replicas
-from services.launcher.run_folder import locked, noted_url, write_config
+from services.launcher.run_folder import CONTROL_URL_FILE, locked, noted_url, write_config
 from services.launcher.supervise import Supervisor
 from services.launcher.watch import Watcher
 
 LEARNER_GRACE_S = 120.0
 REPLICA_GRACE_S = 15.0
-REPLICA_UP_S = 60.0
-"""A replica that was up for longer has not been started in vain."""
+CONTROL_GRACE_S = 10.0
+SERVICE_UP_S = 60.0
+"""A replica, or control, that was up for longer has not been started in vain."""
 REFUSED, FENCED, STARVED = 2, 3, 4
 """Exit codes of a learner that another start would not help."""
 
 
-def up(recipe: Recipe, run: str, runs_folder: Path, console: Console, is_order_withdrawn: bool = False) -> None:
+def up(
+    recipe: Recipe,
+    run: str,
+    runs_folder: Path,
+    console: Console,
+    is_order_withdrawn: bool = False,
+    is_json: bool = False,
+) -> None:
     """Returns when the run is complete or was stopped. Raises `ValueError` before anything starts, else `Failed`.
 
     `is_order_withdrawn`: the recipe's number of replicas counts again, whatever was ordered of the run before.
+    `is_json`: what is said is an object a line, the last one the summary.
     """
     keys, folder = Keys(run), runs_folder / run
     check_run(recipe.config)
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         lock = stack.enter_context(locked(folder))
+        stack.enter_context(logging_to(folder / "logs" / "launcher.log", "launcher", run=run))
         write_config(folder, recipe)
-        token_at(folder / "token")
+        token = _new_token(folder / "token")
         port = free_port()
         url = recipe.config.redis_url or redis_url_at(port)
-        watcher = Watcher(url, keys, recipe.config.learner.steps, console)
+        watcher = Watcher(url, keys, recipe.config.learner.steps, console, is_json)
         redis = None
         if recipe.config.redis_url is None:
             redis = _redis(folder, port, lock, watcher)
             stack.callback(lambda kept: kept.service.stop(kept.grace_s), redis)  # should nobody come to supervise it
             wait_for_redis(redis.service, url)
         stack.enter_context(noted_url(folder, url))
+        host, page_port = recipe.config.control.host, recipe.config.control.port or free_port()
+        page = url_at(host, page_port)
+        stack.enter_context(noted_url(folder, page, CONTROL_URL_FILE))
         stack.enter_context(watcher)
         watcher.skip_to_now()
         watcher.say(f"run {run} in {folder}: logs in {folder / 'logs'}")
+        watcher.say(f"the page: {page}/#token={token}" if token else f"the page: {page}")
         signals: list[int] = []
         stack.enter_context(taking_signals(signals.append))
         settings = recipe.config.generation
         orders = Orders(url, keys, settings.replicas, settings.max_replicas if settings.autoscale else 0)
+        orders.begin()
         if is_order_withdrawn:
             orders.withdraw()
         learner = _learner(folder, url, watcher)
         replicas = Replicas(lambda index: _replica(folder, index, url), orders)
-        Supervisor(learner, replicas, redis, watcher, signals).run()
-    _tell_results(folder, console)
+        control = _control(folder, url, host, page_port)
+        Supervisor(learner, replicas, control, redis, watcher, signals).run()
+    if is_json:
+        summary = folder / "summary.json"
+        print(json.dumps({"at": time.time(), "summary": json.loads(summary.read_text()) if summary.exists() else None}))
+    else:
+        _tell_results(folder, console)
+
+
+def _new_token(path: Path) -> str:
+    """Makes the run's token at its first start, which is when it may be shown; else empty."""
+    is_new = not path.exists() and not os.environ.get(TOKEN_VARIABLE)
+    token = token_at(path)
+    return token if is_new else ""
 
 
 def _redis(folder: Path, port: int, lock: int, watcher: Watcher) -> Kept:
@@ -111,7 +140,19 @@ def _replica(folder: Path, index: int, url: str) -> Kept:
         lambda: python_service(name, "services.generation", arguments, logs / f"{name}.log", url),
         grace_s=REPLICA_GRACE_S,
         progress=time.monotonic,
-        enough_progress=REPLICA_UP_S,
+        enough_progress=SERVICE_UP_S,
+        final={REFUSED},
+    )
+
+
+def _control(folder: Path, url: str, host: str, port: int) -> Kept:
+    """Always at the same address, which pages come back to."""
+    arguments = ["--run", folder.name, "--token-file", str(folder / "token"), "--host", host, "--port", str(port)]
+    return Kept(
+        lambda: python_service("control", "services.control", arguments, folder / "logs" / "control.log", url),
+        grace_s=CONTROL_GRACE_S,
+        progress=time.monotonic,
+        enough_progress=SERVICE_UP_S,
         final={REFUSED},
     )
 

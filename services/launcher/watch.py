@@ -4,7 +4,10 @@ Knows only the run's keys in Redis, so it shows the same as any other watcher wo
 is away it says so and looks again, and what it cannot decode it passes over.
 """
 
+import json
+import logging
 import re
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic
@@ -27,6 +30,7 @@ TOLD_AFTER_S = 5.0
 """A reason to wait that has lasted so long is told where there is no table to show it."""
 NUMBER = re.compile(r"\d+")
 REASONS = re.compile(r" \(.*?\)(?=,|$)")
+_log = logging.getLogger(__name__)
 ORDINARY = {"learner: waiting", "learner: training"}
 
 
@@ -53,11 +57,13 @@ class EvaluationEvent(msgspec.Struct):
 class Watcher:
     """Follows a run's events; call `look` again and again between `with`."""
 
-    def __init__(self, redis_url: str, keys: Keys, num_steps: int, console: Console) -> None:
+    def __init__(self, redis_url: str, keys: Keys, num_steps: int, console: Console, is_json: bool = False) -> None:
         self.client = look_up(redis_url, LOOK_TIMEOUT_S)
         self.keys = keys
         self.num_steps = num_steps
         self.console = console
+        self.is_json = is_json
+        """What is said is an object a line, for programs."""
         self.started = monotonic()
         self.step = 0
         """The highest that the learner has reported."""
@@ -72,7 +78,7 @@ class Watcher:
         self._told_phase = "", ""
         self._reason_since = self.started
         self._told_reason = ""
-        self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
+        self._live = Live(console=console, refresh_per_second=4) if console.is_terminal and not is_json else None
 
     def __enter__(self) -> Self:
         if self._live:
@@ -119,6 +125,10 @@ class Watcher:
         return self.reason
 
     def say(self, text: str) -> None:
+        _log.info("%s", text)
+        if self.is_json:
+            print(json.dumps({"at": time.time(), "text": text}, ensure_ascii=False), flush=True)
+            return
         self.console.print(Text(f"[{monotonic() - self.started:6.1f} s] {text}"), soft_wrap=True)
 
     def _read_learner(self) -> str:

@@ -25,7 +25,7 @@ from common.config import ConfigError, RunConfig, load_recipe, resolve
 from common.durable import file_entry
 from common.http_service import listen, serve_in_thread, token_at, url_of
 from common.keys import Keys
-from common.logs import set_up_logging
+from common.logs import from_now_on, set_up_logging
 from common.preflight import check_model_folder, check_task
 from common.redis_client import OUTAGE_DEADLINE_S, connect, durability_problem
 from common.waiting import Waits
@@ -37,7 +37,7 @@ _log = logging.getLogger("services.learner")
 
 def main() -> int:
     arguments = _parse_arguments()
-    set_up_logging("learner")
+    set_up_logging("learner", run=arguments.run)
     try:
         return _run(arguments)
     except (ConfigError, ValueError) as error:
@@ -111,6 +111,7 @@ def _learn(
 
     arguments = (config, folder, token, client, keys, url_of(sock), task, switches, waits, recording)
     loop, tokenizer = assemble(*arguments)
+    from_now_on(step=lambda: loop.progress.step)
     if loop.is_at_last_step and (folder / "summary.json").exists():
         _log.info("run %s is complete: more learner.steps would go on with it", folder.name)
         return 0

@@ -7,6 +7,7 @@ does not run yet does so when it starts. `purge` deletes what was kept of it; th
 """
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -81,6 +82,7 @@ def main() -> int:
     parser.add_argument("tickets", nargs="*")
     parser.add_argument("--run", required=True)
     parser.add_argument("--runs-folder", help="not needed: all of it is in Redis")
+    parser.add_argument("--json", action="store_true")
     parser.add_argument("--redis-url", default=os.environ.get("HEADRACE_REDIS_URL"))
     arguments = parser.parse_intermixed_args()
     if not arguments.redis_url:
@@ -88,18 +90,26 @@ def main() -> int:
     try:
         client, keys = connect(arguments.redis_url), Keys(arguments.run)
         if arguments.action == "list":
-            _print(dead_entries(client, keys))
-        elif arguments.action == "retry":
-            print(f"{len(retry(client, keys, arguments.tickets))} tickets will be issued again by the learner")
-        else:
-            print(f"{len(purge(client, keys, arguments.tickets))} given up for good")
+            _print(dead_entries(client, keys), arguments.json)
+            return 0
+        act, what = (
+            (retry, "tickets will be issued again by the learner")
+            if arguments.action == "retry"
+            else (purge, "given up for good")
+        )
+        chosen = act(client, keys, arguments.tickets)
+        print(json.dumps({"tickets": chosen}) if arguments.json else f"{len(chosen)} {what}")
     except (ValueError, redis.RedisError) as error:
         print(f"headrace dead: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _print(entries: list[Dead]) -> None:
+def _print(entries: list[Dead], as_json: bool) -> None:
+    if as_json:
+        rows = [{**dead._asdict(), "at": int(dead.entry_id.partition("-")[0]) / 1000} for dead in entries]
+        print(json.dumps({"dead": rows}, indent=2))
+        return
     for dead in entries:
         died = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(int(dead.entry_id.partition("-")[0]) / 1000))
         name = dead.ticket_id if dead.is_ticket else f"({dead.ticket_id}, no ticket of this run)"

@@ -9,7 +9,7 @@ group is taken in only if the ledger points to its entry, so that no copy is eve
 import logging
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -130,6 +130,7 @@ class Intake:
         with self._changed:
             for arrived in batch:
                 self.books.consume(arrived.entry, arrived.group, "trained")
+            _tell("trained", [arrived.entry.ticket_id for arrived in batch], step=self._step)
 
     def take_sampled_rewards(self) -> list[float]:
         """Of all training completions that arrived since the last call, those of uniform groups included."""
@@ -156,6 +157,7 @@ class Intake:
             assert self._evaluation is None
             self._evaluation = Evaluation.of(step, tickets)
         self.store.add_tickets(self.store.keys.eval, tickets)
+        _tell("issued for an evaluation", [ticket.id for ticket in tickets], version=version)
 
     @property
     def is_evaluating(self) -> bool:
@@ -236,10 +238,13 @@ class Intake:
                 - (in_stream - self.books.num_kept(self.store.keys.groups))
             )
             if room > 0 and self.is_admitting:
-                self.books.issued(self.source.issue(self.store, room, self._step, self._version))
+                issued = self.source.issue(self.store, room, self._step, self._version)
+                self.books.issued(issued)
+                _tell("issued", issued, version=self._version)
 
     def _take_in(self, entries: list[Entry]) -> None:
         marks, limits = self.store.marks([entry.ticket_id for entry in entries]), self._limits()
+        accepted: dict[str, list[str]] = defaultdict(list)
         for entry, mark in zip(entries, marks, strict=True):
             try:
                 if mark != Mark("queued", entry.entry_id):
@@ -249,14 +254,17 @@ class Intake:
             except (WireError, Refused) as error:
                 self._bury(entry, str(error))
             else:
-                self._accept(entry, group)
+                accepted[self._accept(entry, group)].append(entry.ticket_id)
+        for what, ticket_ids in accepted.items():
+            _tell(what, ticket_ids)
 
     def _bury(self, entry: Entry, reason: str) -> None:
         self.store.bury(entry, reason)
         with self._changed:
             self.books.counts["dead"] += 1  # the ticket may live: this may have been a copy
 
-    def _accept(self, entry: Entry, group: Group) -> None:
+    def _accept(self, entry: Entry, group: Group) -> str:
+        """What became of it, for the log."""
         with self._changed:
             if group.ticket.kind == "eval":
                 if self._evaluation is not None:
@@ -266,9 +274,10 @@ class Intake:
                 self._sampled_rewards += group.rewards
                 if self.config.actor.dynamic_sampling and group.is_uniform:
                     self.books.consume(entry, group, "uniform")
-                else:
-                    self._arrived.append(Arrived(entry, group))
+                    return "arrived, uniform"
+                self._arrived.append(Arrived(entry, group))
             self._changed.notify_all()
+        return "arrived" if group.ticket.kind == "train" else "arrived, evaluated"
 
     def _drop_stale(self) -> None:
         """Measures staleness at the learner's step of this moment: what waits too long is replaced, once."""
@@ -280,18 +289,20 @@ class Intake:
                 continue
             self.books.consume(entry, group, "stale")
             self.source.replace_stale(group.ticket)
+            _log.info("stale by %d steps, to be replaced", staleness.total, extra={"ticket": entry.ticket_id})
         self._arrived = kept
 
     def _retry_dead(self, name: str) -> None:
         try:
             (ticket,) = self.source.rebuild([name], self._step, self._version)
         except ValueError as error:
-            _log.warning("not issued again: %s", error)
+            _log.warning("not issued again: %s", error, extra={"ticket": name})
             self.store.execute([("SREM", self.store.keys.retries, name)])
             return
         if self.store.revive(ticket):
             with self._changed:
                 self.books.issued([name])
+            _tell("issued again, as asked", [name])
 
     def _give_up_dead_evaluations(self) -> None:
         with self._changed:
@@ -306,3 +317,8 @@ class Intake:
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
+
+
+def _tell(what: str, ticket_ids: list[str], **fields: int) -> None:
+    if ticket_ids:
+        _log.info(what, extra={"tickets": ticket_ids, **fields})

@@ -32,7 +32,6 @@ IDLE_CHECKPOINT_S = 10.0
 MAX_HELD_BYTES = 256 << 20
 """Of consumed groups in Redis; more, and a checkpoint is due."""
 _LOGGED = (
-    "step",
     "held_out",
     "reward_mean",
     "loss",
@@ -225,6 +224,7 @@ class Loop:
             self._is_checkpoint_due = True
             self._wait(Reason.CHECKPOINT, str(error))
             return
+        _log.info("checkpoint: records %d groups", len(consumed.settlements))
         self._is_checkpoint_due = False
         self.waits.over(Reason.CHECKPOINT)
         self.intake.checkpointed(consumed)
@@ -280,7 +280,8 @@ class Loop:
         self.store.announce(kind, row)  # first: a learner that is fenced off here writes no row
         self.metrics.append(row)
         self.progress.latest[kind] = row
-        _log.info("%s: %s", kind, ", ".join(f"{name} {row[name]:.4g}" for name in _LOGGED if name in row))
+        told = ", ".join(f"{name} {row[name]:.4g}" for name in _LOGGED if name in row)
+        _log.info("%s: %s", kind, told, extra={"step": row["step"]})
 
     def _wait_while_paused(self) -> None:
         self._show("paused")

@@ -7,10 +7,11 @@ simulation.py; the advice is the learner's own (advice.py).
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import ValidationError
@@ -107,6 +108,13 @@ def _long_enough_s(measured: Measured, replicas: int) -> float:
     return max(NUM_STEPS * max(generation_s, sum(measured.work_s) / len(measured.work_s)), MIN_WINDOWS * WINDOW_S)
 
 
+def as_json(measured: Measured, start: int, max_replicas: int) -> dict[str, Any]:
+    """The same for programs."""
+    rows = [plan(measured, count, max_replicas) for count in range(1, max_replicas + 1)]
+    followed = follow_advice(measured, start, max_replicas, _until_s(measured, start))
+    return {"plans": [row._asdict() | {"advice": row.advice._asdict()} for row in rows], "followed": followed}
+
+
 def lines(measured: Measured, start: int, max_replicas: int) -> Iterator[str]:
     yield "replicas  steps/hour  learner waits  replicas idle  staleness  advised"
     for count in range(1, max_replicas + 1):
@@ -115,15 +123,21 @@ def lines(measured: Measured, start: int, max_replicas: int) -> Iterator[str]:
             f"{row.replicas:8}  {row.steps_per_h:10.0f}  {row.waiting_share:13.0%}  {row.idle_share:13.0%}  "
             f"{row.staleness:9.2f}  {row.advice.replicas:7}"
         )
-    until_s = NUM_DECISIONS * max(2 * (WINDOW_S + STARTUP_S), _long_enough_s(measured, start) / NUM_STEPS * MAX_FACTOR)
+    until_s = _until_s(measured, start)
     ordered = follow_advice(measured, start, max_replicas, until_s)
     yield f"the advice, followed from {start}: {' → '.join(map(str, ordered))} within {until_s / 60:.0f} minutes"
+
+
+def _until_s(measured: Measured, start: int) -> float:
+    """For `NUM_DECISIONS` of the advice."""
+    return NUM_DECISIONS * max(2 * (WINDOW_S + STARTUP_S), _long_enough_s(measured, start) / NUM_STEPS * MAX_FACTOR)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="headrace plan")
     parser.add_argument("--run", required=True)
     parser.add_argument("--runs-folder", type=Path, default=Path("runs"))
+    parser.add_argument("--json", action="store_true")
     parser.add_argument("--up-to", type=int, help="replicas; default: generation.max_replicas")
     arguments = parser.parse_args()
     folder = arguments.runs_folder / arguments.run
@@ -132,8 +146,11 @@ def main() -> int:
         rows = read_rows(folder / METRICS_FILE)
         measured = measured_in(rows, config)
         most = arguments.up_to or config.generation.max_replicas
-        for line in lines(measured, max(1, min(config.generation.replicas, most)), most):
-            print(line)
+        start = max(1, min(config.generation.replicas, most))
+        if arguments.json:
+            print(json.dumps(as_json(measured, start, most), indent=2))
+        else:
+            print("\n".join(lines(measured, start, most)))
     except (OSError, ValidationError, ValueError) as error:
         print(f"headrace: run {arguments.run!r}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

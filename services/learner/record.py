@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=None, help="default: recording.msgpack in the run's folder")
     parser.add_argument("--ended", action="store_true", help="the run does not go on: write what there is")
     arguments = parser.parse_args()
-    set_up_logging("record")
+    set_up_logging("record", run=arguments.run)
     if not arguments.redis_url:
         parser.error("expected --redis-url or HEADRACE_REDIS_URL")
     stopping = threading.Event()

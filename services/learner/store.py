@@ -120,7 +120,7 @@ class LearnerStore:
     def bury(self, entry: Entry, reason: str) -> bool:
         """A group that cannot be used goes to `dead`, with the reason; False if it is not pending any more."""
         payload = entry.payload[:DEAD_PAYLOAD_BYTES]
-        _log.error("group %s of ticket %s is dead: %s", entry.entry_id, entry.ticket_id, reason)
+        _log.error("group %s is dead: %s", entry.entry_id, reason, extra={"ticket": entry.ticket_id})
         keys = [entry.stream, self.keys.dead, self.keys.ledger]
         arguments = [entry.entry_id, entry.ticket_id, reason, payload, len(entry.payload)]
         return bool(self._run(scripts.BURY, keys, arguments))

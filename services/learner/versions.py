@@ -69,6 +69,7 @@ class Versions:
         self.steps[version] = step  # before a group of this version can come back
         self.store.execute([("HSET", keys.versions, version, step), ("HSET", keys.weights, *fields)])
         self.current = version
+        _log.info("published, made by step %d", step, extra={"version": version})
         self._delete_unneeded()
         self._notifiers.submit(self._notify_replicas, version)
         return manifest

@@ -1,0 +1,31 @@
+"""What numbers of a step are well: thresholds of medians over the last steps, so that one odd batch raises no alarm."""
+
+from typing import NamedTuple
+
+SMOOTHED_STEPS = 5
+
+
+class Threshold(NamedTuple):
+    name: str
+    warn: float
+    alarm: float
+    text: str
+    advice: str
+    is_floor: bool = False
+    """Low is bad."""
+
+
+OFF_POLICY = "lower optimizer.lr or learner.max_staleness"
+THRESHOLDS = (
+    Threshold("kl_behaviour_proximal", 0.05, 0.2, "the policy is far from the one that sampled", OFF_POLICY),
+    Threshold("ess", 0.5, 0.2, "few tokens carry the batch: the effective sample size is low", OFF_POLICY, True),
+    Threshold("clip_fraction", 0.5, 0.8, "most tokens are clipped", "lower optimizer.lr, or widen actor.eps_clip"),
+)
+NUMERICS = "compare the engine's numerics with the learner's: dtype, kernels, sampling settings"
+
+
+def numeric_gap(is_full_precision: bool) -> Threshold:
+    """Of what engine and learner say of tokens of the same weights."""
+    warn, alarm = (0.01, 0.1) if is_full_precision else (1.0, 3.0)
+    text = "engine and learner disagree on fresh tokens' log-probabilities"
+    return Threshold("fresh_logprob_gap_max", warn, alarm, text, NUMERICS)

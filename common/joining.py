@@ -1,0 +1,83 @@
+"""What a service that joins a run must know before it begins: its run, the run's configuration, the run's token.
+
+A Redis URL and the token are enough: the run is found if Redis has only one, and everything else stands in Redis.
+What may still come (a learner that begins the run, the token's file) is waited for; what is wrong is a `ValueError`
+of one line.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import redis
+from pydantic import ValidationError
+
+from common.config import ConfigError, RunConfig
+from common.http_service import TOKEN_VARIABLE
+from common.keys import Keys, of_every_run, run_of
+from common.logs import from_now_on, keep_out
+from common.redis_client import connect
+from common.waiting import Reason, Waits
+
+JOIN_TIMEOUT_S = 600.0
+POLL_S = 0.5
+Found = TypeVar("Found")
+
+
+class Joined(NamedTuple):
+    """A run that a service can begin to work for."""
+
+    keys: Keys
+    config: RunConfig
+    token: str
+
+
+def join(redis_url: str, run: str | None, token_file: Path | None, waits: Waits) -> Joined:
+    """Waits `JOIN_TIMEOUT_S` for each, then raises `TimeoutError`; `ValueError` for what no wait would mend."""
+    if not redis_url:
+        raise ValueError("no Redis: expected the variable HEADRACE_REDIS_URL or --redis-url")
+    if token_file is None and not os.environ.get(TOKEN_VARIABLE):
+        raise ValueError(f"no token: expected the variable {TOKEN_VARIABLE} or --token-file")
+    with connect(redis_url, waits, deadline_s=JOIN_TIMEOUT_S) as client:
+        keys = Keys(run) if run else _wait_for(lambda: _only_run(client), "no learner has begun any run", waits)
+        what = f"run {run!r} has no configuration in Redis: no learner has begun it"
+        config = _read_config(_wait_for(lambda: client.get(keys.config), what, waits))
+    token = _wait_for_token(token_file, waits)
+    keep_out(token)
+    from_now_on(run=keys.run)
+    return Joined(keys, config, token)
+
+
+def _only_run(client: redis.Redis) -> Keys | None:
+    runs = sorted(run_of(key) for key in client.scan_iter(match=of_every_run("config"), count=1000))
+    if len(runs) > 1:
+        shown = ", ".join(runs[:5]) + ", …" * (len(runs) > 5)
+        raise ValueError(f"this Redis has {len(runs)} runs ({shown}): expected HEADRACE_RUN or --run")
+    return Keys(runs[0]) if runs else None
+
+
+def _read_config(found: bytes) -> RunConfig:
+    try:
+        return RunConfig.model_validate_json(found)
+    except ValidationError as error:  # whose own text repeats what it was given, which may be secret
+        problems = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
+        raise ConfigError(f"the run's configuration in Redis: {problems}") from None
+
+
+def _wait_for_token(path: Path | None, waits: Waits) -> str:
+    if given := os.environ.get(TOKEN_VARIABLE):
+        return given
+    assert path is not None
+    return _wait_for(lambda: path.read_text().strip() if path.exists() else "", f"no token in {path}", waits)
+
+
+def _wait_for(look: Callable[[], Found | None], what: str, waits: Waits) -> Found:
+    """The first look that finds something; raises `TimeoutError` after `JOIN_TIMEOUT_S`."""
+    while not (found := look()):
+        if waits.waiting(Reason.NO_TICKETS, what, JOIN_TIMEOUT_S) > JOIN_TIMEOUT_S:
+            raise TimeoutError(f"{what} within {JOIN_TIMEOUT_S:.0f} s")
+        time.sleep(POLL_S)
+    waits.over(Reason.NO_TICKETS)
+    return found

@@ -1,0 +1,72 @@
+"""Puts control together from its parts and takes it apart again."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+
+from common.config import ModelConfig, RunConfig, TaskConfig
+from common.http_limits import LIMITS, Bounded
+from common.http_service import serve_in_loop
+from common.keys import Keys
+from common.redis_client import connect_async
+from services.control.api import make_app
+from services.control.learner_probe import PROBE_TIMEOUT_S, LearnerProbe
+from services.control.local_host import LocalHost, is_loopback
+from services.control.orders import Orders
+from services.control.reading import RunReader
+from services.control.snapshot import Snapshot
+from services.control.stream import Hub
+
+ORDER_RETRY_S = 3.0
+"""An order is tried again for so long; a look is not, since the next one follows anyway."""
+
+
+@contextlib.asynccontextmanager
+async def assembled(
+    run: str, config: RunConfig, redis_url: str, token: str, protect_reads: bool
+) -> AsyncIterator[tuple[FastAPI, Snapshot]]:
+    """The app, and the snapshot behind it, kept fresh while the block runs. Redis need not answer yet.
+
+    Should what keeps it fresh fail, the block is cancelled and the failure raised: nothing old is served for ever.
+    """
+    keys = Keys(run)
+    async with contextlib.AsyncExitStack() as stack:
+        looking = connect_async(redis_url, deadline_s=0.0)
+        ordering = connect_async(redis_url, deadline_s=ORDER_RETRY_S)
+        for client in (looking, ordering):
+            stack.push_async_callback(client.aclose)
+        http = await stack.enter_async_context(httpx.AsyncClient(trust_env=False, timeout=PROBE_TIMEOUT_S))
+        hub, probe = Hub(), LearnerProbe(http)
+        stack.callback(hub.close)
+        snapshot = Snapshot(run, RunReader(looking, keys), probe, hub, config)
+        await snapshot.refresh()
+        group = await stack.enter_async_context(asyncio.TaskGroup())
+        for job in (snapshot.follow(), probe.run(), hub.keep_alive()):
+            stack.callback(group.create_task(job).cancel)
+        yield make_app(snapshot, Orders(ordering, keys), http, token, protect_reads), snapshot
+
+
+@contextlib.asynccontextmanager
+async def serving(app: FastAPI, snapshot: Snapshot, sock: socket.socket) -> AsyncIterator[None]:
+    """At that socket while the block runs; then every page's stream ends before the server does."""
+    if is_loopback(sock.getsockname()[0]):
+        app.add_middleware(LocalHost)
+    async with serve_in_loop(app, sock, http=Bounded, **LIMITS):
+        try:
+            yield
+        finally:
+            snapshot.hub.close()
+
+
+def document() -> dict[str, Any]:
+    """The OpenAPI document, of an app that is never asked."""
+    config = RunConfig(model=ModelConfig(path="none"), task=TaskConfig(name="arithmetic"))
+    client, http = connect_async("redis://127.0.0.1"), httpx.AsyncClient(trust_env=False)
+    keys = Keys("none")
+    snapshot = Snapshot(keys.run, RunReader(client, keys), LearnerProbe(http), Hub(), config)
+    return make_app(snapshot, Orders(client, keys), http, "", protect_reads=False).openapi()

@@ -1,0 +1,31 @@
+"""The configuration as it may be shown: without what could be a secret."""
+
+import re
+from typing import Any
+
+HIDDEN = "***"
+_NAMES = re.compile(
+    r"(pass(word|wd|phrase)?|secret|token|api[-_]?key|access[-_]?key|credential|auth)s?$", re.IGNORECASE
+)
+_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
+
+
+def without_secrets(settings: Any, name: str = "") -> Any:
+    """Text under a name that says secret is hidden, and so is who signs in within a URL."""
+    if isinstance(settings, dict):
+        return {key: without_secrets(value, str(key)) for key, value in settings.items()}
+    if isinstance(settings, list):
+        return [_of_list(settings, place, name) for place in range(len(settings))]
+    if isinstance(settings, str):
+        return HIDDEN if _NAMES.search(name) else _IN_URL.sub(f"{HIDDEN}@", settings)
+    return settings
+
+
+def _of_list(values: list[Any], place: int, name: str) -> Any:
+    """A command line's argument is named by itself or by the one before."""
+    value, before = values[place], values[place - 1] if place else ""
+    if isinstance(value, str) and value.startswith("-"):
+        flag, is_assigned, assigned = value.partition("=")
+        return f"{flag}={without_secrets(assigned, flag)}" if is_assigned else value
+    is_flag = isinstance(before, str) and before.startswith("-") and "=" not in before
+    return without_secrets(value, before if is_flag else name)

@@ -1,0 +1,138 @@
+"""Server-sent events for any number of pages: each message is made once, and handed to all of them as the same bytes.
+
+A page that falls behind is dropped: what waits for it is bounded, and it comes back and asks for what it has missed.
+"""
+
+import asyncio
+from collections import deque
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+MAX_SUBSCRIBERS = 512
+MAX_WAITING_BYTES = 256 << 10
+"""Of one page, beside what the connection holds."""
+COMMENT_INTERVAL_S = 15.0
+RETRY = b"retry: 2000\n\n"
+
+
+class Full(RuntimeError):
+    """As many pages as are served already follow."""
+
+
+def message(name: str, payload: bytes) -> bytes:
+    """`payload` is JSON, and so one line."""
+    return b"event: %s\ndata: %s\n\n" % (name.encode(), payload)
+
+
+class Subscriber:
+    """What waits for one page."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[bytes] = deque()
+        self._num_bytes = 0
+        self._is_anything = asyncio.Event()
+        self.is_closed = False
+
+    def put(self, part: bytes) -> bool:
+        """False if that is more than may wait: it is closed, and what waited is gone."""
+        self._num_bytes += len(part)
+        if self._num_bytes > MAX_WAITING_BYTES:
+            self.close()
+            return False
+        self._waiting.append(part)
+        self._is_anything.set()
+        return True
+
+    def close(self) -> None:
+        self._waiting.clear()
+        self._num_bytes = 0
+        self.is_closed = True
+        self._is_anything.set()
+
+    async def next(self) -> bytes:
+        """All that waits, once anything does; empty when closed."""
+        await self._is_anything.wait()
+        self._is_anything.clear()
+        found = b"".join(self._waiting)
+        self._waiting.clear()
+        self._num_bytes = 0
+        return found
+
+
+class Hub:
+    """The pages that follow."""
+
+    def __init__(self, max_subscribers: int = MAX_SUBSCRIBERS) -> None:
+        self._max_subscribers = max_subscribers
+        self._subscribers: set[Subscriber] = set()
+        self.num_dropped = 0
+        """Pages that fell behind, ever."""
+        self.num_messages_bytes = 0
+        """Published, ever; each counted once, however many pages there are."""
+
+    @property
+    def num_subscribers(self) -> int:
+        return len(self._subscribers)
+
+    def subscribe(self, *first: bytes) -> Subscriber:
+        """Who is told `first`, and then whatever is published. Raises `Full`."""
+        if len(self._subscribers) >= self._max_subscribers:
+            raise Full(f"{self._max_subscribers} pages follow already")
+        subscriber = Subscriber()
+        subscriber.put(b"".join([RETRY, *first]))
+        self._subscribers.add(subscriber)
+        return subscriber
+
+    def leave(self, subscriber: Subscriber) -> None:
+        subscriber.close()
+        self._subscribers.discard(subscriber)
+
+    def publish(self, part: bytes) -> None:
+        """One or more messages, to everybody."""
+        self.num_messages_bytes += len(part)
+        for subscriber in list(self._subscribers):
+            if not subscriber.put(part):
+                self._subscribers.discard(subscriber)
+                self.num_dropped += 1
+
+    async def keep_alive(self) -> None:
+        """A comment now and then, by which a page sees that it is connected."""
+        while True:
+            await asyncio.sleep(COMMENT_INTERVAL_S)
+            self.publish(b":\n\n")
+
+    def close(self) -> None:
+        """Ends every page's stream."""
+        for subscriber in list(self._subscribers):
+            self.leave(subscriber)
+
+
+class EventStream(Response):
+    """Sends what a subscriber is told until it or the page leaves."""
+
+    media_type = "text/event-stream"
+    charset = "utf-8"
+
+    def __init__(self, hub: Hub, subscriber: Subscriber) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._hub = hub
+        self._subscriber = subscriber
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        leaving = asyncio.create_task(self._leave_when_disconnected(receive))
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            while not self._subscriber.is_closed:
+                if part := await self._subscriber.next():
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            leaving.cancel()
+            self._hub.leave(self._subscriber)
+
+    async def _leave_when_disconnected(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._hub.leave(self._subscriber)

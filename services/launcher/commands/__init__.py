@@ -1,0 +1,1 @@
+"""The `headrace` command's parts: a module is a panel of `headrace --help`."""
