@@ -48,6 +48,8 @@ def seed_run(
         pipe.set(keys.launcher, "machine process 1", ex=3600)
         advice = "the learner waits 23% of its time for groups, replicas 2% of theirs for tickets"
         position = {"phase": "training", "reason": "", "step": num_steps, "version": num_steps + 1}
+        position |= {"checkpoint_step": num_steps, "checkpoint_time_s": at, "checkpoint_seconds": 0.2}
+        position |= {"checkpoint_bytes": 8_000_000}
         advised = {"advised_replicas": num_replicas + 1, "advice": advice}
         pipe.hset(keys.learner, mapping=position | advised | ({"url": learner_url} if learner_url else {}))
         for index in range(num_replicas):
