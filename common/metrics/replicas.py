@@ -1,5 +1,7 @@
 """Replicas as metrics, from what their heartbeats say: the replica's own at its endpoint, all of them at control's."""
 
+from collections.abc import Mapping
+
 from common.metrics.families import Families
 from common.waiting import Reason
 from common.wire import Heartbeat
@@ -24,13 +26,18 @@ def add_replica(families: Families, heartbeat: Heartbeat) -> None:
     families.counter("headrace_replica_serving_seconds_total", "Time since it serves.", heartbeat.serving_s, **one)
 
 
-def add_waits(families: Families, who: str, waits: dict[str, float]) -> None:
-    """`waits`: seconds by reason; every reason is there, 0 where nobody waits."""
+def add_learner_waits(families: Families, waits: Mapping[str, float]) -> None:
+    """`waits`: seconds by reason; every reason is there, 0 where it does not wait."""
     for reason in Reason:
-        families.gauge(
-            "headrace_waiting_seconds",
-            "For how long somebody has been waiting, by reason; 0: not waiting.",
-            waits.get(reason.value, 0.0),
-            who=who,
-            reason=reason.value,
-        )
+        _add_wait(families, "learner", reason.value, waits.get(reason.value, 0.0))
+
+
+def add_replica_waits(families: Families, replica: str, waits: Mapping[str, float]) -> None:
+    """Those that there are: replicas may be many."""
+    for reason, seconds in waits.items():
+        _add_wait(families, replica, reason, seconds)
+
+
+def _add_wait(families: Families, who: str, reason: str, seconds: float) -> None:
+    text = "For how long the learner (who=learner) or a replica has been waiting, by reason."
+    families.gauge("headrace_waiting_seconds", text, seconds, who=who, reason=reason)

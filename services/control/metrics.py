@@ -7,7 +7,7 @@ Redis nothing, and answers while Redis is away.
 from collections import Counter
 
 from common.metrics.families import Families
-from common.metrics.replicas import STATES, add_replica, add_waits
+from common.metrics.replicas import STATES, add_learner_waits, add_replica, add_replica_waits
 from common.metrics.run import add_files, add_orders, add_position, add_queues, add_replicas
 from common.metrics.steps import add_latest_evaluation, add_latest_step
 from common.waiting import parse_waits
@@ -15,6 +15,7 @@ from services.control.models import Queues, Replicas, Status
 from services.control.reading import Look
 from services.control.requests import RequestTotals
 from services.control.snapshot import Snapshot
+from services.control.verdict import FINAL_PHASES
 
 LEVELS = {"healthy": 0, "ended": 0, "waiting": 1, "warning": 2, "failed": 3}
 
@@ -62,8 +63,9 @@ class Exported:
         add_files(families, {name: float(text) for name, text in fields.items() if text and _is_number(text)}, {})
         is_answering = probe.is_answering and probe.status is not None
         waits = {wait.reason: wait.for_s for wait in probe.status.waits} if is_answering and probe.status else {}
-        add_waits(families, "learner", waits or parse_waits(status.reason))
-        families.gauge("headrace_learner_silent_seconds", "Since the learner last answered control.", probe.silent_s)
+        add_learner_waits(families, waits or parse_waits(status.reason))
+        silent_s = 0.0 if status.phase in FINAL_PHASES else probe.silent_s
+        families.gauge("headrace_learner_silent_seconds", "Since the learner last answered control.", silent_s)
 
     def _add_control(self, families: Families) -> None:
         snapshot, hub = self._snapshot, self._snapshot.hub
@@ -117,7 +119,7 @@ def _add_replicas(families: Families, look: Look, shown: Replicas) -> None:
     add_replicas(families, {state: states[state] for state in STATES})
     for beat in look.heartbeats:
         add_replica(families, beat)
-        add_waits(families, beat.replica, parse_waits(beat.reason))
+        add_replica_waits(families, beat.replica, parse_waits(beat.reason))
     for replica in shown.replicas:
         text = "Published versions that it does not serve yet."
         families.gauge("headrace_replica_versions_behind", text, replica.versions_behind, replica=replica.id)

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from common.metrics.families import Families
-from common.metrics.replicas import add_replica, add_waits
+from common.metrics.replicas import add_replica, add_replica_waits
 from common.waiting import Waits
 from common.wire import Heartbeat
 from services.generation.engine_keeper import EngineKeeper
@@ -39,7 +39,7 @@ class Exported:
         heartbeat, families = self._heartbeat(), Families(run=self._tickets.keys.run)
         name, keeper = heartbeat.replica, self._keeper
         add_replica(families, heartbeat)
-        add_waits(families, name, {wait["reason"]: wait["for_s"] for wait in self._waits.status()})
+        add_replica_waits(families, name, {wait["reason"]: wait["for_s"] for wait in self._waits.status()})
         self._weights.totals.collect(families, name)
         _add_sources(families, self._weights.fetcher, name)
         families.counter(

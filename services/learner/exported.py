@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from common.metrics.families import Families
-from common.metrics.replicas import STATES, add_waits
+from common.metrics.replicas import STATES, add_learner_waits
 from common.metrics.run import GroupTotals, add_files, add_orders, add_position, add_queues, add_replicas
 from common.metrics.steps import StepTotals, add_latest_evaluation, add_latest_step
 from common.weights import DELTA_FILE, MODEL_FILE, version_folder
@@ -41,7 +41,7 @@ class Exported:
         status, sight, books = self._status(), self._intake.sight, self._intake.books
         families, latest = Families(run=status["run"]), status["latest"]
         add_position(families, **{name: status[name] for name in ("phase", "step", "steps", "version", "epoch")})
-        add_waits(families, "learner", {wait["reason"]: wait["for_s"] for wait in status["waits"]})
+        add_learner_waits(families, {wait["reason"]: wait["for_s"] for wait in status["waits"]})
         add_orders(
             families,
             desired=status["desired_replicas"],
