@@ -48,10 +48,10 @@ def test_all_that_status_and_history_say_is_in_the_metrics(redis_url: str, seede
     async def scenario(_: FastAPI, snapshot: Snapshot, http: httpx.AsyncClient) -> None:
         await snapshot.refresh()  # replicas are known one look after they were found
         scrape, status = await scraped(http), json.loads((await http.get("/status")).text)
-        row = {
-            name: value for name, value in step_rows(40, 0.0)[-1].items() if name not in ("step", "version", "time_s")
-        }
+        said_elsewhere = ("step", "version", "time_s", "kl_at_staleness_0", "kl_at_staleness_1")
+        row = {name: value for name, value in step_rows(40, 0.0)[-1].items() if name not in said_elsewhere}
         assert {name: scrape.value(metric_name(name)) for name in row} == row
+        assert scrape.value("headrace_kl_at_staleness", staleness="1") == 0.003
         assert scrape.value("headrace_step", run=seeded.run) == status["step"] == 40
         assert scrape.value("headrace_last_step") == status["steps"]
         assert scrape.value("headrace_weight_version") == status["version"]

@@ -11,11 +11,11 @@ from common.metrics.replicas import STATES, add_learner_waits, add_replica, add_
 from common.metrics.run import add_files, add_orders, add_position, add_queues, add_replicas
 from common.metrics.steps import add_latest_evaluation, add_latest_step
 from common.waiting import parse_waits
+from services.control.finding import FINAL_PHASES
 from services.control.models import Queues, Replicas, Status
 from services.control.reading import Look
 from services.control.requests import RequestTotals
 from services.control.snapshot import Snapshot
-from services.control.verdict import FINAL_PHASES
 
 LEVELS = {"healthy": 0, "ended": 0, "waiting": 1, "warning": 2, "failed": 3}
 
