@@ -5,6 +5,7 @@ wait that lasts, more and more rarely, and of its end. Safe to use from any thre
 """
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -95,3 +96,10 @@ class Waits:
                 }
                 for wait in waits
             ]
+
+
+def parse_waits(text: str) -> dict[str, float]:
+    """Seconds by reason, of what `Waits.describe` says; what it has not said has none."""
+    one_of = "|".join(re.escape(reason) for reason in Reason)
+    found = re.finditer(rf"(?:^|; )({one_of})(?:: .*?)? for (\d{{1,9}}) s(?=; (?:{one_of})|$)", text, re.DOTALL)
+    return {wait[1]: float(wait[2]) for wait in found}

@@ -48,6 +48,8 @@ def seed_run(
         pipe.set(keys.launcher, "machine process 1", ex=3600)
         advice = "the learner waits 23% of its time for groups, replicas 2% of theirs for tickets"
         position = {"phase": "training", "reason": "", "step": num_steps, "version": num_steps + 1}
+        position |= {"checkpoint_step": num_steps, "checkpoint_time_s": at, "checkpoint_seconds": 0.2}
+        position |= {"checkpoint_bytes": 8_000_000}
         advised = {"advised_replicas": num_replicas + 1, "advice": advice}
         pipe.hset(keys.learner, mapping=position | advised | ({"url": learner_url} if learner_url else {}))
         for index in range(num_replicas):
@@ -95,7 +97,15 @@ def step_rows(num_steps: int, at: float) -> list[dict[str, Any]]:
             "staleness_in_queue_mean": 0.4 + 0.2 * math.sin(step),
             "kl_behaviour_proximal": 0.002,
             "ess": 0.98,
+            "kl_at_staleness_0": 1e-6,
+            "kl_at_staleness_1": 0.003,
             "clip_fraction": 0.05,
+            "dual_clip_fraction": 0.0,
+            "behaviour_mask_fraction": 0.001,
+            "behaviour_clip_fraction": 0.0,
+            "behaviour_weight_max": 1.8,
+            "behaviour_weight_capped_mean": 0.99,
+            "importance_ratio_max": 1.3,
             "fresh_logprob_gap_mean": 1e-6,
             "fresh_logprob_gap_max": 1e-4,
             "loss": -0.01,

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from common.waiting import Reason, Waits
+from common.waiting import Reason, Waits, parse_waits
 
 
 class Clock:
@@ -57,3 +57,15 @@ def test_only_long_waits_are_logged_and_ever_more_rarely(clock: Clock, caplog: p
         "waiting for 40 s, until 90 s: starved: no live replica",
         "over after 59 s: starved: no live replica",
     ]
+
+
+def test_what_is_described_can_be_parsed(clock: Clock) -> None:
+    waits = Waits(clock)
+    waits.waiting(Reason.CHECKPOINT, "disk: full for 3 s; really")
+    clock.now += 20
+    waits.waiting(Reason.STARVED, "0 of 16 groups; replicas: a starting (the engine is starting for 6 s); so far {}")
+    waits.waiting(Reason.PAUSED)
+    clock.now += 5
+    expected = {"the checkpoint cannot be written": 25.0, "starved": 5.0, "paused": 5.0}
+    assert parse_waits(waits.describe()) == expected
+    assert parse_waits("") == parse_waits("the engine is odd for 4 s") == parse_waits("starved") == {}

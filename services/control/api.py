@@ -7,7 +7,9 @@ from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
 from starlette.exceptions import HTTPException
 
 from common.http_service import new_app, require_token
+from common.metrics.endpoint import mount_metrics
 from services.control.access import not_now, problems
+from services.control.metrics import Exported
 from services.control.models import (
     Evaluation,
     Events,
@@ -24,6 +26,7 @@ from services.control.openapi import openapi_of
 from services.control.order_routes import ReplicaName, order_router
 from services.control.orders import Orders
 from services.control.page import page_router
+from services.control.requests import CountRequests, RequestTotals
 from services.control.settings import settings_answer
 from services.control.snapshot import Picture, Snapshot
 from services.control.stream import EventStream, Full
@@ -50,6 +53,9 @@ def make_app(snapshot: Snapshot, orders: Orders, http: httpx.AsyncClient, token:
         return Response(status_code=204)
 
     reading = [Depends(guard)] if protect_reads else []
+    requests = RequestTotals()
+    app.add_middleware(CountRequests, totals=requests)
+    mount_metrics(app, Exported(snapshot, requests), dependencies=reading)
     app.include_router(_status_router(snapshot), dependencies=reading, responses=problems(401, 503))
     app.include_router(_rows_router(snapshot), dependencies=reading, responses=problems(401, 503))
     app.include_router(order_router(snapshot, orders, http, token, guard))

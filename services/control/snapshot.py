@@ -25,6 +25,7 @@ from services.control.models import Replicas, Status
 from services.control.reading import Look, RunReader
 from services.control.status import Judged, replicas_of, status_of
 from services.control.stream import Hub, message
+from services.control.tally import Tally
 from services.control.verdict import Judge, findings_of
 
 LOOK_INTERVAL_S = 0.5
@@ -63,6 +64,8 @@ class Snapshot:
         self._config, self._config_json = config, b""
         self.look: Look | None = None
         """The newest that Redis has answered."""
+        self.tally = Tally()
+        """Of what is new since `picture` was first drawn."""
         self._finder = FactFinder()
         self._judge = Judge()
         self._looking = asyncio.Lock()
@@ -99,9 +102,11 @@ class Snapshot:
         news: list[bytes] = []
         is_behind = True
         while is_behind:
+            started = time.monotonic()
             async with asyncio.timeout(LOOK_DEADLINE_S):
                 self.look = look = await self.reader.look()
             self.num_looks += 1
+            self.tally.looked(time.monotonic() - started)
             news += self._take(look)
             is_behind = look.is_behind
         return news if self.picture is not None else []
@@ -110,13 +115,13 @@ class Snapshot:
         if look.config is not None and look.config != self._config_json:
             self._take_config(look.config)
         self.probe.follow(look.learner.get("url", ""))
-        news = []
-        for entry in look.history:
-            if told := self.history.take(entry):
-                news.append(message(told[0], _json(told[1])))
+        rows = [told for entry in look.history if (told := self.history.take(entry))]
+        events = [event for entry in look.events if (event := self.happenings.take(entry))]
+        if self.picture is not None:
+            self.tally.take(rows, events)
+        news = [message(kind, _json(row)) for kind, row in rows]
         news += [message("group", _json(summary)) for entry in look.shown if (summary := self.groups.take(entry))]
-        news += [message("event", _json(event)) for entry in look.events if (event := self.happenings.take(entry))]
-        return news
+        return news + [message("event", _json(event)) for event in events]
 
     def _take_config(self, found: bytes) -> None:
         """Of a learner that has begun the run anew; one that cannot be read leaves the one before."""

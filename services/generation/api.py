@@ -7,6 +7,8 @@ from fastapi import Depends, FastAPI
 from pydantic import BaseModel, Field
 
 from common.http_service import new_app, require_token
+from common.metrics.endpoint import mount_metrics
+from services.generation.exported import Exported
 from services.generation.loop import Replica
 from services.generation.sharing import weights_router
 
@@ -20,6 +22,8 @@ class WeightsHint(BaseModel):
 
 def make_app(replica: Replica, token: str) -> FastAPI:
     app = new_app("Headrace generation replica")
+    parts = (replica.waits, replica.keeper, replica.weights, replica.tickets, replica.rewards)
+    mount_metrics(app, Exported(replica.heartbeat, *parts))
     app.include_router(weights_router(replica.weights.shared, token))
     guarded = [Depends(require_token(token))]
 

@@ -51,6 +51,7 @@ class Replica:
         self.config = config
         self.tickets = tickets
         self.keeper = keeper
+        self.rewards = rewards
         self.weights = weights
         self.waits = waits
         self.is_paused = False

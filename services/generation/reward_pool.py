@@ -13,11 +13,13 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from common.metrics.families import SHORT_S, Histogram
 from common.wire import Ticket
 from services.generation.reward_worker import LENGTH_BYTES, Answer, Job, Setup
 
@@ -47,6 +49,8 @@ class RewardPool:
         self._setup = Setup(task_name, task_settings, memory_bytes, parent_pid=os.getpid())
         self._num_workers = num_workers
         self._deadline_s = deadline_s
+        self.seconds = Histogram(SHORT_S)
+        """What workers took for a group, failures included."""
         self._open = False
         self._free: asyncio.Queue[Worker] = asyncio.Queue()
         """`num_workers` places, less those in use. A place may hold a dead worker, to be replaced when it is used."""
@@ -81,6 +85,7 @@ class RewardPool:
         """
         assert self._open, "score() is for after start() and before close()"
         worker = await self._free.get()
+        started = time.monotonic()
         try:
             if not worker.is_usable:
                 worker.kill()
@@ -89,6 +94,7 @@ class RewardPool:
         except (RewardError, OSError) as error:
             raise RewardError(f"ticket {ticket.id}: {error}") from error
         finally:
+            self.seconds.observe(time.monotonic() - started)
             self._free.put_nowait(worker)
         assert len(rewards) == len(completions), (len(rewards), len(completions))
         return rewards

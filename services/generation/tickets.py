@@ -8,6 +8,7 @@ what was leased from it is forgotten, and the streams are created anew.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -65,6 +66,9 @@ class TicketStore:
         self.client = client
         self.keys = keys
         self.replica = replica
+        self.outcomes: Counter[str] = Counter()
+        """Of leases: committed, late (another replica's group was there first), failed, dead, handed_back,
+        interrupted."""
         self._move_script = client.register_script(MOVE)
         self._renew_script = client.register_script(_RENEW)
 
@@ -111,9 +115,11 @@ class TicketStore:
     async def commit(self, lease: Lease, group: Group) -> bool:
         """Adds the group and retires its ticket; False if somebody else already has."""
         target = self.keys.evaluated if lease.ticket.kind == "eval" else self.keys.groups
-        return await self._move(
+        is_first = await self._move(
             lease.stream, lease.entry_id, lease.ticket.id, target, "queued", {"group": encode(group)}
         )
+        self.outcomes["committed" if is_first else "late"] += 1
+        return is_first
 
     async def fail(self, lease: Lease, reason: str, max_attempts: int) -> None:
         """One attempt more: the ticket goes back to its stream, or to `dead` after the last."""
@@ -127,12 +133,12 @@ class TicketStore:
         if ticket.attempts >= max_attempts:
             await self._bury(lease.stream, lease.entry_id, ticket.id, reason, encode(ticket))
         else:
-            await self._reopen(lease, ticket)
+            await self._reopen(lease, ticket, "failed")
 
     async def hand_back(self, lease: Lease) -> None:
         """Not an attempt: the ticket is as it was, at the end of its stream."""
         _log.info("handed back", extra={"ticket": lease.ticket.id})
-        await self._reopen(lease, lease.ticket)
+        await self._reopen(lease, lease.ticket, "handed_back")
 
     async def interrupted(self, lease: Lease, reason: str) -> None:
         """As a hand-back, but a ticket that is in the engine whenever one goes down is dead in the end."""
@@ -142,7 +148,7 @@ class TicketStore:
             reason = f"interrupted {ticket.interruptions} times: {reason}"
             await self._bury(lease.stream, lease.entry_id, ticket.id, reason, encode(ticket))
         else:
-            await self._reopen(lease, ticket)
+            await self._reopen(lease, ticket, "interrupted")
 
     async def beat(self, heartbeat: Heartbeat, ttl_s: float) -> None:
         await self.client.set(self.keys.replica(self.replica), encode(heartbeat), px=int(ttl_s * 1000))
@@ -177,12 +183,16 @@ class TicketStore:
         pending = await self.client.xpending_range(lease.stream, TICKET_GROUP, lease.entry_id, lease.entry_id, 1)
         return int(pending[0]["times_delivered"]) if pending else 1
 
-    async def _reopen(self, lease: Lease, ticket: Ticket) -> None:
-        await self._move(lease.stream, lease.entry_id, ticket.id, lease.stream, "open", {"ticket": encode(ticket)})
+    async def _reopen(self, lease: Lease, ticket: Ticket, outcome: str) -> None:
+        fields = {"ticket": encode(ticket)}
+        moved = await self._move(lease.stream, lease.entry_id, ticket.id, lease.stream, "open", fields)
+        self.outcomes[outcome] += moved
 
     async def _bury(self, stream: str, entry_id: str, ticket_id: str, reason: str, payload: bytes) -> None:
         _log.error("dead: %s", reason, extra={"ticket": ticket_id})
-        await self._move(stream, entry_id, ticket_id, self.keys.dead, "dead", {"reason": reason, "payload": payload})
+        fields = {"reason": reason, "payload": payload}
+        moved = await self._move(stream, entry_id, ticket_id, self.keys.dead, "dead", fields)
+        self.outcomes["dead"] += moved
 
     async def _move(
         self, source: str, entry_id: str, ticket_id: str, target: str, state: TicketState, fields: dict[str, Any]

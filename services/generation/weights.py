@@ -18,6 +18,7 @@ import redis
 import redis.asyncio
 
 from common.keys import Keys
+from common.metrics.swaps import SwapTotals
 from common.weights import WeightsError
 from services.generation.engine import Engine, EngineError, SwapTimings
 from services.generation.engine_keeper import EngineKeeper
@@ -54,6 +55,7 @@ class WeightFollower:
         self.fetcher = fetcher
         self.turns = turns
         self.shared = Sharing(copy, fetcher)
+        self.totals = SwapTotals()
         self.version = 0
         self.problem = ""
         self.confirmed_life = 0
@@ -141,6 +143,8 @@ class WeightFollower:
             "serving: %d bytes in %.3f s, applied in %.3f s, paused %.3f s",
             arrival.num_bytes, arrival.fetch_s, arrival.apply_s, timings.pause_s, extra={"version": self.version},
         )  # fmt: skip
+        spent_s = {"pause": timings.pause_s, "load": timings.load_s, "confirm": timings.confirm_s}
+        self.totals.add(arrival.num_bytes, spent_s | {"fetch": arrival.fetch_s, "apply": arrival.apply_s})
         await self._on_swap(timings, arrival)
         await engine.let_generate(timings)
 

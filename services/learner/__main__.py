@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from common.durable import file_entry
 from common.http_service import listen, serve_in_thread, token_at, url_of
 from common.keys import Keys
 from common.logs import from_now_on, set_up_logging
+from common.metrics.endpoint import mount_metrics
 from common.preflight import check_model_folder, check_task
 from common.redis_client import OUTAGE_DEADLINE_S, connect, durability_problem
 from common.waiting import Waits
@@ -106,6 +108,7 @@ def _learn(
     recording: Recording | None,
 ) -> int:
     from services.learner.assembly import assemble
+    from services.learner.exported import Exported
     from services.learner.loop import Starved
     from services.learner.store import Fenced
 
@@ -115,7 +118,10 @@ def _learn(
     if loop.is_at_last_step and (folder / "summary.json").exists():
         _log.info("run %s is complete: more learner.steps would go on with it", folder.name)
         return 0
-    with serve_in_thread(make_app(loop.versions.root, lambda: _status(loop, folder.name), switches, token), sock):
+    status = partial(_status, loop, folder.name)
+    app = make_app(loop.versions.root, status, switches, token)
+    mount_metrics(app, Exported(status, loop.metrics.rows, loop.intake, loop.versions))
+    with serve_in_thread(app, sock):
         try:
             is_complete = loop.run()
         except Fenced as error:

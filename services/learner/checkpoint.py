@@ -60,6 +60,13 @@ def save_checkpoint(
     return final
 
 
+def num_bytes_in(checkpoint: Path) -> int:
+    """0 if a successor has taken it away."""
+    with contextlib.suppress(OSError):
+        return sum(file.stat().st_size for file in checkpoint.iterdir())
+    return 0
+
+
 def load_newest(root: Path) -> tuple[Record, dict[str, Tensor]] | None:
     """The newest checkpoint that can be read, None if there is none yet.
 

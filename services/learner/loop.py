@@ -15,7 +15,7 @@ from common.config import RunConfig
 from common.waiting import Reason, Waits
 from services.learner.advice import Advice, Adviser
 from services.learner.api import Switches
-from services.learner.checkpoint import CheckpointError, save_checkpoint
+from services.learner.checkpoint import CheckpointError, num_bytes_in, save_checkpoint
 from services.learner.checkpoint_record import MAX_VERSION_STEPS, Loss, Record
 from services.learner.intake import Arrived, Intake
 from services.learner.metrics import group_durations_s, staleness_metrics
@@ -218,16 +218,23 @@ class Loop:
             wall_s=self.progress.wall_s,
             losses=self.progress.losses,
         )
+        started = time.monotonic()
         try:
-            save_checkpoint(self.checkpoints, record, self.trainer.state_tensors(), self.store.check_fence)
+            saved = save_checkpoint(self.checkpoints, record, self.trainer.state_tensors(), self.store.check_fence)
         except CheckpointError as error:
             self._is_checkpoint_due = True
             self._wait(Reason.CHECKPOINT, str(error))
             return
         _log.info("checkpoint: records %d groups", len(consumed.settlements))
+        self._tell_checkpoint(saved, time.monotonic() - started)
         self._is_checkpoint_due = False
         self.waits.over(Reason.CHECKPOINT)
         self.intake.checkpointed(consumed)
+
+    def _tell_checkpoint(self, saved: Path, lasted_s: float) -> None:
+        told = {"step": self.progress.step, "time_s": time.time(), "seconds": lasted_s, "bytes": num_bytes_in(saved)}
+        self.progress.latest["checkpoint"] = told
+        self.store.report({f"checkpoint_{name}": value for name, value in told.items()})
 
     def _checkpoint_at_last(self) -> None:
         """The last one must succeed: tried again until the deadline, or once when told to stop."""
