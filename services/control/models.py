@@ -262,7 +262,9 @@ class SettingsChange(Demand):
 
 
 class DesiredReplicas(Demand):
-    replicas: Whole | None = Field(ge=0, le=MAX_REPLICAS, description="null: no number is ordered any more.")
+    replicas: Annotated[Whole, Field(ge=0, le=MAX_REPLICAS)] | None = Field(
+        description="null: no number is ordered any more."
+    )
 
 
 class Done(Answer):
