@@ -197,7 +197,8 @@ async def ask(url: str, path: str, per_s: int, seconds: float) -> Row:
             tasks.append(asyncio.create_task(one(due)))
         await asyncio.gather(*tasks)
     quantiles = statistics.quantiles(latencies_ms, n=100)
-    return {"p50_ms": quantiles[49], "p99_ms": quantiles[98], "max_ms": max(latencies_ms), "errors": errors}
+    timings = {"p50_ms": quantiles[49], "p99_ms": quantiles[98], "max_ms": max(latencies_ms)}
+    return timings | {"num_requests": len(latencies_ms), "errors": errors}
 
 
 def measure(arguments: argparse.Namespace) -> list[Row]:
@@ -241,7 +242,7 @@ def derive(rows: list[Row]) -> Row:
     """What one more page, and one more request, cost."""
     alone, following, asked = rows[0], rows[2], rows[3]
     page_s = (following["cpu_s_per_s"] - alone["cpu_s_per_s"]) / following["pages"]
-    request_s = (asked["cpu_s_per_s"] - alone["cpu_s_per_s"]) / asked["requests_per_s"]
+    request_s = (asked["cpu_s_per_s"] - alone["cpu_s_per_s"]) * asked["seconds"] / asked["num_requests"]
     return {
         "cpu_us_per_page_and_s": 1e6 * page_s,
         "cpu_us_per_request": 1e6 * request_s,

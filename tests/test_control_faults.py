@@ -156,9 +156,10 @@ def test_the_process_serves_a_run_and_ends_when_asked(
             assert http.get("/status").json()["step"] == 40
             assert http.post("/pause", headers=bearer(TOKEN)).status_code == 200
             with http.stream("GET", "/events") as stream:
-                next(stream.iter_raw())
+                parts = stream.iter_raw()
+                next(parts)
                 process.send_signal(signal.SIGTERM)
-                for _ in stream.iter_raw():
+                for _ in parts:
                     pass
         assert process.wait(30) == 0
     finally:

@@ -3,13 +3,21 @@
 Times are unix seconds (`_at`) or durations (`_s`); shares are in 0 to 1; what has not been measured is null.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from common.control import MAX_REPLICAS
 
 Level = Literal["healthy", "waiting", "warning", "failed", "ended"]
+
+
+def _whole(value: Any) -> Any:
+    """3.0 is a whole number in JSON; text and truth values are none."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
 
 
 class Answer(BaseModel):
@@ -247,14 +255,16 @@ class SettingsAnswer(Answer):
 
 
 class SettingsChange(Demand):
-    version: int | None = Field(None, description="Refused with 409 if another change has come in between.")
+    version: Whole | None = Field(None, description="Refused with 409 if another change has come in between.")
     settings: dict[str, int | float | None] = Field(
         min_length=1, max_length=16, description="null: as configured again.", examples=[{"optimizer.lr": 1e-5}]
     )
 
 
 class DesiredReplicas(Demand):
-    replicas: int | None = Field(ge=0, le=MAX_REPLICAS, description="null: no number is ordered any more.")
+    replicas: Annotated[Whole, Field(ge=0, le=MAX_REPLICAS)] | None = Field(
+        description="null: no number is ordered any more."
+    )
 
 
 class Done(Answer):
