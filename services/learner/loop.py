@@ -191,7 +191,6 @@ class Loop:
         return {
             "reward_mean": sum(rewards) / max(1, len(rewards)),
             "version": self.versions.current,
-            "wall_s": self.progress.wall_s,
             "generated_tokens": counts["generated_tokens"],
             "uniform_share": counts["uniform"] / decided,
             "stale_share": counts["stale"] / decided,
@@ -276,8 +275,9 @@ class Loop:
             self._record("evaluation", dict(result))
 
     def _record(self, kind: str, row: dict[str, Any]) -> None:
-        row = {"kind": kind, "step": self.progress.step, "time_s": time.time()} | row
-        self.store.announce(kind, row)  # first: a learner that is fenced off here writes no row
+        position = {"step": self.progress.step, "time_s": time.time(), "wall_s": self.progress.wall_s}
+        row = {"kind": kind} | position | row
+        self.store.record(kind, row)  # first: a learner that is fenced off here writes no row
         self.metrics.append(row)
         self.progress.latest[kind] = row
         _log.info("%s: %s", kind, ", ".join(f"{name} {row[name]:.4g}" for name in _LOGGED if name in row))

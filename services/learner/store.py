@@ -14,11 +14,12 @@ import msgspec
 import redis
 
 from common.control import DESIRED_REPLICAS, desired_replicas
-from common.keys import MAX_EVENTS, TICKET_GROUP, Keys
+from common.keys import MAX_EVENTS, MAX_HISTORY, TICKET_GROUP, Keys
 from common.ledger import Mark, parse_mark
 from common.redis_client import entries_of
 from common.wire import Heartbeat, Ticket, TicketState, WireError, decode_heartbeat, encode
 from services.learner import scripts
+from services.learner.history import numbers_of
 
 DEAD_PAYLOAD_BYTES = 1 << 16
 """How much of a payload that cannot be used is kept in `dead`."""
@@ -205,8 +206,17 @@ class LearnerStore:
         self.execute([("HSET", self.keys.learner, *_flat(status))])
 
     def announce(self, kind: str, event: dict[str, Any]) -> None:
+        self.execute([self._event(kind, event)])
+
+    def record(self, kind: str, row: dict[str, Any]) -> None:
+        """The row of a step or an evaluation: an event, and its numbers in the history."""
+        numbers = msgspec.json.encode(numbers_of(row))
+        history = ("XADD", self.keys.history, "MAXLEN", "~", MAX_HISTORY, "*", "kind", kind, "row", numbers)
+        self.execute([self._event(kind, row), history])
+
+    def _event(self, kind: str, event: dict[str, Any]) -> Command:
         payload = msgspec.json.encode(event)
-        self.execute([("XADD", self.keys.events, "MAXLEN", "~", MAX_EVENTS, "*", "kind", kind, "event", payload)])
+        return ("XADD", self.keys.events, "MAXLEN", "~", MAX_EVENTS, "*", "kind", kind, "event", payload)
 
     def take_swap_pauses_ms(self) -> list[float]:
         """How long replicas paused for weight swaps, since the last call."""
