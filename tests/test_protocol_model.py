@@ -53,12 +53,12 @@ from common.wire import Group, TicketState, Timings, encode
 from services.generation import tickets
 from services.generation.tickets import Lease, TicketStore
 from services.learner import assembly, intake, scripts, versions
-from services.learner.api import Switches
 from services.learner.audit import audit
 from services.learner.checkpoint import NUM_KEPT, TENSORS_FILE
 from services.learner.checkpoint_record import RECORD_FILE, checkpoint_folders, read_record
 from services.learner.dead import dead_entries, purge, retry
 from services.learner.loop import Loop
+from services.learner.orders import Switches
 from services.learner.staleness import group_staleness
 from services.learner.store import Fenced, RedisLost
 from tests.crashing_redis import Crash, Fault, Trap, faults

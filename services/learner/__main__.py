@@ -29,7 +29,8 @@ from common.logs import set_up_logging
 from common.preflight import check_model_folder, check_task
 from common.redis_client import OUTAGE_DEADLINE_S, connect, durability_problem
 from common.waiting import Waits
-from services.learner.api import Switches, make_app
+from services.learner.api import make_app
+from services.learner.orders import Switches
 from services.learner.recording import Recording
 
 _log = logging.getLogger("services.learner")
@@ -113,6 +114,7 @@ def _learn(
     loop, tokenizer = assemble(*arguments)
     if loop.is_at_last_step and (folder / "summary.json").exists():
         _log.info("run %s is complete: more learner.steps would go on with it", folder.name)
+        loop.has_ended()
         return 0
     with serve_in_thread(make_app(loop.versions.root, lambda: _status(loop, folder.name), switches, token), sock):
         try:
@@ -147,9 +149,11 @@ def _status(loop: Any, run: str) -> dict[str, Any]:
         "steps": loop.config.learner.steps,
         "version": loop.versions.current,
         "epoch": loop.store.epoch,
-        "desired_replicas": loop.intake.sight.desired_replicas,
+        "desired_replicas": loop.intake.sight.orders.desired_replicas,
         "advised_replicas": loop.adviser.advice.replicas,
         "advice": loop.adviser.advice.reason,
+        "settings_version": loop.settings.version,
+        "unwritten_orders": [" ".join(map(str, order)) for order in loop.switches.unwritten],
         "counts": dict(loop.intake.books.counts),
         "latest": progress.latest,
     }

@@ -10,21 +10,23 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import redis
 import torch
 
 from common.config import RunConfig
+from common.control import SETTINGS, Settings
 from common.keys import Keys
 from common.preflight import check_vocabulary
 from common.tasks import Task
 from common.waiting import Waits
 from services.learner.advice import Adviser
-from services.learner.api import Switches
 from services.learner.audit import losses_so_far
 from services.learner.checkpoint import load_newest
 from services.learner.checkpoint_record import Loss, Record, checkpoint_folders
 from services.learner.intake import Intake
 from services.learner.loop import Loop, Progress
+from services.learner.orders import Switches, take_up_settings
 from services.learner.policy import Policy, load_tokenizer
 from services.learner.prompts import TicketSource, stop_token_ids
 from services.learner.recording import Recording, RecordingSource
@@ -64,6 +66,12 @@ def assemble(
     record, tensors = load_newest(folder / "checkpoints") or (None, {})
     if record is not None:
         trainer.load_state_tensors(tensors)
+    configured, orders = config, store.orders()
+    recorded_settings = record.settings if record else Settings()
+    config, settings, standing = take_up_settings(configured, orders.settings, recorded_settings)
+    trainer.config = config
+    if standing != orders.settings:
+        store.order([("HSET", SETTINGS, msgspec.json.encode(standing))])
 
     versions_in_redis = store.version_steps()
     versions = Versions(folder / "weights", store, url, token)
@@ -90,7 +98,8 @@ def assemble(
         )
 
     recorded = record.settlements if record else []
-    intake = Intake(config, store, source, version_steps, limits, recorded)
+    intake = Intake(config, store, source, version_steps, limits, recorded, switches)
+    intake.look_at_orders()
     progress = Progress()
     if record is not None:
         intake.books.counts.update(record.counts)
@@ -100,11 +109,11 @@ def assemble(
         if len(losses) > len(record.losses):
             _tell(store, losses[-1])
     metrics = MetricsFile(folder / METRICS_FILE, progress.step)
-    settings = config.generation
-    start = store.advised_replicas() or settings.replicas
-    adviser = Adviser(start, settings.max_replicas, settings.max_groups_in_flight)
+    generation = config.generation
+    start = store.advised_replicas() or generation.replicas
+    adviser = Adviser(start, generation.max_replicas, generation.max_groups_in_flight)
     parts = (store, trainer, intake, versions, switches, metrics, progress, waits, adviser)
-    return Loop(config, folder / "checkpoints", *parts), tokenizer
+    return Loop(configured, config, settings, folder / "checkpoints", *parts), tokenizer
 
 
 def _stop_unfinished(checkpoints: Path) -> None:

@@ -14,10 +14,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from common.config import RunConfig
+from common.control import Orders
 from common.ledger import Mark
 from common.wire import Group, Heartbeat, WireError, decode_group
 from services.learner.books import Books
 from services.learner.evaluation import Evaluation
+from services.learner.orders import Switches
 from services.learner.refusal import Limits, Refused, refuse
 from services.learner.source import Source
 from services.learner.staleness import Staleness, group_staleness
@@ -50,13 +52,12 @@ class Sight(NamedTuple):
     open_tickets: int = 0
     in_stream: int = 0
     replicas: tuple[Heartbeat, ...] = ()
-    desired_replicas: int | None = None
-    """None: no number is ordered."""
+    orders: Orders = Orders()
 
     @property
     def is_generation_paused(self) -> bool:
         """As ordered."""
-        return self.desired_replicas == 0 and not self.replicas
+        return self.orders.desired_replicas == 0 and not self.replicas
 
 
 class Intake:
@@ -70,9 +71,11 @@ class Intake:
         version_steps: dict[int, int],
         limits: Callable[[], Limits],
         recorded: list[Settlement],
+        switches: Switches,
     ) -> None:
         """`limits`: of this moment. `recorded`: by the checkpoint that the learner was taken up from."""
         self.config = config
+        self.switches = switches
         self.store = store
         self.source = source
         self.version_steps = version_steps
@@ -80,6 +83,7 @@ class Intake:
         self.is_admitting = True
         self.sight = Sight()
         self._limits = limits
+        self._max_arrived = 0
         self._step = self._version = 0
         self._sampled_rewards: list[float] = []
         self._arrived: deque[Arrived] = deque()
@@ -89,6 +93,14 @@ class Intake:
         self._changed = threading.Condition()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._work, name="intake", daemon=True)
+        self.configure(config)
+
+    def configure(self, config: RunConfig) -> None:
+        """From now on."""
+        with self._changed:
+            self.config = config
+            self.source.configure(config)
+            self._max_arrived = max(self._max_arrived, 2 * config.learner.max_outstanding_groups)
 
     def start(self) -> None:
         """Goes on where an earlier life has ended, in a thread of its own."""
@@ -203,16 +215,25 @@ class Intake:
     def turn(self) -> None:
         """One turn of the thread: admit, take in, look around now and then."""
         self._top_up()
-        if len(self._arrived) < 2 * self.config.learner.max_outstanding_groups:
+        if len(self._arrived) < self._max_arrived:
             self._take_in(self.store.read(READ_COUNT, READ_BLOCK_S))
-        if time.monotonic() > self._looked + LOOK_INTERVAL_S:
+        if self.switches.unwritten or time.monotonic() > self._looked + LOOK_INTERVAL_S:
             self.look_around()
 
+    def look_at_orders(self) -> None:
+        """Writes what Redis does not know yet, then obeys what stands there."""
+        if unwritten := self.switches.unwritten:
+            self.store.order(unwritten)
+            self.switches.written(unwritten)
+        orders = self.store.orders()
+        self.sight = self.sight._replace(orders=orders)
+        self.switches.follow(orders)
+
     def look_around(self) -> None:
-        """Which replicas live, which evaluation tickets died, which dead tickets are to be issued again."""
+        """What is ordered, which replicas live, which evaluation tickets died, which dead ones to issue again."""
         self._looked = time.monotonic()
-        replicas, desired_replicas = tuple(self.store.replicas()), self.store.desired_replicas()
-        self.sight = self.sight._replace(replicas=replicas, desired_replicas=desired_replicas)
+        self.look_at_orders()
+        self.sight = self.sight._replace(replicas=tuple(self.store.replicas()))
         self._give_up_dead_evaluations()
         for name in self.store.asked_to_retry():
             self._retry_dead(name)
@@ -235,7 +256,7 @@ class Intake:
                 - open_tickets
                 - (in_stream - self.books.num_kept(self.store.keys.groups))
             )
-            if room > 0 and self.is_admitting:
+            if room > 0 and self.is_admitting and not self.switches.paused.is_set():
                 self.books.issued(self.source.issue(self.store, room, self._step, self._version))
 
     def _take_in(self, entries: list[Entry]) -> None:

@@ -28,18 +28,23 @@ class TicketSource:
     def __init__(
         self, config: RunConfig, task: Task, tokenizer: Any, stop_token_ids: list[int], cursor: Cursor
     ) -> None:
-        self.config = config
         self.task = task
         self.tokenizer = tokenizer
-        self.sampling = Sampling(config.sampling.temperature, config.sampling.max_new_tokens, stop_token_ids)
+        self.stop_token_ids = stop_token_ids
+        self.configure(config)
         self.cursor = cursor
         self._prompts = self._from(cursor)
         self._again: deque[Ticket] = deque()
 
+    def configure(self, config: RunConfig) -> None:
+        self.config = config
+        self.sampling = Sampling(config.sampling.temperature, config.sampling.max_new_tokens, self.stop_token_ids)
+
     def issue(self, store: LearnerStore, count: int, step: int, version: int) -> list[str]:
         """Adds `count` tickets, those to be issued again first; returns their ids."""
         again = [self._again.popleft() for _ in range(min(count, len(self._again)))]
-        tickets = [msgspec.structs.replace(t, min_weight_version=version, issued_step=step) for t in again]
+        now = {"min_weight_version": version, "issued_step": step, "sampling": self.sampling}
+        tickets = [msgspec.structs.replace(ticket, **now) for ticket in again]
         tickets += self.next_train(count - len(again), step, version)
         store.add_tickets(store.keys.tickets, tickets, self.cursor)
         return [ticket.id for ticket in tickets]

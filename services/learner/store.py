@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import redis
 
-from common.control import DESIRED_REPLICAS, desired_replicas
+from common.control import Orders, desired_replicas, parse_orders
 from common.keys import MAX_EVENTS, MAX_HISTORY, TICKET_GROUP, Keys
 from common.ledger import Mark, parse_mark
 from common.redis_client import entries_of
@@ -187,12 +187,12 @@ class LearnerStore:
                 _log.warning("%s is no heartbeat: %s", name.decode(errors="replace"), error)
         return found
 
-    def desired_replicas(self) -> int | None:
-        """What is ordered of the launcher; None if nothing is, or nothing that it could obey."""
-        try:
-            return desired_replicas(_text(self.client.hget(self.keys.control, DESIRED_REPLICAS) or b""))
-        except ValueError:
-            return None
+    def orders(self) -> Orders:
+        return parse_orders(self.client.hgetall(self.keys.control))
+
+    def order(self, orders: Iterable[Command]) -> None:
+        """Commands on the hash of orders, without its key."""
+        self.execute([(verb, self.keys.control, *rest) for verb, *rest in orders])
 
     def advised_replicas(self) -> int | None:
         """What an earlier learner of this run has last advised."""
