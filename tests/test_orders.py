@@ -188,14 +188,14 @@ def test_settings_count_from_the_next_step_on(loop: Loop, client: redis.Redis, k
         seen.append(loop.trainer.config.actor.eps_clip)
         return train(*arguments)
 
-    loop.trainer.train = watch  # type: ignore[method-assign]
+    loop.trainer.train = watch  # type: ignore[assignment, method-assign]
     assert loop.run()
     rates = [row["lr"] for row in rows_of(tmp_path, "step")]
     linear = [1 - step / STEPS * 0.8 for step in range(STEPS)]
     assert rates == pytest.approx([lr * x * (1 if step < 2 else 10) for step, x in enumerate(linear)])
     assert seen == [0.2] * 2 + [0.05] * 4
     assert client.hget(keys.learner, "settings_version") == b"1"
-    values = {"optimizer.lr": lr * 10, "actor.eps_clip": 0.05}
+    values: dict[str, int | float | None] = {"optimizer.lr": lr * 10, "actor.eps_clip": 0.05}
     assert events_of(client, keys, "settings") == [{"version": 1, "step": 2, "values": values}]
     (refused,) = events_of(client, keys, "settings_refused")
     assert refused["version"] == 2 and "optimizer.lr -1.0: Input should be greater than 0" in refused["reason"]

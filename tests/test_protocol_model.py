@@ -59,6 +59,7 @@ from services.learner.checkpoint_record import RECORD_FILE, checkpoint_folders, 
 from services.learner.dead import dead_entries, purge, retry
 from services.learner.loop import Loop
 from services.learner.orders import Switches
+from services.learner.shown import TrainedRollout
 from services.learner.staleness import group_staleness
 from services.learner.store import Fenced, RedisLost
 from tests.crashing_redis import Crash, Fault, Trap, faults
@@ -90,7 +91,7 @@ HOMES = {"open": WORK, "queued": ANSWERS, "dead": ("dead", "dead")}
 KINDS = ["mixed", "mixed", "mixed", "uniform", "old", "future", "fail", "hand back"]
 """What a replica does with a ticket; a group of a future version is refused by the learner."""
 JUNK = [{"id": "9-99", "group": "?"}, {"id": "x", "ticket": "?"}, {"unheard": "of"}]
-NUM_COMMANDS = {"turn": 4, "step": 6, "look": 4, "evaluate": 1, "checkpoint": 3}
+NUM_COMMANDS = {"turn": 4, "step": 7, "look": 4, "evaluate": 1, "checkpoint": 3}
 """About how many a learner sends."""
 ANY_FAULT = faults(30, "before", "after", "twice", "full")
 LEARNER_FAULT = faults(12, "before", "after", "twice", "full", "frozen")
@@ -108,6 +109,9 @@ class Trainer:
     def train(self, groups: Sequence[Group], *_: object) -> dict[str, float]:
         self.seen += [zlib.crc32(group.ticket.id.encode()) for group in groups]
         return {}
+
+    def as_trained(self, _: str) -> list[TrainedRollout]:
+        return []
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         return {"seen": torch.tensor(self.seen, dtype=torch.int64)}

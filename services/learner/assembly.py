@@ -32,6 +32,7 @@ from services.learner.prompts import TicketSource, stop_token_ids
 from services.learner.recording import Recording, RecordingSource
 from services.learner.refusal import Limits
 from services.learner.report import METRICS_FILE, MetricsFile
+from services.learner.shown import TokenTexts
 from services.learner.source import Source
 from services.learner.store import Cursor, LearnerStore
 from services.learner.trainer import Trainer
@@ -112,7 +113,7 @@ def assemble(
     generation = config.generation
     start = store.advised_replicas() or generation.replicas
     adviser = Adviser(start, generation.max_replicas, generation.max_groups_in_flight)
-    parts = (store, trainer, intake, versions, switches, metrics, progress, waits, adviser)
+    parts = (store, trainer, intake, versions, switches, metrics, progress, waits, adviser, TokenTexts(tokenizer))
     return Loop(configured, config, settings, folder / "checkpoints", *parts), tokenizer
 
 

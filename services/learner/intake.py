@@ -21,6 +21,7 @@ from services.learner.books import Books
 from services.learner.evaluation import Evaluation
 from services.learner.orders import Switches
 from services.learner.refusal import Limits, Refused, refuse
+from services.learner.shown import Decided, DecidedSample
 from services.learner.source import Source
 from services.learner.staleness import Staleness, group_staleness
 from services.learner.store import Entry, LearnerStore, Settlement
@@ -88,6 +89,7 @@ class Intake:
         self._sampled_rewards: list[float] = []
         self._arrived: deque[Arrived] = deque()
         self._evaluation: Evaluation | None = None
+        self._sample = DecidedSample()
         self._looked = 0.0
         self._failure: BaseException | None = None
         self._changed = threading.Condition()
@@ -123,6 +125,7 @@ class Intake:
         """The learner has completed `step` steps and published `version`."""
         with self._changed:
             self._step, self._version = step, version
+            self._sample.begin("trained", "uniform", "stale")
 
     def take_batch(self, timeout_s: float, is_interrupted: Callable[[], bool]) -> list[Arrived] | None:
         """`groups_per_step` fresh groups, or None when interrupted or after `timeout_s` seconds."""
@@ -142,12 +145,18 @@ class Intake:
         with self._changed:
             for arrived in batch:
                 self.books.consume(arrived.entry, arrived.group, "trained")
+                self._sample.add(arrived.group, "trained", self._step, arrived.staleness.total)
 
     def take_sampled_rewards(self) -> list[float]:
         """Of all training completions that arrived since the last call, those of uniform groups included."""
         with self._changed:
             rewards, self._sampled_rewards = self._sampled_rewards, []
             return rewards
+
+    def take_sample(self) -> list[Decided]:
+        """Some of the groups that were decided since the last call."""
+        with self._changed:
+            return self._sample.take()
 
     def consumed(self) -> Consumed:
         """What the next checkpoint must record."""
@@ -167,6 +176,7 @@ class Intake:
         with self._changed:
             assert self._evaluation is None
             self._evaluation = Evaluation.of(step, tickets)
+            self._sample.begin("evaluated")
         self.store.add_tickets(self.store.keys.eval, tickets)
 
     @property
@@ -283,10 +293,13 @@ class Intake:
                 if self._evaluation is not None:
                     self._evaluation.collect(group, self.version_steps)
                 self.books.consume(entry, group, "evaluated")
+                self._sample.add(group, "evaluated", self._step, None)
             else:
                 self._sampled_rewards += group.rewards
                 if self.config.actor.dynamic_sampling and group.is_uniform:
                     self.books.consume(entry, group, "uniform")
+                    staleness = group_staleness(group, self._step, self.version_steps)
+                    self._sample.add(group, "uniform", self._step, staleness.total)
                 else:
                     self._arrived.append(Arrived(entry, group))
             self._changed.notify_all()
@@ -300,6 +313,7 @@ class Intake:
                 kept.append(Arrived(entry, group, staleness))
                 continue
             self.books.consume(entry, group, "stale")
+            self._sample.add(group, "stale", self._step, staleness.total)
             self.source.replace_stale(group.ticket)
         self._arrived = kept
 

@@ -23,6 +23,7 @@ from services.learner.intake import Arrived, Intake
 from services.learner.metrics import group_durations_s, staleness_metrics
 from services.learner.orders import Switches
 from services.learner.report import MetricsFile
+from services.learner.shown import TokenTexts, shown_group
 from services.learner.store import LearnerStore
 from services.learner.trainer import Trainer
 from services.learner.versions import Versions
@@ -89,6 +90,7 @@ class Loop:
     progress: Progress
     waits: Waits
     adviser: Adviser
+    token_texts: TokenTexts
     _is_checkpoint_due: bool = False
     _is_evaluation_due: bool = False
     _is_shown_paused: bool = False
@@ -181,7 +183,9 @@ class Loop:
         self._publish()
         self.intake.mark_trained(batch)
         published = time.monotonic()
+        self._show_groups()
         timings = {"wait_s": waited - started, "publish_s": published - trained, "step_s": published - started}
+        timings["show_s"] = time.monotonic() - published
         tickets = {
             "tickets": [arrived.entry.ticket_id for arrived in batch],
             "group_s": group_durations_s([arrived.group for arrived in batch]),
@@ -206,6 +210,7 @@ class Loop:
                 return batch
             lasted_s = self._wait_for_groups(Reason.STARVED)
             self._show("waiting")
+            self._show_groups()
             self._obey()
             self._evaluate_if_due()
             if lasted_s > IDLE_CHECKPOINT_S and (self.intake.books.held_bytes or self._is_checkpoint_due):
@@ -326,6 +331,7 @@ class Loop:
             if self.switches.stop.is_set():
                 break
             self._wait_for_groups(Reason.EVALUATING)
+            self._show_groups()
             self._obey()
         self._has_groups(Reason.EVALUATING)
         return result
@@ -342,6 +348,15 @@ class Loop:
         self.progress.latest[kind] = row
         _log.info("%s: %s", kind, ", ".join(f"{name} {row[name]:.4g}" for name in _LOGGED if name in row))
 
+    def _show_groups(self) -> None:
+        """A sample of them, for people to read."""
+        decided = self.intake.take_sample()
+        trained = [self.trainer.as_trained(one.group.ticket.id) if one.state == "trained" else [] for one in decided]
+        if decided:
+            self.store.show(
+                shown_group(one, rollouts, self.token_texts) for one, rollouts in zip(decided, trained, strict=True)
+            )
+
     def _wait_while_paused(self) -> None:
         """Neither steps nor tickets; an evaluation that runs is brought to its end."""
         if not self.switches.paused.is_set():
@@ -349,6 +364,7 @@ class Loop:
         self._show("paused")
         while self.switches.paused.is_set() and not self.switches.stop.wait(SWITCH_POLL_S):
             self.waits.waiting(Reason.PAUSED)
+            self._show_groups()
             self._obey()
             self._record_evaluation(self.intake.finished_evaluation())
         self.waits.over(Reason.PAUSED)

@@ -14,9 +14,10 @@ import msgspec
 import redis
 
 from common.control import Orders, desired_replicas, parse_orders
-from common.keys import MAX_EVENTS, MAX_HISTORY, TICKET_GROUP, Keys
+from common.keys import MAX_EVENTS, MAX_HISTORY, MAX_SHOWN, TICKET_GROUP, Keys
 from common.ledger import Mark, parse_mark
 from common.redis_client import entries_of
+from common.shown import ShownGroup
 from common.wire import Heartbeat, Ticket, TicketState, WireError, decode_heartbeat, encode
 from services.learner import scripts
 from services.learner.history import numbers_of
@@ -213,6 +214,15 @@ class LearnerStore:
         numbers = msgspec.json.encode(numbers_of(row))
         history = ("XADD", self.keys.history, "MAXLEN", "~", MAX_HISTORY, "*", "kind", kind, "row", numbers)
         self.execute([self._event(kind, row), history])
+
+    def show(self, groups: Iterable[ShownGroup]) -> None:
+        """Adds them to what people may read."""
+        self.execute([self._shown(group) for group in groups])
+
+    def _shown(self, group: ShownGroup) -> Command:
+        fields = ("id", group.id, "kind", group.kind, "state", group.state, "step", group.step)
+        payload = msgspec.json.encode(group)
+        return ("XADD", self.keys.shown, "MAXLEN", "~", MAX_SHOWN, "*", *fields, "group", payload)
 
     def _event(self, kind: str, event: dict[str, Any]) -> Command:
         payload = msgspec.json.encode(event)
