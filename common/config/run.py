@@ -154,7 +154,13 @@ class GenerationConfig(Section):
 class EvaluationConfig(Section):
     interval_steps: int = Field(0, ge=0, description="Steps between evaluations; 0: before and after the run only.")
     num_prompts: int = Field(256, ge=1, description="Held-out prompts, the first of the split.")
-    num_samples: int = Field(2, ge=1, description="Completions per held-out prompt, at the sampling temperature.")
+    num_samples: int = Field(2, ge=1, description="Completions per held-out prompt; pass@k is told up to this k.")
+    temperature: float | None = Field(
+        None,
+        ge=0,
+        le=1e3,
+        description="Of evaluations; default: the sampling temperature. 0: greedy, where one sample says it all.",
+    )
 
 
 class RunConfig(Section):

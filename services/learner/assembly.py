@@ -16,12 +16,14 @@ import torch
 
 from common.config import RunConfig
 from common.control import SETTINGS, Settings
+from common.durable import move_into_place
 from common.keys import Keys
 from common.preflight import check_vocabulary
 from common.tasks import Task
 from common.waiting import Waits
 from services.learner.advice import Adviser
 from services.learner.audit import losses_so_far
+from services.learner.best import FRAME, Best
 from services.learner.checkpoint import load_newest
 from services.learner.checkpoint_record import Loss, Record, checkpoint_folders
 from services.learner.intake import Intake
@@ -114,7 +116,17 @@ def assemble(
     start = store.advised_replicas() or generation.replicas
     adviser = Adviser(start, generation.max_replicas, generation.max_groups_in_flight)
     parts = (store, trainer, intake, versions, switches, metrics, progress, waits, adviser, TokenTexts(tokenizer))
-    return Loop(configured, config, settings, folder / "checkpoints", *parts), tokenizer
+    _save_frame(policy, folder / FRAME, tokenizer)
+    best = Best(folder, store.epoch, store.check_fence)
+    return Loop(configured, config, settings, folder / "checkpoints", *parts, best), tokenizer
+
+
+def _save_frame(policy: Policy, frame: Path, tokenizer: Any) -> None:
+    """What `best/` and an export need beside weights, so that they do not need the model that the run started from."""
+    aside = frame.with_name(f"{frame.name}-aside")
+    shutil.rmtree(aside, ignore_errors=True)
+    policy.save_frame(aside, tokenizer)
+    move_into_place(aside, frame)
 
 
 def _stop_unfinished(checkpoints: Path) -> None:

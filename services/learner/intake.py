@@ -175,7 +175,7 @@ class Intake:
         tickets = self.source.evaluation(step, version)
         with self._changed:
             assert self._evaluation is None
-            self._evaluation = Evaluation.of(step, tickets)
+            self._evaluation = Evaluation.of(step, version, tickets)
             self._sample.begin("evaluated")
         self.store.add_tickets(self.store.keys.eval, tickets)
 

@@ -17,6 +17,7 @@ from common.config.hot import with_settings
 from common.control import Orders, Settings
 from common.waiting import Reason, Waits
 from services.learner.advice import Advice, Adviser
+from services.learner.best import Best
 from services.learner.checkpoint import CheckpointError, save_checkpoint
 from services.learner.checkpoint_record import MAX_VERSION_STEPS, Loss, Record
 from services.learner.intake import Arrived, Intake
@@ -91,6 +92,7 @@ class Loop:
     waits: Waits
     adviser: Adviser
     token_texts: TokenTexts
+    best: Best
     _is_checkpoint_due: bool = False
     _is_evaluation_due: bool = False
     _is_shown_paused: bool = False
@@ -310,6 +312,7 @@ class Loop:
     def _begin_evaluation(self) -> None:
         self._is_evaluation_due = False
         self._evaluated = self.versions.current
+        self.best.set_aside(self.progress.step, self._evaluated, self.versions.copy_of_newest())
         self.intake.begin_evaluation(self.progress.step, self._evaluated)
 
     def _evaluate_and_wait(self) -> bool:
@@ -338,7 +341,7 @@ class Loop:
 
     def _record_evaluation(self, result: dict[str, float] | None) -> None:
         if result is not None:
-            self._record("evaluation", dict(result))
+            self._record("evaluation", result | {"is_best": self.best.decide(result["held_out"])})
 
     def _record(self, kind: str, row: dict[str, Any]) -> None:
         position = {"step": self.progress.step, "time_s": time.time(), "wall_s": self.progress.wall_s}
@@ -401,4 +404,5 @@ class Loop:
     def close(self) -> None:
         self.intake.stop()
         self.versions.close()
+        self.best.close()
         self.metrics.close()

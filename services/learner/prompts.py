@@ -15,8 +15,12 @@ import msgspec
 from common.config import RunConfig
 from common.ledger import TicketName, parse_name
 from common.tasks import Prompt, Task
-from common.wire import Sampling, Ticket
+from common.wire import MIN_TEMPERATURE, Sampling, Ticket
 from services.learner.store import Cursor, LearnerStore
+
+GREEDY = MIN_TEMPERATURE
+"""At this temperature the likeliest token is sampled, or any that is within about 1e-5 nats of it. SGLang's own greedy
+mode would send the other completions of the batch through its top-k sampler."""
 
 
 class TicketSource:
@@ -108,6 +112,9 @@ class TicketSource:
             self._ticket(prompt, f"eval-{version}-{place}", "eval", settings.num_samples, step, version)
             for place, prompt in enumerate(itertools.islice(prompts, settings.num_prompts))
         ]
+        if settings.temperature is not None:
+            sampling = msgspec.structs.replace(self.sampling, temperature=max(settings.temperature, GREEDY))
+            tickets = [msgspec.structs.replace(ticket, sampling=sampling) for ticket in tickets]
         if not tickets:
             raise ValueError(f"task {self.config.task.name!r} has no held-out prompts")
         return tickets
