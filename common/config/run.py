@@ -173,6 +173,9 @@ class RunConfig(Section):
     learner: LearnerConfig = LearnerConfig()
     generation: GenerationConfig = GenerationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = Field(
+        [], description="Also write every row of metrics there; `pip install` them first."
+    )
     redis_url: str | None = Field(None, description="An existing Redis; default: `headrace up` starts one.")
     durability: Literal["strict", "relaxed"] = Field(
         "strict", description="strict refuses a Redis that may lose writes (appendonly, appendfsync, eviction)."

@@ -26,7 +26,7 @@ from common.durable import file_entry
 from common.http_service import listen, serve_in_thread, token_at, url_of
 from common.keys import Keys
 from common.logs import set_up_logging
-from common.preflight import check_model_folder, check_task
+from common.preflight import check_model_folder, check_task, check_trackers
 from common.redis_client import OUTAGE_DEADLINE_S, connect, durability_problem
 from common.waiting import Waits
 from services.learner.api import make_app
@@ -75,6 +75,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if not redis_url:
         raise ValueError("no Redis: expected --redis-url, HEADRACE_REDIS_URL or redis_url in the configuration")
     check_model_folder(config.model.path)
+    check_trackers(config)
     task = check_task(config)
     problem = durability_problem(connect(redis_url))
     if problem and config.durability == "strict":

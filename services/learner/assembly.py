@@ -37,6 +37,7 @@ from services.learner.report import METRICS_FILE, MetricsFile
 from services.learner.shown import TokenTexts
 from services.learner.source import Source
 from services.learner.store import Cursor, LearnerStore
+from services.learner.trackers import Trackers
 from services.learner.trainer import Trainer
 from services.learner.versions import Versions
 
@@ -115,10 +116,12 @@ def assemble(
     generation = config.generation
     start = store.advised_replicas() or generation.replicas
     adviser = Adviser(start, generation.max_replicas, generation.max_groups_in_flight)
-    parts = (store, trainer, intake, versions, switches, metrics, progress, waits, adviser, TokenTexts(tokenizer))
+    trackers = Trackers(config.trackers, folder, configured.model_dump(exclude={"redis_url"}), progress.step)
     _save_frame(policy, folder / FRAME, tokenizer)
     best = Best(folder, store.epoch, store.check_fence)
-    return Loop(configured, config, settings, folder / "checkpoints", *parts, best), tokenizer
+    outcome = (metrics, trackers, progress, waits, adviser, TokenTexts(tokenizer), best)
+    parts = (store, trainer, intake, versions, switches, *outcome)
+    return Loop(configured, config, settings, folder / "checkpoints", *parts), tokenizer
 
 
 def _save_frame(policy: Policy, frame: Path, tokenizer: Any) -> None:

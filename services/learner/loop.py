@@ -26,6 +26,7 @@ from services.learner.orders import Switches
 from services.learner.report import MetricsFile
 from services.learner.shown import TokenTexts, shown_group
 from services.learner.store import LearnerStore
+from services.learner.trackers import Trackers
 from services.learner.trainer import Trainer
 from services.learner.versions import Versions
 
@@ -88,6 +89,7 @@ class Loop:
     versions: Versions
     switches: Switches
     metrics: MetricsFile
+    trackers: Trackers
     progress: Progress
     waits: Waits
     adviser: Adviser
@@ -348,6 +350,7 @@ class Loop:
         row = {"kind": kind} | position | row
         self.store.record(kind, row)  # first: a learner that is fenced off here writes no row
         self.metrics.append(row)
+        self.trackers.write(row)
         self.progress.latest[kind] = row
         _log.info("%s: %s", kind, ", ".join(f"{name} {row[name]:.4g}" for name in _LOGGED if name in row))
 
@@ -406,3 +409,4 @@ class Loop:
         self.versions.close()
         self.best.close()
         self.metrics.close()
+        self.trackers.close()
