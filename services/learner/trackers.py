@@ -122,7 +122,7 @@ class Trackers:
         while trackers and (row := self._rows.get()) is not None:
             numbers = {f"{row['kind']}/{name}": value for name, value in row.items() if isinstance(value, int | float)}
             for name, tracker in list(trackers.items()):
-                self._try(trackers, name, partial(tracker.log, numbers, int(row["step"])))
+                self._try(trackers, name, partial(tracker.log, numbers, int(row["step"] or 0)))
         for name, tracker in list(trackers.items()):
             self._try(trackers, name, tracker.close)
 
