@@ -497,7 +497,7 @@ class Protocol(RuleBasedStateMachine):
         elif name == "checkpoint":
             loop._checkpoint()
         elif not loop.intake.is_evaluating and f"eval-{loop.versions.current}-0" not in self.marks:
-            loop.intake.begin_evaluation(loop.progress.step, loop.versions.current)
+            loop._begin_evaluation()
 
     def _as_replica(self, act: Coroutine[Any, Any, Any], fault: Fault | None) -> Any:
         """None if it dies of it."""
