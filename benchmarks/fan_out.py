@@ -32,7 +32,8 @@ from services.generation.fetching import Fetcher
 from services.generation.host_copy import HostCopy
 from services.generation.publication import Published, bring
 from services.generation.sharing import Sharing, weights_router
-from services.learner.api import Switches, make_app
+from services.learner.api import make_app
+from services.learner.orders import Switches
 from services.learner.version_writer import VersionWriter
 from services.learner.versions import places_above
 

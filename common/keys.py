@@ -19,7 +19,7 @@ config      string                       the resolved configuration, for replica
 control     hash                         what is ordered (common/control.py)                  control, command line
 launcher    string, TTL                  host and process of the launcher that obeys it       launcher
 events      stream, bounded              what happened, for the page and the command line     everybody
-history     stream, bounded              rows of numbers, one a step and one an evaluation    learner
+history     stream, bounded              rows of numbers; the last one of a step counts       learner
 shown       stream, bounded              a sample of groups for people to read                learner
 """
 

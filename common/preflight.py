@@ -53,7 +53,7 @@ class _TokenizerFile(msgspec.Struct):
 def check_run(config: RunConfig, missing: list[str] | None = None) -> None:
     """Raises the first problem; given `missing`, collects there what is only not here, and raises only the rest."""
     prepare_hub(config)
-    for check in (check_addresses, check_redis, check_model, check_task, check_engine):
+    for check in (check_addresses, check_redis, check_model, check_task, check_engine, check_trackers):
         try:
             check(config)
         except NotHere as problem:
@@ -126,6 +126,12 @@ def check_engine(config: RunConfig) -> None:
 def check_engine_installed() -> None:
     if importlib.util.find_spec("sglang") is None:
         raise NotHere("SGLang is not installed here; expected `make setup`, or generation.engine.url of a server")
+
+
+def check_trackers(config: RunConfig) -> None:
+    for name in config.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise NotHere(f"trackers: {name} is not installed here; expected `pip install {name}`, or no such tracker")
 
 
 def check_task(config: RunConfig) -> Task:

@@ -10,7 +10,15 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 import numpy as np
 
-from common.wire_checks import WireError, check_group, check_heartbeat, check_ticket, name_problem, one_line
+from common.wire_checks import (
+    MIN_TEMPERATURE,
+    WireError,
+    check_group,
+    check_heartbeat,
+    check_ticket,
+    name_problem,
+    one_line,
+)
 from common.wire_structs import (
     MAX_COMPLETIONS,
     SCHEMA,
@@ -27,6 +35,7 @@ from common.wire_structs import (
 )
 
 __all__ = [
+    "MIN_TEMPERATURE",
     "SCHEMA",
     "Group",
     "Heartbeat",

@@ -12,10 +12,10 @@ from common.keys import Keys
 from common.tasks import load_task
 from common.waiting import Waits
 from common.wire import Group, Rollout, Timings, VersionSpan, encode
-from services.learner.api import Switches
 from services.learner.assembly import assemble
 from services.learner.checkpoint import load_newest
 from services.learner.loop import Loop
+from services.learner.orders import Switches
 from services.learner.recording import Header, RecordedGroup, Recording, RecordingWriter
 from tests.making import make_ticket
 

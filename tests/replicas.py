@@ -26,7 +26,8 @@ from services.generation.reward_pool import RewardPool
 from services.generation.tickets import TicketStore
 from services.generation.turns import Turns
 from services.generation.weights import WeightFollower
-from services.learner.api import Switches, make_app
+from services.learner.api import make_app
+from services.learner.orders import Switches
 from services.learner.policy import load_tokenizer
 from services.learner.store import LearnerStore
 from services.learner.versions import Versions

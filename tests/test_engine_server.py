@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -128,7 +129,7 @@ def test_what_the_server_leaves_in_the_temporary_folder_goes_with_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """SGLang leaves its sockets."""
-    monkeypatch.setattr(engine_server.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     script = "import sys, tempfile; open(tempfile.mkstemp()[1]); sys.exit(7)"
     server = server_running([sys.executable, "-c", script], monkeypatch, tmp_path / "sglang.log")
     with pytest.raises(EngineError, match="exited with 7"):

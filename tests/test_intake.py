@@ -7,11 +7,13 @@ import pytest
 import redis
 
 from common.config import RunConfig
+from common.config.hot import with_settings
 from common.keys import Keys
 from common.tasks import Prompt
 from common.wire import Group, Ticket, Timings, decode_ticket
 from services.learner.dead import purge, retry
 from services.learner.intake import Intake
+from services.learner.orders import Switches
 from services.learner.prompts import TicketSource
 from services.learner.refusal import Limits
 from services.learner.store import Cursor, LearnerStore, Settlement
@@ -69,7 +71,7 @@ class Harness:
         self.intake.advance(0, 1)
 
     def take_up(self, config: RunConfig, recorded: list[Settlement]) -> Intake:
-        return Intake(config, self.store, self.source, self.versions, lambda: LIMITS, recorded)
+        return Intake(config, self.store, self.source, self.versions, lambda: LIMITS, recorded, Switches())
 
     def answer(self, stream: str, rewards: tuple[float, ...] = (1.0, 0.0), version: int = 1) -> list[str]:
         """Commits a group for every open ticket of the stream."""
@@ -337,3 +339,33 @@ def test_a_ticket_is_made_again_from_its_id() -> None:
     for name, reason in (("1-9", "no such prompt"), ("eval-1-0", "evaluation is over"), ("x", "expected epoch-place")):
         with pytest.raises(ValueError, match=reason):
             source.rebuild([name], 3, 4)
+
+
+def test_a_change_of_temperature_reaches_tickets_that_are_issued_from_now_on(client: redis.Redis, keys: Keys) -> None:
+    """The one of before stands in the tickets that are out, and the learner divides by what stands there."""
+    harness = Harness(client, keys, make_config())
+    harness.turn()
+    harness.answer(keys.tickets)
+    harness.turn()
+    harness.intake.configure(with_settings(make_config(), {"sampling.temperature": 0.5}))
+    harness.versions[2] = 2
+    harness.intake.advance(2, 2)
+    assert harness.intake.take_batch(0.0, never) is None
+    harness.turn()
+    tickets = [decode_ticket(fields[b"ticket"]) for _, fields in client.xrange(keys.tickets)]
+    assert [ticket.id for ticket in tickets[:2]] == ["0-0.1", "0-1.1"], "also the same prompts once more"
+    assert {ticket.sampling.temperature for ticket in tickets} == {0.5}
+
+
+def test_a_lower_max_staleness_admits_less_and_drops_more(client: redis.Redis, keys: Keys) -> None:
+    harness = Harness(client, keys, make_config())
+    harness.turn()
+    harness.answer(keys.tickets)
+    harness.turn()
+    harness.versions[2] = 1
+    harness.intake.advance(1, 2)
+    harness.intake.configure(with_settings(make_config(), {"learner.max_staleness": 0}))
+    assert harness.intake.take_batch(0.0, never) is None
+    assert harness.intake.books.counts["stale"] == 8
+    harness.turn()
+    assert len(harness.outstanding()) == 4

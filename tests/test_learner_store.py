@@ -1,5 +1,7 @@
 """The learner's writes to a real Redis: fenced, idempotent, settled in order."""
 
+import json
+
 import pytest
 import redis
 
@@ -140,3 +142,25 @@ def test_a_redis_that_may_lose_writes_is_named(client: redis.Redis) -> None:
 def test_a_run_name_is_one_hash_slot_and_one_folder(run: str) -> None:
     with pytest.raises(ValueError, match="run '"):
         Keys(run)
+
+
+def test_a_row_is_an_event_and_its_numbers_are_history(client: redis.Redis, keys: Keys) -> None:
+    store = LearnerStore(client, keys)
+    row = {"kind": "step", "step": 3, "time_s": 1700000000.1234, "kl": float("nan"), "lr": 1 / 3e6, "tickets": ["0-0"]}
+    store.record("step", row | {"is_best": True, "loss": float("-inf")})
+    ((_, event),) = client.xrange(keys.events)
+    assert event[b"kind"] == b"step" and b'"tickets":["0-0"]' in event[b"event"]
+    ((_, fields),) = client.xrange(keys.history)
+    assert fields[b"kind"] == b"step"
+    assert json.loads(fields[b"row"]) == {
+        "step": 3,
+        "time_s": 1700000000.123,
+        "kl": None,
+        "lr": 3.333333e-7,
+        "is_best": True,
+        "loss": None,
+    }
+    LearnerStore(client, keys)
+    with pytest.raises(Fenced):
+        store.record("step", row)
+    assert client.xlen(keys.history) == client.xlen(keys.events) == 1

@@ -53,12 +53,13 @@ from common.wire import Group, TicketState, Timings, encode
 from services.generation import tickets
 from services.generation.tickets import Lease, TicketStore
 from services.learner import assembly, intake, scripts, versions
-from services.learner.api import Switches
 from services.learner.audit import audit
 from services.learner.checkpoint import NUM_KEPT, TENSORS_FILE
 from services.learner.checkpoint_record import RECORD_FILE, checkpoint_folders, read_record
 from services.learner.dead import dead_entries, purge, retry
 from services.learner.loop import Loop
+from services.learner.orders import Switches
+from services.learner.shown import TrainedRollout
 from services.learner.staleness import group_staleness
 from services.learner.store import Fenced, RedisLost
 from tests.crashing_redis import Crash, Fault, Trap, faults
@@ -90,7 +91,7 @@ HOMES = {"open": WORK, "queued": ANSWERS, "dead": ("dead", "dead")}
 KINDS = ["mixed", "mixed", "mixed", "uniform", "old", "future", "fail", "hand back"]
 """What a replica does with a ticket; a group of a future version is refused by the learner."""
 JUNK = [{"id": "9-99", "group": "?"}, {"id": "x", "ticket": "?"}, {"unheard": "of"}]
-NUM_COMMANDS = {"turn": 4, "step": 6, "look": 4, "evaluate": 1, "checkpoint": 3}
+NUM_COMMANDS = {"turn": 4, "step": 7, "look": 4, "evaluate": 1, "checkpoint": 3}
 """About how many a learner sends."""
 ANY_FAULT = faults(30, "before", "after", "twice", "full")
 LEARNER_FAULT = faults(12, "before", "after", "twice", "full", "frozen")
@@ -108,6 +109,9 @@ class Trainer:
     def train(self, groups: Sequence[Group], *_: object) -> dict[str, float]:
         self.seen += [zlib.crc32(group.ticket.id.encode()) for group in groups]
         return {}
+
+    def as_trained(self, _: str) -> list[TrainedRollout]:
+        return []
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         return {"seen": torch.tensor(self.seen, dtype=torch.int64)}
@@ -127,10 +131,16 @@ class Policy:
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"weight": torch.zeros(1)}
 
+    def save_frame(self, folder: Path, _: Any) -> None:
+        folder.mkdir()
+
 
 class Tokenizer(PlainTokenizer):
     def __len__(self) -> int:
         return 512
+
+    def decode(self, tokens: list[int], **_: object) -> str:
+        return "x" * len(tokens)
 
 
 class Stepwise(Loop):
@@ -487,7 +497,7 @@ class Protocol(RuleBasedStateMachine):
         elif name == "checkpoint":
             loop._checkpoint()
         elif not loop.intake.is_evaluating and f"eval-{loop.versions.current}-0" not in self.marks:
-            loop.intake.begin_evaluation(loop.progress.step, loop.versions.current)
+            loop._begin_evaluation()
 
     def _as_replica(self, act: Coroutine[Any, Any, Any], fault: Fault | None) -> Any:
         """None if it dies of it."""

@@ -52,7 +52,7 @@ def use(group: Group) -> None:
     for micro_batch in micro_batches:
         assert (1 / micro_batch.temperature).max() < np.inf and micro_batch.input_ids.max() < LIMITS.vocab_size
     rows = [train(micro_batch) for micro_batch in micro_batches]
-    evaluation = Evaluation(STEP, {group.ticket.id})
+    evaluation = Evaluation(STEP, 1, {group.ticket.id})
     evaluation.collect(group, VERSION_STEPS)
     staleness = group_staleness(group, STEP, VERSION_STEPS)
     rows += [group_metrics([group]), evaluation.result(), staleness_metrics([staleness])]

@@ -24,7 +24,9 @@ from common.weights import (
     version_folder,
 )
 from common.wire import Heartbeat, encode
-from services.learner.api import Switches, make_app
+from services.learner import orders as orders_module
+from services.learner.api import make_app
+from services.learner.orders import Switches
 from services.learner.store import Fenced, LearnerStore
 from services.learner.versions import Versions, places_above
 
@@ -205,13 +207,14 @@ def test_a_manifest_of_impossible_tensors_is_refused(
 
 
 def test_the_learner_serves_versions_and_obeys_only_with_the_token(
-    tmp_path: Path, client: redis.Redis, keys: Keys
+    tmp_path: Path, client: redis.Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     versions = make_versions(tmp_path, client, keys)
     manifest = versions.publish(tensors(1.0), 0)
     versions.close()
     switches, sock = Switches(), listen("127.0.0.1", 0)
     app = make_app(versions.root, lambda: {"paused": switches.paused.is_set()}, switches, "secret")
+    monkeypatch.setattr(orders_module, "WRITE_PATIENCE_S", 0.01)  # nobody writes them
     with serve_in_thread(app, sock), httpx.Client(base_url=url_of(sock)) as http:
         assert http.get("/healthz").json() == {"status": "ok"}
         for path in ("/weights/latest", f"/weights/1/{MODEL_FILE}"):
@@ -243,7 +246,13 @@ def test_the_learner_serves_versions_and_obeys_only_with_the_token(
         assert http.post("/resume", headers=bearer("secret")).json() == {"paused": False}
         http.post("/checkpoint", headers=bearer("secret"))
         http.post("/stop", headers=bearer("secret"))
-    assert switches.checkpoint.is_set() and switches.stop.is_set()
+    assert switches.unwritten == [
+        ("HSET", "paused", 1),
+        ("HDEL", "paused"),
+        ("HINCRBY", "checkpoints", 1),
+        ("HSET", "stop", 1),
+    ]
+    assert switches.stop.is_set()
 
 
 def test_a_port_in_use_is_one_clear_error() -> None:

@@ -155,7 +155,13 @@ class GenerationConfig(Section):
 class EvaluationConfig(Section):
     interval_steps: int = Field(0, ge=0, description="Steps between evaluations; 0: before and after the run only.")
     num_prompts: int = Field(256, ge=1, description="Held-out prompts, the first of the split.")
-    num_samples: int = Field(2, ge=1, description="Completions per held-out prompt, at the sampling temperature.")
+    num_samples: int = Field(2, ge=1, description="Completions per held-out prompt; pass@k is told up to this k.")
+    temperature: float | None = Field(
+        None,
+        ge=0,
+        le=1e3,
+        description="Of evaluations; default: the sampling temperature. 0: greedy, where one sample says it all.",
+    )
 
 
 class ControlConfig(Section):
@@ -179,6 +185,9 @@ class RunConfig(Section):
     generation: GenerationConfig = GenerationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     control: ControlConfig = ControlConfig()
+    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = Field(
+        [], description="Also write every row of metrics there; `pip install` them first."
+    )
     redis_url: str | None = Field(None, description="An existing Redis; default: `headrace up` starts one.")
     durability: Literal["strict", "relaxed"] = Field(
         "strict", description="strict refuses a Redis that may lose writes (appendonly, appendfsync, eviction)."

@@ -28,10 +28,11 @@ from common.http_service import listen, serve_in_thread, token_at, url_of
 from common.keys import Keys
 from common.logs import from_now_on, set_up_logging
 from common.metrics.endpoint import mount_metrics
-from common.preflight import check_model_folder, check_task
+from common.preflight import check_model_folder, check_task, check_trackers
 from common.redis_client import OUTAGE_DEADLINE_S, connect, durability_problem
 from common.waiting import Waits
-from services.learner.api import Switches, make_app
+from services.learner.api import make_app
+from services.learner.orders import Switches
 from services.learner.recording import Recording
 
 _log = logging.getLogger("services.learner")
@@ -76,6 +77,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if not redis_url:
         raise ValueError("no Redis: expected --redis-url, HEADRACE_REDIS_URL or redis_url in the configuration")
     check_model_folder(config.model.path)
+    check_trackers(config)
     task = check_task(config)
     problem = durability_problem(connect(redis_url))
     if problem and config.durability == "strict":
@@ -117,6 +119,7 @@ def _learn(
     from_now_on(step=lambda: loop.progress.step)
     if loop.is_at_last_step and (folder / "summary.json").exists():
         _log.info("run %s is complete: more learner.steps would go on with it", folder.name)
+        loop.has_ended()
         return 0
     status = partial(_status, loop, folder.name)
     app = make_app(loop.versions.root, status, switches, token)
@@ -154,9 +157,11 @@ def _status(loop: Any, run: str) -> dict[str, Any]:
         "steps": loop.config.learner.steps,
         "version": loop.versions.current,
         "epoch": loop.store.epoch,
-        "desired_replicas": loop.intake.sight.desired_replicas,
+        "desired_replicas": loop.intake.sight.orders.desired_replicas,
         "advised_replicas": loop.adviser.advice.replicas,
         "advice": loop.adviser.advice.reason,
+        "settings_version": loop.settings.version,
+        "unwritten_orders": [" ".join(map(str, order)) for order in loop.switches.unwritten],
         "counts": dict(loop.intake.books.counts),
         "latest": progress.latest,
     }

@@ -1,9 +1,9 @@
 """The learner's HTTP side: health, status, the weight versions, and the switches of its loop.
 
-Runs in a thread beside the loop and only reads its status or sets a switch; the loop obeys between steps.
+Runs in a thread beside the loop and only reads its status or sets a switch; the loop obeys between steps. An order is
+answered when it stands in Redis, or after a moment, with `unwritten_orders` in the answer.
 """
 
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,7 @@ from starlette.exceptions import HTTPException
 
 from common.http_service import new_app, require_token
 from common.weights import MANIFEST_FILE, file_of, stored_versions, version_folder
-
-
-class Switches:
-    """What a person asks of the loop."""
-
-    def __init__(self) -> None:
-        self.stop = threading.Event()
-        self.paused = threading.Event()
-        self.checkpoint = threading.Event()
+from services.learner.orders import Switches
 
 
 def make_app(weights_root: Path, status: Callable[[], dict[str, Any]], switches: Switches, token: str) -> FastAPI:
@@ -55,23 +47,27 @@ def make_app(weights_root: Path, status: Callable[[], dict[str, Any]], switches:
 
     @app.post("/pause", dependencies=guarded)
     def pause() -> dict[str, Any]:
-        switches.paused.set()
-        return status()
+        switches.pause()
+        return written()
 
     @app.post("/resume", dependencies=guarded)
     def resume() -> dict[str, Any]:
-        switches.paused.clear()
-        return status()
+        switches.resume()
+        return written()
 
     @app.post("/checkpoint", dependencies=guarded)
     def checkpoint() -> dict[str, Any]:
-        switches.checkpoint.set()
-        return status()
+        switches.ask_for_checkpoint()
+        return written()
 
     @app.post("/stop", dependencies=guarded)
     def stop() -> dict[str, Any]:
         """Ends the run after the step in progress, with a checkpoint."""
-        switches.stop.set()
+        switches.end()
+        return written()
+
+    def written() -> dict[str, Any]:
+        switches.wait_until_written()
         return status()
 
     return app

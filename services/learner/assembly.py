@@ -10,28 +10,34 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import redis
 import torch
 
 from common.config import RunConfig
+from common.control import SETTINGS, Settings
+from common.durable import move_into_place
 from common.keys import Keys
 from common.preflight import check_vocabulary
 from common.tasks import Task
 from common.waiting import Waits
 from services.learner.advice import Adviser
-from services.learner.api import Switches
 from services.learner.audit import losses_so_far
+from services.learner.best import FRAME, Best
 from services.learner.checkpoint import load_newest
 from services.learner.checkpoint_record import Loss, Record, checkpoint_folders
 from services.learner.intake import Intake
 from services.learner.loop import Loop, Progress
+from services.learner.orders import Switches, take_up_settings
 from services.learner.policy import Policy, load_tokenizer
 from services.learner.prompts import TicketSource, stop_token_ids
 from services.learner.recording import Recording, RecordingSource
 from services.learner.refusal import Limits
 from services.learner.report import METRICS_FILE, MetricsFile
+from services.learner.shown import TokenTexts
 from services.learner.source import Source
 from services.learner.store import Cursor, LearnerStore
+from services.learner.trackers import Trackers
 from services.learner.trainer import Trainer
 from services.learner.versions import Versions
 
@@ -64,6 +70,12 @@ def assemble(
     record, tensors = load_newest(folder / "checkpoints") or (None, {})
     if record is not None:
         trainer.load_state_tensors(tensors)
+    configured, orders = config, store.orders()
+    recorded_settings = record.settings if record else Settings()
+    config, settings, standing = take_up_settings(configured, orders.settings, recorded_settings)
+    trainer.config = config
+    if standing != orders.settings:
+        store.order([("HSET", SETTINGS, msgspec.json.encode(standing))])
 
     versions_in_redis = store.version_steps()
     versions = Versions(folder / "weights", store, url, token)
@@ -90,7 +102,8 @@ def assemble(
         )
 
     recorded = record.settlements if record else []
-    intake = Intake(config, store, source, version_steps, limits, recorded)
+    intake = Intake(config, store, source, version_steps, limits, recorded, switches)
+    intake.look_at_orders()
     progress = Progress()
     if record is not None:
         intake.books.counts.update(record.counts)
@@ -100,11 +113,23 @@ def assemble(
         if len(losses) > len(record.losses):
             _tell(store, losses[-1])
     metrics = MetricsFile(folder / METRICS_FILE, progress.step)
-    settings = config.generation
-    start = store.advised_replicas() or settings.replicas
-    adviser = Adviser(start, settings.max_replicas, settings.max_groups_in_flight)
-    parts = (store, trainer, intake, versions, switches, metrics, progress, waits, adviser)
-    return Loop(config, folder / "checkpoints", *parts), tokenizer
+    generation = config.generation
+    start = store.advised_replicas() or generation.replicas
+    adviser = Adviser(start, generation.max_replicas, generation.max_groups_in_flight)
+    trackers = Trackers(config.trackers, folder, configured.model_dump(exclude={"redis_url"}), progress.step)
+    _save_frame(policy, folder / FRAME, tokenizer)
+    best = Best(folder, store.epoch, store.check_fence)
+    outcome = (metrics, trackers, progress, waits, adviser, TokenTexts(tokenizer), best)
+    parts = (store, trainer, intake, versions, switches, *outcome)
+    return Loop(configured, config, settings, folder / "checkpoints", *parts), tokenizer
+
+
+def _save_frame(policy: Policy, frame: Path, tokenizer: Any) -> None:
+    """What `best/` and an export need beside weights, so that they do not need the model that the run started from."""
+    aside = frame.with_name(f"{frame.name}-aside")
+    shutil.rmtree(aside, ignore_errors=True)
+    policy.save_frame(aside, tokenizer)
+    move_into_place(aside, frame)
 
 
 def _stop_unfinished(checkpoints: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from common.control import Settings
 from common.durable import FileEntry
 from services.learner.store import Cursor, Settlement
 
@@ -34,7 +35,10 @@ class Loss(msgspec.Struct, frozen=True):
 
 
 class Record(msgspec.Struct, frozen=True):
-    """Everything of a checkpoint but the tensors."""
+    """Everything of a checkpoint but the tensors.
+
+    A field that older records lack has a default, and older learners pass it over; any other change of the layout needs
+    another `schema`."""
 
     epoch: int
     """Of the learner that wrote it."""
@@ -52,6 +56,8 @@ class Record(msgspec.Struct, frozen=True):
     wall_s: float
     """From the first ticket to this checkpoint, over all lives of the run."""
     losses: list[Loss] = []
+    settings: Settings = Settings()
+    """What differed from the configuration, as ordered."""
     files: dict[str, FileEntry] = {}
     schema: int = 2
 

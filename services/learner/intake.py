@@ -14,11 +14,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from common.config import RunConfig
+from common.control import Orders
 from common.ledger import Mark
 from common.wire import Group, Heartbeat, WireError, decode_group
 from services.learner.books import Books
 from services.learner.evaluation import Evaluation
+from services.learner.orders import Switches
 from services.learner.refusal import Limits, Refused, refuse
+from services.learner.shown import Decided, DecidedSample
 from services.learner.source import Source
 from services.learner.staleness import Staleness, group_staleness
 from services.learner.store import Entry, LearnerStore, Settlement
@@ -50,13 +53,12 @@ class Sight(NamedTuple):
     open_tickets: int = 0
     in_stream: int = 0
     replicas: tuple[Heartbeat, ...] = ()
-    desired_replicas: int | None = None
-    """None: no number is ordered."""
+    orders: Orders = Orders()
 
     @property
     def is_generation_paused(self) -> bool:
         """As ordered."""
-        return self.desired_replicas == 0 and not self.replicas
+        return self.orders.desired_replicas == 0 and not self.replicas
 
 
 class Intake:
@@ -70,9 +72,11 @@ class Intake:
         version_steps: dict[int, int],
         limits: Callable[[], Limits],
         recorded: list[Settlement],
+        switches: Switches,
     ) -> None:
         """`limits`: of this moment. `recorded`: by the checkpoint that the learner was taken up from."""
         self.config = config
+        self.switches = switches
         self.store = store
         self.source = source
         self.version_steps = version_steps
@@ -80,15 +84,25 @@ class Intake:
         self.is_admitting = True
         self.sight = Sight()
         self._limits = limits
+        self._max_arrived = 0
         self._step = self._version = 0
         self._sampled_rewards: list[float] = []
         self._arrived: deque[Arrived] = deque()
         self._evaluation: Evaluation | None = None
+        self._sample = DecidedSample()
         self._looked = 0.0
         self._failure: BaseException | None = None
         self._changed = threading.Condition()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._work, name="intake", daemon=True)
+        self.configure(config)
+
+    def configure(self, config: RunConfig) -> None:
+        """From now on."""
+        with self._changed:
+            self.config = config
+            self.source.configure(config)
+            self._max_arrived = max(self._max_arrived, 2 * config.learner.max_outstanding_groups)
 
     def start(self) -> None:
         """Goes on where an earlier life has ended, in a thread of its own."""
@@ -111,6 +125,7 @@ class Intake:
         """The learner has completed `step` steps and published `version`."""
         with self._changed:
             self._step, self._version = step, version
+            self._sample.begin("trained", "uniform", "stale")
 
     def take_batch(self, timeout_s: float, is_interrupted: Callable[[], bool]) -> list[Arrived] | None:
         """`groups_per_step` fresh groups, or None when interrupted or after `timeout_s` seconds."""
@@ -130,6 +145,7 @@ class Intake:
         with self._changed:
             for arrived in batch:
                 self.books.consume(arrived.entry, arrived.group, "trained")
+                self._sample.add(arrived.group, "trained", self._step, arrived.staleness.total)
             _tell("trained", [arrived.entry.ticket_id for arrived in batch], step=self._step)
 
     def take_sampled_rewards(self) -> list[float]:
@@ -137,6 +153,11 @@ class Intake:
         with self._changed:
             rewards, self._sampled_rewards = self._sampled_rewards, []
             return rewards
+
+    def take_sample(self) -> list[Decided]:
+        """Some of the groups that were decided since the last call."""
+        with self._changed:
+            return self._sample.take()
 
     def consumed(self) -> Consumed:
         """What the next checkpoint must record."""
@@ -155,7 +176,8 @@ class Intake:
         tickets = self.source.evaluation(step, version)
         with self._changed:
             assert self._evaluation is None
-            self._evaluation = Evaluation.of(step, tickets)
+            self._evaluation = Evaluation.of(step, version, tickets)
+            self._sample.begin("evaluated")
         self.store.add_tickets(self.store.keys.eval, tickets)
         _tell("issued for an evaluation", [ticket.id for ticket in tickets], version=version)
 
@@ -205,16 +227,25 @@ class Intake:
     def turn(self) -> None:
         """One turn of the thread: admit, take in, look around now and then."""
         self._top_up()
-        if len(self._arrived) < 2 * self.config.learner.max_outstanding_groups:
+        if len(self._arrived) < self._max_arrived:
             self._take_in(self.store.read(READ_COUNT, READ_BLOCK_S))
-        if time.monotonic() > self._looked + LOOK_INTERVAL_S:
+        if self.switches.unwritten or time.monotonic() > self._looked + LOOK_INTERVAL_S:
             self.look_around()
 
+    def look_at_orders(self) -> None:
+        """Writes what Redis does not know yet, then obeys what stands there."""
+        if unwritten := self.switches.unwritten:
+            self.store.order(unwritten)
+            self.switches.written(unwritten)
+        orders = self.store.orders()
+        self.sight = self.sight._replace(orders=orders)
+        self.switches.follow(orders)
+
     def look_around(self) -> None:
-        """Which replicas live, which evaluation tickets died, which dead tickets are to be issued again."""
+        """What is ordered, which replicas live, which evaluation tickets died, which dead ones to issue again."""
         self._looked = time.monotonic()
-        replicas, desired_replicas = tuple(self.store.replicas()), self.store.desired_replicas()
-        self.sight = self.sight._replace(replicas=replicas, desired_replicas=desired_replicas)
+        self.look_at_orders()
+        self.sight = self.sight._replace(replicas=tuple(self.store.replicas()))
         self._give_up_dead_evaluations()
         for name in self.store.asked_to_retry():
             self._retry_dead(name)
@@ -237,7 +268,7 @@ class Intake:
                 - open_tickets
                 - (in_stream - self.books.num_kept(self.store.keys.groups))
             )
-            if room > 0 and self.is_admitting:
+            if room > 0 and self.is_admitting and not self.switches.paused.is_set():
                 issued = self.source.issue(self.store, room, self._step, self._version)
                 self.books.issued(issued)
                 _tell("issued", issued, version=self._version)
@@ -270,10 +301,13 @@ class Intake:
                 if self._evaluation is not None:
                     self._evaluation.collect(group, self.version_steps)
                 self.books.consume(entry, group, "evaluated")
+                self._sample.add(group, "evaluated", self._step, None)
             else:
                 self._sampled_rewards += group.rewards
                 if self.config.actor.dynamic_sampling and group.is_uniform:
                     self.books.consume(entry, group, "uniform")
+                    staleness = group_staleness(group, self._step, self.version_steps)
+                    self._sample.add(group, "uniform", self._step, staleness.total)
                     return "arrived, uniform"
                 self._arrived.append(Arrived(entry, group))
             self._changed.notify_all()
@@ -288,6 +322,7 @@ class Intake:
                 kept.append(Arrived(entry, group, staleness))
                 continue
             self.books.consume(entry, group, "stale")
+            self._sample.add(group, "stale", self._step, staleness.total)
             self.source.replace_stale(group.ticket)
             _log.info("stale by %d steps, to be replaced", staleness.total, extra={"ticket": entry.ticket_id})
         self._arrived = kept

@@ -2,7 +2,8 @@
 
 Guarantees: a group is trained once and counted in one state; a version is announced only after its files are
 durable; a stop leaves a checkpoint from which the next start goes on; every wait has a deadline and a typed reason,
-and while nothing can be done the learner keeps Redis small by a checkpoint.
+and while nothing can be done the learner keeps Redis small by a checkpoint. What is ordered is obeyed between steps and
+while the learner waits.
 """
 
 import logging
@@ -12,15 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from common.config import RunConfig
+from common.config.hot import with_settings
+from common.control import Orders, Settings
 from common.waiting import Reason, Waits
 from services.learner.advice import Advice, Adviser
-from services.learner.api import Switches
+from services.learner.best import Best
 from services.learner.checkpoint import CheckpointError, num_bytes_in, save_checkpoint
 from services.learner.checkpoint_record import MAX_VERSION_STEPS, Loss, Record
 from services.learner.intake import Arrived, Intake
 from services.learner.metrics import group_durations_s, staleness_metrics
+from services.learner.orders import Switches
 from services.learner.report import MetricsFile
+from services.learner.shown import TokenTexts, shown_group
 from services.learner.store import LearnerStore
+from services.learner.trackers import Trackers
 from services.learner.trainer import Trainer
 from services.learner.versions import Versions
 
@@ -70,7 +76,11 @@ class Progress:
 class Loop:
     """Everything that a step touches."""
 
+    configured: RunConfig
+    """As the run was started."""
     config: RunConfig
+    """As it counts now, with `settings`."""
+    settings: Settings
     checkpoints: Path
     store: LearnerStore
     trainer: Trainer
@@ -78,11 +88,23 @@ class Loop:
     versions: Versions
     switches: Switches
     metrics: MetricsFile
+    trackers: Trackers
     progress: Progress
     waits: Waits
     adviser: Adviser
+    token_texts: TokenTexts
+    best: Best
     _is_checkpoint_due: bool = False
+    _is_evaluation_due: bool = False
+    _is_shown_paused: bool = False
+    _evaluated: int = 0
+    """The latest version of which there was or is an evaluation."""
+    _obeyed: Orders = field(default_factory=Orders)
     _shown_at: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        """What was asked for once before this start counts as obeyed."""
+        self._obeyed = self.intake.sight.orders
 
     def run(self) -> bool:
         """Until the last step, or until told to stop; True if the run is complete."""
@@ -103,8 +125,15 @@ class Loop:
         self.intake.is_admitting = False
         is_complete = not self.switches.stop.is_set() and self._evaluate_and_wait()
         self._checkpoint_at_last()
+        self.has_ended()
         self._show("finished" if is_complete else "stopped")
         return is_complete
+
+    def has_ended(self) -> None:
+        """An order to stop has been obeyed, or is met by a run that is complete."""
+        self.intake.stop()
+        self.switches.has_ended()
+        self.intake.look_at_orders()
 
     def _wait_for_replica(self) -> None:
         """Nobody could answer the first ticket before one serves."""
@@ -114,6 +143,7 @@ class Loop:
             if self.switches.stop.wait(SWITCH_POLL_S):
                 break
             self.intake.look_around()
+            self._show_whether_paused()
         self._has_groups(Reason.NO_REPLICA)
 
     def _wait(self, reason: Reason, detail: str) -> float:
@@ -125,10 +155,11 @@ class Loop:
         return lasted_s
 
     def _wait_for_groups(self, reason: Reason) -> float:
-        """As `_wait`; but while generation is paused, as ordered, no deadline comes nearer."""
-        if self.intake.sight.is_generation_paused:
+        """As `_wait`; but while learner or generation is paused, as ordered, no deadline comes nearer."""
+        is_paused = self.switches.paused.is_set()
+        if is_paused or self.intake.sight.is_generation_paused:
             self.waits.over(reason)
-            return self.waits.waiting(Reason.PAUSED, "generation is scaled to 0 replicas")
+            return self.waits.waiting(Reason.PAUSED, "" if is_paused else "generation is scaled to 0 replicas")
         self.waits.over(Reason.PAUSED)
         return self._wait(reason, self.intake.why_waiting())
 
@@ -155,7 +186,9 @@ class Loop:
         self._publish()
         self.intake.mark_trained(batch)
         published = time.monotonic()
+        self._show_groups()
         timings = {"wait_s": waited - started, "publish_s": published - trained, "step_s": published - started}
+        timings["show_s"] = time.monotonic() - published
         tickets = {
             "tickets": [arrived.entry.ticket_id for arrived in batch],
             "group_s": group_durations_s([arrived.group for arrived in batch]),
@@ -165,7 +198,10 @@ class Loop:
         is_due = self.progress.step % self.config.learner.checkpoint_interval_steps == 0
         if is_due or self._is_checkpoint_due or self.intake.books.held_bytes > MAX_HELD_BYTES:
             self._checkpoint()
-        self._checkpoint_if_asked()
+        self._obey()
+        interval = self.config.evaluation.interval_steps
+        if interval and self.progress.step % interval == 0 and not self.intake.is_evaluating:
+            self._is_evaluation_due = True
         self._evaluate_if_due()
 
     def _wait_for_batch(self) -> list[Arrived] | None:
@@ -177,6 +213,9 @@ class Loop:
                 return batch
             lasted_s = self._wait_for_groups(Reason.STARVED)
             self._show("waiting")
+            self._show_groups()
+            self._obey()
+            self._evaluate_if_due()
             if lasted_s > IDLE_CHECKPOINT_S and (self.intake.books.held_bytes or self._is_checkpoint_due):
                 self._checkpoint()
         self._has_groups(Reason.STARVED)
@@ -190,7 +229,6 @@ class Loop:
         return {
             "reward_mean": sum(rewards) / max(1, len(rewards)),
             "version": self.versions.current,
-            "wall_s": self.progress.wall_s,
             "generated_tokens": counts["generated_tokens"],
             "uniform_share": counts["uniform"] / decided,
             "stale_share": counts["stale"] / decided,
@@ -217,6 +255,7 @@ class Loop:
             counts=dict(self.intake.books.counts),
             wall_s=self.progress.wall_s,
             losses=self.progress.losses,
+            settings=self.settings,
         )
         started = time.monotonic()
         try:
@@ -244,28 +283,57 @@ class Loop:
         if self._is_checkpoint_due:
             raise CheckpointError(f"stopped without a checkpoint of step {self.progress.step}: {self.waits.describe()}")
 
-    def _checkpoint_if_asked(self) -> None:
-        if self.switches.checkpoint.is_set():
-            self.switches.checkpoint.clear()
+    def _obey(self) -> None:
+        """What is ordered beside pause and stop."""
+        orders, obeyed = self.intake.sight.orders, self._obeyed
+        self._obeyed = orders
+        if orders.settings != obeyed.settings:
+            self._change_settings(orders.settings)
+        if orders.checkpoints > obeyed.checkpoints:
             self._checkpoint()
+        self._is_evaluation_due |= orders.evaluations > obeyed.evaluations
+        self._show_whether_paused()
+
+    def _change_settings(self, settings: Settings) -> None:
+        """From the next step on, and for tickets issued from now on; what is impossible changes nothing."""
+        change = {"version": settings.version, "step": self.progress.step, "values": settings.values}
+        try:
+            config = with_settings(self.configured, settings.values)
+        except ValueError as error:
+            _log.error("settings of version %d are refused: %s", settings.version, error)
+            self.store.announce("settings_refused", change | {"reason": str(error)})
+            return
+        self.config = self.trainer.config = config
+        self.intake.configure(config)
+        self.settings = settings
+        _log.info("settings of version %d count after step %d: %s", *change.values())
+        self.store.announce("settings", change)
+        self._show(self.progress.phase)
 
     def _evaluate_if_due(self) -> None:
-        """Begins one every `interval_steps`, unless the one before is still running; collects what is done."""
+        """Collects the evaluation that is done; begins the next. No version is evaluated twice: its tickets exist."""
         self._record_evaluation(self.intake.finished_evaluation())
-        interval, step = self.config.evaluation.interval_steps, self.progress.step
-        is_due = interval > 0 and step % interval == 0 and not self.is_at_last_step
-        if is_due and not self.intake.is_evaluating and not self.intake.source.is_recording:
-            self.intake.begin_evaluation(step, self.versions.current)
+        is_possible = not self.is_at_last_step and not self.intake.source.is_recording
+        is_free = not self.intake.is_evaluating and self._evaluated < self.versions.current
+        if self._is_evaluation_due and is_possible and is_free:
+            self._begin_evaluation()
+
+    def _begin_evaluation(self) -> None:
+        self._is_evaluation_due = False
+        self._evaluated = self.versions.current
+        self.best.set_aside(self.progress.step, self._evaluated, self.versions.copy_of_newest())
+        self.intake.begin_evaluation(self.progress.step, self._evaluated)
 
     def _evaluate_and_wait(self) -> bool:
         """Nothing is published meanwhile, so that every completion is of this step's version. False when stopped."""
         if self.intake.source.is_recording:
             return True
+        self._wait_while_paused()
         self._show("evaluating")
         if self.intake.is_evaluating:
             self._record_evaluation(self._wait_for_evaluation())
         if not self.switches.stop.is_set():
-            self.intake.begin_evaluation(self.progress.step, self.versions.current)
+            self._begin_evaluation()
             self._record_evaluation(self._wait_for_evaluation())
         return not self.intake.is_evaluating and not self.switches.stop.is_set()
 
@@ -275,29 +343,45 @@ class Loop:
             if self.switches.stop.is_set():
                 break
             self._wait_for_groups(Reason.EVALUATING)
+            self._show_groups()
+            self._obey()
         self._has_groups(Reason.EVALUATING)
         return result
 
     def _record_evaluation(self, result: dict[str, float] | None) -> None:
         if result is not None:
-            self._record("evaluation", dict(result))
+            self._record("evaluation", result | {"is_best": self.best.decide(result["held_out"])})
 
     def _record(self, kind: str, row: dict[str, Any]) -> None:
-        row = {"kind": kind, "step": self.progress.step, "time_s": time.time()} | row
-        self.store.announce(kind, row)  # first: a learner that is fenced off here writes no row
+        position = {"step": self.progress.step, "time_s": time.time(), "wall_s": self.progress.wall_s}
+        row = {"kind": kind} | position | row
+        self.store.record(kind, row)  # first: a learner that is fenced off here writes no row
         self.metrics.append(row)
+        self.trackers.write(row)
         self.progress.latest[kind] = row
         told = ", ".join(f"{name} {row[name]:.4g}" for name in _LOGGED if name in row)
         _log.info("%s: %s", kind, told, extra={"step": row["step"]})
 
+    def _show_groups(self) -> None:
+        """A sample of them, for people to read."""
+        decided = self.intake.take_sample()
+        trained = [self.trainer.as_trained(one.group.ticket.id) if one.state == "trained" else [] for one in decided]
+        if decided:
+            self.store.show(
+                shown_group(one, rollouts, self.token_texts) for one, rollouts in zip(decided, trained, strict=True)
+            )
+
     def _wait_while_paused(self) -> None:
+        """Neither steps nor tickets; an evaluation that runs is brought to its end."""
+        if not self.switches.paused.is_set():
+            return
         self._show("paused")
-        self.intake.is_admitting = False
         while self.switches.paused.is_set() and not self.switches.stop.wait(SWITCH_POLL_S):
             self.waits.waiting(Reason.PAUSED)
-            self._checkpoint_if_asked()
+            self._show_groups()
+            self._obey()
+            self._record_evaluation(self.intake.finished_evaluation())
         self.waits.over(Reason.PAUSED)
-        self.intake.is_admitting = True
 
     def _is_interrupted(self) -> bool:
         return self.switches.stop.is_set() or self.switches.paused.is_set()
@@ -305,9 +389,17 @@ class Loop:
     def _show(self, phase: str) -> None:
         advice = self._advise()
         self.progress.phase = phase
+        self._is_shown_paused = self.switches.paused.is_set()
+        if self._is_shown_paused and phase in ("waiting", "evaluating", "waiting for a replica"):
+            phase = "paused"
         position = {"step": self.progress.step, "version": self.versions.current, "url": self.versions.url}
+        position["settings_version"] = self.settings.version
         advised = {"advised_replicas": advice.replicas, "advice": advice.reason}
         self.store.report({"phase": phase, "reason": self.waits.describe(), **position, **advised})
+
+    def _show_whether_paused(self) -> None:
+        if self.switches.paused.is_set() != self._is_shown_paused:
+            self._show(self.progress.phase)
 
     def _advise(self) -> Advice:
         """By the phase that is over; neither an evaluation nor a pause says how many replicas are right."""
@@ -323,4 +415,6 @@ class Loop:
     def close(self) -> None:
         self.intake.stop()
         self.versions.close()
+        self.best.close()
         self.metrics.close()
+        self.trackers.close()

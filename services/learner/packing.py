@@ -52,6 +52,7 @@ class MicroBatch:
     """`(B + 1,)` int64."""
     num_tokens: int
     """Without the padding."""
+    rows: Sequence[Sample]
 
     @property
     def num_sequences(self) -> int:
@@ -133,4 +134,5 @@ def _build(rows: list[Sample]) -> MicroBatch:
         advantages=np.array([sample.advantage for sample in rows], np.float32),
         sequence_offsets=np.cumsum(counts),
         num_tokens=sum(sample.num_tokens for sample in rows),
+        rows=rows,
     )

@@ -76,6 +76,13 @@ class Policy:
         """What is published: every parameter once, tied ones under their first name."""
         return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
 
+    def save_frame(self, folder: Path, tokenizer: Any) -> None:
+        """What `save` writes, but for the weights."""
+        self.model.config.save_pretrained(folder)
+        if self.model.generation_config is not None:
+            self.model.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
     def save(self, folder: Path, tokenizer: Any) -> None:
         """In Hugging Face format: `AutoModelForCausalLM.from_pretrained(folder)` loads it."""
         self.model.save_pretrained(folder)

@@ -15,8 +15,12 @@ import msgspec
 from common.config import RunConfig
 from common.ledger import TicketName, parse_name
 from common.tasks import Prompt, Task
-from common.wire import Sampling, Ticket
+from common.wire import MIN_TEMPERATURE, Sampling, Ticket
 from services.learner.store import Cursor, LearnerStore
+
+GREEDY = MIN_TEMPERATURE
+"""At this temperature the likeliest token is sampled, or any that is within about 1e-5 nats of it. SGLang's own greedy
+mode would send the other completions of the batch through its top-k sampler."""
 
 
 class TicketSource:
@@ -28,18 +32,23 @@ class TicketSource:
     def __init__(
         self, config: RunConfig, task: Task, tokenizer: Any, stop_token_ids: list[int], cursor: Cursor
     ) -> None:
-        self.config = config
         self.task = task
         self.tokenizer = tokenizer
-        self.sampling = Sampling(config.sampling.temperature, config.sampling.max_new_tokens, stop_token_ids)
+        self.stop_token_ids = stop_token_ids
+        self.configure(config)
         self.cursor = cursor
         self._prompts = self._from(cursor)
         self._again: deque[Ticket] = deque()
 
+    def configure(self, config: RunConfig) -> None:
+        self.config = config
+        self.sampling = Sampling(config.sampling.temperature, config.sampling.max_new_tokens, self.stop_token_ids)
+
     def issue(self, store: LearnerStore, count: int, step: int, version: int) -> list[str]:
         """Adds `count` tickets, those to be issued again first; returns their ids."""
         again = [self._again.popleft() for _ in range(min(count, len(self._again)))]
-        tickets = [msgspec.structs.replace(t, min_weight_version=version, issued_step=step) for t in again]
+        now = {"min_weight_version": version, "issued_step": step, "sampling": self.sampling}
+        tickets = [msgspec.structs.replace(ticket, **now) for ticket in again]
         tickets += self.next_train(count - len(again), step, version)
         store.add_tickets(store.keys.tickets, tickets, self.cursor)
         return [ticket.id for ticket in tickets]
@@ -103,6 +112,9 @@ class TicketSource:
             self._ticket(prompt, f"eval-{version}-{place}", "eval", settings.num_samples, step, version)
             for place, prompt in enumerate(itertools.islice(prompts, settings.num_prompts))
         ]
+        if settings.temperature is not None:
+            sampling = msgspec.structs.replace(self.sampling, temperature=max(settings.temperature, GREEDY))
+            tickets = [msgspec.structs.replace(ticket, sampling=sampling) for ticket in tickets]
         if not tickets:
             raise ValueError(f"task {self.config.task.name!r} has no held-out prompts")
         return tickets

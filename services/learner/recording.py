@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from common.config import RunConfig
 from common.wire import Ticket
 from services.learner.store import Cursor, LearnerStore
 
@@ -130,6 +131,9 @@ class RecordingSource:
         self.cursor = cursor
         self.is_exhausted = False
         self._again: list[int] = []
+
+    def configure(self, config: RunConfig) -> None:
+        """What was recorded was sampled as it was."""
 
     def issue(self, store: LearnerStore, count: int, step: int, version: int) -> list[str]:
         again, self._again = self._again[:count], self._again[count:]

@@ -42,10 +42,12 @@ def summarise(rows: Sequence[Row], counts: Mapping[str, int], generation_lag: fl
     steps = [row for row in rows if row["kind"] == "step"]
     wall_s = steps[-1]["wall_s"] if steps else 0.0
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
+    best = [{"step": row["step"], "held_out": row["held_out"]} for row in evaluations if row.get("is_best")]
     pauses_ms = [pause for row in rows for pause in row.get("swap_pauses_ms", [])]
     return {
         "held_out_before": evaluations[0]["held_out"] if evaluations else None,
         "held_out_after": evaluations[-1]["held_out"] if evaluations else None,
+        "best": best[-1] if best else None,
         "held_out_completions": evaluations[-1]["num_completions"] if evaluations else 0,
         "steps": len(steps),
         "wall_s": round(wall_s, 2),

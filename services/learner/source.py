@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+from common.config import RunConfig
 from common.wire import Ticket
 from services.learner.store import Cursor, LearnerStore
 
@@ -14,6 +15,10 @@ class Source(Protocol):
     @property
     def is_exhausted(self) -> bool:
         """Only a recording ends."""
+        ...
+
+    def configure(self, config: RunConfig) -> None:
+        """What is issued from now on is sampled as `config` says."""
         ...
 
     def issue(self, store: LearnerStore, count: int, step: int, version: int) -> list[str]:

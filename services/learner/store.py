@@ -13,12 +13,14 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import redis
 
-from common.control import DESIRED_REPLICAS, desired_replicas
-from common.keys import MAX_EVENTS, TICKET_GROUP, Keys
+from common.control import Orders, desired_replicas, parse_orders
+from common.keys import MAX_EVENTS, MAX_HISTORY, MAX_SHOWN, TICKET_GROUP, Keys
 from common.ledger import Mark, parse_mark
 from common.redis_client import entries_of
+from common.shown import ShownGroup
 from common.wire import Heartbeat, Ticket, TicketState, WireError, decode_heartbeat, encode
 from services.learner import scripts
+from services.learner.history import numbers_of
 
 DEAD_PAYLOAD_BYTES = 1 << 16
 """How much of a payload that cannot be used is kept in `dead`."""
@@ -186,12 +188,12 @@ class LearnerStore:
                 _log.warning("%s is no heartbeat: %s", name.decode(errors="replace"), error)
         return found
 
-    def desired_replicas(self) -> int | None:
-        """What is ordered of the launcher; None if nothing is, or nothing that it could obey."""
-        try:
-            return desired_replicas(_text(self.client.hget(self.keys.control, DESIRED_REPLICAS) or b""))
-        except ValueError:
-            return None
+    def orders(self) -> Orders:
+        return parse_orders(self.client.hgetall(self.keys.control))
+
+    def order(self, orders: Iterable[Command]) -> None:
+        """Commands on the hash of orders, without its key."""
+        self.execute([(verb, self.keys.control, *rest) for verb, *rest in orders])
 
     def advised_replicas(self) -> int | None:
         """What an earlier learner of this run has last advised."""
@@ -205,8 +207,26 @@ class LearnerStore:
         self.execute([("HSET", self.keys.learner, *_flat(status))])
 
     def announce(self, kind: str, event: dict[str, Any]) -> None:
+        self.execute([self._event(kind, event)])
+
+    def record(self, kind: str, row: dict[str, Any]) -> None:
+        """The row of a step or an evaluation: an event, and its numbers in the history."""
+        numbers = msgspec.json.encode(numbers_of(row))
+        history = ("XADD", self.keys.history, "MAXLEN", "~", MAX_HISTORY, "*", "kind", kind, "row", numbers)
+        self.execute([self._event(kind, row), history])
+
+    def show(self, groups: Iterable[ShownGroup]) -> None:
+        """Adds them to what people may read."""
+        self.execute([self._shown(group) for group in groups])
+
+    def _shown(self, group: ShownGroup) -> Command:
+        fields = ("id", group.id, "kind", group.kind, "state", group.state, "step", group.step)
+        payload = msgspec.json.encode(group)
+        return ("XADD", self.keys.shown, "MAXLEN", "~", MAX_SHOWN, "*", *fields, "group", payload)
+
+    def _event(self, kind: str, event: dict[str, Any]) -> Command:
         payload = msgspec.json.encode(event)
-        self.execute([("XADD", self.keys.events, "MAXLEN", "~", MAX_EVENTS, "*", "kind", kind, "event", payload)])
+        return ("XADD", self.keys.events, "MAXLEN", "~", MAX_EVENTS, "*", "kind", kind, "event", payload)
 
     def take_swap_pauses_ms(self) -> list[float]:
         """How long replicas paused for weight swaps, since the last call."""

@@ -6,6 +6,7 @@ micro-batches, and each adds its share of its mini-batch's loss, so that no spli
 
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from services.learner.metrics import combine, group_metrics, off_policy_metrics
 from services.learner.optimizer import MasterAdamW, learning_rate
 from services.learner.packing import MicroBatch, Sample, pack, split_mini_batches, token_staleness
 from services.learner.policy import Policy
+from services.learner.shown import TrainedRollout
 
 
 class Trainer:
@@ -30,6 +32,8 @@ class Trainer:
         if config.actor.kl_coef > 0:
             self.reference = Policy(config.model, config.learner)
         self.optimizer = MasterAdamW(policy.model, config.optimizer)
+        self._latest: list[tuple[MicroBatch, Tensor]] = []
+        """What the latest step was made of, with its proximal log-probabilities."""
 
     def train(self, groups: Sequence[Group], step: int, version_steps: Mapping[int, int]) -> dict[str, float]:
         """Takes the step after `step` completed ones; returns its metrics."""
@@ -49,17 +53,29 @@ class Trainer:
         for index, micro_batches in enumerate(mini_batches):
             results += self._accumulate(micro_batches, proximal[index])
             norms.append(self.optimizer.update(lr))
+        micro_batches = [micro_batch for part in mini_batches for micro_batch in part]
+        logprobs = [one for part in proximal for one in part]
+        self._latest = list(zip(micro_batches, logprobs, strict=True))
         return {
             "lr": lr,
             "gradient_norm": max(norms),
             "skipped_updates": float(sum(norm != norm or norm == float("inf") for norm in norms)),
             **combine(results),
-            **off_policy_metrics([m for part in mini_batches for m in part], [p for part in proximal for p in part]),
+            **off_policy_metrics(micro_batches, logprobs),
             **group_metrics(groups),
             "padding_share": _padding_share(mini_batches),
             "proximal_s": proximal_done - started,
             "train_s": time.monotonic() - proximal_done,
         }
+
+    def as_trained(self, ticket_id: str) -> list[TrainedRollout]:
+        """The rollouts of a group of the latest step, in their order."""
+        found = []
+        for micro_batch, logprobs in self._latest:
+            for sample, (start, end) in zip(micro_batch.rows, pairwise(micro_batch.sequence_offsets), strict=True):
+                if sample.group.ticket.id == ticket_id:
+                    found.append(TrainedRollout(sample.advantage, logprobs[start:end].cpu().numpy()))
+        return found
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that a resume needs to take the next step bit for bit the same."""

@@ -6,7 +6,7 @@ many, or when a delta would not pay.
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -60,7 +60,7 @@ class VersionWriter:
         else:
             (aside / DELTA_FILE).unlink()
         if manifest.has_model:
-            self._write_model(aside / MODEL_FILE, entries)
+            _write_model(aside / MODEL_FILE, entries, self._content)
         (aside / MANIFEST_FILE).write_bytes(encode_manifest(manifest))
         move_into_place(aside, folder)
         self._chain_bytes = [] if manifest.has_model or delta is None else [*self._chain_bytes, delta.num_bytes]
@@ -96,11 +96,19 @@ class VersionWriter:
             return True
         return sum(self._chain_bytes) + delta.num_bytes > sum(entry.num_bytes for entry in entries.values())
 
-    def _write_model(self, path: Path, entries: Mapping[str, TensorEntry]) -> None:
-        with path.open("wb") as file:
-            file.write(model_layout(entries).header)
-            for name in entries:
-                file.write(self._content[name].data)
+    def copy_of_newest(self) -> Callable[[Path], None]:
+        """Writes the model's file as it is now, whenever it is called, from any thread: the bytes of a tensor are never
+        changed in place. Until it is forgotten, host memory may hold the model twice."""
+        assert self._newest is not None
+        entries, content = self._newest.tensors, dict(self._content)
+        return lambda path: _write_model(path, entries, content)
+
+
+def _write_model(path: Path, entries: Mapping[str, TensorEntry], content: Mapping[str, Bytes]) -> None:
+    with path.open("wb") as file:
+        file.write(model_layout(entries).header)
+        for name in entries:
+            file.write(content[name].data)
 
 
 def _content_of(tensor: Tensor) -> Bytes:

@@ -8,7 +8,7 @@ bytes may come from anyone: replicas are told whom to ask so that they form a tr
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -73,6 +73,10 @@ class Versions:
         self._delete_unneeded()
         self._notifiers.submit(self._notify_replicas, version)
         return manifest
+
+    def copy_of_newest(self) -> Callable[[Path], None]:
+        """Writes the model's file of the version that is the newest now."""
+        return self._writer.copy_of_newest()
 
     def close(self) -> None:
         self._notifiers.shutdown()

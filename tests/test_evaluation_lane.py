@@ -1,0 +1,138 @@
+"""Evaluations beside training in a real learner, whose tickets a pretended replica answers at once."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import redis
+
+from common.keys import Keys
+from common.redis_client import connect
+from common.wire import Group, Heartbeat, Ticket, Timings, encode
+from services.learner.best import best_of
+from services.learner.loop import Loop
+from tests.committing import answer_all
+from tests.fake_services import until
+from tests.launching import rows_of
+from tests.making import make_rollout
+from tests.replaying import end, take_up
+
+SETTINGS = ["learner.groups_per_step=2", "evaluation.num_prompts=3", "evaluation.num_samples=2"]
+HEARTBEAT = Heartbeat("r", "http://127.0.0.1:1", "running", "", 0, 0, 0, 0, 0.0, 1.0)
+
+
+class Replica:
+    """Answers training tickets, and evaluation tickets while `is_evaluating`: with 0 and `reward`, which may change."""
+
+    def __init__(self, url: str, keys: Keys) -> None:
+        self.is_evaluating = threading.Event()
+        self.is_evaluating.set()
+        self.reward = 1.0
+        self._client, self._keys, self._ending = connect(url), keys, threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._client.set(keys.replica("r"), encode(HEARTBEAT))
+        self._thread.start()
+
+    def end(self) -> None:
+        self._ending.set()
+        self._thread.join()
+        self._client.close()
+
+    def _work(self) -> None:
+        while not self._ending.wait(0.01):
+            answer_all(self._client, self._keys, self._keys.tickets, self._group)
+            if self.is_evaluating.is_set():
+                answer_all(self._client, self._keys, self._keys.eval, self._group)
+
+    def _group(self, ticket: Ticket) -> Group:
+        best = 1.0 if ticket.kind == "train" else self.reward
+        rewards = [best if index == 0 else 0.0 for index in range(ticket.num_completions)]
+        version = ticket.min_weight_version
+        rollouts = [make_rollout(reward, (8 + index, 9, 1), version) for index, reward in enumerate(rewards)]
+        return Group(ticket, rollouts, "r", Timings(1.0, 2.0, 3.0))
+
+
+@pytest.fixture
+def replica(redis_url: str, client: redis.Redis, keys: Keys) -> Iterator[Replica]:
+    for stream in (keys.tickets, keys.eval):
+        client.xgroup_create(stream, "generation", id="0", mkstream=True)
+    found = Replica(redis_url, keys)
+    yield found
+    found.end()
+
+
+@contextmanager
+def running(loop: Loop) -> Iterator[None]:
+    thread = threading.Thread(target=loop.run, daemon=True)
+    thread.start()
+    yield
+    thread.join(60.0)
+    assert not thread.is_alive()
+    end(loop)
+
+
+def test_an_evaluation_that_is_asked_for_runs_beside_training(
+    replica: Replica, client: redis.Redis, keys: Keys, tmp_path: Path
+) -> None:
+    loop = take_up(tmp_path, client, keys, None, *SETTINGS, "learner.steps=10000")
+    with running(loop):
+        until(lambda: loop.progress.step >= 2, "two steps")
+        replica.is_evaluating.clear()
+        client.hincrby(keys.control, "evaluations", 1)
+        until(lambda: loop.intake.is_evaluating, "the evaluation that was asked for")
+        asked = loop.progress.step
+        until(lambda: loop.progress.step >= asked + 2, "two more steps while it runs")
+        client.hincrby(keys.control, "evaluations", 1)
+        replica.is_evaluating.set()
+        until(lambda: len(rows_of(tmp_path, "evaluation")) == 3, "its result, and of the second")
+        client.hset(keys.control, "stop", 1)
+    first, second, third = rows_of(tmp_path, "evaluation")
+    assert first["step"] == 0 and 2 <= second["step"] < third["step"]
+    assert [row["version"] for row in (first, second, third)] == [row["step"] + 1 for row in (first, second, third)]
+    assert second["pass_at_1"] == second["held_out"] == 0.5 and second["pass_at_2"] == 1.0
+    history = [fields for _, fields in client.xrange(keys.history) if fields[b"kind"] == b"evaluation"]
+    assert [json.loads(fields[b"row"])["version"] for fields in history] == [
+        first["version"],
+        *(row["version"] for row in (second, third)),
+    ]
+    shown = [fields for _, fields in client.xrange(keys.shown) if fields[b"kind"] == b"eval"]
+    assert len(shown) == 9 and {fields[b"state"] for fields in shown} == {b"evaluated"}
+
+
+def test_the_best_step_is_named_though_training_has_gone_on(
+    replica: Replica, client: redis.Redis, keys: Keys, tmp_path: Path
+) -> None:
+    settings = ["learner.steps=6", "evaluation.interval_steps=2", "learner.checkpoint_interval_steps=100"]
+    loop = take_up(tmp_path, client, keys, None, *SETTINGS, *settings)
+    begin = loop.intake.begin_evaluation
+
+    def begin_evaluation(step: int, version: int) -> None:
+        replica.reward = {0: 0.5, 2: 1.0}.get(step, 0.25)
+        begin(step, version)
+
+    loop.intake.begin_evaluation = begin_evaluation  # type: ignore[method-assign]
+    with running(loop):
+        until(lambda: (tmp_path / "metrics.jsonl").read_text().count('"evaluation"') >= 3, "the last evaluation")
+    rows = {row["step"]: row["is_best"] for row in rows_of(tmp_path, "evaluation")}
+    assert rows[0] and rows[2] and not rows[6], rows
+    named = best_of(tmp_path)
+    assert named is not None and (named.step, named.version, named.held_out) == (2, 3, 0.5)
+
+
+def test_a_version_is_not_evaluated_twice(replica: Replica, client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
+    """Its tickets exist already: a second evaluation would wait for ever."""
+    loop = take_up(tmp_path, client, keys, None, *SETTINGS, "learner.steps=3")
+    loop._publish()
+    loop._begin_evaluation()
+    assert loop.best.decide(0.5)
+    loop.intake._evaluation = None
+    loop._is_evaluation_due = True
+    loop._evaluate_if_due()
+    assert not loop.intake.is_evaluating
+    loop._publish()
+    loop._evaluate_if_due()
+    assert loop.intake.is_evaluating and not loop._is_evaluation_due
+    end(loop)
