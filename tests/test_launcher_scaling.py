@@ -56,7 +56,7 @@ def test_the_launcher_follows_from_1_to_3_and_back(faking: Faking) -> None:
     fakes.wait_for(*serving(0, 1, 2))
     assert scaled(fakes, "1", "--run", "faked") == "run faked: 1 replica ordered\n"
     fakes.wait_for("generation drains generation-2", "generation drains generation-1")
-    until(lambda: len(psutil.Process(process.pid).children()) == 3, "Redis, the learner and one replica")
+    until(lambda: len(psutil.Process(process.pid).children()) == 4, "Redis, the learner, control and one replica")
     output = stopped(process)
     assert sorted(fakes.lines()).count("learner serves") == 1, "the run was not disturbed"
     assert [fakes.lines().count(line) for line in serving(0, 1, 2)] == [1, 1, 1], (
@@ -181,7 +181,7 @@ def test_advice_is_followed_where_the_recipe_says_so_and_nobody_has_ordered(faki
     scaled(fakes, "1")
     fakes.wait_for("generation drains generation-1")
     scaled(fakes, "auto")
-    until(lambda: len(psutil.Process(process.pid).children()) == 3, "no advice beyond the bounds is obeyed")
+    until(lambda: len(psutil.Process(process.pid).children()) == 4, "no advice beyond the bounds is obeyed")
     output = stopped(process)
     assert "] 3 replicas, as advised: it waits\n" in output and "] 1 replica, as ordered\n" in output
     assert "an order is not obeyed: '99' replicas: expected a number from 0 to 64\n" in output

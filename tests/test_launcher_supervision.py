@@ -194,7 +194,7 @@ def test_nothing_outlives_a_launcher_that_is_killed(faking: Faking) -> None:
     process = fakes.up()
     fakes.wait_for("learner serves", "generation serves")
     children = psutil.Process(process.pid).children(recursive=True)
-    assert len(children) == 3, children
+    assert len(children) == 4, children
     process.kill()
     _, alive = psutil.wait_procs(children, timeout=TIMEOUT_S)
     assert not alive

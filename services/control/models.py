@@ -262,7 +262,7 @@ class SettingsChange(Demand):
 
 
 class DesiredReplicas(Demand):
-    replicas: Annotated[Whole, Field(ge=0, le=MAX_REPLICAS)] | None = Field(
+    replicas: Annotated[int, Field(ge=0, le=MAX_REPLICAS), BeforeValidator(_whole)] | None = Field(
         description="null: no number is ordered any more."
     )
 
