@@ -33,7 +33,11 @@ export class Steps {
     const { step, at } = this.columns;
     const known = step.lastIndexOf(row.step);
     if (known >= 0 && at && at[known] === row.at) return;
-    while (step.length && step[step.length - 1] >= row.step) for (const column of Object.values(this.columns)) column.pop();
+    if (step.length && step[step.length - 1] >= row.step) {
+      const keep = step.findIndex((one) => one >= row.step);
+      for (const column of Object.values(this.columns)) column.length = keep;
+      this.evaluations = this.evaluations.filter((one) => one.step < row.step);
+    }
     const length = step.length;
     for (const name of Object.keys(row)) this.columns[name] ??= new Array(length).fill(null);
     for (const [name, column] of Object.entries(this.columns)) {
@@ -43,7 +47,8 @@ export class Steps {
   }
 
   evaluate(evaluation) {
-    const others = this.evaluations.filter((one) => one.step < evaluation.step || (one.step > evaluation.step && one.at < evaluation.at));
+    const others = this.evaluations.filter((one) => one.step !== evaluation.step);
+    if (evaluation.is_best) for (const one of others) one.is_best = false;
     this.evaluations = [...others, evaluation].sort((a, b) => a.step - b.step);
   }
 
