@@ -80,23 +80,21 @@ export class Steering {
     }
   }
 
-  /** A token is tried before it is kept: an order of nothing is refused as such, or for want of the right token. */
+  /** A token is tried before it is kept. */
   async #typed(event) {
     event.preventDefault();
     const value = byId("token").value.trim();
     try {
-      await call("PUT", "replicas/desired", {}, value);
+      await call("GET", "auth", undefined, value);
     } catch (refused) {
-      if (refused.status === 401 || refused.status === 0) {
-        setText(byId("sign-in-answer"), refused.status ? "This is not the run's token." : "Control does not answer. Try again.");
-        return;
-      }
+      if (!(refused instanceof Refused)) throw refused;
+      return setText(byId("sign-in-answer"), refused.status === 401 ? "This is not the run's token." : `${refused.message}. Try again.`);
     }
     keepToken(value);
     byId("token").value = "";
     byId("sign-in").close();
     this.#show();
-    this.onSignIn();
+    return this.onSignIn();
   }
 
   #show() {
