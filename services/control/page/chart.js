@@ -26,12 +26,13 @@ export class Chart {
     const keys = spec.series.map((one, i) =>
       el("li", {}, el("i", { class: `swatch c${one.color}${one.dash ? " dash" : ""}${one.isPoints ? " dot" : ""}` }), `${one.label} `, this.values[i]));
     this.canvas = el("div", { class: "plot", role: "img", "aria-label": spec.title });
-    this.summary = el("p", { class: "says" });
+    this.summary = el("summary");
     this.table = el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `${spec.title}, numbers` });
-    this.details = el("details", { ontoggle: () => this.#writeTable() }, el("summary", {}, "Numbers"), this.table);
+    this.details = el("details", { ontoggle: () => this.#writeTable() }, this.summary, this.table);
+    this.empty = el("p", { class: "muted", hidden: true }, spec.empty ?? "Nothing yet: the first step draws here.");
     this.root = el("figure", { class: "panel chart" },
       el("figcaption", {}, el("h3", {}, spec.title), el("span", { class: "unit" }, spec.unit ?? "")),
-      el("ul", { class: "legend" }, ...keys), this.canvas, this.summary, this.details);
+      el("ul", { class: "legend" }, ...keys), this.canvas, this.empty, this.details);
     mount.append(this.root);
     this.canvas.style.height = `${spec.height ?? 150}px`;
     new IntersectionObserver((seen) => {
@@ -66,10 +67,8 @@ export class Chart {
     this.data = this.#columns();
     const isEmpty = !this.data.slice(1).some((column) => column.some((value) => value !== null && value !== undefined));
     this.root.classList.toggle("is-empty", isEmpty);
-    if (isEmpty) {
-      setText(this.summary, this.spec.empty ?? "Nothing yet: the first step draws here.");
-      return;
-    }
+    this.empty.hidden = !isEmpty;
+    if (isEmpty) return;
     if (this.#plot) this.#plot.setData(this.data);
     else this.#plot = new uPlot(this.#options(), this.data, this.canvas);
     this.#writeLegend(null);
@@ -102,7 +101,8 @@ export class Chart {
       scales: { x: { time: false }, y: { distr: this.spec.isLog ? 3 : 1, range: (_, low, high) => this.#range(low, high) } },
       axes: [
         { ...axis, size: 26, space: 70, values: (_, ticks) => ticks.map((v) => (this.#known.axis === "time" ? duration(v) : count(v))) },
-        { ...axis, size: 54, space: 30, values: (_, ticks) => ticks.map((v) => (v === null ? "" : this.spec.format(v))) },
+        { ...axis, size: 50, space: 28, ...(this.spec.isLog && { splits: (_, __, low, high) => powersOfTen(low, high), filter: (_, at) => at }),
+          values: (_, ticks) => ticks.map((v) => (this.spec.tick ?? this.spec.format)(v)) },
       ],
       series: [{}, ...this.spec.series.map((one) => ({
         stroke: color(`s${one.color}`), width: one.width ?? 1.5, dash: one.dash, spanGaps: true, alpha: one.alpha ?? 1,
@@ -134,6 +134,7 @@ export class Chart {
     ctx.save();
     ctx.font = `${10 * pixels}px system-ui, sans-serif`;
     ctx.textAlign = "right";
+    ctx.lineJoin = "round";
     for (const { level, at } of this.#thresholds) {
       const y = plot.valToPos(at, "y", true);
       if (!(y >= bbox.top - 1 && y <= bbox.top + bbox.height + 1)) continue;
@@ -144,7 +145,13 @@ export class Chart {
       ctx.moveTo(bbox.left, y);
       ctx.lineTo(bbox.left + bbox.width, y);
       ctx.stroke();
-      ctx.fillText(`${level} ${this.spec.format(at)}`, bbox.left + bbox.width - 3 * pixels, y - 3 * pixels);
+      const label = `${level} ${(this.spec.tick ?? this.spec.format)(at)}`, right = bbox.left + bbox.width - 3 * pixels;
+      const baseline = y - bbox.top < 14 * pixels ? y + 11 * pixels : y - 4 * pixels;
+      ctx.setLineDash([]);
+      ctx.strokeStyle = color("panel");
+      ctx.lineWidth = 3 * pixels;
+      ctx.strokeText(label, right, baseline);
+      ctx.fillText(label, right, baseline);
     }
     ctx.restore();
   }
@@ -174,10 +181,9 @@ export class Chart {
     });
     if (last < 0) return;
     const name = this.spec.series[place].label;
-    const said = `${name} ${format(column[last])} ${this.#where(x[last])}; ` +
-      `lowest ${format(column[lowest])} ${this.#where(x[lowest])}, highest ${format(column[highest])} ${this.#where(x[highest])}.`;
-    setText(this.summary, said);
-    this.canvas.setAttribute("aria-label", `${this.spec.title}. ${said}`);
+    const span = `lowest ${format(column[lowest])} ${this.#where(x[lowest])}, highest ${format(column[highest])} ${this.#where(x[highest])}`;
+    setText(this.summary, column[lowest] === column[highest] ? "unchanged" : span);
+    this.canvas.setAttribute("aria-label", `${this.spec.title}: ${name} ${format(column[last])} ${this.#where(x[last])}; ${span}`);
   }
 
   #writeTable() {
@@ -197,4 +203,10 @@ export class Chart {
 function latest(column) {
   for (let i = column.length - 1; i >= 0; i--) if (column[i] !== null && column[i] !== undefined) return column[i];
   return null;
+}
+
+/** Not more than five of them. */
+function powersOfTen(low, high) {
+  const first = Math.round(Math.log10(low)), last = Math.round(Math.log10(high)), every = Math.ceil((last - first + 1) / 5);
+  return Array.from({ length: Math.floor((last - first) / every) + 1 }, (_, i) => 10 ** (first + i * every));
 }

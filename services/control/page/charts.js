@@ -5,11 +5,11 @@ import { byId } from "./dom.js";
 import { count, fixed, number, percent } from "./format.js";
 
 const column = (name) => (steps) => steps.columns[name] ?? [];
-const share = { format: (v) => percent(v, v !== 0 && v < 0.1 ? 1 : 0), min: 0, unit: "% of tokens" };
+const share = { format: (v) => percent(v, v !== 0 && v < 0.1 ? 1 : 0), tick: (v) => percent(v), min: 0, unit: "% of tokens" };
 
 const LEARNING = [
   {
-    title: "Reward and held-out accuracy", unit: "mean reward of what was sampled; pass@1", format: (v) => fixed(v, 3),
+    title: "Reward and held-out accuracy", unit: "mean reward of what was sampled; pass@1", format: (v) => fixed(v, 3), tick: number,
     min: 0, max: 1, height: 250, told: 1,
     series: [
       { label: "reward", of: column("reward_mean"), color: 1, width: 1, alpha: 0.35 },
@@ -25,7 +25,7 @@ const HEALTH = [
     check: "kl_behaviour_proximal", series: [{ label: "KL", of: column("kl_behaviour_proximal"), color: 1 }],
   },
   {
-    title: "Effective sample size", unit: "share of tokens", format: (v) => fixed(v, 3), max: 1, check: "ess",
+    title: "Effective sample size", unit: "share of tokens", format: (v) => fixed(v, 3), tick: number, max: 1, check: "ess",
     series: [{ label: "ESS", of: column("ess"), color: 3 }],
   },
   {
@@ -67,7 +67,7 @@ const FLOW = [
     ],
   },
   {
-    title: "Staleness", unit: "steps", format: (v) => fixed(v, 2), min: 0, check: "staleness_mean", told: 1,
+    title: "Staleness", unit: "steps", format: (v) => fixed(v, 2), tick: number, min: 0, check: "staleness_mean", told: 1,
     series: [
       { label: "largest", of: column("staleness_max"), color: 4, dash: [2, 3], width: 1 },
       { label: "mean", of: column("staleness_mean"), color: 3, width: 2 },

@@ -8,7 +8,7 @@ export function number(value, digits = 3) {
   if (isNone(value)) return NONE;
   if (value === 0) return "0";
   const size = Math.abs(value);
-  if (size < 1e-3 || size >= 1e6) return value.toExponential(Math.max(0, digits - 2)).replace("e-", "e−").replace("e+", "e");
+  if (size < 1e-3 || size >= 1e6) return value.toExponential(Math.max(0, digits - 2)).replace(/\.?0*e/, "e").replaceAll("-", "−").replace("+", "");
   if (Number.isInteger(value)) return String(value).replace("-", "−");
   return String(Number(value.toPrecision(Math.max(digits, Math.ceil(Math.log10(size)))))).replace("-", "−");
 }

@@ -23,6 +23,10 @@ export function startGroups(board) {
       newer = [];
       numKept = answer.num_kept;
       board.touch("groups");
+      if (opened === null && shown.length) {
+        opened = (shown.find((one) => one.state === "trained") ?? shown[0]).id;
+        openGroup(opened, false);
+      }
     } catch (refused) {
       if (!(refused instanceof Refused)) throw refused;
       setText(byId("groups-says"), refused.message);
@@ -56,7 +60,7 @@ export function startGroups(board) {
   function route() {
     if (!location.hash.startsWith("#group/")) return;
     opened = decodeURIComponent(location.hash.slice("#group/".length));
-    openGroup(opened);
+    openGroup(opened, true);
     paint();
   }
 
@@ -87,11 +91,7 @@ function write(item, group) {
   setText(head.children[2], clock(group.decided_at));
   setText(prompt, group.prompt || "(an empty prompt)");
   setText(foot.children[0], rewardsSaid(group.rewards));
-  setText(foot.children[1], `${plural(group.rewards.length, "completion")}, ${count(group.num_tokens)} tokens, ${group.replica}`);
+  setText(foot.children[1], `${count(group.num_tokens)} tokens, ${group.replica}`);
 }
 
-/** All, where they are few; else their mean. */
-function rewardsSaid(rewards) {
-  if (rewards.length <= 4) return `reward ${rewards.map((one) => Number(one.toFixed(2))).join(" · ")}`;
-  return `reward ${fixed(rewards.reduce((sum, one) => sum + one, 0) / rewards.length, 2)}`;
-}
+const rewardsSaid = (rewards) => `reward ${fixed(rewards.reduce((sum, one) => sum + one, 0) / Math.max(1, rewards.length), 2)} of ${plural(rewards.length, "completion")}`;

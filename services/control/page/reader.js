@@ -10,7 +10,8 @@ const FIRST_TOKENS = 3000;
 let tone = TONES[0];
 let asked = 0;
 
-export async function openGroup(id) {
+/** `isAsked`: by a person, who is brought there. */
+export async function openGroup(id, isAsked) {
   const mine = ++asked;
   const reader = byId("reader"), body = byId("reader-body");
   setText(byId("reader-title"), `Group ${id}`);
@@ -25,6 +26,7 @@ export async function openGroup(id) {
   if (mine !== asked) return;
   reader.removeAttribute("aria-busy");
   reader.scrollTop = 0;
+  if (!isAsked) return;
   reader.focus({ preventScroll: true });
   const box = reader.getBoundingClientRect();
   if (box.top < 0 || box.top > innerHeight * 0.6) reader.scrollIntoView({ block: "start" });

@@ -16,8 +16,9 @@ const COLUMNS = [
   { name: "Tokens/s", of: (one) => count(one.tokens_per_s), isNumber: true },
   { name: "Waits", of: (one) => percent(one.waiting_share), isNumber: true },
   { name: "Swaps", of: (one) => count(one.pauses.count), isNumber: true },
-  { name: "Pause p50 / p95", of: (one) => `${milliseconds(one.pauses.p50_ms)} / ${milliseconds(one.pauses.p95_ms)}`, isNumber: true },
-  { name: "Last pause", of: (one) => milliseconds(one.pauses.latest_ms), isNumber: true },
+  { name: "Pause p50", of: (one) => milliseconds(one.pauses.p50_ms), isNumber: true },
+  { name: "p95", of: (one) => milliseconds(one.pauses.p95_ms), isNumber: true },
+  { name: "latest", of: (one) => milliseconds(one.pauses.latest_ms), isNumber: true },
   { name: "Fetched", of: (one) => (one.pauses.count ? bytes(one.pauses.fetched_bytes) : "–"), isNumber: true },
   { name: "Seen", of: (one, now) => `for ${duration(now - one.seen_since_at)}`, isNumber: true },
 ];
