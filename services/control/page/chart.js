@@ -24,7 +24,7 @@ export class Chart {
     this.spec = spec;
     this.values = spec.series.map(() => el("b", {}, NONE));
     const keys = spec.series.map((one, i) =>
-      el("li", {}, el("i", { class: `swatch c${one.color}${one.dash ? " dash" : ""}${one.isPoints ? " dot" : ""}` }), `${one.label} `, this.values[i]));
+      el("li", {}, el("i", { class: `swatch c${one.color}${one.dash ? " dash" : ""}${one.isPoints ? " dot" : ""}${one.alpha ? " thin" : ""}` }), `${one.label} `, this.values[i]));
     this.canvas = el("div", { class: "plot", role: "img", "aria-label": spec.title });
     this.summary = el("summary");
     this.table = el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `${spec.title}, numbers` });
@@ -135,7 +135,7 @@ export class Chart {
     ctx.font = `${10 * pixels}px system-ui, sans-serif`;
     ctx.textAlign = "right";
     ctx.lineJoin = "round";
-    for (const { level, at } of this.#thresholds) {
+    for (const [place, { level, at }] of this.#thresholds.entries()) {
       const y = plot.valToPos(at, "y", true);
       if (!(y >= bbox.top - 1 && y <= bbox.top + bbox.height + 1)) continue;
       ctx.strokeStyle = ctx.fillStyle = color(level);
@@ -145,7 +145,7 @@ export class Chart {
       ctx.moveTo(bbox.left, y);
       ctx.lineTo(bbox.left + bbox.width, y);
       ctx.stroke();
-      const label = `${level} ${(this.spec.tick ?? this.spec.format)(at)}`, right = bbox.left + bbox.width - 3 * pixels;
+      const label = `${level} ${(this.spec.tick ?? this.spec.format)(at)}`, right = bbox.left + bbox.width - (3 + 76 * place) * pixels;
       const baseline = y - bbox.top < 14 * pixels ? y + 11 * pixels : y - 4 * pixels;
       ctx.setLineDash([]);
       ctx.strokeStyle = color("panel");

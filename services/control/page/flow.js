@@ -36,8 +36,8 @@ const waits = (share, what) => (share === null ? "not measured yet" : `wait${wha
 
 function whoWaits({ rates }) {
   const { learner_waiting_share: learner, replicas_waiting_share: replicas } = rates;
-  if (learner === null || replicas === null) return "Who waits for whom shows after the first steps.";
-  if (learner < 0.1 && replicas < 0.1) return "Neither side waits.";
+  if (learner === null && replicas === null) return "Who waits for whom shows after the first steps.";
+  if (learner < 0.1 && replicas < 0.1) return "Neither side waits for the other.";
   return learner > replicas
     ? `The learner waits for replicas: ${percent(learner)} of its time.`
     : `The replicas wait for the learner: ${percent(replicas)} of their time.`;

@@ -91,7 +91,7 @@ function write(item, group) {
   setText(head.children[2], clock(group.decided_at));
   setText(prompt, group.prompt || "(an empty prompt)");
   setText(foot.children[0], rewardsSaid(group.rewards));
-  setText(foot.children[1], `${count(group.num_tokens)} tokens, ${group.replica}`);
+  setText(foot.children[1], group.replica);
 }
 
-const rewardsSaid = (rewards) => `reward ${fixed(rewards.reduce((sum, one) => sum + one, 0) / Math.max(1, rewards.length), 2)} of ${plural(rewards.length, "completion")}`;
+const rewardsSaid = (rewards) => `${plural(rewards.length, "completion")}, reward ${fixed(rewards.reduce((sum, one) => sum + one, 0) / Math.max(1, rewards.length), 2)}`;

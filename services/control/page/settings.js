@@ -53,7 +53,7 @@ export function startSettings(board, steering) {
   });
 
   board.on(["settings", "steering"], () => {
-    setText(byId("settings-apply"), steering.maySteer ? "Apply from the next step on" : "Sign in to steer");
+    setText(byId("settings-apply"), steering.maySteer ? "Apply from the next step on" : "Sign in to change them");
     const answer = board.get("settings");
     if (!answer) return;
     const settings = Object.entries(answer.settings).map(([name, one]) => ({ name, ...one }));
