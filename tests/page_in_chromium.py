@@ -1,11 +1,13 @@
 """The live page as a person has it: a real Chromium before a real control service before a real Redis."""
 
+import asyncio
 import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +18,12 @@ import msgspec
 import pytest
 import redis
 
-from common.http_service import TOKEN_VARIABLE, free_port
+from common.config import RunConfig
+from common.http_service import TOKEN_VARIABLE, free_port, listen, url_of
 from common.keys import MAX_EVENTS, MAX_HISTORY, MAX_SHOWN, Keys
+from common.redis_client import connect
 from common.shown import ShownGroup
+from services.control.assembly import assembled, serving
 
 TOKEN = "the-run's-token"
 CHROMIUM = next((path for path in ("/usr/bin/chromium", "/usr/bin/chromium-browser") if Path(path).exists()), None)
@@ -31,8 +36,8 @@ SHOTS_VARIABLE = "HEADRACE_PAGE_SHOTS"
 AXE = Path(__file__).parent / "vendor" / "axe.min.js"
 
 
-class Control:
-    """The control service of one run, as a process; the same address after every start."""
+class ControlProcess:
+    """The control service of one run as its own process; the same address after every start."""
 
     def __init__(self, redis_url: str, keys: Keys) -> None:
         self.port = free_port()
@@ -52,7 +57,7 @@ class Control:
             assert time.monotonic() < deadline, "control does not answer"
             time.sleep(0.05)
 
-    def stop(self) -> None:
+    def close(self) -> None:
         if self._process is not None:
             self._process.send_signal(signal.SIGTERM)
             self._process.wait(15)
@@ -60,13 +65,27 @@ class Control:
 
 
 @contextlib.contextmanager
-def a_control(redis_url: str, keys: Keys) -> Iterator[Control]:
-    control = Control(redis_url, keys)
-    control.start()
-    try:
-        yield control
-    finally:
-        control.stop()
+def a_control(redis_url: str, keys: Keys) -> Iterator[str]:
+    """Control in a thread, which starts in a moment; its address."""
+    sock = listen("127.0.0.1", 0)
+    is_up, is_over = threading.Event(), threading.Event()
+
+    async def serve() -> None:
+        with connect(redis_url) as client:
+            config = RunConfig.model_validate_json(client.get(keys.config) or b"")
+        parts = assembled(keys.run, config, redis_url, TOKEN, config.control.protect_reads)
+        async with parts as (app, snapshot), serving(app, snapshot, sock):
+            is_up.set()
+            while not is_over.is_set():
+                await asyncio.sleep(0.05)
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),), name="control", daemon=True)
+    thread.start()
+    assert is_up.wait(30), "control does not start"
+    yield url_of(sock)
+    is_over.set()
+    thread.join(15)
+    assert not thread.is_alive(), "control does not end"
 
 
 @contextlib.contextmanager

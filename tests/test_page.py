@@ -1,5 +1,6 @@
 """Steering by the live page: signing in, seeing numbers change, orders that arrive in Redis, settings, restarts."""
 
+import contextlib
 import json
 import re
 import threading
@@ -18,7 +19,7 @@ from common.keys import Keys
 from common.wire import encode
 from tests.page_in_chromium import (
     TOKEN,
-    Control,
+    ControlProcess,
     a_browser,
     a_control,
     a_page,
@@ -68,7 +69,7 @@ def run_keys() -> Keys:
 
 
 @pytest.fixture(scope="module")
-def control(redis_url: str, run_keys: Keys, drained: tuple[str, list[tuple[str, str]]]) -> Iterator[Control]:
+def control(redis_url: str, run_keys: Keys, drained: tuple[str, list[tuple[str, str]]]) -> Iterator[str]:
     with redis.Redis.from_url(redis_url) as client:
         seed_run(client, run_keys, NUM_STEPS, replica_url=drained[0])
     with a_control(redis_url, run_keys) as running:
@@ -76,9 +77,9 @@ def control(redis_url: str, run_keys: Keys, drained: tuple[str, list[tuple[str, 
 
 
 @pytest.fixture
-def page(browser: Any, control: Control) -> Iterator[Any]:
+def page(browser: Any, control: str) -> Iterator[Any]:
     with a_page(browser) as opened:
-        open_page(opened, control.url)
+        open_page(opened, control)
         yield opened
 
 
@@ -106,22 +107,22 @@ def test_the_link_signs_in_and_the_address_forgets_the_token(page: Any) -> None:
     assert page.evaluate("sessionStorage.length") == 0
 
 
-def test_a_typed_token_is_tried_before_it_is_kept(browser: Any, control: Control) -> None:
+def test_a_typed_token_is_tried_before_it_is_kept(browser: Any, control: str) -> None:
     with a_page(browser) as page:
-        open_page(page, control.url, token=None)
+        open_page(page, control, token=None)
         wait_for_text(page, "#run-step", f"step {NUM_STEPS} of")
         page.get_by_role("button", name="Sign in to steer").click()
-        page.get_by_label("Token").fill("another run's")
-        page.get_by_label("Token").press("Enter")
+        page.get_by_role("textbox", name="Token").fill("another run's")
+        page.get_by_role("textbox", name="Token").press("Enter")
         wait_for_text(page, "#sign-in-answer", "not the run's token")
-        page.get_by_label("Token").fill(TOKEN)
-        page.get_by_label("Token").press("Enter")
+        page.get_by_role("textbox", name="Token").fill(TOKEN)
+        page.get_by_role("textbox", name="Token").press("Enter")
         page.get_by_role("button", name="Pause", exact=True).wait_for()
 
 
-def test_without_a_token_everything_that_steers_asks_to_sign_in(browser: Any, control: Control) -> None:
+def test_without_a_token_everything_that_steers_asks_to_sign_in(browser: Any, control: str) -> None:
     with a_page(browser) as page:
-        open_page(page, control.url, token=None)
+        open_page(page, control, token=None)
         page.get_by_role("button", name="Sign in to scale").click()
         assert page.locator("#sign-in").is_visible()
         page.keyboard.press("Escape")
@@ -134,9 +135,9 @@ def test_a_run_that_is_shown_to_nobody_else_asks_to_sign_in(browser: Any, redis_
     config = json.loads(client.get(keys.config) or b"")
     client.set(keys.config, json.dumps({**config, "control": {**config["control"], "protect_reads": True}}))
     with a_control(redis_url, keys) as control, a_page(browser) as page:
-        page.goto(control.url)
-        page.get_by_label("Token").fill(TOKEN)
-        page.get_by_label("Token").press("Enter")
+        page.goto(control)
+        page.get_by_role("textbox", name="Token").fill(TOKEN)
+        page.get_by_role("textbox", name="Token").press("Enter")
         wait_for_text(page, "#run-step", "step 3 of")
 
 
@@ -145,7 +146,7 @@ def test_numbers_change_while_one_looks(page: Any, client: redis.Redis, run_keys
     page.locator("#group-list li").first.wait_for()
     row = {**step_rows(NUM_STEPS + 1, 0)[-1], "step": NUM_STEPS + 1, "time_s": 1.0, "reward_mean": 0.4321}
     add_row(client, run_keys, "step", row)
-    add_row(client, run_keys, "evaluation", {**evaluation_row(NUM_STEPS + 1, 1.0), "held_out": 0.8765})
+    add_row(client, run_keys, "evaluation", {**evaluation_row(NUM_STEPS + 1, 1.0), "held_out": 0.8768})
     client.set(run_keys.replica("generation-1"), encode(heartbeat("generation-1", "http://127.0.0.1:9", 77)), ex=3600)
     add_event(client, run_keys, "checkpoint", {"text": "a checkpoint of step 41 is durable"})
     add_group(client, run_keys, shown_group(4321, NUM_STEPS + 1, 1.0))
@@ -207,7 +208,7 @@ def test_a_drain_reaches_the_replica(page: Any, drained: tuple[str, list[tuple[s
 
 
 def test_settings_are_accepted_refused_and_not_written_over(
-    page: Any, client: redis.Redis, run_keys: Keys, control: Control
+    page: Any, client: redis.Redis, run_keys: Keys, control: str
 ) -> None:
     rate, apply = page.get_by_label("optimizer.lr", exact=True), page.locator("#settings-apply")
     rate.fill("1e-5")
@@ -222,7 +223,7 @@ def test_settings_are_accepted_refused_and_not_written_over(
 
     def overtaken(route: Any) -> None:
         body = {"settings": {"actor.eps_clip": 0.3}}
-        assert httpx.patch(f"{control.url}/settings", json=body, headers=bearer(TOKEN)).status_code == 200
+        assert httpx.patch(f"{control}/settings", json=body, headers=bearer(TOKEN)).status_code == 200
         route.continue_()
 
     page.route(lambda url: url.endswith("/settings"), overtaken, times=1)
@@ -254,10 +255,12 @@ def test_pausing_needs_no_mouse(page: Any, client: redis.Redis, run_keys: Keys) 
 def test_a_restart_of_control_is_survived(browser: Any, redis_url: str, client: redis.Redis, tmp_path: Path) -> None:
     keys = Keys("test-page-restart")
     seed_run(client, keys, 10)
-    with a_control(redis_url, keys) as control, a_page(browser) as page:
+    control = ControlProcess(redis_url, keys)
+    with contextlib.closing(control), a_page(browser) as page:
+        control.start()
         open_page(page, control.url)
         wait_for_text(page, "#run-step", "step 10 of")
-        control.stop()
+        control.close()
         wait_for_text(page, "#link-text", "reconnecting since")
         keep_shot(page, tmp_path, "reconnecting")
         for row in step_rows(14, 0)[10:]:

@@ -12,7 +12,6 @@ import redis
 from common.keys import Keys
 from common.wire import encode
 from tests.page_in_chromium import (
-    Control,
     a_browser,
     a_control,
     a_page,
@@ -34,7 +33,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def control(redis_url: str) -> Iterator[Control]:
+def control(redis_url: str) -> Iterator[str]:
     keys = Keys("test-page-reading")
     with redis.Redis.from_url(redis_url) as client:
         seed_run(client, keys, 60, 3)
@@ -43,14 +42,16 @@ def control(redis_url: str) -> Iterator[Control]:
 
 
 @pytest.fixture
-def page(browser: Any, control: Control) -> Iterator[Any]:
+def page(browser: Any, control: str) -> Iterator[Any]:
     with a_page(browser) as opened:
-        open_page(opened, control.url)
+        open_page(opened, control)
         yield opened
 
 
 def classes(page: Any, completion: int) -> list[str]:
-    return page.locator(".tokens").nth(completion).locator("span").evaluate_all("all => all.map((one) => one.className)")
+    return (
+        page.locator(".tokens").nth(completion).locator("span").evaluate_all("all => all.map((one) => one.className)")
+    )
 
 
 def test_a_group_is_read_token_by_token(page: Any, tmp_path: Path) -> None:
@@ -94,11 +95,13 @@ def test_hostile_text_stays_text(browser: Any, redis_url: str, client: redis.Red
     prompt = [{"role": HOSTILE, "content": HOSTILE, "name": HOSTILE}]
     add_group(client, keys, msgspec.structs.replace(group, prompt=prompt, rollouts=[rollout]))
     add_event(client, keys, "<b>kind</b>", {"text": HOSTILE})
-    ill = msgspec.structs.replace(heartbeat("<b>ill</b>", "javascript:alert(1)", 3), state="quarantined", reason=HOSTILE)
+    ill = msgspec.structs.replace(
+        heartbeat("<b>ill</b>", "javascript:alert(1)", 3), state="quarantined", reason=HOSTILE
+    )
     client.set(keys.replica("ill"), encode(ill), ex=600)
     client.hset(keys.learner, "advice", HOSTILE)
     with a_control(redis_url, keys) as control, a_page(browser) as page:
-        open_page(page, control.url)
+        open_page(page, control)
         page.locator("#event-list").get_by_text("onerror").first.wait_for()
         page.locator("#group-list a").first.click()
         page.locator(".tokens span").first.wait_for()
@@ -108,7 +111,9 @@ def test_hostile_text_stays_text(browser: Any, redis_url: str, client: redis.Red
         assert page.evaluate("window.taken") is None
         assert page.locator("img").count() == 1 and page.locator("script").count() == 3
         assert page.locator("a[href^='javascript']").count() == 0
-        assert page.locator("main b").filter(has_text="kind").evaluate_all("all => all.every((b) => !b.children.length)")
+        assert (
+            page.locator("main b").filter(has_text="kind").evaluate_all("all => all.every((b) => !b.children.length)")
+        )
 
 
 def test_an_empty_run_says_what_will_come(browser: Any, redis_url: str, client: redis.Redis, tmp_path: Path) -> None:
@@ -117,7 +122,7 @@ def test_an_empty_run_says_what_will_come(browser: Any, redis_url: str, client: 
     for key in (keys.history, keys.events, keys.learner, keys.shown):
         client.delete(key)
     with a_control(redis_url, keys) as control, a_page(browser) as page:
-        open_page(page, control.url)
+        open_page(page, control)
         for text in ("None yet. The first follows", "No replica is live", "No groups yet", "Nothing has happened yet"):
             page.get_by_text(text).wait_for()
         assert page.get_by_text("Nothing yet").count() >= 8
@@ -130,10 +135,12 @@ def test_a_failing_run_says_what_to_do(browser: Any, redis_url: str, client: red
     seed_run(client, keys, 20, 2, num_dead=0)
     client.hset(keys.learner, mapping={"phase": "failed", "reason": "the loss is not finite in step 20"})
     reason = "version 19: the checksum of lm_head.weight differs"
-    ill = msgspec.structs.replace(heartbeat("generation-1", "http://127.0.0.1:9", 16), state="quarantined", reason=reason)
+    ill = msgspec.structs.replace(
+        heartbeat("generation-1", "http://127.0.0.1:9", 16), state="quarantined", reason=reason
+    )
     client.set(keys.replica("generation-1"), encode(ill), ex=600)
     with a_control(redis_url, keys) as control, a_page(browser, color_scheme="dark") as page:
-        open_page(page, control.url)
+        open_page(page, control)
         page.wait_for_selector("#verdict[data-level=failed]")
         assert "the loss is not finite" in page.locator("#verdict-text").inner_text()
         assert page.locator("#verdict-advice").inner_text() != ""
@@ -144,9 +151,9 @@ def test_a_failing_run_says_what_to_do(browser: Any, redis_url: str, client: red
         keep_shot(page, tmp_path, "failing")
 
 
-def test_a_telephone_scrolls_down_only(browser: Any, control: Control, tmp_path: Path) -> None:
+def test_a_telephone_scrolls_down_only(browser: Any, control: str, tmp_path: Path) -> None:
     with a_page(browser, 390, 844, has_touch=True) as page:
-        open_page(page, control.url)
+        open_page(page, control)
         page.locator("#group-list a").first.click()
         page.locator(".tokens").first.wait_for()
         page.locator("#checks-summary").click()
@@ -157,10 +164,10 @@ def test_a_telephone_scrolls_down_only(browser: Any, control: Control, tmp_path:
         keep_shot(page, tmp_path, "telephone", full=True)
 
 
-def test_dark_follows_the_system_until_told_otherwise(browser: Any, control: Control, tmp_path: Path) -> None:
+def test_dark_follows_the_system_until_told_otherwise(browser: Any, control: str, tmp_path: Path) -> None:
     background = "getComputedStyle(document.body).backgroundColor"
     with a_page(browser, color_scheme="dark") as page:
-        open_page(page, control.url)
+        open_page(page, control)
         dark = page.evaluate(background)
         page.wait_for_timeout(500)
         keep_shot(page, tmp_path, "dark", full=True)

@@ -26,7 +26,7 @@ export class Chart {
     const keys = spec.series.map((one, i) =>
       el("li", {}, el("i", { class: `swatch c${one.color}${one.dash ? " dash" : ""}${one.isPoints ? " dot" : ""}${one.alpha ? " thin" : ""}` }), `${one.label} `, this.values[i]));
     this.canvas = el("div", { class: "plot", role: "img", "aria-label": spec.title });
-    this.summary = el("summary");
+    this.summary = el("summary", {}, "Numbers");
     this.table = el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `${spec.title}, numbers` });
     this.details = el("details", { ontoggle: () => this.#writeTable() }, this.summary, this.table);
     this.empty = el("p", { class: "muted", hidden: true }, spec.empty ?? "Nothing yet: the first step draws here.");

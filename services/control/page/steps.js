@@ -21,7 +21,8 @@ export class Steps {
   /** An answer of `/history`. */
   merge(history) {
     const names = Object.keys(history.steps);
-    for (let i = 0; i < (history.steps.step ?? []).length; i++) {
+    if (this.length === 0) this.columns = { step: [], ...history.steps };
+    else for (let i = 0; i < (history.steps.step ?? []).length; i++) {
       this.append(Object.fromEntries(names.map((name) => [name, history.steps[name][i]])));
     }
     for (const evaluation of history.evaluations) this.evaluate(evaluation);
