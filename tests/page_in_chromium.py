@@ -27,10 +27,15 @@ from services.control.assembly import assembled, serving
 
 TOKEN = "the-run's-token"
 CHROMIUM = next((path for path in ("/usr/bin/chromium", "/usr/bin/chromium-browser") if Path(path).exists()), None)
-ARGUMENTS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-background-networking --disable-component-update "
-    "--disable-sync --no-first-run"
-).split()
+ARGUMENTS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
 SHOTS_VARIABLE = "HEADRACE_PAGE_SHOTS"
 """A folder where the screenshots are kept."""
 AXE = Path(__file__).parent / "vendor" / "axe.min.js"

@@ -47,7 +47,7 @@ def drained() -> Iterator[tuple[str, list[tuple[str, str]]]]:
     asked: list[tuple[str, str]] = []
 
     class Replica(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:  # noqa: N802
+        def do_POST(self) -> None:
             asked.append((self.path, self.headers.get("Authorization", "")))
             self.send_response(200)
             self.send_header("Content-Length", "2")
