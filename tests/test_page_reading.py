@@ -1,5 +1,6 @@
 """Reading the live page: groups token by token, hostile text, an empty and a failing run, every width, everybody."""
 
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,9 +50,8 @@ def page(browser: Any, control: str) -> Iterator[Any]:
 
 
 def classes(page: Any, completion: int) -> list[str]:
-    return (
-        page.locator(".tokens").nth(completion).locator("span").evaluate_all("all => all.map((one) => one.className)")
-    )
+    tokens = page.locator(".tokens").nth(completion).locator("span")
+    return list(tokens.evaluate_all("all => all.map((one) => one.className)"))
 
 
 def test_a_group_is_read_token_by_token(page: Any, tmp_path: Path) -> None:
@@ -192,4 +192,4 @@ def test_nothing_serious_is_in_the_way_of_anybody(page: Any, tmp_path: Path) -> 
     page.get_by_role("button", name="Sign in", exact=True).click()
     assert faults_of(page) == []
     levels = page.locator("h1, h2, h3, h4").evaluate_all("all => all.map((one) => Number(one.tagName[1]))")
-    assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False)), "a heading is skipped"
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels)), "a heading is skipped"

@@ -18,7 +18,8 @@ NUM_STEPS, NUM_REPLICAS = 10_000, 64
 EVENTS_PER_S, OBSERVED_S = 20, 5.0
 WATCH = """() => {
   window.longTasks = []; window.frames = [];
-  new PerformanceObserver((list) => longTasks.push(...list.getEntries().map((one) => one.duration))).observe({type: 'longtask'});
+  const note = (list) => longTasks.push(...list.getEntries().map((one) => one.duration));
+  new PerformanceObserver(note).observe({type: 'longtask'});
   let last = performance.now();
   const tick = (now) => { frames.push(now - last); last = now; requestAnimationFrame(tick); };
   requestAnimationFrame(tick);
