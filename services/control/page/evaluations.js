@@ -21,6 +21,7 @@ export function startEvaluations(board) {
       row.classList.toggle("best", one.is_best);
       row.title = one.is_best ? "the best so far" : "";
     });
+    setHidden(byId("evaluations-head"), evaluations.length === 0);
     setHidden(byId("evaluations-empty"), evaluations.length > 0);
   });
 }

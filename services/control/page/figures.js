@@ -23,8 +23,9 @@ function figures(status, steps) {
       note: !held ? "not evaluated yet" : best && best.step !== held.step ? `at step ${held.step}; best ${fixed(best.held_out, 3)} at ${best.step}` : `at step ${held.step}${held.is_best || best ? ", the best" : ""}` },
     { name: "Generated", value: count(rates.generated_tokens_per_s), unit: "tokens/s", note: `${count(counts.generated_tokens)} tokens in all` },
     { name: "Trained", value: count(rates.trained_tokens_per_s), unit: "tokens/s", note: `${number(rates.steps_per_hour)} steps/h` },
-    { name: "Staleness", value: fixed(staleness.mean, 2), unit: "steps", note: `${fixed(staleness.in_flight, 2)} in flight, ${fixed(staleness.in_queue, 2)} in queue; max ${number(staleness.max)}` },
-    { name: "Learner waits", value: percent(rates.learner_waiting_share), note: status.reason || "of its time, for groups", share: rates.learner_waiting_share },
+    { name: "Staleness", value: fixed(staleness.mean, 2), unit: "steps", note: staleness.mean === null ? "of what was trained" :
+        `${fixed(staleness.in_flight, 2)} in flight, ${fixed(staleness.in_queue, 2)} in queue; max ${number(staleness.max)}` },
+    { name: "Learner waits", value: percent(rates.learner_waiting_share), note: (status.phase === "waiting" && status.reason) || "of its time, for groups", share: rates.learner_waiting_share },
     { name: "Replicas wait", value: percent(rates.replicas_waiting_share), note: "of their time, for tickets", share: rates.replicas_waiting_share },
     { name: "Replicas", value: String(replicas.running), unit: `running of ${replicas.live}`,
       note: replicas.desired === null ? "none ordered" : `${replicas.desired} ordered` },

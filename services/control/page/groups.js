@@ -55,6 +55,7 @@ export function startGroups(board) {
     const waiting = newer.length ? `; ${newer.length} newer ${newer.length === 1 ? "comes" : "come"} when you leave the list` : "";
     setText(byId("groups-says"), shown.length ? `The newest ${shown.length} of those that match${numKept ? `, of ${numKept} kept` : ""}${waiting}.` : "");
     setHidden(byId("groups-empty"), shown.length > 0);
+    byId("browser").classList.toggle("is-empty", !shown.length && opened === null);
   }
 
   function route() {
