@@ -71,7 +71,7 @@ def test_a_group_is_read_token_by_token(page: Any, tmp_path: Path) -> None:
     for key in ("ArrowRight", "ArrowRight", "ArrowLeft"):
         page.keyboard.press(key)
     said = page.locator(".token-says").inner_text()
-    assert 'token 2 of 10: " has"' in said and "behaviour −0.200" in said and "gap −0.010" in said
+    assert 'token 2 of 10: " has"' in said and "behaviour −0.2 (p 0.819)" in said and "gap −0.01 " in said
     page.locator(".tokens").first.locator("span").nth(4).hover()
     assert "token 5 of 10" in page.locator(".token-says").inner_text()
     keep_shot(page, tmp_path, "group")

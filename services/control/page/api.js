@@ -34,7 +34,10 @@ export async function call(method, path, body, withToken) {
   let answer;
   try {
     answer = await fetch(path, {
-      method, headers, cache: "no-store", body: body === undefined ? undefined : JSON.stringify(body),
+      method,
+      headers,
+      cache: "no-store",
+      body: body === undefined ? undefined : JSON.stringify(body),
     });
   } catch {
     throw new Refused(0, "control does not answer");

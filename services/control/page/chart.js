@@ -1,11 +1,12 @@
 /* One chart: lines over steps or time on a canvas (uPlot), thresholds as dashed lines, a legend with the numbers under
    the pointer, and the same in words and as a table for who does not see it. Only what is on the screen is drawn. */
 
+import { asTable, inWords } from "./chart_words.js";
 import { el, setText } from "./dom.js";
 import { NONE, count, duration } from "./format.js";
+import { drawThresholds, powersOfTen, rangeOf, thresholdsOf } from "./thresholds.js";
 
 const SYNC = "run";
-const TABLE_ROWS = 25;
 const FONT = "11px system-ui, sans-serif";
 
 /**
@@ -24,21 +25,39 @@ export class Chart {
     this.spec = spec;
     this.values = spec.series.map(() => el("b", {}, NONE));
     const keys = spec.series.map((one, i) =>
-      el("li", {}, el("i", { class: `swatch c${one.color}${one.dash ? " dash" : ""}${one.isPoints ? " dot" : ""}${one.alpha ? " thin" : ""}` }), `${one.label} `, this.values[i]));
+      el(
+        "li",
+        {},
+        el("i", {
+          class: `swatch c${one.color}${one.dash ? " dash" : ""}${one.isPoints ? " dot" : ""}${one.alpha ? " thin" : ""}`,
+        }),
+        `${one.label} `,
+        this.values[i],
+      ),
+    );
     this.canvas = el("div", { class: "plot", role: "img", "aria-label": spec.title });
     this.summary = el("summary", {}, "Numbers");
     this.table = el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `${spec.title}, numbers` });
     this.details = el("details", { ontoggle: () => this.#writeTable() }, this.summary, this.table);
     this.empty = el("p", { class: "muted", hidden: true }, spec.empty ?? "Nothing yet: the first step draws here.");
-    this.root = el("figure", { class: "panel chart" },
+    this.root = el(
+      "figure",
+      { class: "panel chart" },
       el("figcaption", {}, el("h3", {}, spec.title), el("span", { class: "unit" }, spec.unit ?? "")),
-      el("ul", { class: "legend" }, ...keys), this.canvas, this.empty, this.details);
+      el("ul", { class: "legend" }, ...keys),
+      this.canvas,
+      this.empty,
+      this.details,
+    );
     mount.append(this.root);
     this.canvas.style.height = `${spec.height ?? 150}px`;
-    new IntersectionObserver((seen) => {
-      this.#isSeen = seen.at(-1).isIntersecting;
-      if (this.#isSeen && this.#isStale) this.#draw();
-    }, { rootMargin: "200px" }).observe(this.root);
+    new IntersectionObserver(
+      (seen) => {
+        this.#isSeen = seen.at(-1).isIntersecting;
+        if (this.#isSeen && this.#isStale) this.#draw();
+      },
+      { rootMargin: "200px" },
+    ).observe(this.root);
     new ResizeObserver(() => this.#plot?.setSize(this.#size())).observe(this.canvas);
     document.addEventListener("themechange", () => {
       this.#plot?.destroy();
@@ -51,8 +70,7 @@ export class Chart {
   /** `axis`: "step" or "time". */
   update(steps, axis, checks) {
     this.#known = { steps, axis };
-    const check = checks?.find((one) => one.name === this.spec.check);
-    this.#thresholds = check ? ["warn", "alarm"].filter((level) => check[level] !== null).map((level) => ({ level, at: check[level] })) : [];
+    this.#thresholds = thresholdsOf(checks?.find((one) => one.name === this.spec.check));
     this.#isStale = true;
     if (this.#isSeen) this.#draw();
   }
@@ -78,9 +96,11 @@ export class Chart {
 
   #columns() {
     const { steps, axis } = this.#known;
-    const x = axis === "time" ? steps.columns.wall_s ?? [] : steps.columns.step;
-    const floor = (values) => (this.spec.isLog ? values.map((v) => (v === null ? null : Math.max(v, this.spec.floor))) : values);
-    const own = [], aligned = [x];
+    const x = axis === "time" ? (steps.columns.wall_s ?? []) : steps.columns.step;
+    const floor = (values) =>
+      this.spec.isLog ? values.map((v) => (v === null ? null : Math.max(v, this.spec.floor))) : values;
+    const own = [],
+      aligned = [x];
     for (const one of this.spec.series) {
       const values = one.of(steps, axis);
       if (Array.isArray(values)) aligned.push(floor(values.length ? values : new Array(x.length).fill(null)));
@@ -92,68 +112,53 @@ export class Chart {
   #options() {
     const style = getComputedStyle(document.documentElement);
     const color = (name) => style.getPropertyValue(`--${name}`).trim();
-    const axis = { stroke: color("muted"), font: FONT, grid: { stroke: color("grid"), width: 1 }, ticks: { show: false } };
+    const axis = {
+      stroke: color("muted"),
+      font: FONT,
+      grid: { stroke: color("grid"), width: 1 },
+      ticks: { show: false },
+    };
     return {
       ...this.#size(),
       legend: { show: false },
       padding: [8, 10, 0, 0],
       cursor: { sync: { key: SYNC }, drag: { x: false, y: false, setScale: false }, y: false, points: { size: 6 } },
-      scales: { x: { time: false }, y: { distr: this.spec.isLog ? 3 : 1, range: (_, low, high) => this.#range(low, high) } },
+      scales: {
+        x: { time: false },
+        y: { distr: this.spec.isLog ? 3 : 1, range: (_, low, high) => rangeOf(this.spec, this.#thresholds, low, high) },
+      },
       axes: [
-        { ...axis, size: 26, space: 70, values: (_, ticks) => ticks.map((v) => (this.#known.axis === "time" ? duration(v) : count(v))) },
-        { ...axis, size: 50, space: 28, ...(this.spec.isLog && { splits: (_, __, low, high) => powersOfTen(low, high), filter: (_, at) => at }),
-          values: (_, ticks) => ticks.map((v) => (this.spec.tick ?? this.spec.format)(v)) },
+        {
+          ...axis,
+          size: 26,
+          space: 70,
+          values: (_, ticks) => ticks.map((v) => (this.#known.axis === "time" ? duration(v) : count(v))),
+        },
+        {
+          ...axis,
+          size: 50,
+          space: 28,
+          ...(this.spec.isLog && { splits: (_, __, low, high) => powersOfTen(low, high), filter: (_, at) => at }),
+          values: (_, ticks) => ticks.map((v) => (this.spec.tick ?? this.spec.format)(v)),
+        },
       ],
-      series: [{}, ...this.spec.series.map((one) => ({
-        stroke: color(`s${one.color}`), width: one.width ?? 1.5, dash: one.dash, spanGaps: true, alpha: one.alpha ?? 1,
-        fill: one.fill ? `${color(`s${one.color}`)}${one.fill}` : undefined,
-        points: { show: one.isPoints ?? false, size: 7, fill: color(`s${one.color}`) },
-      }))],
+      series: [
+        {},
+        ...this.spec.series.map((one) => ({
+          stroke: color(`s${one.color}`),
+          width: one.width ?? 1.5,
+          dash: one.dash,
+          spanGaps: true,
+          alpha: one.alpha ?? 1,
+          fill: one.fill ? `${color(`s${one.color}`)}${one.fill}` : undefined,
+          points: { show: one.isPoints ?? false, size: 7, fill: color(`s${one.color}`) },
+        })),
+      ],
       hooks: {
-        draw: [(plot) => this.#drawThresholds(plot, color)],
+        draw: [(plot) => drawThresholds(plot, this.spec, this.#thresholds, color)],
         setCursor: [(plot) => this.#writeLegend(plot.cursor.idx)],
       },
     };
-  }
-
-  /** The data's, with the thresholds that matter, some air, and what the spec asks for. */
-  #range(low, high) {
-    if (low === null || high === null) return [this.spec.isLog ? this.spec.floor : 0, 1];
-    const warn = this.#thresholds.find((one) => one.level === "warn")?.at;
-    const crossed = warn !== undefined && low <= warn && warn <= high;
-    const marks = this.#thresholds.filter((one) => one.level === "warn" || crossed || this.spec.isLog).map((one) => one.at);
-    const bottom = Math.min(low, this.spec.min ?? low, ...marks), top = Math.max(high, this.spec.max ?? high, ...marks);
-    if (this.spec.isLog) return [10 ** Math.floor(Math.log10(bottom)), 10 ** Math.ceil(Math.log10(top * 1.3))];
-    const air = 0.06 * (top - bottom || Math.abs(top) || 1);
-    return [bottom === this.spec.min ? bottom : bottom - air, top === this.spec.max ? top : top + air];
-  }
-
-  #drawThresholds(plot, color) {
-    const { ctx, bbox } = plot;
-    const pixels = devicePixelRatio;
-    ctx.save();
-    ctx.font = `${10 * pixels}px system-ui, sans-serif`;
-    ctx.textAlign = "right";
-    ctx.lineJoin = "round";
-    for (const [place, { level, at }] of this.#thresholds.entries()) {
-      const y = plot.valToPos(at, "y", true);
-      if (!(y >= bbox.top - 1 && y <= bbox.top + bbox.height + 1)) continue;
-      ctx.strokeStyle = ctx.fillStyle = color(level);
-      ctx.lineWidth = 1.25 * pixels;
-      ctx.setLineDash(level === "warn" ? [5 * pixels, 4 * pixels] : [2 * pixels, 3 * pixels]);
-      ctx.beginPath();
-      ctx.moveTo(bbox.left, y);
-      ctx.lineTo(bbox.left + bbox.width, y);
-      ctx.stroke();
-      const label = `${level} ${(this.spec.tick ?? this.spec.format)(at)}`, right = bbox.left + bbox.width - (3 + 76 * place) * pixels;
-      const baseline = y - bbox.top < 14 * pixels ? y + 11 * pixels : y - 4 * pixels;
-      ctx.setLineDash([]);
-      ctx.strokeStyle = color("panel");
-      ctx.lineWidth = 3 * pixels;
-      ctx.strokeText(label, right, baseline);
-      ctx.fillText(label, right, baseline);
-    }
-    ctx.restore();
   }
 
   /** Under the pointer, or the latest. */
@@ -165,48 +170,23 @@ export class Chart {
     });
   }
 
-  #where(x) {
-    return this.#known.axis === "time" ? `after ${duration(x)}` : `at step ${x}`;
-  }
-
   #writeSummary() {
     const place = this.spec.told ?? 0;
-    const [x, column, format] = [this.data[0], this.data[place + 1], this.spec.format];
-    let lowest = -1, highest = -1, last = -1;
-    column.forEach((value, i) => {
-      if (value === null || value === undefined) return;
-      last = i;
-      if (lowest < 0 || value < column[lowest]) lowest = i;
-      if (highest < 0 || value > column[highest]) highest = i;
-    });
-    if (last < 0) return;
-    const name = this.spec.series[place].label;
-    const span = `lowest ${format(column[lowest])} ${this.#where(x[lowest])}, highest ${format(column[highest])} ${this.#where(x[highest])}`;
-    setText(this.summary, column[lowest] === column[highest] ? "unchanged" : span);
-    this.canvas.setAttribute("aria-label", `${this.spec.title}: ${name} ${format(column[last])} ${this.#where(x[last])}; ${span}`);
+    const words = inWords(this.data[0], this.data[place + 1], this.spec.format, this.#known.axis);
+    if (!words) return;
+    setText(this.summary, words.span);
+    this.canvas.setAttribute(
+      "aria-label",
+      `${this.spec.title}: ${this.spec.series[place].label} ${words.now}; ${words.span}`,
+    );
   }
 
   #writeTable() {
-    if (!this.details.open || !this.data) return;
-    const x = this.data[0], every = Math.max(1, Math.ceil(x.length / TABLE_ROWS));
-    const rows = x.map((_, i) => i).filter((i) => (x.length - 1 - i) % every === 0).reverse();
-    const shown = (value) => (value === null || value === undefined ? "" : this.spec.format(value));
-    this.table.replaceChildren(el("table", { class: "numbers" },
-      el("thead", {}, el("tr", {}, el("th", { scope: "col" }, this.#known.axis === "time" ? "Time" : "Step"),
-        ...this.spec.series.map((one) => el("th", { scope: "col", class: "n" }, one.label)))),
-      el("tbody", {}, ...rows.map((i) => el("tr", {},
-        el("th", { scope: "row" }, this.#known.axis === "time" ? duration(x[i]) : String(x[i])),
-        ...this.spec.series.map((_, place) => el("td", { class: "n" }, shown(this.data[place + 1][i]))))))));
+    if (this.details.open && this.data) this.table.replaceChildren(asTable(this.data, this.spec, this.#known.axis));
   }
 }
 
 function latest(column) {
   for (let i = column.length - 1; i >= 0; i--) if (column[i] !== null && column[i] !== undefined) return column[i];
   return null;
-}
-
-/** Not more than five of them. */
-function powersOfTen(low, high) {
-  const first = Math.round(Math.log10(low)), last = Math.round(Math.log10(high)), every = Math.ceil((last - first + 1) / 5);
-  return Array.from({ length: Math.floor((last - first) / every) + 1 }, (_, i) => 10 ** (first + i * every));
 }

@@ -10,7 +10,8 @@ export function startEvents(board) {
   select.append(el("option", { value: "swap" }, "swap"));
   select.options[0].textContent = "all but swaps";
   const kinds = new Set(["", "swap"]);
-  let swaps = [], others = [];
+  let swaps = [],
+    others = [];
 
   function add(events) {
     for (const event of events) {
@@ -27,11 +28,17 @@ export function startEvents(board) {
   select.addEventListener("change", () => board.touch("events"));
   board.on(["events"], () => {
     const wanted = select.value === "swap" ? swaps : others.filter((one) => !select.value || one.kind === select.value);
-    keep(byId("event-list"), wanted, (one) => one.id, () => el("li", {}, el("time"), el("b"), el("span")), (item, one) => {
-      setText(item.children[0], clock(one.at));
-      setText(item.children[1], one.kind);
-      setText(item.children[2], one.text);
-    });
+    keep(
+      byId("event-list"),
+      wanted,
+      (one) => one.id,
+      () => el("li", {}, el("time"), el("b"), el("span")),
+      (item, one) => {
+        setText(item.children[0], clock(one.at));
+        setText(item.children[1], one.kind);
+        setText(item.children[2], one.text);
+      },
+    );
     setHidden(byId("events-empty"), wanted.length > 0);
   });
 

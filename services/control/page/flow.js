@@ -9,10 +9,16 @@ export function startFlow(board) {
     if (!status) return;
     keep(byId("loop"), stations(status), (one) => one.name, makeStation, writeStation);
     const waits = told(status.waits);
-    keep(byId("waits"), waits, (one) => one.who, () => el("li", {}, el("b"), " ", el("span")), (item, one) => {
-      setText(item.firstChild, one.who);
-      setText(item.lastChild, one.detail);
-    });
+    keep(
+      byId("waits"),
+      waits,
+      (one) => one.who,
+      () => el("li", {}, el("b"), " ", el("span")),
+      (item, one) => {
+        setText(item.firstChild, one.who);
+        setText(item.lastChild, one.detail);
+      },
+    );
     setHidden(byId("waits"), waits.length === 0);
     setText(byId("flow-says"), whoWaits(status));
   });
@@ -21,18 +27,38 @@ export function startFlow(board) {
 function stations({ queues, replicas, rates, phase, reason, version, counts }) {
   const waiting = Math.max(0, queues.open_tickets - queues.leased_tickets);
   return [
-    { name: "Tickets", value: count(waiting), unit: "waiting",
-      note: `${queues.leased_tickets} in flight${queues.evaluation_tickets ? `, ${queues.evaluation_tickets} of an evaluation` : ""}` },
-    { name: "Replicas", value: String(replicas.running), unit: "running", note: waits(rates.replicas_waiting_share, "for tickets"),
-      isIdle: rates.replicas_waiting_share > 0.3 },
-    { name: "Scored groups", value: count(queues.groups), unit: "in the stream", note: "waiting, in training or until saved twice" },
-    { name: "Learner", value: phase, isWord: true, note: reason || waits(rates.learner_waiting_share, "for groups"),
-      isIdle: rates.learner_waiting_share > 0.3 },
+    {
+      name: "Tickets",
+      value: count(waiting),
+      unit: "waiting",
+      note: `${queues.leased_tickets} in flight${queues.evaluation_tickets ? `, ${queues.evaluation_tickets} of an evaluation` : ""}`,
+    },
+    {
+      name: "Replicas",
+      value: String(replicas.running),
+      unit: "running",
+      note: waits(rates.replicas_waiting_share, "for tickets"),
+      isIdle: rates.replicas_waiting_share > 0.3,
+    },
+    {
+      name: "Scored groups",
+      value: count(queues.groups),
+      unit: "in the stream",
+      note: "waiting, in training or until saved twice",
+    },
+    {
+      name: "Learner",
+      value: phase,
+      isWord: true,
+      note: reason || waits(rates.learner_waiting_share, "for groups"),
+      isIdle: rates.learner_waiting_share > 0.3,
+    },
     { name: "Weights", value: `v${version}`, note: `${count(counts.trained)} groups trained; back to the replicas` },
   ];
 }
 
-const waits = (share, what) => (share === null ? "not measured yet" : `wait${what === "for groups" ? "s" : ""} ${percent(share)} ${what}`);
+const waits = (share, what) =>
+  share === null ? "not measured yet" : `wait${what === "for groups" ? "s" : ""} ${percent(share)} ${what}`;
 
 function whoWaits({ rates }) {
   const { learner_waiting_share: learner, replicas_waiting_share: replicas } = rates;
@@ -47,11 +73,19 @@ function whoWaits({ rates }) {
 function told(waitsNow) {
   const byDetail = new Map();
   for (const { who, detail } of waitsNow) byDetail.set(detail, [...(byDetail.get(detail) ?? []), who]);
-  return [...byDetail].map(([detail, who]) => ({ who: who.length > 3 ? plural(who.length, "replica") : who.join(", "), detail })).slice(0, 8);
+  return [...byDetail]
+    .map(([detail, who]) => ({ who: who.length > 3 ? plural(who.length, "replica") : who.join(", "), detail }))
+    .slice(0, 8);
 }
 
 function makeStation() {
-  return el("li", {}, el("span", { class: "name" }), el("span", { class: "value" }, el("b"), el("span", { class: "unit" })), el("span", { class: "note" }));
+  return el(
+    "li",
+    {},
+    el("span", { class: "name" }),
+    el("span", { class: "value" }, el("b"), el("span", { class: "unit" })),
+    el("span", { class: "note" }),
+  );
 }
 
 function writeStation(item, one) {

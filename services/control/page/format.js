@@ -8,7 +8,12 @@ export function number(value, digits = 3) {
   if (isNone(value)) return NONE;
   if (value === 0) return "0";
   const size = Math.abs(value);
-  if (size < 1e-3 || size >= 1e6) return value.toExponential(Math.max(0, digits - 2)).replace(/\.?0*e/, "e").replaceAll("-", "−").replace("+", "");
+  if (size < 1e-3 || size >= 1e6)
+    return value
+      .toExponential(Math.max(0, digits - 2))
+      .replace(/\.?0*e/, "e")
+      .replaceAll("-", "−")
+      .replace("+", "");
   if (Number.isInteger(value)) return String(value).replace("-", "−");
   return String(Number(value.toPrecision(Math.max(digits, Math.ceil(Math.log10(size)))))).replace("-", "−");
 }
@@ -21,7 +26,12 @@ export const percent = (share, decimals = 0) => (isNone(share) ? NONE : `${(100 
 /** 12 345 as 12.3 k. */
 export function count(value) {
   if (isNone(value)) return NONE;
-  for (const [size, unit] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e4, "k"]]) {
+  for (const [size, unit] of [
+    [1e12, "T"],
+    [1e9, "G"],
+    [1e6, "M"],
+    [1e4, "k"],
+  ]) {
     if (Math.abs(value) >= size) return `${Number((value / (unit === "k" ? 1e3 : size)).toPrecision(3))} ${unit}`;
   }
   return String(Math.round(value));
@@ -29,7 +39,11 @@ export function count(value) {
 
 export function bytes(value) {
   if (isNone(value)) return NONE;
-  for (const [size, unit] of [[1 << 30, "GiB"], [1 << 20, "MiB"], [1 << 10, "KiB"]]) {
+  for (const [size, unit] of [
+    [1 << 30, "GiB"],
+    [1 << 20, "MiB"],
+    [1 << 10, "KiB"],
+  ]) {
     if (value >= size) return `${Number((value / size).toPrecision(3))} ${unit}`;
   }
   return `${value} B`;

@@ -11,8 +11,12 @@ const STATE_SAYS = { trained: "trained", uniform: "uniform: no signal", stale: "
 export const groupAddress = (id) => `#group/${encodeURIComponent(id)}`;
 
 export function startGroups(board) {
-  const form = byId("group-filters"), list = byId("group-list");
-  let shown = [], newer = [], numKept = 0, opened = null;
+  const form = byId("group-filters"),
+    list = byId("group-list");
+  let shown = [],
+    newer = [],
+    numKept = 0,
+    opened = null;
 
   async function load() {
     const wanted = new URLSearchParams([...new FormData(form)].filter(([, value]) => value));
@@ -52,8 +56,15 @@ export function startGroups(board) {
       if (item.dataset.key === opened) item.firstChild.setAttribute("aria-current", "true");
       else item.firstChild.removeAttribute("aria-current");
     }
-    const waiting = newer.length ? `; ${newer.length} newer ${newer.length === 1 ? "comes" : "come"} when you leave the list` : "";
-    setText(byId("groups-says"), shown.length ? `The newest ${shown.length} of those that match${numKept ? `, of ${numKept} kept` : ""}${waiting}.` : "");
+    const waiting = newer.length
+      ? `; ${newer.length} newer ${newer.length === 1 ? "comes" : "come"} when you leave the list`
+      : "";
+    setText(
+      byId("groups-says"),
+      shown.length
+        ? `The newest ${shown.length} of those that match${numKept ? `, of ${numKept} kept` : ""}${waiting}.`
+        : "",
+    );
     setHidden(byId("groups-empty"), shown.length > 0);
     byId("browser").classList.toggle("is-empty", !shown.length && opened === null);
   }
@@ -70,7 +81,8 @@ export function startGroups(board) {
   window.addEventListener("hashchange", route);
   board.on(["groups"], paint);
   board.on(["replicas"], () => {
-    const select = form.elements.replica, ids = board.get("replicas").replicas.map((one) => one.id);
+    const select = form.elements.replica,
+      ids = board.get("replicas").replicas.map((one) => one.id);
     const known = new Set([...select.options].map((one) => one.value));
     for (const id of ids) if (!known.has(id)) select.append(el("option", { value: id }, id));
   });
@@ -79,9 +91,17 @@ export function startGroups(board) {
 }
 
 function make(group) {
-  return el("li", {}, el("a", { href: groupAddress(group.id) },
-    el("span", { class: "line" }, el("b"), el("span", { class: "state" }), el("time")),
-    el("span", { class: "prompt" }), el("span", { class: "line muted" }, el("span", { class: "rewards" }), el("span"))));
+  return el(
+    "li",
+    {},
+    el(
+      "a",
+      { href: groupAddress(group.id) },
+      el("span", { class: "line" }, el("b"), el("span", { class: "state" }), el("time")),
+      el("span", { class: "prompt" }),
+      el("span", { class: "line muted" }, el("span", { class: "rewards" }), el("span")),
+    ),
+  );
 }
 
 function write(item, group) {
@@ -95,4 +115,5 @@ function write(item, group) {
   setText(foot.children[1], group.replica);
 }
 
-const rewardsSaid = (rewards) => `${plural(rewards.length, "completion")}, reward ${fixed(rewards.reduce((sum, one) => sum + one, 0) / Math.max(1, rewards.length), 2)}`;
+const rewardsSaid = (rewards) =>
+  `${plural(rewards.length, "completion")}, reward ${fixed(rewards.reduce((sum, one) => sum + one, 0) / Math.max(1, rewards.length), 2)}`;

@@ -36,7 +36,7 @@ for (const start of [startOrders, startReplicas, startScale]) start(board, steer
 
 function takeStatus(status) {
   const before = board.get("status");
-  if (before && (before.run !== status.run)) location.reload();
+  if (before && before.run !== status.run) location.reload();
   board.set("clock-offset", status.at - Date.now() / 1000);
   board.set("status", status);
 }
@@ -80,15 +80,23 @@ const takes = {
 /** Everything anew; of the history only what came since. */
 async function catchUp() {
   const reads = [
-    get("status").then(takeStatus), get("replicas").then(takes.replicas), readHistory(),
-    get(`events/recent?limit=${RECENT_EVENTS}`).then(events.load), groups.load(), settings.load(),
+    get("status").then(takeStatus),
+    get("replicas").then(takes.replicas),
+    readHistory(),
+    get(`events/recent?limit=${RECENT_EVENTS}`).then(events.load),
+    groups.load(),
+    settings.load(),
   ];
   for (const read of await Promise.allSettled(reads)) {
     if (read.status === "rejected" && !(read.reason instanceof Refused)) throw read.reason;
   }
 }
 
-const linkSays = { live: () => "live", reconnecting: (since) => `reconnecting since ${clock(since / 1000)}`, locked: () => "sign in to read" };
+const linkSays = {
+  live: () => "live",
+  reconnecting: (since) => `reconnecting since ${clock(since / 1000)}`,
+  locked: () => "sign in to read",
+};
 
 again = follow({
   onOpen: catchUp,
@@ -96,6 +104,7 @@ again = follow({
   onState: ({ state, since }) => {
     byId("link").dataset.state = state;
     setText(byId("link-text"), linkSays[state](since));
-    if (state === "locked") steering.signIn(token() ? "Control does not take this token." : "This run is only shown to who has its token.");
+    if (state === "locked")
+      steering.signIn(token() ? "Control does not take this token." : "This run is only shown to who has its token.");
   },
 });

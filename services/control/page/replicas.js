@@ -25,17 +25,30 @@ const COLUMNS = [
 
 export function startReplicas(board, steering) {
   const table = byId("replica-table");
-  table.tHead.append(el("tr", {}, ...COLUMNS.map((one) => el("th", { scope: "col", class: one.isNumber ? "n" : null }, one.name)),
-    el("th", { scope: "col" }, el("span", { class: "hidden" }, "Drain"))));
+  table.tHead.append(
+    el(
+      "tr",
+      {},
+      ...COLUMNS.map((one) => el("th", { scope: "col", class: one.isNumber ? "n" : null }, one.name)),
+      el("th", { scope: "col" }, el("span", { class: "hidden" }, "Drain")),
+    ),
+  );
   const body = table.tBodies[0];
   const drain = async (id) => {
     const text = `${id} finishes the groups it has in flight, takes no more, and ends. Where more are ordered, the launcher starts another.`;
-    if (await confirmed(`Drain ${id}?`, text, "Drain")) await steering.order("POST", `replicas/${encodeURIComponent(id)}/drain`);
+    if (await confirmed(`Drain ${id}?`, text, "Drain"))
+      await steering.order("POST", `replicas/${encodeURIComponent(id)}/drain`);
   };
 
   board.on(["replicas"], () => {
     const { replicas } = board.get("replicas");
-    keep(body, replicas, (one) => one.id, (one) => makeRow(one, drain), (row, one) => writeRow(row, one, board.now()));
+    keep(
+      body,
+      replicas,
+      (one) => one.id,
+      (one) => makeRow(one, drain),
+      (row, one) => writeRow(row, one, board.now()),
+    );
     setHidden(table, replicas.length === 0);
     setHidden(byId("replicas-empty"), replicas.length > 0);
     setText(byId("replicas-says"), said(replicas));
@@ -43,8 +56,18 @@ export function startReplicas(board, steering) {
 }
 
 function makeRow(one, drain) {
-  return el("tr", {}, ...COLUMNS.map((column, i) => el(i ? "td" : "th", { scope: i ? null : "row", class: column.isNumber ? "n" : null, "data-label": column.name })),
-    el("td", { class: "act" }, el("button", { class: "quiet drain", onclick: () => drain(one.id), "aria-label": `Drain ${one.id}` }, "Drain…")));
+  return el(
+    "tr",
+    {},
+    ...COLUMNS.map((column, i) =>
+      el(i ? "td" : "th", { scope: i ? null : "row", class: column.isNumber ? "n" : null, "data-label": column.name }),
+    ),
+    el(
+      "td",
+      { class: "act" },
+      el("button", { class: "quiet drain", onclick: () => drain(one.id), "aria-label": `Drain ${one.id}` }, "Drain…"),
+    ),
+  );
 }
 
 function writeRow(row, one, now) {
@@ -61,7 +84,10 @@ function said(replicas) {
   if (!replicas.length) return "";
   const newest = Math.max(...replicas.map((one) => one.weight_version));
   const current = replicas.filter((one) => one.weight_version === newest).length;
-  const pauses = replicas.map((one) => one.pauses.p50_ms).filter((one) => one !== null).sort((a, b) => a - b);
+  const pauses = replicas
+    .map((one) => one.pauses.p50_ms)
+    .filter((one) => one !== null)
+    .sort((a, b) => a - b);
   const paused = pauses.length ? `; a swap pauses ${milliseconds(pauses[Math.floor(pauses.length / 2)])} (p50)` : "";
   return `${current} of ${replicas.length} on the newest weights there, v${newest}${paused}. Since ${clock(Math.min(...replicas.map((one) => one.seen_since_at)))}.`;
 }
@@ -69,7 +95,9 @@ function said(replicas) {
 export function startScale(board, steering) {
   const input = byId("scale-number");
   let isTouched = false;
-  input.addEventListener("input", () => { isTouched = true; });
+  input.addEventListener("input", () => {
+    isTouched = true;
+  });
 
   board.on(["status", "steering"], () => {
     const counts = board.get("status")?.replicas;
@@ -86,7 +114,8 @@ export function startScale(board, steering) {
     const number = Number(input.value);
     const text = "No replica is kept: generation pauses and the learner waits, until another number is ordered.";
     if (number === 0 && input.value !== "" && !(await confirmed("Scale to 0?", text, "Scale to 0"))) return;
-    if (await steering.order("PUT", "replicas/desired", { replicas: input.value === "" ? null : number })) isTouched = false;
+    if (await steering.order("PUT", "replicas/desired", { replicas: input.value === "" ? null : number }))
+      isTouched = false;
   });
   byId("scale-auto").addEventListener("click", async () => {
     if (await steering.order("PUT", "replicas/desired", { replicas: null })) isTouched = false;
@@ -94,7 +123,9 @@ export function startScale(board, steering) {
 }
 
 function scaleSaid({ live, running, desired, advised, advice, launcher }) {
-  const parts = [`${plural(live, "replica")} live, ${running} running; ${desired === null ? "no number ordered" : `${desired} ordered`}.`];
+  const parts = [
+    `${plural(live, "replica")} live, ${running} running; ${desired === null ? "no number ordered" : `${desired} ordered`}.`,
+  ];
   if (advised !== null) parts.push(`Advised: ${advised}${advice ? ` (${advice})` : ""}.`);
   if (!launcher) parts.push("No launcher runs, so that nobody would follow an order.");
   return parts.join(" ");

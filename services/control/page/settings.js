@@ -8,7 +8,8 @@ const LOOK_AGAIN_MS = 2000;
 const value = (one) => (one === null ? "none" : number(one, 6));
 
 export function startSettings(board, steering) {
-  const form = byId("settings-form"), rows = byId("settings-rows");
+  const form = byId("settings-form"),
+    rows = byId("settings-rows");
   const say = (text, isGood = false) => {
     setText(byId("settings-answer"), text);
     byId("settings-answer").classList.toggle("good", isGood);
@@ -57,14 +58,27 @@ export function startSettings(board, steering) {
     const answer = board.get("settings");
     if (!answer) return;
     const settings = Object.entries(answer.settings).map(([name, one]) => ({ name, ...one }));
-    keep(rows, settings, (one) => one.name, (one) => makeRow(one, () => change({ [one.name]: null })), writeRow);
+    keep(
+      rows,
+      settings,
+      (one) => one.name,
+      (one) => makeRow(one, () => change({ [one.name]: null })),
+      writeRow,
+    );
     const { version, applied_version: applied } = answer;
-    setText(byId("settings-says"), version === 0 ? "As configured." : applied === version
-      ? `Version ${version}, which the learner works with.` : `Version ${version}; the learner still works with ${applied}.`);
+    setText(
+      byId("settings-says"),
+      version === 0
+        ? "As configured."
+        : applied === version
+          ? `Version ${version}, which the learner works with.`
+          : `Version ${version}; the learner still works with ${applied}.`,
+    );
     setText(byId("config"), JSON.stringify(answer.config, null, 2));
   });
   setInterval(() => {
-    const known = board.get("settings"), wanted = board.get("status")?.settings_version;
+    const known = board.get("settings"),
+      wanted = board.get("status")?.settings_version;
     if (known && (known.version !== wanted || known.applied_version !== known.version) && !document.hidden) load();
   }, LOOK_AGAIN_MS);
   return { load };
@@ -72,10 +86,23 @@ export function startSettings(board, steering) {
 
 function makeRow(one, reset) {
   const id = `setting-${one.name.replaceAll(".", "-")}`;
-  return el("tr", {}, el("th", { scope: "row" }, el("label", { for: id }, one.name), el("p", { class: "muted" })),
-    el("td", { class: "n", "data-label": "Now" }), el("td", { class: "n", "data-label": "Configured" }),
-    el("td", {}, el("input", { id, name: one.name, inputmode: "decimal", autocomplete: "off", size: "10" }),
-      el("button", { type: "button", class: "quiet needs-token", onclick: reset, "aria-label": `${one.name} as configured` }, "as configured")));
+  return el(
+    "tr",
+    {},
+    el("th", { scope: "row" }, el("label", { for: id }, one.name), el("p", { class: "muted" })),
+    el("td", { class: "n", "data-label": "Now" }),
+    el("td", { class: "n", "data-label": "Configured" }),
+    el(
+      "td",
+      {},
+      el("input", { id, name: one.name, inputmode: "decimal", autocomplete: "off", size: "10" }),
+      el(
+        "button",
+        { type: "button", class: "quiet needs-token", onclick: reset, "aria-label": `${one.name} as configured` },
+        "as configured",
+      ),
+    ),
+  );
 }
 
 function writeRow(row, one) {

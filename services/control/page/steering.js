@@ -23,7 +23,12 @@ export function confirmed(title, text, verb) {
 }
 
 export function tell(text, isBad = false) {
-  const said = el("p", { class: isBad ? "bad" : "" }, text, el("button", { class: "quiet", "aria-label": "Dismiss", onclick: () => said.remove() }, "×"));
+  const said = el(
+    "p",
+    { class: isBad ? "bad" : "" },
+    text,
+    el("button", { class: "quiet", "aria-label": "Dismiss", onclick: () => said.remove() }, "×"),
+  );
   byId("answers").append(said);
   while (byId("answers").children.length > 4) byId("answers").firstChild.remove();
   setTimeout(() => said.remove(), isBad ? 2 * ANSWER_MS : ANSWER_MS);
@@ -34,8 +39,12 @@ export class Steering {
     this.board = board;
     this.onSignIn = onSignIn;
     byId("sign").addEventListener("click", () => (token() ? this.signOut() : this.signIn()));
-    byId("sign-in").querySelector("form").addEventListener("submit", (event) => this.#typed(event));
-    byId("sign-in").querySelector("button[value=no]").addEventListener("click", () => byId("sign-in").close());
+    byId("sign-in")
+      .querySelector("form")
+      .addEventListener("submit", (event) => this.#typed(event));
+    byId("sign-in")
+      .querySelector("button[value=no]")
+      .addEventListener("click", () => byId("sign-in").close());
     this.#show();
   }
 
@@ -88,7 +97,10 @@ export class Steering {
       await call("GET", "auth", undefined, value);
     } catch (refused) {
       if (!(refused instanceof Refused)) throw refused;
-      return setText(byId("sign-in-answer"), refused.status === 401 ? "This is not the run's token." : `${refused.message}. Try again.`);
+      return setText(
+        byId("sign-in-answer"),
+        refused.status === 401 ? "This is not the run's token." : `${refused.message}. Try again.`,
+      );
     }
     keepToken(value);
     byId("token").value = "";

@@ -22,9 +22,10 @@ export class Steps {
   merge(history) {
     const names = Object.keys(history.steps);
     if (this.length === 0) this.columns = { step: [], ...history.steps };
-    else for (let i = 0; i < (history.steps.step ?? []).length; i++) {
-      this.append(Object.fromEntries(names.map((name) => [name, history.steps[name][i]])));
-    }
+    else
+      for (let i = 0; i < (history.steps.step ?? []).length; i++) {
+        this.append(Object.fromEntries(names.map((name) => [name, history.steps[name][i]])));
+      }
     for (const evaluation of history.evaluations) this.evaluate(evaluation);
     this.cursor = history.cursor;
   }

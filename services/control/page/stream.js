@@ -21,17 +21,23 @@ export function follow({ onOpen, onEvent, onState }) {
     for (;;) {
       abort = new AbortController();
       try {
-        await read(abort, () => {
-          wait = FIRST_WAIT_MS;
-          onState({ state: "live", since: Date.now() });
-          onOpen();
-        }, onEvent);
+        await read(
+          abort,
+          () => {
+            wait = FIRST_WAIT_MS;
+            onState({ state: "live", since: Date.now() });
+            onOpen();
+          },
+          onEvent,
+        );
         since = Date.now();
       } catch (error) {
         if (wait === FIRST_WAIT_MS) since = Date.now();
         if (error instanceof Refused && error.status === 401) {
           onState({ state: "locked", since });
-          await new Promise((resolve) => { wake = resolve; });
+          await new Promise((resolve) => {
+            wake = resolve;
+          });
           continue;
         }
       }
@@ -54,7 +60,9 @@ async function read(abort, opened, onEvent) {
   let watchdog = setTimeout(() => abort.abort(), SILENT_MS);
   try {
     const answer = await fetch("events", {
-      headers: { ...authorization(), Accept: "text/event-stream" }, signal: abort.signal, cache: "no-store",
+      headers: { ...authorization(), Accept: "text/event-stream" },
+      signal: abort.signal,
+      cache: "no-store",
     });
     if (!answer.ok) throw new Refused(answer.status, `control answered ${answer.status}`);
     opened();

@@ -8,10 +8,21 @@ const VERSIONS = 6;
 
 /** `of(rollout, i)`: the number of token i. `isFor(group)`: whether anything can be shown. */
 export const TONES = [
-  { name: "gap", label: "log-probability gap", of: (r, i) => r.proximal_logprobs[i] - r.behaviour_logprobs[i], has: (r) => r.proximal_logprobs !== null,
-    missing: "measured only of what was trained" },
+  {
+    name: "gap",
+    label: "log-probability gap",
+    of: (r, i) => r.proximal_logprobs[i] - r.behaviour_logprobs[i],
+    has: (r) => r.proximal_logprobs !== null,
+    missing: "measured only of what was trained",
+  },
   { name: "surprise", label: "surprise", of: (r, i) => -r.behaviour_logprobs[i], has: () => true },
-  { name: "advantage", label: "advantage", of: (r) => r.advantage, has: (r) => r.advantage !== null, missing: "only what was trained has one" },
+  {
+    name: "advantage",
+    label: "advantage",
+    of: (r) => r.advantage,
+    has: (r) => r.advantage !== null,
+    missing: "only what was trained has one",
+  },
   { name: "version", label: "weight version", of: (r, i) => r.versions[i], has: () => true },
 ];
 
@@ -27,7 +38,10 @@ function bySign(tone, values) {
   const scale = quantile(values.map(Math.abs), 0.98) || 1;
   const place = (value) => Math.round(STEPS * Math.max(-1, Math.min(1, value / scale)));
   const said = tone.name === "gap" ? ["less likely to the learner", "more likely"] : ["worse than its group", "better"];
-  const legend = [-4, -2, 0, 2, 4].map((at) => ({ tone: signTone(at), text: at ? signed((at / STEPS) * scale, decimals(scale)) : "0" }));
+  const legend = [-4, -2, 0, 2, 4].map((at) => ({
+    tone: signTone(at),
+    text: at ? signed((at / STEPS) * scale, decimals(scale)) : "0",
+  }));
   legend[0].text += ` ${said[0]}`;
   legend[4].text += ` ${said[1]}`;
   return { classOf: (rollout, i) => (tone.has(rollout) ? signTone(place(tone.of(rollout, i))) : ""), legend };

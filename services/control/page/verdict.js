@@ -12,7 +12,11 @@ export function startVerdict(board) {
   board.on(["status"], () => paint(board.get("status")));
   const since = () => {
     const verdict = board.get("status")?.verdict;
-    if (verdict) setText(byId("verdict-since"), `${capital(verdict.level)} for ${duration(board.now() - verdict.since_at)}, since ${clock(verdict.since_at)}`);
+    if (verdict)
+      setText(
+        byId("verdict-since"),
+        `${capital(verdict.level)} for ${duration(board.now() - verdict.since_at)}, since ${clock(verdict.since_at)}`,
+      );
   };
   board.on(["status"], since);
   setInterval(since, 1000);
@@ -31,25 +35,46 @@ function paint(status) {
 
   const sorted = [...checks].sort((a, b) => ORDER.indexOf(a.level) - ORDER.indexOf(b.level));
   const open = sorted.filter((check) => !["healthy", "ended"].includes(check.level) && check.text !== verdict.text);
-  keep(byId("checks-open"), open, (check) => check.name, () => el("li", {}, el("b"), el("span")), (item, check) => {
-    item.dataset.level = check.level;
-    setText(item.firstChild, SIGNS[check.level]);
-    setText(item.lastChild, check.text);
-  });
+  keep(
+    byId("checks-open"),
+    open,
+    (check) => check.name,
+    () => el("li", {}, el("b"), el("span")),
+    (item, check) => {
+      item.dataset.level = check.level;
+      setText(item.firstChild, SIGNS[check.level]);
+      setText(item.lastChild, check.text);
+    },
+  );
   setHidden(byId("checks-open"), open.length === 0);
   const wrong = checks.filter((check) => !["healthy", "ended"].includes(check.level)).length;
-  setText(byId("checks-summary"), `${plural(checks.length, "check")}, ${wrong ? `${wrong} with something to say` : "all fine"}`);
+  setText(
+    byId("checks-summary"),
+    `${plural(checks.length, "check")}, ${wrong ? `${wrong} with something to say` : "all fine"}`,
+  );
   keep(byId("checks"), sorted, (check) => check.name, checkRow, writeCheck);
 }
 
 function checkRow() {
-  return el("tr", {}, el("th", { scope: "row" }), el("td", { class: "level" }), el("td", { class: "wrap" }),
-    ...["", "", ""].map(() => el("td", { class: "n" })));
+  return el(
+    "tr",
+    {},
+    el("th", { scope: "row" }),
+    el("td", { class: "level" }),
+    el("td", { class: "wrap" }),
+    ...["", "", ""].map(() => el("td", { class: "n" })),
+  );
 }
 
 function writeCheck(row, check) {
   row.dataset.level = check.level;
-  const told = [check.name.replaceAll("_", " "), `${SIGNS[check.level]} ${check.level}`, check.text, number(check.value), number(check.warn),
-    number(check.alarm)];
+  const told = [
+    check.name.replaceAll("_", " "),
+    `${SIGNS[check.level]} ${check.level}`,
+    check.text,
+    number(check.value),
+    number(check.warn),
+    number(check.alarm),
+  ];
   told.forEach((text, i) => setText(row.children[i], text));
 }
