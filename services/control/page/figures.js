@@ -60,7 +60,7 @@ function figures(status, steps) {
     {
       name: "Learner waits",
       value: percent(rates.learner_waiting_share),
-      note: (status.phase === "waiting" && status.reason) || "of its time, for groups",
+      note: "of its time, for groups",
       share: rates.learner_waiting_share,
     },
     {

@@ -8,7 +8,7 @@ export function startFlow(board) {
     const status = board.get("status");
     if (!status) return;
     keep(byId("loop"), stations(status), (one) => one.name, makeStation, writeStation);
-    const waits = told(status.waits);
+    const waits = told(status);
     keep(
       byId("waits"),
       waits,
@@ -24,7 +24,7 @@ export function startFlow(board) {
   });
 }
 
-function stations({ queues, replicas, rates, phase, reason, version, counts }) {
+function stations({ queues, replicas, rates, phase, version, counts }) {
   const waiting = Math.max(0, queues.open_tickets - queues.leased_tickets);
   return [
     {
@@ -50,7 +50,7 @@ function stations({ queues, replicas, rates, phase, reason, version, counts }) {
       name: "Learner",
       value: phase,
       isWord: true,
-      note: reason || waits(rates.learner_waiting_share, "for groups"),
+      note: waits(rates.learner_waiting_share, "for groups"),
       isIdle: rates.learner_waiting_share > 0.3,
     },
     { name: "Weights", value: `v${version}`, note: `${count(counts.trained)} groups trained; back to the replicas` },
@@ -70,9 +70,11 @@ function whoWaits({ rates }) {
 }
 
 /** One line each; many replicas that wait for the same are one. */
-function told(waitsNow) {
+function told({ waits: standing, reason }) {
   const byDetail = new Map();
-  for (const { who, detail } of waitsNow) byDetail.set(detail, [...(byDetail.get(detail) ?? []), who]);
+  const isKnown = !reason || standing.some((one) => one.who === "learner");
+  for (const { who, detail } of isKnown ? standing : [{ who: "learner", detail: reason }, ...standing])
+    byDetail.set(detail, [...(byDetail.get(detail) ?? []), who]);
   return [...byDetail]
     .map(([detail, who]) => ({ who: who.length > 3 ? plural(who.length, "replica") : who.join(", "), detail }))
     .slice(0, 8);

@@ -3,12 +3,12 @@
 
 import { Refused, get } from "./api.js";
 import { byId, el, keep, setHidden, setText } from "./dom.js";
-import { clock, count, fixed, plural } from "./format.js";
+import { clock, fixed, plural } from "./format.js";
 import { openGroup } from "./reader.js";
 
 const MOST = 60;
 const STATE_SAYS = { trained: "trained", uniform: "uniform: no signal", stale: "too stale", evaluated: "evaluated" };
-export const groupAddress = (id) => `#group/${encodeURIComponent(id)}`;
+const groupAddress = (id) => `#group/${encodeURIComponent(id)}`;
 
 export function startGroups(board) {
   const form = byId("group-filters"),

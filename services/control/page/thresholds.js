@@ -47,7 +47,7 @@ export function drawThresholds(plot, spec, thresholds, color) {
     ctx.stroke();
     const label = `${level} ${(spec.tick ?? spec.format)(at)}`;
     const right = bbox.left + bbox.width - (3 + 76 * place) * pixels;
-    const baseline = y - bbox.top < 14 * pixels ? y + 11 * pixels : y - 4 * pixels;
+    const baseline = y - bbox.top < 11 * pixels ? y + 11 * pixels : y - 4 * pixels;
     ctx.setLineDash([]);
     ctx.strokeStyle = color("panel");
     ctx.lineWidth = 3 * pixels;
