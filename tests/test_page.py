@@ -271,6 +271,7 @@ def test_a_restart_of_control_is_survived(browser: Any, redis_url: str, client: 
         wait_for_text(page, "#run-step", "step 14 of")
         wait_for_text(page, "#event-list", "while control was away")
         page.locator("#charts-learning summary").click()
+        page.locator("#charts-learning tbody th").filter(has_text="14").wait_for()
         told = page.locator("#charts-learning tbody th").all_inner_texts()
         assert [int(step) for step in told if int(step) > 9] == [14, 13, 12, 11, 10], "rows were missed or taken twice"
 
