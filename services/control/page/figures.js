@@ -1,0 +1,112 @@
+/* The key figures: the dozen numbers that one looks at first. */
+
+import { byId, el, keep, setText } from "./dom.js";
+import { NONE, count, duration, fixed, number, percent } from "./format.js";
+
+export function startFigures(board) {
+  const paint = () => {
+    const status = board.get("status");
+    if (status) keep(byId("figures"), figures(status, board.get("steps")), (one) => one.name, make, write);
+  };
+  board.on(["status", "steps"], paint);
+}
+
+function figures(status, steps) {
+  const { held_out: held, rates, staleness, replicas, counts } = status;
+  const best = steps.evaluations.find((one) => one.is_best);
+  const finished = counts.trained + counts.uniform + counts.stale;
+  return [
+    {
+      name: "Step",
+      value: `${count(status.step)}`,
+      unit: `of ${count(status.steps)}`,
+      share: status.steps ? status.step / status.steps : 0,
+      note:
+        status.remaining_s === null
+          ? `${duration(status.wall_s)} so far`
+          : `${duration(status.remaining_s)} to go, ${duration(status.wall_s)} so far`,
+    },
+    { name: "Reward", value: fixed(status.reward_mean, 3), note: "mean of what was sampled" },
+    {
+      name: "Held-out pass@1",
+      value: fixed(held?.held_out, 3),
+      note: !held
+        ? "not evaluated yet"
+        : best && best.step !== held.step
+          ? `at step ${held.step}; best ${fixed(best.held_out, 3)} at ${best.step}`
+          : `at step ${held.step}${held.is_best || best ? ", the best" : ""}`,
+    },
+    {
+      name: "Generated",
+      value: count(rates.generated_tokens_per_s),
+      unit: "tokens/s",
+      note: `${count(counts.generated_tokens)} tokens in all`,
+    },
+    {
+      name: "Trained",
+      value: count(rates.trained_tokens_per_s),
+      unit: "tokens/s",
+      note: `${number(rates.steps_per_hour)} steps/h`,
+    },
+    {
+      name: "Staleness",
+      value: fixed(staleness.mean, 2),
+      unit: "steps",
+      note:
+        staleness.mean === null
+          ? "of what was trained"
+          : `${fixed(staleness.in_flight, 2)} in flight, ${fixed(staleness.in_queue, 2)} in queue; max ${number(staleness.max)}`,
+    },
+    {
+      name: "Learner waits",
+      value: percent(rates.learner_waiting_share),
+      note: "of its time, for groups",
+      share: rates.learner_waiting_share,
+    },
+    {
+      name: "Replicas wait",
+      value: percent(rates.replicas_waiting_share),
+      note: "of their time, for tickets",
+      share: rates.replicas_waiting_share,
+    },
+    {
+      name: "Replicas",
+      value: String(replicas.running),
+      unit: `running of ${replicas.live}`,
+      note: replicas.desired === null ? "none ordered" : `${replicas.desired} ordered`,
+    },
+    { name: "Weights", value: `v${status.version}`, note: `epoch ${status.epoch}` },
+    {
+      name: "No signal",
+      value: finished ? percent(counts.uniform / finished) : NONE,
+      note: `uniform; ${count(counts.stale)} groups too stale`,
+    },
+    {
+      name: "Dead",
+      value: count(counts.dead),
+      unit: counts.dead === 1 ? "group" : "groups",
+      isBad: counts.dead > 0,
+      note: counts.dead ? "headrace dead list says why" : "nothing has failed for good",
+    },
+  ];
+}
+
+function make(one) {
+  return el(
+    "div",
+    {},
+    el("dt", {}, one.name),
+    el("dd", {}, el("b"), el("span", { class: "unit" })),
+    el("dd", { class: "note" }),
+    "share" in one ? el("dd", { class: "share", "aria-hidden": "true" }, el("i")) : null,
+  );
+}
+
+function write(box, one) {
+  const [, value, note, share] = box.children;
+  setText(value.firstChild, one.value);
+  setText(value.lastChild, one.unit ? ` ${one.unit}` : "");
+  setText(note, one.note);
+  box.classList.toggle("bad", Boolean(one.isBad));
+  if (share) share.firstChild.style.width = `${100 * Math.min(1, Math.max(0, one.share ?? 0))}%`;
+}

@@ -1,0 +1,101 @@
+/* The loop as a row of stations, each with what stands in it, and who waits for whom. */
+
+import { byId, el, keep, setHidden, setText } from "./dom.js";
+import { count, percent, plural } from "./format.js";
+
+export function startFlow(board) {
+  board.on(["status", "replicas"], () => {
+    const status = board.get("status");
+    if (!status) return;
+    keep(byId("loop"), stations(status), (one) => one.name, makeStation, writeStation);
+    const waits = told(status);
+    keep(
+      byId("waits"),
+      waits,
+      (one) => one.who,
+      () => el("li", {}, el("b"), " ", el("span")),
+      (item, one) => {
+        setText(item.firstChild, one.who);
+        setText(item.lastChild, one.detail);
+      },
+    );
+    setHidden(byId("waits"), waits.length === 0);
+    setText(byId("flow-says"), whoWaits(status));
+  });
+}
+
+function stations({ queues, replicas, rates, phase, version, counts }) {
+  const waiting = Math.max(0, queues.open_tickets - queues.leased_tickets);
+  return [
+    {
+      name: "Tickets",
+      value: count(waiting),
+      unit: "waiting",
+      note: `${queues.leased_tickets} in flight${queues.evaluation_tickets ? `, ${queues.evaluation_tickets} of an evaluation` : ""}`,
+    },
+    {
+      name: "Replicas",
+      value: String(replicas.running),
+      unit: "running",
+      note: waits(rates.replicas_waiting_share, "for tickets"),
+      isIdle: rates.replicas_waiting_share > 0.3,
+    },
+    {
+      name: "Scored groups",
+      value: count(queues.groups),
+      unit: "in the stream",
+      note: "waiting, in training or until saved twice",
+    },
+    {
+      name: "Learner",
+      value: phase,
+      isWord: true,
+      note: waits(rates.learner_waiting_share, "for groups"),
+      isIdle: rates.learner_waiting_share > 0.3,
+    },
+    { name: "Weights", value: `v${version}`, note: `${count(counts.trained)} groups trained; back to the replicas` },
+  ];
+}
+
+const waits = (share, what) =>
+  share === null ? "not measured yet" : `wait${what === "for groups" ? "s" : ""} ${percent(share)} ${what}`;
+
+function whoWaits({ rates }) {
+  const { learner_waiting_share: learner, replicas_waiting_share: replicas } = rates;
+  if (learner === null && replicas === null) return "Who waits for whom shows after the first steps.";
+  if (learner < 0.1 && replicas < 0.1) return "Neither side waits for the other.";
+  return learner > replicas
+    ? `The learner waits for replicas: ${percent(learner)} of its time.`
+    : `The replicas wait for the learner: ${percent(replicas)} of their time.`;
+}
+
+/** One line each; many replicas that wait for the same are one. */
+function told({ waits: standing, reason }) {
+  const byDetail = new Map();
+  const isKnown = !reason || standing.some((one) => one.who === "learner");
+  for (const { who, detail } of isKnown ? standing : [{ who: "learner", detail: reason }, ...standing])
+    byDetail.set(detail, [...(byDetail.get(detail) ?? []), who]);
+  return [...byDetail]
+    .map(([detail, who]) => ({ who: who.length > 3 ? plural(who.length, "replica") : who.join(", "), detail }))
+    .slice(0, 8);
+}
+
+function makeStation() {
+  return el(
+    "li",
+    {},
+    el("span", { class: "name" }),
+    el("span", { class: "value" }, el("b"), el("span", { class: "unit" })),
+    el("span", { class: "note" }),
+  );
+}
+
+function writeStation(item, one) {
+  const [name, value, note] = item.children;
+  setText(name, one.name);
+  setText(value.firstChild, one.value);
+  setText(value.lastChild, one.unit ? ` ${one.unit}` : "");
+  setText(note, one.note);
+  item.classList.toggle("idle", Boolean(one.isIdle));
+  item.classList.toggle("word", Boolean(one.isWord));
+}

@@ -1,0 +1,104 @@
+/* One group, to be read: its prompt, and each completion token by token, coloured; the numbers of the token under the
+   pointer, or of the one that the arrow keys are at, stand below. */
+
+import { Refused, get } from "./api.js";
+import { Completion } from "./completion.js";
+import { byId, el, setText } from "./dom.js";
+import { clock, duration, plural } from "./format.js";
+import { TONES, toneOf } from "./tones.js";
+
+let tone = TONES[0];
+let asked = 0;
+
+/** `isAsked`: by a person, who is brought there. */
+export async function openGroup(id, isAsked) {
+  const mine = ++asked;
+  const reader = byId("reader"),
+    body = byId("reader-body");
+  setText(byId("reader-title"), `Group ${id}`);
+  reader.setAttribute("aria-busy", "true");
+  try {
+    const group = await get(`groups/${encodeURIComponent(id)}`);
+    if (mine === asked) body.replaceChildren(...pages(group));
+  } catch (refused) {
+    if (!(refused instanceof Refused)) throw refused;
+    if (mine === asked)
+      body.replaceChildren(
+        el(
+          "p",
+          { class: "empty" },
+          refused.status === 404 ? "This group is no longer kept: only the newest are." : refused.message,
+        ),
+      );
+  }
+  if (mine !== asked) return;
+  reader.removeAttribute("aria-busy");
+  reader.scrollTop = 0;
+  if (!isAsked) return;
+  reader.focus({ preventScroll: true });
+  const box = reader.getBoundingClientRect();
+  if (box.top < 0 || box.top > innerHeight * 0.6) reader.scrollIntoView({ block: "start" });
+}
+
+function pages(group) {
+  const legend = el("ul", { class: "legend tones", "aria-label": "What the colours mean" });
+  const numbers = el(
+    "p",
+    { class: "token-says", role: "status" },
+    "Point at a token, or focus a completion and press → or ←.",
+  );
+  const completions = group.rollouts.map((rollout, i) => new Completion(rollout, i, numbers));
+  if (!group.rollouts.some(tone.has)) tone = TONES.find((one) => one.name === "surprise");
+
+  const choices = TONES.map((one) => {
+    const missing = group.rollouts.some(one.has) ? null : one.missing;
+    return el(
+      "button",
+      { type: "button", disabled: missing !== null, title: missing, "data-tone": one.name, onclick: () => paint(one) },
+      one.label,
+    );
+  });
+  function paint(chosen) {
+    tone = chosen;
+    const { classOf, legend: entries } = toneOf(tone, group.rollouts);
+    for (const button of choices) button.setAttribute("aria-pressed", String(button.dataset.tone === tone.name));
+    legend.replaceChildren(...entries.map((one) => el("li", {}, el("i", { class: `tone ${one.tone}` }), one.text)));
+    for (const completion of completions) completion.colour(classOf);
+  }
+  paint(tone);
+  return [
+    el("p", { class: "muted" }, facts(group)),
+    el("section", { class: "prompt-text", "aria-label": "Prompt" }, ...group.messages.map(message)),
+    el(
+      "div",
+      { class: "colouring" },
+      el("div", { class: "choice", role: "group", "aria-label": "Colour tokens by" }, ...choices),
+      legend,
+    ),
+    ...completions.map((one) => one.root),
+    group.num_left_out
+      ? el("p", { class: "muted" }, `${plural(group.num_left_out, "completion")} more, left out for their size.`)
+      : null,
+    numbers,
+  ].filter(Boolean);
+}
+
+function facts(group) {
+  const staleness = group.staleness === null ? "" : `, staleness ${plural(group.staleness, "step")}`;
+  return (
+    `${group.kind === "eval" ? "Evaluation" : "Training"} group, ${group.state} in step ${group.step} at ${clock(group.decided_at)}${staleness}. ` +
+    `Issued in step ${group.issued_step}, sampled by ${group.replica} in ${duration(group.sampled_at - group.leased_at)}, scored in ${duration(group.scored_at - group.sampled_at)}.`
+  );
+}
+
+function message({ role, content, ...rest }) {
+  const others = Object.entries(rest)
+    .map(([name, value]) => `${name}: ${value}`)
+    .join("\n");
+  return el(
+    "div",
+    { class: "message" },
+    el("b", {}, role ?? "prompt"),
+    el("p", { class: "text" }, [content ?? "", others].filter(Boolean).join("\n")),
+  );
+}

@@ -1,0 +1,132 @@
+/* The replicas: a row each, written in place, with its weights, its pauses and its drain; above them the number that
+   is kept, advised and ordered. */
+
+import { byId, el, keep, setHidden, setText } from "./dom.js";
+import { bytes, clock, count, duration, milliseconds, percent, plural } from "./format.js";
+import { confirmed } from "./steering.js";
+
+const COLUMNS = [
+  { name: "Replica", of: (one) => one.id },
+  { name: "State", of: (one) => one.state },
+  { name: "Weights", of: (one) => `v${one.weight_version}`, isNumber: true },
+  { name: "Behind", of: (one) => (one.versions_behind ? plural(one.versions_behind, "version") : "0"), isNumber: true },
+  { name: "In flight", of: (one) => count(one.groups_in_flight), isNumber: true },
+  { name: "Groups", of: (one) => count(one.groups_committed), isNumber: true },
+  { name: "Tokens", of: (one) => count(one.tokens_generated), isNumber: true },
+  { name: "Tokens/s", of: (one) => count(one.tokens_per_s), isNumber: true },
+  { name: "Waits", of: (one) => percent(one.waiting_share), isNumber: true },
+  { name: "Swaps", of: (one) => count(one.pauses.count), isNumber: true },
+  { name: "Pause p50", of: (one) => milliseconds(one.pauses.p50_ms), isNumber: true },
+  { name: "p95", of: (one) => milliseconds(one.pauses.p95_ms), isNumber: true },
+  { name: "latest", of: (one) => milliseconds(one.pauses.latest_ms), isNumber: true },
+  { name: "Fetched", of: (one) => (one.pauses.count ? bytes(one.pauses.fetched_bytes) : "–"), isNumber: true },
+  { name: "Seen", of: (one, now) => `for ${duration(now - one.seen_since_at)}`, isNumber: true },
+];
+
+export function startReplicas(board, steering) {
+  const table = byId("replica-table");
+  table.tHead.append(
+    el(
+      "tr",
+      {},
+      ...COLUMNS.map((one) => el("th", { scope: "col", class: one.isNumber ? "n" : null }, one.name)),
+      el("th", { scope: "col" }, el("span", { class: "hidden" }, "Drain")),
+    ),
+  );
+  const body = table.tBodies[0];
+  const drain = async (id) => {
+    const text = `${id} finishes the groups it has in flight, takes no more, and ends. Where more are ordered, the launcher starts another.`;
+    if (await confirmed(`Drain ${id}?`, text, "Drain"))
+      await steering.order("POST", `replicas/${encodeURIComponent(id)}/drain`);
+  };
+
+  board.on(["replicas"], () => {
+    const { replicas } = board.get("replicas");
+    keep(
+      body,
+      replicas,
+      (one) => one.id,
+      (one) => makeRow(one, drain),
+      (row, one) => writeRow(row, one, board.now()),
+    );
+    setHidden(table, replicas.length === 0);
+    setHidden(byId("replicas-empty"), replicas.length > 0);
+    setText(byId("replicas-says"), said(replicas));
+  });
+}
+
+function makeRow(one, drain) {
+  return el(
+    "tr",
+    {},
+    ...COLUMNS.map((column, i) =>
+      el(i ? "td" : "th", { scope: i ? null : "row", class: column.isNumber ? "n" : null, "data-label": column.name }),
+    ),
+    el(
+      "td",
+      { class: "act" },
+      el("button", { class: "quiet drain", onclick: () => drain(one.id), "aria-label": `Drain ${one.id}` }, "Drain…"),
+    ),
+  );
+}
+
+function writeRow(row, one, now) {
+  COLUMNS.forEach((column, i) => setText(row.cells[i], column.of(one, now)));
+  const why = one.reason ? `${one.state}: ${one.reason}` : one.state;
+  if (one.state !== "running") setText(row.cells[1], why);
+  row.dataset.state = one.state;
+  row.classList.toggle("behind", one.versions_behind > 1);
+  row.lastChild.firstChild.disabled = one.state === "draining";
+}
+
+/** How the replicas stand to the newest weights. */
+function said(replicas) {
+  if (!replicas.length) return "";
+  const newest = Math.max(...replicas.map((one) => one.weight_version));
+  const current = replicas.filter((one) => one.weight_version === newest).length;
+  const pauses = replicas
+    .map((one) => one.pauses.p50_ms)
+    .filter((one) => one !== null)
+    .sort((a, b) => a - b);
+  const paused = pauses.length ? `; a swap pauses ${milliseconds(pauses[Math.floor(pauses.length / 2)])} (p50)` : "";
+  return `${current} of ${replicas.length} on the newest weights there, v${newest}${paused}. Since ${clock(Math.min(...replicas.map((one) => one.seen_since_at)))}.`;
+}
+
+export function startScale(board, steering) {
+  const input = byId("scale-number");
+  let isTouched = false;
+  input.addEventListener("input", () => {
+    isTouched = true;
+  });
+
+  board.on(["status", "steering"], () => {
+    const counts = board.get("status")?.replicas;
+    setText(byId("scale-order"), steering.maySteer ? "Scale" : "Sign in to scale");
+    setHidden(byId("scale-auto"), !steering.maySteer || !counts || counts.desired === null);
+    if (!counts) return;
+    setText(byId("scale-says"), scaleSaid(counts));
+    if (!isTouched && document.activeElement !== input) input.value = String(counts.desired ?? counts.live);
+  });
+
+  byId("scale").addEventListener("submit", async (event) => {
+    event.preventDefault();
+    if (!steering.maySteer) return steering.signIn();
+    const number = Number(input.value);
+    const text = "No replica is kept: generation pauses and the learner waits, until another number is ordered.";
+    if (number === 0 && input.value !== "" && !(await confirmed("Scale to 0?", text, "Scale to 0"))) return;
+    if (await steering.order("PUT", "replicas/desired", { replicas: input.value === "" ? null : number }))
+      isTouched = false;
+  });
+  byId("scale-auto").addEventListener("click", async () => {
+    if (await steering.order("PUT", "replicas/desired", { replicas: null })) isTouched = false;
+  });
+}
+
+function scaleSaid({ live, running, desired, advised, advice, launcher }) {
+  const parts = [
+    `${plural(live, "replica")} live, ${running} running; ${desired === null ? "no number ordered" : `${desired} ordered`}.`,
+  ];
+  if (advised !== null) parts.push(`Advised: ${advised}${advice ? ` (${advice})` : ""}.`);
+  if (!launcher) parts.push("No launcher runs, so that nobody would follow an order.");
+  return parts.join(" ");
+}
