@@ -20,6 +20,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 TOKEN_VARIABLE = "HEADRACE_TOKEN"
+ADVERTISED_HOST_VARIABLE = "HEADRACE_ADVERTISED_HOST"
+"""Where host names do not resolve everywhere, as those of Kubernetes' pods."""
 STARTUP_TIMEOUT_S = 30.0
 
 
@@ -84,9 +86,12 @@ def free_port() -> int:
 
 
 def url_of(sock: socket.socket) -> str:
-    """How others reach the socket: its address, or this host's name where it listens on all of them."""
+    """How others reach the socket: its address; where it listens on all of them, what HEADRACE_ADVERTISED_HOST says,
+    else this host's name."""
     host, port = sock.getsockname()[:2]
-    return f"http://{socket.gethostname() if host == '0.0.0.0' else host}:{port}"
+    if host == "0.0.0.0":
+        host = os.environ.get(ADVERTISED_HOST_VARIABLE) or socket.gethostname()
+    return f"http://{host}:{port}"
 
 
 class Server(uvicorn.Server):
