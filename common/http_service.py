@@ -24,6 +24,8 @@ from common.http_problems import answer_by_problems
 from common.logs import keep_out
 
 TOKEN_VARIABLE = "HEADRACE_TOKEN"
+ADVERTISED_HOST_VARIABLE = "HEADRACE_ADVERTISED_HOST"
+"""Where host names do not resolve everywhere, as those of Kubernetes' pods."""
 STARTUP_TIMEOUT_S = 30.0
 
 
@@ -86,12 +88,15 @@ def free_port() -> int:
 
 
 def url_of(sock: socket.socket) -> str:
-    """How others reach the socket: its address, or this host's name where it listens on all of them."""
+    """How others reach the socket: its address; where it listens on all of them, what HEADRACE_ADVERTISED_HOST says,
+    else this host's name."""
     return url_at(*sock.getsockname()[:2])
 
 
 def url_at(host: str, port: int) -> str:
-    return f"http://{socket.gethostname() if host == '0.0.0.0' else host}:{port}"
+    if host == "0.0.0.0":
+        host = os.environ.get(ADVERTISED_HOST_VARIABLE) or socket.gethostname()
+    return f"http://{host}:{port}"
 
 
 class Server(uvicorn.Server):

@@ -105,11 +105,11 @@ def check_redis(config: RunConfig) -> None:
         return
     import redis
 
+    from common.redis_address import client_of
+
     address = without_password(config.redis_url)
     try:
-        client = redis.Redis.from_url(
-            config.redis_url, socket_connect_timeout=REDIS_TIMEOUT_S, socket_timeout=REDIS_TIMEOUT_S
-        )
+        client = client_of(config.redis_url, socket_connect_timeout=REDIS_TIMEOUT_S, socket_timeout=REDIS_TIMEOUT_S)
         client.ping()
         client.close()
     except redis.RedisError as error:

@@ -11,9 +11,9 @@ from typing import Any
 
 import redis
 import redis.asyncio
-from redis.connection import parse_url
 
 from common.logs import keep_out
+from common.redis_address import async_client_of, client_of, parse_address
 from common.redis_retry import AsyncRetry, Cancellable, Outage, SyncRetry
 from common.waiting import Waits
 
@@ -37,29 +37,22 @@ def connect(
 ) -> redis.Redis:
     """For code that runs in threads. Does not connect yet. Nothing is retried once `is_stopping`."""
     retry = SyncRetry(_outage(url, waits, deadline_s, is_stopping))
-    return redis.Redis.from_url(url, retry=retry, **_TIMEOUTS)
+    return client_of(url, retry=retry, **_TIMEOUTS)
 
 
 def connect_async(url: str, waits: Waits | None = None, *, deadline_s: float = RETRY_S) -> redis.asyncio.Redis:
     """For code that runs in an event loop. Does not connect yet. A task that is cancelled ends at once."""
     retry = AsyncRetry(_outage(url, waits, deadline_s, lambda: False))
-    client = redis.asyncio.Redis.from_url(url, retry=retry, **_TIMEOUTS)
+    client = async_client_of(url, retry=retry, **_TIMEOUTS)
     pool = client.connection_pool
     pool.connection_class = type("Connection", (Cancellable, pool.connection_class), {})
     return client
 
 
 def _outage(url: str, waits: Waits | None, deadline_s: float, is_stopping: Callable[[], bool]) -> Outage:
-    try:
-        options = parse_url(url)
-    except ValueError:  # its text may hold a part of the password
-        raise ValueError(
-            "the URL of Redis cannot be read: expected redis://:password@host:port/db, rediss:// or unix:///path,"
-            " with the special characters of the password percent-encoded"
-        ) from None
-    keep_out(options.get("password", ""))
-    server = options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"
-    return Outage(server, options.get("password", ""), waits or Waits(), deadline_s, is_stopping)
+    address = parse_address(url)
+    keep_out(address.password)
+    return Outage(address.server, address.password, waits or Waits(), deadline_s, is_stopping)
 
 
 def durability_problem(client: redis.Redis) -> str | None:

@@ -19,6 +19,7 @@ import redis
 
 from common.child_process import dies_with_parent
 from common.http_service import free_port
+from common.redis_address import client_of
 from common.redis_client import DURABLE
 
 REDIS_URL_VARIABLE = "HEADRACE_REDIS_URL"
@@ -168,7 +169,7 @@ def answers(url: str, timeout_s: float = 2.0) -> bool:
 
 def look_up(url: str, timeout_s: float) -> redis.Redis:
     """A client that gives up at once, for those who look again anyway."""
-    return redis.Redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s)
+    return client_of(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s)
 
 
 def redis_binary() -> str:

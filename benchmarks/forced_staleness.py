@@ -1,0 +1,135 @@
+"""One run of the real trainer on groups that are all exactly so many steps old: no engine, no Redis, one thread.
+
+The weights of the last steps are kept; a step's groups are sampled with those of `staleness` steps ago, by the same
+model in the same process, and uniform groups are dropped without refill, so that runs that differ only in their loss
+see the same number of prompts. Everything else (advantages, packing, loss, optimizer, metrics) is the learner's own.
+"""
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from common.config import RunConfig
+from common.tasks import Task, load_task
+from common.wire import Group, Rollout, Ticket, Timings, VersionSpan
+from services.learner.policy import Policy, load_tokenizer
+from services.learner.prompts import TicketSource, stop_token_ids
+from services.learner.store import Cursor
+from services.learner.trainer import Trainer
+
+ROWS_AT_ONCE = 256
+NOW = Timings(0.0, 0.0, 0.0)
+WATCHED = ("kl_behaviour_proximal", "ess", "clip_fraction", "behaviour_clip_fraction", "gradient_norm")
+
+
+class Sampled(NamedTuple):
+    tokens: list[int]
+    logprobs: list[float]
+
+
+def run(config: RunConfig, staleness: int, num_held_out: int, evaluate_every: int) -> Iterator[dict[str, Any]]:
+    """Rows of steps and of evaluations, the first of these before the first step. Deterministic, but for times."""
+    torch.set_num_threads(1)
+    torch.manual_seed(config.seed)
+    task, tokenizer = load_task(config.task.name, config.task.settings), load_tokenizer(config.model.path)
+    trainer = Trainer(config, Policy(config.model, config.learner))
+    model = trainer.policy.model
+    sampler = Policy(config.model, config.learner).model
+    stops = stop_token_ids(tokenizer, model.generation_config)
+    source = TicketSource(config, task, tokenizer, stops, Cursor(0, 0))
+    past = deque([_copy(model)], maxlen=staleness + 1)
+    held_out = source.evaluation(0, 0)[:num_held_out]
+    yield {"kind": "evaluation", "step": 0, "held_out": _accuracy(sampler, held_out, task, tokenizer)}
+    for step in range(config.learner.steps):
+        started = time.process_time()
+        sampler.load_state_dict(past[0])
+        made_by = step - (len(past) - 1)
+        tickets = source.next_train(config.learner.groups_per_step, step, 0)
+        groups = list(_groups(sampler, tickets, made_by + 1, task, tokenizer))
+        mixed = [group for group in groups if not group.is_uniform]
+        rewards = [reward for group in groups for reward in group.rewards]
+        row = {"kind": "step", "step": step + 1, "reward_mean": float(np.mean(rewards)), "num_mixed": len(mixed)}
+        if len(mixed) >= config.actor.mini_batches:
+            metrics = trainer.train(mixed, step, {version: version - 1 for version in range(1, step + 2)})
+            row |= {name: metrics[name] for name in WATCHED}
+        past.append(_copy(model))
+        yield row | {"cpu_s": time.process_time() - started}
+        if (step + 1) % evaluate_every == 0 or step + 1 == config.learner.steps:
+            sampler.load_state_dict(past[-1])
+            accuracy = _accuracy(sampler, held_out, task, tokenizer)
+            yield {"kind": "evaluation", "step": step + 1, "held_out": accuracy}
+
+
+@torch.no_grad()
+def sample(model: Any, prompts: list[list[int]], max_new_tokens: int, stops: list[int]) -> list[Sampled]:
+    """One completion a prompt at temperature 1, with its log-probabilities."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache, ended, end_ids = DynamicCache(), torch.zeros(len(prompts), dtype=torch.bool), torch.tensor(stops)
+    tokens: list[Tensor] = []
+    logprobs: list[Tensor] = []
+    lengths = torch.full((len(prompts),), max_new_tokens)
+    for index in range(max_new_tokens):
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+        distribution = torch.log_softmax(out.logits[:, -1].float(), dim=-1)
+        chosen = torch.multinomial(distribution.exp(), 1)
+        tokens.append(chosen[:, 0])
+        logprobs.append(distribution.gather(1, chosen)[:, 0])
+        is_end = torch.isin(chosen[:, 0], end_ids) & ~ended
+        lengths[is_end] = index + 1
+        ended |= is_end
+        if bool(ended.all()):
+            break
+        ids, positions = chosen, positions[:, -1:] + 1
+        mask = torch.cat([mask, torch.ones_like(chosen)], dim=1)
+    all_tokens, all_logprobs = torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist()
+    return [
+        Sampled(row[:length], logprob[:length])
+        for row, logprob, length in zip(all_tokens, all_logprobs, lengths.tolist(), strict=True)
+    ]
+
+
+def _groups(model: Any, tickets: list[Ticket], version: int, task: Task, tokenizer: Any) -> Iterator[Group]:
+    """Of `num_completions` each."""
+    wanted = [ticket for ticket in tickets for _ in range(ticket.num_completions)]
+    sampling = tickets[0].sampling
+    found: list[Sampled] = []
+    for first in range(0, len(wanted), ROWS_AT_ONCE):
+        prompts = [ticket.prompt_tokens for ticket in wanted[first : first + ROWS_AT_ONCE]]
+        found += sample(model, prompts, sampling.max_new_tokens, sampling.stop_token_ids)
+    samples = iter(found)
+    for ticket in tickets:
+        rollouts = []
+        for tokens, logprobs in itertools.islice(samples, ticket.num_completions):
+            is_ended = tokens[-1] in sampling.stop_token_ids
+            text = tokenizer.decode(tokens[:-1] if is_ended else tokens)
+            rollouts.append(
+                Rollout(
+                    tokens=tokens,
+                    loss_mask=[1] * len(tokens),
+                    behaviour_logprobs=np.array(logprobs, np.float32),
+                    version_spans=[VersionSpan(version, 0, len(tokens))],
+                    reward=task.reward(text, ticket),
+                    finish_reason="stop" if is_ended else "length",
+                    text=text,
+                )
+            )
+        yield Group(ticket, rollouts, "benchmark", NOW)
+
+
+def _accuracy(model: Any, tickets: list[Ticket], task: Task, tokenizer: Any) -> float:
+    groups = _groups(model, tickets, 1, task, tokenizer)
+    return float(np.mean([reward for group in groups for reward in group.rewards]))
+
+
+def _copy(model: Any) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
