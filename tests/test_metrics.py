@@ -33,7 +33,7 @@ def of(families: Families) -> Scrape:
 
 
 def exported(loop: Loop) -> Exported:
-    return Exported(lambda: _status(loop, "r"), loop.metrics.rows, loop.intake, loop.versions)
+    return Exported(lambda: _status(loop, "r"), loop.telling.metrics.rows, loop.intake, loop.versions)
 
 
 def test_a_histogram_counts_by_upper_bound() -> None:
@@ -144,7 +144,9 @@ def test_a_learner_says_all_that_its_steps_and_its_status_say(
     assert before.value("headrace_phase", phase="starting") == after.value("headrace_phase", phase="finished") == 1
     assert sum(after.values("headrace_phase")) == 1
     assert after.value("headrace_step_phase_seconds_count", phase="wait") == STEPS
-    assert after.value("headrace_trained_tokens_total") == sum(row["trained_tokens"] for row in loop.metrics.rows)
+    assert after.value("headrace_trained_tokens_total") == sum(
+        row["trained_tokens"] for row in loop.telling.metrics.rows
+    )
     assert after.value("headrace_groups_total", state="trained") == 4 * STEPS
     assert after.value("headrace_checkpoint_step") == STEPS and after.value("headrace_checkpoint_bytes") > 1e6
     assert 0 < after.value("headrace_checkpoint_seconds") < 60

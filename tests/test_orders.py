@@ -211,10 +211,10 @@ def test_settings_are_taken_up_from_the_checkpoint_when_redis_has_none(
     assert not loop.run()
     client.hdel(keys.control, "settings")
     again = take_up(tmp_path, client, keys, recording)
-    assert again.settings.version == 7 and again.intake.config == again.trainer.config == again.config
+    assert again.telling.settings.version == 7 and again.intake.config == again.trainer.config == again.config
     assert (again.config.sampling.temperature, again.intake.config.learner.max_staleness) == (0.5, 1)
     assert again.configured == make_config()
-    assert parse_orders(client.hgetall(keys.control)).settings == again.settings
+    assert parse_orders(client.hgetall(keys.control)).settings == again.telling.settings
     end(again)
 
 

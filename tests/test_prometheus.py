@@ -90,7 +90,7 @@ def learner_at(client: redis.Redis, folder: Path) -> Iterator[str]:
     """It has learnt a recording."""
     loop = take_up(folder / "run", client, LEARNT, make_recording(folder / "recording.msgpack"))
     app, sock = new_app("learner"), listen("127.0.0.1", 0)
-    exported = Exported(lambda: _status(loop, LEARNT.run), loop.metrics.rows, loop.intake, loop.versions)
+    exported = Exported(lambda: _status(loop, LEARNT.run), loop.telling.metrics.rows, loop.intake, loop.versions)
     mount_metrics(app, exported)
     with serve_in_thread(app, sock):
         assert loop.run()

@@ -27,9 +27,10 @@ from services.learner.best import FRAME, Best
 from services.learner.checkpoint import load_newest
 from services.learner.checkpoint_record import Loss, Record, checkpoint_folders
 from services.learner.intake import Intake
-from services.learner.loop import Loop, Progress
+from services.learner.loop import Loop
 from services.learner.orders import Switches, take_up_settings
 from services.learner.policy import Policy, load_tokenizer
+from services.learner.progress import Progress
 from services.learner.prompts import TicketSource, stop_token_ids
 from services.learner.recording import Recording, RecordingSource
 from services.learner.refusal import Limits
@@ -37,6 +38,7 @@ from services.learner.report import METRICS_FILE, MetricsFile
 from services.learner.shown import TokenTexts
 from services.learner.source import Source
 from services.learner.store import Cursor, LearnerStore
+from services.learner.telling import Telling
 from services.learner.trackers import Trackers
 from services.learner.trainer import Trainer
 from services.learner.versions import Versions
@@ -119,9 +121,9 @@ def assemble(
     trackers = Trackers(config.trackers, folder, configured.model_dump(exclude={"redis_url"}), progress.step)
     _save_frame(policy, folder / FRAME, tokenizer)
     best = Best(folder, store.epoch, store.check_fence)
-    outcome = (metrics, trackers, progress, waits, adviser, TokenTexts(tokenizer), best)
-    parts = (store, trainer, intake, versions, switches, *outcome)
-    return Loop(configured, config, settings, folder / "checkpoints", *parts), tokenizer
+    parts = (store, trainer, intake, versions, switches, progress, waits)
+    telling = Telling(*parts, adviser, metrics, trackers, TokenTexts(tokenizer), settings)
+    return Loop(configured, config, folder / "checkpoints", *parts, telling, best), tokenizer
 
 
 def _save_frame(policy: Policy, frame: Path, tokenizer: Any) -> None:

@@ -10,23 +10,19 @@ import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from common.config import RunConfig
 from common.config.hot import with_settings
 from common.control import Orders, Settings
 from common.waiting import Reason, Waits
-from services.learner.advice import Advice, Adviser
 from services.learner.best import Best
-from services.learner.checkpoint import CheckpointError, num_bytes_in, save_checkpoint
-from services.learner.checkpoint_record import MAX_VERSION_STEPS, Loss, Record
+from services.learner.checkpoint import CheckpointError, save_checkpoint
+from services.learner.checkpoint_record import MAX_VERSION_STEPS, Record
 from services.learner.intake import Arrived, Intake
-from services.learner.metrics import group_durations_s, staleness_metrics
 from services.learner.orders import Switches
-from services.learner.report import MetricsFile
-from services.learner.shown import TokenTexts, shown_group
+from services.learner.progress import Progress
 from services.learner.store import LearnerStore
-from services.learner.trackers import Trackers
+from services.learner.telling import Telling
 from services.learner.trainer import Trainer
 from services.learner.versions import Versions
 
@@ -37,39 +33,11 @@ IDLE_CHECKPOINT_S = 10.0
 """A learner that has waited this long uses the time for a checkpoint, so that consumed groups can leave Redis."""
 MAX_HELD_BYTES = 256 << 20
 """Of consumed groups in Redis; more, and a checkpoint is due."""
-_LOGGED = (
-    "held_out",
-    "reward_mean",
-    "loss",
-    "gradient_norm",
-    "kl_behaviour_proximal",
-    "staleness_mean",
-    "step_s",
-)
 _log = logging.getLogger(__name__)
 
 
 class Starved(RuntimeError):
     """Nothing could be done for too long; the text says what was missing."""
-
-
-@dataclass
-class Progress:
-    """Where the run is; `/status` shows it and a checkpoint keeps it."""
-
-    step: int = 0
-    phase: str = "starting"
-    wall_s_before: float = 0.0
-    """Of the run's earlier lives."""
-    started: float = field(default_factory=time.monotonic)
-    """When this life issued its first ticket."""
-    latest: dict[str, Any] = field(default_factory=dict)
-    losses: list[Loss] = field(default_factory=list)
-    """Of Redis, over the run's lives."""
-
-    @property
-    def wall_s(self) -> float:
-        return self.wall_s_before + time.monotonic() - self.started
 
 
 @dataclass
@@ -79,28 +47,22 @@ class Loop:
     configured: RunConfig
     """As the run was started."""
     config: RunConfig
-    """As it counts now, with `settings`."""
-    settings: Settings
+    """As it counts now, with the settings that were changed since."""
     checkpoints: Path
     store: LearnerStore
     trainer: Trainer
     intake: Intake
     versions: Versions
     switches: Switches
-    metrics: MetricsFile
-    trackers: Trackers
     progress: Progress
     waits: Waits
-    adviser: Adviser
-    token_texts: TokenTexts
+    telling: Telling
     best: Best
     _is_checkpoint_due: bool = False
     _is_evaluation_due: bool = False
-    _is_shown_paused: bool = False
     _evaluated: int = 0
     """The latest version of which there was or is an evaluation."""
     _obeyed: Orders = field(default_factory=Orders)
-    _shown_at: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         """What was asked for once before this start counts as obeyed."""
@@ -126,7 +88,7 @@ class Loop:
         is_complete = not self.switches.stop.is_set() and self._evaluate_and_wait()
         self._checkpoint_at_last()
         self.has_ended()
-        self._show("finished" if is_complete else "stopped")
+        self.telling.phase("finished" if is_complete else "stopped")
         return is_complete
 
     def has_ended(self) -> None:
@@ -137,13 +99,13 @@ class Loop:
 
     def _wait_for_replica(self) -> None:
         """Nobody could answer the first ticket before one serves."""
-        self._show("waiting for a replica")
+        self.telling.phase("waiting for a replica")
         while not any(replica.state == "running" for replica in self.intake.sight.replicas):
             self._wait_for_groups(Reason.NO_REPLICA)
             if self.switches.stop.wait(SWITCH_POLL_S):
                 break
             self.intake.look_around()
-            self._show_whether_paused()
+            self.telling.whether_paused()
         self._has_groups(Reason.NO_REPLICA)
 
     def _wait(self, reason: Reason, detail: str) -> float:
@@ -174,27 +136,22 @@ class Loop:
 
     def _take_step(self) -> None:
         started = time.monotonic()
-        self._show("waiting")
+        self.telling.phase("waiting")
         batch = self._wait_for_batch()
         if batch is None:
             return
         waited = time.monotonic()
-        self._show("training")
+        self.telling.phase("training")
         row = self.trainer.train([arrived.group for arrived in batch], self.progress.step, self.intake.version_steps)
         trained = time.monotonic()
         self.progress.step += 1
         self._publish()
         self.intake.mark_trained(batch)
         published = time.monotonic()
-        self._show_groups()
+        self.telling.groups()
         timings = {"wait_s": waited - started, "publish_s": published - trained, "step_s": published - started}
         timings["show_s"] = time.monotonic() - published
-        tickets = {
-            "tickets": [arrived.entry.ticket_id for arrived in batch],
-            "group_s": group_durations_s([arrived.group for arrived in batch]),
-        }
-        staleness = staleness_metrics([arrived.staleness for arrived in batch])
-        self._record("step", row | timings | staleness | self._whole_run() | tickets)
+        self.telling.step(row | timings, batch)
         is_due = self.progress.step % self.config.learner.checkpoint_interval_steps == 0
         if is_due or self._is_checkpoint_due or self.intake.books.held_bytes > MAX_HELD_BYTES:
             self._checkpoint()
@@ -212,28 +169,14 @@ class Loop:
                 self._has_groups(Reason.STARVED)
                 return batch
             lasted_s = self._wait_for_groups(Reason.STARVED)
-            self._show("waiting")
-            self._show_groups()
+            self.telling.phase("waiting")
+            self.telling.groups()
             self._obey()
             self._evaluate_if_due()
             if lasted_s > IDLE_CHECKPOINT_S and (self.intake.books.held_bytes or self._is_checkpoint_due):
                 self._checkpoint()
         self._has_groups(Reason.STARVED)
         return None
-
-    def _whole_run(self) -> dict[str, Any]:
-        """What a row says of the run up to its step, rather than of the batch."""
-        counts = self.intake.books.counts
-        decided = max(1, counts["trained"] + counts["uniform"] + counts["stale"])
-        rewards = self.intake.take_sampled_rewards()
-        return {
-            "reward_mean": sum(rewards) / max(1, len(rewards)),
-            "version": self.versions.current,
-            "generated_tokens": counts["generated_tokens"],
-            "uniform_share": counts["uniform"] / decided,
-            "stale_share": counts["stale"] / decided,
-            "swap_pauses_ms": self.store.take_swap_pauses_ms(),
-        }
 
     def _publish(self) -> None:
         self.versions.publish(self.trainer.policy.tensors(), self.progress.step)
@@ -255,7 +198,7 @@ class Loop:
             counts=dict(self.intake.books.counts),
             wall_s=self.progress.wall_s,
             losses=self.progress.losses,
-            settings=self.settings,
+            settings=self.telling.settings,
         )
         started = time.monotonic()
         try:
@@ -265,15 +208,10 @@ class Loop:
             self._wait(Reason.CHECKPOINT, str(error))
             return
         _log.info("checkpoint: records %d groups", len(consumed.settlements))
-        self._tell_checkpoint(saved, time.monotonic() - started)
+        self.telling.checkpoint(saved, time.monotonic() - started)
         self._is_checkpoint_due = False
         self.waits.over(Reason.CHECKPOINT)
         self.intake.checkpointed(consumed)
-
-    def _tell_checkpoint(self, saved: Path, lasted_s: float) -> None:
-        told = {"step": self.progress.step, "time_s": time.time(), "seconds": lasted_s, "bytes": num_bytes_in(saved)}
-        self.progress.latest["checkpoint"] = told
-        self.store.report({f"checkpoint_{name}": value for name, value in told.items()})
 
     def _checkpoint_at_last(self) -> None:
         """The last one must succeed: tried again until the deadline, or once when told to stop."""
@@ -292,7 +230,7 @@ class Loop:
         if orders.checkpoints > obeyed.checkpoints:
             self._checkpoint()
         self._is_evaluation_due |= orders.evaluations > obeyed.evaluations
-        self._show_whether_paused()
+        self.telling.whether_paused()
 
     def _change_settings(self, settings: Settings) -> None:
         """From the next step on, and for tickets issued from now on; what is impossible changes nothing."""
@@ -305,10 +243,10 @@ class Loop:
             return
         self.config = self.trainer.config = config
         self.intake.configure(config)
-        self.settings = settings
+        self.telling.settings = settings
         _log.info("settings of version %d count after step %d: %s", *change.values())
         self.store.announce("settings", change)
-        self._show(self.progress.phase)
+        self.telling.phase(self.progress.phase)
 
     def _evaluate_if_due(self) -> None:
         """Collects the evaluation that is done; begins the next. No version is evaluated twice: its tickets exist."""
@@ -329,7 +267,7 @@ class Loop:
         if self.intake.source.is_recording:
             return True
         self._wait_while_paused()
-        self._show("evaluating")
+        self.telling.phase("evaluating")
         if self.intake.is_evaluating:
             self._record_evaluation(self._wait_for_evaluation())
         if not self.switches.stop.is_set():
@@ -343,42 +281,23 @@ class Loop:
             if self.switches.stop.is_set():
                 break
             self._wait_for_groups(Reason.EVALUATING)
-            self._show_groups()
+            self.telling.groups()
             self._obey()
         self._has_groups(Reason.EVALUATING)
         return result
 
     def _record_evaluation(self, result: dict[str, float] | None) -> None:
         if result is not None:
-            self._record("evaluation", result | {"is_best": self.best.decide(result["held_out"])})
-
-    def _record(self, kind: str, row: dict[str, Any]) -> None:
-        position = {"step": self.progress.step, "time_s": time.time(), "wall_s": self.progress.wall_s}
-        row = {"kind": kind} | position | row
-        self.store.record(kind, row)  # first: a learner that is fenced off here writes no row
-        self.metrics.append(row)
-        self.trackers.write(row)
-        self.progress.latest[kind] = row
-        told = ", ".join(f"{name} {row[name]:.4g}" for name in _LOGGED if name in row)
-        _log.info("%s: %s", kind, told, extra={"step": row["step"]})
-
-    def _show_groups(self) -> None:
-        """A sample of them, for people to read."""
-        decided = self.intake.take_sample()
-        trained = [self.trainer.as_trained(one.group.ticket.id) if one.state == "trained" else [] for one in decided]
-        if decided:
-            self.store.show(
-                shown_group(one, rollouts, self.token_texts) for one, rollouts in zip(decided, trained, strict=True)
-            )
+            self.telling.row("evaluation", result | {"is_best": self.best.decide(result["held_out"])})
 
     def _wait_while_paused(self) -> None:
         """Neither steps nor tickets; an evaluation that runs is brought to its end."""
         if not self.switches.paused.is_set():
             return
-        self._show("paused")
+        self.telling.phase("paused")
         while self.switches.paused.is_set() and not self.switches.stop.wait(SWITCH_POLL_S):
             self.waits.waiting(Reason.PAUSED)
-            self._show_groups()
+            self.telling.groups()
             self._obey()
             self._record_evaluation(self.intake.finished_evaluation())
         self.waits.over(Reason.PAUSED)
@@ -386,35 +305,8 @@ class Loop:
     def _is_interrupted(self) -> bool:
         return self.switches.stop.is_set() or self.switches.paused.is_set()
 
-    def _show(self, phase: str) -> None:
-        advice = self._advise()
-        self.progress.phase = phase
-        self._is_shown_paused = self.switches.paused.is_set()
-        if self._is_shown_paused and phase in ("waiting", "evaluating", "waiting for a replica"):
-            phase = "paused"
-        position = {"step": self.progress.step, "version": self.versions.current, "url": self.versions.url}
-        position["settings_version"] = self.settings.version
-        advised = {"advised_replicas": advice.replicas, "advice": advice.reason}
-        self.store.report({"phase": phase, "reason": self.waits.describe(), **position, **advised})
-
-    def _show_whether_paused(self) -> None:
-        if self.switches.paused.is_set() != self._is_shown_paused:
-            self._show(self.progress.phase)
-
-    def _advise(self) -> Advice:
-        """By the phase that is over; neither an evaluation nor a pause says how many replicas are right."""
-        now = time.monotonic()
-        spent_s, self._shown_at = now - self._shown_at, now
-        return self.adviser.observe(
-            waited_s=spent_s if self.progress.phase == "waiting" else 0.0,
-            worked_s=spent_s if self.progress.phase == "training" else 0.0,
-            replicas=self.intake.sight.replicas,
-            steps_in_queue=self.progress.latest.get("step", {}).get("staleness_in_queue_mean", 0.0),
-        )
-
     def close(self) -> None:
         self.intake.stop()
         self.versions.close()
         self.best.close()
-        self.metrics.close()
-        self.trackers.close()
+        self.telling.close()

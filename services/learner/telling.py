@@ -1,0 +1,137 @@
+"""What the learner tells of itself: rows of metrics, the phase that it is in, groups for people to read.
+
+A row goes to Redis first, so that a learner that is fenced off there writes none, then to `metrics.jsonl` and the
+trackers.
+"""
+
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.control import Settings
+from common.waiting import Waits
+from services.learner.advice import Advice, Adviser
+from services.learner.checkpoint import num_bytes_in
+from services.learner.intake import Arrived, Intake
+from services.learner.metrics import group_durations_s, staleness_metrics
+from services.learner.orders import Switches
+from services.learner.progress import Progress
+from services.learner.report import MetricsFile
+from services.learner.shown import TokenTexts, shown_group
+from services.learner.store import LearnerStore
+from services.learner.trackers import Trackers
+from services.learner.trainer import Trainer
+from services.learner.versions import Versions
+
+_LOGGED = (
+    "held_out",
+    "reward_mean",
+    "loss",
+    "gradient_norm",
+    "kl_behaviour_proximal",
+    "staleness_mean",
+    "step_s",
+)
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Telling:
+    """Reads what it tells from the parts of the loop, and changes none of them but `progress`."""
+
+    store: LearnerStore
+    trainer: Trainer
+    intake: Intake
+    versions: Versions
+    switches: Switches
+    progress: Progress
+    waits: Waits
+    adviser: Adviser
+    metrics: MetricsFile
+    trackers: Trackers
+    token_texts: TokenTexts
+    settings: Settings
+    """Those that count."""
+    _is_shown_paused: bool = False
+    _shown_at: float = field(default_factory=time.monotonic)
+
+    def phase(self, phase: str) -> None:
+        """Begins now."""
+        advice = self._advise()
+        self.progress.phase = phase
+        self._is_shown_paused = self.switches.paused.is_set()
+        if self._is_shown_paused and phase in ("waiting", "evaluating", "waiting for a replica"):
+            phase = "paused"
+        position = {"step": self.progress.step, "version": self.versions.current, "url": self.versions.url}
+        position["settings_version"] = self.settings.version
+        advised = {"advised_replicas": advice.replicas, "advice": advice.reason}
+        self.store.report({"phase": phase, "reason": self.waits.describe(), **position, **advised})
+
+    def whether_paused(self) -> None:
+        if self.switches.paused.is_set() != self._is_shown_paused:
+            self.phase(self.progress.phase)
+
+    def step(self, row: dict[str, Any], batch: list[Arrived]) -> None:
+        """`row`: what is known of the batch's training."""
+        tickets = {
+            "tickets": [arrived.entry.ticket_id for arrived in batch],
+            "group_s": group_durations_s([arrived.group for arrived in batch]),
+        }
+        staleness = staleness_metrics([arrived.staleness for arrived in batch])
+        self.row("step", row | staleness | self._whole_run() | tickets)
+
+    def row(self, kind: str, row: dict[str, Any]) -> None:
+        position = {"step": self.progress.step, "time_s": time.time(), "wall_s": self.progress.wall_s}
+        row = {"kind": kind} | position | row
+        self.store.record(kind, row)
+        self.metrics.append(row)
+        self.trackers.write(row)
+        self.progress.latest[kind] = row
+        told = ", ".join(f"{name} {row[name]:.4g}" for name in _LOGGED if row.get(name) is not None)
+        _log.info("%s: %s", kind, told, extra={"step": row["step"]})
+
+    def groups(self) -> None:
+        """A sample of those that were decided, for people to read."""
+        decided = self.intake.take_sample()
+        trained = [self.trainer.as_trained(one.group.ticket.id) if one.state == "trained" else [] for one in decided]
+        if decided:
+            self.store.show(
+                shown_group(one, rollouts, self.token_texts) for one, rollouts in zip(decided, trained, strict=True)
+            )
+
+    def checkpoint(self, saved: Path, lasted_s: float) -> None:
+        told = {"step": self.progress.step, "time_s": time.time(), "seconds": lasted_s, "bytes": num_bytes_in(saved)}
+        self.progress.latest["checkpoint"] = told
+        self.store.report({f"checkpoint_{name}": value for name, value in told.items()})
+
+    def _whole_run(self) -> dict[str, Any]:
+        """What a row says of the run up to its step, rather than of the batch. `reward_mean` is null where nothing
+        was sampled since the step before."""
+        counts = self.intake.books.counts
+        decided = max(1, counts["trained"] + counts["uniform"] + counts["stale"])
+        rewards = self.intake.take_sampled_rewards()
+        return {
+            "reward_mean": sum(rewards) / len(rewards) if rewards else None,
+            "version": self.versions.current,
+            "generated_tokens": counts["generated_tokens"],
+            "uniform_share": counts["uniform"] / decided,
+            "stale_share": counts["stale"] / decided,
+            "swap_pauses_ms": self.store.take_swap_pauses_ms(),
+        }
+
+    def _advise(self) -> Advice:
+        """By the phase that is over; neither an evaluation nor a pause says how many replicas are right."""
+        now = time.monotonic()
+        spent_s, self._shown_at = now - self._shown_at, now
+        return self.adviser.observe(
+            waited_s=spent_s if self.progress.phase == "waiting" else 0.0,
+            worked_s=spent_s if self.progress.phase == "training" else 0.0,
+            replicas=self.intake.sight.replicas,
+            steps_in_queue=self.progress.latest.get("step", {}).get("staleness_in_queue_mean", 0.0),
+        )
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.trackers.close()
