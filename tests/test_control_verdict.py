@@ -16,7 +16,7 @@ from tests.seeded_run import heartbeat
 SERVES = ReplicaFact("a", "running", "", 0)
 STARTS = ReplicaFact("a", "starting", "the engine is starting for 6 s", 0)
 ILL = ReplicaFact("b", "quarantined", "checksums differ for 7 s", 0)
-WELL = Facts(phase="training", step=9, steps=60, replicas=(SERVES,), is_full_precision=True)
+WELL = Facts(phase="training", step=9, steps=60, replicas=(SERVES,), is_exact=True)
 
 
 def judged(**changes: Any) -> Verdict:
@@ -65,7 +65,7 @@ def judged(**changes: Any) -> Verdict:
         ({"recent": {"ess": [0.1] * 5}}, "failed", "few tokens carry the batch"),
         ({"recent": {"clip_fraction": [0.6] * 5}}, "warning", "most tokens are clipped"),
         ({"recent": {"fresh_logprob_gap_max": [0.02] * 5}}, "warning", "engine and learner disagree"),
-        ({"recent": {"fresh_logprob_gap_max": [0.02] * 5}, "is_full_precision": False}, "healthy", "healthy"),
+        ({"recent": {"fresh_logprob_gap_max": [0.02] * 5}, "is_exact": False}, "healthy", "healthy"),
         ({"recent": {"skipped_updates": [0.0, 1.0, 0.0]}}, "warning", "1 of the last 3 steps had updates skipped"),
         ({"recent": {"skipped_updates": [2.0] * 5}}, "failed", "5 of the last 5 steps had updates skipped"),
     ],

@@ -9,11 +9,11 @@ from collections import deque
 from typing import NamedTuple
 
 from common.config import RunConfig
+from common.health import SMOOTHED_STEPS, are_exact
 from common.wire import Heartbeat
 from services.control.finding import FINAL_PHASES, Facts, ReplicaFact
 from services.control.history import RunHistory
 from services.control.learner_probe import LearnerProbe
-from services.control.learning_checks import SMOOTHED_STEPS
 from services.control.reading import Look
 from services.control.verdict import DEAD_WINDOW_S
 
@@ -115,7 +115,7 @@ class FactFinder:
             num_dead_lately=self._num_dead_lately(look.queues.dead, now),
             unapplied_s=self._lasting.for_s("settings", is_unapplied, now),
             recent={name: history.latest(name, SMOOTHED_STEPS) for name in WATCHED},
-            is_full_precision=config.model.dtype == "float32",
+            is_exact=are_exact(config.model.dtype, config.generation.engine.swap_mode),
             starvation_deadline_s=config.learner.starvation_deadline_s,
             max_staleness=config.learner.max_staleness,
         )

@@ -43,7 +43,7 @@ class Facts:
     """How long settings have waited for the learner."""
     recent: dict[str, list[float]] = field(default_factory=dict)
     """Of each watched metric the last steps' values."""
-    is_full_precision: bool = False
+    is_exact: bool = False
     starvation_deadline_s: float = 1800.0
     max_staleness: int = 2
 

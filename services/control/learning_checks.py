@@ -3,35 +3,13 @@
 Thresholds are of medians over the last steps, so that one odd batch raises no alarm.
 """
 
-from typing import NamedTuple
-
+from common.health import SMOOTHED_STEPS, THRESHOLDS, Threshold, numeric_gap
 from services.control.finding import Facts, Finding, finding
 from services.control.models import Level
 
-SMOOTHED_STEPS = 5
-
-
-class Threshold(NamedTuple):
-    name: str
-    warn: float
-    alarm: float
-    text: str
-    advice: str
-    is_floor: bool = False
-    """Low is bad."""
-
-
-OFF_POLICY = "lower optimizer.lr or learner.max_staleness"
-THRESHOLDS = (
-    Threshold("kl_behaviour_proximal", 0.05, 0.2, "the policy is far from the one that sampled", OFF_POLICY),
-    Threshold("ess", 0.5, 0.2, "few tokens carry the batch: the effective sample size is low", OFF_POLICY, True),
-    Threshold("clip_fraction", 0.5, 0.8, "most tokens are clipped", "lower optimizer.lr, or widen actor.eps_clip"),
-)
-NUMERICS = "compare the engine's numerics with the learner's: dtype, kernels, sampling settings"
-
 
 def learning_findings(facts: Facts) -> list[Finding]:
-    thresholds = [*THRESHOLDS, _numeric_gap(facts.is_full_precision)]
+    thresholds = [*THRESHOLDS, numeric_gap(facts.is_exact)]
     return [*(_metric(facts, threshold) for threshold in thresholds), _skipped_updates(facts)]
 
 
@@ -46,12 +24,6 @@ def _metric(facts: Facts, threshold: Threshold) -> Finding:
         return finding(name, "healthy", f"{name} {middle:.3g}", "", middle, warn=warn, alarm=alarm)
     level: Level = "failed" if sign * middle > sign * alarm else "warning"
     return finding(name, level, f"{text} ({name} {middle:.3g})", advice, middle, warn=warn, alarm=alarm)
-
-
-def _numeric_gap(is_full_precision: bool) -> Threshold:
-    warn, alarm = (0.01, 0.1) if is_full_precision else (1.0, 3.0)
-    text = "engine and learner disagree on fresh tokens' log-probabilities"
-    return Threshold("fresh_logprob_gap_max", warn, alarm, text, NUMERICS)
 
 
 def _skipped_updates(facts: Facts) -> Finding:

@@ -19,6 +19,7 @@ import msgspec
 import redis
 import yaml
 
+from common.health import are_exact
 from common.keys import Keys
 from common.shown import ShownGroup, ShownRollout
 from services.launcher import curves
@@ -72,6 +73,8 @@ def render(run: str, rows: Sequence[Row], config: Row, summary: Row | None, held
     environment.filters |= {"clock": _clock, "duration": duration, "spans": spans, "readable": curves.readable}
     told, num_left_out = incidents(read_logs(logs, Wanted(level="WARNING")) if log_files(logs) else [])
     dtype = (config.get("model") or {}).get("dtype")
+    engine = (config.get("generation") or {}).get("engine") or {}
+    is_exact = are_exact(dtype, engine.get("swap_mode"))
     return environment.get_template("report.html.jinja").render(
         run=run,
         now=datetime.now(UTC).timestamp(),
@@ -79,7 +82,7 @@ def render(run: str, rows: Sequence[Row], config: Row, summary: Row | None, held
         is_complete=summary is not None,
         panels=[(panel, curves.draw(panel.series, panel.is_share)) for panel in panels(rows)],
         evaluations=[row for row in rows if row.get("kind") == "evaluation"],
-        spells=spells(rows, dtype == "float32"),
+        spells=spells(rows, is_exact),
         incidents=told,
         num_left_out=num_left_out,
         settings=settings(config),

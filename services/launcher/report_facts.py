@@ -93,9 +93,9 @@ def _rates(steps: Sequence[Row]) -> list[tuple[float, float]]:
     ]
 
 
-def spells(rows: Sequence[Row], is_full_precision: bool) -> list[Spell]:
+def spells(rows: Sequence[Row], is_exact: bool) -> list[Spell]:
     """By the thresholds of the live verdict, on medians of the last steps; in the order of their beginnings."""
-    found = [spell for one in (*THRESHOLDS, numeric_gap(is_full_precision)) for spell in _spells(rows, one)]
+    found = [spell for one in (*THRESHOLDS, numeric_gap(is_exact)) for spell in _spells(rows, one)]
     skipped = Threshold("skipped_updates", 0.0, 1e9, "updates were skipped: not finite", "lower optimizer.lr")
     return sorted([*found, *_spells(rows, skipped, 1)], key=lambda spell: spell.first_step)
 
