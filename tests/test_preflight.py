@@ -236,7 +236,7 @@ def test_one_port_for_two_is_refused(sections: dict[str, Any], text: str, demo_p
     ("url", "is_here", "text"),
     [
         ("redis://:secret@127.0.0.1:1", False, "'redis://:...@127.0.0.1:1' does not answer"),
-        ("http://u:secret@host", True, "'http://u:...@host': Redis URL must"),
+        ("http://u:secret@host", True, "'http://u:...@host': the URL of Redis cannot be read: expected redis://"),
     ],
 )
 def test_a_redis_that_is_not_there_is_refused(url: str, is_here: bool, text: str, demo_policy: Path) -> None:

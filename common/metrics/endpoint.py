@@ -1,9 +1,9 @@
 """`GET /metrics`: what a service collects at each scrape, and its process, in the format that the scraper asks for."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.params import Depends
 from fastapi.responses import Response
 from prometheus_client import CollectorRegistry, Metric, ProcessCollector
 from prometheus_client.exposition import choose_encoder
@@ -20,13 +20,13 @@ class _AtScrape(Collector):
         yield from self._collect()
 
 
-def mount_metrics(app: FastAPI, collect: Collect, dependencies: Sequence[Depends] = ()) -> None:
-    """`collect` runs in the server's event loop: it reads memory and waits for nobody. `dependencies` of the route."""
+def mount_metrics(app: FastAPI, collect: Collect, **of_route: Any) -> None:
+    """`collect` runs in the server's event loop: it reads memory and waits for nobody. `of_route` is FastAPI's."""
     registry = CollectorRegistry()
     registry.register(_AtScrape(collect))
     ProcessCollector(registry=registry)
 
-    @app.get("/metrics", response_class=Response, dependencies=list(dependencies))
+    @app.get("/metrics", operation_id="metrics", response_class=Response, **of_route)
     async def metrics(request: Request) -> Response:
         """For Prometheus."""
         encode, content_type = choose_encoder(request.headers.get("accept", ""))

@@ -54,6 +54,7 @@ TEXTS = {
     "proximal_s": "Time of the latest step's proximal log-probabilities.",
     "train_s": "Time of the latest step's updates.",
     "publish_s": "Time of the latest step's publication.",
+    "show_s": "Time of the latest step's sample of groups for people to read.",
     "step_s": "Time of the latest step, its wait included.",
     "held_out": "pass@1 of the latest evaluation.",
     "pass_at": "pass@k of the latest evaluation.",

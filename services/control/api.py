@@ -55,7 +55,7 @@ def make_app(snapshot: Snapshot, orders: Orders, http: httpx.AsyncClient, token:
     reading = [Depends(guard)] if protect_reads else []
     requests = RequestTotals()
     app.add_middleware(CountRequests, totals=requests)
-    mount_metrics(app, Exported(snapshot, requests), dependencies=reading)
+    mount_metrics(app, Exported(snapshot, requests), tags=["status"], dependencies=reading, responses=problems(401))
     app.include_router(_status_router(snapshot), dependencies=reading, responses=problems(401, 503))
     app.include_router(_rows_router(snapshot), dependencies=reading, responses=problems(401, 503))
     app.include_router(order_router(snapshot, orders, http, token, guard))
