@@ -87,7 +87,7 @@ def test_a_learner_that_is_killed_again_and_again_ends_bit_for_bit_the_same(
     rng = random.Random(11)
     num_deaths = 0
     while True:
-        client = Mortal.from_url(redis_url).arm(rng.randrange(1, 90), rng.random() < 0.5)
+        client = Mortal.from_url(redis_url).arm(rng.randrange(1, 70), rng.random() < 0.5)
         if live(tmp_path, client, keys, recording):
             break
         num_deaths += 1
