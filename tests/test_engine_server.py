@@ -122,3 +122,15 @@ def test_the_launch_arguments_follow_from_the_swap_mode() -> None:
     for device in ("cpu", "cuda"):
         assert needed <= {*launch_command(EngineConfig(device=device, swap_mode="in_place"), "float32", "m", 1, 1)}
     assert not needed & {*launch_command(EngineConfig(device="cuda"), "float32", "m", 1, 1)}
+
+
+def test_what_the_server_leaves_in_the_temporary_folder_goes_with_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """SGLang leaves its sockets."""
+    monkeypatch.setattr(engine_server.tempfile, "tempdir", str(tmp_path))
+    script = "import sys, tempfile; open(tempfile.mkstemp()[1]); sys.exit(7)"
+    server = server_running([sys.executable, "-c", script], monkeypatch, tmp_path / "sglang.log")
+    with pytest.raises(EngineError, match="exited with 7"):
+        asyncio.run(server.start(tmp_path, None))
+    assert [path.name for path in tmp_path.iterdir()] == ["sglang.log"]

@@ -8,8 +8,10 @@ with it.
 import asyncio
 import logging
 import os
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +45,7 @@ class EngineServer:
         self.log_path = log_path
         self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
+        self._temporary: str | None = None
 
     @property
     def url(self) -> str:
@@ -66,10 +69,11 @@ class EngineServer:
         check_engine_installed()
         command = launch_command(self.settings, self.dtype, model_path, weight_version, self.port)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = tempfile.mkdtemp(prefix="headrace-engine-")  # its sockets, which it leaves behind
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 command,
-                env=launch_environment(self.settings),
+                env=launch_environment(self.settings) | {"TMPDIR": self._temporary},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -100,6 +104,8 @@ class EngineServer:
         _signal_group(group, signal.SIGKILL)
         if not await _until(lambda: self.returncode is not None and not _signal_group(group, 0), KILL_DEADLINE_S):
             _log.error("processes of SGLang's group %d are still there %g s after SIGKILL", group, KILL_DEADLINE_S)
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
 
     def busy_s(self) -> float | None:
         """Processor time that the server's processes have used so far; None on a GPU, where an idle SGLang spins."""
