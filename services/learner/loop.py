@@ -259,7 +259,7 @@ class Loop:
             settings=self.settings,
         )
         try:
-            save_checkpoint(self.checkpoints, record, self.trainer.state_tensors(), self.store.check_fence)
+            save_checkpoint(self.checkpoints, record, self.trainer.save_state, self.store.check_fence)
         except CheckpointError as error:
             self._is_checkpoint_due = True
             self._wait(Reason.CHECKPOINT, str(error))
