@@ -1,10 +1,11 @@
 """The learner's process: reads the configuration, takes up the run where it stands, serves, loops, reports.
 
     python -m services.learner --config configs/tiny-cpu.yaml --run demo --redis-url redis://127.0.0.1:6379
-    torchrun --nproc-per-node 2 --max-restarts 3 -m services.learner --config ...
+    torchrun --nproc-per-node 2 --max-restarts 3 -m -- services.learner --config ... --run demo
 
 With `--replay` it trains on a recording (services/learner/recording.py) instead of what replicas send. On several
-devices torchrun starts it once for each; only rank 0 speaks with Redis and listens.
+devices torchrun starts it once for each; only rank 0 speaks with Redis and listens. (Without the `--` torchrun takes
+`--run` for an option of its own.)
 
 Exit codes: 0 complete or stopped on request, 1 failed, 2 refused before anything started, 3 fenced off by a newer
 learner, 4 starved: nothing to do for learner.starvation_deadline_s.

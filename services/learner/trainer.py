@@ -23,8 +23,8 @@ from services.learner.optimizer import MasterAdamW, learning_rate
 from services.learner.packing import MicroBatch, Sample, split_mini_batches, token_staleness
 from services.learner.policy import Policy
 from services.learner.shares import MiniBatch, Outcome, combine_reports, report, share_out
-from services.learner.state_files import read_state, write_state
 from services.learner.shown import TrainedRollout
+from services.learner.state_files import read_state, write_state
 
 
 class Trainer:
