@@ -76,7 +76,7 @@ def part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("count", NUM_RANKS)
 def test_loss_metrics_and_gradients_are_those_of_one_rank(results: dict[int, Path], count: int, case: str) -> None:
-    tolerance = 1e-5 if case in FLOAT32 else 2e-2
+    tolerance = {"one_mini_batch": 1e-5, "bfloat16": 2e-2}.get(case, 1e-4)  # several updates are behind the others
     expected, found = (json.loads((results[n] / case / "rows.json").read_text()) for n in (1, count))
     assert expected[0].keys() == found[0].keys() and len(found) == 5
     for name, value in expected[0].items():

@@ -103,15 +103,19 @@ def until_step(rows: Path, step: int, process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
+def torchrun(keys: Keys, redis_url: str, folder: Path, *learner: str) -> subprocess.Popen[str]:
+    """A learner on two ranks, started once more when it fails."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "1", "-m", "--", "services.learner", "--run", run_of(keys), *learner]
+    environment = os.environ | {"HEADRACE_REDIS_URL": redis_url, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*command, "--runs-folder", str(folder)], cwd=ROOT, env=environment, text=True)
+
+
 def test_a_killed_rank_ends_the_others_and_the_job_goes_on_from_its_checkpoint(
     recording: Path, redis_url: str, client: redis.Redis, keys: Keys, tmp_path: Path
 ) -> None:
-    run = run_of(keys)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", "1", "-m", "--", "services.learner", "--replay", str(recording), "--run", run]
-    environment = os.environ | {"HEADRACE_REDIS_URL": redis_url, "OMP_NUM_THREADS": "1"}
-    folder = tmp_path / run
-    agent = subprocess.Popen([*command, "--runs-folder", str(tmp_path)], cwd=ROOT, env=environment, text=True)
+    folder = tmp_path / run_of(keys)
+    agent = torchrun(keys, redis_url, tmp_path, "--replay", str(recording))
     try:
         until_step(folder / "metrics.jsonl", 3, agent)
         ranks = {one.environ()["RANK"]: one for one in psutil.Process(agent.pid).children()}
@@ -132,6 +136,21 @@ def test_a_killed_rank_ends_the_others_and_the_job_goes_on_from_its_checkpoint(
     assert {name: tensor.numpy().tobytes() for name, tensor in saved.items()} == {
         name.removeprefix("master."): content for name, content in state.items() if name.startswith("master.")
     }
+
+
+@pytest.mark.slow
+def test_a_learner_that_would_come_to_the_same_end_is_not_started_again(
+    redis_url: str, client: redis.Redis, keys: Keys, tmp_path: Path
+) -> None:
+    settings = ("--set", "learner.starvation_deadline_s=0.5")
+    agent = torchrun(keys, redis_url, tmp_path, "--config", "configs/tiny-cpu.yaml", *settings)
+    try:
+        assert agent.wait(ENOUGH_S) == 1
+    finally:
+        agent.terminate()
+        agent.wait()
+    assert client.hget(keys.learner, "phase") == b"starved"
+    assert client.get(keys.epoch) == b"1"
 
 
 @pytest.mark.slow

@@ -21,6 +21,8 @@ from torch import Tensor
 from services.learner.calls import Call, End, decode_call, encode_call
 
 MAX_SILENCE_S = 5.0
+FINAL = (2, 3, 4)
+"""Exit codes after which another start would come to the same end."""
 _BEAT = b""
 _log = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ class Ranks:
         self.on_lost: Callable[[], None] = lambda: None
         """Called on rank 0, from another thread, when a beat finds that a rank is gone."""
         self._group: dist.ProcessGroup | None = None
+        self._agent: dist.Store | None = None
         self._lost: Exception | None = None
         self._speaking = threading.Lock()
         self._ended = threading.Event()
@@ -93,6 +96,8 @@ class Ranks:
         if self.is_alone or self._ended.is_set():
             return
         self._ended.set()
+        if self.rank == 0 and code in FINAL and self._agent is not None:
+            self._agent.set("final", str(code))
         if self.rank == 0 and self._lost is None:
             with contextlib.suppress(RankLost), self._speaking:
                 self._say(encode_call(End(code)))
@@ -128,10 +133,18 @@ class Ranks:
 
 
 def join(device_type: str, deadline_s: float, environment: Mapping[str, str] = os.environ) -> Ranks:
-    """This process among those that torchrun has started; returns when all of them are there."""
+    """This process among those that torchrun has started; returns when all of them are there.
+
+    torchrun starts again whatever fails: after a final exit code this ends the process at once, with the same code.
+    """
     ranks = Ranks()
     if int(environment.get("WORLD_SIZE", "1")) == 1:
         return ranks
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False)
+        ranks._agent = dist.PrefixStore("headrace", store)
+        if ranks._agent.check(["final"]):
+            raise SystemExit(int(ranks._agent.get("final")))
     ranks.local_rank = int(environment["LOCAL_RANK"])
     if device_type == "cuda":
         torch.cuda.set_device(ranks.local_rank)
