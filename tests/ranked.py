@@ -49,7 +49,7 @@ def do(job: Job, folder: Path, ranks: Ranks) -> None:
     for step in range(job.first_step, job.first_step + job.num_steps):
         logprobs = trainer.policy.logprobs
         if step == job.poisoned_step:
-            trainer.policy.logprobs = lambda m: logprobs(m) * float("nan")  # type: ignore[method-assign] # noqa: B023
+            trainer.policy.logprobs = lambda micro_batch: logprobs(micro_batch) * float("nan")  # type: ignore[method-assign] # noqa: B023
         rows.append(trainer.train(groups, step, VERSION_STEPS))
         trainer.policy.logprobs = logprobs  # type: ignore[method-assign]
         if step == job.first_step:

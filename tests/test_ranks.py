@@ -66,7 +66,8 @@ def state_of(folder: Path) -> dict[str, torch.Tensor]:
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     """As one vector, in the 2-norm."""
     assert one.keys() == other.keys()
-    return sum((one[name].double() - other[name].double()).pow(2).sum().item() for name in one) ** 0.5
+    squares = sum((one[name].double() - other[name].double()).pow(2).sum().item() for name in one)
+    return float(squares**0.5)
 
 
 def part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from services.learner.calls import Call, End, decode_call, encode_call
 
@@ -42,7 +43,7 @@ class Ranks:
         self.on_lost: Callable[[], None] = lambda: None
         """Called on rank 0, from another thread, when a beat finds that a rank is gone."""
         self._group: dist.ProcessGroup | None = None
-        self._agent: dist.Store | None = None
+        self._agent: Store | None = None
         self._lost: Exception | None = None
         self._speaking = threading.Lock()
         self._ended = threading.Event()
@@ -141,8 +142,9 @@ def join(device_type: str, deadline_s: float, environment: Mapping[str, str] = o
     if int(environment.get("WORLD_SIZE", "1")) == 1:
         return ranks
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False)
-        ranks._agent = dist.PrefixStore("headrace", store)
+        address = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+        store: Store = dist.TCPStore(*address, is_master=False)  # type: ignore[attr-defined]
+        ranks._agent = PrefixStore("headrace", store)
         if ranks._agent.check(["final"]):
             raise SystemExit(int(ranks._agent.get("final")))
     ranks.local_rank = int(environment["LOCAL_RANK"])
