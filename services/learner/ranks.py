@@ -10,6 +10,8 @@ import contextlib
 import logging
 import os
 import threading
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 
@@ -22,6 +24,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from services.learner.calls import Call, End, decode_call, encode_call
 
 MAX_SILENCE_S = 5.0
+JOIN_POLL_S = 0.05
 FINAL = (2, 3, 4)
 """Exit codes after which another start would come to the same end."""
 _BEAT = b""
@@ -141,23 +144,49 @@ def join(device_type: str, deadline_s: float, environment: Mapping[str, str] = o
     ranks = Ranks()
     if int(environment.get("WORLD_SIZE", "1")) == 1:
         return ranks
-    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        address = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-        store: Store = dist.TCPStore(*address, is_master=False)  # type: ignore[attr-defined]
-        ranks._agent = PrefixStore("headrace", store)
-        if ranks._agent.check(["final"]):
-            raise SystemExit(int(ranks._agent.get("final")))
     ranks.local_rank = int(environment["LOCAL_RANK"])
     if device_type == "cuda":
         torch.cuda.set_device(ranks.local_rank)
     ranks.deadline_s = deadline_s
     deadline = timedelta(seconds=deadline_s)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", timeout=deadline)
-    ranks.rank, ranks.count = dist.get_rank(), dist.get_world_size()
+    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    ranks.rank, ranks.count = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        address = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+        store: Store = dist.TCPStore(*address, is_master=False, timeout=deadline)  # type: ignore[attr-defined]
+        ranks._agent = PrefixStore("headrace", store)
+        if ranks._agent.check(["final"]):
+            raise SystemExit(int(ranks._agent.get("final")))
+        unused = _unused_part(ranks._agent, ranks, deadline_s)
+        dist.init_process_group(backend, store=unused, rank=ranks.rank, world_size=ranks.count, timeout=deadline)
+    else:
+        dist.init_process_group(backend, timeout=deadline)
     ranks._group = dist.new_group(backend="gloo", timeout=deadline)
     if ranks.rank == 0:
         threading.Thread(target=ranks._beat, name="beat", daemon=True).start()
     return ranks
+
+
+def _unused_part(store: Store, ranks: Ranks, deadline_s: float) -> Store:
+    """Of the agent's store, which outlives the ranks: what those before this start have written must not be found.
+
+    Rank 0 chooses a name and tells it to each rank under an id that only that rank can have written just now.
+    """
+    if ranks.rank > 0:
+        own = uuid.uuid4().hex
+        store.set(f"here-{ranks.rank}", own)
+        name = store.get(own).decode()
+        store.set(f"{name}-{ranks.rank}", "heard")
+        return PrefixStore(name, store)
+    name, deadline = uuid.uuid4().hex, time.monotonic() + deadline_s
+    while missing := [rank for rank in range(1, ranks.count) if not store.check([f"{name}-{rank}"])]:
+        for rank in missing:
+            if store.check([f"here-{rank}"]):
+                store.set(store.get(f"here-{rank}").decode(), name)
+        if time.monotonic() > deadline:
+            raise RankLost(f"ranks {missing} did not join for {deadline_s:.0f} s")
+        time.sleep(JOIN_POLL_S)
+    return PrefixStore(name, store)
 
 
 @contextlib.contextmanager
