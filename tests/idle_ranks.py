@@ -25,15 +25,14 @@ def main() -> int:
                     return 9
             except RankLost:
                 print("a rank is lost", flush=True)
-        ranks.end(1 if is_lost else 7)
-        return 1 if is_lost else 0
+        ranks.end(1 if is_lost else 7)  # which tells the others
     started = time.monotonic()
     try:
-        while not isinstance(call := ranks.hear(), End):
-            pass
+        call = ranks.hear()
     except RankLost:
         print(f"silence for {time.monotonic() - started:.0f} s", flush=True)
-        return 1
+        ranks.end(1)
+    assert isinstance(call, End)
     ranks.end(0)
     return call.code
 

@@ -9,8 +9,10 @@ something at least every `MAX_SILENCE_S`, if only a beat, so that a rank may wai
 import contextlib
 import logging
 import os
+import sys
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
@@ -96,7 +98,8 @@ class Ranks:
         return torch.stack(norms).square().sum().sqrt().to(norm.dtype)
 
     def end(self, code: int) -> None:
-        """The others end as well, with the same exit code, as far as they can still be told."""
+        """The others end as well, with the same exit code, as far as they can still be told. After a failure this does
+        not return: what computes or listens in the background cannot be taken down in order."""
         if self.is_alone or self._ended.is_set():
             return
         self._ended.set()
@@ -107,6 +110,13 @@ class Ranks:
                 self._say(encode_call(End(code)))
         if code == 0:
             dist.destroy_process_group()
+            return
+        if sys.exc_info()[0] is not None:
+            traceback.print_exc()
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
     def _say(self, content: bytes) -> None:
         if self._lost is not None:
