@@ -13,10 +13,11 @@ from common.tasks import load_task
 from common.waiting import Waits
 from common.wire import Group, Rollout, Timings, VersionSpan, encode
 from services.learner.assembly import assemble
-from services.learner.checkpoint import load_newest
+from services.learner.checkpoint import newest
 from services.learner.loop import Loop
 from services.learner.orders import Switches
 from services.learner.recording import Header, RecordedGroup, Recording, RecordingWriter
+from services.learner.state_files import read_state
 from tests.making import make_ticket
 
 ROOT = Path(__file__).parents[1]
@@ -96,9 +97,10 @@ def end(loop: Loop) -> None:
 
 
 def state_of(folder: Path) -> dict[str, bytes]:
-    found = load_newest(folder / "checkpoints")
+    found = newest(folder / "checkpoints")
     assert found is not None and found[0].step == STEPS
-    return {name: tensor.numpy().tobytes() for name, tensor in found[1].items()}
+    tensors = read_state(found[1], sorted(found[0].files))
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
 
 
 def trained(folder: Path) -> list[list[str]]:

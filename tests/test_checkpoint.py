@@ -6,9 +6,10 @@ import msgspec
 import pytest
 import torch
 
-from services.learner.checkpoint import CheckpointError, load_newest, save_checkpoint
+from services.learner.checkpoint import CheckpointError, newest, save_checkpoint
 from services.learner.checkpoint_record import Record, checkpoint_folders, read_record
 from services.learner.report import MetricsFile, percentile, summarise
+from services.learner.state_files import read_state, write_state
 from services.learner.store import Cursor, Fenced, Settlement
 
 
@@ -29,21 +30,22 @@ def make_record(step: int, epoch: int = 1) -> Record:
 
 def save(root: Path, step: int, epoch: int = 1) -> Path:
     tensors = {"master.w": torch.full((2, 3), float(step)), "step.w": torch.tensor(3.0)}
-    return save_checkpoint(root, make_record(step, epoch), tensors)
+    return save_checkpoint(root, make_record(step, epoch), lambda folder: write_state(folder, tensors))
 
 
 def newest_step(root: Path) -> int:
-    found = load_newest(root)
+    found = newest(root)
     assert found is not None
     return found[0].step
 
 
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
-    assert load_newest(tmp_path) is None
+    assert newest(tmp_path) is None
     save(tmp_path, 5)
-    found = load_newest(tmp_path)
+    found = newest(tmp_path)
     assert found is not None
-    record, tensors = found
+    record, folder = found
+    tensors = read_state(folder, sorted(record.files))
     assert msgspec.structs.replace(record, files={}) == make_record(5) and set(record.files) == {"state.safetensors"}
     assert torch.equal(tensors["master.w"], torch.full((2, 3), 5.0)) and tensors["step.w"].shape == ()
 
@@ -68,8 +70,8 @@ def test_a_learner_that_was_fenced_off_while_it_wrote_leaves_nothing(tmp_path: P
         raise Fenced("a newer one has started")
 
     with pytest.raises(Fenced):
-        save_checkpoint(tmp_path, make_record(5), {"w": torch.zeros(1)}, fenced)
-    assert load_newest(tmp_path) is None
+        save_checkpoint(tmp_path, make_record(5), lambda folder: {}, fenced)
+    assert newest(tmp_path) is None
 
 
 @pytest.mark.parametrize("broken", ["state.safetensors", "record.json"])
@@ -92,7 +94,7 @@ def test_a_run_whose_checkpoints_are_all_unreadable_does_not_begin_anew(tmp_path
     for step in (5, 10):
         (save(tmp_path, step) / "record.json").write_text("{}")
     with pytest.raises(ValueError, match=r"no checkpoint in .* can be read: checkpoint-000001-000002"):
-        load_newest(tmp_path)
+        newest(tmp_path)
     assert len(checkpoint_folders(tmp_path)) == 2
 
 
@@ -110,7 +112,7 @@ def test_a_disk_that_refuses_leaves_the_checkpoints_before(tmp_path: Path) -> No
 def test_what_was_never_renamed_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "aside-000001").mkdir(parents=True)
     (tmp_path / "aside-000001" / "record.json").write_text("{}")
-    assert load_newest(tmp_path) is None
+    assert newest(tmp_path) is None
 
 
 def test_rows_of_steps_to_be_taken_again_are_cut_off(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from common.waiting import Reason
 from services.learner import intake as intake_module
 from services.learner import loop as loop_module
 from services.learner.audit import audit
-from services.learner.checkpoint import CheckpointError, load_newest, save_checkpoint
+from services.learner.checkpoint import CheckpointError, newest, save_checkpoint
 from services.learner.loop import Loop, Starved
 from services.learner.store import Fenced, LearnerStore, RedisLost
 from tests.fake_services import until
@@ -100,7 +100,7 @@ def test_a_learner_that_was_replaced_writes_nothing_more(
     after_step(loop, 3, lambda: LearnerStore(client, keys))
     with pytest.raises(Fenced):
         loop.run()
-    found = load_newest(tmp_path / "checkpoints")
+    found = newest(tmp_path / "checkpoints")
     assert found is not None and found[0].step == 2
     assert len(trained(tmp_path)) == 2, "the third step was never recorded"
     assert audit(client, keys, tmp_path).violations == []

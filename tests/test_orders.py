@@ -15,7 +15,7 @@ from common.config.hot import hot_values
 from common.control import Settings, parse_orders
 from common.keys import Keys
 from services.learner import orders as orders_module
-from services.learner.checkpoint import load_newest
+from services.learner.checkpoint import newest
 from services.learner.checkpoint_record import Record, checkpoint_folders, read_record
 from services.learner.loop import Loop
 from services.learner.orders import Switches, take_up_settings
@@ -115,7 +115,7 @@ def test_orders_outlive_the_learner(
 def test_a_stop_is_obeyed_once(loop: Loop, client: redis.Redis, keys: Keys, recording: Path, tmp_path: Path) -> None:
     after_step(loop, 3, lambda: client.hset(keys.control, "stop", 1))
     assert not loop.run()
-    found = load_newest(tmp_path / "checkpoints")
+    found = newest(tmp_path / "checkpoints")
     assert found is not None and found[0].step == 3
     assert not client.hexists(keys.control, "stop") and client.hget(keys.learner, "phase") == b"stopped"
     again = take_up(tmp_path, client, keys, recording)
@@ -199,7 +199,7 @@ def test_settings_count_from_the_next_step_on(loop: Loop, client: redis.Redis, k
     assert events_of(client, keys, "settings") == [{"version": 1, "step": 2, "values": values}]
     (refused,) = events_of(client, keys, "settings_refused")
     assert refused["version"] == 2 and "optimizer.lr -1.0: Input should be greater than 0" in refused["reason"]
-    found = load_newest(tmp_path / "checkpoints")
+    found = newest(tmp_path / "checkpoints")
     assert found is not None and found[0].settings == Settings(1, values)
 
 

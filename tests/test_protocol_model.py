@@ -45,6 +45,7 @@ from hypothesis.stateful import (
 
 from common import durable
 from common.config import RunConfig
+from common.durable import FileEntry
 from common.keys import TICKET_GROUP, Keys
 from common.ledger import Mark, TicketName, parse_mark, parse_name
 from common.redis_client import connect, connect_async
@@ -52,15 +53,16 @@ from common.waiting import Waits
 from common.wire import Group, TicketState, Timings, encode
 from services.generation import tickets
 from services.generation.tickets import Lease, TicketStore
-from services.learner import assembly, intake, scripts, versions
+from services.learner import assembly, intake, leading, scripts, state_files, versions
 from services.learner.audit import audit
-from services.learner.checkpoint import NUM_KEPT, TENSORS_FILE
+from services.learner.checkpoint import NUM_KEPT
 from services.learner.checkpoint_record import RECORD_FILE, checkpoint_folders, read_record
 from services.learner.dead import dead_entries, purge, retry
 from services.learner.loop import Loop
 from services.learner.orders import Switches
 from services.learner.shown import TrainedRollout
 from services.learner.staleness import group_staleness
+from services.learner.state_files import STATE_FILE, read_state, write_state
 from services.learner.store import Fenced, RedisLost
 from tests.crashing_redis import Crash, Fault, Trap, faults
 from tests.making import make_rollout
@@ -113,11 +115,11 @@ class Trainer:
     def as_trained(self, _: str) -> list[TrainedRollout]:
         return []
 
-    def state_tensors(self) -> dict[str, torch.Tensor]:
-        return {"seen": torch.tensor(self.seen, dtype=torch.int64)}
+    def save_state(self, folder: Path) -> dict[str, FileEntry]:
+        return write_state(folder, {"seen": torch.tensor(self.seen, dtype=torch.int64)})
 
-    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        self.seen = tensors["seen"].tolist()
+    def load_state(self, folder: Path, files: list[str]) -> None:
+        self.seen = read_state(folder, files)["seen"].tolist()
 
 
 class Policy:
@@ -200,14 +202,15 @@ class Server:
 def server(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """Real but for what takes long: processes die here, not machines, so that nothing need reach the disk."""
     for module, name, other in (
-        (assembly, "Policy", Policy),
-        (assembly, "Trainer", Trainer),
+        (leading, "Policy", Policy),
+        (leading, "Trainer", Trainer),
         (assembly, "load_tokenizer", lambda path: Tokenizer()),
         (assembly, "Loop", Stepwise),
         (versions, "ThreadPoolExecutor", Nobody),
         (versions, "httpx", SimpleNamespace(Client=Nobody)),
         (versions, "fsync_path", lambda path: None),
         (durable, "fsync_path", lambda path: None),
+        (state_files, "fsync_path", lambda path: None),
         (intake, "READ_BLOCK_S", 0.001),
         (intake, "LOOK_INTERVAL_S", float("inf")),
     ):
@@ -273,7 +276,7 @@ class Protocol(RuleBasedStateMachine):
         if is_saved:
             self._act("checkpoint", fault)
 
-    @rule(how=st.sampled_from(["kill", "freeze", "lose Redis", RECORD_FILE, TENSORS_FILE]))
+    @rule(how=st.sampled_from(["kill", "freeze", "lose Redis", RECORD_FILE, STATE_FILE]))
     def interrupt(self, how: str) -> None:
         """The learner sleeps while another one starts, or dies; or Redis loses everything, or a checkpoint a bit."""
         if how == "lose Redis":

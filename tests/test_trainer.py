@@ -55,10 +55,14 @@ def make_batch(trainer: Trainer, drift: float = 0.0) -> list[Group]:
     return groups
 
 
+def tensors_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: weight.detach() for name, weight in trainer.policy.tensors().items()}
+
+
 def weights_after(config: RunConfig, drift: float = 0.0) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     trainer = make_trainer(config)
     metrics = trainer.train(make_batch(trainer, drift), 0, STEPS)
-    return {name: tensor.clone() for name, tensor in trainer.policy.tensors().items()}, metrics
+    return {name: tensor.clone() for name, tensor in tensors_of(trainer).items()}, metrics
 
 
 def gradients_of(
@@ -142,7 +146,7 @@ def test_reward_goes_up(demo_policy: Path) -> None:
 def test_kl_to_the_reference_pulls_back(demo_policy: Path) -> None:
     plain, _ = weights_after(make_config(demo_policy, actor={"group_size": 2, "mini_batches": 4}))
     anchored, _ = weights_after(make_config(demo_policy, actor={"group_size": 2, "mini_batches": 4, "kl_coef": 10.0}))
-    start = make_trainer(make_config(demo_policy)).policy.tensors()
+    start = tensors_of(make_trainer(make_config(demo_policy)))
 
     def distance(weights: dict[str, torch.Tensor]) -> float:
         return sum((tensor - start[name]).pow(2).sum().item() for name, tensor in weights.items())
@@ -153,8 +157,8 @@ def test_kl_to_the_reference_pulls_back(demo_policy: Path) -> None:
 def test_bfloat16_trains_by_the_same_code(demo_policy: Path) -> None:
     config = make_config(demo_policy, actor={"group_size": 2}, model={"dtype": "bfloat16"})
     trainer = make_trainer(config)
-    before = {name: tensor.clone() for name, tensor in trainer.policy.tensors().items()}
+    before = {name: tensor.clone() for name, tensor in tensors_of(trainer).items()}
     trainer.train(make_batch(trainer), 0, STEPS)
-    changed = [name for name, tensor in trainer.policy.tensors().items() if not torch.equal(tensor, before[name])]
+    changed = [name for name, tensor in tensors_of(trainer).items() if not torch.equal(tensor, before[name])]
     assert len(changed) > len(before) / 2
-    assert all(tensor.dtype == torch.bfloat16 for tensor in trainer.policy.tensors().values())
+    assert all(tensor.dtype == torch.bfloat16 for tensor in tensors_of(trainer).values())

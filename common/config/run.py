@@ -70,6 +70,12 @@ class LearnerConfig(Section):
     starvation_deadline_s: float = Field(
         1800.0, gt=0, description="The learner exits (code 4), with the reason, after this long without a step."
     )
+    rank_deadline_s: float = Field(
+        300.0,
+        ge=1,
+        description="On several ranks (torchrun): one that waits this long for another ends, and with it the job. More "
+        "than a forward and backward pass, or writing a rank's part of a checkpoint, can take.",
+    )
     host: str = Field("127.0.0.1", description="Address the learner listens on.")
     port: int = Field(0, ge=0, le=65535, description="0: any free port.")
 

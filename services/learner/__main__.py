@@ -1,8 +1,11 @@
 """The learner's process: reads the configuration, takes up the run where it stands, serves, loops, reports.
 
     python -m services.learner --config configs/tiny-cpu.yaml --run demo --redis-url redis://127.0.0.1:6379
+    torchrun --nproc-per-node 2 --max-restarts 3 -m -- services.learner --config ... --run demo
 
-With `--replay` it trains on a recording (services/learner/recording.py) instead of what replicas send.
+With `--replay` it trains on a recording (services/learner/recording.py) instead of what replicas send. On several
+devices torchrun starts it once for each; only rank 0 speaks with Redis and listens. (Without the `--` torchrun takes
+`--run` for an option of its own.)
 
 Exit codes: 0 complete or stopped on request, 1 failed, 2 refused before anything started, 3 fenced off by a newer
 learner, 4 starved: nothing to do for learner.starvation_deadline_s.
@@ -41,14 +44,21 @@ _log = logging.getLogger("services.learner")
 def main() -> int:
     arguments = _parse_arguments()
     set_up_logging("learner", run=arguments.run)
+    ranks, code = None, 1
     try:
-        return _run(arguments)
+        config, recording = _read(arguments)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            ranks = _join(config)
+        code = _run(arguments, config, recording, ranks)
     except (ConfigError, ValueError) as error:
         print(f"headrace learner: {error}", file=sys.stderr)
-        return 2
+        code = 2
     except redis.RedisError as error:
         print(f"headrace learner: Redis: {error}", file=sys.stderr)
-        return 1
+    finally:
+        if ranks is not None:
+            ranks.end(code)
+    return code
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -64,14 +74,28 @@ def _parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _read(arguments: argparse.Namespace) -> tuple[RunConfig, Recording | None]:
     recording = None if arguments.replay is None else Recording(arguments.replay)
     if arguments.config is not None:
-        config = load_recipe(arguments.config, arguments.overrides).config
-    elif recording is not None:
-        config = resolve(recording.config, str(arguments.replay), arguments.overrides).config
-    else:
-        raise ValueError("no configuration: expected --config, or --replay with a recording that carries one")
+        return load_recipe(arguments.config, arguments.overrides).config, recording
+    if recording is not None:
+        return resolve(recording.config, str(arguments.replay), arguments.overrides).config, recording
+    raise ValueError("no configuration: expected --config, or --replay with a recording that carries one")
+
+
+def _join(config: RunConfig) -> Any:
+    """This process among those of torchrun."""
+    from services.learner.policy import pick_device
+    from services.learner.ranks import join
+
+    return join(pick_device(config.learner.device).type, config.learner.rank_deadline_s)
+
+
+def _run(arguments: argparse.Namespace, config: RunConfig, recording: Recording | None, ranks: Any) -> int:
+    if ranks is not None and ranks.rank > 0:
+        from services.learner.leading import follow
+
+        return follow(ranks)
     keys = Keys(arguments.run)
     redis_url = arguments.redis_url or config.redis_url
     if not redis_url:
@@ -94,7 +118,7 @@ def _run(arguments: argparse.Namespace) -> int:
     token = token_at(folder / "token")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: switches.stop.set())
-    return _learn(config, folder, token, client, keys, sock, task, switches, waits, recording)
+    return _learn(config, folder, token, client, keys, sock, task, switches, waits, recording, ranks)
 
 
 def _learn(
@@ -108,13 +132,14 @@ def _learn(
     switches: Switches,
     waits: Waits,
     recording: Recording | None,
+    ranks: Any,
 ) -> int:
     from services.learner.assembly import assemble
     from services.learner.exported import Exported
     from services.learner.loop import Starved
     from services.learner.store import Fenced
 
-    arguments = (config, folder, token, client, keys, url_of(sock), task, switches, waits, recording)
+    arguments = (config, folder, token, client, keys, url_of(sock), task, switches, waits, recording, ranks)
     loop, tokenizer = assemble(*arguments)
     from_now_on(step=lambda: loop.progress.step)
     if loop.is_at_last_step and (folder / "summary.json").exists():

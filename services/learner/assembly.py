@@ -12,7 +12,6 @@ from typing import Any
 
 import msgspec
 import redis
-import torch
 
 from common.config import RunConfig
 from common.control import SETTINGS, Settings
@@ -24,14 +23,16 @@ from common.waiting import Waits
 from services.learner.advice import Adviser
 from services.learner.audit import losses_so_far
 from services.learner.best import FRAME, Best
-from services.learner.checkpoint import load_newest
+from services.learner.checkpoint import newest
 from services.learner.checkpoint_record import Loss, Record, checkpoint_folders
 from services.learner.intake import Intake
+from services.learner.leading import lead, set_up_torch
 from services.learner.loop import Loop
 from services.learner.orders import Switches, take_up_settings
 from services.learner.policy import Policy, load_tokenizer
 from services.learner.progress import Progress
 from services.learner.prompts import TicketSource, stop_token_ids
+from services.learner.ranks import Ranks
 from services.learner.recording import Recording, RecordingSource
 from services.learner.refusal import Limits
 from services.learner.report import METRICS_FILE, MetricsFile
@@ -40,7 +41,6 @@ from services.learner.source import Source
 from services.learner.store import Cursor, LearnerStore
 from services.learner.telling import Telling
 from services.learner.trackers import Trackers
-from services.learner.trainer import Trainer
 from services.learner.versions import Versions
 
 _log = logging.getLogger(__name__)
@@ -57,21 +57,22 @@ def assemble(
     switches: Switches,
     waits: Waits,
     recording: Recording | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[Loop, Any]:
     """The loop, ready to run, and the tokenizer. Raises `ValueError` if the model or every checkpoint is unusable."""
-    if config.learner.num_threads is not None:
-        torch.set_num_threads(config.learner.num_threads)
-    torch.manual_seed(config.seed)
+    ranks = ranks or Ranks()
+    ranks.on_lost = switches.stop.set
+    set_up_torch(config, ranks)
     tokenizer = load_tokenizer(config.model.path)
-    policy = Policy(config.model, config.learner)
+    trainer = lead(config, ranks)
+    policy = trainer.policy
     vocab_size = policy.model.get_input_embeddings().num_embeddings
     check_vocabulary(config.model.path, len(tokenizer), vocab_size)
-    trainer = Trainer(config, policy)
     store = LearnerStore(client, keys, above=_highest_epoch(folder))
     _stop_unfinished(folder / "checkpoints")
-    record, tensors = load_newest(folder / "checkpoints") or (None, {})
+    record, saved = newest(folder / "checkpoints") or (None, folder)
     if record is not None:
-        trainer.load_state_tensors(tensors)
+        trainer.load_state(saved, sorted(record.files))
     configured, orders = config, store.orders()
     recorded_settings = record.settings if record else Settings()
     config, settings, standing = take_up_settings(configured, orders.settings, recorded_settings)

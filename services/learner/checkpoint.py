@@ -1,8 +1,8 @@
 """Checkpoints: what a learner needs to go on as if it had never stopped, durable before anyone relies on it.
 
-A checkpoint is a folder of safetensors (float32 masters, moments, random state) and a record, written aside under
-the learner's own name, fsynced and renamed; nothing is ever written over. Two are kept: checkpoint N deletes from
-Redis what N-1 recorded, so that a corrupt newest one loses nothing.
+A checkpoint is a folder of safetensors (float32 masters, moments, random state: one file for each rank) and a record,
+written aside under the learner's own name, fsynced and renamed; nothing is ever written over. Two are kept: checkpoint
+N deletes from Redis what N-1 recorded, so that a corrupt newest one loses nothing.
 """
 
 import contextlib
@@ -13,10 +13,8 @@ from pathlib import Path
 
 import msgspec
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from common.durable import file_entry, move_into_place
+from common.durable import FileEntry, file_entry, move_into_place
 from services.learner.checkpoint_record import (
     Record,
     Unreadable,
@@ -27,7 +25,6 @@ from services.learner.checkpoint_record import (
 )
 
 NUM_KEPT = 2
-TENSORS_FILE = "state.safetensors"
 _log = logging.getLogger(__name__)
 
 
@@ -36,18 +33,19 @@ class CheckpointError(RuntimeError):
 
 
 def save_checkpoint(
-    root: Path, record: Record, tensors: dict[str, Tensor], check: Callable[[], None] = lambda: None
+    root: Path,
+    record: Record,
+    write_state: Callable[[Path], dict[str, FileEntry]],
+    check: Callable[[], None] = lambda: None,
 ) -> Path:
-    """`check` is called just before the rename and may raise. Raises `CheckpointError` if the disk refuses."""
+    """`write_state` puts the tensors into a folder, in files that it names; `check` is called just before the rename
+    and may raise. Raises `CheckpointError` if the disk refuses."""
     aside = root / f"aside-{record.epoch:06d}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-        detached = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(detached, aside / TENSORS_FILE)
-        files = {TENSORS_FILE: file_entry(aside / TENSORS_FILE)}
-        write_record(aside, msgspec.structs.replace(record, files=files))
+        write_record(aside, msgspec.structs.replace(record, files=write_state(aside)))
         check()
         final = root / folder_name(record.epoch, _next_number(root, record.epoch))
         move_into_place(aside, final)
@@ -67,8 +65,8 @@ def num_bytes_in(checkpoint: Path) -> int:
     return 0
 
 
-def load_newest(root: Path) -> tuple[Record, dict[str, Tensor]] | None:
-    """The newest checkpoint that can be read, None if there is none yet.
+def newest(root: Path) -> tuple[Record, Path] | None:
+    """The newest checkpoint that can be read, and its folder; None if there is none yet.
 
     An unreadable one is reported, renamed and passed over. Raises `ValueError` if all are unreadable: a run never
     silently begins anew.
@@ -81,14 +79,13 @@ def load_newest(root: Path) -> tuple[Record, dict[str, Tensor]] | None:
             for name, expected in record.files.items():
                 if file_entry(folder / name) != expected:
                     raise Unreadable(f"{folder.name}: {name} is not what was written")
-            tensors = load_file(folder / TENSORS_FILE)
-        except (OSError, Unreadable, SafetensorError) as error:
+        except (OSError, Unreadable) as error:
             _log.error("checkpoint %s is unreadable, taking the one before: %s", folder.name, error)
             problems.append((folder, str(error)))
             continue
         for unreadable, _ in problems:  # out of the way, or it would count as one of the two that are kept
             unreadable.rename(root / f"unreadable-{unreadable.name}")
-        return record, tensors
+        return record, folder
     if problems:
         raise ValueError(f"no checkpoint in {root} can be read: " + "; ".join(problem for _, problem in problems))
     return None

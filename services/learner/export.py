@@ -103,16 +103,17 @@ def _finished_step(run: Path) -> int | None:
 def _from_checkpoint(run: Path, checkpoint: Path, aside: Path) -> None:
     """The masters, rounded to the policy's dtype, beside the run's frame."""
     import torch
-    from safetensors import safe_open
     from safetensors.torch import save_file
+
+    from services.learner.state_files import read_state
 
     if not (run / FRAME).is_dir():
         raise ValueError(f"run {run.name!r} has no folder {FRAME}: a learner of an earlier release wrote it")
     shutil.copytree(run / FRAME, aside)
     dtype = getattr(torch, json.loads((aside / "config.json").read_text())["dtype"])
-    with safe_open(checkpoint / "state.safetensors", "pt") as state:
-        names = [name for name in state.keys() if name.startswith("master.")]  # noqa: SIM118 - it is no dict
-        tensors = {name.removeprefix("master."): state.get_tensor(name).to(dtype) for name in names}
+    state = read_state(checkpoint, list(read_record(checkpoint).files))
+    masters = {name: tensor for name, tensor in state.items() if name.startswith("master.")}
+    tensors = {name.removeprefix("master."): tensor.to(dtype) for name, tensor in masters.items()}
     save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
 
 

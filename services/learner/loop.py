@@ -202,7 +202,7 @@ class Loop:
         )
         started = time.monotonic()
         try:
-            saved = save_checkpoint(self.checkpoints, record, self.trainer.state_tensors(), self.store.check_fence)
+            saved = save_checkpoint(self.checkpoints, record, self.trainer.save_state, self.store.check_fence)
         except CheckpointError as error:
             self._is_checkpoint_due = True
             self._wait(Reason.CHECKPOINT, str(error))

@@ -1,15 +1,19 @@
 """AdamW on float32 masters: weights in bfloat16 are rounded copies of them, weights in float32 are them.
 
 Gradients are summed in float32 as each backward pass delivers them, so that micro-batches of a bfloat16 model
-add up exactly. An update whose gradient is not finite is refused, and the weights stay as they are.
+add up exactly. An update whose gradient is not finite is refused, and the weights stay as they are. On several ranks
+the masters are this rank's shards, and the norm that clips and refuses is that of all ranks' gradients.
 """
 
 import math
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from common.config import OptimizerConfig
+from services.learner.ranks import Ranks
+from services.learner.sharding import local_part
 
 
 def learning_rate(step: int, num_steps: int, settings: OptimizerConfig) -> float:
@@ -26,7 +30,8 @@ def learning_rate(step: int, num_steps: int, settings: OptimizerConfig) -> float
 class MasterAdamW:
     """Owns the masters and AdamW's moments of a model's parameters."""
 
-    def __init__(self, model: nn.Module, settings: OptimizerConfig) -> None:
+    def __init__(self, model: nn.Module, settings: OptimizerConfig, ranks: Ranks | None = None) -> None:
+        self.ranks = ranks or Ranks()
         self.parameters = dict(model.named_parameters())
         self.masters = {name: _master(parameter) for name, parameter in self.parameters.items()}
         self.max_grad_norm = settings.max_grad_norm
@@ -45,7 +50,7 @@ class MasterAdamW:
     def _gradient_to(self, master: Tensor):  # type: ignore[no-untyped-def]
         def move(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            gradient = parameter.grad.float()
+            gradient = local_part(parameter.grad).float()
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
             parameter.grad = None
 
@@ -53,7 +58,11 @@ class MasterAdamW:
 
     def update(self, lr: float) -> float:
         """Clips, steps, rounds; returns the gradient norm before the clip (inf or nan: nothing was changed)."""
-        norm = float(nn.utils.clip_grad_norm_(self.masters.values(), self.max_grad_norm))
+        masters = list(self.masters.values())
+        gradients = [master.grad for master in masters if master.grad is not None]
+        total_norm = self.ranks.total_norm(nn.utils.get_total_norm(gradients))
+        nn.utils.clip_grads_with_norm_(masters, self.max_grad_norm, total_norm)
+        norm = float(total_norm)
         if math.isfinite(norm):
             for group in self.adamw.param_groups:
                 group["lr"] = lr
@@ -65,7 +74,7 @@ class MasterAdamW:
     @torch.no_grad()
     def _round_masters(self) -> None:
         for name, parameter in self.parameters.items():
-            if self.masters[name] is not parameter:
+            if parameter.dtype != torch.float32:
                 parameter.copy_(self.masters[name])
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -77,9 +86,12 @@ class MasterAdamW:
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Raises `KeyError` if a parameter of the model is missing."""
+        """Raises `KeyError` if a parameter of the model is missing, `ValueError` if its shape is another."""
         for name, master in self.masters.items():
-            master.copy_(tensors[f"master.{name}"])
+            found = tensors[f"master.{name}"]
+            if found.shape != master.shape:
+                raise ValueError(f"{name}: the checkpoint has {tuple(found.shape)}, the model {tuple(master.shape)}")
+            master.copy_(found)
             moments = {key: tensors.get(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
             if moments["step"] is not None:
                 self.adamw.state[master] = {
@@ -91,6 +103,8 @@ class MasterAdamW:
 
 
 def _master(parameter: nn.Parameter) -> Tensor:
-    if parameter.dtype == torch.float32:
-        return parameter
-    return parameter.detach().float().clone().requires_grad_()
+    if parameter.dtype != torch.float32:
+        return parameter.detach().float().clone().requires_grad_()
+    if isinstance(parameter, DTensor):
+        return local_part(parameter.detach()).requires_grad_()
+    return parameter

@@ -86,10 +86,11 @@ def split_mini_batches(samples: Sequence[Sample], num_mini_batches: int, seed: s
 
 def pack(samples: Sequence[Sample], max_tokens: int) -> list[MicroBatch]:
     """Micro-batches of at most `max_tokens` tokens, padding included; a longer sample gets one of its own."""
-    return [_build(rows) for rows in _fill(_longest_groups_first(samples), max_tokens)]
+    return [_build(rows) for rows in _fill(longest_groups_first(samples), max_tokens)]
 
 
-def _longest_groups_first(samples: Sequence[Sample]) -> list[Sample]:
+def longest_groups_first(samples: Sequence[Sample]) -> list[Sample]:
+    """The order of packing: what is about as long side by side, groups whole."""
     longest: dict[str, int] = {}
     for sample in samples:
         name = sample.group.ticket.id

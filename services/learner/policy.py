@@ -5,17 +5,23 @@ that predict a trained token meet the vocabulary. The same code runs on CPU and 
 """
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from common.config import LearnerConfig, ModelConfig
+from common.weights import MODEL_FILE
 from services.learner.logprobs import token_logprobs
 from services.learner.packing import MicroBatch
+from services.learner.ranks import Ranks
+from services.learner.sharding import shard
+from services.learner.version_writer import Weight
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -29,14 +35,33 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device(wanted)
 
 
-class Policy:
-    """A model in `dtype` on `device`, dropout off. Raises `ValueError` if it cannot be loaded or served."""
+class TokenScorer(nn.Module):
+    """All of the forward pass, so that it can be sharded as one: from token ids to log-probabilities."""
 
-    def __init__(self, model: ModelConfig, learner: LearnerConfig) -> None:
+    def __init__(self, model: PreTrainedModel, chunk_tokens: int) -> None:
+        super().__init__()
+        self.model = model
+        self.chunk_tokens = chunk_tokens
+
+    def forward(self, input_ids: Tensor, positions: Tensor, targets: Tensor, temperature: Tensor) -> Tensor:
+        hidden = self.model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+        weight = self.model.get_output_embeddings().weight
+        return token_logprobs(hidden.flatten(0, 1)[positions], weight, targets, temperature, self.chunk_tokens)
+
+
+class Policy:
+    """A model in `dtype` on `device`, dropout off. Raises `ValueError` if it cannot be loaded or served.
+
+    On several ranks it is sharded, and whatever it computes is computed by all of them at the same time.
+    """
+
+    def __init__(self, model: ModelConfig, learner: LearnerConfig, ranks: Ranks | None = None) -> None:
         disable_progress_bar()
+        self.ranks = ranks or Ranks()
         self.device = pick_device(learner.device)
+        if self.device.type == "cuda" and not self.ranks.is_alone:
+            self.device = torch.device("cuda", self.ranks.local_rank)
         self.dtype = DTYPES[model.dtype]
-        self.chunk_tokens = learner.logprob_chunk_tokens
         self.model = self._load(model.path)
         self.model.eval()
         if learner.gradient_checkpointing:
@@ -46,6 +71,9 @@ class Policy:
             raise ValueError(f"model {model.path} has dropout: proximal and policy log-probabilities would differ")
         if getattr(self.model.config, "final_logit_softcapping", None):
             raise ValueError(f"model {model.path} caps its logits, which the chunked log-probabilities do not")
+        self.scorer = TokenScorer(self.model, learner.logprob_chunk_tokens)
+        self.sharded = {} if self.ranks.is_alone else shard(self.model, self.scorer, self.ranks, self.device)
+        """The weights by name; empty on one rank."""
 
     def _load(self, path: str) -> PreTrainedModel:
         has_flash = self.device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
@@ -55,25 +83,25 @@ class Policy:
             )
         except (OSError, ValueError) as error:
             raise ValueError(f"model {path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-        return model.to(self.device)
+        return model.to(self.device) if self.ranks.is_alone else model  # a shard of it goes there
 
     def logprobs(self, micro_batch: MicroBatch) -> Tensor:
         """Log-probabilities `(N,)` of the trained tokens at their sampling temperature, float32."""
-        input_ids = self.to_device(micro_batch.input_ids)
-        hidden = self.model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-        return token_logprobs(
-            hidden.flatten(0, 1)[self.to_device(micro_batch.positions)],
-            self.model.get_output_embeddings().weight,
+        logprobs: Tensor = self.scorer(
+            self.to_device(micro_batch.input_ids),
+            self.to_device(micro_batch.positions),
             self.to_device(micro_batch.targets),
             self.to_device(micro_batch.temperature),
-            self.chunk_tokens,
         )
+        return logprobs
 
     def to_device(self, array: Any) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> Mapping[str, Weight]:
         """What is published: every parameter once, tied ones under their first name."""
+        if self.sharded:
+            return self.sharded
         return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
 
     def save_frame(self, folder: Path, tokenizer: Any) -> None:
@@ -85,6 +113,11 @@ class Policy:
 
     def save(self, folder: Path, tokenizer: Any) -> None:
         """In Hugging Face format: `AutoModelForCausalLM.from_pretrained(folder)` loads it."""
+        if self.sharded:
+            self.save_frame(folder, tokenizer)
+            whole = {name: weight.detach().cpu() for name, weight in self.sharded.items()}
+            save_file(whole, folder / MODEL_FILE, metadata={"format": "pt"})
+            return
         self.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 

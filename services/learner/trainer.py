@@ -1,25 +1,30 @@
 """One step: a batch of groups becomes `mini_batches` optimizer updates and a row of metrics.
 
 Rewards become advantages over the whole batch, mini-batches of whole groups become token-budgeted
-micro-batches, and each adds its share of its mini-batch's loss, so that no split changes the gradient.
+micro-batches, and each adds its share of its mini-batch's loss, so that no split changes the gradient. On several
+ranks each computes a share of every mini-batch, and rank 0 reports what all of them found.
 """
 
 import time
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from common.config import RunConfig
+from common.durable import FileEntry
 from common.wire import Group
 from services.learner.advantage import group_advantages, normalise_over_tokens, overlong_penalty
 from services.learner.loss import PolicyLoss, policy_loss, reference_kl
 from services.learner.metrics import combine, group_metrics, off_policy_metrics
 from services.learner.optimizer import MasterAdamW, learning_rate
-from services.learner.packing import MicroBatch, Sample, pack, split_mini_batches, token_staleness
+from services.learner.packing import MicroBatch, Sample, split_mini_batches, token_staleness
 from services.learner.policy import Policy
+from services.learner.shares import MiniBatch, Outcome, combine_reports, report, share_out
 from services.learner.shown import TrainedRollout
+from services.learner.state_files import read_state, write_state
 
 
 class Trainer:
@@ -28,42 +33,46 @@ class Trainer:
     def __init__(self, config: RunConfig, policy: Policy) -> None:
         self.config = config
         self.policy = policy
+        self.ranks = policy.ranks
         self.reference = None
         if config.actor.kl_coef > 0:
-            self.reference = Policy(config.model, config.learner)
-        self.optimizer = MasterAdamW(policy.model, config.optimizer)
+            self.reference = Policy(config.model, config.learner, self.ranks)
+        self.optimizer = MasterAdamW(policy.model, config.optimizer, self.ranks)
         self._latest: list[tuple[MicroBatch, Tensor]] = []
         """What the latest step was made of, with its proximal log-probabilities."""
 
     def train(self, groups: Sequence[Group], step: int, version_steps: Mapping[int, int]) -> dict[str, float]:
-        """Takes the step after `step` completed ones; returns its metrics."""
+        """Takes the step after `step` completed ones; returns its metrics, on rank 0."""
         started = time.monotonic()
         actor, learner = self.config.actor, self.config.learner
         samples = self._samples(groups, step, version_steps)
         mini_batches = [
-            pack(part, learner.micro_batch_tokens)
+            share_out(part, learner.micro_batch_tokens, self.ranks.count)
             for part in split_mini_batches(samples, actor.mini_batches, f"{self.config.seed}-{step}")
         ]
         proximal = self._proximal_logprobs(mini_batches)
         proximal_done = time.monotonic()
 
         lr = learning_rate(step, learner.steps, self.config.optimizer)
-        results: list[PolicyLoss] = []
+        losses: list[list[PolicyLoss]] = []
         norms = []
-        for index, micro_batches in enumerate(mini_batches):
-            results += self._accumulate(micro_batches, proximal[index])
+        for mini_batch, found in zip(mini_batches, proximal, strict=True):
+            losses.append(self._accumulate(mini_batch, found))
             norms.append(self.optimizer.update(lr))
-        micro_batches = [micro_batch for part in mini_batches for micro_batch in part]
-        logprobs = [one for part in proximal for one in part]
+        outcome = self._outcome(mini_batches, losses, proximal)
+        if outcome is None:
+            return {}
+        micro_batches = [m for mini_batch in mini_batches for m in mini_batch.micro_batches]
+        logprobs = [one for part in outcome.proximal_logprobs for one in part]
         self._latest = list(zip(micro_batches, logprobs, strict=True))
         return {
             "lr": lr,
             "gradient_norm": max(norms),
             "skipped_updates": float(sum(norm != norm or norm == float("inf") for norm in norms)),
-            **combine(results),
+            **combine([loss for part in outcome.losses for loss in part]),
             **off_policy_metrics(micro_batches, logprobs),
             **group_metrics(groups),
-            "padding_share": _padding_share(mini_batches),
+            "padding_share": _padding_share(micro_batches),
             "proximal_s": proximal_done - started,
             "train_s": time.monotonic() - proximal_done,
         }
@@ -77,11 +86,14 @@ class Trainer:
                     found.append(TrainedRollout(sample.advantage, logprobs[start:end].cpu().numpy()))
         return found
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Everything that a resume needs to take the next step bit for bit the same."""
-        return self.optimizer.state_tensors() | random_state()
+    def save_state(self, folder: Path) -> dict[str, FileEntry]:
+        """Everything that a resume needs to take the next step bit for bit the same, in files whose names and checksums
+        are returned. Raises `OSError` or `SafetensorError` if the disk refuses."""
+        return write_state(folder, self.optimizer.state_tensors() | random_state(), self.ranks.rank, self.ranks.count)
 
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def load_state(self, folder: Path, files: Sequence[str]) -> None:
+        """Whatever the number of ranks that saved it."""
+        tensors = read_state(folder, files, self.ranks.rank, self.ranks.count)
         self.optimizer.load_state_tensors(tensors)
         set_random_state(tensors)
 
@@ -99,25 +111,25 @@ class Trainer:
             for (_, group, rollout), advantage in zip(rollouts, advantages.tolist(), strict=True)
         ]
 
-    def _proximal_logprobs(self, mini_batches: list[list[MicroBatch]]) -> list[list[Tensor]]:
+    def _proximal_logprobs(self, mini_batches: list[MiniBatch]) -> list[list[Tensor]]:
         """By forward passes before the first update. With one mini-batch the gradient's own pass fills them in:
         until the only update, proximal and policy are the same weights."""
         if self.config.actor.mini_batches == 1:
             return [[] for _ in mini_batches]
         with torch.no_grad():
-            return [[self.policy.logprobs(micro_batch) for micro_batch in part] for part in mini_batches]
+            return [[self.policy.logprobs(m) for m in part.of(self.ranks.rank)] for part in mini_batches]
 
-    def _accumulate(self, micro_batches: list[MicroBatch], proximal: list[Tensor]) -> list[PolicyLoss]:
-        """Adds the gradient of one mini-batch; appends to an empty `proximal`."""
+    def _accumulate(self, mini_batch: MiniBatch, proximal: list[Tensor]) -> list[PolicyLoss]:
+        """Adds the gradient of one mini-batch, of this rank's share; appends to an empty `proximal`."""
         is_known = bool(proximal)
         per_sequence = self.config.actor.loss_aggregation == "sequence_mean"
-        total = sum(m.num_sequences if per_sequence else m.num_trained_tokens for m in micro_batches)
-        results = []
-        for index, micro_batch in enumerate(micro_batches):
+        total = mini_batch.num_sequences if per_sequence else mini_batch.num_trained_tokens
+        losses = []
+        for index, micro_batch in enumerate(mini_batch.of(self.ranks.rank)):
             policy_logprobs = self.policy.logprobs(micro_batch)
             if not is_known:
                 proximal.append(policy_logprobs.detach())
-            result = policy_loss(
+            one = policy_loss(
                 policy_logprobs,
                 proximal[index],
                 self.policy.to_device(micro_batch.behaviour_logprobs.copy()),
@@ -126,19 +138,35 @@ class Trainer:
                 self.config.actor,
                 sequence_offsets=self.policy.to_device(micro_batch.sequence_offsets),
             )
-            loss = result.loss + self._kl_loss(micro_batch, policy_logprobs)
-            (loss * (result.weight / total)).backward()
-            results.append(result)
-        return results
+            loss = one.loss * (one.weight / total)
+            if self.reference is not None:
+                share = micro_batch.num_trained_tokens / mini_batch.num_trained_tokens
+                loss = loss + self._kl_loss(self.reference, micro_batch, policy_logprobs) * share
+            loss.backward()
+            losses.append(one)
+        return losses
 
-    def _kl_loss(self, micro_batch: MicroBatch, policy_logprobs: Tensor) -> Tensor | float:
+    def _outcome(
+        self, mini_batches: list[MiniBatch], losses: list[list[PolicyLoss]], proximal: list[list[Tensor]]
+    ) -> Outcome | None:
+        """Of all ranks' micro-batches, without the empty ones; None on another rank than the first."""
+        if self.ranks.is_alone:
+            return Outcome(losses, proximal)
+        counts = [len(mini_batch.shares[self.ranks.rank]) for mini_batch in mini_batches]
+        own = Outcome(
+            [part[:count] for part, count in zip(losses, counts, strict=True)],
+            [part[:count] for part, count in zip(proximal, counts, strict=True)],
+        )
+        reports = self.ranks.gather(report(own))
+        return combine_reports(reports) if reports else None
+
+    def _kl_loss(self, reference: Policy, micro_batch: MicroBatch, policy_logprobs: Tensor) -> Tensor:
         """Token mean of the KL to the reference, times its coefficient."""
-        if self.reference is None:
-            return 0.0
         with torch.no_grad():
-            reference_logprobs = self.reference.logprobs(micro_batch)
+            reference_logprobs = reference.logprobs(micro_batch)
         actor = self.config.actor
-        return actor.kl_coef * reference_kl(policy_logprobs, reference_logprobs, actor.kl_estimator).mean()
+        kl = reference_kl(policy_logprobs, reference_logprobs, actor.kl_estimator)
+        return actor.kl_coef * (kl.mean() if len(kl) else kl.sum())
 
 
 def random_state() -> dict[str, Tensor]:
@@ -150,14 +178,15 @@ def random_state() -> dict[str, Tensor]:
 
 
 def set_random_state(tensors: Mapping[str, Tensor]) -> None:
-    """What `random_state` returned; a GPU that was not there then keeps its own."""
-    torch.set_rng_state(tensors["random.cpu"])
+    """What `random_state` returned; a GPU or a rank that was not there then keeps its own."""
+    if "random.cpu" in tensors:
+        torch.set_rng_state(tensors["random.cpu"])
     for index in range(torch.cuda.device_count()):
         if f"random.cuda.{index}" in tensors:
             torch.cuda.set_rng_state(tensors[f"random.cuda.{index}"], index)
 
 
-def _padding_share(mini_batches: list[list[MicroBatch]]) -> float:
-    padded = sum(m.input_ids.size for part in mini_batches for m in part)
-    real = sum(m.num_tokens for part in mini_batches for m in part)
+def _padding_share(micro_batches: list[MicroBatch]) -> float:
+    padded = sum(m.input_ids.size for m in micro_batches)
+    real = sum(m.num_tokens for m in micro_batches)
     return 1 - real / padded

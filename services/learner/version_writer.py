@@ -8,6 +8,7 @@ many, or when a delta would not pay.
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from blake3 import blake3
@@ -35,6 +36,16 @@ LARGEST_DELTA = 0.9
 """Share of the model's bytes above which a delta does not pay."""
 
 
+class Weight(Protocol):
+    """A tensor, or what stands for one until `detach` makes it whole."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def shape(self) -> torch.Size: ...
+    def detach(self) -> Tensor: ...
+
+
 class VersionWriter:
     """Writes version after version of the same tensors."""
 
@@ -46,7 +57,7 @@ class VersionWriter:
         self._chain_bytes: list[int] = []
         """Of each delta since the newest anchor."""
 
-    def write(self, folder: Path, version: int, step: int, tensors: Mapping[str, Tensor]) -> Manifest:
+    def write(self, folder: Path, version: int, step: int, tensors: Mapping[str, Weight]) -> Manifest:
         """Returns when `folder` has the version, durably. Raises `OSError` if the disk refuses; the next version is
         then an anchor without a base."""
         base, self._newest = self._newest, None
@@ -68,7 +79,7 @@ class VersionWriter:
         return manifest
 
     def _write_delta(
-        self, path: Path, tensors: Mapping[str, Tensor], base: Manifest | None
+        self, path: Path, tensors: Mapping[str, Weight], base: Manifest | None
     ) -> tuple[dict[str, TensorEntry], Delta | None]:
         """Every tensor on its way into `_content`: described, and what changes the base into it in the file."""
         dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
@@ -111,9 +122,10 @@ def _write_model(path: Path, entries: Mapping[str, TensorEntry], content: Mappin
             file.write(content[name].data)
 
 
-def _content_of(tensor: Tensor) -> Bytes:
+def _content_of(weight: Weight) -> Bytes:
     """A copy of its bytes in host memory."""
+    tensor = weight.detach()
     flat = torch.empty(tensor.numel(), dtype=tensor.dtype)
-    flat.copy_(tensor.detach().reshape(-1))
+    flat.copy_(tensor.reshape(-1))
     content: Bytes = flat.view(torch.uint8).numpy()
     return content

@@ -14,14 +14,13 @@ from pathlib import Path
 
 import httpx
 import redis
-from torch import Tensor
 
 from common.device import machine_id
 from common.durable import fsync_path
 from common.http_service import bearer
 from common.weights import Manifest, encode_manifest, is_anchor, sha256_of, stored_versions, version_folder
 from services.learner.store import LearnerStore
-from services.learner.version_writer import VersionWriter
+from services.learner.version_writer import VersionWriter, Weight
 
 NOTIFY_TIMEOUT_S = 5.0
 COUNTER_FILE = "VERSION"
@@ -52,7 +51,7 @@ class Versions:
         self._notifiers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="notify")
         self._http = httpx.Client(timeout=NOTIFY_TIMEOUT_S, headers=bearer(token), trust_env=False)
 
-    def publish(self, tensors: Mapping[str, Tensor], step: int) -> Manifest:
+    def publish(self, tensors: Mapping[str, Weight], step: int) -> Manifest:
         """Makes `tensors` the next version, which `step` made; returns when replicas can find it. Raises `Fenced` also
         where a successor has deleted this learner's folder."""
         try:

@@ -1,0 +1,61 @@
+"""What rank 0 tells the other ranks to do: one call after another, msgpack of typed structs, never pickle.
+
+`leading.py` says them and obeys them, `ranks.py` carries them. Each is taken part in by every rank, in the order told.
+"""
+
+import msgspec
+
+
+class Build(msgspec.Struct, frozen=True, tag=True):
+    """Loads the model and shards it."""
+
+    config: bytes
+    """JSON."""
+
+
+class Load(msgspec.Struct, frozen=True, tag=True):
+    """Takes its part of a checkpoint's tensors."""
+
+    folder: str
+    files: list[str]
+
+
+class Train(msgspec.Struct, frozen=True, tag=True):
+    """Takes the step after `step` completed ones, on its share of the batch."""
+
+    config: bytes
+    """As it counts in this step."""
+    groups: list[bytes]
+    """On the wire's format."""
+    step: int
+    version_steps: dict[int, int]
+
+
+class Gather(msgspec.Struct, frozen=True, tag=True):
+    """Hands its part of a weight to the others."""
+
+    name: str
+
+
+class Save(msgspec.Struct, frozen=True, tag=True):
+    """Writes its part of a checkpoint's tensors."""
+
+    folder: str
+
+
+class End(msgspec.Struct, frozen=True, tag=True):
+    """Ends with rank 0's exit code."""
+
+    code: int
+
+
+Call = Build | Load | Train | Gather | Save | End
+_decoder: msgspec.msgpack.Decoder[Call] = msgspec.msgpack.Decoder(Call)
+
+
+def encode_call(call: Call) -> bytes:
+    return msgspec.msgpack.encode(call)
+
+
+def decode_call(content: bytes) -> Call:
+    return _decoder.decode(content)

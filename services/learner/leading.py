@@ -1,0 +1,116 @@
+"""The learner on several ranks: rank 0 runs the loop and leads, the others follow, each on its device.
+
+`Leader` is the trainer of rank 0: whatever it does, it tells the others first, and all do it together. A follower has
+no Redis, no HTTP and no clock of its own; it ends when rank 0 says so, or is gone.
+"""
+
+import logging
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors import SafetensorError
+
+from common.config import RunConfig
+from common.durable import FileEntry
+from common.wire import Group, decode_group, encode
+from services.learner.calls import Build, End, Gather, Load, Save, Train
+from services.learner.policy import Policy
+from services.learner.ranks import RankLost, Ranks
+from services.learner.staleness import step_of
+from services.learner.trainer import Trainer
+
+_log = logging.getLogger(__name__)
+
+
+class _Saved(msgspec.Struct):
+    """What became of one rank's part of a checkpoint."""
+
+    files: dict[str, FileEntry]
+    problem: str = ""
+
+
+def lead(config: RunConfig, ranks: Ranks) -> Trainer:
+    """The trainer, over all ranks. Raises `ValueError` if the model cannot be loaded or sharded."""
+    if ranks.is_alone:
+        return Trainer(config, Policy(config.model, config.learner))
+    with ranks.told(Build(_to_json(config))):
+        return Leader(config, Policy(config.model, config.learner, ranks))
+
+
+class Leader(Trainer):
+    """Tells the other ranks to do as it does. Everything raises `RankLost` when one is gone."""
+
+    def train(self, groups: Sequence[Group], step: int, version_steps: Mapping[int, int]) -> dict[str, float]:
+        used = {span.version for group in groups for rollout in group.rollouts for span in rollout.version_spans}
+        steps = {version: step_of(version, version_steps) for version in used}
+        with self.ranks.told(Train(_to_json(self.config), [encode(group) for group in groups], step, steps)):
+            return super().train(groups, step, steps)
+
+    def save_state(self, folder: Path) -> dict[str, FileEntry]:
+        """All ranks' files, in a folder that all of them see. Raises `OSError` if any rank's disk refuses."""
+        with self.ranks.told(Save(str(folder.resolve()))):
+            saved = [msgspec.msgpack.decode(part, type=_Saved) for part in self.ranks.gather(_save(self, folder))]
+        problems = [f"rank {rank}: {one.problem}" for rank, one in enumerate(saved) if one.problem]
+        if problems:
+            raise OSError("; ".join(problems))
+        return {name: entry for one in saved for name, entry in one.files.items()}
+
+    def load_state(self, folder: Path, files: Sequence[str]) -> None:
+        with self.ranks.told(Load(str(folder.resolve()), list(files))):
+            super().load_state(folder, files)
+
+
+def follow(ranks: Ranks) -> int:
+    """Does what rank 0 says until it says to end; returns the exit code."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # rank 0 is told as well, and may want a checkpoint
+    try:
+        return _obey(ranks)
+    except RankLost as error:
+        _log.error("rank %d ends: rank 0 or another is gone: %s", ranks.rank, error)
+    except Exception:  # noqa: BLE001 - the process's top
+        _log.exception("rank %d failed", ranks.rank)
+    return 1
+
+
+def _obey(ranks: Ranks) -> int:
+    trainer: Trainer | None = None
+    while not isinstance(call := ranks.hear(), End):
+        if isinstance(call, Build):
+            config = RunConfig.model_validate_json(call.config)
+            set_up_torch(config, ranks)
+            trainer = Trainer(config, Policy(config.model, config.learner, ranks))
+            continue
+        assert trainer is not None, call
+        if isinstance(call, Train):
+            trainer.config = RunConfig.model_validate_json(call.config)
+            trainer.train([decode_group(group) for group in call.groups], call.step, call.version_steps)
+        elif isinstance(call, Gather):
+            trainer.policy.sharded[call.name].gather()
+        elif isinstance(call, Save):
+            ranks.gather(_save(trainer, Path(call.folder)))
+        else:
+            trainer.load_state(Path(call.folder), call.files)
+    return call.code
+
+
+def set_up_torch(config: RunConfig, ranks: Ranks) -> None:
+    if config.learner.num_threads is not None:
+        torch.set_num_threads(config.learner.num_threads)
+    torch.manual_seed(config.seed + ranks.rank)
+
+
+def _save(trainer: Trainer, folder: Path) -> bytes:
+    """A disk that refuses is reported: the ranks go on."""
+    try:
+        saved = _Saved(Trainer.save_state(trainer, folder))
+    except (OSError, SafetensorError) as error:
+        saved = _Saved({}, str(error))
+    return msgspec.msgpack.encode(saved)
+
+
+def _to_json(config: RunConfig) -> bytes:
+    return config.model_dump_json(exclude={"redis_url"}).encode()

@@ -1,0 +1,102 @@
+"""A learner's trainer on several ranks, as torchrun starts it: takes the steps of a file of jobs, writes what it got.
+
+torchrun --standalone --nproc-per-node 2 -m tests.ranked JOBS.msgpack
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from safetensors.torch import save_file
+
+from common.config import RunConfig
+from common.wire import decode_group
+from services.learner.leading import follow, lead
+from services.learner.ranks import Ranks, join
+from services.learner.trainer import Trainer
+from tests.replaying import ROOT
+
+DEADLINE_S, ENOUGH_S = 120.0, 600.0
+VERSION_STEPS = {1: 0, 2: 1}
+
+
+class Job(msgspec.Struct):
+    """A trainer's life."""
+
+    name: str
+    config: dict[str, Any]
+    groups: list[bytes]
+    first_step: int = 0
+    num_steps: int = 5
+    resume: str = ""
+    """A folder to take the state from."""
+    poisoned_step: int = -1
+    """In which one micro-batch of rank 0 has log-probabilities that are no numbers."""
+
+
+def do(job: Job, folder: Path, ranks: Ranks) -> None:
+    """Leaves the metrics of each step, the state at the start, after the first step and at the end, and the weights."""
+    trainer = lead(RunConfig.model_validate(job.config), ranks)
+    if job.resume:
+        trainer.load_state(Path(job.resume), [path.name for path in Path(job.resume).iterdir()])
+    groups = [decode_group(group) for group in job.groups]
+    save(trainer, folder / "start")
+    rows = []
+    for step in range(job.first_step, job.first_step + job.num_steps):
+        logprobs = trainer.policy.logprobs
+        if step == job.poisoned_step:
+            trainer.policy.logprobs = lambda micro_batch: logprobs(micro_batch) * float("nan")  # type: ignore[method-assign] # noqa: B023
+        rows.append(trainer.train(groups, step, VERSION_STEPS))
+        trainer.policy.logprobs = logprobs  # type: ignore[method-assign]
+        if step == job.first_step:
+            save(trainer, folder / "first")
+    save(trainer, folder / "end")
+    (folder / "rows.json").write_text(json.dumps(rows))
+    weights = {name: weight.detach().clone() for name, weight in trainer.policy.tensors().items()}
+    save_file(weights, folder / "weights.safetensors")
+
+
+def save(trainer: Trainer, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    trainer.save_state(folder)
+
+
+def do_on_ranks(num_ranks: int, jobs: list[Job], root: Path) -> None:
+    """Each job's results in a folder of its name."""
+    root.mkdir()
+    path = root / "jobs.msgpack"
+    path.write_bytes(msgspec.msgpack.encode(jobs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    log = (root / "log").open("w")
+    agent = subprocess.Popen([*command, "-m", "tests.ranked", str(path)], cwd=ROOT, env=environment, stderr=log)
+    try:
+        assert agent.wait(ENOUGH_S) == 0, (root / "log").read_text()[-5000:]
+    finally:
+        agent.terminate()  # which ends its ranks
+        agent.wait()
+        log.close()
+
+
+def main() -> int:
+    ranks = join("cpu", DEADLINE_S)
+    code = 1
+    try:
+        if ranks.rank > 0:
+            code = follow(ranks)
+        else:
+            path = Path(sys.argv[1])
+            for job in msgspec.msgpack.decode(path.read_bytes(), type=list[Job]):
+                do(job, path.parent / job.name, ranks)
+            code = 0
+    finally:
+        ranks.end(code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
