@@ -27,7 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 FLOAT32 = ["one_mini_batch", "two_and_kl", "a_rank_without_work"]
 NUM_RANKS = [2, 3]
-pytestmark = pytest.mark.timeout(1200)  # for a machine that does much else
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # for a machine that does much else
 ITS_OWN = ("_s", "padding_share")
 """How long it took, and how it was packed."""
 

@@ -20,7 +20,7 @@ from services.learner.checkpoint_record import checkpoint_folders, read_record
 from tests.replaying import ROOT, STEPS, make_recording, state_of, trained
 
 DEADLINE_S, ENOUGH_S = 4.0, 300.0
-pytestmark = pytest.mark.timeout(1200)  # for a machine that does much else
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # for a machine that does much else
 
 
 class Started:
@@ -137,7 +137,6 @@ def test_a_killed_rank_ends_the_others_and_the_job_goes_on_from_its_checkpoint(
     }
 
 
-@pytest.mark.slow
 def test_a_learner_that_would_come_to_the_same_end_is_not_started_again(
     redis_url: str, client: redis.Redis, keys: Keys, tmp_path: Path
 ) -> None:
@@ -152,7 +151,6 @@ def test_a_learner_that_would_come_to_the_same_end_is_not_started_again(
     assert client.get(keys.epoch) == b"1"
 
 
-@pytest.mark.slow
 def test_a_rank_that_freezes_in_a_step_ends_rank_0_within_the_deadline(
     start: Callable[..., Started], recording: Path, redis_url: str, keys: Keys, tmp_path: Path
 ) -> None:
