@@ -97,18 +97,16 @@ def test_a_page_that_never_reads_is_dropped_and_disconnected(control: Control, m
     part = stream.message("event", b'"' + b"x" * 60_000 + b'"')
     with socket.create_connection((address.hostname, address.port)) as silent, control.events() as events:
         take(events, "status")
-        silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         silent.sendall(f"GET /events HTTP/1.1\r\nHost: {address.netloc}\r\n\r\n".encode())
         until(lambda: hub.num_subscribers == 2, "both to follow")
         told = 0
         while hub.num_dropped == 0:
-            assert told < 200, "it should have been dropped by now"
+            assert told < 400, "it should have been dropped by now"
             control.loop.call_soon_threadsafe(hub.publish, part)
             take(events, "event")
             told += 1
         assert hub.num_subscribers == 1
         silent.settimeout(30)
-        silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)  # or what is in flight comes in drops
         with pytest.raises(ConnectionResetError):
             while silent.recv(1 << 20):
                 pass

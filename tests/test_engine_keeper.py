@@ -154,7 +154,7 @@ def test_a_swap_that_lasts_is_no_silence_but_after_it_the_probe_decides(
             loading = fake.paths[
                 fake.paths.index("/update_weights_from_disk") : fake.paths.index("/continue_generation")
             ]
-            assert "/health" not in loading
+            assert loading.count("/health") <= (not is_probed), "one may have been on its way when the swap began"
             await until(lambda: not keeper.serving.is_set())
 
     asyncio.run(scenario())

@@ -77,7 +77,8 @@ def running(loop: Loop) -> Iterator[None]:
 def test_an_evaluation_that_is_asked_for_runs_beside_training(
     replica: Replica, client: redis.Redis, keys: Keys, tmp_path: Path
 ) -> None:
-    loop = take_up(tmp_path, client, keys, None, *SETTINGS, "learner.steps=10000")
+    settings = ["learner.steps=10000", "evaluation.interval_steps=0"]
+    loop = take_up(tmp_path, client, keys, None, *SETTINGS, *settings)
     with running(loop):
         until(lambda: loop.progress.step >= 2, "two steps")
         replica.is_evaluating.clear()
