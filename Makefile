@@ -13,7 +13,7 @@ demo: setup
 	$(VENV)/bin/headrace up configs/tiny-cpu.yaml $(ARGS)
 
 test: setup lint check-types
-	$(VENV)/bin/python -m pytest -m "not slow" --numprocesses 3 --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 chaos: setup
 	$(VENV)/bin/python -m chaos $(ARGS)

@@ -91,11 +91,12 @@ def test_an_engine_that_hangs_or_dies_is_started_again_and_no_request_is_to_blam
             os.kill(pid, hit)
             outcomes = await asyncio.gather(*requests, return_exceptions=True)
             assert [type(outcome) for outcome in outcomes] == [EngineDown] * 3
-            assert not keeper.serving.is_set() and "restarting it" in keeper.problem
             if hit is signal.SIGSTOP:
                 assert SILENCE_S <= time.monotonic() - began_at < SILENCE_S + 3.0
-            with pytest.raises(EngineDown):
-                await keeper.generate(make_ticket("0-9"))
+            if keeper.life == 1:  # on a busy machine it may be back by now
+                assert not keeper.serving.is_set() and "restarting it" in keeper.problem
+                with pytest.raises(EngineDown):
+                    await keeper.generate(make_ticket("0-9"))
             await until(keeper.serving.is_set)
             assert keeper.life == 2 and keeper.problem == "" and server.is_alive and server._process.pid != pid
 
