@@ -146,6 +146,17 @@ def ended(process: subprocess.Popen[str], code: int) -> str:
     return output
 
 
+def read_until(process: subprocess.Popen[str], text: str) -> str:
+    """What it has printed so far, while it runs on. Fails if it ends without `text`."""
+    assert process.stdout
+    output = ""
+    for line in process.stdout:
+        output += line
+        if text in output:
+            return output
+    raise AssertionError(f"expected {text!r}, it printed {output!r}")
+
+
 def processes_of(run: Path) -> list[psutil.Process]:
     """Everything that works for the run or in it."""
     found = []

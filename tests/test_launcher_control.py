@@ -7,7 +7,7 @@ import psutil
 
 from services.launcher.processes import look_up
 from services.launcher.run_folder import CONTROL_URL_FILE
-from tests.fake_services import SERVES, Faking, ended, faking, until
+from tests.fake_services import SERVES, Faking, ended, faking, read_until
 
 __all__ = ["faking"]
 QUICK = "supervise.LOOK_INTERVAL_S = 0.02; kept.PAUSES_S = (0, 0.1)"
@@ -61,13 +61,12 @@ def test_control_is_started_again_and_the_run_goes_on_without_it(faking: Faking)
         fakes.wait_for("control serves", times=times)
         (control,) = controls_of(process.pid)
         control.kill()
-    fakes.wait_for("control serves", times=4)
-    until(lambda: not controls_of(process.pid), "nobody in its place")
+    output = read_until(process, "control is given up, the run goes on without a page: 3 restarts without progress")
+    assert output.count("control was killed by SIGKILL: starting it again") == 2
+    assert fakes.lines().count("control serves") == 4 and not controls_of(process.pid)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    output = ended(process, 0)
-    assert output.count("control was killed by SIGKILL: starting it again") == 2
-    assert "control is given up, the run goes on without a page: 3 restarts without progress" in output
+    ended(process, 0)
     assert fakes.lines().count("learner serves") == fakes.lines().count("generation serves") == 1
 
 

@@ -3,6 +3,7 @@
 import re
 import signal
 import subprocess
+from collections.abc import Iterator
 
 import psutil
 import pytest
@@ -10,6 +11,7 @@ import redis
 
 from common.control import desired_replicas
 from common.keys import Keys
+from services.launcher.processes import start_redis
 from tests.fake_services import RECIPE, SERVES, Fakes, Faking, ended, faking, processes_of, until
 
 __all__ = ["faking"]
@@ -231,6 +233,15 @@ def test_a_number_out_of_bounds_is_refused_at_the_start(faking: Faking) -> None:
     output = ended(fakes.up("--replicas", "65"), 2)
     assert "generation.replicas is 65: input should be less than or equal to 64" in output
     assert not fakes.run.exists()
+
+
+@pytest.fixture(scope="module")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Of this module alone: other tests leave launchers in theirs."""
+    folder = tmp_path_factory.mktemp("redis")
+    service, url = start_redis(folder, folder / "redis.log")
+    yield url
+    service.stop(10.0)
 
 
 def test_an_order_that_nobody_would_obey_is_refused(faking: Faking, redis_url: str) -> None:
