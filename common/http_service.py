@@ -13,7 +13,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -78,6 +78,20 @@ def listen(host: str, port: int) -> socket.socket:
         sock.close()
         raise ValueError(f"cannot listen on {host}:{port}: {error.strerror}") from error
     return sock
+
+
+class Place(Protocol):
+    """Where a service listens, as configured."""
+
+    @property
+    def host(self) -> str: ...
+    @property
+    def port(self) -> int: ...
+
+
+def listen_as(configured: Place, host: str | None, port: int | None) -> socket.socket:
+    """The same as configured, but for what is not None."""
+    return listen(configured.host if host is None else host, configured.port if port is None else port)
 
 
 def free_port() -> int:

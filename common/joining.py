@@ -5,6 +5,7 @@ What may still come (a learner that begins the run, the token's file) is waited 
 of one line.
 """
 
+import argparse
 import os
 import time
 from collections.abc import Callable
@@ -32,6 +33,21 @@ class Joined(NamedTuple):
     keys: Keys
     config: RunConfig
     token: str
+
+
+def joining_parser(service: str) -> argparse.ArgumentParser:
+    """The arguments that every service takes which joins a run: `join`'s, and where it listens."""
+    parser = argparse.ArgumentParser(prog=f"python -m services.{service}")
+    parser.add_argument("--run", default=os.environ.get("HEADRACE_RUN"), help="default: the only one in this Redis")
+    parser.add_argument(
+        "--redis-url",
+        default=os.environ.get("HEADRACE_REDIS_URL", ""),
+        help="better given as HEADRACE_REDIS_URL where it has a password: a command line is for everybody to see",
+    )
+    parser.add_argument("--token-file", type=Path, default=None, help=f"unless the variable {TOKEN_VARIABLE} is set")
+    parser.add_argument("--host", default=None, help=f"overrides {service}.host")
+    parser.add_argument("--port", type=int, default=None, help=f"overrides {service}.port")
+    return parser
 
 
 def join(redis_url: str, run: str | None, token_file: Path | None, waits: Waits) -> Joined:

@@ -3,11 +3,9 @@
 Of a completion there is an entry per token: its text, the weight version that sampled it, and its log-probabilities.
 """
 
-from typing import Literal
-
 import msgspec
 
-from common.wire import TicketKind
+from common.wire import DecidedState, FinishReason, TicketKind
 
 MAX_SHOWN_BYTES = 1 << 20
 """Of one group as JSON; completions beyond it are left out, from the last (`num_left_out`)."""
@@ -20,7 +18,7 @@ class ShownRollout(msgspec.Struct, frozen=True):
     reward: float
     advantage: float | None
     """None: it was not trained."""
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
     tokens: list[str]
     versions: list[int]
     behaviour_logprobs: list[float]
@@ -32,7 +30,7 @@ class ShownGroup(msgspec.Struct, frozen=True):
     id: str
     """Of its ticket."""
     kind: TicketKind
-    state: Literal["trained", "uniform", "stale", "evaluated"]
+    state: DecidedState
     step: int
     """The learner's, when it was decided: of a trained group the step that it made."""
     issued_step: int

@@ -26,7 +26,11 @@ Message = Annotated[dict[str, str], msgspec.Meta(max_length=64)]
 """A chat message: `{"role": ..., "content": ...}`."""
 
 TicketKind = Literal["train", "eval"]
-TicketState = Literal["open", "queued", "trained", "uniform", "stale", "evaluated", "dead"]
+DecidedState = Literal["trained", "uniform", "stale", "evaluated"]
+"""Of a group that the learner is done with."""
+TicketState = Literal["open", "queued", DecidedState, "dead"]
+FinishReason = Literal["stop", "length"]
+ReplicaState = Literal["starting", "running", "paused", "draining", "quarantined"]
 
 NonNegative = Annotated[int, msgspec.Meta(ge=0, le=MAX_VERSION)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=MAX_UNIX_S)]
@@ -86,7 +90,7 @@ class Rollout(msgspec.Struct, frozen=True):
     behaviour_logprobs: np.ndarray
     version_spans: Annotated[list[VersionSpan], msgspec.Meta(max_length=MAX_SEQUENCE_TOKENS)]
     reward: float
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
     text: str = ""
 
     @property
@@ -146,7 +150,7 @@ class Heartbeat(msgspec.Struct, frozen=True):
 
     replica: str
     url: str
-    state: Literal["starting", "running", "paused", "draining", "quarantined"]
+    state: ReplicaState
     reason: str
     weight_version: Annotated[int, msgspec.Meta(ge=0, le=MAX_REPORTED_VERSION)]
     groups_in_flight: NonNegative

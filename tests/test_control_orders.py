@@ -93,8 +93,8 @@ def test_settings_are_validated_versioned_and_recorded(control: Control, client:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"optimizer.lr": -1}, "optimizer.lr -1"),
-        ({"optimizer.lr": 0, "learner.max_staleness": 1}, "optimizer.lr 0"),
+        ({"optimizer.lr": -1}, "optimizer.lr is -1"),
+        ({"optimizer.lr": 0, "learner.max_staleness": 1}, "optimizer.lr is 0"),
         ({"learner.steps": 5}, "learner.steps cannot change"),
         ({"learner.steps": None}, "learner.steps cannot change"),
         ({"optimizer.lr": 10**400}, "optimizer.lr"),

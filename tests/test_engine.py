@@ -92,7 +92,7 @@ async def next_version(engine: Engine) -> int:
     return version + 1
 
 
-async def until_running(engine: Engine, num_requests: int, timeout_s: float = 10.0) -> None:
+async def until_running(engine: Engine, num_requests: int, timeout_s: float = 60.0) -> None:
     """Waits until the engine itself says that it decodes so many completions."""
     deadline_s = time.monotonic() + timeout_s
     async with httpx.AsyncClient(base_url=engine.url, trust_env=False) as http:

@@ -198,7 +198,7 @@ def test_settings_count_from_the_next_step_on(loop: Loop, client: redis.Redis, k
     values: dict[str, int | float | None] = {"optimizer.lr": lr * 10, "actor.eps_clip": 0.05}
     assert events_of(client, keys, "settings") == [{"version": 1, "step": 2, "values": values}]
     (refused,) = events_of(client, keys, "settings_refused")
-    assert refused["version"] == 2 and "optimizer.lr -1.0: Input should be greater than 0" in refused["reason"]
+    assert refused["version"] == 2 and "optimizer.lr is -1.0: input should be greater than 0" in refused["reason"]
     found = newest(tmp_path / "checkpoints")
     assert found is not None and found[0].settings == Settings(1, values)
 

@@ -19,7 +19,7 @@ T = TypeVar("T")
 Replica = Callable[[TicketStore], Awaitable[T]]
 
 
-def as_replica(url: str, keys: Keys, name: str, act: Replica[T], deadline_s: float = 10.0) -> T:
+def as_replica(url: str, keys: Keys, name: str, act: Replica[T], deadline_s: float = 60.0) -> T:
     async def run() -> T:
         client = connect_async(url, deadline_s=deadline_s)
         try:

@@ -129,6 +129,7 @@ def test_what_trackio_and_wandb_are_asked(tmp_path: Path, monkeypatch: pytest.Mo
     assert names == ["trackio", "wandb", "log", "wandb log", "finish", "wandb finish"]
     given = dict(asked)
     assert given["trackio"]["name"] == given["wandb"]["id"] == "demo"
+    assert given["wandb"]["resume"] == "allow", "a run that is taken up is not begun anew"
     assert given["wandb"]["config"] == {"seed": 1} and given["wandb log"] == {"step": 1}
 
 

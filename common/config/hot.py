@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from pydantic import ValidationError
 
+from common.config.recipe import describe
 from common.config.run import RunConfig
 
 HOT = (
@@ -28,8 +29,7 @@ def with_settings(config: RunConfig, values: Mapping[str, int | float | None]) -
     try:
         return RunConfig.model_validate(settings)
     except ValidationError as error:
-        told = [(".".join(map(str, one["loc"])), one["input"], one["msg"]) for one in error.errors()]
-        raise ValueError("; ".join(f"{name or 'together'} {given!r}: {why}" for name, given, why in told)) from error
+        raise ValueError("; ".join(map(describe, error.errors()))) from error
 
 
 def hot_values(config: RunConfig) -> dict[str, int | float | None]:

@@ -1,17 +1,25 @@
 """Replicas as metrics, from what their heartbeats say: the replica's own at its endpoint, all of them at control's."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import get_args
 
 from common.metrics.families import Families
 from common.waiting import Reason
-from common.wire import Heartbeat
+from common.wire import Heartbeat, ReplicaState
 
-STATES = ("starting", "running", "paused", "draining", "quarantined")
+
+def add_replica_states(families: Families, heartbeats: Iterable[Heartbeat]) -> None:
+    counts = Counter(heartbeat.state for heartbeat in heartbeats)
+    for state in get_args(ReplicaState):
+        families.gauge("headrace_replicas", "Live replicas by state.", counts[state], state=state)
 
 
 def add_replica(families: Families, heartbeat: Heartbeat) -> None:
     one = {"replica": heartbeat.replica}
-    families.states("headrace_replica_state", "1 for the replica's state.", "state", STATES, heartbeat.state, **one)
+    families.states(
+        "headrace_replica_state", "1 for the replica's state.", "state", get_args(ReplicaState), heartbeat.state, **one
+    )
     families.gauge(
         "headrace_replica_weight_version", "The version its engine has confirmed.", heartbeat.weight_version, **one
     )

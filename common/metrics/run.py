@@ -1,8 +1,10 @@
 """Where a run is, as metrics: the learner says it of itself, control of the whole run."""
 
 from collections.abc import Mapping
+from typing import get_args
 
 from common.metrics.families import Families
+from common.wire import DecidedState
 
 PHASES = (
     "starting",
@@ -16,7 +18,7 @@ PHASES = (
     "starved",
     "failed",
 )
-STATES = ("trained", "uniform", "stale", "evaluated", "dead")
+STATES = (*get_args(DecidedState), "dead")
 
 
 def add_position(families: Families, *, phase: str, step: int, steps: int, version: int, epoch: int) -> None:
@@ -36,11 +38,6 @@ def add_orders(families: Families, *, desired: int | None, advised: int | None, 
 def add_queues(families: Families, *, open_tickets: int, groups: int) -> None:
     families.gauge("headrace_open_tickets", "Training tickets not yet answered.", open_tickets)
     families.gauge("headrace_groups_in_stream", "Groups waiting, in training, or kept for two checkpoints.", groups)
-
-
-def add_replicas(families: Families, states: Mapping[str, int]) -> None:
-    for state, count in states.items():
-        families.gauge("headrace_replicas", "Live replicas by state.", count, state=state)
 
 
 class GroupTotals:

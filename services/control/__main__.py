@@ -10,16 +10,14 @@ import argparse
 import asyncio
 import json
 import logging
-import os
 import signal
 import socket
 import sys
-from pathlib import Path
 
 import redis
 
-from common.http_service import TOKEN_VARIABLE, listen, url_of
-from common.joining import Joined, join
+from common.http_service import listen_as, url_of
+from common.joining import Joined, join, joining_parser
 from common.logs import set_up_logging
 from common.waiting import Waits
 from services.control.assembly import assembled, document, serving
@@ -35,11 +33,7 @@ def main() -> int:
     set_up_logging("control")
     try:
         joined = join(arguments.redis_url, arguments.run, arguments.token_file, Waits())
-        settings = joined.config.control
-        sock = listen(
-            settings.host if arguments.host is None else arguments.host,
-            settings.port if arguments.port is None else arguments.port,
-        )
+        sock = listen_as(joined.config.control, arguments.host, arguments.port)
     except KeyboardInterrupt:
         return 0
     except (ValueError, TimeoutError, redis.RedisError) as error:
@@ -54,16 +48,7 @@ def main() -> int:
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m services.control")
-    parser.add_argument("--run", default=os.environ.get("HEADRACE_RUN"), help="default: the only one in this Redis")
-    parser.add_argument(
-        "--redis-url",
-        default=os.environ.get("HEADRACE_REDIS_URL", ""),
-        help="better given as HEADRACE_REDIS_URL where it has a password: a command line is for everybody to see",
-    )
-    parser.add_argument("--token-file", type=Path, default=None, help=f"unless the variable {TOKEN_VARIABLE} is set")
-    parser.add_argument("--host", default=None, help="overrides control.host")
-    parser.add_argument("--port", type=int, default=None, help="overrides control.port")
+    parser = joining_parser("control")
     parser.add_argument("--openapi", action="store_true", help="print the OpenAPI document, and end")
     return parser.parse_args()
 

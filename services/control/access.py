@@ -6,6 +6,7 @@ from fastapi import Request
 from starlette.exceptions import HTTPException
 
 from common.wire import one_line
+from services.control.snapshot import Picture, Snapshot
 
 MAX_AGENT_CHARS = 60
 
@@ -37,3 +38,10 @@ def who(request: Request) -> str:
 
 def not_now(why: str, after_s: int = 1) -> HTTPException:
     return HTTPException(503, why, headers={"Retry-After": str(after_s)})
+
+
+def drawn(snapshot: Snapshot) -> Picture:
+    """The newest one; not now, where Redis has not answered since control began."""
+    if snapshot.picture is None:
+        raise not_now("Redis has not answered yet")
+    return snapshot.picture

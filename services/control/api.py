@@ -8,7 +8,8 @@ from starlette.exceptions import HTTPException
 
 from common.http_service import new_app, require_token
 from common.metrics.endpoint import mount_metrics
-from services.control.access import not_now, problems
+from common.wire import DecidedState, TicketKind
+from services.control.access import drawn, not_now, problems
 from services.control.metrics import Exported
 from services.control.models import (
     Evaluation,
@@ -28,7 +29,7 @@ from services.control.orders import Orders
 from services.control.page import page_router
 from services.control.requests import CountRequests, RequestTotals
 from services.control.settings import settings_answer
-from services.control.snapshot import Picture, Snapshot
+from services.control.snapshot import Snapshot
 from services.control.stream import EventStream, Full
 
 Cursor = Annotated[str, Query(pattern=r"^([0-9]{1,15}-[0-9]{1,15})?$", description="`cursor` of an earlier answer.")]
@@ -68,23 +69,23 @@ def _status_router(snapshot: Snapshot) -> APIRouter:
     @router.get("/status", operation_id="status", response_model=Status)
     async def status() -> Response:
         """The whole run at a glance, from at most half a second ago."""
-        return _json(_drawn(snapshot).status_json)
+        return _json(drawn(snapshot).status_json)
 
     @router.get("/replicas", operation_id="replicas", response_model=Replicas)
     async def replicas() -> Response:
         """Those that live, and how many are ordered and advised."""
-        return _json(_drawn(snapshot).replicas_json)
+        return _json(drawn(snapshot).replicas_json)
 
     @router.get("/replicas/{id}", operation_id="replica", responses=problems(404, 422))
     async def replica(id: ReplicaName) -> Replica:
-        for one in _drawn(snapshot).replicas.replicas:
+        for one in drawn(snapshot).replicas.replicas:
             if one.id == id:
                 return one
         raise HTTPException(404, "no live replica has that name")
 
     @router.get("/settings", operation_id="settings", tags=["settings"])
     async def settings() -> SettingsAnswer:
-        return settings_answer(_drawn(snapshot))
+        return settings_answer(drawn(snapshot))
 
     @router.get("/events", operation_id="events", response_class=Response, responses=_EVENT_STREAM)
     async def events() -> Response:
@@ -115,31 +116,31 @@ def _rows_router(snapshot: Snapshot) -> APIRouter:
     @router.get("/history", operation_id="history", response_model=History, responses=problems(422))
     async def history(after: Cursor = "", max_points: Annotated[int, Query(ge=1, le=5000)] = 1000) -> Response:
         """Every step's numbers, or those that came after a cursor."""
-        _drawn(snapshot)
+        drawn(snapshot)
         return _json(snapshot.history.answer(after, max_points))
 
     @router.get("/evals", operation_id="evaluations")
     async def evaluations() -> list[Evaluation]:
         """In the order of their steps."""
-        _drawn(snapshot)
+        drawn(snapshot)
         return snapshot.history.evaluations
 
     @router.get("/events/recent", operation_id="recent_events", response_model=Events, responses=problems(422))
     async def recent_events(limit: Annotated[int, Query(ge=1, le=700)] = 100) -> Events:
         """What has happened lately, steps aside."""
-        _drawn(snapshot)
+        drawn(snapshot)
         return Events(events=snapshot.happenings.newest(limit))
 
     @router.get("/groups", operation_id="groups", responses=problems(422))
     async def groups(
-        kind: Annotated[str | None, Query(pattern="^(train|eval)$")] = None,
-        state: Annotated[str | None, Query(pattern="^(trained|uniform|stale|evaluated)$")] = None,
+        kind: TicketKind | None = None,
+        state: DecidedState | None = None,
         step: Annotated[int | None, Query(ge=0, le=2**53 - 1)] = None,
         replica: Annotated[str | None, Query(min_length=1, max_length=200)] = None,
         limit: Annotated[int, Query(ge=1, le=256)] = 50,
     ) -> Groups:
         """A sample of what the model has written lately."""
-        _drawn(snapshot)
+        drawn(snapshot)
         wanted = {"kind": kind, "state": state, "step": step, "replica": replica}
         asked = {name: value for name, value in wanted.items() if value is not None}
 
@@ -152,18 +153,12 @@ def _rows_router(snapshot: Snapshot) -> APIRouter:
     @router.get("/groups/{id}", operation_id="group", responses=problems(404, 422))
     async def group(id: GroupName) -> GroupDetail:
         """Token by token: which weights sampled it, and what learner and engine thought of it."""
-        _drawn(snapshot)
+        drawn(snapshot)
         if (detail := snapshot.groups.detail(id)) is None:
             raise HTTPException(404, "no such group among the recent ones that are kept")
         return detail
 
     return router
-
-
-def _drawn(snapshot: Snapshot) -> Picture:
-    if snapshot.picture is None:
-        raise not_now("Redis has not answered yet")
-    return snapshot.picture
 
 
 def _json(payload: bytes) -> Response:

@@ -4,11 +4,9 @@ To scrape control alone is enough for the alerts and the dashboard under deploy/
 Redis nothing, and answers while Redis is away.
 """
 
-from collections import Counter
-
 from common.metrics.families import Families
-from common.metrics.replicas import STATES, add_learner_waits, add_replica, add_replica_waits
-from common.metrics.run import add_files, add_orders, add_position, add_queues, add_replicas
+from common.metrics.replicas import add_learner_waits, add_replica, add_replica_states, add_replica_waits
+from common.metrics.run import add_files, add_orders, add_position, add_queues
 from common.metrics.steps import add_latest_evaluation, add_latest_step
 from common.waiting import parse_waits
 from services.control.finding import FINAL_PHASES
@@ -115,8 +113,7 @@ def _add_queues(families: Families, queues: Queues) -> None:
 
 
 def _add_replicas(families: Families, look: Look, shown: Replicas) -> None:
-    states: Counter[str] = Counter(beat.state for beat in look.heartbeats)
-    add_replicas(families, {state: states[state] for state in STATES})
+    add_replica_states(families, look.heartbeats)
     for beat in look.heartbeats:
         add_replica(families, beat)
         add_replica_waits(families, beat.replica, parse_waits(beat.reason))

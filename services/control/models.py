@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from common.control import MAX_REPLICAS
+from common.wire import DecidedState, FinishReason, ReplicaState, TicketKind
 
 Level = Literal["healthy", "waiting", "warning", "failed", "ended"]
 
@@ -153,7 +154,7 @@ class Pauses(Answer):
 class Replica(Answer):
     id: str
     url: str
-    state: Literal["starting", "running", "paused", "draining", "quarantined"]
+    state: ReplicaState
     reason: str
     weight_version: int
     versions_behind: int
@@ -173,8 +174,8 @@ class Replicas(Answer):
 
 class GroupSummary(Answer):
     id: str
-    kind: Literal["train", "eval"]
-    state: Literal["trained", "uniform", "stale", "evaluated"]
+    kind: TicketKind
+    state: DecidedState
     step: int
     staleness: int | None
     replica: str
@@ -197,7 +198,7 @@ class Rollout(Answer):
     text: str
     reward: float
     advantage: float | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
     tokens: list[str]
     versions: list[int]
     behaviour_logprobs: list[float]

@@ -1,5 +1,6 @@
 """The routes that change something: each writes an order, and answers with the run as it stands after it."""
 
+from collections.abc import Awaitable
 from typing import Annotated
 
 import httpx
@@ -7,12 +8,12 @@ from fastapi import APIRouter, Depends, Path, Request
 from starlette.exceptions import HTTPException
 
 from common.config import RunConfig
-from services.control.access import not_now, problems, who
+from services.control.access import drawn, not_now, problems, who
 from services.control.drain import NoAnswer, drain
 from services.control.models import DesiredReplicas, Done, SettingsAnswer, SettingsChange
 from services.control.orders import Orders, Overtaken, Unreachable
 from services.control.settings import settings_answer
-from services.control.snapshot import Picture, Snapshot
+from services.control.snapshot import Snapshot
 
 _WITH_BODY = problems(400, 408, 409, 413, 422)
 ReplicaName = Annotated[str, Path(min_length=1, max_length=200, examples=["generation-0"])]
@@ -21,64 +22,60 @@ ReplicaName = Annotated[str, Path(min_length=1, max_length=200, examples=["gener
 def order_router(snapshot: Snapshot, orders: Orders, http: httpx.AsyncClient, token: str, guard: object) -> APIRouter:
     router = APIRouter(dependencies=[Depends(guard)], responses=problems(401, 503), tags=["orders"])  # type: ignore[arg-type]
 
-    async def done(text: str) -> Done:
+    async def obeyed(writing: Awaitable[object], text: str) -> Done:
+        """Writes an order and looks again."""
+        await _written(writing)
         await snapshot.refresh()
         return Done(text=text, status=None if snapshot.picture is None else snapshot.picture.status)
 
     @router.post("/pause", operation_id="pause")
     async def pause(request: Request) -> Done:
         """No steps and no tickets, after the step in progress, until resumed."""
-        await _written(orders.pause(who(request)))
-        return await done("paused after the step in progress")
+        return await obeyed(orders.pause(who(request)), "paused after the step in progress")
 
     @router.post("/resume", operation_id="resume")
     async def resume(request: Request) -> Done:
-        await _written(orders.resume(who(request)))
-        return await done("steps and tickets go on")
+        return await obeyed(orders.resume(who(request)), "steps and tickets go on")
 
     @router.post("/checkpoint", operation_id="checkpoint")
     async def checkpoint(request: Request) -> Done:
-        await _written(orders.checkpoint(who(request)))
-        return await done("a checkpoint follows the step in progress")
+        return await obeyed(orders.checkpoint(who(request)), "a checkpoint follows the step in progress")
 
     @router.post("/evaluate", operation_id="evaluate")
     async def evaluate(request: Request) -> Done:
         """Held-out accuracy of the newest weights, beside training."""
-        await _written(orders.evaluate(who(request)))
-        return await done("an evaluation follows the step in progress")
+        return await obeyed(orders.evaluate(who(request)), "an evaluation follows the step in progress")
 
     @router.post("/stop", operation_id="stop")
     async def stop(request: Request) -> Done:
         """Ends the run after the step in progress, with a checkpoint; started again, it goes on from there."""
-        await _written(orders.stop(who(request)))
-        return await done("the run stops after the step in progress, with a checkpoint")
+        return await obeyed(orders.stop(who(request)), "the run stops after the step in progress, with a checkpoint")
 
     @router.put("/replicas/desired", operation_id="order_replicas", responses=_WITH_BODY)
     async def order_replicas(request: Request, demand: DesiredReplicas) -> Done:
         """How many replicas the run's launcher keeps; 409 where no launcher would obey."""
-        if demand.replicas is not None and _drawn(snapshot).status.replicas.launcher is None:
-            raise HTTPException(409, "no launcher keeps this run's replicas: nobody would obey")
-        await _written(orders.scale(demand.replicas, who(request)))
         number = demand.replicas
-        return await done("no number is ordered any more" if number is None else f"{number} replicas ordered")
+        if number is not None and drawn(snapshot).status.replicas.launcher is None:
+            raise HTTPException(409, "no launcher keeps this run's replicas: nobody would obey")
+        text = "no number is ordered any more" if number is None else f"{number} replicas ordered"
+        return await obeyed(orders.scale(number, who(request)), text)
 
     @router.post("/replicas/{id}/drain", operation_id="drain_replica", responses=problems(404, 422))
     async def drain_replica(request: Request, id: ReplicaName) -> Done:
         """It finishes or hands back its tickets, then ends. A launcher starts another unless fewer are ordered."""
-        found = [replica for replica in _drawn(snapshot).replicas.replicas if replica.id == id]
+        found = [replica for replica in drawn(snapshot).replicas.replicas if replica.id == id]
         if not found:
             raise HTTPException(404, "no live replica has that name")
         try:
             await drain(http, found[0].url, token)
         except NoAnswer as error:
             raise not_now(str(error)) from error
-        await _written(orders.note_drain(id, who(request)))
-        return await done("it finishes or hands back its tickets, then ends")
+        return await obeyed(orders.note_drain(id, who(request)), "it finishes or hands back its tickets, then ends")
 
     @router.patch("/settings", operation_id="change_settings", responses=_WITH_BODY, tags=["settings"])
     async def change_settings(request: Request, change: SettingsChange) -> SettingsAnswer:
         """Settings count from the learner's next step; all of a change or none of it."""
-        config: RunConfig = _drawn(snapshot).config
+        config: RunConfig = drawn(snapshot).config
         try:
             await _written(orders.change_settings(config, change.settings, change.version, who(request)))
         except Overtaken as error:
@@ -86,19 +83,13 @@ def order_router(snapshot: Snapshot, orders: Orders, http: httpx.AsyncClient, to
         except ValueError as error:
             raise HTTPException(422, str(error)) from error
         await snapshot.refresh()
-        return settings_answer(_drawn(snapshot))
+        return settings_answer(drawn(snapshot))
 
     return router
 
 
-def _drawn(snapshot: Snapshot) -> Picture:
-    if snapshot.picture is None:
-        raise not_now("Redis has not answered yet")
-    return snapshot.picture
-
-
-async def _written(writing: object) -> None:
+async def _written(writing: Awaitable[object]) -> None:
     try:
-        await writing  # type: ignore[misc]
+        await writing
     except Unreachable as error:
         raise not_now(str(error)) from error

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import redis
 
-from common.http_service import TOKEN_VARIABLE, listen, serve_in_loop, url_of
-from common.joining import Joined
+from common.http_service import listen_as, serve_in_loop, url_of
+from common.joining import Joined, joining_parser
 from common.logs import set_up_logging
 from common.preflight import check_engine_installed
 from common.waiting import Waits
@@ -39,12 +39,8 @@ def main() -> int:
     try:
         check_name(arguments.name)
         joined = join(arguments.redis_url, arguments.run, arguments.token_file, waits)
-        settings = joined.config.generation
-        sock = listen(
-            settings.host if arguments.host is None else arguments.host,
-            settings.port if arguments.port is None else arguments.port,
-        )
-        if settings.engine.url is None:
+        sock = listen_as(joined.config.generation, arguments.host, arguments.port)
+        if joined.config.generation.engine.url is None:
             check_engine_installed()
     except KeyboardInterrupt:
         return 0
@@ -62,18 +58,9 @@ def main() -> int:
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m services.generation")
-    parser.add_argument("--run", default=os.environ.get("HEADRACE_RUN"), help="default: the only one in this Redis")
-    parser.add_argument(
-        "--redis-url",
-        default=os.environ.get("HEADRACE_REDIS_URL", ""),
-        help="better given as HEADRACE_REDIS_URL where it has a password: a command line is for everybody to see",
-    )
-    parser.add_argument("--token-file", type=Path, default=None, help=f"unless the variable {TOKEN_VARIABLE} is set")
+    parser = joining_parser("generation")
     parser.add_argument("--name", default=f"{socket.gethostname()}-{secrets.token_hex(4)}", help="of the replica")
     parser.add_argument("--log-folder", type=Path, default=Path("runs/logs"), help="for the engine's log")
-    parser.add_argument("--host", default=None, help="overrides generation.host")
-    parser.add_argument("--port", type=int, default=None, help="overrides generation.port")
     return parser.parse_args()
 
 

@@ -4,14 +4,12 @@ has a finite behaviour log-probability and belongs to one version span, as the e
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import msgspec
 import numpy as np
 
-from common.wire import Ticket, VersionSpan
-
-FinishReason = Literal["stop", "length"]
+from common.wire import FinishReason, Ticket, VersionSpan
 
 
 @dataclass(frozen=True)

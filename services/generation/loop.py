@@ -10,11 +10,10 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable
-from typing import Literal
 
 from common.config import GenerationConfig
 from common.waiting import Reason, Waits
-from common.wire import Heartbeat
+from common.wire import Heartbeat, ReplicaState
 from services.generation.answer import Answering, RedisGrace
 from services.generation.engine_keeper import EngineKeeper
 from services.generation.in_flight import InFlight
@@ -101,7 +100,7 @@ class Replica:
         )
 
     @property
-    def state(self) -> Literal["starting", "running", "paused", "draining", "quarantined"]:
+    def state(self) -> ReplicaState:
         if self.is_draining:
             return "draining"
         if self.keeper.problem or self.weights.problem:

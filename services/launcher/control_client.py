@@ -13,7 +13,7 @@ import httpx
 
 from common.http_service import TOKEN_VARIABLE, bearer
 from common.keys import Keys
-from services.launcher.run_folder import control_url_in, runs_with_control
+from services.launcher.run_folder import CONTROL_URL_FILE, noted_url_in, runs_with_control
 
 TIMEOUT_S = 15.0
 """An order may have to wait for Redis."""
@@ -78,7 +78,7 @@ def find_control(run: str | None, url: str | None, runs_folder: Path) -> Control
         if (name := control.run()) != (run or name):
             raise ValueError(f"the control service at {url} is of run {name!r}, not {run!r}")
         return control
-    known = {run: control_url_in(runs_folder / run)} if run else runs_with_control(runs_folder)
+    known = {run: noted_url_in(runs_folder / run, CONTROL_URL_FILE)} if run else runs_with_control(runs_folder)
     found: dict[str, Control] = {}
     silent: list[str] = []
     for name, where in known.items():

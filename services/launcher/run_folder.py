@@ -77,24 +77,17 @@ def noted_url(folder: Path, url: str, file: str = REDIS_URL_FILE) -> Iterator[No
         path.unlink(missing_ok=True)
 
 
-def noted_url_in(folder: Path) -> str | None:
+def noted_url_in(folder: Path, file: str = REDIS_URL_FILE) -> str | None:
+    """Where the run's Redis, or control, answers while the run is going on."""
     with suppress(FileNotFoundError):
-        return (folder / REDIS_URL_FILE).read_text() or None
-    return None
-
-
-def control_url_in(folder: Path) -> str | None:
-    """Where the run's control service answers, while the run is going on."""
-    with suppress(FileNotFoundError):
-        return (folder / CONTROL_URL_FILE).read_text().strip() or None
+        return (folder / file).read_text() or None
     return None
 
 
 def runs_with_control(runs_folder: Path) -> dict[str, str]:
-    """The same of every run kept there, by name."""
-    found = {
-        path.parent.name: control_url_in(path.parent) for path in sorted(runs_folder.glob(f"*/{CONTROL_URL_FILE}"))
-    }
+    """Where the control services of the runs that are kept there answer, by the run's name."""
+    notes = sorted(runs_folder.glob(f"*/{CONTROL_URL_FILE}"))
+    found = {note.parent.name: noted_url_in(note.parent, CONTROL_URL_FILE) for note in notes}
     return {name: url for name, url in found.items() if url}
 
 

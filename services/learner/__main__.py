@@ -27,7 +27,7 @@ import redis
 
 from common.config import ConfigError, RunConfig, load_recipe, resolve
 from common.durable import file_entry
-from common.http_service import listen, serve_in_thread, token_at, url_of
+from common.http_service import listen_as, serve_in_thread, token_at, url_of
 from common.keys import Keys
 from common.logs import from_now_on, set_up_logging
 from common.metrics.endpoint import mount_metrics
@@ -109,10 +109,7 @@ def _run(arguments: argparse.Namespace, config: RunConfig, recording: Recording 
     waits, switches = Waits(), Switches()
     client = connect(redis_url, waits, deadline_s=OUTAGE_DEADLINE_S, is_stopping=switches.stop.is_set)
     client.set(keys.config, config.model_dump_json(exclude={"redis_url"}))
-    sock = listen(
-        config.learner.host if arguments.host is None else arguments.host,
-        config.learner.port if arguments.port is None else arguments.port,
-    )
+    sock = listen_as(config.learner, arguments.host, arguments.port)
     folder = arguments.runs_folder / arguments.run
     folder.mkdir(parents=True, exist_ok=True)
     token = token_at(folder / "token")

@@ -23,12 +23,12 @@ import redis
 from common.keys import Keys
 from common.ledger import Mark, parse_mark, parse_name
 from common.redis_client import connect
-from common.wire import TicketState
+from common.wire import DecidedState, TicketState
 from services.learner.checkpoint_record import Loss, Record, Unreadable, checkpoint_folders, read_record
 from services.learner.report import METRICS_FILE, read_rows
 
 STATES: tuple[TicketState, ...] = get_args(TicketState)
-FINISHED = ("trained", "uniform", "stale", "evaluated")
+FINISHED = get_args(DecidedState)
 HOMES: dict[str, tuple[str, ...]] = {"open": ("tickets", "eval"), "queued": ("groups", "evaluated"), "dead": ("dead",)}
 MAX_ATTEMPTS = 10
 

@@ -4,14 +4,13 @@ Read at each scrape from memory (and the sizes of two files), so that no scrape 
 Counters count from the start of this process; what stands for the whole run is a gauge.
 """
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from common.metrics.families import Families
-from common.metrics.replicas import STATES, add_learner_waits
-from common.metrics.run import GroupTotals, add_files, add_orders, add_position, add_queues, add_replicas
+from common.metrics.replicas import add_learner_waits, add_replica_states
+from common.metrics.run import GroupTotals, add_files, add_orders, add_position, add_queues
 from common.metrics.steps import StepTotals, add_latest_evaluation, add_latest_step
 from common.weights import DELTA_FILE, MODEL_FILE, version_folder
 from services.learner.intake import Intake
@@ -55,8 +54,7 @@ class Exported:
         self._groups.collect(families, status["counts"])
         add_queues(families, open_tickets=sight.open_tickets, groups=sight.in_stream)
         families.gauge("headrace_held_bytes", "Of groups that only the next checkpoint will record.", books.held_bytes)
-        states: Counter[str] = Counter(replica.state for replica in sight.replicas)
-        add_replicas(families, {state: states[state] for state in STATES})
+        add_replica_states(families, sight.replicas)
         add_files(families, latest.get("checkpoint", {}), self._version_bytes())
         return families
 

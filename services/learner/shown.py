@@ -7,25 +7,23 @@ its text: a token that ends in the middle of a character shows nothing, the one 
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
 from common.shown import MAX_SHOWN_BYTES, ShownGroup, ShownRollout
-from common.wire import Group, Rollout
+from common.wire import DecidedState, Group, Rollout
 
 MAX_SAMPLED = {"trained": 4, "uniform": 1, "stale": 1, "evaluated": 8}
 LONGEST_CHARACTER_TOKENS = 4
 """Of UTF-8, which has at most so many bytes."""
 _HALF = "\N{REPLACEMENT CHARACTER}"
 
-State = Literal["trained", "uniform", "stale", "evaluated"]
-
 
 class Decided(NamedTuple):
     group: Group
-    state: State
+    state: DecidedState
     step: int
     staleness: int | None
     decided_s: float
@@ -45,12 +43,12 @@ class DecidedSample:
         self._waiting: list[Decided] = []
         self._taken: Counter[str] = Counter()
 
-    def add(self, group: Group, state: State, step: int, staleness: int | None) -> None:
+    def add(self, group: Group, state: DecidedState, step: int, staleness: int | None) -> None:
         if self._taken[state] < MAX_SAMPLED[state]:
             self._taken[state] += 1
             self._waiting.append(Decided(group, state, step, staleness, time.time()))
 
-    def begin(self, *states: State) -> None:
+    def begin(self, *states: DecidedState) -> None:
         """A step, or an evaluation: some of these states are wanted again."""
         for state in states:
             self._taken[state] = 0

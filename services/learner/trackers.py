@@ -66,7 +66,9 @@ class WeightsAndBiases:
     def __init__(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
         import wandb
 
-        self._run = wandb.init(project=PROJECT, name=folder.name, id=folder.name, dir=folder, config=dict(config))
+        self._run = wandb.init(
+            project=PROJECT, name=folder.name, id=folder.name, resume="allow", dir=folder, config=dict(config)
+        )
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         self._run.log(dict(numbers), step=step)

@@ -3,7 +3,7 @@
 import time
 from contextlib import suppress
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 from urllib.parse import quote
 
 import typer
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from common.wire import DecidedState, TicketKind
 from services.launcher.commands.options import (
     LOOK,
     RUNS,
@@ -35,18 +36,8 @@ from services.launcher.shown_run import (
 app = typer.Typer()
 panel = LOOK
 WATCH_INTERVAL_S = 1.0
-
-
-class State(StrEnum):
-    TRAINED = "trained"
-    UNIFORM = "uniform"
-    STALE = "stale"
-    EVALUATED = "evaluated"
-
-
-class Kind(StrEnum):
-    TRAIN = "train"
-    EVAL = "eval"
+State = StrEnum("State", {state.upper(): state for state in get_args(DecidedState)})  # type: ignore[misc]
+Kind = StrEnum("Kind", {kind.upper(): kind for kind in get_args(TicketKind)})  # type: ignore[misc]
 
 
 @app.command(rich_help_panel=panel)

@@ -1,6 +1,7 @@
 """Orders to a run that is going on: each goes to its control service, stands until obeyed, and says what follows."""
 
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import typer
 import yaml
@@ -39,36 +40,23 @@ def scale(
         print_json(ordered._asdict()) if as_json else print(ordered.text)
 
 
-@app.command(rich_help_panel=panel)
-def pause(
-    run: OneRunOption = None, url: UrlOption = None, as_json: JsonOption = False, runs_folder: RunsFolderOption = RUNS
-) -> None:
-    """No steps and no tickets, after the step in progress, until resumed."""
-    _order("POST", "/pause", run, url, runs_folder, as_json)
+def _add_order(name: str, text: str) -> None:
+    """A command that needs nothing but the run."""
+
+    @app.command(name, help=text, rich_help_panel=panel)
+    def order(
+        run: OneRunOption = None,
+        url: UrlOption = None,
+        as_json: JsonOption = False,
+        runs_folder: RunsFolderOption = RUNS,
+    ) -> None:
+        _order(f"/{name}", run, url, runs_folder, as_json)
 
 
-@app.command(rich_help_panel=panel)
-def resume(
-    run: OneRunOption = None, url: UrlOption = None, as_json: JsonOption = False, runs_folder: RunsFolderOption = RUNS
-) -> None:
-    """Steps and tickets go on."""
-    _order("POST", "/resume", run, url, runs_folder, as_json)
-
-
-@app.command(rich_help_panel=panel)
-def checkpoint(
-    run: OneRunOption = None, url: UrlOption = None, as_json: JsonOption = False, runs_folder: RunsFolderOption = RUNS
-) -> None:
-    """A checkpoint after the step in progress."""
-    _order("POST", "/checkpoint", run, url, runs_folder, as_json)
-
-
-@app.command(rich_help_panel=panel)
-def stop(
-    run: OneRunOption = None, url: UrlOption = None, as_json: JsonOption = False, runs_folder: RunsFolderOption = RUNS
-) -> None:
-    """End the run after the step in progress, with a checkpoint; `headrace up` goes on from there."""
-    _order("POST", "/stop", run, url, runs_folder, as_json)
+_add_order("pause", "No steps and no tickets, after the step in progress, until resumed.")
+_add_order("resume", "Steps and tickets go on.")
+_add_order("checkpoint", "A checkpoint after the step in progress.")
+_add_order("stop", "End the run after the step in progress, with a checkpoint; `headrace up` goes on from there.")
 
 
 @app.command(rich_help_panel=panel)
@@ -80,9 +68,7 @@ def drain(
     runs_folder: RunsFolderOption = RUNS,
 ) -> None:
     """A replica finishes or hands back its tickets, then ends; a launcher starts another unless fewer are ordered."""
-    from urllib.parse import quote
-
-    _order("POST", f"/replicas/{quote(replica, safe='')}/drain", run, url, runs_folder, as_json)
+    _order(f"/replicas/{quote(replica, safe='')}/drain", run, url, runs_folder, as_json)
 
 
 @app.command(rich_help_panel=panel)
@@ -105,10 +91,10 @@ def settings(
         print_json(answer) if as_json else _print_settings(answer)
 
 
-def _order(method: str, path: str, run: str | None, url: str | None, runs_folder: Any, as_json: bool) -> None:
+def _order(path: str, run: str | None, url: str | None, runs_folder: Any, as_json: bool) -> None:
     with one_line_errors():
         control: Control = find_control(run, url, runs_folder)
-        answer = control.order(method, path)
+        answer = control.order("POST", path)
         if as_json:
             print_json(answer)
         else:
