@@ -17,7 +17,7 @@ test: setup lint check-types
 
 # The images' torch: from TORCH_INDEX if that is set, else from its public place.
 test-compose: setup
-	$(VENV)/bin/python -m pytest -m compose -s $(ARGS)
+	$(VENV)/bin/python -m pytest -m compose --exitfirst -s $(ARGS)
 
 chaos: setup
 	$(VENV)/bin/python -m chaos $(ARGS)
