@@ -22,7 +22,7 @@ from tests.fake_services import ROOT
 POLL_S = 0.5
 COMMAND_TIMEOUT_S = 300.0
 BUILD_TIMEOUT_S = 1500.0
-DEADLINE_S = 600.0
+DEADLINE_S = 900.0
 """Most of it is for a start of SGLang on cores that are busy with everything else."""
 SERVICES = ("learner", "generation", "control")
 Found = TypeVar("Found")
