@@ -1,4 +1,4 @@
-# make demo, make test, make chaos; make setup is the installation that all need.
+# make demo, make test, make test-compose, make chaos; make setup is the installation that all need.
 VENV   := .venv
 PYTHON ?= python3.11
 PIP    := $(VENV)/bin/python -m pip
@@ -7,13 +7,17 @@ PIP    := $(VENV)/bin/python -m pip
 TORCH_INDEX ?=
 ARGS   ?=
 
-.PHONY: demo test chaos setup lint check-types clean
+.PHONY: demo test test-compose chaos setup lint check-types clean
 
 demo: setup
 	$(VENV)/bin/headrace up configs/tiny-cpu.yaml $(ARGS)
 
 test: setup lint check-types
-	$(VENV)/bin/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(VENV)/bin/python -m pytest -m "not slow and not compose" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# The images' torch: from TORCH_INDEX if that is set, else from its public place.
+test-compose: setup
+	$(VENV)/bin/python -m pytest -m compose --exitfirst -s $(ARGS)
 
 chaos: setup
 	$(VENV)/bin/python -m chaos $(ARGS)
