@@ -84,13 +84,25 @@ class ActorConfig(Section):
     eps_clip_higher: float | None = Field(
         None, gt=0, description="Ratios above 1 + eps_clip_higher are clipped; defaults to eps_clip."
     )
-    c_clip: float | None = Field(None, gt=1, description="Dual clip: bounds the loss where the advantage is negative.")
+    trust_region: Literal["clip", "soft", "second_moment"] = Field(
+        "clip",
+        description="What bounds the ratio. clip: to the range above, where that makes the objective worse (PPO). "
+        "soft: a sigmoid gate instead (SAPO). second_moment: in each sequence the tokens that have moved furthest with "
+        "their advantage are masked, until the mean squared log-ratio of the others is at most 0.04 (M2PO).",
+    )
+    c_clip: float | None = Field(
+        None, gt=1, description="Dual clip: bounds the loss where the advantage is negative. Only of trust_region clip."
+    )
 
     use_decoupled_loss: bool = Field(
         True, description="Ratio against the proximal policy, weighted by proximal/behaviour; else against behaviour."
     )
-    behav_imp_weight_mode: Literal["token_mask", "token_truncate", "sequence_mask", "sequence_truncate", "disabled"] = (
-        Field("token_mask", description="How the behaviour weight is formed and what happens above the cap.")
+    behav_imp_weight_mode: Literal[
+        "token_mask", "token_truncate", "token_band", "sequence_mask", "sequence_truncate", "disabled"
+    ] = Field(
+        "token_mask",
+        description="How the behaviour weight is formed and what happens above the cap. token_band: masked above it "
+        "and below 0.5 (IcePop).",
     )
     behav_imp_weight_cap: float = Field(5.0, gt=0, description="The behaviour weight's cap.")
     behaviour_clip: bool = Field(
