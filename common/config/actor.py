@@ -28,6 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "advantage_mean": "group",
         "advantage_std": "group",
         "batch_advantage_norm": True,
+        "guard": "warn",
     },
     "paper": {
         "importance_sampling_level": "sequence",
@@ -119,6 +120,11 @@ class ActorConfig(Section):
         ge=1,
         description="Optimizer updates per step. With 1, and the decoupled loss, the policy equals the proximal "
         "policy at the only update: the ratio is 1 and the clip never acts.",
+    )
+    guard: Literal["act", "warn"] = Field(
+        "act",
+        description="When policy and behaviour drift far apart (KL, effective sample size, log-probability gap): warn, "
+        "or act as well: lower max_staleness, then lr, until it is over.",
     )
     kl_coef: float = Field(0.0, ge=0, description="Weight of the KL to the reference policy (the start); 0: none.")
     kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="Estimator of that KL.")

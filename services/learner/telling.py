@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common.config import RunConfig
 from common.control import Settings
 from common.waiting import Waits
 from services.learner.advice import Advice, Adviser
 from services.learner.checkpoint import num_bytes_in
+from services.learner.guard import GuardState
 from services.learner.intake import Arrived, Intake
 from services.learner.metrics import group_durations_s, staleness_metrics
 from services.learner.orders import Switches
@@ -68,6 +70,15 @@ class Telling:
         position["settings_version"] = self.settings.version
         advised = {"advised_replicas": advice.replicas, "advice": advice.reason}
         self.store.report({"phase": phase, "reason": self.waits.describe(), **position, **advised})
+
+    def guard(self, kind: str, reason: str, state: GuardState, config: RunConfig) -> None:
+        """What it has done, and why."""
+        counts = {"max_staleness": config.learner.max_staleness, "lr": config.optimizer.lr}
+        done = {"warn": "warns", "tighten": "tightens", "loosen": "loosens"}[kind]
+        text = f"the guard {done}: {reason}; max_staleness {counts['max_staleness']}, lr {counts['lr']:.3g}"
+        event = {"action": kind, "reason": reason, "notch": state.notch, "step": self.progress.step}
+        _log.log(logging.INFO if kind == "loosen" else logging.WARNING, text)
+        self.store.announce("guard", event | counts | {"text": text})
 
     def whether_paused(self) -> None:
         if self.switches.paused.is_set() != self._is_shown_paused:
