@@ -1,12 +1,19 @@
 """The guard's decisions: what is odd once does nothing, what lasts goes down the ladder, what is over comes back up."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from common.config import RunConfig
+from common.control import Settings
+from common.keys import Keys
 from services.learner.guard import CALM_STEPS, PATIENCE_STEPS, Decision, GuardState, decide, ladder, tightened
+from services.learner.loop import Loop
+from tests.replaying import STEPS, end, make_recording, state_of, take_up
 
 CALM = {"kl_behaviour_proximal": 0.01, "ess": 0.95, "fresh_logprob_gap_max": 1e-5}
 WORRYING = CALM | {"kl_behaviour_proximal": 0.1}
@@ -114,3 +121,78 @@ def test_an_order_below_the_ladder_counts_and_the_guard_does_not_loosen_it() -> 
     deep = GuardState(notch=99, is_warned=True)
     assert tightened(synchronous, deep).optimizer.lr == 1e-5
     assert decide(deep, ALARMING, synchronous).state.notch == len(ladder(synchronous)) - 1
+
+
+# --- in the loop: a recording whose behaviour log-probabilities are made up, so that every step alarms ---
+
+ACTING = ("actor.guard=act", "learner.stale_policy=train")
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_recording(tmp_path_factory.mktemp("recording") / "recording.msgpack")
+
+
+def test_the_loop_goes_on_tightened_and_says_so(
+    recording: Path, client: redis.Redis, keys: Keys, tmp_path: Path
+) -> None:
+    loop = take_up(tmp_path, client, keys, recording, *ACTING)
+    try:
+        assert loop.run()
+    finally:
+        end(loop)
+    assert (loop.ordered.learner.max_staleness, loop.ordered.optimizer.lr) == (2, 2e-4)
+    assert (loop.config.learner.max_staleness, loop.config.optimizer.lr) == (1, 1e-4)
+    assert loop.trainer.config is loop.config is loop.intake.config
+    events = [json.loads(f[b"event"]) for _, f in client.xrange(keys.events) if f[b"kind"] == b"guard"]
+    told = [(one["action"], one["step"], one["text"].rpartition("; ")[2]) for one in events]
+    assert told == [
+        ("tighten", PATIENCE_STEPS, "max_staleness 1 instead of 2"),
+        ("tighten", 2 * PATIENCE_STEPS, "max_staleness 1 instead of 2, lr 0.0001 instead of 0.0002"),
+    ]
+    assert events[0]["text"].startswith("the guard tightens: kl_behaviour_proximal ")
+    assert client.hget(keys.learner, "held_back").decode() == told[1][2]
+
+
+def test_an_order_does_not_undo_what_the_guard_has_tightened(
+    recording: Path, client: redis.Redis, keys: Keys, tmp_path: Path
+) -> None:
+    loop = take_up(tmp_path, client, keys, recording, *ACTING)
+    try:
+        loop.guard = GuardState(notch=3, is_warned=True)
+        loop._change_settings(Settings(1, {"optimizer.lr": 8e-5, "learner.max_staleness": 8}))
+        assert (loop.config.learner.max_staleness, loop.config.optimizer.lr) == (1, 4e-5)
+        loop._change_settings(Settings(2, {"optimizer.lr": 1.0, "learner.max_staleness": -1}))
+        assert (loop.ordered.learner.max_staleness, loop.ordered.optimizer.lr) == (8, 8e-5), "refused"
+    finally:
+        end(loop)
+
+
+def test_a_checkpoint_holds_the_guard(recording: Path, client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
+    """Stopped after the fourth step, one into the next alarm, and taken up: the same weights, at the same notch."""
+    lives = {"undisturbed": [STEPS], "stopped": [4, STEPS]}
+    loops = {}
+    for name, last_steps in lives.items():
+        folder = tmp_path / name
+        for last_step in last_steps:
+            loop = take_up(folder, client, Keys(f"{keys.run}-{name}"), recording, *ACTING)
+            stop_after(loop, last_step)
+            try:
+                loop.run()
+            finally:
+                end(loop)
+            loops[name, last_step] = loop
+    assert loops["stopped", 4].guard == GuardState(1, True, 4, 1, 0)
+    assert loops["stopped", STEPS].guard == loops["undisturbed", STEPS].guard == GuardState(2, True, 6, 0, 0)
+    assert state_of(tmp_path / "stopped") == state_of(tmp_path / "undisturbed")
+
+
+def stop_after(loop: Loop, step: int) -> None:
+    mark_trained = loop.intake.mark_trained
+
+    def mark_and_stop(batch: Any) -> None:
+        mark_trained(batch)
+        if loop.progress.step == step < STEPS:
+            loop.switches.stop.set()
+
+    loop.intake.mark_trained = mark_and_stop  # type: ignore[method-assign]

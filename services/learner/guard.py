@@ -83,6 +83,15 @@ def tightened(config: RunConfig, state: GuardState) -> RunConfig:
     return config.model_copy(update={"learner": learner, "optimizer": optimizer})
 
 
+def held_back(ordered: RunConfig, config: RunConfig) -> str:
+    """What the guard has made of what is ordered, for people; empty where nothing."""
+    pairs = {
+        "max_staleness": (config.learner.max_staleness, ordered.learner.max_staleness),
+        "lr": (config.optimizer.lr, ordered.optimizer.lr),
+    }
+    return ", ".join(f"{name} {now:g} instead of {then:g}" for name, (now, then) in pairs.items() if now != then)
+
+
 def _is_beyond(threshold: Threshold, value: float, limit: float) -> bool:
     """NaN is beyond every limit."""
     return not (value >= limit if threshold.is_floor else value <= limit)

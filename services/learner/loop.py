@@ -18,7 +18,7 @@ from common.waiting import Reason, Waits
 from services.learner.best import Best
 from services.learner.checkpoint import CheckpointError, save_checkpoint
 from services.learner.checkpoint_record import MAX_VERSION_STEPS, Record
-from services.learner.guard import GuardState, decide, tightened
+from services.learner.guard import GuardState, decide, held_back, tightened
 from services.learner.intake import Arrived, Intake
 from services.learner.orders import Switches
 from services.learner.progress import Progress
@@ -71,6 +71,7 @@ class Loop:
     def __post_init__(self) -> None:
         """What was asked for once before this start counts as obeyed."""
         self._obeyed = self.intake.sight.orders
+        self.telling.held_back = held_back(self.ordered, self.config)
 
     def run(self) -> bool:
         """Until the last step, or until told to stop; True if the run is complete."""
@@ -256,14 +257,15 @@ class Loop:
     def _configure(self) -> None:
         self.config = self.trainer.config = tightened(self.ordered, self.guard)
         self.intake.configure(self.config)
+        self.telling.held_back = held_back(self.ordered, self.config)
 
     def _look_after(self, row: dict[str, float]) -> None:
         """The guard may tighten the steps after this one, or loosen them again."""
         self.guard, kind, reason = decide(self.guard, row, self.ordered)
-        if kind is None:
-            return
-        self._configure()
-        self.telling.guard(kind, reason, self.guard, self.config)
+        if kind in ("tighten", "loosen"):
+            self._configure()
+        if kind is not None:
+            self.telling.guard(kind, reason, self.guard.notch)
 
     def _evaluate_if_due(self) -> None:
         """Collects the evaluation that is done; begins the next. No version is evaluated twice: its tickets exist."""
