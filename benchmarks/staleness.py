@@ -2,6 +2,7 @@
 
     screen   every loss at staleness 8, one seed
     study    the seed's loss and the three best (or --losses) at staleness 0, 8, 16, then 1, 4, 32; three seeds
+    long     the study's first part on a second task, with longer answers (benchmarks/long_arithmetic.py)
     guard    the seed's loss and the default at staleness 8 with the guard; beside them, those without it
     report   tables and a plot of what has been run, into docs/staleness.md
 
@@ -20,77 +21,26 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any
+
+from benchmarks.long_arithmetic import POLICY, make_policy
+from benchmarks.staleness_runs import (
+    EVALUATE_EVERY,
+    FIRST_STALENESSES,
+    GUARDED,
+    LOSSES,
+    NUM_BEST,
+    NUM_HELD_OUT,
+    NUM_STEPS,
+    SCREENED,
+    SEEDS,
+    STALENESSES,
+    Run,
+)
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "staleness.json"
-STALENESSES = (0, 1, 4, 8, 16, 32)
-FIRST_STALENESSES = (0, 8, 16)
-SEEDS = (0, 1, 2)
-SCREENED = 8
-NUM_BEST = 3
-NUM_STEPS, NUM_HELD_OUT, EVALUATE_EVERY = 60, 2048, 20
-BASE = [
-    "actor.mini_batches=1",
-    "actor.guard=warn",
-    f"learner.steps={NUM_STEPS}",
-    f"evaluation.num_prompts={NUM_HELD_OUT}",
-    "evaluation.num_samples=1",
-]
-"""On top of the demo's recipe."""
-SEQUENCE, NO_CLIP = "actor.ratio_gradient=sequence", "actor.behaviour_clip=false"
-COUPLED, TOKEN = "actor.use_decoupled_loss=false", "actor.importance_sampling_level=token"
-WEIGHTS = "actor.behav_imp_weight_mode"
-LOSSES: dict[str, list[str]] = {
-    "seed": [SEQUENCE, NO_CLIP],
-    "both": [],
-    "seed, 4 mini-batches": [SEQUENCE, NO_CLIP, "actor.mini_batches=4"],
-    "both, 4 mini-batches": ["actor.mini_batches=4"],
-    "coupled": [SEQUENCE, NO_CLIP, COUPLED],
-    "behaviour clip": [SEQUENCE],
-    "gradient per token": [NO_CLIP],
-    "OPSM": ["actor.eps_clip_higher=1000"],
-    "TIS": [TOKEN, NO_CLIP, f"{WEIGHTS}=token_truncate", "actor.behav_imp_weight_cap=2"],
-    "IcePop": [TOKEN, NO_CLIP, f"{WEIGHTS}=token_band"],
-    "M2PO": [TOKEN, NO_CLIP, COUPLED, "actor.trust_region=second_moment"],
-    "SAPO": [TOKEN, NO_CLIP, COUPLED, "actor.trust_region=soft"],
-    "paper": ["actor.preset=paper", "actor.eps_clip_higher=4e-4", "actor.mini_batches=4"],
-    "both, clip at a third": ["actor.eps_clip=0.067", "actor.eps_clip_higher=0.093"],
-    "both, 2 mini-batches": ["actor.mini_batches=2"],
-    "seed, sequence weights truncated at 1.5": [
-        SEQUENCE,
-        NO_CLIP,
-        f"{WEIGHTS}=sequence_truncate",
-        "actor.behav_imp_weight_cap=1.5",
-    ],
-    "seed, sequence weights masked at 1.5": [
-        SEQUENCE,
-        NO_CLIP,
-        f"{WEIGHTS}=sequence_mask",
-        "actor.behav_imp_weight_cap=1.5",
-    ],
-    "preset seed": ["actor.preset=seed", "actor.group_size=8", "actor.eps_clip_higher=null"],
-    "coupled, token level": [TOKEN, NO_CLIP, COUPLED],
-    "uncorrected": [SEQUENCE, NO_CLIP, f"{WEIGHTS}=disabled"],
-}
-"""Settings over `BASE`. `seed`: the seed's objective with the demo's clip range and aggregation, and `preset seed` with
-its own; `both`: a gradient per token and the behaviour clip, Headrace's default."""
-GUARDED = {f"{loss}, guarded": [*LOSSES[loss], "actor.guard=act"] for loss in ("seed", "both")}
-
-
-class Run(NamedTuple):
-    loss: str
-    staleness: int
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.loss}, staleness {self.staleness}, seed {self.seed}"
-
-    @property
-    def settings(self) -> list[str]:
-        loss = (LOSSES | GUARDED)[self.loss]
-        return [*BASE, *loss, f"learner.max_staleness={self.staleness}", f"seed={self.seed}"]
+PARTS = ("screen", "study", "long", "guard")
 
 
 class Results:
@@ -117,40 +67,49 @@ class Results:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.staleness")
-    parser.add_argument("what", nargs="?", default="all", choices=("all", "screen", "study", "guard", "report", "one"))
+    parser.add_argument(
+        "what", nargs="?", default="all", choices=("all", "screen", "study", "long", "guard", "report", "one")
+    )
     parser.add_argument("--losses", nargs="+", choices=[*LOSSES, *GUARDED], default=None)
     parser.add_argument("--staleness", type=int, nargs="+", default=None)
+    parser.add_argument("--long", action="store_true", help="of `one`: on the second task")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so long")
     arguments = parser.parse_args()
     if arguments.what == "one":
-        print(json.dumps(run_here(Run(arguments.losses[0], arguments.staleness[0], arguments.seeds[0]))))
+        run = Run(arguments.losses[0], arguments.staleness[0], arguments.seeds[0], arguments.long)
+        print(json.dumps(run_here(run)))
         return 0
     results, ends_at = Results(), time.monotonic() + 60 * arguments.minutes
-    if arguments.what in ("all", "screen"):
-        run_all(screening(arguments.losses), results, arguments.processes, ends_at)
-    if arguments.what in ("all", "study"):
-        losses = arguments.losses or ["seed", *best(results)]
-        run_all(study(losses, arguments.staleness, arguments.seeds), results, arguments.processes, ends_at)
-    if arguments.what in ("all", "guard"):
-        runs = [Run(loss, SCREENED, seed) for seed in arguments.seeds for loss in GUARDED]
-        run_all(runs, results, arguments.processes, ends_at)
+    for part in PARTS if arguments.what == "all" else [arguments.what]:
+        run_all(runs_of(part, results, arguments), results, arguments.processes, ends_at)
     from benchmarks.staleness_report import write_report
 
     write_report(results)
     return 0
 
 
-def screening(losses: Iterable[str] | None = None) -> list[Run]:
-    return [Run(loss, SCREENED, SEEDS[0]) for loss in losses or LOSSES]
+def runs_of(part: str, results: Results, arguments: argparse.Namespace) -> Iterator[Run]:
+    """In their order; what `study` and `long` are made of is decided by the screening."""
+    losses = arguments.losses or ["seed", *best(results)]
+    if part == "screen":
+        yield from (Run(loss, SCREENED, SEEDS[0]) for loss in arguments.losses or LOSSES)
+    elif part == "study":
+        yield from study(losses, arguments.staleness or STALENESSES, arguments.seeds)
+    elif part == "long":
+        if not (ROOT / POLICY).exists():
+            make_policy(ROOT / POLICY)
+        for run in study(losses, arguments.staleness or FIRST_STALENESSES, arguments.seeds):
+            yield run._replace(is_long=True)
+    elif part == "guard":
+        yield from (Run(loss, SCREENED, seed) for seed in arguments.seeds for loss in GUARDED)
 
 
-def study(losses: list[str], stalenesses: Iterable[int] | None = None, seeds: Iterable[int] = SEEDS) -> Iterator[Run]:
+def study(losses: list[str], stalenesses: Iterable[int], seeds: Iterable[int]) -> Iterator[Run]:
     """What says most first: the seed's loss and the best at the stalenesses that the default is decided by."""
-    wanted = list(stalenesses or (*FIRST_STALENESSES, *(s for s in STALENESSES if s not in FIRST_STALENESSES)))
-    first = [staleness for staleness in wanted if staleness in FIRST_STALENESSES]
-    rest = [staleness for staleness in wanted if staleness not in FIRST_STALENESSES]
+    first = [staleness for staleness in stalenesses if staleness in FIRST_STALENESSES]
+    rest = [staleness for staleness in stalenesses if staleness not in FIRST_STALENESSES]
     for some, levels in ((losses[:2], first), (losses[2:], first), (losses, rest)):
         for seed in seeds:
             yield from (Run(loss, staleness, seed) for staleness in levels for loss in some)
@@ -179,6 +138,7 @@ def run_all(runs: Iterable[Run], results: Results, num_processes: int, ends_at: 
 
 def run_in_a_process(run: Run) -> dict[str, Any]:
     which = ["--losses", run.loss, "--staleness", str(run.staleness), "--seeds", str(run.seed)]
+    which += ["--long"] if run.is_long else []
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "benchmarks.staleness", "one", *which]
     done = subprocess.run(command, cwd=ROOT, check=True, env=os.environ | threads, stdout=subprocess.PIPE)

@@ -9,7 +9,8 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from benchmarks.staleness import GUARDED, LOSSES, SCREENED, SEEDS, STALENESSES, Results, Run
+from benchmarks.staleness import Results
+from benchmarks.staleness_runs import FIRST_STALENESSES, GUARDED, LOSSES, SCREENED, SEEDS, STALENESSES, Run
 
 DOCS = Path(__file__).parents[1] / "docs"
 BEGIN, END = "<!-- measured: python -m benchmarks.staleness report -->", "<!-- end of what is measured -->"
@@ -20,7 +21,7 @@ def write_report(results: Results) -> None:
     page = DOCS / "staleness.md"
     head, _, rest = page.read_text().partition(BEGIN)
     _, _, tail = rest.partition(END)
-    tables = "\n\n".join([_screening(results), _study(results), _guard(results)])
+    tables = "\n\n".join([_screening(results), _study(results), _study(results, is_long=True), _guard(results)])
     page.write_text(f"{head}{BEGIN}\n\n{tables}\n\n{END}{tail}")
     _plot(results, DOCS / "staleness.svg")
 
@@ -45,17 +46,19 @@ def _screening(results: Results) -> str:
     return "\n".join([*lines, *([f"\nNot run: {', '.join(missing)}."] if missing else [])])
 
 
-def _study(results: Results) -> str:
+def _study(results: Results, is_long: bool = False) -> str:
+    levels = FIRST_STALENESSES if is_long else STALENESSES
     lines = [
-        "**Study**: held-out accuracy after the last step, mean of the seeds (lowest–highest; number of seeds).",
+        f"**Study{', longer answers' if is_long else ''}**: held-out accuracy after the last step, mean of the seeds "
+        "(lowest–highest; number of seeds).",
         "",
-        f"| loss | {' | '.join(f'staleness {staleness}' for staleness in STALENESSES)} |",
-        f"|---|{'---|' * len(STALENESSES)}",
+        f"| loss | {' | '.join(f'staleness {staleness}' for staleness in levels)} |",
+        f"|---|{'---|' * len(levels)}",
     ]
-    for loss in _studied(results):
-        cells = [_cell(_finals(results, loss, staleness)) for staleness in STALENESSES]
+    for loss in _studied(results, is_long):
+        cells = [_cell(_finals(results, loss, staleness, is_long)) for staleness in levels]
         lines.append(f"| {loss} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join(lines if len(lines) > 4 else [*lines[:1], "", "Not run yet."])
 
 
 def _guard(results: Results) -> str:
@@ -74,14 +77,15 @@ def _guard(results: Results) -> str:
     return "\n".join(lines)
 
 
-def _studied(results: Results) -> list[str]:
-    """Losses that were run at another staleness than the screening's."""
-    return [loss for loss in LOSSES if any(_finals(results, loss, s) for s in STALENESSES if s != SCREENED)]
+def _studied(results: Results, is_long: bool = False) -> list[str]:
+    """Losses that were run at another staleness than the screening's, or on the second task."""
+    levels = [staleness for staleness in STALENESSES if is_long or staleness != SCREENED]
+    return [loss for loss in LOSSES if any(_finals(results, loss, staleness, is_long) for staleness in levels)]
 
 
-def _finals(results: Results, loss: str, staleness: int) -> list[float]:
+def _finals(results: Results, loss: str, staleness: int, is_long: bool = False) -> list[float]:
     """Of each seed that was run, the accuracy after the last step."""
-    rows = [results.of(Run(loss, staleness, seed)) for seed in SEEDS]
+    rows = [results.of(Run(loss, staleness, seed, is_long)) for seed in SEEDS]
     return [row["accuracy"][str(row["steps"])] for row in rows if row]
 
 

@@ -53,8 +53,12 @@ def test_healthy_steps_leave_the_run_alone() -> None:
 
 
 def test_odd_batches_do_nothing() -> None:
-    rows = ([ALARMING] * (PATIENCE_STEPS - 1) + [CALM]) * 10
+    rows = ([ALARMING] * (PATIENCE_STEPS - 1) + [CALM] * PATIENCE_STEPS) * 10
     assert kinds(follow(rows, config())) == [None] * len(rows)
+
+
+def test_a_median_beyond_the_alarm_acts_though_a_step_between_is_calm() -> None:
+    assert kinds(follow([ALARMING, CALM, ALARMING, CALM, ALARMING], config())) == [None] * 4 + ["tighten"]
 
 
 def test_what_is_worrying_for_long_is_said_once_and_changes_nothing() -> None:
@@ -182,8 +186,8 @@ def test_a_checkpoint_holds_the_guard(recording: Path, client: redis.Redis, keys
             finally:
                 end(loop)
             loops[name, last_step] = loop
-    assert loops["stopped", 4].guard == GuardState(1, True, 4, 1, 0)
-    assert loops["stopped", STEPS].guard == loops["undisturbed", STEPS].guard == GuardState(2, True, 6, 0, 0)
+    assert loops["stopped", 4].guard == GuardState(1, True, (True,) * 4, (True,), 0)
+    assert loops["stopped", STEPS].guard == loops["undisturbed", STEPS].guard == GuardState(2, True, (True,) * 5, (), 0)
     assert state_of(tmp_path / "stopped") == state_of(tmp_path / "undisturbed")
 
 

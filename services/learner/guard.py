@@ -11,10 +11,10 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from common.config import RunConfig
-from common.health import THRESHOLDS, Threshold, are_exact, numeric_gap
+from common.health import SMOOTHED_STEPS, THRESHOLDS, Threshold, are_exact, numeric_gap
 
-PATIENCE_STEPS = 3
-"""In a row beyond a threshold before anything happens: then it is the median of the last five as well."""
+PATIENCE_STEPS = SMOOTHED_STEPS // 2 + 1
+"""Of the last five beyond a threshold before anything happens: then their median is beyond it."""
 CALM_STEPS = 20
 """In a row without anything to warn of before a notch is taken back."""
 STALENESS_DIVISOR, LOWEST_STALENESS = 4, 1
@@ -26,8 +26,10 @@ class GuardState(msgspec.Struct, frozen=True):
     notch: int = 0
     """Down the ladder; 0: as ordered."""
     is_warned: bool = False
-    steps_over_warning: int = 0
-    steps_over_alarm: int = 0
+    warnings: tuple[bool, ...] = ()
+    """Of the last steps, whether each was beyond a warning; the newest last."""
+    alarms: tuple[bool, ...] = ()
+    """As `warnings`, since the guard last tightened."""
     calm_steps: int = 0
 
 
@@ -47,19 +49,19 @@ def decide(state: GuardState, row: Mapping[str, Any], config: RunConfig) -> Deci
     ]
     alarming = [_told(one, value, one.alarm) for one, value in found if _is_beyond(one, value, one.alarm)]
     worrying = [_told(one, value, one.warn) for one, value in found if _is_beyond(one, value, one.warn)]
-    over_alarm = state.steps_over_alarm + 1 if alarming else 0
-    over_warning = state.steps_over_warning + 1 if worrying else 0
+    alarms = (*state.alarms, bool(alarming))[-SMOOTHED_STEPS:]
+    warnings = (*state.warnings, bool(worrying))[-SMOOTHED_STEPS:]
     calm = 0 if worrying else state.calm_steps + 1
     deepest = len(ladder(config)) - 1 if config.actor.guard == "act" else 0
     notch = min(state.notch, deepest)
 
-    if over_alarm >= PATIENCE_STEPS and notch < deepest:
-        return Decision(GuardState(notch + 1, True, over_warning, 0, 0), "tighten", "; ".join(alarming))
-    if over_warning >= PATIENCE_STEPS and not state.is_warned:
-        return Decision(GuardState(notch, True, over_warning, over_alarm, 0), "warn", "; ".join(worrying))
+    if alarming and sum(alarms) >= PATIENCE_STEPS and notch < deepest:
+        return Decision(GuardState(notch + 1, True, warnings, (), 0), "tighten", "; ".join(alarming))
+    if worrying and sum(warnings) >= PATIENCE_STEPS and not state.is_warned:
+        return Decision(GuardState(notch, True, warnings, alarms, 0), "warn", "; ".join(worrying))
     if calm >= CALM_STEPS and state.is_warned:
         return Decision(GuardState(max(0, notch - 1), notch > 1), "loosen", f"{calm} calm steps")
-    return Decision(GuardState(notch, state.is_warned, over_warning, over_alarm, calm))
+    return Decision(GuardState(notch, state.is_warned, warnings, alarms, calm))
 
 
 def ladder(config: RunConfig) -> list[tuple[int, float]]:
