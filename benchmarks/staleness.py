@@ -3,7 +3,7 @@
     screen   every loss at staleness 8, one seed
     study    the seed's loss and the three best (or --losses) at staleness 0, 8, 16, then 1, 4, 32; three seeds
     long     the study's first part on a second task, with longer answers (benchmarks/long_arithmetic.py)
-    guard    the seed's loss and the default at staleness 8 with the guard; beside them, those without it
+    guard    the seed's loss at staleness 8 and too high an lr, without the guard and with it
     report   tables and a plot of what has been run, into docs/staleness.md
 
 Each run is the real trainer on groups that are all exactly so stale (benchmarks/forced_staleness.py), in a process of

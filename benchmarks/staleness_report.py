@@ -11,8 +11,11 @@ from matplotlib.figure import Figure
 
 from benchmarks.staleness import Results
 from benchmarks.staleness_runs import FIRST_STALENESSES, GUARDED, LOSSES, SCREENED, SEEDS, STALENESSES, Run
+from common.config import load_recipe
+from services.learner.guard import GuardState, decide
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 BEGIN, END = "<!-- measured: python -m benchmarks.staleness report -->", "<!-- end of what is measured -->"
 MISSING = "–"
 
@@ -32,16 +35,19 @@ def _screening(results: Results) -> str:
     ranked = sorted(found, key=lambda loss: sum(found[loss]["accuracy"].values()), reverse=True)
     lines = [
         f"**Screening**: staleness {SCREENED}, one seed, held-out accuracy by step; lowest mean reward of a step after "
-        "the tenth; highest KL(behaviour ‖ proximal), lowest effective sample size of a step.",
+        "the tenth; highest KL(behaviour ‖ proximal) and lowest effective sample size of a step; the step after which "
+        "the guard would have tightened (it only warned).",
         "",
-        "| loss | 20 | 40 | 60 | lowest reward | highest KL | lowest ESS |",
-        "|---|---|---|---|---|---|---|",
+        "| loss | 20 | 40 | 60 | lowest reward | highest KL | lowest ESS | guard |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for loss in ranked:
         accuracy, columns = found[loss]["accuracy"], found[loss]["columns"]
         rewards, kl, ess = (_known(columns[name]) for name in ("reward_mean", "kl_behaviour_proximal", "ess"))
         cells = [f"{accuracy[step]:.3f}" for step in sorted(accuracy, key=int)]
-        lines.append(f"| {loss} | {' | '.join(cells)} | {min(rewards[10:]):.2f} | {max(kl):.2g} | {min(ess):.2f} |")
+        cells += [f"{min(rewards[10:]):.2f}", f"{max(kl):.2g}", f"{min(ess):.2f}"]
+        cells.append(_first_tightening(Run(loss, SCREENED, SEEDS[0]), columns))
+        lines.append(f"| {loss} | {' | '.join(cells)} |")
     missing = [loss for loss in LOSSES if loss not in found]
     return "\n".join([*lines, *([f"\nNot run: {', '.join(missing)}."] if missing else [])])
 
@@ -63,18 +69,29 @@ def _study(results: Results, is_long: bool = False) -> str:
 
 def _guard(results: Results) -> str:
     lines = [
-        f"**Guard**: staleness {SCREENED}, with and without; accuracy by step, a list over seeds "
-        f"{', '.join(map(str, SEEDS))}; the lowest notch of the guard's ladder that was reached.",
+        f"**Guard**: staleness {SCREENED}, five times the demo's lr; accuracy by step, a value per seed; how many "
+        "notches of its ladder the guard went down.",
         "",
         "| loss | 20 | 40 | 60 | notch |",
         "|---|---|---|---|---|",
     ]
-    for loss in [name for guarded in GUARDED for name in (guarded.removesuffix(", guarded"), guarded)]:
+    for loss in GUARDED:
         found = [row for seed in SEEDS if (row := results.of(Run(loss, SCREENED, seed)))]
         cells = [" / ".join(f"{row['accuracy'][step]:.3f}" for row in found) for step in ("20", "40", "60")]
         notches = " / ".join(f"{max(_known(row['columns']['guard_notch'])):.0f}" for row in found)
         lines.append(f"| {loss} | {' | '.join(cell or MISSING for cell in cells)} | {notches or MISSING} |")
     return "\n".join(lines)
+
+
+def _first_tightening(run: Run, columns: dict[str, list[float | None]]) -> str:
+    """Had it been let."""
+    config = load_recipe(ROOT / "configs" / "tiny-cpu.yaml", [*run.settings, "actor.guard=act"]).config
+    state = GuardState()
+    for step, values in enumerate(zip(columns["kl_behaviour_proximal"], columns["ess"], strict=True), start=1):
+        state, kind, _ = decide(state, dict(zip(("kl_behaviour_proximal", "ess"), values, strict=True)), config)
+        if kind == "tighten":
+            return str(step)
+    return MISSING
 
 
 def _studied(results: Results, is_long: bool = False) -> list[str]:

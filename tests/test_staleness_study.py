@@ -12,6 +12,7 @@ from benchmarks.staleness import Results, best, study
 from benchmarks.staleness_runs import GUARDED, LOSSES, Run
 from common.config import load_recipe
 from common.tasks.arithmetic import score
+from services.learner import metrics
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,7 +33,7 @@ def test_the_decisive_runs_come_first() -> None:
 def test_every_loss_is_a_valid_recipe(loss: str) -> None:
     config = load_recipe(ROOT / "configs" / "tiny-cpu.yaml", Run(loss, 16, 2).settings).config
     assert (config.learner.max_staleness, config.seed) == (16, 2)
-    assert (config.actor.guard == "act") == (loss in GUARDED)
+    assert (config.actor.guard == "act") == loss.endswith("guarded")
 
 
 def test_what_has_been_run_counts_as_long_as_its_settings_are_the_same(tmp_path: Path) -> None:
@@ -83,19 +84,20 @@ def test_long_chains_are_held_out_answered_and_slipped_on() -> None:
 
 def test_groups_are_as_stale_as_is_said_and_the_guard_makes_them_fresher(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two notches of alarms, as if every step had one: staleness 3, then 1."""
-    from services.learner import trainer
-
     found: list[int] = []
-    off_policy = trainer.off_policy_metrics
 
     def alarming(micro_batches: Any, logprobs: Any) -> dict[str, float]:
         found.append(max(int(m.token_staleness.max()) for m in micro_batches))
-        return off_policy(micro_batches, logprobs) | {"kl_behaviour_proximal": 9.0}
+        return metrics.off_policy_metrics(micro_batches, logprobs) | {"kl_behaviour_proximal": 9.0}
 
-    monkeypatch.setattr(trainer, "off_policy_metrics", alarming)
+    monkeypatch.setattr("services.learner.trainer.off_policy_metrics", alarming)
     sizes = ["learner.steps=7", "learner.groups_per_step=6", "actor.group_size=4", "evaluation.num_prompts=4"]
-    settings = [s for s in Run("both, guarded", 3, 0).settings if not s.startswith(("learner.steps", "evaluation"))]
-    settings += [*sizes, f"model.path={ROOT}/assets/demo-policy"]
+    sizes += ["actor.mini_batches=1"]
+    settings = [
+        *Run("seed, 4 mini-batches, lr 1e-3, guarded", 3, 0).settings,
+        *sizes,
+        f"model.path={ROOT}/assets/demo-policy",
+    ]
     config = load_recipe(ROOT / "configs" / "tiny-cpu.yaml", settings).config
     rows = list(forced(config, 4, 7))
     assert found[:3] == [0, 1, 2] and found[3:] == [1] * len(found[3:])
