@@ -31,7 +31,6 @@ from benchmarks.staleness_runs import (
     LOSSES,
     NUM_BEST,
     NUM_HELD_OUT,
-    NUM_STEPS,
     SCREENED,
     SEEDS,
     STALENESSES,
@@ -163,7 +162,7 @@ def run_here(run: Run, on_row: Callable[[dict[str, Any]], None] = lambda row: No
                 column.append(float(f"{row[name]:.3g}") if name in row else None)
     return {
         "settings": run.settings,
-        "steps": NUM_STEPS,
+        "steps": config.learner.steps,
         "cpu_s": round(time.process_time() - started, 1),
         "accuracy": accuracy,
         "columns": columns,

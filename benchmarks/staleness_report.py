@@ -69,17 +69,20 @@ def _study(results: Results, is_long: bool = False) -> str:
 
 def _guard(results: Results) -> str:
     lines = [
-        f"**Guard**: staleness {SCREENED}, five times the demo's lr; accuracy by step, a value per seed; how many "
-        "notches of its ladder the guard went down.",
+        f"**Guard**: staleness {SCREENED}, three times the demo's lr, 40 steps, without it and with it; a value per "
+        "seed; at last how many notches of its ladder the guard went down.",
         "",
-        "| loss | 20 | 40 | 60 | notch |",
-        "|---|---|---|---|---|",
+        "| loss | 20 | 40 | lowest reward | highest KL | notches |",
+        "|---|---|---|---|---|---|",
     ]
     for loss in GUARDED:
         found = [row for seed in SEEDS if (row := results.of(Run(loss, SCREENED, seed)))]
-        cells = [" / ".join(f"{row['accuracy'][step]:.3f}" for row in found) for step in ("20", "40", "60")]
-        notches = " / ".join(f"{max(_known(row['columns']['guard_notch'])):.0f}" for row in found)
-        lines.append(f"| {loss} | {' | '.join(cell or MISSING for cell in cells)} | {notches or MISSING} |")
+        columns = [{name: _known(values) for name, values in row["columns"].items()} for row in found]
+        cells = [" / ".join(f"{row['accuracy'][step]:.3f}" for row in found) for step in ("20", "40")]
+        cells.append(" / ".join(f"{min(one['reward_mean'][10:]):.2f}" for one in columns))
+        cells.append(" / ".join(f"{max(one['kl_behaviour_proximal']):.2g}" for one in columns))
+        cells.append(" / ".join(f"{max(one['guard_notch']):.0f}" for one in columns))
+        lines.append(f"| {loss} | {' | '.join(cell or MISSING for cell in cells)} |")
     return "\n".join(lines)
 
 

@@ -44,12 +44,12 @@ LOSSES: dict[str, list[str]] = {
 }
 """Settings over `BASE`, 4 mini-batches where nothing else is said. `seed`: the seed's objective, with the demo's clip
 range and aggregation, `preset seed` with its own; `both`: a gradient per token and the behaviour clip, the default."""
-FAST = [*LOSSES["seed, 4 mini-batches"], "optimizer.lr=1e-3"]
+FAST = [*LOSSES["seed, 4 mini-batches"], "optimizer.lr=6e-4", "learner.steps=40"]
 GUARDED: dict[str, list[str]] = {
-    "seed, 4 mini-batches, lr 1e-3": FAST,
-    "seed, 4 mini-batches, lr 1e-3, guarded": [*FAST, "actor.guard=act"],
+    "seed, 4 mini-batches, lr 6e-4": FAST,
+    "seed, 4 mini-batches, lr 6e-4, guarded": [*FAST, "actor.guard=act"],
 }
-"""At five times the demo's lr, without the guard and with it."""
+"""At three times the demo's lr, 40 steps, without the guard and with it."""
 LONG = [
     "task.name=benchmarks.long_arithmetic:LongArithmetic",
     f"model.path={POLICY}",

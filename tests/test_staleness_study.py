@@ -94,7 +94,7 @@ def test_groups_are_as_stale_as_is_said_and_the_guard_makes_them_fresher(monkeyp
     sizes = ["learner.steps=7", "learner.groups_per_step=6", "actor.group_size=4", "evaluation.num_prompts=4"]
     sizes += ["actor.mini_batches=1"]
     settings = [
-        *Run("seed, 4 mini-batches, lr 1e-3, guarded", 3, 0).settings,
+        *Run("seed, 4 mini-batches, lr 6e-4, guarded", 3, 0).settings,
         *sizes,
         f"model.path={ROOT}/assets/demo-policy",
     ]
