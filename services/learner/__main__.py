@@ -107,7 +107,8 @@ def _run(arguments: argparse.Namespace, config: RunConfig, recording: Recording 
     if problem and config.durability == "strict":
         raise ValueError(f"the Redis may lose writes: {problem}; or set durability: relaxed")
     waits, switches = Waits(), Switches()
-    client = connect(redis_url, waits, deadline_s=OUTAGE_DEADLINE_S, is_stopping=switches.stop.is_set)
+    stopping = switches.stop.is_set
+    client = connect(redis_url, waits, deadline_s=OUTAGE_DEADLINE_S, is_stopping=stopping, is_one_master=True)
     client.set(keys.config, config.model_dump_json(exclude={"redis_url"}))
     sock = listen(
         config.learner.host if arguments.host is None else arguments.host,
