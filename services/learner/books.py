@@ -5,6 +5,7 @@ the next one will record, `recorded` what the last one did. Not for use by two t
 """
 
 from collections import Counter
+from collections.abc import Sequence
 
 from common.ledger import parse_name
 from common.wire import Group, TicketState
@@ -26,10 +27,15 @@ class Books:
         self._num_kept = Counter(one.stream for one in recorded)
         """By stream. Asked for at every turn of the intake, which must not count a batch of 64 replicas each time."""
 
-    def take_up(self, store: LearnerStore) -> None:
-        """What earlier lives have issued and the last checkpoint did not see the end of."""
+    def take_up(self, store: LearnerStore, pending: Sequence[Entry]) -> list[Entry]:
+        """What earlier lives have issued and the last checkpoint did not see the end of. Of the `pending` entries those
+        that no checkpoint has recorded are returned: of what one has recorded a Redis that went back may lack some."""
+        recorded = {(one.stream, one.entry_id) for one in self.recorded}
+        kept = [(entry.stream, entry.entry_id) in recorded for entry in pending]
+        self._num_kept = Counter(entry.stream for entry, is_kept in zip(pending, kept, strict=True) if is_kept)
         names = {name for name in store.unfinished() if parse_name(name).kind == "train"}
         self._unfinished |= names - {one.ticket_id for one in self.recorded}
+        return [entry for entry, is_kept in zip(pending, kept, strict=True) if not is_kept]
 
     def issued(self, ticket_ids: list[str]) -> None:
         self._unfinished |= set(ticket_ids)
