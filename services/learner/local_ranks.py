@@ -35,10 +35,10 @@ def run_ranks(count: int, command: Sequence[str]) -> int:
             )
         code = ranks[0].wait()
         deadline_s = time.monotonic() + LAST_WORDS_S
-        while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline_s:
+        while any(process.poll() is None for process in ranks) and time.monotonic() < deadline_s:
             time.sleep(POLL_S)
     finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+        for process in ranks:
+            process.kill()
+            process.wait()
     return code if code >= 0 else 1
