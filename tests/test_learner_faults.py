@@ -117,7 +117,16 @@ def test_when_redis_loses_everything_the_run_goes_on_from_its_checkpoint(
         loop.run()
     again = take_up(tmp_path, client, keys, recording)
     assert again.progress.step == 4 and again.store.epoch == 2
+    in_stream: list[int] = []
+    take_in = again.intake._take_in
+
+    def look_and_take_in(entries: Any) -> None:
+        in_stream.append(client.xlen(keys.groups))
+        take_in(entries)
+
+    again.intake._take_in = look_and_take_in  # type: ignore[method-assign]
     assert again.run()
+    assert in_stream[1] <= again.config.learner.max_outstanding_groups, "admission counts none of what is lost"
     end(again)
     assert trained(tmp_path) == trained(undisturbed)
     assert state_of(tmp_path) == state_of(undisturbed)

@@ -5,6 +5,7 @@ the next one will record, `recorded` what the last one did. Not for use by two t
 """
 
 from collections import Counter
+from collections.abc import Sequence
 
 from common.ledger import parse_name
 from common.wire import Group, TicketState
@@ -23,11 +24,18 @@ class Books:
         self.retired: Counter[str] = Counter()
         """Uniform and stale groups since the last batch."""
         self._unfinished: set[str] = set()
+        self._num_kept = Counter(one.stream for one in recorded)
+        """By stream. Asked for at every turn of the intake, which must not count a batch of 64 replicas each time."""
 
-    def take_up(self, store: LearnerStore) -> None:
-        """What earlier lives have issued and the last checkpoint did not see the end of."""
+    def take_up(self, store: LearnerStore, pending: Sequence[Entry]) -> list[Entry]:
+        """What earlier lives have issued and the last checkpoint did not see the end of. Of the `pending` entries those
+        that no checkpoint has recorded are returned: of what one has recorded a Redis that went back may lack some."""
+        recorded = {(one.stream, one.entry_id) for one in self.recorded}
+        kept = [(entry.stream, entry.entry_id) in recorded for entry in pending]
+        self._num_kept = Counter(entry.stream for entry, is_kept in zip(pending, kept, strict=True) if is_kept)
         names = {name for name in store.unfinished() if parse_name(name).kind == "train"}
         self._unfinished |= names - {one.ticket_id for one in self.recorded}
+        return [entry for entry, is_kept in zip(pending, kept, strict=True) if not is_kept]
 
     def issued(self, ticket_ids: list[str]) -> None:
         self._unfinished |= set(ticket_ids)
@@ -35,6 +43,7 @@ class Books:
     def consume(self, entry: Entry, group: Group, state: TicketState) -> None:
         self.since_checkpoint.append(Settlement(entry.stream, entry.entry_id, entry.ticket_id, state))
         self._unfinished.discard(entry.ticket_id)
+        self._num_kept[entry.stream] += 1
         self.held_bytes += len(entry.payload)
         self.counts[state] += 1
         if state in ("uniform", "stale"):
@@ -43,7 +52,7 @@ class Books:
 
     def num_kept(self, stream: str) -> int:
         """Consumed groups that still stand in the stream."""
-        return sum(one.stream == stream for one in (*self.since_checkpoint, *self.recorded))
+        return self._num_kept[stream]
 
     def unfinished(self, store: LearnerStore) -> list[str]:
         """Training tickets that are open or queued and not consumed."""
@@ -60,4 +69,5 @@ class Books:
         """A checkpoint has recorded the first of `since_checkpoint`."""
         self.recorded = self.since_checkpoint[:num_recorded]
         del self.since_checkpoint[:num_recorded]
+        self._num_kept = Counter(one.stream for one in (*self.since_checkpoint, *self.recorded))
         self.held_bytes = 0

@@ -111,10 +111,7 @@ class Intake:
 
     def take_up(self) -> None:
         """Takes in what an earlier life had read beyond the checkpoint."""
-        recorded = {(one.stream, one.entry_id) for one in self.books.recorded}
-        self.books.take_up(self.store)
-        pending = self.store.read_pending()
-        self._take_in([entry for entry in pending if (entry.stream, entry.entry_id) not in recorded])
+        self._take_in(self.books.take_up(self.store, self.store.read_pending()))
 
     def stop(self) -> None:
         self._stopping.set()
