@@ -3,7 +3,9 @@
     redis://user:password@host:6379/0        rediss:// with TLS, such as ?ssl_ca_certs=/path        unix:///path
     redis+sentinel://user:password@host1:26379,host2:26379/mymaster/0        rediss+sentinel:// with TLS to all of them
 
-The Sentinels' own password is `?sentinel_password=…`. Nothing here connects, and no error repeats a password.
+The Sentinels' own password is `?sentinel_password=…`. Who must not go on unawares where another master, that may lack
+what was written last, has taken over, stays with the first: `MasterChanged`. Nothing here connects, and no error
+repeats a password.
 """
 
 from typing import Any, NamedTuple
@@ -26,6 +28,11 @@ EXPECTED = (
     " redis+sentinel://:password@host:port,host:port/master/db, with the special characters of the password"
     " percent-encoded"
 )
+
+
+class MasterChanged(redis.RedisError):  # type: ignore[misc]  # untyped there
+    """Sentinels have made another server the master: replication is asynchronous, and what the one before acknowledged
+    last may be lost."""
 
 
 class Address(NamedTuple):
@@ -56,13 +63,32 @@ def parse_address(url: str) -> Address:
     return Address(options, options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}")
 
 
-def client_of(url: str, **settings: Any) -> redis.Redis:
+def client_of(url: str, *, is_one_master: bool = False, **settings: Any) -> redis.Redis:
+    """`is_one_master`: every connection is to the master of the first one, or raises `MasterChanged`."""
     address = parse_address(url)
     if not address.master:
         return redis.Redis.from_url(url, **settings)
     for_sentinels = _for_sentinels(address) | {"retry": Retry(NoBackoff(), 0)}
     sentinels = redis.sentinel.Sentinel(address.sentinels, sentinel_kwargs=for_sentinels)
-    return sentinels.master_for(address.master, **_for_master(address), **settings)
+    client = sentinels.master_for(address.master, **_for_master(address), **settings)
+    if is_one_master:
+        pool = client.connection_pool
+        pool.connection_class = type("Connection", (_StaysWithItsMaster, pool.connection_class), {"first": []})
+    return client
+
+
+class _StaysWithItsMaster:
+    """Mixed into a connection to a master. `first`: where the first one of the client went."""
+
+    first: list[tuple[str, int]]
+
+    def connect_to(self, address: tuple[str, int]) -> None:
+        if self.first and address != self.first[0]:
+            before, now = (":".join(map(str, place)) for place in (self.first[0], address))
+            raise MasterChanged(f"the master of Redis was {before} and is {now}: what was written last may be lost")
+        super().connect_to(address)  # type: ignore[misc]
+        if not self.first:
+            self.first.append(address)
 
 
 def async_client_of(url: str, **settings: Any) -> redis.asyncio.Redis:

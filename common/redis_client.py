@@ -34,10 +34,12 @@ def connect(
     *,
     deadline_s: float = RETRY_S,
     is_stopping: Callable[[], bool] = lambda: False,
+    is_one_master: bool = False,
 ) -> redis.Redis:
-    """For code that runs in threads. Does not connect yet. Nothing is retried once `is_stopping`."""
+    """For code that runs in threads. Does not connect yet. Nothing is retried once `is_stopping`. With `is_one_master`
+    a failover of Sentinels raises `MasterChanged`."""
     retry = SyncRetry(_outage(url, waits, deadline_s, is_stopping))
-    return client_of(url, retry=retry, **_TIMEOUTS)
+    return client_of(url, is_one_master=is_one_master, retry=retry, **_TIMEOUTS)
 
 
 def connect_async(url: str, waits: Waits | None = None, *, deadline_s: float = RETRY_S) -> redis.asyncio.Redis:

@@ -1,6 +1,7 @@
 """The learner's writes to a real Redis: fenced, idempotent, settled in order."""
 
 import json
+from typing import Literal
 
 import pytest
 import redis
@@ -88,6 +89,18 @@ def test_what_a_checkpoint_knows_and_redis_forgot_is_repaired(client: redis.Redi
     assert [mark and mark.state for mark in store.marks(names)] == ["trained", "queued", "trained"]
     assert [fields[b"id"] for _, fields in client.xrange(keys.tickets)] == [b"0-1"]
     assert client.xlen(keys.groups) == 1, "a group that is there waits for the next checkpoint"
+
+
+@pytest.mark.parametrize("groups", ["keep", "delete"])
+def test_what_was_answered_again_after_redis_forgot_is_no_second_group(
+    client: redis.Redis, keys: Keys, groups: Literal["keep", "delete"]
+) -> None:
+    """The ticket that it showed as open was leased again before the learner came back."""
+    store = LearnerStore(client, keys)
+    forgotten, second = "17-0", queue(client, keys, "0-0", b"group")
+    assert second != forgotten
+    store.settle([Settlement(keys.groups, forgotten, "0-0", "trained")], groups=groups)
+    assert store.marks(["0-0"]) == [Mark("trained")] and client.xlen(keys.groups) == 0
 
 
 def test_a_redis_that_lost_everything_is_told_from_a_newer_learner(client: redis.Redis, keys: Keys) -> None:

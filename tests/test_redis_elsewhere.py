@@ -1,11 +1,9 @@
 """Redis that is not one plain process: masters behind Sentinels, a cluster's slots, runs that share a server."""
 
 import asyncio
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 import redis
@@ -15,52 +13,15 @@ from common.keys import Keys
 from common.redis_address import parse_address
 from common.redis_client import connect, connect_async
 from common.waiting import Waits
-from services.launcher.processes import Service, redis_binary
+from tests.redis_servers import Start, asked, servers, until
 
 PASSWORD = "se%40cret"
-Start = Callable[..., int]
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts a server with these settings and waits until it answers; its port."""
-    services: list[Service] = []
-
-    def started(*arguments: str, **settings: str) -> int:
-        port = free_port()
-        folder = tmp_path / str(port)
-        folder.mkdir()
-        options = {"port": str(port), "bind": "127.0.0.1", "dir": str(folder), "save": "", **settings}
-        flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", *value.split(" "))]
-        services.append(Service(f"redis-{port}", [redis_binary(), *arguments, *flags], folder / "log"))
-        until(lambda: answers(port))
-        return port
-
-    yield started
-    for service in services:
-        service.kill()
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def answers(port: int) -> bool:
-    with redis.Redis(port=port) as client:
-        try:
-            return bool(client.ping())
-        except redis.AuthenticationError:
-            return True
-        except redis.ConnectionError:
-            return False
-
-
-def asked(port: int, *command: str, password: str | None = None) -> Any:
-    with redis.Redis(port=port, password=password) as client:
-        return client.execute_command(*command)
+    with servers(tmp_path) as started:
+        yield started
 
 
 def test_a_master_is_asked_for_at_its_sentinels_and_followed_when_it_falls(start: Start, tmp_path: Path) -> None:

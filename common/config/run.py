@@ -70,10 +70,13 @@ class LearnerConfig(Section):
     starvation_deadline_s: float = Field(
         1800.0, gt=0, description="The learner exits (code 4), with the reason, after this long without a step."
     )
+    ranks: int = Field(
+        1, ge=1, description="Processes on the learner's machine, one a device. Under torchrun that says how many."
+    )
     rank_deadline_s: float = Field(
         300.0,
         ge=1,
-        description="On several ranks (torchrun): one that waits this long for another ends, and with it the job. More "
+        description="On several ranks: one that waits this long for another ends, and with it the job. More "
         "than a forward and backward pass, or writing a rank's part of a checkpoint, can take.",
     )
     host: str = Field("127.0.0.1", description="Address the learner listens on.")

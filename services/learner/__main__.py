@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 --max-restarts 3 -m -- services.learner --config ... --run demo
 
 With `--replay` it trains on a recording (services/learner/recording.py) instead of what replicas send. On several
-devices torchrun starts it once for each; only rank 0 speaks with Redis and listens. (Without the `--` torchrun takes
-`--run` for an option of its own.)
+devices there is a process for each, started by this one (`learner.ranks`) or by torchrun; only rank 0 speaks with Redis
+and listens. (Without the `--` torchrun takes `--run` for an option of its own.)
 
 Exit codes: 0 complete or stopped on request, 1 failed, 2 refused before anything started, 3 fenced off by a newer
 learner, 4 starved: nothing to do for learner.starvation_deadline_s.
@@ -35,6 +35,7 @@ from common.preflight import check_model_folder, check_task, check_trackers
 from common.redis_client import OUTAGE_DEADLINE_S, connect, durability_problem
 from common.waiting import Waits
 from services.learner.api import make_app
+from services.learner.local_ranks import run_ranks
 from services.learner.orders import Switches
 from services.learner.recording import Recording
 
@@ -47,6 +48,8 @@ def main() -> int:
     ranks, code = None, 1
     try:
         config, recording = _read(arguments)
+        if "WORLD_SIZE" not in os.environ and config.learner.ranks > 1:
+            return run_ranks(config.learner.ranks, [sys.executable, "-m", "services.learner", *sys.argv[1:]])
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             ranks = _join(config)
         code = _run(arguments, config, recording, ranks)
@@ -107,7 +110,8 @@ def _run(arguments: argparse.Namespace, config: RunConfig, recording: Recording 
     if problem and config.durability == "strict":
         raise ValueError(f"the Redis may lose writes: {problem}; or set durability: relaxed")
     waits, switches = Waits(), Switches()
-    client = connect(redis_url, waits, deadline_s=OUTAGE_DEADLINE_S, is_stopping=switches.stop.is_set)
+    stopping = switches.stop.is_set
+    client = connect(redis_url, waits, deadline_s=OUTAGE_DEADLINE_S, is_stopping=stopping, is_one_master=True)
     client.set(keys.config, config.model_dump_json(exclude={"redis_url"}))
     sock = listen_as(config.learner, arguments.host, arguments.port)
     folder = arguments.runs_folder / arguments.run

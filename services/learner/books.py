@@ -23,6 +23,8 @@ class Books:
         self.retired: Counter[str] = Counter()
         """Uniform and stale groups since the last batch."""
         self._unfinished: set[str] = set()
+        self._num_kept = Counter(one.stream for one in recorded)
+        """By stream. Asked for at every turn of the intake, which must not count a batch of 64 replicas each time."""
 
     def take_up(self, store: LearnerStore) -> None:
         """What earlier lives have issued and the last checkpoint did not see the end of."""
@@ -35,6 +37,7 @@ class Books:
     def consume(self, entry: Entry, group: Group, state: TicketState) -> None:
         self.since_checkpoint.append(Settlement(entry.stream, entry.entry_id, entry.ticket_id, state))
         self._unfinished.discard(entry.ticket_id)
+        self._num_kept[entry.stream] += 1
         self.held_bytes += len(entry.payload)
         self.counts[state] += 1
         if state in ("uniform", "stale"):
@@ -43,7 +46,7 @@ class Books:
 
     def num_kept(self, stream: str) -> int:
         """Consumed groups that still stand in the stream."""
-        return sum(one.stream == stream for one in (*self.since_checkpoint, *self.recorded))
+        return self._num_kept[stream]
 
     def unfinished(self, store: LearnerStore) -> list[str]:
         """Training tickets that are open or queued and not consumed."""
@@ -60,4 +63,5 @@ class Books:
         """A checkpoint has recorded the first of `since_checkpoint`."""
         self.recorded = self.since_checkpoint[:num_recorded]
         del self.since_checkpoint[:num_recorded]
+        self._num_kept = Counter(one.stream for one in (*self.since_checkpoint, *self.recorded))
         self.held_bytes = 0

@@ -1,9 +1,10 @@
 """Which of the learner's processes this is, and how they speak with each other.
 
-One process is all there is, or torchrun has started several. Then rank 0 tells the others what to do and they hear it,
-as bytes over a process group of their own on the CPU, beside the one in which they compute. Guarantees: rank 0 says
-something at least every `MAX_SILENCE_S`, if only a beat, so that a rank may wait for hours and still notices within
-`learner.rank_deadline_s` that rank 0 is gone; a rank whose connection is gone is noticed by the next thing said.
+One process is all there is, or torchrun or local_ranks.py has started several. Then rank 0 tells the others what to do
+and they hear it, as bytes over a process group of their own on the CPU, beside the one in which they compute.
+Guarantees: rank 0 says something at least every `MAX_SILENCE_S`, if only a beat, so that a rank may wait for hours and
+still notices within `learner.rank_deadline_s` that rank 0 is gone; a rank whose connection is gone is noticed by the
+next thing said.
 """
 
 import contextlib
@@ -156,6 +157,8 @@ def join(device_type: str, deadline_s: float, environment: Mapping[str, str] = o
         return ranks
     ranks.local_rank = int(environment["LOCAL_RANK"])
     if device_type == "cuda":
+        if ranks.local_rank >= torch.cuda.device_count():
+            raise ValueError(f"rank {ranks.local_rank} of this machine has no GPU: it has {torch.cuda.device_count()}")
         torch.cuda.set_device(ranks.local_rank)
     ranks.deadline_s = deadline_s
     deadline = timedelta(seconds=deadline_s)

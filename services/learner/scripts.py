@@ -59,7 +59,9 @@ SETTLE = (
 for i = 3, #ARGV, 4 do
   local stream, entry, id, state = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
   local mark = redis.call('HGET', KEYS[2], id) or ''
-  local open = string.match(mark, '^open (.+)$')
+  local open, other = string.match(mark, '^open (.+)$'), string.match(mark, '^queued (.+)$')
+  if other == entry then other = nil end
+  if other then redis.call('XDEL', stream, other) end
   if open then
     for _, tickets in ipairs({KEYS[3], KEYS[4]}) do
       redis.call('XACK', tickets, 'generation', open)
@@ -67,14 +69,15 @@ for i = 3, #ARGV, 4 do
     end
   end
   if ARGV[2] == 'delete' then redis.call('XDEL', stream, entry) end
-  if ARGV[2] == 'delete' or open or mark == '' then redis.call('HSET', KEYS[2], id, state) end
+  if ARGV[2] == 'delete' or open or other or mark == '' then redis.call('HSET', KEYS[2], id, state) end
 end
 return 'OK'
 """
 )
 """KEYS: epoch, ledger, tickets, eval. ARGV: epoch, `delete` or `keep`, then stream, entry, ticket and state of each.
 `delete` writes the states and deletes the groups. `keep` only repairs a Redis that is older than the checkpoint: a
-ticket that it shows as open, or not at all, was answered and consumed before."""
+ticket that it shows as open, or not at all, was answered and consumed before; one that it shows as queued with another
+group was answered a second time since, for nothing."""
 
 BURY = (
     _ALWAYS

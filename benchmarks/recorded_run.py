@@ -1,0 +1,111 @@
+"""How long the groups of a real run took and were, for engines that are simulated (simulated_replicas.py).
+
+    headrace up configs/tiny-cpu.yaml --run NAME & sleep 20; headrace record NAME
+    python -m benchmarks.recorded_run runs/NAME [--tokens-per-s 2600]
+
+Writes benchmarks/recorded/demo.json: of `NUM_GROUPS` training groups, evenly over the run, seconds from lease to the
+last token, the number of tokens and the reward of each completion; and the medians of the run's steps and weight
+pauses. The seconds are those of an engine that had as many groups in flight as it may, and so is the speed that
+follows. Where other work slowed the run down, all seconds are divided so that it has the speed that is given.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+from pathlib import Path
+
+import msgspec
+
+from benchmarks.demo import cpu_model
+from common.wire import Group, decode_group
+from services.learner.recording import Recording
+from services.learner.report import METRICS_FILE, read_rows
+
+RECORDED = Path(__file__).parent / "recorded" / "demo.json"
+NUM_GROUPS = 400
+
+
+class RecordedGroup(msgspec.Struct, frozen=True, array_like=True):
+    seconds: float
+    """From its lease until its last token was there."""
+    num_tokens: list[int]
+    """Of each completion."""
+    rewards: list[float]
+
+
+class RecordedRun(msgspec.Struct, frozen=True):
+    run: str
+    cpu: str
+    cores: int
+    load_average: float
+    """Of the machine when this was written: other work makes engines slower."""
+    num_recorded: int
+    groups_in_flight: int
+    """At most, at one time, in the one replica."""
+    groups_per_step: int
+    group_size: int
+    max_new_tokens: int
+    recorded_tokens_per_s: float
+    """Of the replica, in the median step, as it was."""
+    tokens_per_s: float
+    """As it is here."""
+    step_s: float
+    """A step's computing, median."""
+    swap_pause_s: float
+    groups: list[RecordedGroup]
+
+
+def read_recorded(path: Path = RECORDED) -> RecordedRun:
+    return msgspec.json.decode(path.read_bytes(), type=RecordedRun)
+
+
+def of_run(folder: Path, tokens_per_s: float | None) -> RecordedRun:
+    recording = Recording(folder / "recording.msgpack")
+    places = range(0, recording.num_groups, max(1, recording.num_groups // NUM_GROUPS))
+    groups = [decode_group(payload) for _, payload in recording.groups(places)]
+    steps = [row for row in read_rows(folder / METRICS_FILE) if row["kind"] == "step"]
+    between = itertools.pairwise(steps)
+    rates = [(b["generated_tokens"] - a["generated_tokens"]) / (b["time_s"] - a["time_s"]) for a, b in between]
+    recorded_tokens_per_s, config = statistics.median(rates), recording.config
+    slowed = (tokens_per_s or recorded_tokens_per_s) / recorded_tokens_per_s
+    step_s = statistics.median(row["proximal_s"] + row["train_s"] for row in steps)
+    pause_s = statistics.median(ms for row in steps for ms in row["swap_pauses_ms"]) / 1e3
+    return RecordedRun(
+        run=recording.run,
+        cpu=cpu_model(),
+        cores=os.cpu_count() or 1,
+        load_average=round(os.getloadavg()[1], 1),
+        num_recorded=recording.num_groups,
+        groups_in_flight=config["generation"]["max_groups_in_flight"],
+        groups_per_step=config["learner"]["groups_per_step"],
+        group_size=config["actor"]["group_size"],
+        max_new_tokens=config["sampling"]["max_new_tokens"],
+        recorded_tokens_per_s=round(recorded_tokens_per_s, 1),
+        tokens_per_s=round(recorded_tokens_per_s * slowed, 1),
+        step_s=round(step_s / slowed, 3),
+        swap_pause_s=round(pause_s / slowed, 4),
+        groups=[_recorded(group, slowed) for group in groups],
+    )
+
+
+def _recorded(group: Group, slowed: float) -> RecordedGroup:
+    seconds = (group.timings.sampled_s - group.timings.leased_s) / slowed
+    return RecordedGroup(round(seconds, 3), [one.num_trained_tokens for one in group.rollouts], group.rewards)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.recorded_run")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tokens-per-s", type=float)
+    arguments = parser.parse_args()
+    found = of_run(arguments.folder, arguments.tokens_per_s)
+    lines = json.dumps(msgspec.to_builtins(found) | {"groups": []}, indent=1).removesuffix("[]\n}")
+    rows = ",\n".join(f"  {msgspec.json.encode(group).decode()}" for group in found.groups)
+    RECORDED.write_text(f"{lines}[\n{rows}\n ]\n}}\n")
+    print(f"{len(found.groups)} of {found.num_recorded} groups in {RECORDED}: {found.tokens_per_s:.0f} tokens/s")
+
+
+if __name__ == "__main__":
+    main()

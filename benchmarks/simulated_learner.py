@@ -1,0 +1,98 @@
+"""The learner's own program, but that a step takes the recorded time instead of computing, and changes 1.5 % of a
+bfloat16 model of `MILLIONS` of weights by one unit in the last place.
+
+    python -m benchmarks.simulated_learner STRETCH MILLIONS [arguments of services.learner]
+
+`STRETCH` multiplies the recorded time. What it tells of a step has two things more: `group_staleness`, the staleness
+of each group, and `sent_bytes`, what its HTTP side had sent by then. Replicas on this machine fetch over HTTP as
+others do.
+"""
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+import services.learner.__main__ as program
+from benchmarks.recorded_run import read_recorded
+from benchmarks.weights import random_pair
+from common.config import RunConfig
+from common.wire import Group
+from services.learner import api, assembly, versions
+from services.learner.metrics import group_metrics
+from services.learner.policy import Policy
+from services.learner.staleness import group_staleness
+from services.learner.trainer import Trainer
+
+CHANGED_SHARE = 0.015
+_sent = Counter[str]()
+
+
+class Weights(Policy):
+    """Publishes `weights` instead of the model's."""
+
+    weights: torch.Tensor
+
+    def tensors(self) -> Mapping[str, Any]:
+        return {"weights": self.weights}
+
+
+class Steps(Trainer):
+    def __init__(self, config: RunConfig, policy: Weights, step_s: float, num_weights: int) -> None:
+        super().__init__(config, policy)
+        self.step_s = step_s
+        self.weights = policy
+        both = random_pair(num_weights, CHANGED_SHARE)
+        self._pair = [torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16) for bits in both]
+        policy.weights = self._pair[0]
+
+    def train(self, groups: Sequence[Group], step: int, version_steps: Mapping[int, int]) -> dict[str, Any]:
+        time.sleep(self.step_s)
+        self._pair.reverse()
+        self.weights.weights = self._pair[0]
+        levels = [group_staleness(group, step, version_steps).total for group in groups]
+        return {"group_staleness": levels, "sent_bytes": _sent["bytes"], **group_metrics(groups)}
+
+
+class Counting:
+    """Counts the bytes that an ASGI application answers."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def count(message: Any) -> None:
+            _sent["bytes"] += len(message.get("body", b""))
+            await send(message)
+
+        await self.app(scope, receive, count)
+
+
+def counted_app(*arguments: Any) -> Any:
+    app = api.make_app(*arguments)
+    app.add_middleware(Counting)
+    return app
+
+
+def main() -> int:
+    stretch, millions = (float(sys.argv.pop(1)) for _ in range(2))
+
+    def lead(config: RunConfig, _: object) -> Steps:
+        step_s = read_recorded().step_s * stretch
+        return Steps(config, Weights(config.model, config.learner), step_s, int(millions * 1e6))
+
+    with (
+        patch.object(assembly, "lead", lead),
+        patch.object(program, "make_app", counted_app),
+        patch.object(versions, "machine_id", lambda: ""),
+    ):
+        return program.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
