@@ -1,8 +1,8 @@
-"""One run of the real trainer on groups that are all exactly so many steps old: no engine, no Redis, one thread.
+"""One run of the real trainer on groups that are all exactly max_staleness steps old: no engine, no Redis, one thread.
 
-The weights of the last steps are kept; a step's groups are sampled with those of `staleness` steps ago, by the same
-model in the same process, and uniform groups are dropped without refill, so that runs that differ only in their loss
-see the same number of prompts. Everything else (advantages, packing, loss, optimizer, metrics) is the learner's own.
+The weights of the last steps are kept; a step's groups are sampled with those of so many steps ago, by the same model
+in the same process, and uniform groups are dropped without refill, so that runs that differ only in their loss see the
+same number of prompts. Everything else (advantages, packing, loss, optimizer, metrics, guard) is the learner's own.
 """
 
 import itertools
@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from common.config import RunConfig
 from common.tasks import Task, load_task
 from common.wire import Group, Rollout, Ticket, Timings, VersionSpan
+from services.learner.guard import GuardState, decide, tightened
 from services.learner.policy import Policy, load_tokenizer
 from services.learner.prompts import TicketSource, stop_token_ids
 from services.learner.store import Cursor
@@ -34,8 +35,8 @@ class Sampled(NamedTuple):
     logprobs: list[float]
 
 
-def run(config: RunConfig, staleness: int, num_held_out: int, evaluate_every: int) -> Iterator[dict[str, Any]]:
-    """Rows of steps and of evaluations, the first of these before the first step. Deterministic, but for times."""
+def run(config: RunConfig, num_held_out: int, evaluate_every: int) -> Iterator[dict[str, Any]]:
+    """Rows of steps and of evaluations. Deterministic, but for times."""
     torch.set_num_threads(1)
     torch.manual_seed(config.seed)
     task, tokenizer = load_task(config.task.name, config.task.settings), load_tokenizer(config.model.path)
@@ -44,13 +45,15 @@ def run(config: RunConfig, staleness: int, num_held_out: int, evaluate_every: in
     sampler = Policy(config.model, config.learner).model
     stops = stop_token_ids(tokenizer, model.generation_config)
     source = TicketSource(config, task, tokenizer, stops, Cursor(0, 0))
-    past = deque([_copy(model)], maxlen=staleness + 1)
+    past = deque([_copy(model)], maxlen=config.learner.max_staleness + 1)
+    guard = GuardState()
     held_out = source.evaluation(0, 0)[:num_held_out]
-    yield {"kind": "evaluation", "step": 0, "held_out": _accuracy(sampler, held_out, task, tokenizer)}
     for step in range(config.learner.steps):
         started = time.process_time()
-        sampler.load_state_dict(past[0])
-        made_by = step - (len(past) - 1)
+        trainer.config = tightened(config, guard)
+        staleness = min(trainer.config.learner.max_staleness, len(past) - 1)
+        sampler.load_state_dict(past[-1 - staleness])
+        made_by = step - staleness
         tickets = source.next_train(config.learner.groups_per_step, step, 0)
         groups = list(_groups(sampler, tickets, made_by + 1, task, tokenizer))
         mixed = [group for group in groups if not group.is_uniform]
@@ -58,7 +61,8 @@ def run(config: RunConfig, staleness: int, num_held_out: int, evaluate_every: in
         row = {"kind": "step", "step": step + 1, "reward_mean": float(np.mean(rewards)), "num_mixed": len(mixed)}
         if len(mixed) >= config.actor.mini_batches:
             metrics = trainer.train(mixed, step, {version: version - 1 for version in range(1, step + 2)})
-            row |= {name: metrics[name] for name in WATCHED}
+            guard = decide(guard, metrics, config).state
+            row |= {name: metrics[name] for name in WATCHED} | {"guard_notch": guard.notch}
         past.append(_copy(model))
         yield row | {"cpu_s": time.process_time() - started}
         if (step + 1) % evaluate_every == 0 or step + 1 == config.learner.steps:

@@ -1,12 +1,14 @@
-"""Which loss learns from stale groups: `python -m benchmarks.staleness screen`, then `study`, then `report`.
+"""Which loss learns from stale groups: `python -m benchmarks.staleness` screens, studies what did best, and reports.
 
     screen   every loss at staleness 8, one seed
-    study    chosen losses (--losses) at staleness 0, 1, 4, 8, 16 and 32, three seeds
-    report   tables and a plot of what has been run, into docs/
+    study    the seed's loss and the three best (or --losses) at staleness 0, 8, 16, then 1, 4, 32; three seeds
+    long     the study's first part on a second task, with longer answers (benchmarks/long_arithmetic.py)
+    guard    the seed's loss at staleness 8 and too high an lr, without the guard and with it
+    report   tables and a plot of what has been run, into docs/staleness.md
 
-Each run is the real trainer on groups that are exactly so stale (benchmarks/forced_staleness.py), in a process of its
-own, on one thread, with accuracy on 2,048 held-out problems. A run that has been finished is not run again: its rows
-are in benchmarks/results/staleness/, named by what it ran; `--processes` runs at a time.
+Each run is the real trainer on groups that are all exactly so stale (benchmarks/forced_staleness.py), in a process of
+its own, on one thread, with accuracy on 2,048 held-out problems. What has been run is kept in
+benchmarks/results/staleness.json and not run again, as long as its settings are the same; `--minutes` ends in time.
 """
 
 import argparse
@@ -14,123 +16,158 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from threading import Lock
+from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from benchmarks.long_arithmetic import POLICY, make_policy
+from benchmarks.staleness_runs import (
+    EVALUATE_EVERY,
+    FIRST_STALENESSES,
+    GUARDED,
+    LOSSES,
+    NUM_BEST,
+    NUM_HELD_OUT,
+    NUM_STEPS,
+    SCREENED,
+    SEEDS,
+    STALENESSES,
+    Run,
+)
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "staleness"
-STALENESSES = (0, 1, 4, 8, 16, 32)
-SEEDS = (0, 1, 2)
-SCREENED = 8
-NUM_STEPS, NUM_HELD_OUT, EVALUATE_EVERY = 100, 2048, 20
-BASE = ["actor.mini_batches=1", f"learner.steps={NUM_STEPS}", "evaluation.num_prompts=2048", "evaluation.num_samples=1"]
-"""On top of the demo's recipe."""
-SEQUENCE, NO_CLIP = "actor.ratio_gradient=sequence", "actor.behaviour_clip=false"
-LOSSES: dict[str, list[str]] = {
-    "seed": [SEQUENCE, NO_CLIP],
-    "seed, 4 mini-batches": [SEQUENCE, NO_CLIP, "actor.mini_batches=4"],
-    "uncorrected": [SEQUENCE, NO_CLIP, "actor.behav_imp_weight_mode=disabled"],
-    "coupled": [SEQUENCE, NO_CLIP, "actor.use_decoupled_loss=false"],
-    "coupled, gradient per token": [NO_CLIP, "actor.use_decoupled_loss=false"],
-    "paper": ["actor.preset=paper"],
-    "gradient per token": [NO_CLIP],
-    "behaviour clip": [SEQUENCE],
-    "both": [],
-    "both, 2 mini-batches": ["actor.mini_batches=2"],
-    "both, 4 mini-batches": ["actor.mini_batches=4"],
-    "both, truncated weights": ["actor.behav_imp_weight_mode=token_truncate"],
-    "both, weights at most 2": ["actor.behav_imp_weight_mode=token_truncate", "actor.behav_imp_weight_cap=2"],
-    "both, sequence weights masked": ["actor.behav_imp_weight_mode=sequence_mask"],
-    "both, sequence weights truncated": ["actor.behav_imp_weight_mode=sequence_truncate"],
-    "both, no weights": ["actor.behav_imp_weight_mode=disabled"],
-    "both, clipped below only": ["actor.eps_clip_higher=1000"],
-    "both, clip at a tenth": ["actor.eps_clip=0.1", "actor.eps_clip_higher=0.1"],
-    "token level": [NO_CLIP, "actor.importance_sampling_level=token"],
-    "token level, behaviour clip": ["actor.importance_sampling_level=token"],
-}
-"""Settings over `BASE`. `both`: a gradient per token and the behaviour clip, Headrace's default."""
+RESULTS = ROOT / "benchmarks" / "results" / "staleness.json"
+PARTS = ("screen", "study", "long", "guard")
 
 
-class Run(NamedTuple):
-    loss: str
-    staleness: int
-    seed: int
+class Results:
+    """By the name of the run: what it was run with, accuracy by step, and columns of its steps."""
 
-    @property
-    def path(self) -> Path:
-        name = self.loss.replace(", ", "--").replace(" ", "-")
-        return RESULTS / f"{name}-staleness-{self.staleness}-seed-{self.seed}.jsonl"
+    def __init__(self, path: Path = RESULTS) -> None:
+        self.path = path
+        self._lock = Lock()
+        self._rows: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
 
-    @property
-    def accuracies(self) -> dict[int, float]:
-        """Held-out accuracy by step; empty if it has not been run."""
-        rows = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
-        return {row["step"]: row["held_out"] for row in rows if row["kind"] == "evaluation"}
+    def of(self, run: Run) -> dict[str, Any] | None:
+        """None where it has not been run with the settings that it has now."""
+        row = self._rows.get(run.name)
+        return row if row and row["settings"] == run.settings else None
+
+    def add(self, run: Run, row: dict[str, Any]) -> None:
+        with self._lock:
+            self._rows[run.name] = row
+            lines = [f"{json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(self._rows.items())]
+            aside = self.path.with_suffix(".aside")
+            aside.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+            aside.replace(self.path)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.staleness")
-    parser.add_argument("what", choices=("screen", "study", "report", "one"))
-    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=None)
+    parser.add_argument(
+        "what", nargs="?", default="all", choices=("all", "screen", "study", "long", "guard", "report", "one")
+    )
+    parser.add_argument("--losses", nargs="+", choices=[*LOSSES, *GUARDED], default=None)
     parser.add_argument("--staleness", type=int, nargs="+", default=None)
-    parser.add_argument("--seeds", type=int, nargs="+", default=None)
+    parser.add_argument("--long", action="store_true", help="of `one`: on the second task")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so long")
     arguments = parser.parse_args()
     if arguments.what == "one":
-        run_here(Run(arguments.losses[0], arguments.staleness[0], arguments.seeds[0]))
+        run = Run(arguments.losses[0], arguments.staleness[0], arguments.seeds[0], arguments.long)
+        print(json.dumps(run_here(run)))
         return 0
-    is_screening = arguments.what == "screen"
-    losses = arguments.losses or list(LOSSES)
-    stalenesses = arguments.staleness or ([SCREENED] if is_screening else STALENESSES)
-    seeds = arguments.seeds or ([0] if is_screening else SEEDS)
-    runs = [Run(loss, staleness, seed) for seed in seeds for staleness in stalenesses for loss in losses]
-    if arguments.what != "report":
-        with ThreadPoolExecutor(arguments.processes) as processes:
-            list(processes.map(run_in_a_process, [run for run in runs if not run.path.exists()]))
-    print_table(runs)
+    results, ends_at = Results(), time.monotonic() + 60 * arguments.minutes
+    for part in PARTS if arguments.what == "all" else [arguments.what]:
+        run_all(runs_of(part, results, arguments), results, arguments.processes, ends_at)
+    from benchmarks.staleness_report import write_report
+
+    write_report(results)
     return 0
 
 
-def run_in_a_process(run: Run) -> None:
+def runs_of(part: str, results: Results, arguments: argparse.Namespace) -> Iterator[Run]:
+    """In their order; what `study` and `long` are made of is decided by the screening."""
+    losses = arguments.losses or ["seed", *best(results)]
+    if part == "screen":
+        yield from (Run(loss, SCREENED, SEEDS[0]) for loss in arguments.losses or LOSSES)
+    elif part == "study":
+        yield from study(losses, arguments.staleness or STALENESSES, arguments.seeds)
+    elif part == "long":
+        if not (ROOT / POLICY).exists():
+            make_policy(ROOT / POLICY)
+        for run in study(losses, arguments.staleness or FIRST_STALENESSES, arguments.seeds):
+            yield run._replace(is_long=True)
+    elif part == "guard":
+        yield from (Run(loss, SCREENED, seed) for seed in arguments.seeds for loss in GUARDED)
+
+
+def study(losses: list[str], stalenesses: Iterable[int], seeds: Iterable[int]) -> Iterator[Run]:
+    """What says most first: the seed's loss and the best at the stalenesses that the default is decided by."""
+    first = [staleness for staleness in stalenesses if staleness in FIRST_STALENESSES]
+    rest = [staleness for staleness in stalenesses if staleness not in FIRST_STALENESSES]
+    for some, levels in ((losses[:2], first), (losses[2:], first), (losses, rest)):
+        for seed in seeds:
+            yield from (Run(loss, staleness, seed) for staleness in levels for loss in some)
+
+
+def best(results: Results) -> list[str]:
+    """Of the screening, beside the seed's: by the mean of the accuracies on the way, so that a dip counts."""
+
+    def merit(loss: str) -> float:
+        row = results.of(Run(loss, SCREENED, SEEDS[0]))
+        return sum(row["accuracy"].values()) if row else 0.0
+
+    return sorted((loss for loss in LOSSES if loss != "seed"), key=merit, reverse=True)[:NUM_BEST]
+
+
+def run_all(runs: Iterable[Run], results: Results, num_processes: int, ends_at: float) -> None:
+    def run_one(run: Run) -> None:
+        if results.of(run) is None and time.monotonic() < ends_at:
+            row = run_in_a_process(run)
+            results.add(run, row)
+            print(f"{run.name}: {row['accuracy']}, {row['cpu_s']:.0f} CPU s", flush=True)
+
+    with ThreadPoolExecutor(num_processes) as processes:
+        list(processes.map(run_one, runs))
+
+
+def run_in_a_process(run: Run) -> dict[str, Any]:
     which = ["--losses", run.loss, "--staleness", str(run.staleness), "--seeds", str(run.seed)]
+    which += ["--long"] if run.is_long else []
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", __spec__.name, "one", *which], cwd=ROOT, check=True, env=os.environ | threads)
+    command = [sys.executable, "-m", "benchmarks.staleness", "one", *which]
+    done = subprocess.run(command, cwd=ROOT, check=True, env=os.environ | threads, stdout=subprocess.PIPE)
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
 
 
-def run_here(run: Run) -> None:
+def run_here(run: Run, on_row: Callable[[dict[str, Any]], None] = lambda row: None) -> dict[str, Any]:
+    from benchmarks.forced_staleness import WATCHED
     from benchmarks.forced_staleness import run as forced
     from common.config import load_recipe
 
-    overrides = [*BASE, *LOSSES[run.loss], f"seed={run.seed}"]
-    config = load_recipe(ROOT / "configs" / "tiny-cpu.yaml", overrides).config
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    aside = run.path.with_suffix(".aside")
-    with aside.open("w", buffering=1) as file:
-        for row in forced(config, run.staleness, NUM_HELD_OUT, EVALUATE_EVERY):
-            file.write(json.dumps(row) + "\n")
-    aside.replace(run.path)
-    print(f"{run.loss}, staleness {run.staleness}, seed {run.seed}: {run.accuracies}", flush=True)
-
-
-def print_table(runs: Iterable[Run]) -> None:
-    table = Table(title="held-out accuracy, lowest to highest of the seeds, by step")
-    for name in ("loss", "staleness", "seeds", *(str(step) for step in range(0, NUM_STEPS + 1, EVALUATE_EVERY))):
-        table.add_column(name, justify="right")
-    cells: dict[tuple[str, int], list[dict[int, float]]] = {}
-    for run in runs:
-        if found := run.accuracies:
-            cells.setdefault((run.loss, run.staleness), []).append(found)
-    for (loss, staleness), found_of in cells.items():
-        steps = sorted(found_of[0])
-        spread = [(min(f[step] for f in found_of), max(f[step] for f in found_of)) for step in steps]
-        told = [f"{low:.3f}" if low == high else f"{low:.3f}–{high:.3f}" for low, high in spread]
-        table.add_row(loss, str(staleness), str(len(found_of)), *told)
-    Console(width=200).print(table)
+    config = load_recipe(ROOT / "configs" / "tiny-cpu.yaml", run.settings).config
+    started, accuracy = time.process_time(), {}
+    columns: dict[str, list[float | None]] = {name: [] for name in ("reward_mean", *WATCHED, "guard_notch")}
+    for row in forced(config, NUM_HELD_OUT, EVALUATE_EVERY):
+        on_row(row)
+        if row["kind"] == "evaluation":
+            accuracy[row["step"]] = round(row["held_out"], 4)
+        else:
+            for name, column in columns.items():
+                column.append(float(f"{row[name]:.3g}") if name in row else None)
+    return {
+        "settings": run.settings,
+        "steps": NUM_STEPS,
+        "cpu_s": round(time.process_time() - started, 1),
+        "accuracy": accuracy,
+        "columns": columns,
+    }
 
 
 if __name__ == "__main__":

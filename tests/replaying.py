@@ -28,6 +28,7 @@ SETTINGS = [
     "learner.checkpoint_interval_steps=2",
     "actor.group_size=4",
     "actor.mini_batches=2",
+    "actor.guard=warn",
 ]
 NUM_GROUPS = 60
 

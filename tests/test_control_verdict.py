@@ -58,6 +58,7 @@ def judged(**changes: Any) -> Verdict:
         ({"num_dead_lately": 20}, "failed", "20 tickets died in the last 10 minutes"),
         ({"checkpoint_failing_s": 1.0}, "failed", "the checkpoint cannot be written"),
         ({"unapplied_s": 61.0}, "waiting", "changed settings wait for the learner's next step"),
+        ({"held_back": "lr 1e-05 instead of 2e-05"}, "warning", "the guard holds the run back: lr 1e-05 instead of 2e"),
         ({"recent": {"kl_behaviour_proximal": [0.06] * 3 + [0.0] * 2}}, "warning", "the policy is far from the one"),
         ({"recent": {"kl_behaviour_proximal": [9.0] * 2 + [0.0] * 3}}, "healthy", "healthy"),
         ({"recent": {"kl_behaviour_proximal": [0.3]}}, "failed", "the policy is far from the one that sampled"),

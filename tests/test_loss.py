@@ -40,6 +40,7 @@ def packed(settings: ActorConfig) -> tuple[PolicyLoss, Tensor]:
     return result, policy.grad
 
 
+COUPLED: dict[str, object] = {"use_decoupled_loss": False}
 GOLDEN = [
     ({}, -0.2133632542),
     ({"behav_imp_weight_mode": "token_truncate"}, -1.3947236671),
@@ -61,6 +62,12 @@ GOLDEN = [
     ({"loss_aggregation": "sequence_mean", "behav_imp_weight_mode": "sequence_mask"}, -0.7410045420),
     ({"ratio_gradient": "token"}, -0.2133632542),
     ({"behaviour_clip": True}, 0.2412010003),
+    ({"behav_imp_weight_mode": "token_band"}, -0.2133632542),
+    ({"trust_region": "soft"}, -0.2514970633),
+    (
+        {"trust_region": "second_moment", "use_decoupled_loss": False, "importance_sampling_level": "token"},
+        -0.1809674836,
+    ),
 ]
 
 
@@ -81,6 +88,57 @@ def test_golden_losses(changes: dict[str, object], expected: float) -> None:
 def test_golden_gradients(changes: dict[str, object], expected: list[float]) -> None:
     _, gradient = packed(actor(**changes))
     assert gradient.tolist() == pytest.approx(expected, abs=1e-9)
+
+
+def test_icepop_masks_weights_on_both_sides_of_its_band() -> None:
+    gaps = [math.log(0.49), math.log(0.51), math.log(4.99), math.log(5.01)]
+    behaviour = torch.full((1, 4), -6.0, dtype=torch.float64)
+    proximal = behaviour + torch.tensor([gaps], dtype=torch.float64)
+    settings = actor(behav_imp_weight_mode="token_band")
+    result = policy_loss(proximal, proximal, behaviour, -torch.ones(1, 4), torch.ones(1, 4), settings)
+    assert result.loss.item() == pytest.approx((0.51 + 4.99) / 4)
+    assert result.metrics["behaviour_mask_fraction"] == 0.5
+
+
+@pytest.mark.parametrize(("advantage", "tau"), [(1.0, 1.0), (-1.0, 1.05)])
+def test_the_soft_gate_has_the_papers_slope(advantage: float, tau: float) -> None:
+    """dL/dlog π = −A·ρ·4σ(1 − σ), σ = σ(τ(ρ − 1)) (arXiv 2511.20347, eq. 7 and 8)."""
+    settings = actor(trust_region="soft", importance_sampling_level="token", behav_imp_weight_mode="disabled")
+    policy = torch.tensor([[0.0, math.log(3.0), math.log(0.1)]], dtype=torch.float64, requires_grad=True)
+    other = torch.zeros(1, 3, dtype=torch.float64)
+    policy_loss(policy, other, other, torch.full((1, 3), advantage), torch.ones(1, 3), settings).loss.backward()
+    sigmas = [1 / (1 + math.exp(-tau * (ratio - 1))) for ratio in (1.0, 3.0, 0.1)]
+    slopes = [4 * ratio * s * (1 - s) for ratio, s in zip((1.0, 3.0, 0.1), sigmas, strict=True)]
+    assert policy.grad is not None
+    assert policy.grad[0].tolist() == pytest.approx([-advantage * slope / 3 for slope in slopes])
+
+
+def test_m2po_masks_the_furthest_of_the_tokens_that_moved_with_their_advantage() -> None:
+    """Squares 0.01, 0.09 and 0.25 of A > 0: without the largest the mean is 0.05, without both 0.01."""
+    log_ratios = torch.tensor([0.5, -2.0, 0.1, 0.3], dtype=torch.float64)
+    zeros = torch.zeros(4, dtype=torch.float64)
+    settings = actor(
+        trust_region="second_moment", use_decoupled_loss=False, importance_sampling_level="token", behaviour_clip=False
+    )
+    offsets = torch.tensor([0, 4])
+    result = policy_loss(log_ratios, zeros, zeros, zeros + 1, torch.ones(4), settings, sequence_offsets=offsets)
+    assert result.loss.item() == pytest.approx(-(math.exp(-2.0) + math.exp(0.1)) / 4)
+    assert result.metrics["clip_fraction"] == 0.5
+
+
+def test_the_lower_side_of_the_behaviour_clip_is_off_policy_sequence_masking() -> None:
+    """OPSM: A < 0 and mean(b − p) > δ, with δ = −log(1 − eps_clip); a large eps_clip_higher leaves it alone."""
+    behaviour = torch.tensor([[-1.0, -1.0], [-1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
+    proximal = torch.tensor([[-1.1, -1.3], [-1.3, -1.3], [-1.3, -1.3]], dtype=torch.float64)
+    advantages, delta = torch.tensor([-1.0, -1.0, 1.0], dtype=torch.float64), 0.25
+    is_kept = [not (a < 0 and gap > delta) for a, gap in zip(advantages, (0.2, 0.3, 0.3), strict=True)]
+    settings = actor(
+        behaviour_clip=True, eps_clip=1 - math.exp(-delta), eps_clip_higher=1000, behav_imp_weight_mode="disabled"
+    )
+    policy = proximal.clone().requires_grad_()
+    policy_loss(policy, proximal, behaviour, advantages, torch.ones(3, 2), settings).loss.backward()
+    assert policy.grad is not None
+    assert (policy.grad.abs().sum(1) > 0).tolist() == is_kept == [True, False, True]
 
 
 def test_dual_clip_bounds_the_loss_of_a_bad_completion() -> None:
@@ -109,6 +167,33 @@ def test_coupled_loss_ignores_the_proximal_policy_and_the_settings_of_its_weight
 # --- an independent reference: one sequence and one token at a time, plain Python floats ---
 
 
+def reference_second_moment(log_ratios: list[float], advantage: float) -> list[bool]:
+    """M2PO's algorithm 1 as the paper writes it, on one sequence: the largest goes as long as the mean is too large."""
+    kept = [True] * len(log_ratios)
+    outward = [t for t, log_ratio in enumerate(log_ratios) if advantage * log_ratio > 0]
+    while outward and sum(log_ratios[t] ** 2 for t in outward) / len(outward) > 0.04:
+        largest = max(outward, key=lambda t: (log_ratios[t] ** 2, t))
+        outward.remove(largest)
+        kept[largest] = False
+    return kept
+
+
+def reference_objective(ratios: list[float], advantages: list[float], s: ActorConfig) -> list[float]:
+    if s.trust_region == "soft":
+        taus = [1.0 if advantage > 0 else 1.05 for advantage in advantages]
+        gates = [4 / tau / (1 + math.exp(-tau * (ratio - 1))) for tau, ratio in zip(taus, ratios, strict=True)]
+        return [-advantage * gate for advantage, gate in zip(advantages, gates, strict=True)]
+    if s.trust_region == "second_moment":
+        kept = reference_second_moment([math.log(ratio) for ratio in ratios], advantages[0])
+        return [-a * ratio if keep else 0.0 for a, ratio, keep in zip(advantages, ratios, kept, strict=True)]
+    lowest, highest = s.clip_range
+    losses = []
+    for advantage, ratio in zip(advantages, ratios, strict=True):
+        loss = max(-advantage * ratio, -advantage * min(max(ratio, lowest), highest))
+        losses.append(loss if s.c_clip is None else min(loss, s.c_clip * abs(advantage)))
+    return losses
+
+
 def reference_loss(sequences: list[dict[str, list[float]]], s: ActorConfig) -> float:
     lowest, highest = s.clip_range
     sums, means = 0.0, []
@@ -123,18 +208,17 @@ def reference_loss(sequences: list[dict[str, list[float]]], s: ActorConfig) -> f
             (drift > highest and mean_advantage > 0) or (drift < lowest and mean_advantage < 0)
         )
         total = 0.0
-        for t in range(count):
-            level = s.importance_sampling_level
-            ratio = math.exp(sum(steps) / count) if level == "sequence" else math.exp(steps[t])
-            advantage = mean_advantage if level == "sequence" else q["advantages"][t]
-            loss = max(-advantage * ratio, -advantage * min(max(ratio, lowest), highest))
-            if s.c_clip is not None:
-                loss = min(loss, s.c_clip * abs(advantage))
+        is_sequence = s.importance_sampling_level == "sequence"
+        ratios = [math.exp(sum(steps) / count) if is_sequence else math.exp(step) for step in steps]
+        advantages = [mean_advantage if is_sequence else advantage for advantage in q["advantages"]]
+        for t, loss in enumerate(reference_objective(ratios, advantages, s)):
             if s.use_decoupled_loss and s.behav_imp_weight_mode != "disabled":
                 per_sequence = s.behav_imp_weight_mode.startswith("sequence")
                 weight = drift if per_sequence else math.exp(gaps[t])
                 if weight > s.behav_imp_weight_cap:
-                    weight = 0.0 if s.behav_imp_weight_mode.endswith("mask") else s.behav_imp_weight_cap
+                    weight = s.behav_imp_weight_cap if s.behav_imp_weight_mode.endswith("truncate") else 0.0
+                if s.behav_imp_weight_mode == "token_band" and weight < 0.5:
+                    weight = 0.0
                 loss *= weight
             total += 0.0 if dropped else loss
         sums += total
@@ -152,8 +236,9 @@ variants = st.builds(
     use_decoupled_loss=st.booleans(),
     behaviour_clip=st.booleans(),
     behav_imp_weight_mode=st.sampled_from(
-        ["token_mask", "token_truncate", "sequence_mask", "sequence_truncate", "disabled"]
+        ["token_mask", "token_truncate", "token_band", "sequence_mask", "sequence_truncate", "disabled"]
     ),
+    trust_region=st.sampled_from(["clip", "soft", "second_moment"]),
     behav_imp_weight_cap=st.sampled_from([1.0, 2.0, 5.0]),
     loss_aggregation=st.sampled_from(["token_mean", "sequence_mean"]),
     eps_clip=st.sampled_from([0.1, 0.4]),
@@ -255,6 +340,8 @@ def test_on_policy_the_ratio_is_one_and_the_loss_is_minus_the_mean_advantage(var
         logprobs, logprobs, logprobs, advantages, torch.ones(4), variant, sequence_offsets=torch.tensor([0, 2, 4])
     )
     assert result.metrics["importance_ratio_mean"] == 1.0
+    if variant.trust_region == "soft":  # f(1) = 2/τ; its slope is what is 1
+        advantages = advantages * torch.tensor([2.0, 2.0, 2 / 1.05, 2 / 1.05], dtype=torch.float64)
     assert result.loss.item() == pytest.approx(-advantages.mean().item(), abs=1e-12)
 
 

@@ -28,6 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "advantage_mean": "group",
         "advantage_std": "group",
         "batch_advantage_norm": True,
+        "guard": "warn",
     },
     "paper": {
         "importance_sampling_level": "sequence",
@@ -84,13 +85,25 @@ class ActorConfig(Section):
     eps_clip_higher: float | None = Field(
         None, gt=0, description="Ratios above 1 + eps_clip_higher are clipped; defaults to eps_clip."
     )
-    c_clip: float | None = Field(None, gt=1, description="Dual clip: bounds the loss where the advantage is negative.")
+    trust_region: Literal["clip", "soft", "second_moment"] = Field(
+        "clip",
+        description="What bounds the ratio. clip: to the range above, where that makes the objective worse (PPO). "
+        "soft: a sigmoid gate instead (SAPO). second_moment: in each sequence the tokens that have moved furthest with "
+        "their advantage are masked, until the mean squared log-ratio of the others is at most 0.04 (M2PO).",
+    )
+    c_clip: float | None = Field(
+        None, gt=1, description="Dual clip: bounds the loss where the advantage is negative. Only of trust_region clip."
+    )
 
     use_decoupled_loss: bool = Field(
         True, description="Ratio against the proximal policy, weighted by proximal/behaviour; else against behaviour."
     )
-    behav_imp_weight_mode: Literal["token_mask", "token_truncate", "sequence_mask", "sequence_truncate", "disabled"] = (
-        Field("token_mask", description="How the behaviour weight is formed and what happens above the cap.")
+    behav_imp_weight_mode: Literal[
+        "token_mask", "token_truncate", "token_band", "sequence_mask", "sequence_truncate", "disabled"
+    ] = Field(
+        "token_mask",
+        description="How the behaviour weight is formed and what happens above the cap. token_band: masked above it "
+        "and below 0.5 (IcePop).",
     )
     behav_imp_weight_cap: float = Field(5.0, gt=0, description="The behaviour weight's cap.")
     behaviour_clip: bool = Field(
@@ -107,6 +120,11 @@ class ActorConfig(Section):
         ge=1,
         description="Optimizer updates per step. With 1, and the decoupled loss, the policy equals the proximal "
         "policy at the only update: the ratio is 1 and the clip never acts.",
+    )
+    guard: Literal["act", "warn"] = Field(
+        "act",
+        description="When policy and behaviour drift far apart (KL, effective sample size, log-probability gap): warn, "
+        "or act as well: lower max_staleness, then lr, until it is over.",
     )
     kl_coef: float = Field(0.0, ge=0, description="Weight of the KL to the reference policy (the start); 0: none.")
     kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="Estimator of that KL.")

@@ -113,6 +113,7 @@ class FactFinder:
             checkpoint_failing_s=self._lasting.for_s("checkpoint", CHECKPOINT in reason, now),
             redis_away_s=self._lasting.for_s("redis", is_redis_away, now),
             num_dead_lately=self._num_dead_lately(look.queues.dead, now),
+            held_back=look.learner.get("held_back", ""),
             unapplied_s=self._lasting.for_s("settings", is_unapplied, now),
             recent={name: history.latest(name, SMOOTHED_STEPS) for name in WATCHED},
             is_exact=are_exact(config.model.dtype, config.generation.engine.swap_mode),

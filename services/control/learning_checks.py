@@ -4,13 +4,14 @@ Thresholds are of medians over the last steps, so that one odd batch raises no a
 """
 
 from common.health import SMOOTHED_STEPS, THRESHOLDS, Threshold, numeric_gap
-from services.control.finding import Facts, Finding, finding
+from common.wire import one_line
+from services.control.finding import FINAL_PHASES, Facts, Finding, finding
 from services.control.models import Level
 
 
 def learning_findings(facts: Facts) -> list[Finding]:
     thresholds = [*THRESHOLDS, numeric_gap(facts.is_exact)]
-    return [*(_metric(facts, threshold) for threshold in thresholds), _skipped_updates(facts)]
+    return [*(_metric(facts, threshold) for threshold in thresholds), _skipped_updates(facts), _guard(facts)]
 
 
 def _metric(facts: Facts, threshold: Threshold) -> Finding:
@@ -34,3 +35,10 @@ def _skipped_updates(facts: Facts) -> Finding:
         text = f"{skipped} of the last {len(values)} steps had updates skipped: their gradient was not finite"
         return finding("skipped_updates", level, text, "lower optimizer.lr", skipped, warn=1, alarm=SMOOTHED_STEPS)
     return finding("skipped_updates", "healthy", "gradients are finite", "", 0, warn=1, alarm=SMOOTHED_STEPS)
+
+
+def _guard(facts: Facts) -> Finding:
+    if facts.held_back and facts.phase not in FINAL_PHASES:
+        text = f"the guard holds the run back: {one_line(facts.held_back)}"
+        return finding("guard", "warning", text, "it loosens by itself; if it tightens again, keep what it has set")
+    return finding("guard", "healthy", "the guard has nothing to do")

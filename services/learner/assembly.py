@@ -25,6 +25,7 @@ from services.learner.audit import losses_so_far
 from services.learner.best import FRAME, Best
 from services.learner.checkpoint import newest
 from services.learner.checkpoint_record import Loss, Record, checkpoint_folders
+from services.learner.guard import GuardState, tightened
 from services.learner.intake import Intake
 from services.learner.leading import lead, set_up_torch
 from services.learner.loop import Loop
@@ -76,6 +77,8 @@ def assemble(
     configured, orders = config, store.orders()
     recorded_settings = record.settings if record else Settings()
     config, settings, standing = take_up_settings(configured, orders.settings, recorded_settings)
+    guard = record.guard if record else GuardState()
+    ordered, config = config, tightened(config, guard)
     trainer.config = config
     if standing != orders.settings:
         store.order([("HSET", SETTINGS, msgspec.json.encode(standing))])
@@ -124,7 +127,7 @@ def assemble(
     best = Best(folder, store.epoch, store.check_fence)
     parts = (store, trainer, intake, versions, switches, progress, waits)
     telling = Telling(*parts, adviser, metrics, trackers, TokenTexts(tokenizer), settings)
-    return Loop(configured, config, folder / "checkpoints", *parts, telling, best), tokenizer
+    return Loop(configured, ordered, config, folder / "checkpoints", *parts, telling, best, guard), tokenizer
 
 
 def _save_frame(policy: Policy, frame: Path, tokenizer: Any) -> None:

@@ -12,6 +12,7 @@ import msgspec
 
 from common.control import Settings
 from common.durable import FileEntry
+from services.learner.guard import GuardState
 from services.learner.store import Cursor, Settlement
 
 RECORD_FILE = "record.json"
@@ -58,6 +59,7 @@ class Record(msgspec.Struct, frozen=True):
     losses: list[Loss] = []
     settings: Settings = Settings()
     """What differed from the configuration, as ordered."""
+    guard: GuardState = GuardState()
     files: dict[str, FileEntry] = {}
     schema: int = 2
 

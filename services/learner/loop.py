@@ -18,6 +18,7 @@ from common.waiting import Reason, Waits
 from services.learner.best import Best
 from services.learner.checkpoint import CheckpointError, save_checkpoint
 from services.learner.checkpoint_record import MAX_VERSION_STEPS, Record
+from services.learner.guard import GuardState, decide, held_back, tightened
 from services.learner.intake import Arrived, Intake
 from services.learner.orders import Switches
 from services.learner.progress import Progress
@@ -46,8 +47,10 @@ class Loop:
 
     configured: RunConfig
     """As the run was started."""
+    ordered: RunConfig
+    """With the settings that were changed since."""
     config: RunConfig
-    """As it counts now, with the settings that were changed since."""
+    """As it counts now: with what the guard has tightened."""
     checkpoints: Path
     store: LearnerStore
     trainer: Trainer
@@ -58,6 +61,7 @@ class Loop:
     waits: Waits
     telling: Telling
     best: Best
+    guard: GuardState
     _is_checkpoint_due: bool = False
     _is_evaluation_due: bool = False
     _evaluated: int = 0
@@ -67,6 +71,7 @@ class Loop:
     def __post_init__(self) -> None:
         """What was asked for once before this start counts as obeyed."""
         self._obeyed = self.intake.sight.orders
+        self.telling.held_back = held_back(self.ordered, self.config)
 
     def run(self) -> bool:
         """Until the last step, or until told to stop; True if the run is complete."""
@@ -152,6 +157,7 @@ class Loop:
         timings = {"wait_s": waited - started, "publish_s": published - trained, "step_s": published - started}
         timings["show_s"] = time.monotonic() - published
         self.telling.step(row | timings, batch)
+        self._look_after(row)
         is_due = self.progress.step % self.config.learner.checkpoint_interval_steps == 0
         if is_due or self._is_checkpoint_due or self.intake.books.held_bytes > MAX_HELD_BYTES:
             self._checkpoint()
@@ -199,6 +205,7 @@ class Loop:
             wall_s=self.progress.wall_s,
             losses=self.progress.losses,
             settings=self.telling.settings,
+            guard=self.guard,
         )
         started = time.monotonic()
         try:
@@ -236,17 +243,29 @@ class Loop:
         """From the next step on, and for tickets issued from now on; what is impossible changes nothing."""
         change = {"version": settings.version, "step": self.progress.step, "values": settings.values}
         try:
-            config = with_settings(self.configured, settings.values)
+            self.ordered = with_settings(self.configured, settings.values)
         except ValueError as error:
             _log.error("settings of version %d are refused: %s", settings.version, error)
             self.store.announce("settings_refused", change | {"reason": str(error)})
             return
-        self.config = self.trainer.config = config
-        self.intake.configure(config)
+        self._configure()
         self.telling.settings = settings
         _log.info("settings of version %d count after step %d: %s", *change.values())
         self.store.announce("settings", change)
         self.telling.phase(self.progress.phase)
+
+    def _configure(self) -> None:
+        self.config = self.trainer.config = tightened(self.ordered, self.guard)
+        self.intake.configure(self.config)
+        self.telling.held_back = held_back(self.ordered, self.config)
+
+    def _look_after(self, row: dict[str, float]) -> None:
+        """The guard may tighten the steps after this one, or loosen them again."""
+        self.guard, kind, reason = decide(self.guard, row, self.ordered)
+        if kind in ("tighten", "loosen"):
+            self._configure()
+        if kind is not None:
+            self.telling.guard(kind, reason, self.guard.notch)
 
     def _evaluate_if_due(self) -> None:
         """Collects the evaluation that is done; begins the next. No version is evaluated twice: its tickets exist."""

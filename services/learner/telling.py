@@ -54,6 +54,8 @@ class Telling:
     token_texts: TokenTexts
     settings: Settings
     """Those that count."""
+    held_back: str = ""
+    """What the guard has tightened."""
     _is_shown_paused: bool = False
     _shown_at: float = field(default_factory=time.monotonic)
 
@@ -65,9 +67,17 @@ class Telling:
         if self._is_shown_paused and phase in ("waiting", "evaluating", "waiting for a replica"):
             phase = "paused"
         position = {"step": self.progress.step, "version": self.versions.current, "url": self.versions.url}
-        position["settings_version"] = self.settings.version
+        position |= {"settings_version": self.settings.version, "held_back": self.held_back}
         advised = {"advised_replicas": advice.replicas, "advice": advice.reason}
         self.store.report({"phase": phase, "reason": self.waits.describe(), **position, **advised})
+
+    def guard(self, kind: str, reason: str, notch: int) -> None:
+        """What it has done, and why."""
+        done = {"warn": "warns", "tighten": "tightens", "loosen": "loosens"}[kind]
+        text = f"the guard {done}: {reason}; {self.held_back or 'everything is as ordered'}"
+        _log.log(logging.INFO if kind == "loosen" else logging.WARNING, text)
+        event = {"action": kind, "reason": reason, "notch": notch, "step": self.progress.step, "text": text}
+        self.store.announce("guard", event)
 
     def whether_paused(self) -> None:
         if self.switches.paused.is_set() != self._is_shown_paused:

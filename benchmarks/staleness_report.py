@@ -1,0 +1,147 @@
+"""What `benchmarks.staleness` has found, as tables between the marks of docs/staleness.md and as docs/staleness.svg.
+
+A cell that has not been run is shown as missing; nothing is filled in.
+"""
+
+import statistics
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from benchmarks.staleness import Results
+from benchmarks.staleness_runs import FIRST_STALENESSES, GUARDED, LOSSES, SCREENED, SEEDS, STALENESSES, Run
+from common.config import load_recipe
+from services.learner.guard import GuardState, decide
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+BEGIN, END = "<!-- measured: python -m benchmarks.staleness report -->", "<!-- end of what is measured -->"
+MISSING = "–"
+
+
+def write_report(results: Results) -> None:
+    page = DOCS / "staleness.md"
+    head, _, rest = page.read_text().partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    tables = "\n\n".join([_screening(results), _study(results), _study(results, is_long=True), _guard(results)])
+    page.write_text(f"{head}{BEGIN}\n\n{tables}\n\n{END}{tail}")
+    _plot(results, DOCS / "staleness.svg")
+
+
+def _screening(results: Results) -> str:
+    rows = {loss: results.of(Run(loss, SCREENED, SEEDS[0])) for loss in LOSSES}
+    found = {loss: row for loss, row in rows.items() if row}
+    ranked = sorted(found, key=lambda loss: sum(found[loss]["accuracy"].values()), reverse=True)
+    lines = [
+        f"**Screening**: staleness {SCREENED}, one seed, held-out accuracy by step; lowest mean reward of a step after "
+        "the tenth; highest KL(behaviour ‖ proximal) and lowest effective sample size of a step; the step after which "
+        "the guard would have tightened (it only warned).",
+        "",
+        "| loss | 20 | 40 | 60 | lowest reward | highest KL | lowest ESS | guard |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for loss in ranked:
+        accuracy, columns = found[loss]["accuracy"], found[loss]["columns"]
+        rewards, kl, ess = (_known(columns[name]) for name in ("reward_mean", "kl_behaviour_proximal", "ess"))
+        cells = [f"{accuracy[step]:.3f}" for step in sorted(accuracy, key=int)]
+        cells += [f"{min(rewards[10:]):.2f}", f"{max(kl):.2g}", f"{min(ess):.2f}"]
+        cells.append(_first_tightening(Run(loss, SCREENED, SEEDS[0]), columns))
+        lines.append(f"| {loss} | {' | '.join(cells)} |")
+    missing = [loss for loss in LOSSES if loss not in found]
+    return "\n".join([*lines, *([f"\nNot run: {', '.join(missing)}."] if missing else [])])
+
+
+def _study(results: Results, is_long: bool = False) -> str:
+    levels = FIRST_STALENESSES if is_long else STALENESSES
+    lines = [
+        f"**Study{', longer answers' if is_long else ''}**: held-out accuracy after the last step, mean of the seeds "
+        "(lowest–highest; number of seeds).",
+        "",
+        f"| loss | {' | '.join(f'staleness {staleness}' for staleness in levels)} |",
+        f"|---|{'---|' * len(levels)}",
+    ]
+    for loss in _studied(results, is_long):
+        cells = [_cell(_finals(results, loss, staleness, is_long)) for staleness in levels]
+        lines.append(f"| {loss} | {' | '.join(cells)} |")
+    return "\n".join(lines if len(lines) > 4 else [*lines[:1], "", "Not run yet."])
+
+
+def _guard(results: Results) -> str:
+    lines = [
+        f"**Guard**: staleness {SCREENED}, five times the demo's lr; accuracy by step, a value per seed; how many "
+        "notches of its ladder the guard went down.",
+        "",
+        "| loss | 20 | 40 | 60 | notch |",
+        "|---|---|---|---|---|",
+    ]
+    for loss in GUARDED:
+        found = [row for seed in SEEDS if (row := results.of(Run(loss, SCREENED, seed)))]
+        cells = [" / ".join(f"{row['accuracy'][step]:.3f}" for row in found) for step in ("20", "40", "60")]
+        notches = " / ".join(f"{max(_known(row['columns']['guard_notch'])):.0f}" for row in found)
+        lines.append(f"| {loss} | {' | '.join(cell or MISSING for cell in cells)} | {notches or MISSING} |")
+    return "\n".join(lines)
+
+
+def _first_tightening(run: Run, columns: dict[str, list[float | None]]) -> str:
+    """Had it been let."""
+    config = load_recipe(ROOT / "configs" / "tiny-cpu.yaml", [*run.settings, "actor.guard=act"]).config
+    state = GuardState()
+    for step, values in enumerate(zip(columns["kl_behaviour_proximal"], columns["ess"], strict=True), start=1):
+        state, kind, _ = decide(state, dict(zip(("kl_behaviour_proximal", "ess"), values, strict=True)), config)
+        if kind == "tighten":
+            return str(step)
+    return MISSING
+
+
+def _studied(results: Results, is_long: bool = False) -> list[str]:
+    """Losses that were run at another staleness than the screening's, or on the second task."""
+    levels = [staleness for staleness in STALENESSES if is_long or staleness != SCREENED]
+    return [loss for loss in LOSSES if any(_finals(results, loss, staleness, is_long) for staleness in levels)]
+
+
+def _finals(results: Results, loss: str, staleness: int, is_long: bool = False) -> list[float]:
+    """Of each seed that was run, the accuracy after the last step."""
+    rows = [results.of(Run(loss, staleness, seed, is_long)) for seed in SEEDS]
+    return [row["accuracy"][str(row["steps"])] for row in rows if row]
+
+
+def _cell(finals: list[float]) -> str:
+    if not finals:
+        return MISSING
+    if len(finals) == 1:
+        return f"{finals[0]:.3f} (1)"
+    return f"{statistics.mean(finals):.3f} ({min(finals):.3f}–{max(finals):.3f}; {len(finals)})"
+
+
+def _known(values: list[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def _plot(results: Results, path: Path) -> None:
+    matplotlib.rcParams["svg.hashsalt"] = "headrace"
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for loss in _studied(results):
+        levels = [staleness for staleness in STALENESSES if _finals(results, loss, staleness)]
+        finals = [_finals(results, loss, staleness) for staleness in levels]
+        means = [statistics.mean(values) for values in finals]
+        spread = [
+            [mean - min(values) for mean, values in zip(means, finals, strict=True)],
+            [max(values) - mean for mean, values in zip(means, finals, strict=True)],
+        ]
+        places = [STALENESSES.index(staleness) for staleness in levels]
+        left.errorbar(places, means, yerr=spread, marker="o", capsize=3, label=loss)
+    left.set(xlabel="staleness (steps)", ylabel="held-out accuracy, last step", ylim=(0, 1))
+    left.set_xticks(range(len(STALENESSES)), [str(staleness) for staleness in STALENESSES])
+    for loss in [*_studied(results), *GUARDED]:
+        if row := results.of(Run(loss, SCREENED, SEEDS[0])):
+            rewards = _known(row["columns"]["reward_mean"])
+            smooth = [statistics.mean(rewards[max(0, i - 4) : i + 1]) for i in range(len(rewards))]
+            right.plot(range(1, len(smooth) + 1), smooth, label=loss)
+    right.set(xlabel=f"step (staleness {SCREENED}, seed {SEEDS[0]})", ylabel="reward, mean of 5 steps", ylim=(0, 1))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
+    figure.savefig(path, metadata={"Date": None})

@@ -1,0 +1,80 @@
+"""What the study of staleness runs: losses as settings over the demo's recipe, and runs by their names."""
+
+from typing import NamedTuple
+
+from benchmarks.long_arithmetic import POLICY
+
+STALENESSES = (0, 1, 4, 8, 16, 32)
+FIRST_STALENESSES = (0, 8, 16)
+SEEDS = (0, 1, 2)
+SCREENED = 8
+NUM_BEST = 3
+NUM_STEPS, NUM_HELD_OUT, EVALUATE_EVERY = 60, 2048, 20
+BASE = [
+    "actor.mini_batches=4",
+    "actor.guard=warn",
+    f"learner.steps={NUM_STEPS}",
+    f"evaluation.num_prompts={NUM_HELD_OUT}",
+    "evaluation.num_samples=1",
+]
+"""On top of the demo's recipe."""
+SEQUENCE, NO_CLIP = "actor.ratio_gradient=sequence", "actor.behaviour_clip=false"
+COUPLED, TOKEN = "actor.use_decoupled_loss=false", "actor.importance_sampling_level=token"
+WEIGHTS, CAP = "actor.behav_imp_weight_mode", "actor.behav_imp_weight_cap"
+LOSSES: dict[str, list[str]] = {
+    "seed": [SEQUENCE, NO_CLIP, "actor.mini_batches=1"],
+    "both": [],
+    "seed, 4 mini-batches": [SEQUENCE, NO_CLIP],
+    "both, 1 mini-batch": ["actor.mini_batches=1"],
+    "coupled": [SEQUENCE, NO_CLIP, COUPLED],
+    "behaviour clip": [SEQUENCE],
+    "gradient per token": [NO_CLIP],
+    "OPSM": ["actor.eps_clip_higher=1000"],
+    "TIS": [TOKEN, NO_CLIP, f"{WEIGHTS}=token_truncate", f"{CAP}=2"],
+    "IcePop": [TOKEN, NO_CLIP, f"{WEIGHTS}=token_band"],
+    "M2PO": [TOKEN, NO_CLIP, COUPLED, "actor.trust_region=second_moment"],
+    "SAPO": [TOKEN, NO_CLIP, COUPLED, "actor.trust_region=soft"],
+    "paper": ["actor.preset=paper", "actor.eps_clip_higher=4e-4"],
+    "sequence weights truncated": [SEQUENCE, NO_CLIP, f"{WEIGHTS}=sequence_truncate", f"{CAP}=1.5"],
+    "sequence weights masked": [SEQUENCE, NO_CLIP, f"{WEIGHTS}=sequence_mask", f"{CAP}=1.5"],
+    "both, clip at a third": ["actor.eps_clip=0.067", "actor.eps_clip_higher=0.093"],
+    "preset seed": ["actor.preset=seed", "actor.mini_batches=1", "actor.group_size=8", "actor.eps_clip_higher=null"],
+    "both, 2 mini-batches": ["actor.mini_batches=2"],
+    "uncorrected": [SEQUENCE, NO_CLIP, f"{WEIGHTS}=disabled"],
+}
+"""Settings over `BASE`, 4 mini-batches where nothing else is said. `seed`: the seed's objective, with the demo's clip
+range and aggregation, `preset seed` with its own; `both`: a gradient per token and the behaviour clip, the default."""
+FAST = [*LOSSES["seed, 4 mini-batches"], "optimizer.lr=1e-3"]
+GUARDED: dict[str, list[str]] = {
+    "seed, 4 mini-batches, lr 1e-3": FAST,
+    "seed, 4 mini-batches, lr 1e-3, guarded": [*FAST, "actor.guard=act"],
+}
+"""At five times the demo's lr, without the guard and with it."""
+LONG = [
+    "task.name=benchmarks.long_arithmetic:LongArithmetic",
+    f"model.path={POLICY}",
+    "sampling.max_new_tokens=80",
+]
+
+
+class Run(NamedTuple):
+    loss: str
+    staleness: int
+    seed: int
+    is_long: bool = False
+
+    @property
+    def name(self) -> str:
+        task = "long answers, " if self.is_long else ""
+        return f"{task}{self.loss}, staleness {self.staleness}, seed {self.seed}"
+
+    @property
+    def settings(self) -> list[str]:
+        loss = (LOSSES | GUARDED)[self.loss]
+        return [
+            *BASE,
+            *(LONG if self.is_long else []),
+            *loss,
+            f"learner.max_staleness={self.staleness}",
+            f"seed={self.seed}",
+        ]

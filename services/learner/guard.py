@@ -1,0 +1,103 @@
+"""Acts before a run is lost: from what a step says of itself to a tighter run, and back. Pure.
+
+Beyond a warning it warns; beyond an alarm it goes down a ladder, notch by notch: first `learner.max_staleness` to a
+quarter, down to 1, then `optimizer.lr` to a half. A notch is taken back after a long calm. Nothing happens for one odd
+batch. Thresholds are those of the verdict (common/health.py); the state is a checkpoint's.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from common.config import RunConfig
+from common.health import SMOOTHED_STEPS, THRESHOLDS, Threshold, are_exact, numeric_gap
+
+PATIENCE_STEPS = SMOOTHED_STEPS // 2 + 1
+"""Of the last five beyond a threshold before anything happens: then their median is beyond it."""
+CALM_STEPS = 20
+"""In a row without anything to warn of before a notch is taken back."""
+STALENESS_DIVISOR, LOWEST_STALENESS = 4, 1
+NUM_LR_NOTCHES = 3
+WATCHED = ("kl_behaviour_proximal", "ess", "fresh_logprob_gap_max")
+
+
+class GuardState(msgspec.Struct, frozen=True):
+    notch: int = 0
+    """Down the ladder; 0: as ordered."""
+    is_warned: bool = False
+    warnings: tuple[bool, ...] = ()
+    """Of the last steps, whether each was beyond a warning; the newest last."""
+    alarms: tuple[bool, ...] = ()
+    """As `warnings`, since the guard last tightened."""
+    calm_steps: int = 0
+
+
+class Decision(NamedTuple):
+    state: GuardState
+    kind: Literal["warn", "tighten", "loosen"] | None = None
+    reason: str = ""
+
+
+def decide(state: GuardState, row: Mapping[str, Any], config: RunConfig) -> Decision:
+    """After a step with the metrics `row`; `config` is the run's as ordered, before the guard."""
+    is_exact = are_exact(config.model.dtype, config.generation.engine.swap_mode)
+    found = [
+        (threshold, float(row[threshold.name]))
+        for threshold in (*THRESHOLDS, numeric_gap(is_exact))
+        if threshold.name in WATCHED and row.get(threshold.name) is not None
+    ]
+    alarming = [_told(one, value, one.alarm) for one, value in found if _is_beyond(one, value, one.alarm)]
+    worrying = [_told(one, value, one.warn) for one, value in found if _is_beyond(one, value, one.warn)]
+    alarms = (*state.alarms, bool(alarming))[-SMOOTHED_STEPS:]
+    warnings = (*state.warnings, bool(worrying))[-SMOOTHED_STEPS:]
+    calm = 0 if worrying else state.calm_steps + 1
+    deepest = len(ladder(config)) - 1 if config.actor.guard == "act" else 0
+    notch = min(state.notch, deepest)
+
+    if alarming and sum(alarms) >= PATIENCE_STEPS and notch < deepest:
+        return Decision(GuardState(notch + 1, True, warnings, (), 0), "tighten", "; ".join(alarming))
+    if worrying and sum(warnings) >= PATIENCE_STEPS and not state.is_warned:
+        return Decision(GuardState(notch, True, warnings, alarms, 0), "warn", "; ".join(worrying))
+    if calm >= CALM_STEPS and state.is_warned:
+        return Decision(GuardState(max(0, notch - 1), notch > 1), "loosen", f"{calm} calm steps")
+    return Decision(GuardState(notch, state.is_warned, warnings, alarms, calm))
+
+
+def ladder(config: RunConfig) -> list[tuple[int, float]]:
+    """max_staleness and lr of each notch, the first as in `config`."""
+    staleness, lr = config.learner.max_staleness, config.optimizer.lr
+    notches = [(staleness, lr)]
+    while staleness > LOWEST_STALENESS:
+        staleness = max(LOWEST_STALENESS, staleness // STALENESS_DIVISOR)
+        notches.append((staleness, lr))
+    return notches + [(staleness, lr / 2**halvings) for halvings in range(1, NUM_LR_NOTCHES + 1)]
+
+
+def tightened(config: RunConfig, state: GuardState) -> RunConfig:
+    """`config`, as ordered, as it counts at the guard's notch."""
+    if state.notch == 0 or config.actor.guard != "act":
+        return config
+    notches = ladder(config)
+    staleness, lr = notches[min(state.notch, len(notches) - 1)]
+    learner = config.learner.model_copy(update={"max_staleness": staleness})
+    optimizer = config.optimizer.model_copy(update={"lr": lr})
+    return config.model_copy(update={"learner": learner, "optimizer": optimizer})
+
+
+def held_back(ordered: RunConfig, config: RunConfig) -> str:
+    """What the guard has made of what is ordered, for people; empty where nothing."""
+    pairs = {
+        "max_staleness": (config.learner.max_staleness, ordered.learner.max_staleness),
+        "lr": (config.optimizer.lr, ordered.optimizer.lr),
+    }
+    return ", ".join(f"{name} {now:g} instead of {then:g}" for name, (now, then) in pairs.items() if now != then)
+
+
+def _is_beyond(threshold: Threshold, value: float, limit: float) -> bool:
+    """NaN is beyond every limit."""
+    return not (value >= limit if threshold.is_floor else value <= limit)
+
+
+def _told(threshold: Threshold, value: float, limit: float) -> str:
+    return f"{threshold.name} {value:.3g}, {'below' if threshold.is_floor else 'above'} {limit:g}"
