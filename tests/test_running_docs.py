@@ -17,7 +17,9 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 def test_every_alert_is_explained() -> None:
     groups = yaml.safe_load((ROOT / "deploy" / "prometheus" / "alerts.yml").read_text())["groups"]
     alerts = [rule["alert"] for group in groups for rule in group["rules"] if "alert" in rule]
-    explained = re.findall(r"^\| `(Headrace\w+)` \| (.{20,}) \| (.{20,}) \|$", (ROOT / "docs/running.md").read_text(), re.M)
+    explained = re.findall(
+        r"^\| `(Headrace\w+)` \| (.{20,}) \| (.{20,}) \|$", (ROOT / "docs/running.md").read_text(), re.M
+    )
     assert [name for name, _, _ in explained] == alerts
 
 
