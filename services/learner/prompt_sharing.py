@@ -3,8 +3,8 @@
 The row is groups one after another, each its prompt and then its completions, without padding: `prompt, c, c, …,
 prompt, c, …`. Everything but attention works token by token and needs only the positions. Attention alone lays each
 completion out behind its prompt, in rows padded on the right; there a prompt's queries are computed once for each
-completion, and one result is kept. Values and gradients are those of the unshared computation. `Layout` is of a micro-batch, `Places`
-the same as index tensors on a device, made once for all layers.
+completion, and one result is kept. Values and gradients are those of the unshared computation. `Layout` is of a
+micro-batch, `Places` the same as index tensors on a device, made once for all layers.
 """
 
 from collections.abc import Sequence
