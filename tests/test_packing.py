@@ -1,5 +1,7 @@
 """Packing: every trained token once, within the budget, whole groups in a mini-batch."""
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,12 +40,16 @@ def test_every_trained_token_is_predicted_once_within_the_budget(samples: list[S
     micro_batches = pack(samples, budget)
     found = []
     for m in micro_batches:
-        assert m.input_ids.size <= budget or m.num_sequences == 1
-        flat = m.input_ids.reshape(-1)
-        width = m.input_ids.shape[1]
-        assert np.array_equal(flat[m.positions + 1], m.targets)
-        for row, (start, end) in enumerate(zip(m.sequence_offsets, m.sequence_offsets[1:], strict=False)):
-            assert ((m.positions[start:end] // width) == row).all()
+        assert m.num_sequences * max(s.num_tokens for s in m.rows) <= budget or m.num_sequences == 1
+        assert m.input_ids.size == m.layout.num_tokens
+        for row, (start, end) in enumerate(pairwise(m.sequence_offsets)):
+            seen, prompt_end = m.rows[row].rollout.tokens, len(m.rows[row].group.ticket.prompt_tokens)
+            first = m.layout.spans[row][1].start
+            assert m.input_ids[0, first : first + len(seen)].tolist() == seen
+            for place, target in zip(m.positions[start:end], m.targets[start:end], strict=True):
+                sequence = [*m.rows[row].group.ticket.prompt_tokens, *seen]
+                in_sequence = prompt_end + place - first if place >= first else prompt_end - 1
+                assert m.input_ids[0, place] == sequence[in_sequence] and sequence[in_sequence + 1] == target
             found.append((m.advantages[row], m.targets[start:end].tolist(), m.behaviour_logprobs[start:end].tolist()))
     expected = [
         (
@@ -54,15 +60,23 @@ def test_every_trained_token_is_predicted_once_within_the_budget(samples: list[S
         for s in samples
     ]
     assert sorted(found) == sorted(expected)
-    assert sum(m.num_tokens for m in micro_batches) == sum(s.num_tokens for s in samples)
 
 
 def test_positions_by_hand() -> None:
     (m,) = pack([sample("a", [5, 6], [7, 8, 9], [1, 0, 1]), sample("b", [5], [4], [1])], 100)
-    assert m.input_ids.tolist() == [[5, 6, 7, 8, 9], [5, 4, 0, 0, 0]]
+    assert m.input_ids.tolist() == [[5, 6, 7, 8, 9, 5, 4]]
     assert m.positions.tolist() == [1, 3, 5]
     assert m.targets.tolist() == [7, 9, 4]
     assert m.sequence_offsets.tolist() == [0, 2, 3]
+
+
+def test_a_prompt_is_there_once_for_its_completions() -> None:
+    samples = [sample("a", [5, 6], [7], [1]), sample("b", [9], [4], [1]), sample("a", [5, 6], [8, 3], [1, 1])]
+    (m,) = pack(samples, 100)
+    assert m.input_ids.tolist() == [[5, 6, 7, 8, 3, 9, 4]]
+    assert m.positions.tolist() == [1, 1, 3, 5] and m.targets.tolist() == [7, 8, 3, 4]
+    assert [one.input_ids.size for one in pack(samples, 8)] == [5, 2]
+    assert [one.input_ids.size for one in pack(samples, 4)] == [3, 4, 2]
 
 
 def test_a_group_stays_together_and_padding_stays_small() -> None:

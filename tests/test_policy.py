@@ -34,7 +34,10 @@ def as_sample(prompt: list[int], rollout: Rollout, temperature: float) -> Sample
     )
 
 
-def test_equals_a_plain_forward_pass_whatever_the_padding_and_the_temperature(policy: Policy) -> None:
+def test_equals_a_plain_forward_pass_whatever_the_lengths_and_the_temperature(
+    policy: Policy, demo_policy: Path
+) -> None:
+    plain_model = AutoModelForCausalLM.from_pretrained(demo_policy, dtype=torch.float32)
     generator = np.random.default_rng(0)
     samples = []
     for length, temperature in ((3, 1.0), (17, 0.7), (9, 1.3), (1, 1.0)):
@@ -49,7 +52,7 @@ def test_equals_a_plain_forward_pass_whatever_the_padding_and_the_temperature(po
         prompt = sample.group.ticket.prompt_tokens
         ids = torch.tensor([prompt + sample.rollout.tokens])
         with torch.no_grad():
-            logits = policy.model(ids).logits[0].double() / sample.group.ticket.sampling.temperature
+            logits = plain_model(ids).logits[0].double() / sample.group.ticket.sampling.temperature
         plain = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None]).squeeze(1)
         start, end = micro_batch.sequence_offsets[row : row + 2]
         assert torch.allclose(ours[start:end].double(), plain, atol=1e-5)

@@ -24,7 +24,7 @@ def test_every_sample_is_on_one_rank_and_tokens_are_even(samples: list[Sample], 
     mini_batch = share_out(samples, budget, num_ranks)
     assert sorted(a for m in mini_batch.micro_batches for a in m.advantages) == sorted(s.advantage for s in samples)
     assert mini_batch.num_sequences == len(samples)
-    tokens = [sum(m.num_tokens for m in share) for share in mini_batch.shares]
+    tokens = [sum(sample.num_tokens for m in share for sample in m.rows) for share in mini_batch.shares]
     longest = max(sample.num_tokens for sample in samples)
     assert sum(tokens) == sum(sample.num_tokens for sample in samples)
     assert max(tokens) - sum(tokens) / num_ranks <= longest

@@ -61,7 +61,11 @@ class LearnerConfig(Section):
     stale_policy: Literal["drop", "train"] = Field(
         "drop", description="What happens to a group above max_staleness at packing."
     )
-    micro_batch_tokens: int = Field(10240, ge=16, description="Tokens, padding included, of one forward pass.")
+    micro_batch_tokens: int = Field(
+        10240,
+        ge=16,
+        description="Tokens of one forward pass as attention sees them: with padding and each completion's prompt.",
+    )
     logprob_chunk_tokens: int = Field(2048, ge=1, description="Tokens whose logits exist at one time.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is a GPU.")
     gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass.")

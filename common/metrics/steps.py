@@ -45,7 +45,7 @@ TEXTS = {
     "num_versions": "Weight versions that sampled the batch.",
     "sampling_s_mean": "Mean time from a group's lease until its last token.",
     "scoring_s_mean": "Mean time of a group's rewards.",
-    "padding_share": "Share of padding in the micro-batches.",
+    "padding_share": "Share of padding in the rows of the learner's attention.",
     "uniform_share": "Share of all groups so far that were uniform.",
     "stale_share": "Share of all groups so far that were stale.",
     "generated_tokens": "Tokens of all groups of the run so far.",

@@ -2,7 +2,7 @@
 
 Parameters are counted exactly for the dense decoders Qwen2, Qwen3 and Llama; bytes follow from what the code
 allocates, and the formulas stand at the functions. Left out: fragmentation, CUDA graphs, the libraries themselves,
-and attention that stores a tokens x tokens matrix (neither flash attention nor SDPA's own kernels do).
+and attention that stores a tokens x tokens matrix (SDPA's own kernels do not).
 """
 
 from dataclasses import dataclass

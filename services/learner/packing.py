@@ -1,18 +1,18 @@
 """From a batch of groups to token-budgeted micro-batches: pure functions on numpy arrays.
 
-A mini-batch takes whole groups, and a micro-batch keeps the rollouts of a group beside each other, so that a
-forward pass may one day compute a group's prompt once. Rows are padded on the right: under causal attention no
-real token sees the padding, so that no attention mask is needed.
+A mini-batch takes whole groups, and a micro-batch keeps the rollouts of a group beside each other, behind one copy of
+their prompt (prompt_sharing.py); only attention sees padding.
 """
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import numpy as np
 
 from common.wire import Group, Rollout
+from services.learner.prompt_sharing import Layout
 from services.learner.staleness import version_staleness
 
 
@@ -32,12 +32,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """B rows of T tokens, of which N are trained. Everything of length N is packed by `sequence_offsets`."""
+    """B rollouts in one row of T tokens, of which N are trained. What has length N is packed by `sequence_offsets`."""
 
     input_ids: np.ndarray
-    """`(B, T)` int64, padded with 0 on the right."""
+    """`(1, T)` int64."""
+    layout: Layout
+    """Whose prompts and completions they are."""
     positions: np.ndarray
-    """`(N,)` int64: index into the flattened `(B * T)` of the position that predicts each trained token."""
+    """`(N,)` int64: index into `(T,)` of the token that predicts each trained one: of a first one its prompt's last."""
     targets: np.ndarray
     """`(N,)` int64."""
     behaviour_logprobs: np.ndarray
@@ -50,8 +52,6 @@ class MicroBatch:
     """`(B,)` float32."""
     sequence_offsets: np.ndarray
     """`(B + 1,)` int64."""
-    num_tokens: int
-    """Without the padding."""
     rows: Sequence[Sample]
 
     @property
@@ -85,7 +85,8 @@ def split_mini_batches(samples: Sequence[Sample], num_mini_batches: int, seed: s
 
 
 def pack(samples: Sequence[Sample], max_tokens: int) -> list[MicroBatch]:
-    """Micro-batches of at most `max_tokens` tokens, padding included; a longer sample gets one of its own."""
+    """Micro-batches of at most `max_tokens` tokens as attention sees them, with padding and each completion's prompt; a
+    longer sample gets one of its own."""
     return [_build(rows) for rows in _fill(longest_groups_first(samples), max_tokens)]
 
 
@@ -113,18 +114,23 @@ def _fill(samples: list[Sample], max_tokens: int) -> Iterator[list[Sample]]:
 
 
 def _build(rows: list[Sample]) -> MicroBatch:
-    width = max(sample.num_tokens for sample in rows)
-    input_ids = np.zeros((len(rows), width), np.int64)
+    groups = [list(one) for _, one in groupby(rows, lambda sample: sample.group.ticket.id)]
+    layout = Layout(
+        [len(one[0].group.ticket.prompt_tokens) for one in groups],
+        [[len(sample.rollout.tokens) for sample in one] for one in groups],
+    )
+    input_ids = np.concatenate(
+        [part for one in groups for part in (one[0].group.ticket.prompt_tokens, *(s.rollout.tokens for s in one))]
+    ).astype(np.int64)
     positions, targets, counts = [], [], [0]
-    for row, sample in enumerate(rows):
-        prompt = sample.group.ticket.prompt_tokens
-        input_ids[row, : sample.num_tokens] = prompt + sample.rollout.tokens
-        trained = np.flatnonzero(sample.rollout.loss_mask) + len(prompt)
-        positions.append(row * width + trained - 1)
-        targets.append(input_ids[row, trained])
+    for sample, (prompt, completion) in zip(rows, layout.spans, strict=True):
+        trained = np.flatnonzero(sample.rollout.loss_mask)
+        positions.append(np.where(trained > 0, completion.start + trained - 1, prompt.stop - 1))
+        targets.append(input_ids[completion.start + trained])
         counts.append(len(trained))
     return MicroBatch(
-        input_ids=input_ids,
+        input_ids=input_ids[None],
+        layout=layout,
         positions=np.concatenate(positions),
         targets=np.concatenate(targets),
         behaviour_logprobs=np.concatenate([sample.rollout.behaviour_logprobs for sample in rows]),
@@ -134,6 +140,5 @@ def _build(rows: list[Sample]) -> MicroBatch:
         token_staleness=np.concatenate([sample.token_staleness for sample in rows]),
         advantages=np.array([sample.advantage for sample in rows], np.float32),
         sequence_offsets=np.cumsum(counts),
-        num_tokens=sum(sample.num_tokens for sample in rows),
         rows=rows,
     )

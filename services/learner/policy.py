@@ -1,10 +1,10 @@
 """The policy on its device: from a micro-batch to the log-probabilities of its trained tokens.
 
-Any causal language model that transformers loads. The forward pass stops at the hidden states, and only those
+Any causal language model that transformers loads whose layers look at other tokens by its attention interface alone:
+a group's prompt is computed once for its completions. The forward pass stops at the hidden states, and only those
 that predict a trained token meet the vocabulary. The same code runs on CPU and CUDA.
 """
 
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from common.config import LearnerConfig, ModelConfig
 from common.weights import MODEL_FILE
 from services.learner.logprobs import token_logprobs
 from services.learner.packing import MicroBatch
+from services.learner.prompt_sharing import Places, check_shares_prompts, places
 from services.learner.ranks import Ranks
 from services.learner.sharding import shard
 from services.learner.version_writer import Weight
@@ -43,8 +44,13 @@ class TokenScorer(nn.Module):
         self.model = model
         self.chunk_tokens = chunk_tokens
 
-    def forward(self, input_ids: Tensor, positions: Tensor, targets: Tensor, temperature: Tensor) -> Tensor:
-        hidden = self.model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+    def forward(
+        self, input_ids: Tensor, places: Places, positions: Tensor, targets: Tensor, temperature: Tensor
+    ) -> Tensor:
+        decoder = self.model.get_decoder()
+        hidden = decoder(
+            input_ids=input_ids, position_ids=places.positions, use_cache=False, places=places
+        ).last_hidden_state
         weight = self.model.get_output_embeddings().weight
         return token_logprobs(hidden.flatten(0, 1)[positions], weight, targets, temperature, self.chunk_tokens)
 
@@ -63,7 +69,6 @@ class Policy:
             self.device = torch.device("cuda", self.ranks.local_rank)
         self.dtype = DTYPES[model.dtype]
         self.model = self._load(model.path)
-        self.model.eval()
         if learner.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.model.train()
@@ -76,19 +81,21 @@ class Policy:
         """The weights by name; empty on one rank."""
 
     def _load(self, path: str) -> PreTrainedModel:
-        has_flash = self.device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
         try:
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                path, dtype=self.dtype, attn_implementation="flash_attention_2" if has_flash else "sdpa"
-            )
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype)
         except (OSError, ValueError) as error:
             raise ValueError(f"model {path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-        return model.to(self.device) if self.ranks.is_alone else model  # a shard of it goes there
+        model.eval()
+        if self.ranks.is_alone:
+            model.to(self.device)  # else a shard of it goes there
+        check_shares_prompts(model, path)
+        return model
 
     def logprobs(self, micro_batch: MicroBatch) -> Tensor:
         """Log-probabilities `(N,)` of the trained tokens at their sampling temperature, float32."""
         logprobs: Tensor = self.scorer(
             self.to_device(micro_batch.input_ids),
+            places(micro_batch.layout, self.device),
             self.to_device(micro_batch.positions),
             self.to_device(micro_batch.targets),
             self.to_device(micro_batch.temperature),

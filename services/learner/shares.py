@@ -16,9 +16,11 @@ from torch import Tensor
 
 from services.learner.loss import PolicyLoss
 from services.learner.packing import MicroBatch, Sample, longest_groups_first, pack
+from services.learner.prompt_sharing import Layout
 
 NOTHING = MicroBatch(
     input_ids=np.zeros((1, 1), np.int64),
+    layout=Layout([1], [[0]]),
     positions=np.zeros(0, np.int64),
     targets=np.zeros(0, np.int64),
     behaviour_logprobs=np.zeros(0, np.float32),
@@ -26,7 +28,6 @@ NOTHING = MicroBatch(
     token_staleness=np.zeros(0, np.int64),
     advantages=np.zeros(0, np.float32),
     sequence_offsets=np.zeros(1, np.int64),
-    num_tokens=0,
     rows=(),
 )
 """One position, from which nothing is predicted."""

@@ -187,6 +187,6 @@ def set_random_state(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _padding_share(micro_batches: list[MicroBatch]) -> float:
-    padded = sum(m.input_ids.size for m in micro_batches)
-    real = sum(m.num_tokens for m in micro_batches)
-    return 1 - real / padded
+    """Of the rows of attention; nothing else is padded."""
+    lengths = [[sample.num_tokens for sample in m.rows] for m in micro_batches]
+    return 1 - sum(map(sum, lengths)) / sum(len(part) * max(part) for part in lengths)

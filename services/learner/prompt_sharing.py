@@ -1,0 +1,137 @@
+"""A group's prompt computed once for all its completions: the layout of a packed row, and the attention over it.
+
+The row is groups one after another, each its prompt and then its completions, without padding: `prompt, c, c, …,
+prompt, c, …`. Everything but attention works token by token and needs only the positions. Attention alone lays each
+completion out behind its prompt, in rows padded on the right; there a prompt's queries are computed once for each
+completion, and one result is kept. Values and gradients are those of the unshared computation. `Layout` is of a
+micro-batch, `Places` the same as index tensors on a device, made once for all layers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+ATTENTION = "headrace_shared_prompts"
+SELF_CHECK_TOLERANCE = 0.05
+"""Relative; bfloat16 alone makes about 0.01."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """G groups with R completions of T tokens in all; a prompt has at least one token and one completion."""
+
+    prompt_lengths: Sequence[int]
+    completion_lengths: Sequence[Sequence[int]]
+    """Of each group."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.prompt_lengths) + sum(map(sum, self.completion_lengths))
+
+    @cached_property
+    def spans(self) -> list[tuple[range, range]]:
+        """Of each completion: where its prompt and where itself stand in `(T,)`."""
+        found, place = [], 0
+        for prompt, lengths in zip(self.prompt_lengths, self.completion_lengths, strict=True):
+            ends = list(accumulate(lengths, initial=place + prompt))
+            for start, length in zip(ends, lengths, strict=False):
+                found.append((range(place, place + prompt), range(start, start + length)))
+            place = ends[-1]
+        return found
+
+
+@dataclass(frozen=True)
+class Places:
+    """Index tensors of a `Layout`."""
+
+    positions: Tensor
+    """`(1, T)`: each token's place in its own sequence."""
+    rows: Tensor
+    """`(R, W)`: the tokens of each prompt with one completion, padded with token 0, which none of them sees."""
+    back: Tensor
+    """`(T,)`: where each token stands in `rows`, flattened; of a prompt's, in its first completion's row."""
+
+
+def places(layout: Layout, device: torch.device) -> Places:
+    width = max(len(prompt) + len(completion) for prompt, completion in layout.spans)
+    rows = np.zeros((len(layout.spans), width), np.int64)
+    positions, back = np.empty(layout.num_tokens, np.int64), np.empty(layout.num_tokens, np.int64)
+    for row, (prompt, completion) in reversed(list(enumerate(layout.spans))):
+        tokens = np.r_[prompt.start : prompt.stop, completion.start : completion.stop]
+        rows[row, : len(tokens)] = tokens
+        positions[tokens] = np.arange(len(tokens))
+        back[tokens] = row * width + np.arange(len(tokens))
+    return Places(*(torch.from_numpy(array).to(device, non_blocking=True) for array in (positions[None], rows, back)))
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    places: Places,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' interface: `query` `(1, heads, T, D)`, `key` and `value` with as many heads or a divisor of them;
+    returns `(1, T, heads, D)`."""
+    repeats = query.shape[1] // key.shape[1]
+    parts = (query[0], key[0].repeat_interleave(repeats, 0), value[0].repeat_interleave(repeats, 0))
+    queries, keys, values = (part[:, places.rows].transpose(0, 1) for part in parts)
+    mask = None if sliding_window is None else _within(sliding_window, places.rows)
+    found = scaled_dot_product_attention(queries, keys, values, mask, is_causal=mask is None, scale=scaling)
+    return found.transpose(1, 2).flatten(0, 1)[places.back][None], None
+
+
+def _within(window: int, rows: Tensor) -> Tensor:
+    """`(W, W)`: true where a token sees another."""
+    place = torch.arange(rows.shape[1], device=rows.device)
+    ahead = place[:, None] - place
+    return (ahead >= 0) & (ahead < window)
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
+
+
+@torch.no_grad()
+def check_shares_prompts(model: PreTrainedModel, name: str) -> None:
+    """Gives `model` our attention in the place of its own. Raises `ValueError` if it then computes something else: its
+    layers look at other tokens by other ways than transformers' attention interface."""
+    layout = Layout([5, 3], [[3, 4], [2]])
+    tokens = torch.arange(layout.num_tokens) * 7 % model.config.get_text_config().vocab_size
+    changed = tokens.clone()
+    changed[5:8] += torch.where(changed[5:8] > 0, -1, 1)  # the first completion
+    decoder = model.get_decoder()
+
+    def hidden(row: Tensor, **shared: Any) -> Tensor:
+        found: Tensor = decoder(input_ids=row[None].to(model.device), use_cache=False, **shared).last_hidden_state[0]
+        return found.float()
+
+    expected = torch.cat([hidden(torch.cat([tokens[:5], tokens[8:12]]))[5:], hidden(tokens[12:])[3:]])
+    model.set_attn_implementation(ATTENTION)
+    where = places(layout, model.device)
+    try:
+        found, again = (
+            hidden(row, position_ids=where.positions, places=where)[[8, 9, 10, 11, 15, 16]] for row in (tokens, changed)
+        )
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"model {name!r} cannot share a prompt among completions: {error}") from error
+    distance = ((found - expected).norm() / expected.norm()).item()
+    if not (torch.equal(found, again) and distance <= SELF_CHECK_TOLERANCE):
+        raise ValueError(
+            f"model {name!r} cannot share a prompt among completions: hidden states are off by {distance:.2g}; "
+            "expected layers that look at other tokens only by transformers' attention interface, as Llama's and Qwen's"
+        )

@@ -1,0 +1,129 @@
+"""A prompt that is computed once for its completions: values and gradients are those of each completion alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from common.config import LearnerConfig, ModelConfig
+from services.learner.policy import Policy
+from services.learner.prompt_sharing import Layout, check_shares_prompts, places
+
+VOCABULARY = 97
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 4},
+    "olmo2": {},
+}
+layouts = st.lists(
+    st.tuples(st.integers(1, 9), st.lists(st.integers(1, 7), min_size=1, max_size=4)), min_size=1, max_size=4
+).map(lambda groups: Layout([prompt for prompt, _ in groups], [lengths for _, lengths in groups]))
+
+
+def make_model(kind: str, **settings: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SIZES | MODELS.get(kind, {}) | settings)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def models(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The same weights with the model's own attention, and with ours."""
+    alone, shared = make_model(request.param), make_model(request.param)
+    check_shares_prompts(shared, request.param)
+    return alone, shared
+
+
+def hidden_alone(model: PreTrainedModel, layout: Layout, tokens: Tensor) -> Tensor:
+    """Of the prompt's last token and of each completion's, each completion computed by itself."""
+    found = []
+    for prompt, completion in layout.spans:
+        row = tokens[[*prompt, *completion]][None]
+        found.append(model.get_decoder()(input_ids=row, use_cache=False).last_hidden_state[0, len(prompt) - 1 :])
+    return torch.cat(found)
+
+
+def hidden_shared(model: PreTrainedModel, layout: Layout, tokens: Tensor) -> Tensor:
+    """The same, with each prompt computed once."""
+    where = places(layout, torch.device("cpu"))
+    decoder = model.get_decoder()
+    hidden = decoder(input_ids=tokens[None], position_ids=where.positions, use_cache=False, places=where)
+    index = [place for prompt, completion in layout.spans for place in (prompt[-1], *completion)]
+    picked: Tensor = hidden.last_hidden_state[0][index]
+    return picked
+
+
+def gradients(model: PreTrainedModel, hidden: Tensor) -> Sequence[Tensor]:
+    model.zero_grad()
+    generator = torch.Generator().manual_seed(1)
+    (hidden * torch.randn(hidden.shape, generator=generator)).sum().backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@settings(max_examples=15, deadline=None)
+@given(layouts, st.integers(0, 2**31))
+def test_values_and_gradients_are_those_of_each_completion_alone(
+    models: tuple[PreTrainedModel, PreTrainedModel], layout: Layout, seed: int
+) -> None:
+    alone, shared = models
+    tokens = torch.randint(VOCABULARY, (layout.num_tokens,), generator=torch.Generator().manual_seed(seed))
+    expected, found = hidden_alone(alone, layout, tokens), hidden_shared(shared, layout, tokens)
+    assert torch.allclose(found, expected, atol=1e-5)
+    for ours, theirs in zip(gradients(shared, found), gradients(alone, expected), strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-6
+
+
+def test_a_completion_sees_no_other(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
+    layout = Layout([4], [[5, 5]])
+    tokens = torch.arange(layout.num_tokens)
+    before = hidden_shared(models[1], layout, tokens)
+    tokens[4:9] = 50
+    after = hidden_shared(models[1], layout, tokens)
+    assert torch.equal(before[6:], after[6:]) and not torch.allclose(before[1:6], after[1:6])
+
+
+def test_places_by_hand() -> None:
+    layout = Layout([3, 1], [[2, 4], [0]])
+    where = places(layout, torch.device("cpu"))
+    assert where.positions.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 6, 0]]
+    assert where.rows.tolist() == [[0, 1, 2, 3, 4, 0, 0], [0, 1, 2, 5, 6, 7, 8], [9, 0, 0, 0, 0, 0, 0]]
+    assert where.back.tolist() == [0, 1, 2, 3, 4, 10, 11, 12, 13, 14]
+
+
+@pytest.mark.parametrize("kind", ["mamba", "bloom"])
+def test_a_model_that_cannot_share_a_prompt_is_refused(kind: str) -> None:
+    """A state that runs through all tokens; attention of its own."""
+    config = AutoConfig.for_model(kind, vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, n_head=4)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ValueError, match=f"model '{kind}' cannot share a prompt among completions"):
+        check_shares_prompts(model, kind)
+
+
+def test_the_saved_policy_names_its_own_attention(demo_policy: Path, tmp_path: Path) -> None:
+    policy = Policy(ModelConfig(path=str(demo_policy), dtype="float32"), LearnerConfig(device="cpu"))
+    policy.model.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert "headrace" not in (tmp_path / "config.json").read_text()
+    assert model(input_ids=torch.arange(5)[None]).logits.shape == (1, 5, model.config.vocab_size)
+    assert np.isfinite(model(input_ids=torch.arange(5)[None]).logits.detach().numpy()).all()
