@@ -71,13 +71,22 @@ def client_of(url: str, *, is_one_master: bool = False, **settings: Any) -> redi
     for_sentinels = _for_sentinels(address) | {"retry": Retry(NoBackoff(), 0)}
     sentinels = redis.sentinel.Sentinel(address.sentinels, sentinel_kwargs=for_sentinels)
     client = sentinels.master_for(address.master, **_for_master(address), **settings)
-    if is_one_master:
-        pool = client.connection_pool
-        pool.connection_class = type("Connection", (_StaysWithItsMaster, pool.connection_class), {"first": []})
+    pool, asks = client.connection_pool, _StaysWithItsMaster if is_one_master else _AsksAgainInThreads
+    pool.connection_class = type("Connection", (asks, pool.connection_class), {"first": []})
     return client
 
 
-class _StaysWithItsMaster:
+class _AsksAgainInThreads:
+    """As `_AsksAgain`, of a connection for threads."""
+
+    def connect_check_health(self, check_health: bool = True, retry_socket_connect: bool = True) -> None:
+        if retry_socket_connect:
+            self.connect()  # type: ignore[attr-defined]
+        else:
+            super().connect_check_health(check_health, retry_socket_connect)  # type: ignore[misc]
+
+
+class _StaysWithItsMaster(_AsksAgainInThreads):
     """Mixed into a connection to a master. `first`: where the first one of the client went."""
 
     first: list[tuple[str, int]]
