@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from common.config import RunConfig
 from common.tasks import Task, load_task
@@ -42,7 +42,7 @@ def run(config: RunConfig, num_held_out: int, evaluate_every: int) -> Iterator[d
     task, tokenizer = load_task(config.task.name, config.task.settings), load_tokenizer(config.model.path)
     trainer = Trainer(config, Policy(config.model, config.learner))
     model = trainer.policy.model
-    sampler = Policy(config.model, config.learner).model
+    sampler = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=model.dtype).eval()
     stops = stop_token_ids(tokenizer, model.generation_config)
     source = TicketSource(config, task, tokenizer, stops, Cursor(0, 0))
     past = deque([_copy(model)], maxlen=config.learner.max_staleness + 1)
