@@ -66,7 +66,7 @@ class LearnerConfig(Section):
         ge=16,
         description="Tokens of one forward pass as attention sees them: with padding and each completion's prompt.",
     )
-    logprob_chunk_tokens: int = Field(2048, ge=1, description="Tokens whose logits exist at one time.")
+    logprob_chunk_tokens: int = Field(512, ge=1, description="Tokens whose logits exist at one time.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is a GPU.")
     gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass.")
     num_threads: int | None = Field(None, ge=1, description="Torch's CPU threads; default: torch's own choice.")

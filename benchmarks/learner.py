@@ -1,0 +1,182 @@
+"""The learner's forward and backward pass against plain transformers: `python -m benchmarks.learner [--repeats 3]`.
+
+Two comparisons, side by side in turns on the same machine, each with gradients that agree: (1) tokens per second of a
+group of 8 completions, by the learner (its prompt computed once, nothing padded but attention) and by the same model on
+the same batch padded on the right, for completions of one length and for heavy-tailed ones; a token of a prompt counts
+for each completion, on both sides. (2) Log-probabilities of 6,144 tokens at a vocabulary of 151,936, in chunks and with
+all logits at once: seconds, and the peak of memory beyond what stood before, each in a process of its own. Rows go to
+benchmarks/results/learner.json.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.demo import ROOT, cpu_model
+from common.config import LearnerConfig, ModelConfig
+from common.wire import Group, Rollout, Sampling, Ticket, Timings, VersionSpan
+from services.learner.logprobs import token_logprobs
+from services.learner.packing import Sample, pack
+from services.learner.policy import Policy
+
+RESULTS = ROOT / "benchmarks" / "results" / "learner.json"
+SHAPES = {"512 + 8 x 256": (512, [256] * 8), "128 + 8 x 20 to 512": (128, [20, 31, 47, 73, 112, 170, 300, 512])}
+MODEL = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8}
+MODEL |= {"num_key_value_heads": 2, "vocab_size": 4096, "head_dim": 64}
+VOCABULARY, HIDDEN, NUM_TOKENS = 151_936, 256, 6144
+Row = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.learner")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--logprobs", choices=["chunked", "whole"], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.logprobs:
+        print(json.dumps(logprobs_once(arguments.logprobs == "chunked")))
+        return
+    with tempfile.TemporaryDirectory(prefix="headrace-learner-") as folder:
+        rows = [row for name in SHAPES for row in passes(Path(folder), name, arguments.repeats)]
+    rows += [logprobs(kind) for _ in range(arguments.repeats) for kind in ("chunked", "whole")]
+    machine = {"cores": os.cpu_count(), "cpu": cpu_model(), "python": platform.python_version()}
+    RESULTS.write_text(
+        json.dumps({"machine": machine | {"load_average": os.getloadavg()}, "rows": rows}, indent=1) + "\n"
+    )
+    report(rows, Console(highlight=False, width=120))
+
+
+def passes(folder: Path, shape: str, repeats: int) -> list[Row]:
+    """Turns of both, after one of each to warm up."""
+    path = folder / "model"
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **MODEL)).save_pretrained(path)
+    learner = LearnerConfig(device="cpu", gradient_checkpointing=False, micro_batch_tokens=1 << 20)
+    policy = Policy(ModelConfig(path=str(path), dtype="float32"), learner)
+    plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    (micro_batch,) = pack(samples_of(*SHAPES[shape]), learner.micro_batch_tokens)
+    ids, lengths = padded(*SHAPES[shape])
+
+    def ours() -> Tensor:
+        return policy.logprobs(micro_batch)
+
+    def theirs() -> Tensor:
+        logprobs = plain(input_ids=ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
+        prompt = SHAPES[shape][0]
+        return torch.cat([row[prompt - 1 : prompt - 1 + length] for row, length in zip(logprobs, lengths, strict=True)])
+
+    rows = []
+    for turn in range(repeats + 1):
+        timed = {"ours": step(policy.model, ours), "padded": step(plain, theirs)}
+        distance = (timed["ours"][1] - timed["padded"][1]).norm() / timed["padded"][1].norm()
+        num_tokens = sum(SHAPES[shape][0] + length for length in lengths)
+        for who, (seconds, _) in timed.items():
+            row = {"kind": "pass", "shape": shape, "who": who, "tokens_per_s": num_tokens / seconds}
+            rows += [row | {"gradients_apart": distance.item()}] if turn else []
+    return rows
+
+
+def step(model: Any, logprobs: Callable[[], Tensor]) -> tuple[float, Tensor]:
+    """Seconds of a forward and a backward pass, and the gradient."""
+    model.zero_grad()
+    started = time.perf_counter()
+    found = logprobs()
+    (found * torch.linspace(-1, 1, len(found))).sum().backward()
+    seconds = time.perf_counter() - started
+    return seconds, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def tokens_of(prompt: int, lengths: list[int]) -> tuple[list[int], list[list[int]]]:
+    rng = random.Random(0)
+    made = [[rng.randrange(MODEL["vocab_size"]) for _ in range(length)] for length in (prompt, *lengths)]
+    return made[0], made[1:]
+
+
+def samples_of(prompt: int, lengths: list[int]) -> list[Sample]:
+    """The longest first, as `padded` has them."""
+    tokens, completions = tokens_of(prompt, lengths)
+    ticket = Ticket("0-0", "train", tokens, [], {}, len(lengths), Sampling(1.0, max(lengths), []), 0)
+    rollouts = [
+        Rollout(one, [1] * len(one), np.zeros(len(one), np.float32), [VersionSpan(1, 0, len(one))], 0.0, "stop")
+        for one in completions
+    ]
+    group = Group(ticket, rollouts, "benchmark", Timings(0, 0, 0))
+    return [Sample(group, rollout, 1.0, np.zeros(len(rollout.tokens), np.int64)) for rollout in rollouts]
+
+
+def padded(prompt: int, lengths: list[int]) -> tuple[Tensor, list[int]]:
+    tokens, completions = tokens_of(prompt, lengths)
+    longest = max(lengths)
+    return torch.tensor([tokens + one + [0] * (longest - len(one)) for one in completions]), lengths
+
+
+def logprobs(kind: str) -> Row:
+    command = [sys.executable, "-m", "benchmarks.learner", "--logprobs", kind]
+    found: Row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return found
+
+
+def logprobs_once(is_chunked: bool) -> Row:
+    """Forward and backward, in a fresh process."""
+    torch.manual_seed(0)
+    hidden = torch.randn(NUM_TOKENS, HIDDEN, requires_grad=True)
+    weight = (torch.randn(VOCABULARY, HIDDEN) / 16).requires_grad_()
+    weight.grad, hidden.grad = torch.zeros_like(weight), torch.zeros_like(hidden)
+    targets, temperature = torch.randint(VOCABULARY, (NUM_TOKENS,)), torch.ones(NUM_TOKENS)
+    chunk = LearnerConfig().logprob_chunk_tokens
+    before, started = psutil.Process().memory_info().rss, time.perf_counter()
+    if is_chunked:
+        found = token_logprobs(hidden, weight, targets, temperature, chunk)
+    else:
+        found = (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    found.sum().backward()
+    seconds = time.perf_counter() - started
+    who = "chunked" if is_chunked else "whole"
+    return {"kind": "logprobs", "who": who, "seconds": seconds, "peak_bytes": peak_bytes() - before}
+
+
+def peak_bytes() -> int:
+    """Of this program alone; `ru_maxrss` would count its parent's as well."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+
+
+def report(rows: list[Row], console: Console) -> None:
+    for shape in SHAPES:
+        found = [row for row in rows if row.get("shape") == shape]
+        ours, theirs = ([row["tokens_per_s"] for row in found if row["who"] == who] for who in ("ours", "padded"))
+        ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+        apart = max(row["gradients_apart"] for row in found)
+        console.print(
+            f"{shape}: {np.median(ours):,.0f} tokens/s against {np.median(theirs):,.0f} padded: "
+            f"{np.median(ratios):.2f} times ({ratios[0]:.2f} to {ratios[-1]:.2f}); gradients apart by {apart:.1e}"
+        )
+    for name, unit, scale in (("seconds", "s", 1.0), ("peak_bytes", "GB", 1e9)):
+        ours, theirs = (
+            [row[name] / scale for row in rows if row["kind"] == "logprobs" and row["who"] == who]
+            for who in ("chunked", "whole")
+        )
+        ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+        console.print(
+            f"log-probabilities, {name}: {np.median(ours):.2f} {unit} against {np.median(theirs):.2f} with all logits: "
+            f"{np.median(ratios):.1%} ({ratios[0]:.1%} to {ratios[-1]:.1%})"
+        )
+
+
+if __name__ == "__main__":
+    main()
