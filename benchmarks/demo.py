@@ -33,7 +33,7 @@ def main() -> int:
     arguments = parser.parse_args()
     settings = [["--set", setting] for setting in arguments.vary] or [[]]
     rows = [run_demo(seed, *setting) for seed in arguments.seeds for setting in settings]
-    machine = {"cores": os.cpu_count(), "cpu": cpu_model(), "python": platform.python_version()}
+    machine = this_machine()
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / ("demo-varied.json" if arguments.vary else "demo.json")).write_text(
         json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n"
@@ -50,6 +50,11 @@ def run_demo(seed: int, *setting: str) -> dict[str, Any]:
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
     summary: dict[str, Any] = json.loads((ROOT / "runs" / run / "summary.json").read_text())
     return {"seed": seed, "setting": " ".join(setting[1:]), "total_s": round(time.monotonic() - started, 1), **summary}
+
+
+def this_machine() -> dict[str, Any]:
+    """What a figure is to be read with."""
+    return {"cores": os.cpu_count(), "cpu": cpu_model(), "python": platform.python_version()}
 
 
 def cpu_model() -> str:

@@ -11,7 +11,6 @@ benchmarks/results/learner.json.
 import argparse
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.demo import ROOT, cpu_model
+from benchmarks.demo import ROOT, this_machine
 from common.config import LearnerConfig, ModelConfig
 from common.wire import Group, Rollout, Sampling, Ticket, Timings, VersionSpan
 from services.learner.logprobs import token_logprobs
@@ -54,7 +53,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="headrace-learner-") as folder:
         rows = [row for name in SHAPES for row in passes(Path(folder), name, arguments.repeats)]
     rows += [logprobs(kind) for _ in range(arguments.repeats) for kind in ("chunked", "whole")]
-    machine = {"cores": os.cpu_count(), "cpu": cpu_model(), "python": platform.python_version()}
+    machine = this_machine()
     RESULTS.write_text(
         json.dumps({"machine": machine | {"load_average": os.getloadavg()}, "rows": rows}, indent=1) + "\n"
     )

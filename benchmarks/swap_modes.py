@@ -19,7 +19,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import tempfile
 import time
 import uuid
@@ -32,7 +31,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from benchmarks.demo import ROOT, cpu_model
+from benchmarks.demo import ROOT, this_machine
 from benchmarks.logprob_gap import Prompted, gaps
 from benchmarks.swap_table import Row, report
 from common.config import EngineConfig
@@ -99,7 +98,7 @@ def main() -> None:
             write_walk(Path(folder), lr)
         turns: list[Turn] = [(lr, shape, mode) for lr in LRS * arguments.repeats for shape in SHAPES for mode in MODES]
         rows = asyncio.run(measure(turns, Path(folder), arguments.scale))
-    machine = {"cores": os.cpu_count(), "cpu": cpu_model(), "python": platform.python_version()}
+    machine = this_machine()
     load = {"load_average": os.getloadavg()}
     RESULTS.write_text(json.dumps({"machine": machine | load, "rows": rows}, indent=1) + "\n")
     report(rows, Console(highlight=False, width=170))

@@ -14,6 +14,10 @@ class Threshold(NamedTuple):
     is_floor: bool = False
     """Low is bad."""
 
+    def is_beyond(self, value: float, limit: float) -> bool:
+        """On the bad side of `warn` or `alarm`; NaN is beyond both."""
+        return not (value >= limit if self.is_floor else value <= limit)
+
 
 OFF_POLICY = "lower optimizer.lr or learner.max_staleness"
 THRESHOLDS = (

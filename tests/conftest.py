@@ -14,8 +14,8 @@ from common.config import EngineConfig
 from common.keys import Keys
 from common.redis_client import connect
 from services.generation.engine_server import EngineServer
-from services.launcher.processes import start_redis
 from tests.fake_sglang import FakeSglang, a_fake_sglang, sample
+from tests.redis_servers import as_launched
 
 FIRST_VERSION = 1
 
@@ -54,10 +54,15 @@ def engine_url(engine_server: EngineServer) -> str:
 @pytest.fixture(scope="session")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real Redis-compatible server, as `headrace up` starts it, one per test session."""
-    folder = tmp_path_factory.mktemp("redis")
-    service, url = start_redis(folder, folder / "redis.log")
-    yield url
-    service.stop(10.0)
+    with as_launched(tmp_path_factory.mktemp("redis")) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.replaying import make_recording
+
+    return make_recording(tmp_path_factory.mktemp("recording") / "recording.msgpack")
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,22 @@ import redis
 
 from common.http_service import free_port
 from common.redis_client import DURABLE
-from services.launcher.processes import Service, redis_binary
+from services.launcher.processes import Service, redis_binary, start_redis
+from tests import fake_services
 
 Start = Callable[..., int]
 DOWN_AFTER_MS = 3000
+until = partial(fake_services.until, what="what is waited for", timeout_s=60.0)
+
+
+@contextmanager
+def as_launched(folder: Path) -> Iterator[str]:
+    """As `headrace up` starts it; its URL."""
+    service, url = start_redis(folder, folder / "redis.log")
+    try:
+        yield url
+    finally:
+        service.stop(10.0)
 
 
 @contextmanager
@@ -38,13 +50,6 @@ def servers(folder: Path) -> Iterator[Start]:
     finally:
         for service in services:
             service.kill()
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def answers(port: int) -> bool:

@@ -13,7 +13,7 @@ from common.control import Settings
 from common.keys import Keys
 from services.learner.guard import CALM_STEPS, PATIENCE_STEPS, Decision, GuardState, decide, ladder, tightened
 from services.learner.loop import Loop
-from tests.replaying import STEPS, end, make_recording, state_of, take_up
+from tests.replaying import STEPS, end, state_of, take_up
 
 CALM = {"kl_behaviour_proximal": 0.01, "ess": 0.95, "fresh_logprob_gap_max": 1e-5}
 WORRYING = CALM | {"kl_behaviour_proximal": 0.1}
@@ -130,11 +130,6 @@ def test_an_order_below_the_ladder_counts_and_the_guard_does_not_loosen_it() -> 
 # --- in the loop: a recording whose behaviour log-probabilities are made up, so that every step alarms ---
 
 ACTING = ("actor.guard=act", "learner.stale_policy=train")
-
-
-@pytest.fixture(scope="module")
-def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_recording(tmp_path_factory.mktemp("recording") / "recording.msgpack")
 
 
 def test_the_loop_goes_on_tightened_and_says_so(

@@ -11,8 +11,8 @@ import redis
 
 from common.control import desired_replicas
 from common.keys import Keys
-from services.launcher.processes import start_redis
 from tests.fake_services import RECIPE, SERVES, Fakes, Faking, ended, faking, processes_of, until
+from tests.redis_servers import as_launched
 
 __all__ = ["faking"]
 QUICK = "supervise.LOOK_INTERVAL_S = 0.02; kept.PAUSES_S = (0, 0.05)"
@@ -238,10 +238,8 @@ def test_a_number_out_of_bounds_is_refused_at_the_start(faking: Faking) -> None:
 @pytest.fixture(scope="module")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Of this module alone: other tests leave launchers in theirs."""
-    folder = tmp_path_factory.mktemp("redis")
-    service, url = start_redis(folder, folder / "redis.log")
-    yield url
-    service.stop(10.0)
+    with as_launched(tmp_path_factory.mktemp("redis")) as url:
+        yield url
 
 
 def test_an_order_that_nobody_would_obey_is_refused(faking: Faking, redis_url: str) -> None:

@@ -22,12 +22,7 @@ from services.learner.loop import Loop, Starved
 from services.learner.store import Fenced, LearnerStore, RedisLost
 from tests.fake_services import until
 from tests.launching import rows_of
-from tests.replaying import ROOT, STEPS, end, make_recording, state_of, take_up, trained
-
-
-@pytest.fixture(scope="module")
-def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_recording(tmp_path_factory.mktemp("recording") / "recording.msgpack")
+from tests.replaying import ROOT, STEPS, end, state_of, take_up, trained
 
 
 @pytest.fixture(scope="module")

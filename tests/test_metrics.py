@@ -21,7 +21,7 @@ from services.learner.__main__ import _status
 from services.learner.exported import Exported
 from services.learner.loop import Loop
 from tests.fake_sglang import FakeSglang
-from tests.replaying import STEPS, end, make_recording, take_up
+from tests.replaying import STEPS, end, take_up
 from tests.replicas import a_learner, run, running_replica, until
 from tests.scraping import Scrape, get_metrics, lint, scrape_app
 
@@ -115,11 +115,6 @@ def test_group_totals_only_grow_whatever_a_resume_takes_back() -> None:
         tokens = scrape.value("headrace_generated_tokens_total")
         seen.append((scrape.value("headrace_groups_total", state="trained"), tokens))
     assert seen == [(0, 0), (4, 40), (4, 40), (9, 90)], "from where it began to look; what is done again counts again"
-
-
-@pytest.fixture(scope="module")
-def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_recording(tmp_path_factory.mktemp("recording") / "recording.msgpack")
 
 
 def test_a_learner_says_all_that_its_steps_and_its_status_say(

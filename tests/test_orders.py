@@ -21,12 +21,7 @@ from services.learner.loop import Loop
 from services.learner.orders import Switches, take_up_settings
 from tests.fake_services import until
 from tests.launching import rows_of
-from tests.replaying import STEPS, end, make_config, make_recording, take_up
-
-
-@pytest.fixture(scope="module")
-def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_recording(tmp_path_factory.mktemp("recording") / "recording.msgpack")
+from tests.replaying import STEPS, end, make_config, take_up
 
 
 @pytest.fixture

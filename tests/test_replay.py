@@ -22,14 +22,9 @@ from services.learner.recording import Recording
 from services.learner.store import Cursor, LearnerStore
 from tests.committing import queue
 from tests.making import make_group
-from tests.replaying import ROOT, STEPS, end, make_recording, state_of, take_up, trained
+from tests.replaying import ROOT, STEPS, end, state_of, take_up, trained
 
 ENOUGH_S = 120.0
-
-
-@pytest.fixture(scope="module")
-def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_recording(tmp_path_factory.mktemp("recording") / "recording.msgpack")
 
 
 class Killed(BaseException):

@@ -15,15 +15,14 @@ def learning_findings(facts: Facts) -> list[Finding]:
 
 
 def _metric(facts: Facts, threshold: Threshold) -> Finding:
-    name, warn, alarm, text, advice, is_floor = threshold
+    name, warn, alarm, text, advice, _ = threshold
     values = sorted(facts.recent.get(name, ())[-SMOOTHED_STEPS:])
     if not values:
         return finding(name, "healthy", "not measured yet", warn=warn, alarm=alarm)
     middle = values[len(values) // 2]
-    sign = -1 if is_floor else 1
-    if sign * middle <= sign * warn:
+    if not threshold.is_beyond(middle, warn):
         return finding(name, "healthy", f"{name} {middle:.3g}", "", middle, warn=warn, alarm=alarm)
-    level: Level = "failed" if sign * middle > sign * alarm else "warning"
+    level: Level = "failed" if threshold.is_beyond(middle, alarm) else "warning"
     return finding(name, level, f"{text} ({name} {middle:.3g})", advice, middle, warn=warn, alarm=alarm)
 
 

@@ -47,8 +47,8 @@ def decide(state: GuardState, row: Mapping[str, Any], config: RunConfig) -> Deci
         for threshold in (*THRESHOLDS, numeric_gap(is_exact))
         if threshold.name in WATCHED and row.get(threshold.name) is not None
     ]
-    alarming = [_told(one, value, one.alarm) for one, value in found if _is_beyond(one, value, one.alarm)]
-    worrying = [_told(one, value, one.warn) for one, value in found if _is_beyond(one, value, one.warn)]
+    alarming = [_told(one, value, one.alarm) for one, value in found if one.is_beyond(value, one.alarm)]
+    worrying = [_told(one, value, one.warn) for one, value in found if one.is_beyond(value, one.warn)]
     alarms = (*state.alarms, bool(alarming))[-SMOOTHED_STEPS:]
     warnings = (*state.warnings, bool(worrying))[-SMOOTHED_STEPS:]
     calm = 0 if worrying else state.calm_steps + 1
@@ -92,11 +92,6 @@ def held_back(ordered: RunConfig, config: RunConfig) -> str:
         "lr": (config.optimizer.lr, ordered.optimizer.lr),
     }
     return ", ".join(f"{name} {now:g} instead of {then:g}" for name, (now, then) in pairs.items() if now != then)
-
-
-def _is_beyond(threshold: Threshold, value: float, limit: float) -> bool:
-    """NaN is beyond every limit."""
-    return not (value >= limit if threshold.is_floor else value <= limit)
 
 
 def _told(threshold: Threshold, value: float, limit: float) -> str:

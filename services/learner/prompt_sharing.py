@@ -48,6 +48,19 @@ class Layout:
             place = ends[-1]
         return found
 
+    @cached_property
+    def indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`positions`, `rows` and `back` of `Places`, int64: for every pass over the micro-batch."""
+        width = max(len(prompt) + len(completion) for prompt, completion in self.spans)
+        rows = np.zeros((len(self.spans), width), np.int64)
+        positions, back = np.empty(self.num_tokens, np.int64), np.empty(self.num_tokens, np.int64)
+        for row, (prompt, completion) in reversed(list(enumerate(self.spans))):
+            tokens = np.r_[prompt.start : prompt.stop, completion.start : completion.stop]
+            rows[row, : len(tokens)] = tokens
+            positions[tokens] = np.arange(len(tokens))
+            back[tokens] = row * width + np.arange(len(tokens))
+        return positions[None], rows, back
+
 
 @dataclass(frozen=True)
 class Places:
@@ -62,15 +75,7 @@ class Places:
 
 
 def places(layout: Layout, device: torch.device) -> Places:
-    width = max(len(prompt) + len(completion) for prompt, completion in layout.spans)
-    rows = np.zeros((len(layout.spans), width), np.int64)
-    positions, back = np.empty(layout.num_tokens, np.int64), np.empty(layout.num_tokens, np.int64)
-    for row, (prompt, completion) in reversed(list(enumerate(layout.spans))):
-        tokens = np.r_[prompt.start : prompt.stop, completion.start : completion.stop]
-        rows[row, : len(tokens)] = tokens
-        positions[tokens] = np.arange(len(tokens))
-        back[tokens] = row * width + np.arange(len(tokens))
-    return Places(*(torch.from_numpy(array).to(device, non_blocking=True) for array in (positions[None], rows, back)))
+    return Places(*(torch.from_numpy(array).to(device, non_blocking=True) for array in layout.indices))
 
 
 def attend(
