@@ -90,7 +90,7 @@ def test_stop_ends_a_server_and_its_children_that_ignore_sigterm(
 
 
 def test_the_real_server_dies_with_a_killed_replica(demo_policy: Path, tmp_path: Path) -> None:
-    """Killed when SGLang has only just spawned its own children, before these have asked to die with it."""
+    """Killed when SGLang has only just forked its own children."""
     command = [sys.executable, "-c", REPLICA, str(demo_policy), str(tmp_path / "sglang.log")]
     replica = subprocess.Popen(command, cwd=Path(__file__).parents[1])
     family = psutil.Process(replica.pid)

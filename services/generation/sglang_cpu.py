@@ -1,28 +1,24 @@
 """The real SGLang server on an ordinary CPU: `python -m services.generation.sglang_cpu <sglang.launch_server args>`.
 
 SGLang's Python code runs on CPU torch, but two things it imports exist only as compiled CUDA or AMX builds.
-This module puts stand-ins for them in place, hooks in a batched attention (`cpu_attention`), and then runs
-`sglang.launch_server` unchanged. SGLang spawns its scheduler and detokenizer, and a spawned process imports the main
-module again before anything else: all of it is therefore installed in both, the server is launched only where this
-module is the program.
+This module puts stand-ins for them in place, hooks in a batched attention (`cpu_attention`), lets SGLang fork its
+scheduler and detokenizer instead of spawning them, and then runs `sglang.launch_server` unchanged.
 """
 
 from __future__ import annotations
 
-import ctypes
 import importlib
+import multiprocessing
 import os
 import runpy
-import signal
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from common.child_process import dies_with_parent
+
 if TYPE_CHECKING:
     import torch
-
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-PARENT_VARIABLE = "HEADRACE_SGLANG_PARENT"
 
 
 def assign_req_to_token_pool_cpu(
@@ -78,25 +74,24 @@ def declare_torchvision_ops() -> None:
             torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
-def die_with_parent() -> None:
-    """A spawned process is killed with the one that spawned it, from here on.
+def fork_children() -> None:
+    """Has the scheduler and the detokenizer forked from the server, which has imported all that they need.
 
-    SGLang asks the kernel for this too, but only after 10 s of imports. `multiprocessing.parent_process` is not set
-    yet, so each process leaves its id to those it spawns.
+    SGLang spawns them, as CUDA asks for, and each spends 12 s of a core on the same imports again. When they start,
+    the server has one thread and has computed nothing: no lock is held and no thread pool is lost.
     """
-    parent_pid = os.environ.get(PARENT_VARIABLE)
-    os.environ[PARENT_VARIABLE] = str(os.getpid())
-    if __name__ == "__mp_main__":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if str(os.getppid()) != parent_pid:  # it died before we asked
-            os._exit(1)
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    def choose_fork(*_: object) -> None:
+        multiprocessing.set_start_method("fork", force=True)
+
+    HookRegistry.register("sglang.srt.entrypoints.engine._set_envs_and_config", choose_fork, HookType.AFTER)
+    os.register_at_fork(after_in_child=dies_with_parent())  # SGLang asks for it too, but a moment later
 
 
-if __name__ in ("__main__", "__mp_main__"):
-    die_with_parent()  # before torch is imported, which takes seconds
+if __name__ == "__main__":
     install_sgl_kernel()
     declare_torchvision_ops()
     importlib.import_module("services.generation.cpu_attention").install()
-
-if __name__ == "__main__":
+    fork_children()
     runpy.run_module("sglang.launch_server", run_name="__main__")
