@@ -215,7 +215,7 @@ def _cell(value: Callable[[StepEvent], str], event: StepEvent) -> str:
     try:
         return value(event)
     except TypeError:  # a null
-        return "nan"
+        return "–"
 
 
 COLUMNS: dict[str, Callable[[StepEvent], str]] = {
