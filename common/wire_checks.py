@@ -68,6 +68,10 @@ def check_group(group: Group) -> None:
         problem = _rollout_problem(rollout, allowed)
         if problem:
             raise WireError(f"group {name}, rollout {index}: {problem}")
+    if _numbers_problem(group.rollouts):
+        problems = ((index, _numbers_problem([rollout])) for index, rollout in enumerate(group.rollouts))
+        index, problem = next((index, problem) for index, problem in problems if problem)
+        raise WireError(f"group {name}, rollout {index}: {problem}")
 
 
 def check_heartbeat(heartbeat: Heartbeat) -> None:
@@ -169,7 +173,15 @@ def _rollout_problem(rollout: Rollout, max_new_tokens: int) -> str:
         return f"{len(logprobs)} behaviour_logprobs for {num_trained} trained tokens"
     if not math.isfinite(rollout.reward) or abs(rollout.reward) > MAX_REWARD:
         return f"the reward {rollout.reward:g} is not finite, or beyond {MAX_REWARD:g}"
-    return _tokens_problem(tokens) or _logprobs_problem(logprobs) or _spans_problem(rollout.version_spans, num_trained)
+    return _spans_problem(rollout.version_spans, num_trained)
+
+
+def _numbers_problem(rollouts: list[Rollout]) -> str:
+    """Of all of them at once: a call on numpy costs more than a short completion."""
+    lowest = int(np.concatenate([rollout.tokens for rollout in rollouts]).min())
+    if lowest < 0:
+        return f"token {lowest}, expected 0 to {MAX_TOKEN}"
+    return _logprobs_problem(np.concatenate([rollout.behaviour_logprobs for rollout in rollouts]))
 
 
 def _tokens_problem(tokens: list[int]) -> str:
