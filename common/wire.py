@@ -5,6 +5,8 @@ other exception, and no more memory or time than a valid payload of the largest 
 `common.wire_structs`, what they must satisfy is in `common.wire_checks`, and everybody imports both from here.
 """
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -102,11 +104,14 @@ _UNDECODABLE = (ValueError, RecursionError, MemoryError)
 """What msgspec raises: its own errors and UnicodeDecodeError are `ValueError`s."""
 
 
+_INT32, _FLOAT32 = np.dtype("<i4"), np.dtype("<f4")
+
+
 def _encode_array(value: object) -> bytes:
     if isinstance(value, np.ndarray) and value.dtype.kind == "f":
-        return value.astype("<f4", copy=False).tobytes()
+        return value.astype(_FLOAT32, copy=False).tobytes()
     if isinstance(value, np.ndarray) and value.dtype == np.int32:
-        return value.astype("<i4", copy=False).tobytes()
+        return value.astype(_INT32, copy=False).tobytes()
     raise NotImplementedError(f"{type(value).__name__} {getattr(value, 'dtype', '')} has no wire form")
 
 
@@ -141,9 +146,15 @@ def decode_group(payload: bytes) -> Group:
     """Raises `WireError` if the payload is no group of this schema or its parts do not fit together."""
     raw = _decode(_group_decoder, payload, MAX_GROUP_BYTES, GROUP_SCHEMA)
     _expect_schema(raw.schema, GROUP_SCHEMA)
-    rollouts = [_to_rollout(rollout) for rollout in raw.rollouts]
-    group = Group(_to_ticket(raw.ticket), rollouts, raw.replica, raw.timings)
-    check_group(group)
+    ticket = _to_ticket(raw.ticket)
+    all_tokens, tokens = _arrays([one.tokens for one in raw.rollouts], _INT32, "tokens")
+    all_logprobs, logprobs = _arrays([one.behaviour_logprobs for one in raw.rollouts], _FLOAT32, "behaviour_logprobs")
+    rollouts = [
+        Rollout(tokens[i], one.loss_mask, logprobs[i], one.version_spans, one.reward, one.finish_reason, one.text)
+        for i, one in enumerate(raw.rollouts)
+    ]
+    group = Group(ticket, rollouts, raw.replica, raw.timings)
+    check_group(group, (all_tokens, all_logprobs))
     return group
 
 
@@ -159,23 +170,15 @@ def _to_ticket(raw: _RawTicket) -> Ticket:
     return Ticket(**{**msgspec.structs.asdict(raw), "reference": reference})
 
 
-def _to_rollout(raw: _RawRollout) -> Rollout:
-    return Rollout(
-        tokens=_to_array(raw.tokens, "<i4", "tokens"),
-        loss_mask=raw.loss_mask,
-        behaviour_logprobs=_to_array(raw.behaviour_logprobs, "<f4", "behaviour_logprobs"),
-        version_spans=raw.version_spans,
-        reward=raw.reward,
-        finish_reason=raw.finish_reason,
-        text=raw.text,
-    )
-
-
-def _to_array(content: object, dtype: str, name: str) -> np.ndarray:
-    assert isinstance(content, bytes)
-    if len(content) % 4:
-        raise WireError(f"{len(content)} bytes of {name}, expected 4 for each")
-    return np.frombuffer(content, dtype)
+def _arrays(parts: Sequence[Any], dtype: np.dtype[Any], name: str) -> tuple[np.ndarray, list[np.ndarray]]:
+    """All of them one after another, in one array, and each as a view of it."""
+    ends = [0]
+    for part in parts:
+        if len(part) % 4:
+            raise WireError(f"{len(part)} bytes of {name}, expected 4 for each")
+        ends.append(ends[-1] + len(part) // 4)
+    whole = np.frombuffer(b"".join(parts), dtype)
+    return whole, [whole[start:end] for start, end in pairwise(ends)]
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[Payload], payload: bytes, max_bytes: int, schema: int = SCHEMA) -> Payload:

@@ -100,14 +100,6 @@ class Rollout(msgspec.Struct, frozen=True):
     def num_trained_tokens(self) -> int:
         return len(self.behaviour_logprobs)
 
-    @property
-    def oldest_version(self) -> int:
-        return min(span.version for span in self.version_spans)
-
-    @property
-    def newest_version(self) -> int:
-        return max(span.version for span in self.version_spans)
-
 
 class Timings(msgspec.Struct, frozen=True):
     """Unix times, in seconds, of a group's way through a replica."""
@@ -137,11 +129,11 @@ class Group(msgspec.Struct, frozen=True):
 
     @property
     def oldest_version(self) -> int:
-        return min(rollout.oldest_version for rollout in self.rollouts)
+        return min([span.version for rollout in self.rollouts for span in rollout.version_spans])
 
     @property
     def newest_version(self) -> int:
-        return max(rollout.newest_version for rollout in self.rollouts)
+        return max([span.version for rollout in self.rollouts for span in rollout.version_spans])
 
     @property
     def num_trained_tokens(self) -> int:
