@@ -12,12 +12,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.compare import streams
+from benchmarks.compare import generation, startup, streams
 from benchmarks.compare.part import Part
 from benchmarks.demo import RESULTS, this_machine
 
 PARTS: dict[str, Callable[[int], Part]] = {
     "streams": streams.measure,
+    "generation": generation.measure,
+    "startup": startup.measure,
 }
 WHERE = RESULTS / "compare.json"
 
