@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.compare import generation, startup, streams
+from benchmarks.compare import generation, startup, streams, synchronous
 from benchmarks.compare.part import Part
 from benchmarks.demo import RESULTS, this_machine
 
@@ -20,6 +20,7 @@ PARTS: dict[str, Callable[[int], Part]] = {
     "streams": streams.measure,
     "generation": generation.measure,
     "startup": startup.measure,
+    "synchronous": synchronous.measure,
 }
 WHERE = RESULTS / "compare.json"
 
