@@ -118,8 +118,8 @@ def _groups(model: Any, tickets: list[Ticket], version: int, task: Task, tokeniz
             text = tokenizer.decode(tokens[:-1] if is_ended else tokens)
             rollouts.append(
                 Rollout(
-                    tokens=tokens,
-                    loss_mask=[1] * len(tokens),
+                    tokens=np.array(tokens, np.int32),
+                    loss_mask=b"\1" * len(tokens),
                     behaviour_logprobs=np.array(logprobs, np.float32),
                     version_spans=[VersionSpan(version, 0, len(tokens))],
                     reward=task.reward(text, ticket),

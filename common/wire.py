@@ -5,6 +5,8 @@ other exception, and no more memory or time than a valid payload of the largest 
 `common.wire_structs`, what they must satisfy is in `common.wire_checks`, and everybody imports both from here.
 """
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -20,7 +22,10 @@ from common.wire_checks import (
     one_line,
 )
 from common.wire_structs import (
+    GROUP_SCHEMA,
     MAX_COMPLETIONS,
+    MAX_SEQUENCE_TOKENS,
+    MAX_TOKEN,
     SCHEMA,
     DecidedState,
     FinishReason,
@@ -38,6 +43,8 @@ from common.wire_structs import (
 )
 
 __all__ = [
+    "GROUP_SCHEMA",
+    "MAX_TOKEN",
     "MIN_TEMPERATURE",
     "SCHEMA",
     "DecidedState",
@@ -78,6 +85,8 @@ class _RawTicket(Ticket, frozen=True, kw_only=True):
 
 
 class _RawRollout(Rollout, frozen=True, kw_only=True):
+    tokens: Annotated[bytes, msgspec.Meta(max_length=4 * MAX_SEQUENCE_TOKENS)]  # type: ignore[assignment]
+    loss_mask: Annotated[bytes, msgspec.Meta(max_length=MAX_SEQUENCE_TOKENS)]
     behaviour_logprobs: bytes  # type: ignore[assignment]
 
 
@@ -87,7 +96,7 @@ class _RawGroup(Group, frozen=True, kw_only=True):
 
 
 class _Schema(msgspec.Struct):
-    schema: int = SCHEMA
+    schema: int | None = None
 
 
 Payload = TypeVar("Payload")
@@ -95,10 +104,15 @@ _UNDECODABLE = (ValueError, RecursionError, MemoryError)
 """What msgspec raises: its own errors and UnicodeDecodeError are `ValueError`s."""
 
 
+_INT32, _FLOAT32 = np.dtype("<i4"), np.dtype("<f4")
+
+
 def _encode_array(value: object) -> bytes:
-    if isinstance(value, np.ndarray):
-        return value.astype("<f4", copy=False).tobytes()
-    raise NotImplementedError(f"{type(value).__name__} has no wire form")
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        return value.astype(_FLOAT32, copy=False).tobytes()
+    if isinstance(value, np.ndarray) and value.dtype == np.int32:
+        return value.astype(_INT32, copy=False).tobytes()
+    raise NotImplementedError(f"{type(value).__name__} {getattr(value, 'dtype', '')} has no wire form")
 
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=_encode_array)
@@ -123,23 +137,29 @@ def decode_ticket(payload: bytes) -> Ticket:
 def decode_heartbeat(payload: bytes) -> Heartbeat:
     """Raises `WireError` if the payload is no heartbeat of this schema."""
     heartbeat = _decode(_heartbeat_decoder, payload, MAX_HEARTBEAT_BYTES)
-    _expect_schema(heartbeat.schema)
+    _expect_schema(heartbeat.schema, SCHEMA)
     check_heartbeat(heartbeat)
     return heartbeat
 
 
 def decode_group(payload: bytes) -> Group:
     """Raises `WireError` if the payload is no group of this schema or its parts do not fit together."""
-    raw = _decode(_group_decoder, payload, MAX_GROUP_BYTES)
-    _expect_schema(raw.schema)
-    rollouts = [_to_rollout(rollout) for rollout in raw.rollouts]
-    group = Group(_to_ticket(raw.ticket), rollouts, raw.replica, raw.timings)
-    check_group(group)
+    raw = _decode(_group_decoder, payload, MAX_GROUP_BYTES, GROUP_SCHEMA)
+    _expect_schema(raw.schema, GROUP_SCHEMA)
+    ticket = _to_ticket(raw.ticket)
+    all_tokens, tokens = _arrays([one.tokens for one in raw.rollouts], _INT32, "tokens")
+    all_logprobs, logprobs = _arrays([one.behaviour_logprobs for one in raw.rollouts], _FLOAT32, "behaviour_logprobs")
+    rollouts = [
+        Rollout(tokens[i], one.loss_mask, logprobs[i], one.version_spans, one.reward, one.finish_reason, one.text)
+        for i, one in enumerate(raw.rollouts)
+    ]
+    group = Group(ticket, rollouts, raw.replica, raw.timings)
+    check_group(group, (all_tokens, all_logprobs))
     return group
 
 
 def _to_ticket(raw: _RawTicket) -> Ticket:
-    _expect_schema(raw.schema)
+    _expect_schema(raw.schema, SCHEMA)
     num_bytes = memoryview(raw.reference).nbytes
     if num_bytes > MAX_REFERENCE_BYTES:
         raise WireError(f"a reference of {num_bytes} bytes, more than {MAX_REFERENCE_BYTES}")
@@ -150,38 +170,35 @@ def _to_ticket(raw: _RawTicket) -> Ticket:
     return Ticket(**{**msgspec.structs.asdict(raw), "reference": reference})
 
 
-def _to_rollout(raw: _RawRollout) -> Rollout:
-    if len(raw.behaviour_logprobs) % 4:
-        raise WireError(f"{len(raw.behaviour_logprobs)} bytes of behaviour_logprobs, expected 4 for each")
-    return Rollout(
-        tokens=raw.tokens,
-        loss_mask=raw.loss_mask,
-        behaviour_logprobs=np.frombuffer(raw.behaviour_logprobs, dtype="<f4"),
-        version_spans=raw.version_spans,
-        reward=raw.reward,
-        finish_reason=raw.finish_reason,
-        text=raw.text,
-    )
+def _arrays(parts: Sequence[Any], dtype: np.dtype[Any], name: str) -> tuple[np.ndarray, list[np.ndarray]]:
+    """All of them one after another, in one array, and each as a view of it."""
+    ends = [0]
+    for part in parts:
+        if len(part) % 4:
+            raise WireError(f"{len(part)} bytes of {name}, expected 4 for each")
+        ends.append(ends[-1] + len(part) // 4)
+    whole = np.frombuffer(b"".join(parts), dtype)
+    return whole, [whole[start:end] for start, end in pairwise(ends)]
 
 
-def _decode(decoder: msgspec.msgpack.Decoder[Payload], payload: bytes, max_bytes: int) -> Payload:
+def _decode(decoder: msgspec.msgpack.Decoder[Payload], payload: bytes, max_bytes: int, schema: int = SCHEMA) -> Payload:
     if len(payload) > max_bytes:
         raise WireError(f"{len(payload)} bytes, more than {max_bytes}")
     try:
         return decoder.decode(payload)
     except _UNDECODABLE as error:
-        _expect_schema(_schema_of(payload))
+        _expect_schema(_schema_of(payload), schema)
         raise WireError(f"cannot decode {len(payload)} bytes: {error}") from error
 
 
-def _schema_of(payload: bytes) -> int:
-    """The schema that a payload names which does not decode; ours if it names none."""
+def _schema_of(payload: bytes) -> int | None:
+    """The schema that a payload names which does not decode, if it names one."""
     try:
         return _schema_decoder.decode(payload).schema
     except _UNDECODABLE:
-        return SCHEMA
+        return None
 
 
-def _expect_schema(schema: int) -> None:
-    if schema != SCHEMA:
-        raise WireError(f"schema {schema}, expected {SCHEMA}")
+def _expect_schema(schema: int | None, expected: int) -> None:
+    if schema not in (None, expected):
+        raise WireError(f"schema {schema}, expected {expected}")

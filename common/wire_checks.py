@@ -58,8 +58,9 @@ def check_ticket(ticket: Ticket) -> None:
     _expect(not problem, f"ticket {ticket.id} {problem}")
 
 
-def check_group(group: Group) -> None:
-    """Raises `WireError` naming the ticket and what does not fit."""
+def check_group(group: Group, joined: tuple[np.ndarray, np.ndarray] | None = None) -> None:
+    """Raises `WireError` naming the ticket and what does not fit. `joined`: all tokens and all log-probabilities, where
+    they are at hand in one array each: a call on numpy costs more than a short completion."""
     check_ticket(group.ticket)
     _expect_name(f"group {group.ticket.id}: replica", group.replica)
     name, expected, allowed = group.ticket.id, group.ticket.num_completions, group.ticket.sampling.max_new_tokens
@@ -68,6 +69,16 @@ def check_group(group: Group) -> None:
         problem = _rollout_problem(rollout, allowed)
         if problem:
             raise WireError(f"group {name}, rollout {index}: {problem}")
+    if joined is None:
+        every = group.rollouts
+        joined = (
+            np.concatenate([one.tokens for one in every]),
+            np.concatenate([one.behaviour_logprobs for one in every]),
+        )
+    if _numbers_problem(*joined):
+        for index, rollout in enumerate(group.rollouts):
+            if problem := _numbers_problem(rollout.tokens, rollout.behaviour_logprobs):
+                raise WireError(f"group {name}, rollout {index}: {problem}")
 
 
 def check_heartbeat(heartbeat: Heartbeat) -> None:
@@ -169,7 +180,12 @@ def _rollout_problem(rollout: Rollout, max_new_tokens: int) -> str:
         return f"{len(logprobs)} behaviour_logprobs for {num_trained} trained tokens"
     if not math.isfinite(rollout.reward) or abs(rollout.reward) > MAX_REWARD:
         return f"the reward {rollout.reward:g} is not finite, or beyond {MAX_REWARD:g}"
-    return _tokens_problem(tokens) or _logprobs_problem(logprobs) or _spans_problem(rollout.version_spans, num_trained)
+    return _spans_problem(rollout.version_spans, num_trained)
+
+
+def _numbers_problem(tokens: np.ndarray, logprobs: np.ndarray) -> str:
+    lowest = int(tokens.min())
+    return f"token {lowest}, expected 0 to {MAX_TOKEN}" if lowest < 0 else _logprobs_problem(logprobs)
 
 
 def _tokens_problem(tokens: list[int]) -> str:

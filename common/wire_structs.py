@@ -11,6 +11,8 @@ import msgspec
 import numpy as np
 
 SCHEMA = 1
+GROUP_SCHEMA = 2
+"""Since tokens and masks of rollouts are arrays of bytes."""
 
 MAX_TOKEN = 2**31 - 1
 MAX_VERSION = 2**53 - 1
@@ -81,12 +83,13 @@ class VersionSpan(msgspec.Struct, frozen=True, array_like=True):
 class Rollout(msgspec.Struct, frozen=True):
     """One completion after its group's prompt, with its reward.
 
-    `tokens` and `loss_mask` have one entry per token after the prompt; `behaviour_logprobs` (float32, at the
-    sampling temperature) and `version_spans` cover the tokens whose mask is 1, in order.
+    `tokens` (int32) and `loss_mask` (a byte each, 1 or 0) have one entry per token after the prompt;
+    `behaviour_logprobs` (float32, at the sampling temperature) and `version_spans` cover the tokens whose mask is 1, in
+    order. Arrays, so that a long group is decoded without an object for every token.
     """
 
-    tokens: Tokens
-    loss_mask: Tokens
+    tokens: np.ndarray
+    loss_mask: bytes
     behaviour_logprobs: np.ndarray
     version_spans: Annotated[list[VersionSpan], msgspec.Meta(max_length=MAX_SEQUENCE_TOKENS)]
     reward: float
@@ -96,14 +99,6 @@ class Rollout(msgspec.Struct, frozen=True):
     @property
     def num_trained_tokens(self) -> int:
         return len(self.behaviour_logprobs)
-
-    @property
-    def oldest_version(self) -> int:
-        return min(span.version for span in self.version_spans)
-
-    @property
-    def newest_version(self) -> int:
-        return max(span.version for span in self.version_spans)
 
 
 class Timings(msgspec.Struct, frozen=True):
@@ -121,7 +116,7 @@ class Group(msgspec.Struct, frozen=True):
     rollouts: Annotated[list[Rollout], msgspec.Meta(max_length=MAX_COMPLETIONS)]
     replica: str
     timings: Timings
-    schema: int = SCHEMA
+    schema: int = GROUP_SCHEMA
 
     @property
     def rewards(self) -> list[float]:
@@ -134,11 +129,11 @@ class Group(msgspec.Struct, frozen=True):
 
     @property
     def oldest_version(self) -> int:
-        return min(rollout.oldest_version for rollout in self.rollouts)
+        return min([span.version for rollout in self.rollouts for span in rollout.version_spans])
 
     @property
     def newest_version(self) -> int:
-        return max(rollout.newest_version for rollout in self.rollouts)
+        return max([span.version for rollout in self.rollouts for span in rollout.version_spans])
 
     @property
     def num_trained_tokens(self) -> int:

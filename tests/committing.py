@@ -19,7 +19,8 @@ def lease_all(client: redis.Redis, keys: Keys, stream: str, count: int = 1000) -
 def commit(client: redis.Redis, keys: Keys, stream: str, entry_id: str, ticket_id: str, payload: bytes) -> bool:
     target = keys.evaluated if stream == keys.eval else keys.groups
     names = (stream, target, keys.dead, keys.ledger)
-    return bool(client.eval(MOVE, 4, *names, TICKET_GROUP, entry_id, ticket_id, "queued", "group", payload))
+    (moved,) = client.eval(MOVE, 4, *names, TICKET_GROUP, "queued", entry_id, ticket_id, 2, "group", payload)
+    return bool(moved)
 
 
 def answer_all(client: redis.Redis, keys: Keys, stream: str, answer: Callable[[Ticket], Group]) -> list[str]:

@@ -26,8 +26,8 @@ def make_ticket(name: str = "0-0", **changes: Any) -> Ticket:
 
 def make_rollout(reward: float = 1.0, tokens: tuple[int, ...] = (8, 9, 1), version: int = 1, **changes: Any) -> Rollout:
     rollout = Rollout(
-        tokens=list(tokens),
-        loss_mask=[1] * len(tokens),
+        tokens=np.array(tokens, np.int32),
+        loss_mask=b"\1" * len(tokens),
         behaviour_logprobs=np.full(len(tokens), -0.5, np.float32),
         version_spans=[VersionSpan(version, 0, len(tokens))],
         reward=reward,

@@ -62,7 +62,7 @@ def rollouts(draw: DrawFn) -> Rollout:
     return make_rollout(
         draw(st.sampled_from([0.0, 1.0, -0.25, 1e9])),
         tuple(draw(tokens(len(mask), len(mask)))),
-        loss_mask=mask,
+        loss_mask=bytes(mask),
         behaviour_logprobs=np.array(draw(tokens(trained, trained)), np.float32) / -12,
         version_spans=[VersionSpan(draw(versions), start, end) for start, end in pairwise(edges)],
         finish_reason=draw(st.sampled_from(["stop", "length"])),

@@ -68,7 +68,9 @@ def with_logprob(group: Group, value: float) -> Group:
 
 
 def with_token(group: Group, token: int) -> Group:
-    return with_last(group, tokens=[*group.rollouts[-1].tokens[:-1], token])
+    tokens = group.rollouts[-1].tokens.copy()
+    tokens[-1] = token
+    return with_last(group, tokens=tokens)
 
 
 def with_version(group: Group, version: int) -> Group:
@@ -92,9 +94,9 @@ POISONS: list[tuple[str, str, Callable[[Group], bytes]]] = [
     ("undecodable", "cannot decode 9 bytes", lambda g: b"\xc1 garbage"),
     ("half of it", "cannot decode .* truncated", lambda g: encode(g)[: len(encode(g)) // 2]),
     ("no UTF-8", "cannot decode .*utf-8", lambda g: altered(encode(g), ("rollouts", 0, "text"), SURROGATE)),
-    ("another schema", "schema 2, expected 1", lambda g: encode(replace(g, schema=2))),
+    ("another schema", "schema 1, expected 2", lambda g: encode(replace(g, schema=1))),
     ("a ticket of another schema", "schema 2, expected 1", lambda g: encode(with_ticket(g, schema=2))),
-    ("another layout", "schema 7, expected 1", lambda g: msgspec.msgpack.encode({"schema": 7, "rows": []})),
+    ("another layout", "schema 7, expected 2", lambda g: msgspec.msgpack.encode({"schema": 7, "rows": []})),
     ("too few rollouts", "has .+ rollouts, expected .+", lambda g: encode(replace(g, rollouts=g.rollouts[:-1]))),
     ("loss_mask too short", "mask entries for .* tokens", lambda g: encode(shortened(g, "loss_mask"))),
     ("too few log-probabilities", "behaviour_logprobs for", lambda g: encode(shortened(g, "behaviour_logprobs"))),
@@ -106,7 +108,8 @@ POISONS: list[tuple[str, str, Callable[[Group], bytes]]] = [
     ("reward NaN", "the reward nan is not finite", lambda g: encode(with_last(g, reward=np.nan))),
     ("reward infinite", "the reward inf is not finite", lambda g: encode(with_last(g, reward=np.inf))),
     ("token outside the vocabulary", f"token {NO_TOKEN} outside the vo", lambda g: encode(with_token(g, NO_TOKEN))),
-    ("token above int32", f"token {2**31}, expected", lambda g: encode(with_token(g, 2**31))),
+    ("half a token", "11 bytes of tokens", lambda g: altered(encode(g), ("rollouts", 0, "tokens"), bytes(11))),
+    ("tokens of schema 1", "got `array`", lambda g: altered(encode(g), ("rollouts", 0, "tokens"), [1])),
     ("token negative", "token -1, expected", lambda g: encode(with_token(g, -1))),
     ("prompt outside it", "prompt with token .* outside", lambda g: encode(with_ticket(g, prompt_tokens=[NO_TOKEN]))),
     ("version from the future", f"version {FUTURE}, from the future", lambda g: encode(with_version(g, FUTURE))),

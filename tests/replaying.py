@@ -60,8 +60,8 @@ def random_group(rng: random.Random, place: int) -> Group:
         middle = rng.randrange(1, num_tokens)
         rollouts.append(
             Rollout(
-                tokens=[rng.randrange(2, 500) for _ in range(num_tokens)],
-                loss_mask=[1] * num_tokens,
+                tokens=np.array([rng.randrange(2, 500) for _ in range(num_tokens)], np.int32),
+                loss_mask=b"\1" * num_tokens,
                 behaviour_logprobs=np.array([-rng.random() * 8 for _ in range(num_tokens)], np.float32),
                 version_spans=[
                     VersionSpan(max(1, newest - 1), 0, middle),

@@ -91,7 +91,6 @@ async def running_replica(
     tickets = TicketStore(client, keys, name)
     await tickets.open()
     rewards = RewardPool(task, {}, num_workers=1, deadline_s=20.0, memory_bytes=4 << 30)
-    await rewards.start()
 
     async def announce(timings: SwapTimings, arrival: Arrival) -> None:
         event = {"version": arrival.held.manifest.version, "pause_ms": timings.pause_s * 1e3}

@@ -56,7 +56,7 @@ def test_what_was_read_and_not_settled_is_found_again(client: redis.Redis, keys:
 
     again = LearnerStore(client, keys)
     assert sorted(entry.ticket_id for entry in again.read_pending()) == ["0-1", "0-2", "eval-0-0"]
-    assert again.num_open_tickets_and_groups() == (0, 2)
+    assert again.look()[:2] == (0, 2)
     assert [mark and mark.state for mark in again.marks(["0-0", "0-1", "0-9"])] == ["trained", "queued", None]
     assert sorted(again.unfinished()) == ["0-1", "0-2"]
     client.xdel(keys.groups, again.read_pending()[0].entry_id)
@@ -109,7 +109,7 @@ def test_a_redis_that_lost_everything_is_told_from_a_newer_learner(client: redis
     with pytest.raises(RedisLost):
         store.report({"phase": "training"})
     with pytest.raises(RedisLost):
-        store.read(1, 0.01)
+        store.look()
     again = LearnerStore(client, keys, above=7)
     assert again.epoch == 8
     again.report({"phase": "training"})

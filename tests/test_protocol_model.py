@@ -98,7 +98,16 @@ NUM_COMMANDS = {"turn": 4, "step": 7, "look": 4, "evaluate": 1, "checkpoint": 3}
 ANY_FAULT = faults(30, "before", "after", "twice", "full")
 LEARNER_FAULT = faults(12, "before", "after", "twice", "full", "frozen")
 REPLICA_FAULT = faults(2, "before", "after", "twice", "full")
-SCRIPTS = (scripts.EXECUTE, scripts.ADD, scripts.SETTLE, scripts.BURY, scripts.REVIVE, tickets.MOVE, tickets._RENEW)
+SCRIPTS = (
+    scripts.EXECUTE,
+    scripts.LOOK,
+    scripts.ADD,
+    scripts.SETTLE,
+    scripts.BURY,
+    scripts.REVIVE,
+    tickets.MOVE,
+    tickets._RENEW,
+)
 
 
 class Trainer:

@@ -13,9 +13,11 @@ from common.http_service import bearer
 from common.keys import Keys
 from common.ledger import parse_mark
 from common.wire import decode_group, decode_ticket
+from services.generation import loop
 from services.generation.api import make_app as make_replica_app
 from services.generation.engine_server import EngineServer
 from services.generation.loop import Replica
+from services.generation.reward_pool import RewardError
 from tests.replicas import Learner, a_learner, beat, run, running_replica, until
 
 Start = Callable[..., contextlib.AbstractAsyncContextManager[Replica]]
@@ -95,6 +97,33 @@ def test_a_reward_that_fails_costs_attempts_and_then_the_ticket_not_the_replica(
     ((_, dead),) = client.xrange(keys.dead)
     assert dead[b"id"] == b"0-0" and b"ticket 0-0" in dead[b"reason"]
     assert parse_mark(client.hget(keys.ledger, "0-0")).state == "dead"
+
+
+def test_a_task_that_no_worker_can_load_ends_the_replica(learner: Learner, start: Start) -> None:
+    """Workers start beside the engine; what they say is heard before there are weights."""
+
+    async def scenario() -> None:
+        with pytest.raises(ExceptionGroup) as failure:
+            async with start(task="tests.faulty_tasks:Absent"):
+                pass
+        assert failure.group_contains(RewardError)
+
+    run(scenario)
+
+
+def test_the_learner_hears_at_once_of_a_replica_that_begins_to_serve(
+    learner: Learner, start: Start, client: redis.Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "BEAT_INTERVAL_S", 1000.0)
+
+    async def scenario() -> None:
+        async with start():
+            await until(lambda: bool(client.exists(keys.replica("a"))))
+            assert beat(client, keys)[0] == "starting"
+            await asyncio.to_thread(learner.publish, 0)
+            await until(lambda: beat(client, keys) == ("running", 1))
+
+    run(scenario)
 
 
 def test_a_paused_replica_leases_nothing(learner: Learner, start: Start, client: redis.Redis, keys: Keys) -> None:

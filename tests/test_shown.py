@@ -74,7 +74,7 @@ def test_a_group_as_it_is_shown(byte_level: PreTrainedTokenizerFast) -> None:
     rollout = make_rollout(
         0.5,
         tokens=tuple(tokens),
-        loss_mask=[1, 0, 1],
+        loss_mask=bytes([1, 0, 1]),
         behaviour_logprobs=np.array([-0.123456, -1.5], np.float32),
         version_spans=[VersionSpan(3, 0, 1), VersionSpan(4, 1, 2)],
     )

@@ -87,6 +87,10 @@ def text(num_bytes: int) -> bytes:
     return b"\xdb" + num_bytes.to_bytes(4) + b"x" * num_bytes
 
 
+def binary(num_bytes: int) -> bytes:
+    return b"\xc6" + num_bytes.to_bytes(4) + bytes(num_bytes)
+
+
 def many(element: bytes, count: int) -> bytes:
     return b"\xdd" + count.to_bytes(4) + element * count
 
@@ -123,7 +127,10 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "60 MB of empty messages": lambda: in_group(many(b"\x80", 6 * 10**7), "ticket", "messages"),
     "60 MB of empty spans": lambda: in_group(many(b"\x93\x01\x00\x00", 15 * 10**6), *SPANS),
     "a million empty spans": lambda: in_group(many(b"\x93\x01\x00\x00", 10**6), *SPANS),
-    "60 MB of tokens": lambda: in_group(many(b"\x01", 6 * 10**7), "rollouts", 0, "tokens"),
+    "60 MB of a list of tokens": lambda: in_group(many(b"\x01", 6 * 10**7), "rollouts", 0, "tokens"),
+    "60 MB of tokens": lambda: in_group(binary(6 * 10**7), "rollouts", 0, "tokens"),
+    "60 MB of a mask": lambda: in_group(binary(6 * 10**7), "rollouts", 0, "loss_mask"),
+    "2**32 bytes of tokens": lambda: in_group(b"\xc6\xff\xff\xff\xff", "rollouts", 0, "tokens"),
 }
 
 

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable
 
+import numpy as np
 import redis
 
 from common.config import GenerationConfig
@@ -129,8 +130,8 @@ class Answering:
 
 def _rollout(completion: Completion, reward: float) -> Rollout:
     return Rollout(
-        tokens=completion.tokens,
-        loss_mask=[1] * len(completion.tokens),
+        tokens=np.array(completion.tokens, np.int32),
+        loss_mask=b"\1" * len(completion.tokens),
         behaviour_logprobs=completion.behaviour_logprobs,
         version_spans=completion.version_spans,
         reward=reward,

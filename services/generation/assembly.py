@@ -45,7 +45,6 @@ async def assembled(
             memory_bytes=settings.reward_memory_bytes,
         )
         stack.push_async_callback(rewards.close)
-        await rewards.start()
 
         async def announce(timings: SwapTimings, arrival: Arrival) -> None:
             event = {"replica": name, "version": arrival.held.manifest.version, "bytes": arrival.num_bytes}

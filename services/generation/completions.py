@@ -4,12 +4,12 @@ has a finite behaviour log-probability and belongs to one version span, as the e
 
 import math
 from dataclasses import dataclass
-from typing import Any, cast, get_args
+from typing import Annotated, Any, cast, get_args
 
 import msgspec
 import numpy as np
 
-from common.wire import FinishReason, Ticket, VersionSpan
+from common.wire import MAX_TOKEN, FinishReason, Ticket, VersionSpan
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Sample(msgspec.Struct):
     """One entry of the reply of `/generate`; a number that is not finite arrives as null."""
 
     text: str
-    output_ids: list[int]
+    output_ids: list[Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKEN)]]
     meta_info: Meta
 
 

@@ -124,6 +124,7 @@ class EngineKeeper:
     async def _start(self, server: EngineServer) -> None:
         for pause_s in (*START_PAUSES_S, None):
             try:
+                _log.info("the engine is started")
                 await server.start(*self._where())
                 return
             except (EngineError, OSError) as error:
@@ -140,6 +141,7 @@ class EngineKeeper:
         self.problem = ""
         self._life_began_at = time.monotonic()
         self.serving.set()
+        _log.info("the engine serves")
 
     async def _trouble(self) -> str:
         """What is wrong with the engine, once something is."""

@@ -59,6 +59,8 @@ class Replica:
         self._passing = Passing(tickets.client, tickets.keys, name)
         self._in_flight = InFlight()
         self._draining = asyncio.Event()
+        self._is_news = asyncio.Event()
+        """For the next heartbeat."""
 
     async def serve(self) -> None:
         """Until drained. Raises what any of its parts raises."""
@@ -66,7 +68,7 @@ class Replica:
             background = [
                 parts.create_task(self.keeper.keep(), name="engine"),
                 parts.create_task(self.weights.follow(self.keeper), name="weights"),
-                parts.create_task(_every(BEAT_INTERVAL_S, self._beat), name="heartbeats"),
+                parts.create_task(self._keep_beating(), name="heartbeats"),
                 parts.create_task(_every(self.config.lease_s / 3, self._renew), name="leases"),
                 parts.create_task(self._keep_telling(), name="waits"),
             ]
@@ -115,7 +117,7 @@ class Replica:
         return self.keeper.problem or (f"weights: {problem}" if problem else self.waits.describe())
 
     async def _until_ready_or_draining(self) -> None:
-        ready = asyncio.create_task(self.weights.at_least(1, FIRST_VERSION_TIMEOUT_S))
+        ready = asyncio.create_task(self._get_ready())
         draining = asyncio.create_task(self._draining.wait())
         try:
             await asyncio.wait({ready, draining}, return_when=asyncio.FIRST_COMPLETED)
@@ -127,8 +129,17 @@ class Replica:
             ready.cancel()
             draining.cancel()
 
+    async def _get_ready(self) -> None:
+        """Workers start while the engine does, which takes longer."""
+        weights = asyncio.create_task(self.weights.at_least(1, FIRST_VERSION_TIMEOUT_S))
+        try:
+            await asyncio.gather(self.rewards.start(), weights)
+        finally:
+            weights.cancel()
+
     async def _answer_tickets(self) -> None:
         self._in_flight.begin_serving()
+        self._is_news.set()
         keys, config = self.tickets.keys, self.config
         async with asyncio.TaskGroup() as answers:
             streams = {keys.tickets: config.max_groups_in_flight, keys.eval: config.max_eval_groups_in_flight}
@@ -166,8 +177,14 @@ class Replica:
             async with asyncio.timeout(STATE_POLL_S):
                 await self._in_flight.slot_freed.wait()
 
-    async def _beat(self) -> None:
-        await self.tickets.beat(self.heartbeat(), BEAT_TTL_S)
+    async def _keep_beating(self) -> None:
+        """At once where the learner waits for it."""
+        while True:
+            self._is_news.clear()
+            await self.tickets.beat(self.heartbeat(), BEAT_TTL_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(BEAT_INTERVAL_S):
+                    await self._is_news.wait()
 
     async def _renew(self) -> None:
         await self.tickets.renew(self._in_flight.leases)

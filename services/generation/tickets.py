@@ -2,8 +2,9 @@
 
 `MOVE` acts only if the entry is still pending: it adds the outcome to the target stream, then acknowledges and
 deletes the ticket and marks it in the ledger, all at once. So a group is committed exactly once, however many
-replicas answered the ticket, and a Redis that is full refuses the group before the ticket is gone. An entry that the
-ledger does not point to is nobody's ticket and goes to `dead`. A Redis that has lost everything has no tickets either:
+replicas answered the ticket, and a Redis that is full refuses the group before the ticket is gone. One call may move
+several tickets, each for itself: commits that are due at the same time. An entry that the ledger does not point to is
+nobody's ticket and goes to `dead`. A Redis that has lost everything has no tickets either:
 what was leased from it is forgotten, and the streams are created anew.
 """
 
@@ -19,24 +20,35 @@ import redis.asyncio
 from common.keys import MAX_EVENTS, TICKET_GROUP, Keys
 from common.redis_client import entries_of
 from common.wire import Group, Heartbeat, Ticket, TicketState, WireError, decode_ticket, encode
+from services.generation.together import Together
 
 MAX_INTERRUPTIONS = 10
 _log = logging.getLogger(__name__)
 
 MOVE = """#!lua
-if #redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[2], ARGV[2], 1) == 0 then return 0 end
-local is_known = redis.call('HGET', KEYS[4], ARGV[3]) == 'open ' .. ARGV[2]
-if is_known then
-  local added = redis.call('XADD', KEYS[2], '*', 'id', ARGV[3], unpack(ARGV, 5))
-  redis.call('HSET', KEYS[4], ARGV[3], ARGV[4] .. ' ' .. added)
-else
-  redis.call('XADD', KEYS[3], '*', 'id', ARGV[3], 'reason', 'the ledger knows no such open ticket')
+local moved = {}
+local at = 3
+while at < #ARGV do
+  local entry, id, last = ARGV[at], ARGV[at + 1], at + 2 + ARGV[at + 2]
+  local is_ours = false
+  if #redis.call('XPENDING', KEYS[1], ARGV[1], entry, entry, 1) > 0 then
+    is_ours = redis.call('HGET', KEYS[4], id) == 'open ' .. entry
+    if is_ours then
+      local added = redis.call('XADD', KEYS[2], '*', 'id', id, unpack(ARGV, at + 3, last))
+      redis.call('HSET', KEYS[4], id, ARGV[2] .. ' ' .. added)
+    else
+      redis.call('XADD', KEYS[3], '*', 'id', id, 'reason', 'the ledger knows no such open ticket')
+    end
+    redis.call('XACK', KEYS[1], ARGV[1], entry)
+    redis.call('XDEL', KEYS[1], entry)
+  end
+  moved[#moved + 1] = is_ours and 1 or 0
+  at = last + 1
 end
-redis.call('XACK', KEYS[1], ARGV[1], ARGV[2])
-redis.call('XDEL', KEYS[1], ARGV[2])
-return is_known and 1 or 0
+return moved
 """
-"""KEYS: source, target, dead, ledger. ARGV: consumer group, entry, ticket, its state from now on, fields."""
+"""KEYS: source, target, dead, ledger. ARGV: consumer group, the state from now on; then of each ticket its entry, its
+id, how many parts its fields have, and these. Answers for each whether it was moved."""
 
 _RENEW = """
 local renewed = 0
@@ -59,6 +71,14 @@ class Lease(NamedTuple):
     num_deliveries: int = 1
 
 
+class Move(NamedTuple):
+    """A ticket that leaves its stream, and the fields of what takes its place."""
+
+    entry_id: str
+    ticket_id: str
+    fields: dict[str, str | bytes]
+
+
 class TicketStore:
     """Every call is safe to repeat."""
 
@@ -71,6 +91,10 @@ class TicketStore:
         interrupted."""
         self._move_script = client.register_script(MOVE)
         self._renew_script = client.register_script(_RENEW)
+        self._commits = {
+            keys.tickets: Together[Move](lambda moves: self._move(keys.tickets, keys.groups, "queued", moves)),
+            keys.eval: Together[Move](lambda moves: self._move(keys.eval, keys.evaluated, "queued", moves)),
+        }
 
     async def open(self) -> None:
         for stream in (self.keys.tickets, self.keys.eval):
@@ -114,10 +138,9 @@ class TicketStore:
 
     async def commit(self, lease: Lease, group: Group) -> bool:
         """Adds the group and retires its ticket; False if somebody else already has."""
-        target = self.keys.evaluated if lease.ticket.kind == "eval" else self.keys.groups
-        is_first = await self._move(
-            lease.stream, lease.entry_id, lease.ticket.id, target, "queued", {"group": encode(group)}
-        )
+        payload = encode(group)
+        move = Move(lease.entry_id, lease.ticket.id, {"group": payload})
+        is_first = await self._commits[lease.stream].add(move, len(payload))
         self.outcomes["committed" if is_first else "late"] += 1
         return is_first
 
@@ -184,24 +207,24 @@ class TicketStore:
         return int(pending[0]["times_delivered"]) if pending else 1
 
     async def _reopen(self, lease: Lease, ticket: Ticket, outcome: str) -> None:
-        fields = {"ticket": encode(ticket)}
-        moved = await self._move(lease.stream, lease.entry_id, ticket.id, lease.stream, "open", fields)
+        move = Move(lease.entry_id, ticket.id, {"ticket": encode(ticket)})
+        (moved,) = await self._move(lease.stream, lease.stream, "open", [move])
         self.outcomes[outcome] += moved
 
     async def _bury(self, stream: str, entry_id: str, ticket_id: str, reason: str, payload: bytes) -> None:
         _log.error("dead: %s", reason, extra={"ticket": ticket_id})
-        fields = {"reason": reason, "payload": payload}
-        moved = await self._move(stream, entry_id, ticket_id, self.keys.dead, "dead", fields)
+        move = Move(entry_id, ticket_id, {"reason": reason, "payload": payload})
+        (moved,) = await self._move(stream, self.keys.dead, "dead", [move])
         self.outcomes["dead"] += moved
 
-    async def _move(
-        self, source: str, entry_id: str, ticket_id: str, target: str, state: TicketState, fields: dict[str, Any]
-    ) -> bool:
-        pairs = [part for pair in fields.items() for part in pair]
+    async def _move(self, source: str, target: str, state: TicketState, moves: Sequence[Move]) -> list[bool]:
         keys = [source, target, self.keys.dead, self.keys.ledger]
+        arguments: list[str | bytes | int] = [TICKET_GROUP, state]
+        for entry_id, ticket_id, fields in moves:
+            arguments += [entry_id, ticket_id, 2 * len(fields), *(part for pair in fields.items() for part in pair)]
         try:
-            moved = await self._move_script(keys=keys, args=[TICKET_GROUP, entry_id, ticket_id, state, *pairs])
+            moved = await self._move_script(keys=keys, args=arguments)
         except redis.ResponseError as error:
             await self._open_again(error)
-            return False
-        return bool(moved)
+            return [False] * len(moves)
+        return [bool(one) for one in moved]

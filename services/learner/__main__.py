@@ -140,6 +140,7 @@ def _learn(
     from services.learner.loop import Starved
     from services.learner.store import Fenced
 
+    _log.info("the libraries are imported")
     arguments = (config, folder, token, client, keys, url_of(sock), task, switches, waits, recording, ranks)
     loop, tokenizer = assemble(*arguments)
     from_now_on(step=lambda: loop.progress.step)

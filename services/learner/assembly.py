@@ -67,6 +67,7 @@ def assemble(
     tokenizer = load_tokenizer(config.model.path)
     trainer = lead(config, ranks)
     policy = trainer.policy
+    _log.info("the policy is loaded")
     vocab_size = policy.model.get_input_embeddings().num_embeddings
     check_vocabulary(config.model.path, len(tokenizer), vocab_size)
     store = LearnerStore(client, keys, above=_highest_epoch(folder))

@@ -24,7 +24,7 @@ from services.learner.refusal import Limits, Refused, refuse
 from services.learner.shown import Decided, DecidedSample
 from services.learner.source import Source
 from services.learner.staleness import Staleness, group_staleness
-from services.learner.store import Entry, LearnerStore, Settlement
+from services.learner.store import Entry, LearnerStore, Look, Settlement
 
 READ_COUNT = 64
 READ_BLOCK_S = 0.2
@@ -37,7 +37,8 @@ class Arrived(NamedTuple):
 
     entry: Entry
     group: Group
-    staleness: Staleness = Staleness(0, 0)
+    staleness: Staleness
+    """At the step that the intake knows as the learner's."""
 
 
 class Consumed(NamedTuple):
@@ -111,7 +112,8 @@ class Intake:
 
     def take_up(self) -> None:
         """Takes in what an earlier life had read beyond the checkpoint."""
-        self._take_in(self.books.take_up(self.store, self.store.read_pending()))
+        entries = self.books.take_up(self.store, self.store.read_pending())
+        self._take_in(entries, self.store.marks([entry.ticket_id for entry in entries]))
 
     def stop(self) -> None:
         self._stopping.set()
@@ -122,6 +124,7 @@ class Intake:
         """The learner has completed `step` steps and published `version`."""
         with self._changed:
             self._step, self._version = step, version
+            self._arrived = deque(one._replace(staleness=self._staleness(one.group)) for one in self._arrived)
             self._sample.begin("trained", "uniform", "stale")
 
     def take_batch(self, timeout_s: float, is_interrupted: Callable[[], bool]) -> list[Arrived] | None:
@@ -222,10 +225,12 @@ class Intake:
         )
 
     def turn(self) -> None:
-        """One turn of the thread: admit, take in, look around now and then."""
-        self._top_up()
-        if len(self._arrived) < self._max_arrived:
-            self._take_in(self.store.read(READ_COUNT, READ_BLOCK_S))
+        """One turn of the thread: take in, admit, look around now and then."""
+        is_full = len(self._arrived) >= self._max_arrived
+        entries = [] if is_full else self.store.read(READ_COUNT, READ_BLOCK_S)
+        look = self.store.look([entry.ticket_id for entry in entries])
+        self._take_in(entries, look.marks)
+        self._top_up(look)
         if self.switches.unwritten or time.monotonic() > self._looked + LOOK_INTERVAL_S:
             self.look_around()
 
@@ -256,22 +261,22 @@ class Intake:
                 self._failure = error
                 self._changed.notify_all()
 
-    def _top_up(self) -> None:
+    def _top_up(self, look: Look) -> None:
+        """Only this thread issues tickets, so that there are at most as many now as when it looked."""
         with self._changed:
-            open_tickets, in_stream = self.store.num_open_tickets_and_groups()
-            self.sight = self.sight._replace(open_tickets=open_tickets, in_stream=in_stream)
+            self.sight = self.sight._replace(open_tickets=look.open_tickets, in_stream=look.in_stream)
             room = (
                 self.config.learner.max_outstanding_groups
-                - open_tickets
-                - (in_stream - self.books.num_kept(self.store.keys.groups))
+                - look.open_tickets
+                - (look.in_stream - self.books.num_kept(self.store.keys.groups))
             )
             if room > 0 and self.is_admitting and not self.switches.paused.is_set():
                 issued = self.source.issue(self.store, room, self._step, self._version)
                 self.books.issued(issued)
                 _tell("issued", issued, version=self._version)
 
-    def _take_in(self, entries: list[Entry]) -> None:
-        marks, limits = self.store.marks([entry.ticket_id for entry in entries]), self._limits()
+    def _take_in(self, entries: list[Entry], marks: list[Mark | None]) -> None:
+        limits = self._limits()
         accepted: dict[str, list[str]] = defaultdict(list)
         for entry, mark in zip(entries, marks, strict=True):
             try:
@@ -303,21 +308,24 @@ class Intake:
                 self._sampled_rewards += group.rewards
                 if self.config.actor.dynamic_sampling and group.is_uniform:
                     self.books.consume(entry, group, "uniform")
-                    staleness = group_staleness(group, self._step, self.version_steps)
-                    self._sample.add(group, "uniform", self._step, staleness.total)
+                    self._sample.add(group, "uniform", self._step, self._staleness(group).total)
                     return "arrived, uniform"
-                self._arrived.append(Arrived(entry, group))
+                self._arrived.append(Arrived(entry, group, self._staleness(group)))
             self._changed.notify_all()
         return "arrived" if group.ticket.kind == "train" else "arrived, evaluated"
 
+    def _staleness(self, group: Group) -> Staleness:
+        """At the learner's step of this moment."""
+        return group_staleness(group, self._step, self.version_steps)
+
     def _drop_stale(self) -> None:
-        """Measures staleness at the learner's step of this moment: what waits too long is replaced, once."""
-        kept: deque[Arrived] = deque()
-        for entry, group, _ in self._arrived:
-            staleness = group_staleness(group, self._step, self.version_steps)
-            if staleness.total <= self.config.learner.max_staleness or self.config.learner.stale_policy == "train":
-                kept.append(Arrived(entry, group, staleness))
+        """What waits too long is replaced, once."""
+        learner, kept = self.config.learner, deque[Arrived]()
+        for arrived in self._arrived:
+            if arrived.staleness.total <= learner.max_staleness or learner.stale_policy == "train":
+                kept.append(arrived)
                 continue
+            entry, group, staleness = arrived
             self.books.consume(entry, group, "stale")
             self._sample.add(group, "stale", self._step, staleness.total)
             self.source.replace_stale(group.ticket)

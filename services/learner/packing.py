@@ -124,7 +124,7 @@ def _build(rows: list[Sample]) -> MicroBatch:
     ).astype(np.int64)
     positions, targets, counts = [], [], [0]
     for sample, (prompt, completion) in zip(rows, layout.spans, strict=True):
-        trained = np.flatnonzero(sample.rollout.loss_mask)
+        trained = np.flatnonzero(np.frombuffer(sample.rollout.loss_mask, np.uint8))
         positions.append(np.where(trained > 0, completion.start + trained - 1, prompt.stop - 1))
         targets.append(input_ids[completion.start + trained])
         counts.append(len(trained))

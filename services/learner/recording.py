@@ -17,7 +17,8 @@ from common.config import RunConfig
 from common.wire import Ticket
 from services.learner.store import Cursor, LearnerStore
 
-SCHEMA = 1
+SCHEMA = 2
+"""Since groups are of schema 2."""
 _LENGTH = struct.Struct("<I")
 
 

@@ -7,7 +7,11 @@ remembers them: they may be of a lost line of weights.
 
 from typing import NamedTuple, get_args
 
+import numpy as np
+
 from common.wire import Group, Rollout, TicketKind, one_line
+
+_KINDS = get_args(TicketKind)
 
 
 class Limits(NamedTuple):
@@ -40,8 +44,9 @@ def refuse(group: Group, entry_ticket_id: str, limits: Limits) -> None:
     problem = _group_problem(group, entry_ticket_id, limits)
     if problem:
         raise Refused(f"group {group.ticket.id} {problem}")
+    highest = int(np.concatenate([rollout.tokens for rollout in group.rollouts]).max())
     for index, rollout in enumerate(group.rollouts):
-        problem = _rollout_problem(rollout, limits)
+        problem = _rollout_problem(rollout, highest, limits)
         if problem:
             raise Refused(f"group {group.ticket.id}, rollout {index}: {problem}")
 
@@ -50,12 +55,12 @@ def _group_problem(group: Group, entry_ticket_id: str, limits: Limits) -> str:
     ticket = group.ticket
     if ticket.id != entry_ticket_id:
         return f"stands in the entry of ticket {entry_ticket_id!r}"
-    if ticket.kind not in get_args(TicketKind):
+    if ticket.kind not in _KINDS:
         return f"is of kind {ticket.kind!r}, expected train or eval"
     expected = limits.group_size if ticket.kind == "train" else limits.num_eval_samples
     if len(group.rollouts) != expected:
         return f"has {len(group.rollouts)} rollouts, expected {expected} for {ticket.kind}"
-    if problem := _tokens_problem(ticket.prompt_tokens, limits.vocab_size):
+    if problem := _tokens_problem(max(ticket.prompt_tokens), limits.vocab_size):
         return f"has a prompt with {problem}"
     longest = len(ticket.prompt_tokens) + max(len(rollout.tokens) for rollout in group.rollouts)
     if longest > limits.max_sequence_tokens:
@@ -63,8 +68,11 @@ def _group_problem(group: Group, entry_ticket_id: str, limits: Limits) -> str:
     return ""
 
 
-def _rollout_problem(rollout: Rollout, limits: Limits) -> str:
-    if problem := _tokens_problem(rollout.tokens, limits.vocab_size):
+def _rollout_problem(rollout: Rollout, highest_token: int, limits: Limits) -> str:
+    """`highest_token`: of the group; where that is in the vocabulary all are."""
+    if highest_token >= limits.vocab_size and (
+        problem := _tokens_problem(int(rollout.tokens.max()), limits.vocab_size)
+    ):
         return problem
     for span in rollout.version_spans:
         if span.version < 1:
@@ -74,6 +82,5 @@ def _rollout_problem(rollout: Rollout, limits: Limits) -> str:
     return ""
 
 
-def _tokens_problem(tokens: list[int], vocab_size: int) -> str:
-    highest = max(tokens)
+def _tokens_problem(highest: int, vocab_size: int) -> str:
     return f"token {highest} outside the vocabulary of {vocab_size}" if highest >= vocab_size else ""

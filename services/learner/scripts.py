@@ -37,6 +37,17 @@ return 'OK'
 )
 """ARGV: each command as its number of parts, then the parts."""
 
+LOOK = (
+    "#!lua flags=no-writes\n"
+    + _FENCED
+    + """
+local marks = {}
+if #ARGV > 1 then marks = redis.call('HMGET', KEYS[4], unpack(ARGV, 2)) end
+return {redis.call('XLEN', KEYS[2]), redis.call('XLEN', KEYS[3]), marks}
+"""
+)
+"""KEYS: epoch, tickets, groups, ledger. ARGV: epoch, tickets. Answers both lengths and the marks, of one instant."""
+
 ADD = (
     _UNLESS_FULL
     + """

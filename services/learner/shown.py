@@ -123,7 +123,7 @@ def shown_group(decided: Decided, trained: Sequence[TrainedRollout], texts: Toke
 
 
 def _shown_rollout(rollout: Rollout, trained: TrainedRollout | None, texts: TokenTexts) -> ShownRollout:
-    is_trained = zip(texts(rollout.tokens), rollout.loss_mask, strict=True)
+    is_trained = zip(texts(rollout.tokens.tolist()), rollout.loss_mask, strict=True)
     return ShownRollout(
         text=rollout.text,
         reward=rollout.reward,

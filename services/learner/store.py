@@ -53,6 +53,17 @@ class Entry(NamedTuple):
     payload: bytes
 
 
+class Look(NamedTuple):
+    """At one instant."""
+
+    open_tickets: int
+    """Not yet answered."""
+    in_stream: int
+    """Groups, consumed ones included."""
+    marks: list[Mark | None]
+    """What the ledger says of each ticket; None of one that was never issued."""
+
+
 class Settlement(NamedTuple):
     """What became of a consumed group."""
 
@@ -77,7 +88,7 @@ class LearnerStore:
         self._seen_event = newest[0][0].decode() if newest else "0"
         self._scripts = {
             text: client.register_script(text)
-            for text in (scripts.EXECUTE, scripts.ADD, scripts.SETTLE, scripts.BURY, scripts.REVIVE)
+            for text in (scripts.EXECUTE, scripts.LOOK, scripts.ADD, scripts.SETTLE, scripts.BURY, scripts.REVIVE)
         }
 
     def check_fence(self) -> None:
@@ -131,15 +142,13 @@ class LearnerStore:
         """Groups and evaluation groups that this learner has not read yet, or none after `block_s` seconds.
 
         Only remembers where it is, so that an answer that was lost, or went to a learner that was overtaken, takes
-        nothing from anybody. Who is told of nothing new learns here that it is overtaken.
+        nothing from anybody.
         """
         found: Any = self.client.xread(self._read_up_to, count=count, block=max(1, int(block_s * 1000)))
         entries = [
             Entry(stream, entry_id.decode(), _text(fields.get(b"id", b"?")), fields.get(b"group", b""))
             for stream, entry_id, fields in entries_of(found)
         ]
-        if not entries:
-            self.check_fence()
         self._read_up_to |= {entry.stream: entry.entry_id for entry in entries}
         return entries
 
@@ -151,11 +160,11 @@ class LearnerStore:
             found += entries
         return found
 
-    def num_open_tickets_and_groups(self) -> tuple[int, int]:
-        """Tickets not yet answered, and groups in the stream (consumed ones included), at one instant."""
-        with self.client.pipeline(transaction=True) as pipe:
-            open_tickets, groups = pipe.xlen(self.keys.tickets).xlen(self.keys.groups).execute()
-        return int(open_tickets), int(groups)
+    def look(self, ticket_ids: Sequence[str] = ()) -> Look:
+        """What a turn of the intake needs beside the groups that it has read, in one command. Raises `Fenced`."""
+        keys = [self.keys.tickets, self.keys.groups, self.keys.ledger]
+        open_tickets, in_stream, marks = self._run(scripts.LOOK, keys, list(ticket_ids))
+        return Look(int(open_tickets), int(in_stream), [None if mark is None else parse_mark(mark) for mark in marks])
 
     def cursor(self) -> Cursor | None:
         epoch, place = self.client.hmget(self.keys.cursor, "epoch", "place")

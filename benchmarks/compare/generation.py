@@ -1,0 +1,151 @@
+"""Tokens per second of a replica against those of its bare engine: one SGLang server on the CPU, started once as a
+replica starts it, answers both in turn.
+
+Headrace's side is the replica's program: it leases tickets from a durable Redis, asks the engine, scores with the
+task's reward in a process of its own, and commits groups; the clock runs from issuing the tickets until the last group
+stands in the stream. The bare side is an httpx client that sends the same requests, as many groups at a time, reads the
+answers and does nothing with them; no replica runs meanwhile. Prompts, sampling and log-probabilities are the demo's.
+"""
+
+import asyncio
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import redis
+from safetensors.torch import load_file
+
+from benchmarks.compare.part import Part, Ratio
+from benchmarks.demo import ROOT
+from benchmarks.durability import RECIPE, redis_server
+from benchmarks.scale import seconds_of
+from common.config import RunConfig, load_recipe
+from common.http_service import TOKEN_VARIABLE
+from common.keys import Keys
+from common.redis_client import connect
+from common.tasks import load_task
+from common.wire import Ticket, decode_group, decode_heartbeat
+from services.generation.completions import generate_body
+from services.generation.engine_server import EngineServer
+from services.launcher.processes import REDIS_URL_VARIABLE, Service
+from services.learner.policy import load_tokenizer
+from services.learner.prompts import TicketSource
+from services.learner.store import Cursor, LearnerStore
+from services.learner.versions import Versions
+
+MODEL = ROOT / "assets" / "demo-policy"
+NUM_GROUPS, NUM_WARMING = 512, 64
+GOAL = 0.97
+DEADLINE_S = 600.0
+POLL_S = 0.2
+TOKEN = "benchmark"
+Row = dict[str, Any]
+
+
+def measure(repeats: int) -> Part:
+    with tempfile.TemporaryDirectory(prefix="headrace-generation-") as folder:
+        rows = asyncio.run(turns(Path(folder), repeats))
+    rates = {side: [row["tokens_per_s"] for row in rows if row["side"] == side] for side in ("headrace", "bare")}
+    ratios = [ours / bare for ours, bare in zip(rates["headrace"], rates["bare"], strict=True)]
+    return Part(rows, [Ratio("tokens/s over the bare engine", ratios, GOAL)])
+
+
+async def turns(folder: Path, repeats: int) -> list[Row]:
+    config = load_recipe(RECIPE, [f"model.path={MODEL}"]).config
+    server = EngineServer(config.generation.engine, config.model.dtype, folder / "sglang.log")
+    rows: list[Row] = []
+    await server.start(config.model.path, None)
+    try:
+        with redis_server(folder, True) as url:
+            tickets = make_tickets(config)
+            await bare(server.url, config, tickets[:NUM_WARMING])
+            for turn in range(repeats):
+                pair = [bare(server.url, config, tickets), headrace(folder, url, server.url, tickets, turn)]
+                rows += [await side for side in (pair if turn % 2 else pair[::-1])]
+    finally:
+        await server.stop()
+    return rows
+
+
+def make_tickets(config: RunConfig) -> list[Ticket]:
+    tokenizer = load_tokenizer(config.model.path)
+    task = load_task(config.task.name, config.task.settings)
+    return TicketSource(config, task, tokenizer, [tokenizer.eos_token_id], Cursor(0, 0)).next_train(NUM_GROUPS, 0, 1)
+
+
+async def bare(url: str, config: RunConfig, tickets: list[Ticket]) -> Row:
+    waiting, num_tokens = iter(tickets), 0
+
+    async def work(http: httpx.AsyncClient) -> None:
+        nonlocal num_tokens
+        for ticket in waiting:
+            body = generate_body(ticket, [f"{ticket.id}-{index}." for index in range(ticket.num_completions)])
+            samples = (await http.post("/generate", json=body)).raise_for_status().json()
+            num_tokens += sum(len(sample["output_ids"]) for sample in samples)
+
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=DEADLINE_S, limits=limits, trust_env=False) as http:
+        started, spent_s = time.time(), time.process_time()
+        async with asyncio.TaskGroup() as workers:
+            for _ in range(config.generation.max_groups_in_flight):
+                workers.create_task(work(http))
+        return as_row("bare", len(tickets), num_tokens, time.time() - started, time.process_time() - spent_s)
+
+
+async def headrace(folder: Path, url: str, engine_url: str, tickets: list[Ticket], turn: int) -> Row:
+    """In a run of its own, whose first version the replica has swapped to before the clock runs."""
+    config = load_recipe(RECIPE, [f"model.path={MODEL}", f"generation.engine.url={engine_url}"]).config
+    client, keys = connect(url), Keys(f"generation-{turn}")
+    store = LearnerStore(client, keys)
+    client.set(keys.config, config.model_dump_json(exclude={"redis_url"}))
+    versions = Versions(folder / f"weights-{turn}", store, "http://127.0.0.1:1", TOKEN)
+    versions.publish(dict(load_file(MODEL / "model.safetensors")), 0)
+    with replica_of(folder, url, keys) as service:
+        await until(lambda: is_running(client, keys))
+        started, spent_s = time.time(), seconds_of(service)
+        store.add_tickets(keys.tickets, tickets)
+        await until(lambda: client.xlen(keys.groups) == len(tickets))
+        spent_s = seconds_of(service) - spent_s
+    versions.close()
+    entries: Any = client.xrange(keys.groups)
+    ended = int(entries[-1][0].partition(b"-")[0]) / 1e3
+    num_tokens = sum(decode_group(fields[b"group"]).num_trained_tokens for _, fields in entries)
+    return as_row("headrace", len(entries), num_tokens, ended - started, spent_s)
+
+
+@contextmanager
+def replica_of(folder: Path, url: str, keys: Keys) -> Iterator[Service]:
+    command = [sys.executable, "-m", "services.generation", "--run", keys.run, "--name", "generation-0"]
+    environment = {REDIS_URL_VARIABLE: url, TOKEN_VARIABLE: TOKEN}
+    log = folder / f"{keys.run}.log"
+    service = Service("generation-0", [*command, "--log-folder", str(folder)], log, environment)
+    try:
+        yield service
+    except TimeoutError as error:
+        raise RuntimeError(service.log_tail()) from error
+    finally:
+        service.stop(15.0)
+
+
+def is_running(client: redis.Redis, keys: Keys) -> bool:
+    payload: Any = client.get(keys.replica("generation-0"))
+    return payload is not None and decode_heartbeat(payload).state == "running"
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while not condition():
+            await asyncio.sleep(POLL_S)
+
+
+def as_row(side: str, num_groups: int, num_tokens: int, seconds: float, client_s: float) -> Row:
+    """`client_s`: processor time of the replica, or of the bare client."""
+    rates = {"tokens_per_s": num_tokens / seconds, "groups_per_s": num_groups / seconds}
+    spent = {"client_ms_per_group": client_s / num_groups * 1e3, "load_average": os.getloadavg()[0]}
+    return {"side": side, "num_tokens": num_tokens, "seconds": seconds} | rates | spent

@@ -1,0 +1,273 @@
+"""Groups through Headrace's streams, against raw pipelined XADD, XREADGROUP, XACK and XDEL of the same bytes.
+
+One server, durable as a run's is, one client process; both sides in turn on it. Headrace's side is a replica's commits,
+as many at a time as the demo has groups in flight, then the learner's intake with what it checks, batches, and the
+settling of checkpoints (whose files are not written), its log included. The raw side has the round trips that this
+allows: as many XADDs in a pipeline, XREADGROUP of as many as the intake reads, and their XACK and XDEL in one pipeline.
+
+`share of a step`: processor time per step of the demo that commits and intake take where groups come one by one, as
+often as in the demo, over the seconds of a step, both from benchmarks/results/demo.json. The intake's idle turns count.
+"""
+
+import asyncio
+import json
+import random
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import redis
+
+from benchmarks.compare.part import Part, Ratio
+from benchmarks.demo import RESULTS
+from benchmarks.durability import RECIPE, random_group, redis_server
+from common.config import RunConfig, load_recipe
+from common.keys import Keys
+from common.logs import logging_to
+from common.redis_client import connect, connect_async
+from common.wire import Group, Ticket, encode
+from services.generation.tickets import Lease, TicketStore
+from services.learner.intake import READ_COUNT, Intake
+from services.learner.orders import Switches
+from services.learner.refusal import Limits
+from services.learner.store import Cursor, LearnerStore
+
+
+class Size(NamedTuple):
+    name: str
+    num_rollouts: int
+    num_tokens: int
+    """Of each rollout."""
+    num_groups: int
+
+
+SIZES = (Size("8 x 16 tokens", 8, 16, 2048), Size("16 x 1,000 tokens", 16, 1000, 128))
+PACED_S = 20.0
+Row = dict[str, Any]
+
+
+class NoTickets:
+    """A source that issues nothing: the tickets are there before the clock starts."""
+
+    cursor, is_recording, is_exhausted = Cursor(0, 0), False, False
+
+    def issue(self, *_: object) -> list[str]:
+        return []
+
+    def to_issue(self) -> list[str]:
+        return []
+
+    def configure(self, config: RunConfig) -> None: ...
+    def replace_stale(self, ticket: Ticket) -> None: ...
+    def issue_again(self, ticket_ids: Sequence[str]) -> None: ...
+    def rebuild(self, ticket_ids: Sequence[str], step: int, version: int) -> list[Ticket]:
+        return []
+
+    def evaluation(self, step: int, version: int) -> list[Ticket]:
+        return []
+
+
+class Learner:
+    """Intake and settling as the loop does them, with no step between."""
+
+    def __init__(self, client: redis.Redis, keys: Keys, size: Size) -> None:
+        self.config = load_recipe(RECIPE, [f"actor.group_size={size.num_rollouts}"]).config
+        self.store = LearnerStore(client, keys)
+        limits = Limits(512, size.num_rollouts, 2, 2048, 1)
+        self.intake = Intake(self.config, self.store, NoTickets(), {1: 0}, lambda: limits, [], Switches())
+        self.intake.advance(0, 1)
+        self.num_steps = self.num_trained = 0
+
+    def turn(self) -> None:
+        self.intake.turn()
+        self.train()
+
+    def train(self) -> None:
+        """All whole batches that are there."""
+        while batch := self.intake.take_batch(0.0, lambda: True):
+            self.intake.mark_trained(batch)
+            self.num_trained += len(batch)
+            self.num_steps += 1
+            if self.num_steps % self.config.learner.checkpoint_interval_steps == 0:
+                self.settle()
+
+    def settle(self) -> None:
+        self.intake.checkpointed(self.intake.consumed())
+
+
+def measure(repeats: int) -> Part:
+    rows: list[Row] = []
+    ratios = []
+    with tempfile.TemporaryDirectory(prefix="headrace-streams-") as folder:
+        for size in SIZES:
+            found = [both(Path(folder) / f"{size.num_tokens}-{turn}", size, turn) for turn in range(repeats)]
+            rows += [row for pair in found for row in pair]
+            rates = [[row["groups_per_s"] for row in pair] for pair in found]
+            ratios.append(Ratio(f"{size.name}: groups/s over raw", [ours / raw for ours, raw in rates], 0.8))
+        paced = [share_of_a_step(Path(folder) / f"paced-{turn}", SIZES[0]) for turn in range(repeats)]
+    shares = [row["share_of_step"] for row in paced]
+    return Part(rows + paced, [*ratios, Ratio("share of a step of the demo", shares, 0.01, is_ceiling=True)])
+
+
+def both(folder: Path, size: Size, turn: int) -> tuple[Row, Row]:
+    """Headrace's row and the raw one, measured in an order that alternates."""
+    groups = groups_of(size)
+    with redis_server(folder, True) as url, logging_to(folder / "learner.log", "learner", run="streams"):
+        sides = {"headrace": headrace, "raw": raw}
+        names = list(sides) if turn % 2 else list(sides)[::-1]
+        found = {name: sides[name](url, size, groups) for name in names}
+    return found["headrace"], found["raw"]
+
+
+def groups_of(size: Size) -> list[Group]:
+    rng = random.Random(size.num_tokens)
+    return [random_group(rng, place, size.num_rollouts, size.num_tokens) for place in range(size.num_groups)]
+
+
+def headrace(url: str, size: Size, groups: list[Group]) -> Row:
+    client, keys = connect(url), Keys("streams")
+    learner = Learner(client, keys, size)
+    learner.store.add_tickets(keys.tickets, [group.ticket for group in groups])
+    with counted(client) as counts:
+        published_s = asyncio.run(commit_all(url, keys, groups, learner.config.generation.max_groups_in_flight))
+        started = time.perf_counter()
+        while learner.num_trained < size.num_groups:
+            learner.turn()
+        consumed = time.perf_counter()
+        for _ in range(2):  # a group leaves Redis one checkpoint after the one that recorded it
+            learner.settle()
+        settled_s = time.perf_counter() - consumed
+    assert client.xlen(keys.groups) == 0
+    assert client.hget(keys.ledger, groups[-1].ticket.id) == b"trained"
+    return as_row("headrace", size, groups, [published_s, consumed - started, settled_s], counts)
+
+
+async def commit_all(url: str, keys: Keys, groups: list[Group], at_once: int) -> float:
+    """Seconds that the commits take; leases are there before."""
+    client = connect_async(url)
+    store = TicketStore(client, keys, "generation-0")
+    await store.open()
+    leases = await store.lease(keys.tickets, len(groups), 1.0)
+    answered = iter(zip(leases, groups, strict=True))
+
+    async def work() -> None:
+        for lease, group in answered:
+            assert await store.commit(lease, group)
+
+    started = time.perf_counter()
+    async with asyncio.TaskGroup() as workers:
+        for _ in range(at_once):
+            workers.create_task(work())
+    published_s = time.perf_counter() - started
+    await client.aclose()
+    return published_s
+
+
+def raw(url: str, size: Size, groups: list[Group]) -> Row:
+    client, stream = redis.Redis.from_url(url), "raw"
+    client.xgroup_create(stream, "readers", id="0", mkstream=True)
+    at_once = load_recipe(RECIPE, []).config.generation.max_groups_in_flight
+    payloads = [(group.ticket.id, encode(group)) for group in groups]
+    with counted(client) as counts:
+        times = [time.perf_counter()]
+        for first in range(0, len(payloads), at_once):
+            with client.pipeline(transaction=False) as pipe:
+                for name, payload in payloads[first : first + at_once]:
+                    pipe.xadd(stream, {"id": name, "group": payload})
+                pipe.execute()
+        times.append(time.perf_counter())
+        while found := client.xreadgroup("readers", "reader", {stream: ">"}, count=READ_COUNT):
+            rows = found[stream.encode()][0] if isinstance(found, dict) else found[0][1]
+            names = [name for name, _ in rows]
+            with client.pipeline(transaction=False) as pipe:
+                pipe.xack(stream, "readers", *names).xdel(stream, *names).execute()
+        times.append(time.perf_counter())
+    assert client.xlen(stream) == 0
+    return as_row("raw", size, groups, [times[1] - times[0], times[2] - times[1]], counts)
+
+
+@contextmanager
+def counted(client: redis.Redis) -> Iterator[dict[str, float]]:
+    """What the server was asked meanwhile: commands, and bytes in and out."""
+    names = ("total_commands_processed", "total_net_input_bytes", "total_net_output_bytes")
+    found: dict[str, float] = {}
+    before: Any = client.info("stats")
+    yield found
+    after: Any = client.info("stats")
+    found.update({name: float(after[name] - before[name]) for name in names})
+
+
+def as_row(side: str, size: Size, groups: list[Group], seconds: list[float], counts: dict[str, float]) -> Row:
+    """`seconds`: of publishing, of consuming, and of what acknowledging is done afterwards."""
+    num_bytes = sum(len(encode(group)) for group in groups)
+    return {
+        "kind": "throughput",
+        "side": side,
+        "size": size.name,
+        "groups_per_s": len(groups) / sum(seconds),
+        "mib_per_s": num_bytes / sum(seconds) / 2**20,
+        "us_per_group": [round(part / len(groups) * 1e6, 1) for part in seconds],
+        "payload_bytes": num_bytes / len(groups),
+        **{f"{name.removeprefix('total_')}_per_group": count / len(groups) for name, count in counts.items()},
+    }
+
+
+def share_of_a_step(folder: Path, size: Size) -> Row:
+    groups_per_step, step_s = demo_pace()
+    groups = groups_of(size._replace(num_groups=int(PACED_S * groups_per_step / step_s)))
+    with redis_server(folder, True) as url, logging_to(folder / "learner.log", "learner", run="streams"):
+        keys = Keys("streams")
+        learner = Learner(connect(url), keys, size)
+        learner.store.add_tickets(keys.tickets, [group.ticket for group in groups])
+        spent: list[float] = []
+        replica = threading.Thread(target=lambda: spent.append(asyncio.run(commit_paced(url, keys, groups))))
+        began = time.thread_time()
+        replica.start()
+        while replica.is_alive() or learner.num_trained + READ_COUNT < len(groups):
+            learner.turn()
+        for _ in range(2):
+            learner.settle()
+        intake_s = time.thread_time() - began
+        replica.join()
+    per_group_s = [spent[0] / len(groups), intake_s / len(groups)]
+    return {
+        "kind": "share of a step",
+        "groups_per_step": groups_per_step,
+        "step_s": step_s,
+        "commit_us_per_group": round(per_group_s[0] * 1e6, 1),
+        "intake_us_per_group": round(per_group_s[1] * 1e6, 1),
+        "share_of_step": sum(per_group_s) * groups_per_step / step_s,
+    }
+
+
+async def commit_paced(url: str, keys: Keys, groups: list[Group]) -> float:
+    """At times as random as the demo's; seconds of processor time that the commits take."""
+    client, rng = connect_async(url), random.Random(0)
+    store = TicketStore(client, keys, "generation-0")
+    await store.open()
+    leases = await store.lease(keys.tickets, len(groups), 1.0)
+    due_s = sorted(rng.uniform(0.0, PACED_S) for _ in leases)
+    started, began = time.monotonic(), time.thread_time()
+
+    async def commit(at_s: float, lease: Lease, group: Group) -> None:
+        await asyncio.sleep(started + at_s - time.monotonic())
+        assert await store.commit(lease, group)
+
+    async with asyncio.TaskGroup() as commits:
+        for one in zip(due_s, leases, groups, strict=True):
+            commits.create_task(commit(*one))
+    spent_s = time.thread_time() - began
+    await client.aclose()
+    return spent_s
+
+
+def demo_pace() -> tuple[float, float]:
+    """Groups decided in a step of the demo, and its seconds: medians over the runs of benchmarks.demo."""
+    runs = json.loads((RESULTS / "demo.json").read_text())["rows"]
+    decided = [sum(run["groups"].get(s, 0) for s in ("trained", "uniform", "stale")) / run["steps"] for run in runs]
+    return statistics.median(decided), statistics.median(run["wall_s"] / run["steps"] for run in runs)

@@ -1,0 +1,81 @@
+"""Headrace asynchronous against itself synchronous, on the demo's recipe: how much of one hides behind the other.
+
+Synchronous is `learner.max_staleness: 0`: a batch in training still counts as outstanding, so that no ticket is open
+meanwhile; the replica generates a batch, the learner trains it, the replica swaps. Generation and training have the
+machine to themselves in turn, and what each then takes in a step is what it takes alone: `wait_s` of the learner (the
+swap to the new version included) and the rest of `step_s`. A perfect overlap would make an asynchronous step as long as
+the longer of the two. Seconds of an asynchronous step are those between its row and the row before, so that nothing is
+left out (checkpoints, rows, the groups shown).
+
+Both compete for the same cores in the asynchronous run, and did not in the synchronous one: on few cores, which an
+engine and a learner fill by themselves, the ratio says as much of the machine as of Headrace. On the other side a
+synchronous replica never has more than one batch of groups in flight, and its last completions run alone, so that its
+generation is slower than that of an engine that is kept full: the yardstick is what this run would do in turn, not the
+engine's best (for that see generation.py).
+"""
+
+import itertools
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.compare.part import Part, Ratio
+from benchmarks.demo import ROOT
+from benchmarks.durability import RECIPE
+from services.launcher.processes import Service
+from services.learner.report import METRICS_FILE, read_rows
+
+NUM_STEPS, NUM_WARMING = 24, 4
+DEADLINE_S = 900.0
+SETTINGS = {"asynchronous": [], "synchronous": ["learner.max_staleness=0"]}
+COMMON = [f"learner.steps={NUM_STEPS}", "evaluation.interval_steps=0", "evaluation.num_prompts=16"]
+Row = dict[str, Any]
+
+
+def measure(repeats: int) -> Part:
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="headrace-synchronous-") as folder:
+        for turn in range(repeats):
+            for mode in list(SETTINGS) if turn % 2 else list(SETTINGS)[::-1]:
+                rows.append(train(Path(folder), mode, turn))
+                print(json.dumps(rows[-1]), flush=True)
+    steps = {mode: [row for row in rows if row["mode"] == mode] for mode in SETTINGS}
+    pairs = list(zip(steps["asynchronous"], steps["synchronous"], strict=True))
+    hidden = [ours["step_s"] / max(alone["generation_s"], alone["training_s"]) for ours, alone in pairs]
+    faster = [alone["step_s"] / ours["step_s"] for ours, alone in pairs]
+    ratios = [Ratio("step over the longer of generation and training alone", hidden, 1.15, is_ceiling=True)]
+    return Part(rows, [*ratios, Ratio("steps/s over synchronous", faster, 1.0)])
+
+
+def train(folder: Path, mode: str, turn: int) -> Row:
+    """Means over the steps after the first few."""
+    run = f"{mode}-{turn}"
+    settings = [part for setting in (*COMMON, *SETTINGS[mode]) for part in ("--set", setting)]
+    command = [sys.executable, "-m", "services.launcher", "up", str(ROOT / RECIPE), "--run", run, "--seed", str(turn)]
+    service = Service(run, [*command, "--runs-folder", str(folder), *settings], folder / f"{run}.log")
+    try:
+        service.process.wait(DEADLINE_S)
+    finally:
+        service.stop(60.0)
+    if service.returncode != 0:
+        raise RuntimeError(f"{service.ending()}: {service.log_tail()}")
+    steps = [row for row in read_rows(folder / run / METRICS_FILE) if row["kind"] == "step"]
+    first, *later = steps[NUM_WARMING - 1 :]
+    between = [after["time_s"] - before["time_s"] for before, after in itertools.pairwise([first, *later])]
+    num_tokens = later[-1]["generated_tokens"] - first["generated_tokens"]
+    return {
+        "mode": mode,
+        "seed": turn,
+        "step_s": statistics.mean(between),
+        "generation_s": statistics.mean(row["wait_s"] for row in later),
+        "training_s": statistics.mean(row["step_s"] - row["wait_s"] for row in later),
+        "tokens_per_step": num_tokens / len(later),
+        "tokens_per_s": num_tokens / sum(between),
+        "staleness_mean": statistics.mean(row["staleness_mean"] for row in later),
+        "uniform_share": later[-1]["uniform_share"],
+        "load_average": os.getloadavg()[0],
+    }
