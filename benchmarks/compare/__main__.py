@@ -12,10 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.compare import trl
 from benchmarks.compare.part import Part
 from benchmarks.demo import RESULTS, this_machine
 
-PARTS: dict[str, Callable[[int], Part]] = {}
+PARTS: dict[str, Callable[[int], Part]] = {"trl": trl.compare}
 WHERE = RESULTS / "compare.json"
 
 
