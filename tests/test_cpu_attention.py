@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from services.generation.cpu_attention import MAX_SCORES, decode, extend
+from services.generation.cpu_attention import MAX_SCORES, _of_about_one_length, decode, extend
 
 HEADS, KV_HEADS, DIM, SLOTS = 4, 2, 8, 512
 
@@ -63,6 +63,24 @@ def test_decode_equals_one_sequence_at_a_time(seq_lens: list[int], seed: int) ->
         slots = table[row, :length]
         expected = reference(query[index : index + 1], keys[slots], values[slots])[0]
         assert torch.allclose(output[index].double(), expected, atol=1e-5)
+
+
+def test_a_few_long_sequences_do_not_make_all_of_them_long() -> None:
+    torch.manual_seed(0)
+    lengths = torch.tensor([40, 500, 35, 30, 460, 33] + [38] * 20)
+    parts = list(_of_about_one_length(lengths))
+    assert [sorted(lengths[part].tolist()) for part in parts] == [[460, 500], [30, 33, 35] + [38] * 20 + [40]]
+    assert sorted(torch.cat(parts).tolist()) == list(range(len(lengths)))
+    (all_of_them,) = _of_about_one_length(torch.tensor([20, 3, 7]))
+    assert all_of_them.tolist() == [0, 2, 1]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(0, 100))
+def test_decode_in_parts_equals_decode_at_once(seq_lens: list[int], seed: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("services.generation.cpu_attention.MIN_SAVED_TOKENS", 0)
+        test_decode_equals_one_sequence_at_a_time.hypothesis.inner_test(seq_lens, seed)  # type: ignore[attr-defined]
 
 
 @settings(max_examples=50, deadline=None)

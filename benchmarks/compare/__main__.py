@@ -12,15 +12,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.compare import generation, startup, streams, synchronous
+from benchmarks.compare import generation, startup, streams, synchronous, trl
 from benchmarks.compare.part import Part
 from benchmarks.demo import RESULTS, this_machine
 
 PARTS: dict[str, Callable[[int], Part]] = {
+    "trl": trl.compare,
+    "synchronous": synchronous.measure,
     "streams": streams.measure,
     "generation": generation.measure,
     "startup": startup.measure,
-    "synchronous": synchronous.measure,
 }
 WHERE = RESULTS / "compare.json"
 

@@ -1,11 +1,12 @@
-"""Attention for SGLang on a CPU, all sequences of a batch at once; SGLang's own loops over them in Python.
+"""Attention for SGLang on a CPU, many sequences of a batch at once; SGLang's own loops over them in Python.
 
-The same numbers to rounding, and the larger part of a decode step's time saved: sequences are padded to the
-longest and the padding is masked. Installed by SGLang's plugin hooks; what these functions do not cover (encoders,
-sliding windows, very long prefills) goes to the original. Imported in SGLang's processes only.
+The same numbers to rounding, and the larger part of a decode step's time saved: sequences are padded to the longest
+and the padding is masked; in a decode step those of about one length go together, so that a few long ones do not make
+all of them long. Installed by SGLang's plugin hooks; what these functions do not cover (encoders, sliding windows, very
+long prefills) goes to the original. Imported in SGLang's processes only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ from torch.nn.functional import scaled_dot_product_attention
 BACKEND = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
 MAX_SCORES = 1 << 26
 """Attention scores that a padded prefill may hold at one time."""
+MIN_LENGTH_SHARE = 0.6
+"""Of the longest sequence beside it, as long as this saves `MIN_SAVED_TOKENS` of padding."""
+MIN_SAVED_TOKENS = 600
+"""What another round of small operations costs about as much as."""
 
 
 def install() -> None:
@@ -43,9 +48,12 @@ def decode(
         return original(
             backend, query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, encoder_lens, **options
         )
-    slots, inside = _slots(req_to_token, req_pool_indices, seq_lens)
-    attended = _attend(query[:, None], k_cache[slots], v_cache[slots], inside[:, None, :], options)
-    output.copy_(attended[:, 0])
+    for part in _of_about_one_length(seq_lens):
+        slots, inside = _slots(req_to_token, req_pool_indices[part], seq_lens[part])
+        # Not named: memory of one part must be free for the next, or the kernel gives new pages each time.
+        output[part] = _attend(
+            query[part, None], _taken(k_cache, slots), _taken(v_cache, slots), inside[:, None, :], options
+        )[:, 0]
     return output
 
 
@@ -78,8 +86,25 @@ def extend(
     slots, inside = _slots(req_to_token, req_pool_indices, seq_lens)
     last_seen = extend_prefix_lens[:, None] + torch.arange(longest)
     visible = inside[:, None, :] & (torch.arange(slots.shape[1]) <= last_seen[:, :, None])
-    output.copy_(_attend(padded, k_cache[slots], v_cache[slots], visible, options)[row, place])
+    output.copy_(_attend(padded, _taken(k_cache, slots), _taken(v_cache, slots), visible, options)[row, place])
     return output
+
+
+def _of_about_one_length(seq_lens: Tensor) -> Iterator[Tensor]:
+    """Indices of the sequences in parts, the longest first."""
+    order = seq_lens.argsort(descending=True)
+    lengths, first = seq_lens[order].tolist(), 0
+    for index, length in enumerate(lengths):
+        saved = (lengths[first] - length) * (len(lengths) - index)
+        if length < MIN_LENGTH_SHARE * lengths[first] and saved > MIN_SAVED_TOKENS:
+            yield order[first:index]
+            first = index
+    yield order[first:]
+
+
+def _taken(cache: Tensor, slots: Tensor) -> Tensor:
+    """`(B, longest, kv_heads, dim)`: as `cache[slots]`, by whole rows."""
+    return cache.flatten(1).index_select(0, slots.flatten()).view(*slots.shape, *cache.shape[1:])
 
 
 def _slots(req_to_token: Tensor, req_pool_indices: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,13 +118,17 @@ def _slots(req_to_token: Tensor, req_pool_indices: Tensor, seq_lens: Tensor) -> 
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, options: dict[str, Any]) -> Tensor:
-    """`query` `(B, Q, heads, dim)`, `key` and `value` `(B, K, kv_heads, dim)`, `visible` `(B, Q, K)`."""
-    attended: Tensor = scaled_dot_product_attention(
-        query.transpose(1, 2),
+    """`query` `(B, Q, heads, dim)`, `key` and `value` `(B, K, kv_heads, dim)`, `visible` `(B, Q, K)`.
+
+    Heads that share a key stand where further tokens of the sequence would: no key is repeated for them."""
+    sharing = query.shape[2] // key.shape[2]
+    rows = query.unflatten(2, (key.shape[2], sharing)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    attended = scaled_dot_product_attention(
+        rows,
         key.to(query.dtype).transpose(1, 2),
         value.to(query.dtype).transpose(1, 2),
-        attn_mask=visible[:, None],
+        attn_mask=visible.repeat(1, sharing, 1)[:, None],
         scale=options.get("scaling"),
-        enable_gqa=options.get("enable_gqa", False),
     )
-    return attended.transpose(1, 2)
+    together: Tensor = attended.unflatten(2, (sharing, query.shape[1])).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    return together

@@ -1,0 +1,65 @@
+"""Headrace's side: `headrace up` as users run it, with a real engine and Redis; its policies are its checkpoints.
+
+A checkpoint every `save_every` steps is part of what is measured; the evaluation before the first step, of one prompt,
+runs beside the first tickets.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from benchmarks.compare.runs import Outcome, Workload
+from benchmarks.demo import ROOT
+from common.config import RunConfig
+from services.learner.checkpoint_record import read_record
+
+MASTER = "master."
+POLL_S = 0.3
+MODEL_FILE = "model.safetensors"
+
+
+def run(workload: Workload, overrides: list[str], config: RunConfig, folder: Path, name: str) -> Outcome:
+    """`overrides` are what makes `config` of the workload's recipe; policies are left in `folder`."""
+    where = ROOT / "runs" / name
+    shutil.rmtree(where, ignore_errors=True)
+    command = [sys.executable, "-m", "services.launcher", "up", workload.recipe, "--run", name]
+    command += [word for override in overrides for word in ("--set", override)]
+    over = threading.Event()
+    watcher = threading.Thread(target=_collect, args=(where / "checkpoints", folder, over))
+    watcher.start()
+    try:
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    finally:
+        over.set()
+        watcher.join()
+    rows = [json.loads(line) for line in (where / "metrics.jsonl").read_text().splitlines()]
+    policies = {int(path.name.removeprefix("step-")): path for path in folder.glob("step-*")}
+    for path in policies.values():
+        _as_policy(path, ROOT / config.model.path)
+    return Outcome("headrace", 1, [row for row in rows if row["kind"] == "step"], policies)
+
+
+def _collect(checkpoints: Path, folder: Path, over: threading.Event) -> None:
+    """Every checkpoint while it is there: the learner keeps two."""
+    seen: set[str] = set()
+    is_last = False
+    while not is_last:
+        is_last = over.wait(POLL_S)
+        for path in sorted(checkpoints.glob("checkpoint-*")):
+            if path.name not in seen:
+                seen.add(path.name)
+                shutil.copytree(path, folder / f"step-{read_record(path).step}", dirs_exist_ok=True)
+
+
+def _as_policy(path: Path, start: Path) -> None:
+    """A copied checkpoint becomes a policy in Hugging Face format, as that it started from."""
+    state = load_file(path / "state.safetensors")
+    weights = {name.removeprefix(MASTER): tensor for name, tensor in state.items() if name.startswith(MASTER)}
+    shutil.rmtree(path)
+    shutil.copytree(start, path)
+    save_file(weights, path / MODEL_FILE, {"format": "pt"})

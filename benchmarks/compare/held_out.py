@@ -1,0 +1,39 @@
+"""Held-out accuracy of a policy, by the same code whoever trained it, outside of what is timed."""
+
+import itertools
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.forced_staleness import ROWS_AT_ONCE, sample
+from common.config import RunConfig
+from common.tasks import Prompt, load_task
+from common.tasks.arithmetic import score
+
+
+def accuracy(policy: Path, config: RunConfig, num_problems: int) -> float:
+    """Of one completion at temperature 1 for each of the first problems; deterministic on one machine."""
+    task = load_task(config.task.name, config.task.settings)
+    problems = list(itertools.islice(task.prompts("held_out", seed=config.seed, epoch=0), num_problems))
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        parts = [problems[first : first + ROWS_AT_ONCE] for first in range(0, num_problems, ROWS_AT_ONCE)]
+        num_right = sum(_num_right(model, tokenizer, part, config.sampling.max_new_tokens) for part in parts)
+    return num_right / num_problems
+
+
+def _num_right(model: torch.nn.Module, tokenizer: object, problems: list[Prompt], max_new_tokens: int) -> float:
+    prompts = [_tokens(tokenizer, problem) for problem in problems]
+    end = tokenizer.eos_token_id  # type: ignore[attr-defined]
+    completions = [tokens for tokens, _ in sample(model, prompts, max_new_tokens, [end])]
+    texts = [tokenizer.decode([token for token in tokens if token != end]) for tokens in completions]  # type: ignore[attr-defined]
+    return sum(score(text, problem.reference["answer"]) for text, problem in zip(texts, problems, strict=True))
+
+
+def _tokens(tokenizer: object, problem: Prompt) -> list[int]:
+    messages = problem.messages
+    found: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)  # type: ignore[attr-defined]
+    return found

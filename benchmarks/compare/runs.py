@@ -1,0 +1,81 @@
+"""What both sides of a comparison of runs are given, and what they give: times, and the policies on the way."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common.config import RunConfig
+
+
+class Workload(NamedTuple):
+    """A recipe is all that both sides are told, but for what only one of them has."""
+
+    name: str
+    recipe: str
+    overrides: tuple[str, ...]
+    """Of settings of Headrace alone."""
+    held_out_problems: int
+    save_every: int
+    """Steps between policies whose accuracy is measured."""
+    target: float
+    """Held-out accuracy that both reach."""
+    goal: float
+    """Times as fast as TRL."""
+    trl_micro_batch: int
+    """Completions of one forward pass of TRL, the fastest of those tried."""
+
+
+class Outcome(NamedTuple):
+    """Of one run. Times are wall seconds since training began: engines, models and data are loaded by then."""
+
+    who: str
+    num_threads: int
+    steps: list[dict[str, Any]]
+    """`step` and `wall_s` of each, in order."""
+    policies: dict[int, Path]
+    """By step, in Hugging Face format."""
+
+    def s_per_step(self) -> float:
+        """Once the pipeline is full: without the first fifth of the steps."""
+        skipped = max(1, len(self.steps) // 5)
+        first, last = self.steps[skipped - 1], self.steps[-1]
+        return float((last["wall_s"] - first["wall_s"]) / (last["step"] - first["step"]))
+
+    def s_to(self, target: float, accuracy: dict[int, float]) -> float | None:
+        """To the first policy that is as good; None if there is none."""
+        step = next((step for step in sorted(accuracy) if step > 0 and accuracy[step] >= target), None)
+        return None if step is None else next(float(row["wall_s"]) for row in self.steps if row["step"] == step)
+
+
+def spec_of(config: RunConfig) -> dict[str, Any]:
+    """`GRPOConfig` arguments that say what a recipe says. Raises `ValueError` for what TRL cannot be told."""
+    actor, optimizer, learner = config.actor, config.optimizer, config.learner
+    said = (actor.loss_aggregation, actor.advantage_mean, actor.advantage_std, optimizer.lr_schedule)
+    if said != ("sequence_mean", "group", "group", "linear") or optimizer.warmup_fraction:
+        raise ValueError(f"the recipe says {said}: expected what TRL is told here")
+    low, high = actor.clip_range
+    return {
+        "seed": config.seed,
+        "max_steps": learner.steps * actor.mini_batches,
+        "num_generations": actor.group_size,
+        "max_completion_length": config.sampling.max_new_tokens,
+        "temperature": config.sampling.temperature,
+        "top_k": 0,
+        "top_p": 1.0,
+        "importance_sampling_level": actor.importance_sampling_level,
+        "loss_type": "grpo",  # the mean over sequences of their token means
+        "scale_rewards": "group",
+        "epsilon": 1 - low,
+        "epsilon_high": high - 1,
+        "beta": actor.kl_coef,
+        "learning_rate": optimizer.lr,
+        "lr_scheduler_type": "polynomial",
+        "lr_scheduler_kwargs": {"lr_end": optimizer.lr * optimizer.lr_final_fraction, "power": 1.0},
+        "adam_beta1": optimizer.beta1,
+        "adam_beta2": optimizer.beta2,
+        "adam_epsilon": optimizer.eps,
+        "weight_decay": optimizer.weight_decay,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "shuffle_dataset": False,
+        "gradient_checkpointing": learner.gradient_checkpointing,
+        "bf16": config.model.dtype == "bfloat16",
+    }

@@ -1,0 +1,120 @@
+"""Headrace beside TRL's `GRPOTrainer` on the same cores: seconds a batch, seconds to an accuracy, the accuracy at last.
+
+One recipe tells both the policy, task, prompts in their order, group size, sampling, loss and optimizer. Both train on
+every group that they sample: a uniform one has advantage 0, so it gives no gradient and is not replaced, but neither
+side saves its forward and backward pass (`actor.dynamic_sampling: false`; TRL knows nothing else). Headrace is
+`headrace up`: a replica with SGLang, Redis, the learner, groups up to `learner.max_staleness` steps old. TRL generates
+and trains in turn in one process, with one and with two threads: the better counts. Starting is not timed, on neither
+side; nor is evaluation, of saved policies, by the same code (held_out.py). Saving them is.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks import heavy_tail
+from benchmarks.compare import headrace_side, trl_side
+from benchmarks.compare.held_out import accuracy
+from benchmarks.compare.part import Part, Ratio
+from benchmarks.compare.runs import Outcome, Workload
+from benchmarks.demo import ROOT
+from common.config import RunConfig, load_recipe
+
+SHORT = Workload(
+    name="demo",
+    recipe="configs/tiny-cpu.yaml",
+    overrides=(),
+    held_out_problems=1024,
+    save_every=5,
+    target=0.8,
+    goal=1.5,
+    trl_micro_batch=128,
+)
+LONG = Workload(
+    name="heavy tail",
+    recipe="benchmarks/heavy-tail.yaml",
+    overrides=(),
+    held_out_problems=256,
+    save_every=10,
+    target=0.5,
+    goal=2.5,
+    trl_micro_batch=32,
+)
+SAME = (
+    "actor.dynamic_sampling=false",
+    "actor.guard=warn",
+    "evaluation.interval_steps=0",
+    "evaluation.num_prompts=1",
+    "evaluation.num_samples=1",
+)
+TRL_THREADS = (1, 2)
+NO_WORSE = 0.98
+"""What an accuracy may be of the other's: a standard error of both evaluations is 2 %."""
+
+
+def compare(repeats: int) -> Part:
+    if not (ROOT / heavy_tail.POLICY).exists():
+        heavy_tail.make_policy(ROOT / heavy_tail.POLICY)
+    trl_side.make_environment()
+    rows = [row for seed in range(repeats) for workload in (SHORT, LONG) for row in measure(workload, seed)]
+    return Part(rows, [ratio for workload in (SHORT, LONG) for ratio in ratios(workload, rows)])
+
+
+def measure(workload: Workload, seed: int) -> list[dict[str, Any]]:
+    """A row of each run, in turn."""
+    overrides = [f"seed={seed}", f"learner.checkpoint_interval_steps={workload.save_every}", *SAME, *workload.overrides]
+    config = load_recipe(ROOT / workload.recipe, overrides).config
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="headrace-trl-") as folder:
+        name = f"compare-{workload.name.replace(' ', '-')}-{seed}"
+        found = headrace_side.run(workload, overrides, config, Path(folder) / "headrace", name)
+        rows.append(row_of(workload, seed, config, found))
+        for num_threads in TRL_THREADS:
+            found = trl_side.run(workload, config, Path(folder) / f"trl-{num_threads}", num_threads)
+            rows.append(row_of(workload, seed, config, found))
+    return rows
+
+
+def row_of(workload: Workload, seed: int, config: RunConfig, found: Outcome) -> dict[str, Any]:
+    held_out = {
+        step: accuracy(policy, config, workload.held_out_problems) for step, policy in sorted(found.policies.items())
+    }
+    lengths = [row["completion_tokens_mean"] for row in found.steps]
+    return {
+        "workload": workload.name,
+        "seed": seed,
+        "who": found.who,
+        "num_threads": found.num_threads,
+        "num_steps": found.steps[-1]["step"],
+        "s_per_batch": round(found.s_per_step(), 4),
+        "whole_s": round(found.steps[-1]["wall_s"], 2),
+        "s_to_target": found.s_to(workload.target, held_out),
+        "held_out": held_out,
+        "completion_tokens_mean": round(sum(lengths) / len(lengths), 1),
+    }
+
+
+def ratios(workload: Workload, rows: list[dict[str, Any]]) -> list[Ratio]:
+    """One value a seed; where TRL does not reach the accuracy, its whole time is a lower bound."""
+    speed, to_target, final = [], [], []
+    mine = [row for row in rows if row["workload"] == workload.name]
+    for seed in sorted({row["seed"] for row in mine}):
+        (ours,) = (row for row in mine if row["seed"] == seed and row["who"] == "headrace")
+        theirs = min((row for row in mine if row["seed"] == seed and row["who"] == "trl"), key=_speed)
+        speed.append(theirs["s_per_batch"] / ours["s_per_batch"])
+        reached = ours["s_to_target"]
+        to_target.append((theirs["s_to_target"] or theirs["whole_s"]) / reached if reached else 0.0)
+        final.append(_last(ours) / _last(theirs))
+    return [
+        Ratio(f"{workload.name}: seconds a batch, TRL / Headrace", speed, workload.goal),
+        Ratio(f"{workload.name}: seconds to {workload.target:g} held out, TRL / Headrace", to_target, workload.goal),
+        Ratio(f"{workload.name}: held out at last, Headrace / TRL", final, NO_WORSE),
+    ]
+
+
+def _speed(row: dict[str, Any]) -> float:
+    return float(row["s_per_batch"])
+
+
+def _last(row: dict[str, Any]) -> float:
+    return float(row["held_out"][max(row["held_out"])])
