@@ -2,7 +2,8 @@
 
 `schema` names the layout. A rollout is token ids with a loss mask over them, so that several turns with tool output
 in between need no other format. Everybody imports these from `common.wire`, which decodes and checks them; the
-bounds that stand here are checked as a payload is decoded, before memory is taken for what is beyond them.
+bounds that stand here are checked as a payload is decoded, before memory is taken for what is beyond them. None of them
+can be part of a cycle, so that the collector need not walk through all groups that wait (`gc=False`).
 """
 
 from typing import Annotated, Any, Literal
@@ -39,7 +40,7 @@ Seconds = Annotated[float, msgspec.Meta(ge=0, le=MAX_UNIX_S)]
 Tokens = Annotated[list[int], msgspec.Meta(max_length=MAX_SEQUENCE_TOKENS)]
 
 
-class Sampling(msgspec.Struct, frozen=True):
+class Sampling(msgspec.Struct, frozen=True, gc=False):
     """How a ticket is to be sampled. The learner divides its logits by the same `temperature`."""
 
     temperature: float
@@ -47,7 +48,7 @@ class Sampling(msgspec.Struct, frozen=True):
     stop_token_ids: Annotated[list[int], msgspec.Meta(max_length=4096)]
 
 
-class Ticket(msgspec.Struct, frozen=True):
+class Ticket(msgspec.Struct, frozen=True, gc=False):
     """One prompt to be answered by one group: everything a stateless replica needs."""
 
     id: str
@@ -72,7 +73,7 @@ class Ticket(msgspec.Struct, frozen=True):
     schema: int = SCHEMA
 
 
-class VersionSpan(msgspec.Struct, frozen=True, array_like=True):
+class VersionSpan(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Trained tokens `[start, end)` of a rollout were sampled by `version`, as the engine reported."""
 
     version: NonNegative
@@ -80,7 +81,7 @@ class VersionSpan(msgspec.Struct, frozen=True, array_like=True):
     end: NonNegative
 
 
-class Rollout(msgspec.Struct, frozen=True):
+class Rollout(msgspec.Struct, frozen=True, gc=False):
     """One completion after its group's prompt, with its reward.
 
     `tokens` (int32) and `loss_mask` (a byte each, 1 or 0) have one entry per token after the prompt;
@@ -101,7 +102,7 @@ class Rollout(msgspec.Struct, frozen=True):
         return len(self.behaviour_logprobs)
 
 
-class Timings(msgspec.Struct, frozen=True):
+class Timings(msgspec.Struct, frozen=True, gc=False):
     """Unix times, in seconds, of a group's way through a replica."""
 
     leased_s: Seconds
@@ -109,7 +110,7 @@ class Timings(msgspec.Struct, frozen=True):
     scored_s: Seconds
 
 
-class Group(msgspec.Struct, frozen=True):
+class Group(msgspec.Struct, frozen=True, gc=False):
     """A ticket with its scored rollouts."""
 
     ticket: Ticket

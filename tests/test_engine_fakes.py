@@ -69,20 +69,6 @@ def test_a_sound_reply_is_taken_whole(fake: FakeSglang) -> None:
     assert (completion.finish_reason, completion.text) == ("stop", "x")
 
 
-def test_calls_at_one_time_have_a_client_each_and_later_ones_take_those(fake: FakeSglang) -> None:
-    fake.replies["/generate"] = (200, [sample()])
-
-    async def run() -> tuple[int, int]:
-        engine = Engine(fake.url)
-        for _ in range(3):
-            await asyncio.gather(*(engine.generate(ticket()) for _ in range(4)))
-        clients = engine.calls._clients
-        await engine.aclose()
-        return len(clients), sum(client.is_closed for client in clients)
-
-    assert asyncio.run(run()) == (4, 4)
-
-
 def spans(*edges: tuple[Any, int, int]) -> list[dict[str, Any]]:
     return [{"version": version, "start": start, "end": end} for version, start, end in edges]
 

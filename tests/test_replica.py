@@ -105,7 +105,7 @@ def test_a_task_that_no_worker_can_load_ends_the_replica(learner: Learner, start
     async def scenario() -> None:
         with pytest.raises(ExceptionGroup) as failure:
             async with start(task="tests.faulty_tasks:Absent"):
-                pass
+                await until(lambda: "replica a" not in {task.get_name() for task in asyncio.all_tasks()})
         assert failure.group_contains(RewardError)
 
     run(scenario)

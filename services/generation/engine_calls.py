@@ -30,15 +30,11 @@ class EngineCalls:
         self.url = url
         self.heard_at = -math.inf
         """`time.monotonic()` of the last sign of life."""
-        self._tls = httpx.create_ssl_context()
-        self._clients: list[httpx.AsyncClient] = []
-        self._idle: list[httpx.AsyncClient] = []
-        """Of `_clients`. Each has one call at a time: httpx looks through all connections of a client at every call,
-        which with 32 calls in flight takes a third of a call's processor time."""
+        limits = httpx.Limits(max_connections=None, keepalive_expiry=KEEPALIVE_EXPIRY_S)
+        self._http = httpx.AsyncClient(base_url=url, limits=limits, trust_env=False)
 
     async def aclose(self) -> None:
-        for client in self._clients:
-            await client.aclose()
+        await self._http.aclose()
 
     async def call(
         self, path: str, reply_type: type[Reply], body: Any = None, timeout_s: float | None = CONTROL_TIMEOUT_S
@@ -51,20 +47,12 @@ class EngineCalls:
             raise EngineError(f"{path} answered what cannot be decoded ({error}): {content[:200]!r}") from error
 
     async def send(self, method: str, path: str, body: Any, timeout_s: float | None) -> bytes:
-        http = self._idle.pop() if self._idle else self._new_client()
         try:
-            response = await http.request(method, path, json=body, timeout=timeout_s)
+            response = await self._http.request(method, path, json=body, timeout=timeout_s)
         except httpx.HTTPError as error:
             raise EngineError(f"{path} at {self.url}: {type(error).__name__}: {error}") from error
-        finally:
-            self._idle.append(http)
         if response.status_code != httpx.codes.OK:
             raise EngineError(f"{path} answered {response.status_code}: {response.text[:500]}")
         if path in SIGNS_OF_LIFE:
             self.heard_at = time.monotonic()
         return response.content
-
-    def _new_client(self) -> httpx.AsyncClient:
-        limits = httpx.Limits(max_connections=None, keepalive_expiry=KEEPALIVE_EXPIRY_S)
-        self._clients.append(httpx.AsyncClient(base_url=self.url, limits=limits, trust_env=False, verify=self._tls))
-        return self._clients[-1]
