@@ -16,6 +16,9 @@ from common.tasks import load_task
 
 ENVIRONMENT = ROOT / "benchmarks" / ".trl-venv"
 REQUIREMENTS = ROOT / "benchmarks" / "compare" / "trl-requirements.txt"
+KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
+"""Else the C library gives large tensors back at each step of generation, and the kernel zeroes their pages again: on
+the heavy tail most of TRL's time."""
 ALONE = {
     "use_vllm": False,  # it has no build for a CPU: transformers generates in the process
     "use_cpu": True,
@@ -43,7 +46,7 @@ def run(workload: Workload, config: RunConfig, folder: Path, num_threads: int) -
     spec, out = folder / "spec.json", folder / "out.json"
     spec.write_text(json.dumps(spec_for(workload, config, num_threads)))
     environment = os.environ | {"OMP_NUM_THREADS": str(num_threads), "HF_HUB_OFFLINE": "1"}
-    environment |= {"TOKENIZERS_PARALLELISM": "false"}
+    environment |= {"TOKENIZERS_PARALLELISM": "false"} | KEEPS_MEMORY
     command = [str(make_environment()), "-m", "benchmarks.compare.trl_run", str(spec), str(out)]
     with tempfile.TemporaryFile() as said:
         ended = subprocess.run(command, cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT)
