@@ -12,6 +12,8 @@ NUM_BEST = 3
 NUM_STEPS, NUM_HELD_OUT, EVALUATE_EVERY = 60, 2048, 20
 BASE = [
     "actor.mini_batches=4",
+    "actor.eps_clip=0.2",
+    "actor.eps_clip_higher=0.28",
     "actor.guard=warn",
     f"learner.steps={NUM_STEPS}",
     f"evaluation.num_prompts={NUM_HELD_OUT}",
@@ -34,11 +36,14 @@ LOSSES: dict[str, list[str]] = {
     "IcePop": [TOKEN, NO_CLIP, f"{WEIGHTS}=token_band"],
     "M2PO": [TOKEN, NO_CLIP, COUPLED, "actor.trust_region=second_moment"],
     "SAPO": [TOKEN, NO_CLIP, COUPLED, "actor.trust_region=soft"],
-    "paper": ["actor.preset=paper", "actor.eps_clip_higher=4e-4"],
+    "paper": ["actor.preset=paper", "actor.eps_clip=3e-4", "actor.eps_clip_higher=4e-4"],
     "sequence weights truncated": [SEQUENCE, NO_CLIP, f"{WEIGHTS}=sequence_truncate", f"{CAP}=1.5"],
     "sequence weights masked": [SEQUENCE, NO_CLIP, f"{WEIGHTS}=sequence_mask", f"{CAP}=1.5"],
     "both, clip at a third": ["actor.eps_clip=0.067", "actor.eps_clip_higher=0.093"],
-    "preset seed": ["actor.preset=seed", "actor.mini_batches=1", "actor.group_size=8", "actor.eps_clip_higher=null"],
+    "preset seed": [
+        *("actor.preset=seed", "actor.mini_batches=1", "actor.group_size=8"),
+        *("actor.eps_clip=0.4", "actor.eps_clip_higher=null"),
+    ],
     "both, 2 mini-batches": ["actor.mini_batches=2"],
     "uncorrected": [SEQUENCE, NO_CLIP, f"{WEIGHTS}=disabled"],
 }

@@ -16,6 +16,7 @@ SEED = {
     "ratio_gradient": "sequence",
     "behaviour_clip": False,
     "eps_clip": 0.4,
+    "eps_clip_higher": None,
     "behav_imp_weight_cap": 5.0,
     "behav_imp_weight_mode": "token_mask",
     "loss_aggregation": "token_mean",

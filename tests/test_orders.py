@@ -173,7 +173,7 @@ def test_an_order_over_http_answers_without_redis(monkeypatch: pytest.MonkeyPatc
 
 
 def test_settings_count_from_the_next_step_on(loop: Loop, client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
-    lr = loop.config.optimizer.lr
+    lr, eps_clip = loop.config.optimizer.lr, loop.config.actor.eps_clip
     after_step(loop, 2, lambda: order_settings(client, keys, 1, optimizer__lr=lr * 10, actor__eps_clip=0.05))
     after_step(loop, 4, lambda: order_settings(client, keys, 2, optimizer__lr=-1.0))
     seen: list[float] = []
@@ -188,7 +188,7 @@ def test_settings_count_from_the_next_step_on(loop: Loop, client: redis.Redis, k
     rates = [row["lr"] for row in rows_of(tmp_path, "step")]
     linear = [1 - step / STEPS * 0.8 for step in range(STEPS)]
     assert rates == pytest.approx([lr * x * (1 if step < 2 else 10) for step, x in enumerate(linear)])
-    assert seen == [0.2] * 2 + [0.05] * 4
+    assert seen == [eps_clip] * 2 + [0.05] * 4
     assert client.hget(keys.learner, "settings_version") == b"1"
     values: dict[str, int | float | None] = {"optimizer.lr": lr * 10, "actor.eps_clip": 0.05}
     assert events_of(client, keys, "settings") == [{"version": 1, "step": 2, "values": values}]

@@ -96,7 +96,7 @@ def test_micro_batch_budgets_change_nothing(
 
 
 def test_on_policy_metrics(demo_policy: Path) -> None:
-    _, metrics = weights_after(make_config(demo_policy, actor={"group_size": 2}))
+    _, metrics = weights_after(make_config(demo_policy, actor={"group_size": 2, "mini_batches": 1}))
     assert metrics["importance_ratio_mean"] == pytest.approx(1.0)
     assert metrics["ess"] == pytest.approx(1.0)
     assert metrics["kl_behaviour_proximal"] == pytest.approx(0.0, abs=1e-9)

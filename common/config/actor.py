@@ -21,6 +21,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "behav_imp_weight_cap": 5.0,
         "behaviour_clip": False,
         "eps_clip": 0.4,
+        "eps_clip_higher": None,
         "loss_aggregation": "token_mean",
         "mini_batches": 1,
         "reward_bias": -0.5,
@@ -81,9 +82,9 @@ class ActorConfig(Section):
         description="At sequence level: one gradient for all tokens of a sequence, or each token its own, with the "
         "same ratio value (GSPO-token). Does nothing at token level.",
     )
-    eps_clip: float = Field(0.2, gt=0, lt=1, description="Ratios below 1 - eps_clip are clipped.")
+    eps_clip: float = Field(0.067, gt=0, lt=1, description="Ratios below 1 - eps_clip are clipped.")
     eps_clip_higher: float | None = Field(
-        None, gt=0, description="Ratios above 1 + eps_clip_higher are clipped; defaults to eps_clip."
+        0.093, gt=0, description="Ratios above 1 + eps_clip_higher are clipped; null: above 1 + eps_clip."
     )
     trust_region: Literal["clip", "soft", "second_moment"] = Field(
         "clip",
@@ -116,7 +117,7 @@ class ActorConfig(Section):
         "sequence_mean", description="Mean over all loss tokens, or over sequences of their token means."
     )
     mini_batches: int = Field(
-        1,
+        4,
         ge=1,
         description="Optimizer updates per step. With 1, and the decoupled loss, the policy equals the proximal "
         "policy at the only update: the ratio is 1 and the clip never acts.",
