@@ -7,6 +7,7 @@ to benchmarks/results/compare.json, where a part replaces what it had measured b
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -17,7 +18,8 @@ from benchmarks.compare.part import Part
 from benchmarks.demo import RESULTS, this_machine
 
 PARTS: dict[str, Callable[[int], Part]] = {
-    "trl": trl.compare,
+    "trl": partial(trl.compare, trl.SHORT),
+    "trl-heavy-tail": partial(trl.compare, trl.LONG),
     "synchronous": synchronous.measure,
     "streams": streams.measure,
     "generation": generation.measure,

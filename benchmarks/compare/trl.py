@@ -52,12 +52,12 @@ NO_WORSE = 0.98
 """What an accuracy may be of the other's: a standard error of both evaluations is 2 %."""
 
 
-def compare(repeats: int) -> Part:
-    if not (ROOT / heavy_tail.POLICY).exists():
+def compare(workload: Workload, repeats: int) -> Part:
+    if workload is LONG and not (ROOT / heavy_tail.POLICY).exists():
         heavy_tail.make_policy(ROOT / heavy_tail.POLICY)
     trl_side.make_environment()
-    rows = [row for seed in range(repeats) for workload in (SHORT, LONG) for row in measure(workload, seed)]
-    return Part(rows, [ratio for workload in (SHORT, LONG) for ratio in ratios(workload, rows)])
+    rows = [row for seed in range(repeats) for row in measure(workload, seed)]
+    return Part(rows, ratios(workload, rows))
 
 
 def measure(workload: Workload, seed: int) -> list[dict[str, Any]]:
