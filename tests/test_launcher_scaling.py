@@ -165,8 +165,8 @@ def test_an_order_outlives_the_launcher_until_another_number_is_given(faking: Fa
 
 
 ADVISES = """
-on(signal.SIGUSR1, lambda: tell_learner(advised_replicas=99, advice="it waits"))
-tell_learner(advised_replicas=3, advice="it waits")
+on(signal.SIGUSR1, lambda: tell_learner(advice="it waits", advised_replicas=99))
+tell_learner(advice="it waits", advised_replicas=3)
 """
 
 

@@ -240,7 +240,7 @@ def test_a_redis_that_is_started_again_is_waited_for(
                 await asyncio.to_thread(learner.issue, "0-0")
                 await until(lambda: client.xlen(keys.groups) == 1)
                 await until(lambda: decode_heartbeat(client.get(keys.replica("a"))).groups_committed == 1)
-                assert not replica.waits.is_waiting(Reason.REDIS_UNREACHABLE)
+                await until(lambda: not replica.waits.is_waiting(Reason.REDIS_UNREACHABLE))
 
         run(scenario)
 

@@ -72,7 +72,7 @@ def test_what_cannot_be_decoded_is_passed_over(client: redis.Redis, redis_url: s
         watcher.look()
         assert watcher.new_lines() == [
             "learner: \N{REPLACEMENT CHARACTER}training; replicas: 1 running",
-            "step 1, reward 0.500, staleness 1.00, uniform 25%, tokens/s 50, waited 0.10 s, step time 0.20 s, KL nan "
+            "step 1, reward 0.500, staleness 1.00, uniform 25%, tokens/s 50, waited 0.10 s, step time 0.20 s, KL – "
             "(of 9 steps)",
             "held-out pass@1 0.500 after step 1, 2 completions",
         ]
