@@ -23,7 +23,7 @@ from common.redis_client import connect
 from common.waiting import Reason, Waits
 
 JOIN_TIMEOUT_S = 600.0
-POLL_S = 0.1
+POLL_S = 0.5
 Found = TypeVar("Found")
 
 
