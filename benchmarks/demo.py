@@ -23,6 +23,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+RECIPE = "configs/tiny-cpu.yaml"
 
 
 def main() -> int:
@@ -42,12 +43,15 @@ def main() -> int:
     return int(any(row["held_out_after"] < arguments.at_least for row in rows))
 
 
+def headrace_up(recipe: str, run: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "services.launcher", "up", str(ROOT / recipe), "--run", run, *arguments]
+
+
 def run_demo(seed: int, *setting: str) -> dict[str, Any]:
     """One whole run; `total_s` is what a user waits, from the command to its end."""
     run = f"benchmark-{time.strftime('%Y%m%d-%H%M%S')}-seed-{seed}"
-    command = ["-m", "services.launcher", "up", "configs/tiny-cpu.yaml", "--run", run, "--seed", str(seed), *setting]
     started = time.monotonic()
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    subprocess.run(headrace_up(RECIPE, run, "--seed", str(seed), *setting), cwd=ROOT, check=True)
     summary: dict[str, Any] = json.loads((ROOT / "runs" / run / "summary.json").read_text())
     return {"seed": seed, "setting": " ".join(setting[1:]), "total_s": round(time.monotonic() - started, 1), **summary}
 

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from benchmarks.demo import RECIPE
 from common.config import load_recipe
 from common.keys import Keys
 from common.redis_client import connect, connect_async
@@ -36,7 +37,6 @@ from services.learner.recording import Header, RecordedGroup, RecordingWriter
 from services.learner.store import Cursor, LearnerStore, Settlement
 
 RESULTS = Path(__file__).parent / "results" / "durability.json"
-RECIPE = "configs/tiny-cpu.yaml"
 SHAPES = {"demo: 8 x 14 tokens": (8, 14), "16 x 1,000 tokens": (16, 1000)}
 NUM_SAMPLED = 300
 NUM_FINISHED = 10_000

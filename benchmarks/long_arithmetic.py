@@ -1,23 +1,19 @@
 """The study's second task: chains of four to six additions and subtractions, answered in about 50 tokens, not 16.
 
-`python -m benchmarks.long_arithmetic` makes the policy that it starts from, in runs/long-policy: the demo's, supervised
-for a while on worked answers of which most contain a slip, as in its own warm start (services/learner/warm_start.py).
-A chain is held out by a hash of its operations and operands.
+`python -m benchmarks.long_arithmetic` makes the policy that it starts from, in runs/long-policy (drawn_task.py).
 """
 
 import random
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
-from common.tasks import Prompt, Split
-from common.tasks.arithmetic import ANSWER_MARK, ITEMS, NAMES, is_held_out, score
-from common.wire import Ticket
+from benchmarks.drawn_task import DrawnTask, answered, supervised_demo_policy
+from common.tasks import Prompt
+from common.tasks.arithmetic import ANSWER_MARK, ITEMS, NAMES, is_held_out
 
 POLICY = Path("runs/long-policy")
 LENGTHS, OPERANDS, HIGHEST = (4, 5, 6), range(2, 21), 99
-EPOCH_SIZE, HELD_OUT_SIZE = 100_000, 4096
 PHRASES = {"+": "buys {} more", "-": "gives away {}"}
 NUM_STEPS, BATCH_SIZE, LEARNING_RATE, SLIP_SHARE = 700, 32, 1.5e-3, 0.75
 
@@ -60,28 +56,16 @@ class Chain:
         return [self.worked(slip) for slip in [*flipped, self.operations[:-1]] if is_easy(self.results(slip))]
 
 
-class LongArithmetic:
-    def prompts(self, split: Split, *, seed: int, epoch: int) -> Iterator[Prompt]:
-        return (chain.prompt for chain in chains(split, f"{seed} {epoch}"))
+class LongArithmetic(DrawnTask[Chain]):
+    name = "long"
 
-    def reward(self, completion: str, ticket: Ticket) -> float:
-        return score(completion, ticket.reference["answer"])
-
-
-def chains(split: Split, seed: str) -> Iterator[Chain]:
-    is_train = split == "train"
-    rng = random.Random(f"long train {seed}" if is_train else "long held_out")
-    for _ in range(EPOCH_SIZE if is_train else HELD_OUT_SIZE):
-        yield _draw(rng, held_out=not is_train)
-
-
-def _draw(rng: random.Random, *, held_out: bool) -> Chain:
-    while True:
-        operations = "".join(rng.choice("+-") for _ in range(rng.choice(LENGTHS)))
-        operands = tuple(rng.choice(OPERANDS) for _ in range(len(operations) + 1))
-        chain = Chain(operations, operands, rng.choice(NAMES), rng.choice(ITEMS))
-        if is_held_out(operations, operands) == held_out and is_easy(chain.results()) and chain.slips:
-            return chain
+    def draw(self, rng: random.Random, *, held_out: bool) -> Chain:
+        while True:
+            operations = "".join(rng.choice("+-") for _ in range(rng.choice(LENGTHS)))
+            operands = tuple(rng.choice(OPERANDS) for _ in range(len(operations) + 1))
+            chain = Chain(operations, operands, rng.choice(NAMES), rng.choice(ITEMS))
+            if is_held_out(operations, operands) == held_out and is_easy(chain.results()) and chain.slips:
+                return chain
 
 
 def is_easy(results: list[int]) -> bool:
@@ -90,31 +74,11 @@ def is_easy(results: list[int]) -> bool:
 
 def make_policy(folder: Path, num_steps: int = NUM_STEPS) -> None:
     """Deterministic on one machine; about five minutes of one core."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from services.learner.warm_start import save_policy
 
-    from services.learner.warm_start import ADAM_BETAS, MAX_GRADIENT_NORM, completion_loss, encode, save_policy
-
-    torch.set_num_threads(1)
-    start = Path(__file__).parents[1] / "assets" / "demo-policy"
-    tokenizer, model = AutoTokenizer.from_pretrained(start), AutoModelForCausalLM.from_pretrained(start)
-    tokenizer.padding_side = "right"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=ADAM_BETAS, weight_decay=0.0)
-    rng, source = random.Random("slips"), chains("train", "warm start")
-    for step in range(num_steps):
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / num_steps)
-        batch = [next(source) for _ in range(BATCH_SIZE)]
-        answers = [rng.choice(chain.slips) if rng.random() < SLIP_SHARE else chain.worked() for chain in batch]
-        pairs = list(zip(batch, answers, strict=True))
-        loss = completion_loss(model, *encode(tokenizer, pairs))  # type: ignore[arg-type]  # a chain has a prompt too
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
-        optimizer.step()
-        if (step + 1) % 50 == 0:
-            print(f"step {step + 1} of {num_steps}, loss {loss.item():.4f}", file=sys.stderr, flush=True)
-    tokenizer.padding_side = "left"
-    save_policy(folder, model, tokenizer)
+    pairs = answered(LongArithmetic().problems("train", "warm start"), SLIP_SHARE)
+    batches = ([(chain.prompt, answer) for chain, answer in islice(pairs, BATCH_SIZE)] for _ in range(num_steps))
+    save_policy(folder, *supervised_demo_policy(batches, num_steps, LEARNING_RATE))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ whichever encoding it has, is a row of its own. Rows go to benchmarks/results/we
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,7 @@ from blake3 import blake3
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.demo import RECIPE, headrace_up
 from common.delta import Bits, apply, bits_of, encode
 from common.weights import (
     DELTA_FILE,
@@ -83,8 +83,8 @@ def random_pair(num_items: int, share: float) -> Pair:
 def real_versions(folder: Path) -> list[list[Bits]]:
     """The tensors of each version of a short run."""
     settings = [part for setting in RUN_SETTINGS for part in ("--set", setting)]
-    command = [sys.executable, "-m", "services.launcher", "up", "configs/tiny-cpu.yaml", "--run", "real"]
-    subprocess.run([*command, "--runs-folder", str(folder), *settings], check=True, stdout=subprocess.DEVNULL)
+    command = headrace_up(RECIPE, "real", "--runs-folder", str(folder), *settings)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     (root,) = (folder / "real" / "weights").glob("epoch-*")
     found: list[list[Bits]] = []
     for version in sorted(stored_versions(root)):

@@ -13,7 +13,7 @@ from benchmarks.compare.runs import Outcome, spec_of
 from benchmarks.compare.trl import LONG, SAME, SHORT, ratios
 from benchmarks.compare.trl_side import spec_for
 from benchmarks.growth import grown
-from benchmarks.heavy_tail import MAX_NEW_TOKENS, HeavyTail, Sharing, problems
+from benchmarks.heavy_tail import MAX_NEW_TOKENS, HeavyTail, Sharing
 from common.config import RunConfig, load_recipe
 from common.tasks.arithmetic import score
 
@@ -27,7 +27,7 @@ def recipe(path: str, *overrides: str) -> RunConfig:
 
 def test_worked_answers_are_of_20_to_512_tokens_with_a_heavy_tail() -> None:
     tokenizer = AutoTokenizer.from_pretrained(DEMO_POLICY)
-    some = list(itertools.islice(problems("train", "0 0"), 2000))
+    some = list(itertools.islice(HeavyTail().problems("train", "0 0"), 2000))
     lengths = np.array([len(tokenizer(one.worked() + tokenizer.eos_token).input_ids) for one in some])
     assert lengths.min() >= 20
     assert lengths.max() <= MAX_NEW_TOKENS
@@ -44,13 +44,15 @@ def test_a_problem_is_worked_until_fewer_than_the_limit_are_left() -> None:
     answer = one.prompt.reference["answer"]
     assert score(one.worked(), answer) == 1.0
     assert [score(slip, answer) for slip in one.slips] == [0.0, 0.0]
-    for other in itertools.islice(problems("train", "1 0"), 500):
+    for other in itertools.islice(HeavyTail().problems("train", "1 0"), 500):
         assert other.after(other.times) < other.limit <= other.after(other.times - 1)
 
 
 def test_no_held_out_problem_is_ever_trained_on() -> None:
-    held_out = {(one.start, one.taken, one.limit) for one in problems("held_out", "")}
-    trained = {(one.start, one.taken, one.limit) for one in itertools.islice(problems("train", "0 0"), 20_000)}
+    held_out = {(one.start, one.taken, one.limit) for one in HeavyTail().problems("held_out", "")}
+    trained = {
+        (one.start, one.taken, one.limit) for one in itertools.islice(HeavyTail().problems("train", "0 0"), 20_000)
+    }
     assert len(held_out) > 500
     assert not held_out & trained
     same = [list(itertools.islice(HeavyTail().prompts("held_out", seed=seed, epoch=seed), 20)) for seed in (0, 1)]

@@ -37,7 +37,12 @@ class Process:
         command = [sys.executable, "-m", "services.generation", "--run", run, "--name", "a"]
         with self.log.open("wb") as log:
             self.popen = subprocess.Popen(
-                [*command, "--log-folder", str(folder)], cwd=ROOT, env=environment, stdout=log, stderr=log
+                [*command, "--log-folder", str(folder)],
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         self.psutil = psutil.Process(self.popen.pid)
 

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import staleness_report
 from benchmarks.forced_staleness import run as forced
-from benchmarks.long_arithmetic import HIGHEST, LongArithmetic, chains
+from benchmarks.long_arithmetic import HIGHEST, LongArithmetic
 from benchmarks.staleness import Results, best, study
 from benchmarks.staleness_runs import GUARDED, LOSSES, Run
 from common.config import load_recipe
@@ -70,8 +70,10 @@ def test_the_report_shows_what_is_missing(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_long_chains_are_held_out_answered_and_slipped_on() -> None:
     task = LongArithmetic()
-    train = {(c.operations, c.operands) for c, _ in zip(chains("train", "0 0"), range(500), strict=False)}
-    held_out = [c for c, _ in zip(chains("held_out", ""), range(500), strict=False)]
+    train = {
+        (c.operations, c.operands) for c, _ in zip(LongArithmetic().problems("train", "0 0"), range(500), strict=False)
+    }
+    held_out = [c for c, _ in zip(LongArithmetic().problems("held_out", ""), range(500), strict=False)]
     assert not train & {(c.operations, c.operands) for c in held_out}
     assert [p.messages for p, _ in zip(task.prompts("held_out", seed=1, epoch=2), range(3), strict=False)] == [
         c.prompt.messages for c in held_out[:3]

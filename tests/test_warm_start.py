@@ -85,9 +85,9 @@ def test_only_completion_tokens_are_labelled() -> None:
     tokenizer = make_tokenizer()
     short = Problem("+", (13, 5), name="Ada", item="pens")
     long = Problem("+-", (13, 15, 12), name="Ada", item="pens")
-    batch = [(short, short.demonstration), (long, long.slips[0])]
-    ids, labels = warm_start.encode(tokenizer, batch)
-    for row, (problem, worked_answer) in enumerate(batch):
+    pairs = [(short, short.demonstration), (long, long.slips[0])]
+    ids, labels = warm_start.encode(tokenizer, [(problem.prompt, answer) for problem, answer in pairs])
+    for row, (problem, worked_answer) in enumerate(pairs):
         assert tokenizer.decode(labels[row][labels[row] >= 0]) == worked_answer + "<|end|>"
         chat = f"<|user|>{problem.question}<|end|><|assistant|>{worked_answer}<|end|>"
         assert tokenizer.decode(ids[row]).replace("<|pad|>", "") == chat
@@ -96,7 +96,7 @@ def test_only_completion_tokens_are_labelled() -> None:
 def test_the_loss_is_the_mean_over_completion_tokens_whatever_the_padding() -> None:
     tokenizer = make_tokenizer()
     model = warm_start.make_model(tokenizer, seed=0)
-    batch = [(problem, problem.demonstration) for problem in islice(train_problems(seed=0, epoch=0), 5)]
+    batch = [(problem.prompt, problem.demonstration) for problem in islice(train_problems(seed=0, epoch=0), 5)]
     total, count = 0.0, 0
     for row in batch:
         ids, labels = warm_start.encode(tokenizer, [row])

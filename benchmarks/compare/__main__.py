@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.compare import generation, startup, streams, synchronous, trl
+from benchmarks.compare import generation, paced, startup, streams, synchronous, trl
 from benchmarks.compare.part import Part
 from benchmarks.demo import RESULTS, this_machine
 
@@ -22,6 +22,7 @@ PARTS: dict[str, Callable[[int], Part]] = {
     "trl-heavy-tail": partial(trl.compare, trl.LONG),
     "synchronous": synchronous.measure,
     "streams": streams.measure,
+    "paced": paced.measure,
     "generation": generation.measure,
     "startup": startup.measure,
 }

@@ -22,8 +22,8 @@ import redis
 from safetensors.torch import load_file
 
 from benchmarks.compare.part import Part, Ratio
-from benchmarks.demo import ROOT
-from benchmarks.durability import RECIPE, redis_server
+from benchmarks.demo import RECIPE, ROOT
+from benchmarks.durability import redis_server
 from benchmarks.scale import seconds_of
 from common.config import RunConfig, load_recipe
 from common.http_service import TOKEN_VARIABLE

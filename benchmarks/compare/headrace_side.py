@@ -4,19 +4,18 @@ A checkpoint every `save_every` steps is part of what is measured; the evaluatio
 runs beside the first tickets.
 """
 
-import json
 import shutil
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
 from benchmarks.compare.runs import Outcome, Workload
-from benchmarks.demo import ROOT
+from benchmarks.demo import ROOT, headrace_up
 from common.config import RunConfig
 from services.learner.checkpoint_record import read_record
+from services.learner.report import METRICS_FILE, read_rows
 
 MASTER = "master."
 POLL_S = 0.3
@@ -27,21 +26,20 @@ def run(workload: Workload, overrides: list[str], config: RunConfig, folder: Pat
     """`overrides` are what makes `config` of the workload's recipe; policies are left in `folder`."""
     where = ROOT / "runs" / name
     shutil.rmtree(where, ignore_errors=True)
-    command = [sys.executable, "-m", "services.launcher", "up", workload.recipe, "--run", name]
-    command += [word for override in overrides for word in ("--set", override)]
+    settings = [word for override in overrides for word in ("--set", override)]
     over = threading.Event()
     watcher = threading.Thread(target=_collect, args=(where / "checkpoints", folder, over))
     watcher.start()
     try:
+        command = headrace_up(workload.recipe, name, *settings)
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     finally:
         over.set()
         watcher.join()
-    rows = [json.loads(line) for line in (where / "metrics.jsonl").read_text().splitlines()]
     policies = {int(path.name.removeprefix("step-")): path for path in folder.glob("step-*")}
     for path in policies.values():
         _as_policy(path, ROOT / config.model.path)
-    return Outcome("headrace", 1, [row for row in rows if row["kind"] == "step"], policies)
+    return Outcome("headrace", 1, [row for row in read_rows(where / METRICS_FILE) if row["kind"] == "step"], policies)
 
 
 def _collect(checkpoints: Path, folder: Path, over: threading.Event) -> None:

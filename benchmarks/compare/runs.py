@@ -11,8 +11,6 @@ class Workload(NamedTuple):
 
     name: str
     recipe: str
-    overrides: tuple[str, ...]
-    """Of settings of Headrace alone."""
     held_out_problems: int
     save_every: int
     """Steps between policies whose accuracy is measured."""

@@ -8,7 +8,6 @@ server by the same command, is the yardstick.
 """
 
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.compare.part import Part, Ratio
-from benchmarks.durability import RECIPE
+from benchmarks.demo import RECIPE, headrace_up
 from common.logs import parse_line
 from services.launcher.processes import Service
 
@@ -63,9 +62,8 @@ def measure(repeats: int) -> Part:
 
 def start(folder: Path, run: str) -> Row:
     """Seconds since the command, of each mark."""
-    command = [sys.executable, "-m", "services.launcher", "up", RECIPE, "--run", run, "--runs-folder", str(folder)]
     load, began = os.getloadavg()[0], time.time()
-    service = Service("up", command, folder / f"{run}.log")
+    service = Service("up", headrace_up(RECIPE, run, "--runs-folder", str(folder)), folder / f"{run}.log")
     try:
         found = wait_for_all(service, folder / run / "logs", began)
     finally:

@@ -4,17 +4,11 @@ One server, durable as a run's is, one client process; both sides in turn on it.
 as many at a time as the demo has groups in flight, then the learner's intake with what it checks, batches, and the
 settling of checkpoints (whose files are not written), its log included. The raw side has the round trips that this
 allows: as many XADDs in a pipeline, XREADGROUP of as many as the intake reads, and their XACK and XDEL in one pipeline.
-
-`share of a step`: processor time per step of the demo that commits and intake take where groups come one by one, as
-often as in the demo, over the seconds of a step, both from benchmarks/results/demo.json. The intake's idle turns count.
 """
 
 import asyncio
-import json
 import random
-import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,14 +18,14 @@ from typing import Any, NamedTuple
 import redis
 
 from benchmarks.compare.part import Part, Ratio
-from benchmarks.demo import RESULTS
-from benchmarks.durability import RECIPE, random_group, redis_server
+from benchmarks.demo import RECIPE
+from benchmarks.durability import random_group, redis_server
 from common.config import RunConfig, load_recipe
 from common.keys import Keys
 from common.logs import logging_to
 from common.redis_client import connect, connect_async
 from common.wire import Group, Ticket, encode
-from services.generation.tickets import Lease, TicketStore
+from services.generation.tickets import TicketStore
 from services.learner.intake import READ_COUNT, Intake
 from services.learner.orders import Switches
 from services.learner.refusal import Limits
@@ -47,7 +41,6 @@ class Size(NamedTuple):
 
 
 SIZES = (Size("8 x 16 tokens", 8, 16, 2048), Size("16 x 1,000 tokens", 16, 1000, 128))
-PACED_S = 20.0
 Row = dict[str, Any]
 
 
@@ -109,9 +102,7 @@ def measure(repeats: int) -> Part:
             rows += [row for pair in found for row in pair]
             rates = [[row["groups_per_s"] for row in pair] for pair in found]
             ratios.append(Ratio(f"{size.name}: groups/s over raw", [ours / raw for ours, raw in rates], 0.8))
-        paced = [share_of_a_step(Path(folder) / f"paced-{turn}", SIZES[0]) for turn in range(repeats)]
-    shares = [row["share_of_step"] for row in paced]
-    return Part(rows + paced, [*ratios, Ratio("share of a step of the demo", shares, 0.01, is_ceiling=True)])
+    return Part(rows, ratios)
 
 
 def both(folder: Path, size: Size, turn: int) -> tuple[Row, Row]:
@@ -206,7 +197,6 @@ def as_row(side: str, size: Size, groups: list[Group], seconds: list[float], cou
     """`seconds`: of publishing, of consuming, and of what acknowledging is done afterwards."""
     num_bytes = sum(len(encode(group)) for group in groups)
     return {
-        "kind": "throughput",
         "side": side,
         "size": size.name,
         "groups_per_s": len(groups) / sum(seconds),
@@ -215,59 +205,3 @@ def as_row(side: str, size: Size, groups: list[Group], seconds: list[float], cou
         "payload_bytes": num_bytes / len(groups),
         **{f"{name.removeprefix('total_')}_per_group": count / len(groups) for name, count in counts.items()},
     }
-
-
-def share_of_a_step(folder: Path, size: Size) -> Row:
-    groups_per_step, step_s = demo_pace()
-    groups = groups_of(size._replace(num_groups=int(PACED_S * groups_per_step / step_s)))
-    with redis_server(folder, True) as url, logging_to(folder / "learner.log", "learner", run="streams"):
-        keys = Keys("streams")
-        learner = Learner(connect(url), keys, size)
-        learner.store.add_tickets(keys.tickets, [group.ticket for group in groups])
-        spent: list[float] = []
-        replica = threading.Thread(target=lambda: spent.append(asyncio.run(commit_paced(url, keys, groups))))
-        began = time.thread_time()
-        replica.start()
-        while replica.is_alive() or learner.num_trained + READ_COUNT < len(groups):
-            learner.turn()
-        for _ in range(2):
-            learner.settle()
-        intake_s = time.thread_time() - began
-        replica.join()
-    per_group_s = [spent[0] / len(groups), intake_s / len(groups)]
-    return {
-        "kind": "share of a step",
-        "groups_per_step": groups_per_step,
-        "step_s": step_s,
-        "commit_us_per_group": round(per_group_s[0] * 1e6, 1),
-        "intake_us_per_group": round(per_group_s[1] * 1e6, 1),
-        "share_of_step": sum(per_group_s) * groups_per_step / step_s,
-    }
-
-
-async def commit_paced(url: str, keys: Keys, groups: list[Group]) -> float:
-    """At times as random as the demo's; seconds of processor time that the commits take."""
-    client, rng = connect_async(url), random.Random(0)
-    store = TicketStore(client, keys, "generation-0")
-    await store.open()
-    leases = await store.lease(keys.tickets, len(groups), 1.0)
-    due_s = sorted(rng.uniform(0.0, PACED_S) for _ in leases)
-    started, began = time.monotonic(), time.thread_time()
-
-    async def commit(at_s: float, lease: Lease, group: Group) -> None:
-        await asyncio.sleep(started + at_s - time.monotonic())
-        assert await store.commit(lease, group)
-
-    async with asyncio.TaskGroup() as commits:
-        for one in zip(due_s, leases, groups, strict=True):
-            commits.create_task(commit(*one))
-    spent_s = time.thread_time() - began
-    await client.aclose()
-    return spent_s
-
-
-def demo_pace() -> tuple[float, float]:
-    """Groups decided in a step of the demo, and its seconds: medians over the runs of benchmarks.demo."""
-    runs = json.loads((RESULTS / "demo.json").read_text())["rows"]
-    decided = [sum(run["groups"].get(s, 0) for s in ("trained", "uniform", "stale")) / run["steps"] for run in runs]
-    return statistics.median(decided), statistics.median(run["wall_s"] / run["steps"] for run in runs)

@@ -18,14 +18,12 @@ import itertools
 import json
 import os
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from benchmarks.compare.part import Part, Ratio
-from benchmarks.demo import ROOT
-from benchmarks.durability import RECIPE
+from benchmarks.demo import RECIPE, headrace_up
 from services.launcher.processes import Service
 from services.learner.report import METRICS_FILE, read_rows
 
@@ -55,8 +53,8 @@ def train(folder: Path, mode: str, turn: int) -> Row:
     """Means over the steps after the first few."""
     run = f"{mode}-{turn}"
     settings = [part for setting in (*COMMON, *SETTINGS[mode]) for part in ("--set", setting)]
-    command = [sys.executable, "-m", "services.launcher", "up", str(ROOT / RECIPE), "--run", run, "--seed", str(turn)]
-    service = Service(run, [*command, "--runs-folder", str(folder), *settings], folder / f"{run}.log")
+    command = headrace_up(RECIPE, run, "--seed", str(turn), "--runs-folder", str(folder), *settings)
+    service = Service(run, command, folder / f"{run}.log")
     try:
         service.process.wait(DEADLINE_S)
     finally:

@@ -23,7 +23,6 @@ from common.config import RunConfig, load_recipe
 SHORT = Workload(
     name="demo",
     recipe="configs/tiny-cpu.yaml",
-    overrides=(),
     held_out_problems=1024,
     save_every=5,
     target=0.8,
@@ -33,7 +32,6 @@ SHORT = Workload(
 LONG = Workload(
     name="heavy tail",
     recipe="benchmarks/heavy-tail.yaml",
-    overrides=(),
     held_out_problems=256,
     save_every=10,
     target=0.5,
@@ -62,7 +60,7 @@ def compare(workload: Workload, repeats: int) -> Part:
 
 def measure(workload: Workload, seed: int) -> list[dict[str, Any]]:
     """A row of each run, in turn."""
-    overrides = [f"seed={seed}", f"learner.checkpoint_interval_steps={workload.save_every}", *SAME, *workload.overrides]
+    overrides = [f"seed={seed}", f"learner.checkpoint_interval_steps={workload.save_every}", *SAME]
     config = load_recipe(ROOT / workload.recipe, overrides).config
     rows = []
     with tempfile.TemporaryDirectory(prefix="headrace-trl-") as folder:

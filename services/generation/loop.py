@@ -131,11 +131,8 @@ class Replica:
 
     async def _get_ready(self) -> None:
         """Workers start while the engine does, which takes longer."""
-        weights = asyncio.create_task(self.weights.at_least(1, FIRST_VERSION_TIMEOUT_S))
-        try:
-            await asyncio.gather(self.rewards.start(), weights)
-        finally:
-            weights.cancel()
+        await self.rewards.start()
+        await self.weights.at_least(1, FIRST_VERSION_TIMEOUT_S)
 
     async def _answer_tickets(self) -> None:
         self._in_flight.begin_serving()

@@ -99,8 +99,11 @@ class Ranks:
         return torch.stack(norms).square().sum().sqrt().to(norm.dtype)
 
     def end(self, code: int) -> None:
-        """The others end as well, with the same exit code, as far as they can still be told. After a failure this does
-        not return: what computes or listens in the background cannot be taken down in order."""
+        """The others end as well, with the same exit code, as far as they can still be told; alone, nothing happens.
+
+        With others this does not return, nor take anything down: a thread of theirs that lets go of a tensor while the
+        interpreter ends aborts the process (`terminate called without an active exception`).
+        """
         if self.is_alone or self._ended.is_set():
             return
         self._ended.set()
@@ -109,9 +112,6 @@ class Ranks:
         if self.rank == 0 and self._lost is None:
             with contextlib.suppress(RankLost), self._speaking:
                 self._say(encode_call(End(code)))
-        if code == 0:
-            dist.destroy_process_group()
-            return
         if sys.exc_info()[0] is not None:
             traceback.print_exc()
         logging.shutdown()

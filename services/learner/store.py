@@ -164,7 +164,7 @@ class LearnerStore:
         """What a turn of the intake needs beside the groups that it has read, in one command. Raises `Fenced`."""
         keys = [self.keys.tickets, self.keys.groups, self.keys.ledger]
         open_tickets, in_stream, marks = self._run(scripts.LOOK, keys, list(ticket_ids))
-        return Look(int(open_tickets), int(in_stream), [None if mark is None else parse_mark(mark) for mark in marks])
+        return Look(int(open_tickets), int(in_stream), _marks(marks))
 
     def cursor(self) -> Cursor | None:
         epoch, place = self.client.hmget(self.keys.cursor, "epoch", "place")
@@ -176,7 +176,7 @@ class LearnerStore:
     def marks(self, ticket_ids: Sequence[str]) -> list[Mark | None]:
         """What the ledger says of each ticket; None of one that was never issued."""
         found = self.client.hmget(self.keys.ledger, ticket_ids) if ticket_ids else []
-        return [None if mark is None else parse_mark(mark) for mark in found]
+        return _marks(found)
 
     def unfinished(self) -> list[str]:
         """Tickets that are open or queued, in no order."""
@@ -262,6 +262,10 @@ def _create_group(client: redis.Redis, stream: str, group: str) -> None:
     except redis.ResponseError as error:
         if "BUSYGROUP" not in str(error):
             raise
+
+
+def _marks(found: Iterable[bytes | None]) -> list[Mark | None]:
+    return [None if mark is None else parse_mark(mark) for mark in found]
 
 
 def _text(name: bytes) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from common.tasks import Prompt
 from common.tasks.arithmetic import Problem, train_problems
 from services.learner.demo_evaluation import Evaluation, evaluate_policy
 from services.learner.demo_tokenizer import VOCAB_SIZE, make_tokenizer
@@ -25,7 +26,6 @@ from services.learner.demo_tokenizer import VOCAB_SIZE, make_tokenizer
 NUM_STEPS = 2000
 BATCH_SIZE = 32
 LEARNING_RATE = 2e-3
-"""Of the first step; it falls linearly to zero."""
 SLIP_SHARE = 0.7
 """Of the demonstrations: what makes pass@1 about 0.3, once the arithmetic is learned."""
 ADAM_BETAS = (0.9, 0.95)
@@ -65,7 +65,7 @@ def make_policy(
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, seed=seed)
     losses: list[float] = []
-    for loss in islice(_train(model, tokenizer, seed=seed), num_steps):
+    for loss in islice(supervised(model, tokenizer, _batches(seed), NUM_STEPS, LEARNING_RATE), num_steps):
         losses.append(loss)
         if on_progress is not None:
             on_progress(len(losses), loss)
@@ -130,14 +130,20 @@ def _add_to_json(path: Path, entries: dict[str, object]) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | entries, indent=2) + "\n")
 
 
-def _train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Iterator[float]:
-    """Takes one step for each loss that is asked for."""
-    rng = random.Random(f"slips {seed}")
-    problems = train_problems(seed=seed, epoch=0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=ADAM_BETAS, weight_decay=0.0)
-    for step in range(NUM_STEPS):
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / NUM_STEPS)
-        batch = [(problem, _worked_answer(problem, rng)) for problem in islice(problems, BATCH_SIZE)]
+def supervised(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    batches: Iterator[list[tuple[Prompt, str]]],
+    num_steps: int,
+    learning_rate: float,
+) -> Iterator[float]:
+    """Takes one step, on one batch of prompts and their worked answers, for each loss that is asked for.
+
+    `learning_rate` is that of the first step; it falls linearly to zero at `num_steps`.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=ADAM_BETAS, weight_decay=0.0)
+    for step, batch in enumerate(islice(batches, num_steps)):
+        optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / num_steps)
         loss = completion_loss(model, *encode(tokenizer, batch))
         optimizer.zero_grad()
         loss.backward()
@@ -146,15 +152,22 @@ def _train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, *, seed:
         yield loss.item()
 
 
+def _batches(seed: int) -> Iterator[list[tuple[Prompt, str]]]:
+    rng = random.Random(f"slips {seed}")
+    problems = train_problems(seed=seed, epoch=0)
+    while batch := [(problem.prompt, _worked_answer(problem, rng)) for problem in islice(problems, BATCH_SIZE)]:
+        yield batch
+
+
 def _worked_answer(problem: Problem, rng: random.Random) -> str:
     return rng.choice(problem.slips) if rng.random() < SLIP_SHARE else problem.demonstration
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, batch: list[tuple[Problem, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(tokenizer: PreTrainedTokenizerFast, batch: list[tuple[Prompt, str]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and labels, both (B, T) int64, padded on the right; only completion tokens have a label."""
     prompts = [
-        tokenizer.apply_chat_template(problem.prompt.messages, tokenize=False, add_generation_prompt=True)
-        for problem, _ in batch
+        tokenizer.apply_chat_template(prompt.messages, tokenize=False, add_generation_prompt=True)
+        for prompt, _ in batch
     ]
     completions = [worked_answer + str(tokenizer.eos_token) for _, worked_answer in batch]
     rows = list(zip(tokenizer(prompts).input_ids, tokenizer(completions).input_ids, strict=True))

@@ -1,0 +1,72 @@
+"""What the benchmarks' own tasks share: problems drawn at random, and a policy that has seen mostly mistaken answers.
+
+A policy is the demo's, supervised for a while on worked answers of which most contain a slip, as in its own warm start
+(services/learner/warm_start.py). A problem is held out by a hash of its numbers.
+"""
+
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+from common.tasks import Prompt, Split
+from common.tasks.arithmetic import score
+from common.wire import Ticket
+
+EPOCH_SIZE, HELD_OUT_SIZE = 100_000, 4096
+
+
+class Problem(Protocol):
+    @property
+    def prompt(self) -> Prompt: ...
+    @property
+    def slips(self) -> list[str]: ...
+    def worked(self) -> str: ...
+
+
+P = TypeVar("P", bound=Problem)
+
+
+class DrawnTask(Generic[P]):
+    name: ClassVar[str]
+
+    def draw(self, rng: random.Random, *, held_out: bool) -> P:
+        raise NotImplementedError
+
+    def problems(self, split: Split, seed: str) -> Iterator[P]:
+        is_train = split == "train"
+        rng = random.Random(f"{self.name} train {seed}" if is_train else f"{self.name} held_out")
+        for _ in range(EPOCH_SIZE if is_train else HELD_OUT_SIZE):
+            yield self.draw(rng, held_out=not is_train)
+
+    def prompts(self, split: Split, *, seed: int, epoch: int) -> Iterator[Prompt]:
+        return (problem.prompt for problem in self.problems(split, f"{seed} {epoch}"))
+
+    def reward(self, completion: str, ticket: Ticket) -> float:
+        return score(completion, ticket.reference["answer"])
+
+
+def answered(problems: Iterator[P], slip_share: float) -> Iterator[tuple[P, str]]:
+    """Each with a worked answer, of which so many contain a slip."""
+    rng = random.Random("slips")
+    for problem in problems:
+        yield problem, rng.choice(problem.slips) if rng.random() < slip_share else problem.worked()
+
+
+def supervised_demo_policy(
+    batches: Iterator[list[tuple[Prompt, str]]], num_steps: int, learning_rate: float
+) -> tuple[Any, Any]:
+    """The demo's policy (Qwen3ForCausalLM, float32) after so many steps on one core, and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from services.learner.warm_start import supervised
+
+    torch.set_num_threads(1)
+    start = Path(__file__).parents[1] / "assets" / "demo-policy"
+    tokenizer, model = AutoTokenizer.from_pretrained(start), AutoModelForCausalLM.from_pretrained(start)
+    for step, loss in enumerate(supervised(model, tokenizer, batches, num_steps, learning_rate), start=1):
+        if step % 50 == 0:
+            print(f"step {step} of {num_steps}, loss {loss:.4f}", file=sys.stderr, flush=True)
+    return model, tokenizer
