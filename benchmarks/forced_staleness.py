@@ -1,8 +1,9 @@
 """One run of the real trainer on groups that are all exactly max_staleness steps old: no engine, no Redis, one thread.
 
 The weights of the last steps are kept; a step's groups are sampled with those of so many steps ago, by the same model
-in the same process, and uniform groups are dropped without refill, so that runs that differ only in their loss see the
-same number of prompts. Everything else (advantages, packing, loss, optimizer, metrics, guard) is the learner's own.
+in the same process, and uniform groups are not refilled, so that runs that differ only in their loss see the same
+number of prompts; with `actor.dynamic_sampling: false` they count in the batch. Everything else (advantages, packing,
+loss, optimizer, metrics, guard) is the learner's own.
 """
 
 import itertools
@@ -57,10 +58,11 @@ def run(config: RunConfig, num_held_out: int, evaluate_every: int) -> Iterator[d
         tickets = source.next_train(config.learner.groups_per_step, step, 0)
         groups = list(_groups(sampler, tickets, made_by + 1, task, tokenizer))
         mixed = [group for group in groups if not group.is_uniform]
+        batch = mixed if config.actor.dynamic_sampling else groups
         rewards = [reward for group in groups for reward in group.rewards]
         row = {"kind": "step", "step": step + 1, "reward_mean": float(np.mean(rewards)), "num_mixed": len(mixed)}
-        if len(mixed) >= config.actor.mini_batches:
-            metrics = trainer.train(mixed, step, {version: version - 1 for version in range(1, step + 2)})
+        if len(batch) >= config.actor.mini_batches:
+            metrics = trainer.train(batch, step, {version: version - 1 for version in range(1, step + 2)})
             guard = decide(guard, metrics, config).state
             row |= {name: metrics[name] for name in WATCHED} | {"guard_notch": guard.notch}
         past.append(_copy(model))

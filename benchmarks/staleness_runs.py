@@ -23,6 +23,8 @@ BASE = [
 SEQUENCE, NO_CLIP = "actor.ratio_gradient=sequence", "actor.behaviour_clip=false"
 COUPLED, TOKEN = "actor.use_decoupled_loss=false", "actor.importance_sampling_level=token"
 WEIGHTS, CAP = "actor.behav_imp_weight_mode", "actor.behav_imp_weight_cap"
+NARROW = ["actor.eps_clip=0.067", "actor.eps_clip_higher=0.093"]
+DEALT, KEPT = "actor.mini_batch_split=completions", "actor.dynamic_sampling=false"
 LOSSES: dict[str, list[str]] = {
     "seed": [SEQUENCE, NO_CLIP, "actor.mini_batches=1"],
     "both": [],
@@ -39,12 +41,15 @@ LOSSES: dict[str, list[str]] = {
     "paper": ["actor.preset=paper", "actor.eps_clip=3e-4", "actor.eps_clip_higher=4e-4"],
     "sequence weights truncated": [SEQUENCE, NO_CLIP, f"{WEIGHTS}=sequence_truncate", f"{CAP}=1.5"],
     "sequence weights masked": [SEQUENCE, NO_CLIP, f"{WEIGHTS}=sequence_mask", f"{CAP}=1.5"],
-    "both, clip at a third": ["actor.eps_clip=0.067", "actor.eps_clip_higher=0.093"],
+    "both, clip at a third": NARROW,
     "preset seed": [
         *("actor.preset=seed", "actor.mini_batches=1", "actor.group_size=8"),
         *("actor.eps_clip=0.4", "actor.eps_clip_higher=null"),
     ],
     "both, 2 mini-batches": ["actor.mini_batches=2"],
+    "dealt": [*NARROW, DEALT],
+    "kept": [*NARROW, KEPT],
+    "kept and dealt": [*NARROW, KEPT, DEALT],
     "uncorrected": [SEQUENCE, NO_CLIP, f"{WEIGHTS}=disabled"],
 }
 """Settings over `BASE`, 4 mini-batches where nothing else is said. `seed`: the seed's objective, with the demo's clip

@@ -1,11 +1,14 @@
 """Packing: every trained token once, within the budget, whole groups in a mini-batch."""
 
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.config import ActorConfig
 from common.wire import Group, Timings, VersionSpan
 from services.learner.packing import Sample, pack, split_mini_batches
 from tests.making import make_rollout, make_ticket
@@ -87,7 +90,7 @@ def test_a_group_stays_together_and_padding_stays_small() -> None:
 
 @given(batches(), st.integers(1, 4))
 def test_mini_batches_are_whole_groups_of_even_size(samples: list[Sample], num_mini_batches: int) -> None:
-    parts = split_mini_batches(samples, num_mini_batches, "seed")
+    parts = split_mini_batches(samples, ActorConfig(mini_batches=num_mini_batches), "seed")
     names = [{s.group.ticket.id for s in part} for part in parts]
     assert len(parts) == num_mini_batches
     assert sum(len(part) for part in parts) == len(samples)
@@ -95,8 +98,20 @@ def test_mini_batches_are_whole_groups_of_even_size(samples: list[Sample], num_m
     assert max(map(len, names)) - min(map(len, names)) <= 1
 
 
-def test_the_split_depends_on_the_seed_alone() -> None:
+@given(batches(), st.integers(1, 4))
+def test_completions_are_dealt_out_evenly_and_so_are_those_of_each_group(samples: list[Sample], count: int) -> None:
+    settings = ActorConfig(mini_batches=count, mini_batch_split="completions")
+    parts = split_mini_batches(samples, settings, "seed")
+    assert sorted(s.advantage for part in parts for s in part) == sorted(s.advantage for s in samples)
+    for name in (None, *(s.group.ticket.id for s in samples)):
+        sizes = [sum(name in (None, s.group.ticket.id) for s in part) for part in parts]
+        assert len(sizes) == count and max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("split", ["groups", "completions"])
+def test_the_split_depends_on_the_seed_alone(split: Literal["groups", "completions"]) -> None:
     samples = [sample(f"g{i}", [1], [2], [1]) for i in range(8)]
-    one, again, other = (split_mini_batches(samples, 2, seed) for seed in ("0-1", "0-1", "0-2"))
+    settings = ActorConfig(mini_batches=2, mini_batch_split=split)
+    one, again, other = (split_mini_batches(samples, settings, seed) for seed in ("0-1", "0-1", "0-2"))
     assert one == again
     assert [s.group.ticket.id for s in one[0]] != [s.group.ticket.id for s in other[0]]

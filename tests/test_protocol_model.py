@@ -121,7 +121,7 @@ class Trainer:
         self.seen += [zlib.crc32(group.ticket.id.encode()) for group in groups]
         return {}
 
-    def as_trained(self, _: str) -> list[TrainedRollout]:
+    def as_trained(self, _: Group) -> list[TrainedRollout | None]:
         return []
 
     def save_state(self, folder: Path) -> dict[str, FileEntry]:

@@ -21,7 +21,7 @@ from tests.test_packing import batches
 
 @given(batches(), st.integers(4, 40), st.integers(1, 5))
 def test_every_sample_is_on_one_rank_and_tokens_are_even(samples: list[Sample], budget: int, num_ranks: int) -> None:
-    mini_batch = share_out(samples, budget, num_ranks)
+    mini_batch = share_out(samples, budget, num_ranks, is_all_computed=True)
     assert sorted(a for m in mini_batch.micro_batches for a in m.advantages) == sorted(s.advantage for s in samples)
     assert mini_batch.num_sequences == len(samples)
     tokens = [sum(sample.num_tokens for m in share for sample in m.rows) for share in mini_batch.shares]
@@ -30,6 +30,17 @@ def test_every_sample_is_on_one_rank_and_tokens_are_even(samples: list[Sample], 
     assert max(tokens) - sum(tokens) / num_ranks <= longest
     passes = [mini_batch.of(rank) for rank in range(num_ranks)]
     assert len({len(own) for own in passes}) == 1 and any(own[-1] is not NOTHING for own in passes)
+
+
+@given(batches(), st.integers(4, 40), st.integers(1, 5))
+def test_what_adds_nothing_is_counted_and_not_computed(samples: list[Sample], budget: int, num_ranks: int) -> None:
+    """The first sample of these batches has advantage 0."""
+    mini_batch = share_out(samples, budget, num_ranks, is_all_computed=False)
+    computed = [row for m in mini_batch.micro_batches for row in m.rows]
+    assert len(computed) == max(1, len(samples) - 1)
+    assert all(row.advantage != 0 for row in computed) or len(samples) == 1
+    assert mini_batch.num_sequences == len(samples)
+    assert mini_batch.num_trained_tokens == sum(s.rollout.num_trained_tokens for s in samples)
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])

@@ -1,5 +1,6 @@
 """A step on the demo's policy: splits change nothing, proximal is policy until the first update, reward goes up."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from common.config import RunConfig
 from common.wire import Group
 from services.learner.packing import Sample, pack
 from services.learner.policy import Policy
+from services.learner.shares import share_out
 from services.learner.trainer import Trainer
 from tests.making import make_group, make_rollout
 
@@ -93,6 +95,33 @@ def test_micro_batch_budgets_change_nothing(
         assert torch.allclose(gradient, split[name], atol=1e-5 * gradient.abs().max().item() + 1e-8, rtol=1e-3), name
     for name in ("loss", "kl_behaviour_proximal", "ess", "behaviour_weight_max"):
         assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.parametrize("split", ["groups", "completions"])
+def test_what_has_advantage_0_changes_nothing_and_is_not_computed(
+    demo_policy: Path, split: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last group is uniform."""
+    actor = {"group_size": 2, "mini_batches": 2, "mini_batch_split": split, "dynamic_sampling": False}
+    found = []
+    for is_all_computed in (False, True):
+        trainer = make_trainer(make_config(demo_policy, actor=actor, optimizer={"max_grad_norm": 1e9}))
+        if is_all_computed:
+            monkeypatch.setattr("services.learner.trainer.share_out", partial(computing_all, share_out))
+        groups = make_batch(trainer, drift=0.1)
+        groups[-1].rollouts[:] = [msgspec.structs.replace(one, reward=1.0) for one in groups[-1].rollouts]
+        metrics = trainer.train(groups, 0, STEPS)
+        num_computed = sum(micro_batch.num_sequences for micro_batch, _ in trainer._latest)
+        assert num_computed == (8 if is_all_computed else 6)
+        found.append((tensors_of(trainer), metrics["gradient_norm"]))
+    (few, few_norm), (all_of_them, norm) = found
+    assert few_norm == pytest.approx(norm, rel=1e-4)
+    for name, weight in all_of_them.items():
+        torch.testing.assert_close(few[name], weight, rtol=1e-4, atol=1e-6)
+
+
+def computing_all(original: Any, *arguments: Any, is_all_computed: bool) -> Any:
+    return original(*arguments, is_all_computed=True)
 
 
 def test_on_policy_metrics(demo_policy: Path) -> None:

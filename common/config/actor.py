@@ -122,6 +122,11 @@ class ActorConfig(Section):
         description="Optimizer updates per step. With 1, and the decoupled loss, the policy equals the proximal "
         "policy at the only update: the ratio is 1 and the clip never acts.",
     )
+    mini_batch_split: Literal["groups", "completions"] = Field(
+        "groups",
+        description="What is dealt out to mini-batches: whole groups, or the completions of each group evenly, so that "
+        "every update sees every prompt; a prompt is then computed in every mini-batch.",
+    )
     guard: Literal["act", "warn"] = Field(
         "act",
         description="When policy and behaviour drift far apart (KL, effective sample size, log-probability gap): warn, "

@@ -1,7 +1,7 @@
 """From a batch of groups to token-budgeted micro-batches: pure functions on numpy arrays.
 
-A mini-batch takes whole groups, and a micro-batch keeps the rollouts of a group beside each other, behind one copy of
-their prompt (prompt_sharing.py); only attention sees padding.
+A mini-batch takes whole groups or a part of each, and a micro-batch keeps the rollouts of a group beside each other,
+behind one copy of their prompt (prompt_sharing.py); only attention sees padding.
 """
 
 import random
@@ -11,6 +11,7 @@ from itertools import groupby, pairwise
 
 import numpy as np
 
+from common.config import ActorConfig
 from common.wire import Group, Rollout
 from services.learner.prompt_sharing import Layout
 from services.learner.staleness import version_staleness
@@ -72,14 +73,18 @@ def token_staleness(rollout: Rollout, step: int, version_steps: Mapping[int, int
     return np.concatenate(parts)
 
 
-def split_mini_batches(samples: Sequence[Sample], num_mini_batches: int, seed: str) -> list[list[Sample]]:
-    """Whole groups, shuffled by `seed`, in mini-batches whose numbers of groups differ by at most one."""
+def split_mini_batches(samples: Sequence[Sample], settings: ActorConfig, seed: str) -> list[list[Sample]]:
+    """Whole groups, shuffled by `seed`, in mini-batches whose numbers of groups differ by at most one; or with
+    `mini_batch_split: completions` each group's samples, shuffled and dealt out, so that numbers of samples do, and
+    those of each group as well."""
     by_group: dict[str, list[Sample]] = {}
     for sample in samples:
         by_group.setdefault(sample.group.ticket.id, []).append(sample)
-    groups = list(by_group.values())
-    if num_mini_batches > 1:
-        random.Random(seed).shuffle(groups)
+    groups, num_mini_batches, rng = list(by_group.values()), settings.mini_batches, random.Random(seed)
+    rng.shuffle(groups)
+    if settings.mini_batch_split == "completions":
+        shuffled = [sample for group in groups for sample in rng.sample(group, len(group))]
+        return [shuffled[start::num_mini_batches] for start in range(num_mini_batches)]
     bounds = [len(groups) * i // num_mini_batches for i in range(num_mini_batches + 1)]
     return [[sample for group in groups[start:end] for sample in group] for start, end in pairwise(bounds)]
 

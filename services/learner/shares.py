@@ -38,19 +38,15 @@ class MiniBatch:
     """The micro-batches of every rank."""
 
     shares: list[list[MicroBatch]]
+    num_sequences: int
+    """What the loss is a mean over, computed or not."""
+    num_trained_tokens: int
+    """Likewise."""
 
     @property
     def micro_batches(self) -> list[MicroBatch]:
         """Of all ranks, one rank after another."""
         return [micro_batch for share in self.shares for micro_batch in share]
-
-    @property
-    def num_sequences(self) -> int:
-        return sum(micro_batch.num_sequences for micro_batch in self.micro_batches)
-
-    @property
-    def num_trained_tokens(self) -> int:
-        return sum(micro_batch.num_trained_tokens for micro_batch in self.micro_batches)
 
     def of(self, rank: int) -> list[MicroBatch]:
         """What a rank computes: as many micro-batches as every other."""
@@ -58,18 +54,21 @@ class MiniBatch:
         return self.shares[rank] + [NOTHING] * (num_passes - len(self.shares[rank]))
 
 
-def share_out(samples: Sequence[Sample], max_tokens: int, num_ranks: int) -> MiniBatch:
+def share_out(samples: Sequence[Sample], max_tokens: int, num_ranks: int, *, is_all_computed: bool) -> MiniBatch:
     """Micro-batches of at most `max_tokens`; ranks differ by at most the tokens of their longest sample.
 
     A rank's samples follow one another in the order of packing: groups stay together but where two shares meet, and
-    what is as long is in the same micro-batch.
+    what is as long is in the same micro-batch. Unless `is_all_computed`, samples of advantage 0 are left out as long as
+    there are others: they add exactly 0 to the gradient, as those of uniform groups do.
     """
-    ordered = longest_groups_first(samples)
+    effective = [sample for sample in samples if is_all_computed or sample.advantage != 0]
+    ordered = longest_groups_first(effective or samples)
     ends = np.cumsum([sample.num_tokens for sample in ordered])
     middles = ends - np.array([sample.num_tokens for sample in ordered]) / 2
     ranks = (middles * num_ranks / ends[-1]).astype(int)
     shares = [[s for s, owner in zip(ordered, ranks, strict=True) if owner == rank] for rank in range(num_ranks)]
-    return MiniBatch([pack(share, max_tokens) for share in shares])
+    num_trained_tokens = sum(sample.rollout.num_trained_tokens for sample in samples)
+    return MiniBatch([pack(share, max_tokens) for share in shares], len(samples), num_trained_tokens)
 
 
 class Outcome(NamedTuple):

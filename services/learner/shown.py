@@ -92,8 +92,8 @@ class TokenTexts:
         return text
 
 
-def shown_group(decided: Decided, trained: Sequence[TrainedRollout], texts: TokenTexts) -> ShownGroup:
-    """`trained`: of each rollout, or nothing. Completions that would make it too large are left out, from the last."""
+def shown_group(decided: Decided, trained: Sequence[TrainedRollout | None], texts: TokenTexts) -> ShownGroup:
+    """`trained`: of each rollout, or empty. Completions that would make it too large are left out, from the last."""
     group, state, step, staleness, decided_s = decided
     ticket, timings = group.ticket, group.timings
     rollouts = []

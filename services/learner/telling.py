@@ -105,7 +105,7 @@ class Telling:
     def groups(self) -> None:
         """A sample of those that were decided, for people to read."""
         decided = self.intake.take_sample()
-        trained = [self.trainer.as_trained(one.group.ticket.id) if one.state == "trained" else [] for one in decided]
+        trained = [self.trainer.as_trained(one.group) if one.state == "trained" else [] for one in decided]
         if decided:
             self.store.show(
                 shown_group(one, rollouts, self.token_texts) for one, rollouts in zip(decided, trained, strict=True)

@@ -1,7 +1,7 @@
 """One step: a batch of groups becomes `mini_batches` optimizer updates and a row of metrics.
 
-Rewards become advantages over the whole batch, mini-batches of whole groups become token-budgeted
-micro-batches, and each adds its share of its mini-batch's loss, so that no split changes the gradient. On several
+Rewards become advantages over the whole batch, mini-batches become token-budgeted micro-batches, and each adds its
+share of its mini-batch's loss, so that no split into micro-batches changes the gradient. On several
 ranks each computes a share of every mini-batch, and rank 0 reports what all of them found.
 """
 
@@ -47,8 +47,8 @@ class Trainer:
         actor, learner = self.config.actor, self.config.learner
         samples = self._samples(groups, step, version_steps)
         mini_batches = [
-            share_out(part, learner.micro_batch_tokens, self.ranks.count)
-            for part in split_mini_batches(samples, actor.mini_batches, f"{self.config.seed}-{step}")
+            share_out(part, learner.micro_batch_tokens, self.ranks.count, is_all_computed=self.reference is not None)
+            for part in split_mini_batches(samples, actor, f"{self.config.seed}-{step}")
         ]
         proximal = self._proximal_logprobs(mini_batches)
         proximal_done = time.monotonic()
@@ -77,14 +77,14 @@ class Trainer:
             "train_s": time.monotonic() - proximal_done,
         }
 
-    def as_trained(self, ticket_id: str) -> list[TrainedRollout]:
-        """The rollouts of a group of the latest step, in their order."""
-        found = []
+    def as_trained(self, group: Group) -> list[TrainedRollout | None]:
+        """Of each rollout of a group of the latest step; None where it was not computed."""
+        found: dict[int, TrainedRollout] = {}
         for micro_batch, logprobs in self._latest:
             for sample, (start, end) in zip(micro_batch.rows, pairwise(micro_batch.sequence_offsets), strict=True):
-                if sample.group.ticket.id == ticket_id:
-                    found.append(TrainedRollout(sample.advantage, logprobs[start:end].cpu().numpy()))
-        return found
+                if sample.group is group:
+                    found[id(sample.rollout)] = TrainedRollout(sample.advantage, logprobs[start:end].cpu().numpy())
+        return [found.get(id(rollout)) for rollout in group.rollouts]
 
     def save_state(self, folder: Path) -> dict[str, FileEntry]:
         """Everything that a resume needs to take the next step bit for bit the same, in files whose names and checksums
