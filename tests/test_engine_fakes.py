@@ -119,7 +119,7 @@ def test_a_hanging_generate_is_aborted_at_its_deadline(fake: FakeSglang) -> None
 def test_no_server_is_an_engine_error() -> None:
     fake = FakeSglang()
     fake.server_close()
-    with pytest.raises(EngineError, match=r"ticket 0-7: /generate at .*ConnectError"):
+    with pytest.raises(EngineError, match=r"ticket 0-7: /generate at .*ClientConnectorError"):
         generate(fake)
 
 
@@ -141,7 +141,7 @@ def test_a_failing_step_of_a_swap_still_continues(fake: FakeSglang, tmp_path: Pa
 
 def test_a_hanging_update_ends_at_its_deadline_and_continues(fake: FakeSglang, tmp_path: Path) -> None:
     fake.hanging.add("/update_weights_from_disk")
-    with pytest.raises(EngineError, match=r"/update_weights_from_disk at .*ReadTimeout"):
+    with pytest.raises(EngineError, match=r"/update_weights_from_disk at .*no answer within"):
         swap(fake, tmp_path, swap_timeout_s=0.3)
     assert fake.paths[-1] == "/continue_generation"
 

@@ -149,7 +149,7 @@ def test_a_swap_that_lasts_is_no_silence_but_after_it_the_probe_decides(
             if is_probed:  # just when it begins
                 await until(lambda: "/health" in fake.paths)
             swapping = asyncio.create_task(keeper.engine.swap(tmp_path, 4))
-            with pytest.raises(EngineError, match="ReadTimeout"):
+            with pytest.raises(EngineError, match="no answer within"):
                 await swapping
             assert keeper.silent_s > 1.5 * SILENCE_S and keeper.serving.is_set()
             loading = fake.paths[
@@ -182,7 +182,7 @@ def test_a_swap_that_failed_condemns_no_engine_that_answers(fake: FakeSglang, tm
 
     async def scenario() -> None:
         async with keeping(fake, swap_timeout_s=2 * SILENCE_S) as keeper:
-            with pytest.raises(EngineError, match="ReadTimeout"):
+            with pytest.raises(EngineError, match="no answer within"):
                 await keeper.engine.swap(tmp_path, 4)
             assert await keeper.answers(keeper.life)
             assert keeper.serving.is_set() and keeper.life == 1

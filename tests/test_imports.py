@@ -12,7 +12,19 @@ PURE = [
     f"services/learner/{name}.py"
     for name in ("staleness", "advantage", "loss", "logprobs", "packing", "metrics", "refusal")
 ]
-IO_MODULES = {"redis", "httpx", "fastapi", "uvicorn", "os", "socket", "subprocess", "asyncio", "threading", "pathlib"}
+IO_MODULES = {
+    "redis",
+    "httpx",
+    "aiohttp",
+    "fastapi",
+    "uvicorn",
+    "os",
+    "socket",
+    "subprocess",
+    "asyncio",
+    "threading",
+    "pathlib",
+}
 TOP = {"loop", "__main__", "assembly"}
 """Modules that put the others together: siblings never import them."""
 

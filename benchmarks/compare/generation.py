@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 import redis
 from safetensors.torch import load_file
 
@@ -82,15 +82,16 @@ def make_tickets(config: RunConfig) -> list[Ticket]:
 async def bare(url: str, config: RunConfig, tickets: list[Ticket]) -> Row:
     waiting, num_tokens = iter(tickets), 0
 
-    async def work(http: httpx.AsyncClient) -> None:
+    async def work(http: aiohttp.ClientSession) -> None:
         nonlocal num_tokens
         for ticket in waiting:
             body = generate_body(ticket, [f"{ticket.id}-{index}." for index in range(ticket.num_completions)])
-            samples = (await http.post("/generate", json=body)).raise_for_status().json()
+            async with http.post("/generate", json=body) as response:
+                samples = await response.json()
             num_tokens += sum(len(sample["output_ids"]) for sample in samples)
 
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=DEADLINE_S, limits=limits, trust_env=False) as http:
+    timeout = aiohttp.ClientTimeout(total=DEADLINE_S)
+    async with aiohttp.ClientSession(url, timeout=timeout, raise_for_status=True) as http:
         started, spent_s = time.time(), time.process_time()
         async with asyncio.TaskGroup() as workers:
             for _ in range(config.generation.max_groups_in_flight):

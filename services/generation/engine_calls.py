@@ -1,13 +1,15 @@
 """HTTP calls to one SGLang server: each has a deadline, and ends in a reply of its type or an `EngineError`.
 
-Nothing is retried. Remembers when the engine last gave a sign of life.
+Nothing is retried but a GET that went into a connection as the server closed it. Remembers when the engine last gave a
+sign of life.
 """
 
 import math
 import time
+from http import HTTPStatus
 from typing import Any, TypeVar
 
-import httpx
+import aiohttp
 import msgspec
 
 CONTROL_TIMEOUT_S = 30.0
@@ -30,11 +32,12 @@ class EngineCalls:
         self.url = url
         self.heard_at = -math.inf
         """`time.monotonic()` of the last sign of life."""
-        limits = httpx.Limits(max_connections=None, keepalive_expiry=KEEPALIVE_EXPIRY_S)
-        self._http = httpx.AsyncClient(base_url=url, limits=limits, trust_env=False)
+        self._http: aiohttp.ClientSession | None = None
+        """From the first call on: it belongs to an event loop."""
 
     async def aclose(self) -> None:
-        await self._http.aclose()
+        if self._http is not None:
+            await self._http.close()
 
     async def call(
         self, path: str, reply_type: type[Reply], body: Any = None, timeout_s: float | None = CONTROL_TIMEOUT_S
@@ -47,12 +50,23 @@ class EngineCalls:
             raise EngineError(f"{path} answered what cannot be decoded ({error}): {content[:200]!r}") from error
 
     async def send(self, method: str, path: str, body: Any, timeout_s: float | None) -> bytes:
+        if self._http is None:
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_EXPIRY_S)
+            self._http = aiohttp.ClientSession(connector=connector, json_serialize=_to_json)
         try:
-            response = await self._http.request(method, path, json=body, timeout=timeout_s)
-        except httpx.HTTPError as error:
+            timeout = aiohttp.ClientTimeout(total=timeout_s)
+            async with self._http.request(method, self.url + path, json=body, timeout=timeout) as response:
+                content = await response.read()
+        except TimeoutError as error:
+            raise EngineError(f"{path} at {self.url}: no answer within {timeout_s} s") from error
+        except aiohttp.ClientError as error:
             raise EngineError(f"{path} at {self.url}: {type(error).__name__}: {error}") from error
-        if response.status_code != httpx.codes.OK:
-            raise EngineError(f"{path} answered {response.status_code}: {response.text[:500]}")
+        if response.status != HTTPStatus.OK:
+            raise EngineError(f"{path} answered {response.status}: {content.decode(errors='replace')[:500]}")
         if path in SIGNS_OF_LIFE:
             self.heard_at = time.monotonic()
-        return response.content
+        return content
+
+
+def _to_json(body: Any) -> str:
+    return msgspec.json.encode(body).decode()
