@@ -3,6 +3,7 @@
     screen   every loss at staleness 8, one seed
     study    the seed's loss and the three best (or --losses) at staleness 0, 8, 16, then 1, 4, 32; three seeds
     long     the study's first part on a second task, with longer answers (benchmarks/long_arithmetic.py)
+    splits   the default loss with other mini-batches, at staleness 0, 2 and 16; three seeds
     guard    the seed's loss at staleness 8 and too high an lr, without the guard and with it
     report   tables and a plot of what has been run, into docs/staleness.md
 
@@ -12,6 +13,7 @@ benchmarks/results/staleness.json and not run again, as long as its settings are
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -33,13 +35,15 @@ from benchmarks.staleness_runs import (
     NUM_HELD_OUT,
     SCREENED,
     SEEDS,
+    SPLIT_STALENESSES,
+    SPLITS,
     STALENESSES,
     Run,
 )
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "staleness.json"
-PARTS = ("screen", "study", "long", "guard")
+PARTS = ("screen", "study", "splits", "long", "guard")
 
 
 class Results:
@@ -66,10 +70,8 @@ class Results:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.staleness")
-    parser.add_argument(
-        "what", nargs="?", default="all", choices=("all", "screen", "study", "long", "guard", "report", "one")
-    )
-    parser.add_argument("--losses", nargs="+", choices=[*LOSSES, *GUARDED], default=None)
+    parser.add_argument("what", nargs="?", default="all", choices=("all", *PARTS, "report", "one"))
+    parser.add_argument("--losses", nargs="+", choices=[*LOSSES, *GUARDED, *SPLITS], default=None)
     parser.add_argument("--staleness", type=int, nargs="+", default=None)
     parser.add_argument("--long", action="store_true", help="of `one`: on the second task")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
@@ -101,6 +103,9 @@ def runs_of(part: str, results: Results, arguments: argparse.Namespace) -> Itera
             make_policy(ROOT / POLICY)
         for run in study(losses, arguments.staleness or FIRST_STALENESSES, arguments.seeds):
             yield run._replace(is_long=True)
+    elif part == "splits":
+        stalenesses = arguments.staleness or SPLIT_STALENESSES
+        yield from (Run(*run) for run in itertools.product(SPLITS, stalenesses, arguments.seeds))
     elif part == "guard":
         yield from (Run(loss, SCREENED, seed) for seed in arguments.seeds for loss in GUARDED)
 

@@ -10,7 +10,17 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from benchmarks.staleness import Results
-from benchmarks.staleness_runs import FIRST_STALENESSES, GUARDED, LOSSES, SCREENED, SEEDS, STALENESSES, Run
+from benchmarks.staleness_runs import (
+    FIRST_STALENESSES,
+    GUARDED,
+    LOSSES,
+    SCREENED,
+    SEEDS,
+    SPLIT_STALENESSES,
+    SPLITS,
+    STALENESSES,
+    Run,
+)
 from common.config import load_recipe
 from services.learner.guard import GuardState, decide
 
@@ -24,8 +34,9 @@ def write_report(results: Results) -> None:
     page = DOCS / "staleness.md"
     head, _, rest = page.read_text().partition(BEGIN)
     _, _, tail = rest.partition(END)
-    tables = "\n\n".join([_screening(results), _study(results), _study(results, is_long=True), _guard(results)])
-    page.write_text(f"{head}{BEGIN}\n\n{tables}\n\n{END}{tail}")
+    tables = [_screening(results), _study(results), _splits(results), _study(results, is_long=True), _guard(results)]
+    joined = "\n\n".join(tables)
+    page.write_text(f"{head}{BEGIN}\n\n{joined}\n\n{END}{tail}")
     _plot(results, DOCS / "staleness.svg")
 
 
@@ -65,6 +76,20 @@ def _study(results: Results, is_long: bool = False) -> str:
         cells = [_cell(_finals(results, loss, staleness, is_long)) for staleness in levels]
         lines.append(f"| {loss} | {' | '.join(cells)} |")
     return "\n".join(lines if len(lines) > 4 else [*lines[:1], "", "Not run yet."])
+
+
+def _splits(results: Results) -> str:
+    lines = [
+        "**Mini-batches**: of whole groups, or of completions dealt out (`actor.mini_batch_split`); uniform groups "
+        "dropped or kept in the batch (`actor.dynamic_sampling`); as above.",
+        "",
+        f"| mini-batches | {' | '.join(f'staleness {staleness}' for staleness in SPLIT_STALENESSES)} |",
+        f"|---|{'---|' * len(SPLIT_STALENESSES)}",
+    ]
+    for split in SPLITS:
+        cells = [_cell(_finals(results, split, staleness)) for staleness in SPLIT_STALENESSES]
+        lines.append(f"| {split} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _guard(results: Results) -> str:

@@ -24,7 +24,6 @@ SEQUENCE, NO_CLIP = "actor.ratio_gradient=sequence", "actor.behaviour_clip=false
 COUPLED, TOKEN = "actor.use_decoupled_loss=false", "actor.importance_sampling_level=token"
 WEIGHTS, CAP = "actor.behav_imp_weight_mode", "actor.behav_imp_weight_cap"
 NARROW = ["actor.eps_clip=0.067", "actor.eps_clip_higher=0.093"]
-DEALT, KEPT = "actor.mini_batch_split=completions", "actor.dynamic_sampling=false"
 LOSSES: dict[str, list[str]] = {
     "seed": [SEQUENCE, NO_CLIP, "actor.mini_batches=1"],
     "both": [],
@@ -47,13 +46,19 @@ LOSSES: dict[str, list[str]] = {
         *("actor.eps_clip=0.4", "actor.eps_clip_higher=null"),
     ],
     "both, 2 mini-batches": ["actor.mini_batches=2"],
-    "dealt": [*NARROW, DEALT],
-    "kept": [*NARROW, KEPT],
-    "kept and dealt": [*NARROW, KEPT, DEALT],
     "uncorrected": [SEQUENCE, NO_CLIP, f"{WEIGHTS}=disabled"],
 }
 """Settings over `BASE`, 4 mini-batches where nothing else is said. `seed`: the seed's objective, with the demo's clip
 range and aggregation, `preset seed` with its own; `both`: a gradient per token and the behaviour clip, the default."""
+DEALT, KEPT = "actor.mini_batch_split=completions", "actor.dynamic_sampling=false"
+SPLITS: dict[str, list[str]] = {
+    "both, clip at a third": NARROW,
+    "dealt": [*NARROW, DEALT],
+    "kept": [*NARROW, KEPT],
+    "kept and dealt": [*NARROW, KEPT, DEALT],
+}
+"""Mini-batches of whole groups, or of completions dealt out; uniform groups dropped, or kept in the batch."""
+SPLIT_STALENESSES = (0, 2, 16)
 FAST = [*LOSSES["seed, 4 mini-batches"], "optimizer.lr=6e-4", "learner.steps=40"]
 GUARDED: dict[str, list[str]] = {
     "seed, 4 mini-batches, lr 6e-4": FAST,
@@ -80,7 +85,7 @@ class Run(NamedTuple):
 
     @property
     def settings(self) -> list[str]:
-        loss = (LOSSES | GUARDED)[self.loss]
+        loss = (LOSSES | GUARDED | SPLITS)[self.loss]
         return [
             *BASE,
             *(LONG if self.is_long else []),

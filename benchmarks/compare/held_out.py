@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.forced_staleness import ROWS_AT_ONCE, sample
 from common.config import RunConfig
@@ -14,6 +15,7 @@ from common.tasks.arithmetic import score
 
 def accuracy(policy: Path, config: RunConfig, num_problems: int) -> float:
     """Of one completion at temperature 1 for each of the first problems; deterministic on one machine."""
+    disable_progress_bar()
     task = load_task(config.task.name, config.task.settings)
     problems = list(itertools.islice(task.prompts("held_out", seed=config.seed, epoch=0), num_problems))
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)

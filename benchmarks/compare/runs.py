@@ -20,6 +20,8 @@ class Workload(NamedTuple):
     """Times as fast as TRL."""
     trl_micro_batch: int
     """Completions of one forward pass of TRL, the fastest of those tried."""
+    trl_threads: tuple[int, ...]
+    """A run with each; the fastest counts."""
 
 
 class Outcome(NamedTuple):

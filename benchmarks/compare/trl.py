@@ -1,13 +1,15 @@
 """Headrace beside TRL's `GRPOTrainer` on the same cores: seconds a batch, seconds to an accuracy, the accuracy at last.
 
 One recipe tells both the policy, task, prompts in their order, group size, sampling, loss and optimizer. Both train on
-every group that they sample: a uniform one has advantage 0, so it gives no gradient and is not replaced, but neither
-side saves its forward and backward pass (`actor.dynamic_sampling: false`; TRL knows nothing else). Headrace is
+every group that they sample (`actor.dynamic_sampling: false`; TRL knows nothing else): a uniform one has advantage 0,
+so it gives no gradient and is not replaced; Headrace does not compute what gives none, TRL does. Both deal the
+completions of a batch out to their mini-batches (`actor.mini_batch_split: completions`, as TRL does). Headrace is
 `headrace up`: a replica with SGLang, Redis, the learner, groups up to `learner.max_staleness` steps old. TRL generates
-and trains in turn in one process, with one and with two threads: the better counts. Starting is not timed, on neither
-side; nor is evaluation, of saved policies, by the same code (held_out.py). Saving them is.
+and trains in turn in one process, on the demo with one and with two threads: the better counts. Starting is not timed,
+on neither side; nor is evaluation, of saved policies, by the same code (held_out.py). Saving them is.
 """
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -28,24 +30,26 @@ SHORT = Workload(
     target=0.8,
     goal=1.5,
     trl_micro_batch=128,
+    trl_threads=(1, 2),
 )
 LONG = Workload(
     name="heavy tail",
     recipe="benchmarks/heavy-tail.yaml",
     held_out_problems=256,
-    save_every=10,
+    save_every=4,
     target=0.5,
     goal=2.5,
-    trl_micro_batch=32,
+    trl_micro_batch=16,
+    trl_threads=(2,),  # one thread takes longer, and a run long enough
 )
 SAME = (
     "actor.dynamic_sampling=false",
+    "actor.mini_batch_split=completions",
     "actor.guard=warn",
     "evaluation.interval_steps=0",
     "evaluation.num_prompts=1",
     "evaluation.num_samples=1",
 )
-TRL_THREADS = (1, 2)
 NO_WORSE = 0.98
 """What an accuracy may be of the other's: a standard error of both evaluations is 2 %."""
 
@@ -63,13 +67,16 @@ def measure(workload: Workload, seed: int) -> list[dict[str, Any]]:
     overrides = [f"seed={seed}", f"learner.checkpoint_interval_steps={workload.save_every}", *SAME]
     config = load_recipe(ROOT / workload.recipe, overrides).config
     rows = []
+
+    def add(found: Outcome) -> None:
+        rows.append(row_of(workload, seed, config, found))
+        print(json.dumps(rows[-1]), flush=True)
+
     with tempfile.TemporaryDirectory(prefix="headrace-trl-") as folder:
         name = f"compare-{workload.name.replace(' ', '-')}-{seed}"
-        found = headrace_side.run(workload, overrides, config, Path(folder) / "headrace", name)
-        rows.append(row_of(workload, seed, config, found))
-        for num_threads in TRL_THREADS:
-            found = trl_side.run(workload, config, Path(folder) / f"trl-{num_threads}", num_threads)
-            rows.append(row_of(workload, seed, config, found))
+        add(headrace_side.run(workload, overrides, config, Path(folder) / "headrace", name))
+        for num_threads in workload.trl_threads:
+            add(trl_side.run(workload, config, Path(folder) / f"trl-{num_threads}", num_threads))
     return rows
 
 
