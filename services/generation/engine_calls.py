@@ -54,8 +54,8 @@ class EngineCalls:
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_EXPIRY_S)
             self._http = aiohttp.ClientSession(connector=connector, json_serialize=_to_json)
         try:
-            timeout = aiohttp.ClientTimeout(total=timeout_s)
-            async with self._http.request(method, self.url + path, json=body, timeout=timeout) as response:
+            options: Any = {"timeout": aiohttp.ClientTimeout(total=timeout_s), "allow_redirects": False}
+            async with self._http.request(method, self.url + path, json=body, **options) as response:
                 content = await response.read()
         except TimeoutError as error:
             raise EngineError(f"{path} at {self.url}: no answer within {timeout_s} s") from error
