@@ -27,6 +27,7 @@ from typing import Any
 
 from benchmarks.long_arithmetic import POLICY, make_policy
 from benchmarks.staleness_runs import (
+    BY_NAME,
     EVALUATE_EVERY,
     FIRST_STALENESSES,
     GUARDED,
@@ -71,7 +72,7 @@ class Results:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.staleness")
     parser.add_argument("what", nargs="?", default="all", choices=("all", *PARTS, "report", "one"))
-    parser.add_argument("--losses", nargs="+", choices=[*LOSSES, *GUARDED, *SPLITS], default=None)
+    parser.add_argument("--losses", nargs="+", choices=list(BY_NAME), default=None)
     parser.add_argument("--staleness", type=int, nargs="+", default=None)
     parser.add_argument("--long", action="store_true", help="of `one`: on the second task")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)

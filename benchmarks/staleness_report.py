@@ -4,6 +4,7 @@ A cell that has not been run is shown as missing; nothing is filled in.
 """
 
 import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -64,31 +65,34 @@ def _screening(results: Results) -> str:
 
 
 def _study(results: Results, is_long: bool = False) -> str:
-    levels = FIRST_STALENESSES if is_long else STALENESSES
-    lines = [
+    told = (
         f"**Study{', longer answers' if is_long else ''}**: held-out accuracy after the last step, mean of the seeds "
-        "(lowest–highest; number of seeds).",
-        "",
-        f"| loss | {' | '.join(f'staleness {staleness}' for staleness in levels)} |",
-        f"|---|{'---|' * len(levels)}",
-    ]
-    for loss in _studied(results, is_long):
-        cells = [_cell(_finals(results, loss, staleness, is_long)) for staleness in levels]
-        lines.append(f"| {loss} | {' | '.join(cells)} |")
-    return "\n".join(lines if len(lines) > 4 else [*lines[:1], "", "Not run yet."])
+        "(lowest–highest; number of seeds)."
+    )
+    losses = _studied(results, is_long)
+    table = _by_staleness(results, "loss", losses, FIRST_STALENESSES if is_long else STALENESSES, is_long)
+    return f"{told}\n\n{table if losses else 'Not run yet.'}"
 
 
 def _splits(results: Results) -> str:
-    lines = [
+    told = (
         "**Mini-batches**: of whole groups, or of completions dealt out (`actor.mini_batch_split`); uniform groups "
-        "dropped or kept in the batch (`actor.dynamic_sampling`); as above.",
-        "",
-        f"| mini-batches | {' | '.join(f'staleness {staleness}' for staleness in SPLIT_STALENESSES)} |",
-        f"|---|{'---|' * len(SPLIT_STALENESSES)}",
+        "dropped or kept in the batch (`actor.dynamic_sampling`); as above."
+    )
+    return f"{told}\n\n{_by_staleness(results, 'mini-batches', SPLITS, SPLIT_STALENESSES)}"
+
+
+def _by_staleness(
+    results: Results, what: str, losses: Iterable[str], levels: Sequence[int], is_long: bool = False
+) -> str:
+    """Final accuracies, a row a loss and a column a staleness."""
+    lines = [
+        f"| {what} | {' | '.join(f'staleness {staleness}' for staleness in levels)} |",
+        f"|---|{'---|' * len(levels)}",
     ]
-    for split in SPLITS:
-        cells = [_cell(_finals(results, split, staleness)) for staleness in SPLIT_STALENESSES]
-        lines.append(f"| {split} | {' | '.join(cells)} |")
+    for loss in losses:
+        cells = [_cell(_finals(results, loss, staleness, is_long)) for staleness in levels]
+        lines.append(f"| {loss} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

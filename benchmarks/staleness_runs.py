@@ -65,6 +65,7 @@ GUARDED: dict[str, list[str]] = {
     "seed, 4 mini-batches, lr 6e-4, guarded": [*FAST, "actor.guard=act"],
 }
 """At three times the demo's lr, 40 steps, without the guard and with it."""
+BY_NAME = LOSSES | GUARDED | SPLITS
 LONG = [
     "task.name=benchmarks.long_arithmetic:LongArithmetic",
     f"model.path={POLICY}",
@@ -85,7 +86,7 @@ class Run(NamedTuple):
 
     @property
     def settings(self) -> list[str]:
-        loss = (LOSSES | GUARDED | SPLITS)[self.loss]
+        loss = BY_NAME[self.loss]
         return [
             *BASE,
             *(LONG if self.is_long else []),

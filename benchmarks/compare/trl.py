@@ -105,25 +105,26 @@ def row_of(workload: Workload, seed: int, config: RunConfig, found: Outcome) -> 
 
 def ratios(workload: Workload, rows: list[dict[str, Any]]) -> list[Ratio]:
     """One value a seed; where TRL does not reach the accuracy, its whole time is a lower bound."""
-    speed, to_target, final = [], [], []
     mine = [row for row in rows if row["workload"] == workload.name]
+    pairs = []
     for seed in sorted({row["seed"] for row in mine}):
         (ours,) = (row for row in mine if row["seed"] == seed and row["who"] == "headrace")
         theirs = min((row for row in mine if row["seed"] == seed and row["who"] == "trl"), key=_speed)
-        speed.append(theirs["s_per_batch"] / ours["s_per_batch"])
-        if workload.target is None:
-            continue
-        reached = ours["s_to_target"]
-        to_target.append((theirs["s_to_target"] or theirs["whole_s"]) / reached if reached else 0.0)
-        final.append(_last(ours) / _last(theirs))
+        pairs.append((ours, theirs))
+    speed = [_speed(theirs) / _speed(ours) for ours, theirs in pairs]
     found = [Ratio(f"{workload.name}: seconds a batch, TRL / Headrace", speed, workload.goal)]
-    if workload.target is None:
-        return found
-    return [
-        *found,
-        Ratio(f"{workload.name}: seconds to {workload.target:g} held out, TRL / Headrace", to_target, workload.goal),
-        Ratio(f"{workload.name}: held out at last, Headrace / TRL", final, NO_WORSE),
-    ]
+    if workload.target is not None:
+        to_target = [_s_to_target_over(ours, theirs) for ours, theirs in pairs]
+        final = [_last(ours) / _last(theirs) for ours, theirs in pairs]
+        name = f"{workload.name}: seconds to {workload.target:g} held out, TRL / Headrace"
+        found.append(Ratio(name, to_target, workload.goal))
+        found.append(Ratio(f"{workload.name}: held out at last, Headrace / TRL", final, NO_WORSE))
+    return found
+
+
+def _s_to_target_over(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
+    reached = ours["s_to_target"]
+    return float((theirs["s_to_target"] or theirs["whole_s"]) / reached) if reached else 0.0
 
 
 def _speed(row: dict[str, Any]) -> float:

@@ -54,8 +54,9 @@ class EngineCalls:
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_EXPIRY_S)
             self._http = aiohttp.ClientSession(connector=connector, json_serialize=_to_json)
         try:
-            options: Any = {"timeout": aiohttp.ClientTimeout(total=timeout_s), "allow_redirects": False}
-            async with self._http.request(method, self.url + path, json=body, **options) as response:
+            timeout = aiohttp.ClientTimeout(total=timeout_s)
+            request = self._http.request(method, self.url + path, json=body, timeout=timeout, allow_redirects=False)
+            async with request as response:
                 content = await response.read()
         except TimeoutError as error:
             raise EngineError(f"{path} at {self.url}: no answer within {timeout_s} s") from error
