@@ -18,9 +18,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from common.config import RunConfig
+from common.control import Settings
 from common.tasks import Task, load_task
 from common.wire import Group, Rollout, Ticket, Timings, VersionSpan
-from services.learner.guard import GuardState, decide, tightened
+from services.learner.guard import GuardState
+from services.learner.in_force import InForce
 from services.learner.policy import Policy, load_tokenizer
 from services.learner.prompts import TicketSource, stop_token_ids
 from services.learner.store import Cursor
@@ -47,11 +49,11 @@ def run(config: RunConfig, num_held_out: int, evaluate_every: int) -> Iterator[d
     stops = stop_token_ids(tokenizer, model.generation_config)
     source = TicketSource(config, task, tokenizer, stops, Cursor(0, 0))
     past = deque([_copy(model)], maxlen=config.learner.max_staleness + 1)
-    guard = GuardState()
+    in_force = InForce(config, Settings(), GuardState())
     held_out = source.evaluation(0, 0)[:num_held_out]
     for step in range(config.learner.steps):
         started = time.process_time()
-        trainer.config = tightened(config, guard)
+        trainer.config = in_force.config
         staleness = min(trainer.config.learner.max_staleness, len(past) - 1)
         sampler.load_state_dict(past[-1 - staleness])
         made_by = step - staleness
@@ -63,8 +65,8 @@ def run(config: RunConfig, num_held_out: int, evaluate_every: int) -> Iterator[d
         row = {"kind": "step", "step": step + 1, "reward_mean": float(np.mean(rewards)), "num_mixed": len(mixed)}
         if len(batch) >= config.actor.mini_batches:
             metrics = trainer.train(batch, step, {version: version - 1 for version in range(1, step + 2)})
-            guard = decide(guard, metrics, config).state
-            row |= {name: metrics[name] for name in WATCHED} | {"guard_notch": guard.notch}
+            in_force.look_after(metrics)
+            row |= {name: metrics[name] for name in WATCHED} | {"guard_notch": in_force.guard.notch}
         past.append(_copy(model))
         yield row | {"cpu_s": time.process_time() - started}
         if (step + 1) % evaluate_every == 0 or step + 1 == config.learner.steps:

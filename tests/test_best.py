@@ -140,11 +140,11 @@ def test_what_is_exported_is_the_policy_that_was_asked_for(client: redis.Redis, 
         take(batch)
         if loop.progress.step == 2:
             loop.trainer.policy.model.save_pretrained(tmp_path / "two")
-            loop.best.set_aside(2, loop.versions.current, loop.versions.copy_of_newest())
+            loop.evaluations.best.set_aside(2, loop.versions.current, loop.versions.copy_of_newest())
 
     loop.intake.mark_trained = mark  # type: ignore[method-assign]
     assert loop.run()
-    assert loop.best.decide(0.5)
+    assert loop.evaluations.best.decide(0.5)
     loop.trainer.policy.model.save_pretrained(tmp_path / "last")
     end(loop)
     expected, last = logits(tmp_path / "two"), logits(tmp_path / "last")

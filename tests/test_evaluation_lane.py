@@ -127,13 +127,13 @@ def test_a_version_is_not_evaluated_twice(replica: Replica, client: redis.Redis,
     """Its tickets exist already: a second evaluation would wait for ever."""
     loop = take_up(tmp_path, client, keys, None, *SETTINGS, "learner.steps=3")
     loop._publish()
-    loop._begin_evaluation()
-    assert loop.best.decide(0.5)
+    loop.evaluations.begin()
+    assert loop.evaluations.best.decide(0.5)
     loop.intake._evaluation = None
-    loop._is_evaluation_due = True
+    loop.evaluations.is_due = True
     loop._evaluate_if_due()
     assert not loop.intake.is_evaluating
     loop._publish()
     loop._evaluate_if_due()
-    assert loop.intake.is_evaluating and not loop._is_evaluation_due
+    assert loop.intake.is_evaluating and not loop.evaluations.is_due
     end(loop)

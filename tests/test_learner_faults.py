@@ -18,7 +18,8 @@ from services.learner import intake as intake_module
 from services.learner import loop as loop_module
 from services.learner.audit import audit
 from services.learner.checkpoint import CheckpointError, newest, save_checkpoint
-from services.learner.loop import Loop, Starved
+from services.learner.loop import Loop
+from services.learner.patience import Starved
 from services.learner.store import Fenced, LearnerStore, RedisLost
 from tests.fake_services import until
 from tests.launching import rows_of
@@ -84,7 +85,7 @@ def test_a_disk_that_stays_full_ends_the_learner_with_the_reason(loop: Loop, mon
     monkeypatch.setattr(loop_module, "save_checkpoint", save)
     monkeypatch.setattr(loop_module, "PATIENCE_S", 0.01)
     learner = loop.config.learner.model_copy(update={"starvation_deadline_s": 0.05})
-    loop.config = loop.config.model_copy(update={"learner": learner})
+    loop.in_force.config = loop.config.model_copy(update={"learner": learner})
     with pytest.raises(Starved, match=r"the checkpoint cannot be written for .*No space left"):
         loop.run()
 
@@ -176,7 +177,7 @@ def test_a_run_that_is_scaled_to_0_waits_without_a_deadline(
     monkeypatch.setattr(intake_module, "LOOK_INTERVAL_S", 0.01)
     monkeypatch.setattr(loop_module, "PATIENCE_S", 0.01)
     learner = loop.config.learner.model_copy(update={"starvation_deadline_s": 0.2})
-    loop.config = loop.config.model_copy(update={"learner": learner})
+    loop.in_force.config = loop.config.model_copy(update={"learner": learner})
     client.hset(keys.control, "desired_replicas", 0)
     loop.intake.look_around()
     ends: list[BaseException] = []

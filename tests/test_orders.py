@@ -14,11 +14,13 @@ import redis
 from common.config.hot import hot_values
 from common.control import Settings, parse_orders
 from common.keys import Keys
+from services.learner import in_force
 from services.learner import orders as orders_module
 from services.learner.checkpoint import newest
 from services.learner.checkpoint_record import Record, checkpoint_folders, read_record
+from services.learner.guard import GuardState
 from services.learner.loop import Loop
-from services.learner.orders import Switches, take_up_settings
+from services.learner.orders import Switches
 from tests.fake_services import until
 from tests.launching import rows_of
 from tests.replaying import STEPS, end, make_config, take_up
@@ -140,7 +142,7 @@ def test_a_stop_stands_until_a_checkpoint_has_been_written(
 def test_a_checkpoint_is_written_when_one_more_is_asked_for(
     loop: Loop, client: redis.Redis, keys: Keys, tmp_path: Path
 ) -> None:
-    loop.config = loop.config.model_copy(
+    loop.in_force.config = loop.config.model_copy(
         update={"learner": loop.config.learner.model_copy(update={"checkpoint_interval_steps": 100})}
     )
     after_step(loop, 3, lambda: client.hincrby(keys.control, "checkpoints", 1))
@@ -206,10 +208,10 @@ def test_settings_are_taken_up_from_the_checkpoint_when_redis_has_none(
     assert not loop.run()
     client.hdel(keys.control, "settings")
     again = take_up(tmp_path, client, keys, recording)
-    assert again.telling.settings.version == 7 and again.intake.config == again.trainer.config == again.config
+    assert again.in_force.settings.version == 7 and again.intake.config == again.trainer.config == again.config
     assert (again.config.sampling.temperature, again.intake.config.learner.max_staleness) == (0.5, 1)
-    assert again.configured == make_config()
-    assert parse_orders(client.hgetall(keys.control)).settings == again.telling.settings
+    assert again.in_force.configured == make_config()
+    assert parse_orders(client.hgetall(keys.control)).settings == again.in_force.settings
     end(again)
 
 
@@ -217,8 +219,8 @@ def test_which_settings_count_at_a_start() -> None:
     config = make_config()
 
     def take(ordered: Settings, recorded: Settings) -> tuple[float | None, int, int]:
-        found, counting, standing = take_up_settings(config, ordered, recorded)
-        return hot_values(found)["optimizer.lr"], counting.version, standing.version
+        found, standing = in_force.take_up(config, ordered, recorded, GuardState())
+        return hot_values(found.config)["optimizer.lr"], found.settings.version, standing.version
 
     def lr(version: int, value: float) -> Settings:
         return Settings(version, {"optimizer.lr": value})

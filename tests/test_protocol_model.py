@@ -509,7 +509,7 @@ class Protocol(RuleBasedStateMachine):
         elif name == "checkpoint":
             loop._checkpoint()
         elif not loop.intake.is_evaluating and f"eval-{loop.versions.current}-0" not in self.marks:
-            loop._begin_evaluation()
+            loop.evaluations.begin()
 
     def _as_replica(self, act: Coroutine[Any, Any, Any], fault: Fault | None) -> Any:
         """None if it dies of it."""

@@ -137,7 +137,7 @@ def _learn(
 ) -> int:
     from services.learner.assembly import assemble
     from services.learner.exported import Exported
-    from services.learner.loop import Starved
+    from services.learner.patience import Starved
     from services.learner.store import Fenced
 
     _log.info("the libraries are imported")
@@ -187,7 +187,7 @@ def _status(loop: Any, run: str) -> dict[str, Any]:
         "desired_replicas": loop.intake.sight.orders.desired_replicas,
         "advised_replicas": loop.telling.adviser.advice.replicas,
         "advice": loop.telling.adviser.advice.reason,
-        "settings_version": loop.telling.settings.version,
+        "settings_version": loop.in_force.settings.version,
         "unwritten_orders": [" ".join(map(str, order)) for order in loop.switches.unwritten],
         "counts": dict(loop.intake.books.counts),
         "latest": progress.latest,

@@ -25,11 +25,13 @@ from services.learner.audit import losses_so_far
 from services.learner.best import FRAME, Best
 from services.learner.checkpoint import newest
 from services.learner.checkpoint_record import Loss, Record, checkpoint_folders
-from services.learner.guard import GuardState, tightened
+from services.learner.evaluations import Evaluations
+from services.learner.guard import GuardState
+from services.learner.in_force import take_up
 from services.learner.intake import Intake
 from services.learner.leading import lead, set_up_torch
 from services.learner.loop import Loop
-from services.learner.orders import Switches, take_up_settings
+from services.learner.orders import Switches
 from services.learner.policy import Policy, load_tokenizer
 from services.learner.progress import Progress
 from services.learner.prompts import TicketSource, stop_token_ids
@@ -75,13 +77,11 @@ def assemble(
     record, saved = newest(folder / "checkpoints") or (None, folder)
     if record is not None:
         trainer.load_state(saved, sorted(record.files))
-    configured, orders = config, store.orders()
-    recorded_settings = record.settings if record else Settings()
-    config, settings, standing = take_up_settings(configured, orders.settings, recorded_settings)
-    guard = record.guard if record else GuardState()
-    ordered, config = config, tightened(config, guard)
-    trainer.config = config
-    if standing != orders.settings:
+    ordered = store.orders().settings
+    recorded = (record.settings, record.guard) if record else (Settings(), GuardState())
+    in_force, standing = take_up(config, ordered, *recorded)
+    config = trainer.config = in_force.config
+    if standing != ordered:
         store.order([("HSET", SETTINGS, msgspec.json.encode(standing))])
 
     versions_in_redis = store.version_steps()
@@ -108,8 +108,8 @@ def assemble(
             highest_version=versions.highest if recording is None else max(recording.version_steps, default=0),
         )
 
-    recorded = record.settlements if record else []
-    intake = Intake(config, store, source, version_steps, limits, recorded, switches)
+    settled = record.settlements if record else []
+    intake = Intake(config, store, source, version_steps, limits, settled, switches)
     intake.look_at_orders()
     progress = Progress()
     if record is not None:
@@ -123,12 +123,13 @@ def assemble(
     generation = config.generation
     start = store.advised_replicas() or generation.replicas
     adviser = Adviser(start, generation.max_replicas, generation.max_groups_in_flight)
-    trackers = Trackers(config.trackers, folder, configured.model_dump(exclude={"redis_url"}), progress.step)
+    trackers = Trackers(config.trackers, folder, in_force.configured.model_dump(exclude={"redis_url"}), progress.step)
     _save_frame(policy, folder / FRAME, tokenizer)
     best = Best(folder, store.epoch, store.check_fence)
     parts = (store, trainer, intake, versions, switches, progress, waits)
-    telling = Telling(*parts, adviser, metrics, trackers, TokenTexts(tokenizer), settings)
-    return Loop(configured, ordered, config, folder / "checkpoints", *parts, telling, best, guard), tokenizer
+    telling = Telling(*parts, adviser, metrics, trackers, TokenTexts(tokenizer), in_force)
+    evaluations = Evaluations(intake, versions, progress, best, telling)
+    return Loop(in_force, folder / "checkpoints", *parts, telling, evaluations), tokenizer
 
 
 def _save_frame(policy: Policy, frame: Path, tokenizer: Any) -> None:

@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.config import RunConfig
-from common.config.hot import with_settings
 from common.control import Orders, Settings
 from common.waiting import Reason, Waits
-from services.learner.best import Best
 from services.learner.checkpoint import CheckpointError, save_checkpoint
 from services.learner.checkpoint_record import MAX_VERSION_STEPS, Record
-from services.learner.guard import GuardState, decide, held_back, tightened
+from services.learner.evaluations import Evaluations
+from services.learner.in_force import InForce
 from services.learner.intake import Arrived, Intake
 from services.learner.orders import Switches
+from services.learner.patience import Patience
 from services.learner.progress import Progress
 from services.learner.store import LearnerStore
 from services.learner.telling import Telling
@@ -37,20 +37,11 @@ MAX_HELD_BYTES = 256 << 20
 _log = logging.getLogger(__name__)
 
 
-class Starved(RuntimeError):
-    """Nothing could be done for too long; the text says what was missing."""
-
-
 @dataclass
 class Loop:
     """Everything that a step touches."""
 
-    configured: RunConfig
-    """As the run was started."""
-    ordered: RunConfig
-    """With the settings that were changed since."""
-    config: RunConfig
-    """As it counts now: with what the guard has tightened."""
+    in_force: InForce
     checkpoints: Path
     store: LearnerStore
     trainer: Trainer
@@ -60,18 +51,19 @@ class Loop:
     progress: Progress
     waits: Waits
     telling: Telling
-    best: Best
-    guard: GuardState
+    evaluations: Evaluations
     _is_checkpoint_due: bool = False
-    _is_evaluation_due: bool = False
-    _evaluated: int = 0
-    """The latest version of which there was or is an evaluation."""
     _obeyed: Orders = field(default_factory=Orders)
 
     def __post_init__(self) -> None:
         """What was asked for once before this start counts as obeyed."""
         self._obeyed = self.intake.sight.orders
-        self.telling.held_back = held_back(self.ordered, self.config)
+        self.patience = Patience(self.waits, self.intake, self.switches, self.in_force)
+
+    @property
+    def config(self) -> RunConfig:
+        """As it counts now."""
+        return self.in_force.config
 
     def run(self) -> bool:
         """Until the last step, or until told to stop; True if the run is complete."""
@@ -106,34 +98,12 @@ class Loop:
         """Nobody could answer the first ticket before one serves."""
         self.telling.phase("waiting for a replica")
         while not any(replica.state == "running" for replica in self.intake.sight.replicas):
-            self._wait_for_groups(Reason.NO_REPLICA)
+            self.patience.wait_for_groups(Reason.NO_REPLICA)
             if self.switches.stop.wait(SWITCH_POLL_S):
                 break
             self.intake.look_around()
             self.telling.whether_paused()
-        self._has_groups(Reason.NO_REPLICA)
-
-    def _wait(self, reason: Reason, detail: str) -> float:
-        """How long it has lasted. Raises `Starved` at the deadline."""
-        deadline_s = self.config.learner.starvation_deadline_s
-        lasted_s = self.waits.waiting(reason, detail, deadline_s)
-        if lasted_s > deadline_s:
-            raise Starved(f"{reason} for {lasted_s:.0f} s: {detail}")
-        return lasted_s
-
-    def _wait_for_groups(self, reason: Reason) -> float:
-        """As `_wait`; but while learner or generation is paused, as ordered, no deadline comes nearer."""
-        is_paused = self.switches.paused.is_set()
-        if is_paused or self.intake.sight.is_generation_paused:
-            self.waits.over(reason)
-            return self.waits.waiting(Reason.PAUSED, "" if is_paused else "generation is scaled to 0 replicas")
-        self.waits.over(Reason.PAUSED)
-        return self._wait(reason, self.intake.why_waiting())
-
-    def _has_groups(self, reason: Reason) -> None:
-        """They are there, or nobody waits for them any more."""
-        self.waits.over(reason)
-        self.waits.over(Reason.PAUSED)
+        self.patience.has_groups(Reason.NO_REPLICA)
 
     @property
     def is_at_last_step(self) -> bool:
@@ -164,7 +134,7 @@ class Loop:
         self._obey()
         interval = self.config.evaluation.interval_steps
         if interval and self.progress.step % interval == 0 and not self.intake.is_evaluating:
-            self._is_evaluation_due = True
+            self.evaluations.is_due = True
         self._evaluate_if_due()
 
     def _wait_for_batch(self) -> list[Arrived] | None:
@@ -172,16 +142,16 @@ class Loop:
         while not self._is_interrupted() and not self.intake.has_ended:
             batch = self.intake.take_batch(PATIENCE_S, self._is_interrupted)
             if batch is not None:
-                self._has_groups(Reason.STARVED)
+                self.patience.has_groups(Reason.STARVED)
                 return batch
-            lasted_s = self._wait_for_groups(Reason.STARVED)
+            lasted_s = self.patience.wait_for_groups(Reason.STARVED)
             self.telling.phase("waiting")
             self.telling.groups()
             self._obey()
             self._evaluate_if_due()
             if lasted_s > IDLE_CHECKPOINT_S and (self.intake.books.held_bytes or self._is_checkpoint_due):
                 self._checkpoint()
-        self._has_groups(Reason.STARVED)
+        self.patience.has_groups(Reason.STARVED)
         return None
 
     def _publish(self) -> None:
@@ -204,15 +174,15 @@ class Loop:
             counts=dict(self.intake.books.counts),
             wall_s=self.progress.wall_s,
             losses=self.progress.losses,
-            settings=self.telling.settings,
-            guard=self.guard,
+            settings=self.in_force.settings,
+            guard=self.in_force.guard,
         )
         started = time.monotonic()
         try:
             saved = save_checkpoint(self.checkpoints, record, self.trainer.save_state, self.store.check_fence)
         except CheckpointError as error:
             self._is_checkpoint_due = True
-            self._wait(Reason.CHECKPOINT, str(error))
+            self.patience.wait(Reason.CHECKPOINT, str(error))
             return
         _log.info("checkpoint: records %d groups", len(consumed.settlements))
         self.telling.checkpoint(saved, time.monotonic() - started)
@@ -236,50 +206,38 @@ class Loop:
             self._change_settings(orders.settings)
         if orders.checkpoints > obeyed.checkpoints:
             self._checkpoint()
-        self._is_evaluation_due |= orders.evaluations > obeyed.evaluations
+        self.evaluations.is_due |= orders.evaluations > obeyed.evaluations
         self.telling.whether_paused()
 
     def _change_settings(self, settings: Settings) -> None:
         """From the next step on, and for tickets issued from now on; what is impossible changes nothing."""
         change = {"version": settings.version, "step": self.progress.step, "values": settings.values}
         try:
-            self.ordered = with_settings(self.configured, settings.values)
+            self.in_force.change(settings)
         except ValueError as error:
             _log.error("settings of version %d are refused: %s", settings.version, error)
             self.store.announce("settings_refused", change | {"reason": str(error)})
             return
         self._configure()
-        self.telling.settings = settings
         _log.info("settings of version %d count after step %d: %s", *change.values())
         self.store.announce("settings", change)
         self.telling.phase(self.progress.phase)
 
     def _configure(self) -> None:
-        self.config = self.trainer.config = tightened(self.ordered, self.guard)
+        self.trainer.config = self.config
         self.intake.configure(self.config)
-        self.telling.held_back = held_back(self.ordered, self.config)
 
     def _look_after(self, row: dict[str, float]) -> None:
-        """The guard may tighten the steps after this one, or loosen them again."""
-        self.guard, kind, reason = decide(self.guard, row, self.ordered)
+        state, kind, reason = self.in_force.look_after(row)
         if kind in ("tighten", "loosen"):
             self._configure()
         if kind is not None:
-            self.telling.guard(kind, reason, self.guard.notch)
+            self.telling.guard(kind, reason, state.notch)
 
     def _evaluate_if_due(self) -> None:
-        """Collects the evaluation that is done; begins the next. No version is evaluated twice: its tickets exist."""
-        self._record_evaluation(self.intake.finished_evaluation())
-        is_possible = not self.is_at_last_step and not self.intake.source.is_recording
-        is_free = not self.intake.is_evaluating and self._evaluated < self.versions.current
-        if self._is_evaluation_due and is_possible and is_free:
-            self._begin_evaluation()
-
-    def _begin_evaluation(self) -> None:
-        self._is_evaluation_due = False
-        self._evaluated = self.versions.current
-        self.best.set_aside(self.progress.step, self._evaluated, self.versions.copy_of_newest())
-        self.intake.begin_evaluation(self.progress.step, self._evaluated)
+        self.evaluations.collect()
+        if not self.is_at_last_step and not self.intake.source.is_recording:
+            self.evaluations.begin_if_due()
 
     def _evaluate_and_wait(self) -> bool:
         """Nothing is published meanwhile, so that every completion is of this step's version. False when stopped."""
@@ -288,10 +246,10 @@ class Loop:
         self._wait_while_paused()
         self.telling.phase("evaluating")
         if self.intake.is_evaluating:
-            self._record_evaluation(self._wait_for_evaluation())
+            self.evaluations.record(self._wait_for_evaluation())
         if not self.switches.stop.is_set():
-            self._begin_evaluation()
-            self._record_evaluation(self._wait_for_evaluation())
+            self.evaluations.begin()
+            self.evaluations.record(self._wait_for_evaluation())
         return not self.intake.is_evaluating and not self.switches.stop.is_set()
 
     def _wait_for_evaluation(self) -> dict[str, float] | None:
@@ -299,15 +257,11 @@ class Loop:
         while (result := self.intake.finished_evaluation(PATIENCE_S, self.switches.stop.is_set)) is None:
             if self.switches.stop.is_set():
                 break
-            self._wait_for_groups(Reason.EVALUATING)
+            self.patience.wait_for_groups(Reason.EVALUATING)
             self.telling.groups()
             self._obey()
-        self._has_groups(Reason.EVALUATING)
+        self.patience.has_groups(Reason.EVALUATING)
         return result
-
-    def _record_evaluation(self, result: dict[str, float] | None) -> None:
-        if result is not None:
-            self.telling.row("evaluation", result | {"is_best": self.best.decide(result["held_out"])})
 
     def _wait_while_paused(self) -> None:
         """Neither steps nor tickets; an evaluation that runs is brought to its end."""
@@ -318,7 +272,7 @@ class Loop:
             self.waits.waiting(Reason.PAUSED)
             self.telling.groups()
             self._obey()
-            self._record_evaluation(self.intake.finished_evaluation())
+            self.evaluations.collect()
         self.waits.over(Reason.PAUSED)
 
     def _is_interrupted(self) -> bool:
@@ -327,5 +281,5 @@ class Loop:
     def close(self) -> None:
         self.intake.stop()
         self.versions.close()
-        self.best.close()
+        self.evaluations.close()
         self.telling.close()

@@ -5,16 +5,12 @@ and outlives the learner from that moment on; while Redis is away `unwritten` na
 orders nothing.
 """
 
-import logging
 import threading
 from collections.abc import Sequence
 
-from common.config import RunConfig
-from common.config.hot import with_settings
-from common.control import CHECKPOINTS, PAUSED, STOP, Orders, Settings
+from common.control import CHECKPOINTS, PAUSED, STOP, Orders
 
 WRITE_PATIENCE_S = 1.0
-_log = logging.getLogger(__name__)
 
 Order = tuple[str | int, ...]
 """A command on the hash `control`, without its key."""
@@ -81,20 +77,3 @@ class Switches:
                 self.paused.set()
             else:
                 self.paused.clear()
-
-
-def take_up_settings(
-    configured: RunConfig, ordered: Settings, recorded: Settings
-) -> tuple[RunConfig, Settings, Settings]:
-    """The configuration that counts at a start, the settings that it has, and those that are to stand in Redis.
-
-    `ordered` stands in Redis, `recorded` in the checkpoint: the higher version counts, Redis's where they are equal.
-    What has become impossible gives way to the other, and at last to what is configured.
-    """
-    standing = ordered if ordered.version >= recorded.version else recorded
-    for settings in (standing, recorded):
-        try:
-            return with_settings(configured, settings.values), settings, standing
-        except ValueError as error:
-            _log.error("settings of version %d are refused: %s", settings.version, error)
-    return configured, Settings(), standing

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.control import Settings
 from common.waiting import Waits
 from services.learner.advice import Advice, Adviser
 from services.learner.checkpoint import num_bytes_in
+from services.learner.in_force import InForce
 from services.learner.intake import Arrived, Intake
 from services.learner.metrics import group_durations_s, staleness_metrics
 from services.learner.orders import Switches
@@ -52,10 +52,7 @@ class Telling:
     metrics: MetricsFile
     trackers: Trackers
     token_texts: TokenTexts
-    settings: Settings
-    """Those that count."""
-    held_back: str = ""
-    """What the guard has tightened."""
+    in_force: InForce
     _is_shown_paused: bool = False
     _shown_at: float = field(default_factory=time.monotonic)
 
@@ -67,14 +64,14 @@ class Telling:
         if self._is_shown_paused and phase in ("waiting", "evaluating", "waiting for a replica"):
             phase = "paused"
         position = {"step": self.progress.step, "version": self.versions.current, "url": self.versions.url}
-        position |= {"settings_version": self.settings.version, "held_back": self.held_back}
+        position |= {"settings_version": self.in_force.settings.version, "held_back": self.in_force.held_back}
         advised = {"advised_replicas": advice.replicas, "advice": advice.reason}
         self.store.report({"phase": phase, "reason": self.waits.describe(), **position, **advised})
 
     def guard(self, kind: str, reason: str, notch: int) -> None:
         """What it has done, and why."""
         done = {"warn": "warns", "tighten": "tightens", "loosen": "loosens"}[kind]
-        text = f"the guard {done}: {reason}; {self.held_back or 'everything is as ordered'}"
+        text = f"the guard {done}: {reason}; {self.in_force.held_back or 'everything is as ordered'}"
         _log.log(logging.INFO if kind == "loosen" else logging.WARNING, text)
         event = {"action": kind, "reason": reason, "notch": notch, "step": self.progress.step, "text": text}
         self.store.announce("guard", event)
