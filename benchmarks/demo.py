@@ -24,6 +24,7 @@ from rich.table import Table
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 RECIPE = "configs/tiny-cpu.yaml"
+GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 def main() -> int:
@@ -58,12 +59,19 @@ def run_demo(seed: int, *setting: str) -> dict[str, Any]:
 
 def this_machine() -> dict[str, Any]:
     """What a figure is to be read with."""
-    return {"cores": os.cpu_count(), "cpu": cpu_model(), "python": platform.python_version()}
+    machine = {"cores": os.cpu_count(), "cpu": cpu_model()}
+    gpus = [said_in(path, "Model") for path in GPUS.glob("*/information")]
+    return machine | ({"gpus": gpus} if gpus else {}) | {"python": platform.python_version()}
 
 
 def cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    return said_in(Path("/proc/cpuinfo"), "model name")
+
+
+def said_in(path: Path, name: str) -> str:
+    """The first value of that name in a file of Linux's `/proc`."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "unknown")
 
 
 def print_table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> None:

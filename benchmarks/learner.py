@@ -1,11 +1,11 @@
 """The learner's forward and backward pass against plain transformers: `python -m benchmarks.learner [--repeats 3]`.
 
-Two comparisons, side by side in turns on the same machine, each with gradients that agree: (1) tokens per second of a
-group of 8 completions, by the learner (its prompt computed once, nothing padded but attention) and by the same model on
-the same batch padded on the right, for completions of one length and for heavy-tailed ones; a token of a prompt counts
-for each completion, on both sides. (2) Log-probabilities of 6,144 tokens at a vocabulary of 151,936, in chunks and with
-all logits at once: seconds, and the peak of memory beyond what stood before, each in a process of its own. Rows go to
-benchmarks/results/learner.json.
+Two comparisons, side by side in turns on the same machine, by a GPU where torch sees one, each with gradients that
+agree: (1) tokens per second of a group of 8 completions, by the learner (its prompt computed once, nothing padded but
+attention) and by the same model on the same batch padded on the right, for completions of one length and for
+heavy-tailed ones; a token of a prompt counts for each completion, on both sides. (2) Log-probabilities of 6,144 tokens
+at a vocabulary of 151,936, in chunks and with all logits at once: seconds, and the peak of memory beyond what stood
+before, each in a process of its own. Rows go to benchmarks/results/learner.json.
 """
 
 import argparse
@@ -32,13 +32,14 @@ from common.config import LearnerConfig, ModelConfig
 from common.wire import Group, Rollout, Sampling, Ticket, Timings, VersionSpan
 from services.learner.logprobs import token_logprobs
 from services.learner.packing import Sample, pack
-from services.learner.policy import Policy
+from services.learner.policy import Policy, pick_device
 
 RESULTS = ROOT / "benchmarks" / "results" / "learner.json"
 SHAPES = {"512 + 8 x 256": (512, [256] * 8), "128 + 8 x 20 to 512": (128, [20, 31, 47, 73, 112, 170, 300, 512])}
 MODEL = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8}
 MODEL |= {"num_key_value_heads": 2, "vocab_size": 4096, "head_dim": 64}
 VOCABULARY, HIDDEN, NUM_TOKENS = 151_936, 256, 6144
+DEVICE = pick_device("auto")
 Row = dict[str, Any]
 
 
@@ -65,11 +66,12 @@ def passes(folder: Path, shape: str, repeats: int) -> list[Row]:
     path = folder / "model"
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **MODEL)).save_pretrained(path)
-    learner = LearnerConfig(device="cpu", gradient_checkpointing=False, micro_batch_tokens=1 << 20)
+    learner = LearnerConfig(gradient_checkpointing=False, micro_batch_tokens=1 << 20)
     policy = Policy(ModelConfig(path=str(path), dtype="float32"), learner)
-    plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(DEVICE)
     (micro_batch,) = pack(samples_of(*SHAPES[shape]), learner.micro_batch_tokens)
     ids, lengths = padded(*SHAPES[shape])
+    ids = ids.to(DEVICE)
 
     def ours() -> Tensor:
         return policy.logprobs(micro_batch)
@@ -93,11 +95,18 @@ def passes(folder: Path, shape: str, repeats: int) -> list[Row]:
 def step(model: Any, logprobs: Callable[[], Tensor]) -> tuple[float, Tensor]:
     """Seconds of a forward and a backward pass, and the gradient."""
     model.zero_grad()
-    started = time.perf_counter()
+    started = now()
     found = logprobs()
-    (found * torch.linspace(-1, 1, len(found))).sum().backward()
-    seconds = time.perf_counter() - started
+    (found * torch.linspace(-1, 1, len(found), device=DEVICE)).sum().backward()
+    seconds = now() - started
     return seconds, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def now() -> float:
+    """When all that was asked of the device is done."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def tokens_of(prompt: int, lengths: list[int]) -> tuple[list[int], list[list[int]]]:
@@ -133,24 +142,31 @@ def logprobs(kind: str) -> Row:
 def logprobs_once(is_chunked: bool) -> Row:
     """Forward and backward, in a fresh process."""
     torch.manual_seed(0)
-    hidden = torch.randn(NUM_TOKENS, HIDDEN, requires_grad=True)
-    weight = (torch.randn(VOCABULARY, HIDDEN) / 16).requires_grad_()
+    hidden = torch.randn(NUM_TOKENS, HIDDEN, device=DEVICE, requires_grad=True)
+    weight = (torch.randn(VOCABULARY, HIDDEN, device=DEVICE) / 16).requires_grad_()
     weight.grad, hidden.grad = torch.zeros_like(weight), torch.zeros_like(hidden)
-    targets, temperature = torch.randint(VOCABULARY, (NUM_TOKENS,)), torch.ones(NUM_TOKENS)
+    targets = torch.randint(VOCABULARY, (NUM_TOKENS,), device=DEVICE)
+    temperature = torch.ones(NUM_TOKENS, device=DEVICE)
     chunk = LearnerConfig().logprob_chunk_tokens
-    before, started = psutil.Process().memory_info().rss, time.perf_counter()
+    before, started = held_bytes(), now()
     if is_chunked:
         found = token_logprobs(hidden, weight, targets, temperature, chunk)
     else:
         found = (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
     found.sum().backward()
-    seconds = time.perf_counter() - started
+    seconds = now() - started
     who = "chunked" if is_chunked else "whole"
     return {"kind": "logprobs", "who": who, "seconds": seconds, "peak_bytes": peak_bytes() - before}
 
 
+def held_bytes() -> int:
+    return torch.cuda.memory_allocated() if DEVICE.type == "cuda" else psutil.Process().memory_info().rss
+
+
 def peak_bytes() -> int:
     """Of this program alone; `ru_maxrss` would count its parent's as well."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated()
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
 

@@ -10,11 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.compare.runs import Outcome, spec_of
-from benchmarks.compare.trl import LONG, SAME, SHORT, ratios
+from benchmarks.compare.trl import LONG, SAME, SHORT, ratios, short
 from benchmarks.compare.trl_side import spec_for
 from benchmarks.growth import grown
 from benchmarks.heavy_tail import MAX_NEW_TOKENS, HeavyTail, Sharing
 from common.config import RunConfig, load_recipe
+from common.device import resolve_device
 from common.tasks.arithmetic import score
 
 ROOT = Path(__file__).parents[1]
@@ -87,6 +88,17 @@ def test_trl_is_told_what_the_recipe_says() -> None:
     spec_of(recipe(LONG.recipe))
     with pytest.raises(ValueError, match="token_mean"):
         spec_of(recipe(SHORT.recipe, "actor.loss_aggregation=token_mean"))
+
+
+def test_by_another_recipe_seconds_a_batch_alone_are_compared() -> None:
+    workload = short("benchmarks/gpu.yaml")
+    spec = spec_for(workload, recipe(workload.recipe, "task.name=arithmetic", *SAME), num_threads=4)
+    assert (workload.name, workload.target, spec["model"]) == ("gpu", None, "Qwen/Qwen2.5-1.5B-Instruct")
+    assert spec["task"] == ["arithmetic", {}]
+    told = spec["config"]
+    assert told["per_device_train_batch_size"] * told["steps_per_generation"] == 32 * told["num_generations"]
+    assert told["bf16"] and told["use_cpu"] == (resolve_device("auto") == "cpu")
+    assert short(SHORT.recipe) is SHORT
 
 
 def test_seconds_to_an_accuracy_and_a_batch() -> None:

@@ -1,10 +1,10 @@
-"""Tokens per second of a replica against those of its bare engine: one SGLang server on the CPU, started once as a
-replica starts it, answers both in turn.
+"""Tokens per second of a replica against those of its bare engine: one SGLang server, started once as a replica
+starts it, answers both in turn.
 
 Headrace's side is the replica's program: it leases tickets from a durable Redis, asks the engine, scores with the
 task's reward in a process of its own, and commits groups; the clock runs from issuing the tickets until the last group
 stands in the stream. The bare side is an httpx client that sends the same requests, as many groups at a time, reads the
-answers and does nothing with them; no replica runs meanwhile. Prompts, sampling and log-probabilities are the demo's.
+answers and does nothing with them; no replica runs meanwhile. Prompts, sampling and log-probabilities are the recipe's.
 """
 
 import asyncio
@@ -19,13 +19,11 @@ from typing import Any
 
 import aiohttp
 import redis
-from safetensors.torch import load_file
 
 from benchmarks.compare.part import Part, Ratio
-from benchmarks.demo import RECIPE, ROOT
 from benchmarks.durability import redis_server
 from benchmarks.scale import seconds_of
-from common.config import RunConfig, load_recipe
+from common.config import LearnerConfig, RunConfig, load_recipe
 from common.http_service import TOKEN_VARIABLE
 from common.keys import Keys
 from common.redis_client import connect
@@ -34,12 +32,11 @@ from common.wire import Ticket, decode_group, decode_heartbeat
 from services.generation.completions import generate_body
 from services.generation.engine_server import EngineServer
 from services.launcher.processes import REDIS_URL_VARIABLE, Service
-from services.learner.policy import load_tokenizer
-from services.learner.prompts import TicketSource
+from services.learner.policy import Policy, load_tokenizer
+from services.learner.prompts import TicketSource, stop_token_ids
 from services.learner.store import Cursor, LearnerStore
 from services.learner.versions import Versions
 
-MODEL = ROOT / "assets" / "demo-policy"
 NUM_GROUPS, NUM_WARMING = 512, 64
 GOAL = 0.97
 DEADLINE_S = 600.0
@@ -48,35 +45,43 @@ TOKEN = "benchmark"
 Row = dict[str, Any]
 
 
-def measure(repeats: int) -> Part:
+def measure(recipe: str, repeats: int) -> Part:
     with tempfile.TemporaryDirectory(prefix="headrace-generation-") as folder:
-        rows = asyncio.run(turns(Path(folder), repeats))
+        rows = asyncio.run(turns(recipe, Path(folder), repeats))
     rates = {side: [row["tokens_per_s"] for row in rows if row["side"] == side] for side in ("headrace", "bare")}
     ratios = [ours / bare for ours, bare in zip(rates["headrace"], rates["bare"], strict=True)]
     return Part(rows, [Ratio("tokens/s over the bare engine", ratios, GOAL)])
 
 
-async def turns(folder: Path, repeats: int) -> list[Row]:
-    config = load_recipe(RECIPE, [f"model.path={MODEL}"]).config
+async def turns(recipe: str, folder: Path, repeats: int) -> list[Row]:
+    config = load_recipe(recipe).config
+    policy = Policy(config.model, LearnerConfig(device="cpu"))
     server = EngineServer(config.generation.engine, config.model.dtype, folder / "sglang.log")
     rows: list[Row] = []
     await server.start(config.model.path, None)
     try:
         with redis_server(folder, True) as url:
-            tickets = make_tickets(config)
+            tickets = make_tickets(config, policy)
             await bare(server.url, config, tickets[:NUM_WARMING])
             for turn in range(repeats):
-                pair = [bare(server.url, config, tickets), headrace(folder, url, server.url, tickets, turn)]
+                ours = headrace(folder, url, with_engine(config, server.url), tickets, policy, turn)
+                pair = [bare(server.url, config, tickets), ours]
                 rows += [await side for side in (pair if turn % 2 else pair[::-1])]
     finally:
         await server.stop()
     return rows
 
 
-def make_tickets(config: RunConfig) -> list[Ticket]:
+def with_engine(config: RunConfig, url: str) -> RunConfig:
+    engine = config.generation.engine.model_copy(update={"url": url})
+    return config.model_copy(update={"generation": config.generation.model_copy(update={"engine": engine})})
+
+
+def make_tickets(config: RunConfig, policy: Policy) -> list[Ticket]:
     tokenizer = load_tokenizer(config.model.path)
     task = load_task(config.task.name, config.task.settings)
-    return TicketSource(config, task, tokenizer, [tokenizer.eos_token_id], Cursor(0, 0)).next_train(NUM_GROUPS, 0, 1)
+    stops = stop_token_ids(tokenizer, policy.model.generation_config)
+    return TicketSource(config, task, tokenizer, stops, Cursor(0, 0)).next_train(NUM_GROUPS, 0, 1)
 
 
 async def bare(url: str, config: RunConfig, tickets: list[Ticket]) -> Row:
@@ -99,14 +104,13 @@ async def bare(url: str, config: RunConfig, tickets: list[Ticket]) -> Row:
         return as_row("bare", len(tickets), num_tokens, time.time() - started, time.process_time() - spent_s)
 
 
-async def headrace(folder: Path, url: str, engine_url: str, tickets: list[Ticket], turn: int) -> Row:
+async def headrace(folder: Path, url: str, config: RunConfig, tickets: list[Ticket], policy: Policy, turn: int) -> Row:
     """In a run of its own, whose first version the replica has swapped to before the clock runs."""
-    config = load_recipe(RECIPE, [f"model.path={MODEL}", f"generation.engine.url={engine_url}"]).config
     client, keys = connect(url), Keys(f"generation-{turn}")
     store = LearnerStore(client, keys)
     client.set(keys.config, config.model_dump_json(exclude={"redis_url"}))
     versions = Versions(folder / f"weights-{turn}", store, "http://127.0.0.1:1", TOKEN)
-    versions.publish(dict(load_file(MODEL / "model.safetensors")), 0)
+    versions.publish(policy.tensors(), 0)
     with replica_of(folder, url, keys) as service:
         await until(lambda: is_running(client, keys))
         started, spent_s = time.time(), seconds_of(service)

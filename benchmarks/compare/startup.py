@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.compare.part import Part, Ratio
-from benchmarks.demo import RECIPE, headrace_up
+from benchmarks.demo import headrace_up
 from common.logs import parse_line
 from services.launcher.processes import Service
 
@@ -52,18 +52,18 @@ MARKS = (
 )
 
 
-def measure(repeats: int) -> Part:
+def measure(recipe: str, repeats: int) -> Part:
     with tempfile.TemporaryDirectory(prefix="headrace-startup-") as folder:
-        rows = [start(Path(folder), f"startup-{turn}") for turn in range(repeats)]
+        rows = [start(recipe, Path(folder), f"startup-{turn}") for turn in range(repeats)]
     report(rows)
     shares = [row["first ticket leased"] / row["engine_start_s"] for row in rows]
     return Part(rows, [Ratio("first ticket over the engine's own start", shares, MOST_BESIDE_THE_ENGINE, True)])
 
 
-def start(folder: Path, run: str) -> Row:
+def start(recipe: str, folder: Path, run: str) -> Row:
     """Seconds since the command, of each mark."""
     load, began = os.getloadavg()[0], time.time()
-    service = Service("up", headrace_up(RECIPE, run, "--runs-folder", str(folder)), folder / f"{run}.log")
+    service = Service("up", headrace_up(recipe, run, "--runs-folder", str(folder)), folder / f"{run}.log")
     try:
         found = wait_for_all(service, folder / run / "logs", began)
     finally:

@@ -1,4 +1,4 @@
-"""Headrace asynchronous against itself synchronous, on the demo's recipe: how much of one hides behind the other.
+"""Headrace asynchronous against itself synchronous, by one recipe: how much of one hides behind the other.
 
 Synchronous is `learner.max_staleness: 0`: a batch in training still counts as outstanding, so that no ticket is open
 meanwhile; the replica generates a batch, the learner trains it, the replica swaps. Generation and training have the
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compare.part import Part, Ratio
-from benchmarks.demo import RECIPE, headrace_up
+from benchmarks.demo import headrace_up
 from services.launcher.processes import Service
 from services.learner.report import METRICS_FILE, read_rows
 
@@ -34,12 +34,12 @@ COMMON = [f"learner.steps={NUM_STEPS}", "evaluation.interval_steps=0", "evaluati
 Row = dict[str, Any]
 
 
-def measure(repeats: int) -> Part:
+def measure(recipe: str, repeats: int) -> Part:
     rows = []
     with tempfile.TemporaryDirectory(prefix="headrace-synchronous-") as folder:
         for turn in range(repeats):
             for mode in list(SETTINGS) if turn % 2 else list(SETTINGS)[::-1]:
-                rows.append(train(Path(folder), mode, turn))
+                rows.append(train(recipe, Path(folder), mode, turn))
                 print(json.dumps(rows[-1]), flush=True)
     steps = {mode: [row for row in rows if row["mode"] == mode] for mode in SETTINGS}
     pairs = list(zip(steps["asynchronous"], steps["synchronous"], strict=True))
@@ -49,11 +49,11 @@ def measure(repeats: int) -> Part:
     return Part(rows, [*ratios, Ratio("steps/s over synchronous", faster, 1.0)])
 
 
-def train(folder: Path, mode: str, turn: int) -> Row:
+def train(recipe: str, folder: Path, mode: str, turn: int) -> Row:
     """Means over the steps after the first few."""
     run = f"{mode}-{turn}"
     settings = [part for setting in (*COMMON, *SETTINGS[mode]) for part in ("--set", setting)]
-    command = headrace_up(RECIPE, run, "--seed", str(turn), "--runs-folder", str(folder), *settings)
+    command = headrace_up(recipe, run, "--seed", str(turn), "--runs-folder", str(folder), *settings)
     service = Service(run, command, folder / f"{run}.log")
     try:
         service.process.wait(DEADLINE_S)

@@ -13,6 +13,7 @@ more batches than TRL takes in an hour.
 """
 
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,14 @@ SAME = (
 )
 NO_WORSE = 0.98
 """What an accuracy may be of the other's: a standard error of both evaluations is 2 %."""
+
+
+def short(recipe: str) -> Workload:
+    """By the demo's recipe, or seconds a batch by another."""
+    if recipe == SHORT.recipe:
+        return SHORT
+    other = SHORT._replace(name=Path(recipe).stem, recipe=recipe, target=None)
+    return other._replace(trl_micro_batch=16, trl_threads=(os.cpu_count() or 1,))
 
 
 def compare(workload: Workload, repeats: int) -> Part:

@@ -1,13 +1,14 @@
 """One run of TRL's `GRPOTrainer`, in TRL's own environment: `python -m benchmarks.compare.trl_run SPEC OUT`.
 
-Of Headrace it knows the reward alone (common.tasks.arithmetic). SPEC, JSON, holds a model's folder, prompts with their
-answers, `GRPOConfig` arguments, how many updates a batch has, and a number of threads. OUT, JSON, gets a row a batch
-with the seconds since training began; every `save_every` batches the policy is saved beside it, and that counts.
+Of Headrace it knows the task's reward alone. SPEC, JSON, holds a model's folder, a task, prompts with their answers,
+`GRPOConfig` arguments, how many updates a batch has, and a number of threads. OUT, JSON, gets a row a batch with the
+seconds since training began; every `save_every` batches the policy is saved beside it, and that counts.
 """
 
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from common.tasks.arithmetic import score
+from common.tasks import load_task
+from common.wire import Sampling, Ticket
 
 LOGGED = {
     "reward_mean": "reward",
@@ -52,8 +54,19 @@ class Clock(TrainerCallback):  # type: ignore[misc]  # transformers has no types
             self.rows[-1] |= {ours: logs[theirs] for ours, theirs in LOGGED.items()}
 
 
-def reward(completions: list[list[dict[str, str]]], answer: list[str], **_: Any) -> list[float]:
-    return [score(completion[0]["content"], right) for completion, right in zip(completions, answer, strict=True)]
+def reward_of(task_name: str, settings: dict[str, Any]) -> Callable[..., list[float]]:
+    task = load_task(task_name, settings)
+
+    def reward(completions: list[list[dict[str, str]]], answer: list[str], **_: Any) -> list[float]:
+        texts = [completion[0]["content"] for completion in completions]
+        return [task.reward(text, ticket_of(right)) for text, right in zip(texts, answer, strict=True)]
+
+    return reward
+
+
+def ticket_of(answer: str) -> Ticket:
+    """All of it that a reward looks at."""
+    return Ticket("0-0", "train", [], [], {"answer": answer}, 1, Sampling(1.0, 1, []), 0)
 
 
 def main() -> None:
@@ -62,7 +75,7 @@ def main() -> None:
     clock = Clock(out.parent, spec["updates_per_batch"], spec["save_every"])
     trainer = GRPOTrainer(
         model=spec["model"],
-        reward_funcs=reward,
+        reward_funcs=reward_of(*spec["task"]),
         args=GRPOConfig(output_dir=str(out.parent / "trainer"), **spec["config"]),
         train_dataset=Dataset.from_list(spec["prompts"]),
         callbacks=[clock],

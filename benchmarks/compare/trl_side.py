@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.compare.runs import Outcome, Workload, spec_of
 from benchmarks.demo import ROOT
 from common.config import RunConfig
+from common.device import resolve_device
 from common.tasks import load_task
 
 ENVIRONMENT = ROOT / "benchmarks" / ".trl-venv"
@@ -21,7 +22,6 @@ KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_"
 the heavy tail most of TRL's time."""
 ALONE = {
     "use_vllm": False,  # it has no build for a CPU: transformers generates in the process
-    "use_cpu": True,
     "report_to": [],
     "save_strategy": "no",
     "disable_tqdm": True,
@@ -68,9 +68,11 @@ def spec_for(workload: Workload, config: RunConfig, num_threads: int) -> dict[st
         "gradient_accumulation_steps": completions // updates // micro_batch,
         "steps_per_generation": completions // micro_batch,
         "logging_steps": updates,
+        "use_cpu": resolve_device(config.learner.device) == "cpu",
     }
     return {
         "model": config.model.path,
+        "task": [config.task.name, config.task.settings],
         "prompts": list(prompts_of(config)),
         "num_threads": num_threads,
         "updates_per_batch": updates,
