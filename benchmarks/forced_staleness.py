@@ -76,34 +76,38 @@ def run(config: RunConfig, num_held_out: int, evaluate_every: int) -> Iterator[d
 
 
 @torch.no_grad()
-def sample(model: Any, prompts: list[list[int]], max_new_tokens: int, stops: list[int]) -> list[Sampled]:
-    """One completion a prompt at temperature 1, with its log-probabilities."""
+def sample(
+    model: Any, prompts: list[list[int]], max_new_tokens: int, stops: list[int], drops_ended: bool = False
+) -> list[Sampled]:
+    """One completion a prompt at temperature 1, with its log-probabilities. `drops_ended`: what has ended leaves the
+    batch when it is half of it; faster where few are long, and other random numbers."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache, ended, end_ids = DynamicCache(), torch.zeros(len(prompts), dtype=torch.bool), torch.tensor(stops)
-    tokens: list[Tensor] = []
-    logprobs: list[Tensor] = []
-    lengths = torch.full((len(prompts),), max_new_tokens)
-    for index in range(max_new_tokens):
+    cache, end_ids = DynamicCache(), torch.tensor(stops)
+    found = [Sampled([], []) for _ in prompts]
+    rows, ended = torch.arange(len(prompts)), torch.zeros(len(prompts), dtype=torch.bool)
+    for _ in range(max_new_tokens):
         out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
         distribution = torch.log_softmax(out.logits[:, -1].float(), dim=-1)
         chosen = torch.multinomial(distribution.exp(), 1)
-        tokens.append(chosen[:, 0])
-        logprobs.append(distribution.gather(1, chosen)[:, 0])
-        is_end = torch.isin(chosen[:, 0], end_ids) & ~ended
-        lengths[is_end] = index + 1
-        ended |= is_end
+        logprobs = distribution.gather(1, chosen)
+        drawn = (one.tolist() for one in (rows, ended, chosen[:, 0], logprobs[:, 0]))
+        for row, is_over, token, logprob in zip(*drawn, strict=True):
+            if not is_over:
+                found[row].tokens.append(token)
+                found[row].logprobs.append(logprob)
+        ended |= torch.isin(chosen[:, 0], end_ids)
         if bool(ended.all()):
             break
         ids, positions = chosen, positions[:, -1:] + 1
         mask = torch.cat([mask, torch.ones_like(chosen)], dim=1)
-    all_tokens, all_logprobs = torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist()
-    return [
-        Sampled(row[:length], logprob[:length])
-        for row, logprob, length in zip(all_tokens, all_logprobs, lengths.tolist(), strict=True)
-    ]
+        if drops_ended and 2 * int(ended.sum()) >= len(ended):
+            going = (~ended).nonzero()[:, 0]
+            cache.batch_select_indices(going)
+            ids, positions, mask, rows, ended = (one[going] for one in (ids, positions, mask, rows, ended))
+    return found
 
 
 def _groups(model: Any, tickets: list[Ticket], version: int, task: Task, tokenizer: Any) -> Iterator[Group]:

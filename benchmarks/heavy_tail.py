@@ -1,9 +1,9 @@
 """A workload whose completions are of 20 to 512 tokens with a heavy tail, and a policy of 10.8 M parameters for it.
 
-`python -m benchmarks.heavy_tail` makes the policy, in runs/heavy-tail-policy. A problem takes a number away again and
-again until fewer than a limit are left, a line for each time; how often is Pareto-distributed, from a short question.
-The policy is the demo's, supervised on answers of which most stop once too early or too late (drawn_task.py), and then
-grown without changing what it computes (growth.py).
+`python -m benchmarks.heavy_tail` makes the policy, in runs/heavy-tail-policy. A problem takes a number away so many
+times, a line for each, which count down; how often is Pareto-distributed, from a short question. The policy is the
+demo's, supervised on answers of which most tell what was left once earlier or later (drawn_task.py), and then grown
+without changing what it computes (growth.py).
 """
 
 import random
@@ -17,57 +17,48 @@ from common.tasks import Prompt
 from common.tasks.arithmetic import ANSWER_MARK, ITEMS, NAMES, is_held_out
 
 POLICY = Path("runs/heavy-tail-policy")
-FEWEST_TIMES, MOST_TIMES, TAIL_INDEX = 3, 46, 1.2
+FEWEST_TIMES, MOST_TIMES, TAIL_INDEX = 2, 37, 1.1
 """How often something is taken away: P(more than n) is (FEWEST_TIMES / n) ** TAIL_INDEX, up to the most."""
-TAKEN, LIMITS = range(3, 13), range(10, 40)
+TAKEN, LEFT = range(3, 13), range(12, 50)
 MAX_NEW_TOKENS = 512
 NUM_STEPS, BATCH_TOKENS, POOL_SIZE, LEARNING_RATE, SLIP_SHARE = 900, 4096, 512, 1.5e-3, 0.65
 
 
 @dataclass(frozen=True)
-class Sharing:
-    start: int
+class Selling:
+    times: int
     taken: int
-    limit: int
+    left: int
     name: str
     item: str
 
     @property
-    def times(self) -> int:
-        """Until fewer than `limit` are left."""
-        return (self.start - self.limit) // self.taken + 1
-
-    @property
     def prompt(self) -> Prompt:
-        story = f"{self.name} has {self.start} {self.item} and sold {self.taken} and {self.taken} more"
-        question = f"{story} and so on. How many are left, fewer than {self.limit}?"
-        return Prompt([{"role": "user", "content": question}], {"answer": str(self.after(self.times))})
+        story = f"{self.name} has {self.after(0)} {self.item} and sold {self.taken} {self.times} times."
+        return Prompt([{"role": "user", "content": f"{story} How many now?"}], {"answer": str(self.left)})
 
     def after(self, times: int) -> int:
-        return self.start - times * self.taken
+        return self.left + (self.times - times) * self.taken
 
-    def worked(self, times: int | None = None) -> str:
-        """The right answer; or that of somebody who stops after so many times."""
-        times = self.times if times is None else times
-        lines = [f"{self.after(n)} - {self.taken} = {self.after(n + 1)}" for n in range(times)]
-        return "\n".join([*lines, f"{ANSWER_MARK} {self.after(times)}"])
+    def worked(self, slip: int = 0) -> str:
+        """The right answer; or right arithmetic, and what is left so many times later told for it."""
+        lines = [f"{self.times - n}:{self.after(n)} - {self.taken} = {self.after(n + 1)}" for n in range(self.times)]
+        return "\n".join([*lines, f"{ANSWER_MARK} {self.after(self.times + slip)}"])
 
     @property
     def slips(self) -> list[str]:
-        """Right arithmetic, stopped once too early or too late."""
-        return [self.worked(times) for times in (self.times - 1, self.times + 1) if self.after(times) >= 0]
+        return [self.worked(-1), self.worked(1)]
 
 
-class HeavyTail(DrawnTask[Sharing]):
+class HeavyTail(DrawnTask[Selling]):
     name = "heavy"
 
-    def draw(self, rng: random.Random, *, held_out: bool) -> Sharing:
+    def draw(self, rng: random.Random, *, held_out: bool) -> Selling:
         while True:
             times = int(min(FEWEST_TIMES * rng.paretovariate(TAIL_INDEX), MOST_TIMES))
-            taken, limit = rng.choice(TAKEN), rng.choice(LIMITS)
-            start = limit - 1 - rng.randrange(taken) + times * taken
-            if is_held_out("sharing", (start, taken, limit)) == held_out and start - times * taken >= 0:
-                return Sharing(start, taken, limit, rng.choice(NAMES), rng.choice(ITEMS))
+            taken, left = rng.choice(TAKEN), rng.choice(LEFT)
+            if is_held_out("selling", (times, taken, left)) == held_out:
+                return Selling(times, taken, left, rng.choice(NAMES), rng.choice(ITEMS))
 
 
 def make_policy(folder: Path, num_steps: int = NUM_STEPS) -> None:

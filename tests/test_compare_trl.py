@@ -13,7 +13,7 @@ from benchmarks.compare.runs import Outcome, spec_of
 from benchmarks.compare.trl import LONG, SAME, SHORT, ratios, short
 from benchmarks.compare.trl_side import spec_for
 from benchmarks.growth import grown
-from benchmarks.heavy_tail import MAX_NEW_TOKENS, HeavyTail, Sharing
+from benchmarks.heavy_tail import MAX_NEW_TOKENS, HeavyTail, Selling
 from common.config import RunConfig, load_recipe
 from common.device import resolve_device
 from common.tasks.arithmetic import score
@@ -38,21 +38,20 @@ def test_worked_answers_are_of_20_to_512_tokens_with_a_heavy_tail() -> None:
     assert max(len(tokenizer(slip + tokenizer.eos_token).input_ids) for slip in slips) <= MAX_NEW_TOKENS
 
 
-def test_a_problem_is_worked_until_fewer_than_the_limit_are_left() -> None:
-    one = Sharing(38, 7, 21, "Ada", "eggs")
-    assert one.worked() == "38 - 7 = 31\n31 - 7 = 24\n24 - 7 = 17\n#### 17"
-    assert one.slips == ["38 - 7 = 31\n31 - 7 = 24\n#### 24", one.worked(4)]
+def test_a_problem_is_worked_in_a_line_for_each_time() -> None:
+    one = Selling(3, 7, 17, "Ada", "eggs")
+    assert one.worked() == "3:38 - 7 = 31\n2:31 - 7 = 24\n1:24 - 7 = 17\n#### 17"
+    assert one.slips == [one.worked()[:-2] + told for told in ("24", "10")]
+    assert one.prompt.messages[0]["content"] == "Ada has 38 eggs and sold 7 3 times. How many now?"
     answer = one.prompt.reference["answer"]
     assert score(one.worked(), answer) == 1.0
     assert [score(slip, answer) for slip in one.slips] == [0.0, 0.0]
-    for other in itertools.islice(HeavyTail().problems("train", "1 0"), 500):
-        assert other.after(other.times) < other.limit <= other.after(other.times - 1)
 
 
 def test_no_held_out_problem_is_ever_trained_on() -> None:
-    held_out = {(one.start, one.taken, one.limit) for one in HeavyTail().problems("held_out", "")}
+    held_out = {(one.times, one.taken, one.left) for one in HeavyTail().problems("held_out", "")}
     trained = {
-        (one.start, one.taken, one.limit) for one in itertools.islice(HeavyTail().problems("train", "0 0"), 20_000)
+        (one.times, one.taken, one.left) for one in itertools.islice(HeavyTail().problems("train", "0 0"), 20_000)
     }
     assert len(held_out) > 500
     assert not held_out & trained

@@ -4,9 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import staleness_report
 from benchmarks.forced_staleness import run as forced
+from benchmarks.forced_staleness import sample
 from benchmarks.long_arithmetic import HIGHEST, LongArithmetic
 from benchmarks.staleness import Results, best, study
 from benchmarks.staleness_runs import GUARDED, LOSSES, Run
@@ -82,6 +85,23 @@ def test_long_chains_are_held_out_answered_and_slipped_on() -> None:
         answer = chain.prompt.reference["answer"]
         assert score(chain.worked(), answer) == 1.0 and 0 <= int(answer) <= HIGHEST
         assert all(score(slip, answer) == 0.0 for slip in chain.slips)
+
+
+@pytest.mark.parametrize("drops_ended", [False, True])
+def test_log_probabilities_of_what_is_sampled_are_those_of_a_forward_pass(drops_ended: bool) -> None:
+    folder = ROOT / "assets" / "demo-policy"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    end = AutoTokenizer.from_pretrained(folder).eos_token_id
+    prompts = [list(range(10, 10 + length)) for length in (3, 7, 5, 12, 9, 4, 8, 6)]
+    torch.manual_seed(0)
+    found = sample(model, prompts, 40, [end], drops_ended)
+    assert len({len(tokens) for tokens, _ in found}) > 3
+    for prompt, (tokens, logprobs) in zip(prompts, found, strict=True):
+        assert tokens.count(end) == (tokens[-1] == end) and (tokens[-1] == end or len(tokens) == 40)
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        assert torch.allclose(torch.tensor(logprobs), expected, atol=1e-4)
 
 
 def test_groups_are_as_stale_as_is_said_and_the_guard_makes_them_fresher(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ def accuracy(policy: Path, config: RunConfig, num_problems: int) -> float:
 def _num_right(model: torch.nn.Module, tokenizer: object, problems: list[Prompt], max_new_tokens: int) -> float:
     prompts = [_tokens(tokenizer, problem) for problem in problems]
     end = tokenizer.eos_token_id  # type: ignore[attr-defined]
-    completions = [tokens for tokens, _ in sample(model, prompts, max_new_tokens, [end])]
+    completions = [tokens for tokens, _ in sample(model, prompts, max_new_tokens, [end], drops_ended=True)]
     texts = [tokenizer.decode([token for token in tokens if token != end]) for tokens in completions]  # type: ignore[attr-defined]
     return sum(score(text, problem.reference["answer"]) for text, problem in zip(texts, problems, strict=True))
 

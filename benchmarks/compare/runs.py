@@ -22,8 +22,6 @@ class Workload(NamedTuple):
     """Completions of one forward pass of TRL, the fastest of those tried."""
     trl_threads: tuple[int, ...]
     """A run with each; the fastest counts."""
-    trl_steps: int | None
-    """If not as many as Headrace's: enough for the seconds of a batch."""
 
 
 class Outcome(NamedTuple):
@@ -48,7 +46,7 @@ class Outcome(NamedTuple):
         return None if step is None else next(float(row["wall_s"]) for row in self.steps if row["step"] == step)
 
 
-def spec_of(config: RunConfig, num_steps: int | None = None) -> dict[str, Any]:
+def spec_of(config: RunConfig) -> dict[str, Any]:
     """`GRPOConfig` arguments that say what a recipe says. Raises `ValueError` for what TRL cannot be told."""
     actor, optimizer, learner = config.actor, config.optimizer, config.learner
     said = (actor.loss_aggregation, actor.advantage_mean, actor.advantage_std, optimizer.lr_schedule)
@@ -57,7 +55,7 @@ def spec_of(config: RunConfig, num_steps: int | None = None) -> dict[str, Any]:
     low, high = actor.clip_range
     return {
         "seed": config.seed,
-        "max_steps": (num_steps or learner.steps) * actor.mini_batches,
+        "max_steps": learner.steps * actor.mini_batches,
         "num_generations": actor.group_size,
         "max_completion_length": config.sampling.max_new_tokens,
         "temperature": config.sampling.temperature,

@@ -8,8 +8,7 @@ completions of a batch out to their mini-batches (`actor.mini_batch_split: compl
 and trains in turn in one process, with one and with two threads: the better counts. Starting is not timed, on neither
 side; nor is evaluation, of saved policies, by the same code (held_out.py). Saving them is.
 
-On the heavy tail seconds a batch alone are measured, TRL's over three batches after the first: to learn that task takes
-more batches than TRL takes in an hour.
+On the heavy tail TRL has two threads alone: with one a batch takes it 115 s instead of 69.
 """
 
 import json
@@ -35,18 +34,16 @@ SHORT = Workload(
     goal=1.5,
     trl_micro_batch=128,
     trl_threads=(1, 2),
-    trl_steps=None,
 )
 LONG = Workload(
     name="heavy tail",
     recipe="benchmarks/heavy-tail.yaml",
-    held_out_problems=0,
-    save_every=1000,
-    target=None,  # 25 batches do not yet learn what can be told from noise
+    held_out_problems=512,
+    save_every=4,
+    target=0.8,
     goal=2.5,
     trl_micro_batch=16,
-    trl_threads=(1, 2),
-    trl_steps=4,
+    trl_threads=(2,),
 )
 SAME = (
     "actor.dynamic_sampling=false",

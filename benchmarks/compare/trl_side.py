@@ -77,7 +77,7 @@ def spec_for(workload: Workload, config: RunConfig, num_threads: int) -> dict[st
         "num_threads": num_threads,
         "updates_per_batch": updates,
         "save_every": workload.save_every,
-        "config": spec_of(config, workload.trl_steps) | parts | ALONE,
+        "config": spec_of(config) | parts | ALONE,
     }
 
 
