@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 BEGIN, END = "<!-- measured: python -m benchmarks.staleness report -->", "<!-- end of what is measured -->"
 MISSING = "–"
+KEPT_AT = (16, 32)
 
 
 def write_report(results: Results) -> None:
@@ -67,11 +68,14 @@ def _screening(results: Results) -> str:
 def _study(results: Results, is_long: bool = False) -> str:
     told = (
         f"**Study{', longer answers' if is_long else ''}**: held-out accuracy after the last step, mean of the seeds "
-        "(lowest–highest; number of seeds)."
+        "(lowest–highest; number of seeds). Kept: accuracy at staleness 16 and 32 over that at 0, of the seed that "
+        "keeps least. Lowest: of all evaluations on the way."
     )
     losses = _studied(results, is_long)
-    table = _by_staleness(results, "loss", losses, FIRST_STALENESSES if is_long else STALENESSES, is_long)
-    return f"{told}\n\n{table if losses else 'Not run yet.'}"
+    header, rule, *rows = _by_staleness(results, "loss", losses, FIRST_STALENESSES if is_long else STALENESSES, is_long)
+    more = [f" {_kept(results, loss, is_long)} | {_lowest(results, loss, is_long):.3f} |" for loss in losses]
+    lines = [f"{header} kept | lowest |", f"{rule}---|---|", *(map(str.__add__, rows, more))]
+    return "\n".join([told, "", *(lines if losses else ["Not run yet."])])
 
 
 def _splits(results: Results) -> str:
@@ -79,21 +83,33 @@ def _splits(results: Results) -> str:
         "**Mini-batches**: of whole groups, or of completions dealt out (`actor.mini_batch_split`); uniform groups "
         "dropped or kept in the batch (`actor.dynamic_sampling`); as above."
     )
-    return f"{told}\n\n{_by_staleness(results, 'mini-batches', SPLITS, SPLIT_STALENESSES)}"
+    return "\n".join([told, "", *_by_staleness(results, "mini-batches", SPLITS, SPLIT_STALENESSES)])
 
 
 def _by_staleness(
     results: Results, what: str, losses: Iterable[str], levels: Sequence[int], is_long: bool = False
-) -> str:
+) -> list[str]:
     """Final accuracies, a row a loss and a column a staleness."""
     lines = [
         f"| {what} | {' | '.join(f'staleness {staleness}' for staleness in levels)} |",
         f"|---|{'---|' * len(levels)}",
     ]
     for loss in losses:
-        cells = [_cell(_finals(results, loss, staleness, is_long)) for staleness in levels]
+        cells = [_cell(list(_finals(results, loss, staleness, is_long).values())) for staleness in levels]
         lines.append(f"| {loss} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return lines
+
+
+def _kept(results: Results, loss: str, is_long: bool) -> str:
+    fresh = _finals(results, loss, 0, is_long)
+    stale = [_finals(results, loss, staleness, is_long) for staleness in KEPT_AT]
+    shares = [[finals[seed] / fresh[seed] for seed in finals if seed in fresh] for finals in stale]
+    return ", ".join(f"{min(found):.0%}" if found else MISSING for found in shares)
+
+
+def _lowest(results: Results, loss: str, is_long: bool) -> float:
+    runs = [Run(loss, staleness, seed, is_long) for staleness in STALENESSES for seed in SEEDS]
+    return min(float(min(row["accuracy"].values())) for run in runs if (row := results.of(run)))
 
 
 def _guard(results: Results) -> str:
@@ -132,10 +148,10 @@ def _studied(results: Results, is_long: bool = False) -> list[str]:
     return [loss for loss in LOSSES if any(_finals(results, loss, staleness, is_long) for staleness in levels)]
 
 
-def _finals(results: Results, loss: str, staleness: int, is_long: bool = False) -> list[float]:
+def _finals(results: Results, loss: str, staleness: int, is_long: bool = False) -> dict[int, float]:
     """Of each seed that was run, the accuracy after the last step."""
-    rows = [results.of(Run(loss, staleness, seed, is_long)) for seed in SEEDS]
-    return [row["accuracy"][str(row["steps"])] for row in rows if row]
+    rows = {seed: results.of(Run(loss, staleness, seed, is_long)) for seed in SEEDS}
+    return {seed: row["accuracy"][str(row["steps"])] for seed, row in rows.items() if row}
 
 
 def _cell(finals: list[float]) -> str:
@@ -156,7 +172,7 @@ def _plot(results: Results, path: Path) -> None:
     left, right = figure.subplots(1, 2)
     for loss in _studied(results):
         levels = [staleness for staleness in STALENESSES if _finals(results, loss, staleness)]
-        finals = [_finals(results, loss, staleness) for staleness in levels]
+        finals = [list(_finals(results, loss, staleness).values()) for staleness in levels]
         means = [statistics.mean(values) for values in finals]
         spread = [
             [mean - min(values) for mean, values in zip(means, finals, strict=True)],
