@@ -3,6 +3,7 @@
 A cell that has not been run is shown as missing; nothing is filled in.
 """
 
+import itertools
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -128,7 +129,17 @@ def _guard(results: Results) -> str:
         cells.append(" / ".join(f"{max(one['kl_behaviour_proximal']):.2g}" for one in columns))
         cells.append(" / ".join(f"{max(one['guard_notch']):.0f}" for one in columns))
         lines.append(f"| {loss} | {' | '.join(cell or MISSING for cell in cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", _would_have_tightened(results)])
+
+
+def _would_have_tightened(results: Results) -> str:
+    runs = [Run(*one) for one in itertools.product(LOSSES | SPLITS, range(max(STALENESSES) + 1), SEEDS, (False, True))]
+    known = {run: row["columns"] for run in runs if (row := results.of(run))}
+    steps = {run.name: step for run, columns in known.items() if (step := _first_tightening(run, columns)) != MISSING}
+    told = "; ".join(f"{name}: after step {step}" for name, step in steps.items())
+    return (
+        f"Of the {len(known)} runs further up, in which it only warned, it would have tightened {len(steps)}. {told}."
+    )
 
 
 def _first_tightening(run: Run, columns: dict[str, list[float | None]]) -> str:
