@@ -137,9 +137,7 @@ def _would_have_tightened(results: Results) -> str:
     known = {run: row["columns"] for run in runs if (row := results.of(run))}
     steps = {run.name: step for run, columns in known.items() if (step := _first_tightening(run, columns)) != MISSING}
     told = "; ".join(f"{name}: after step {step}" for name, step in steps.items())
-    return (
-        f"Of the {len(known)} runs further up, in which it only warned, it would have tightened {len(steps)}. {told}."
-    )
+    return f"Of the {len(known)} runs above, in which it only warned, it would have tightened {len(steps)}. {told}."
 
 
 def _first_tightening(run: Run, columns: dict[str, list[float | None]]) -> str:
