@@ -27,7 +27,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.demo import ROOT, this_machine
+from benchmarks.demo import ROOT, said_in, this_machine
 from common.config import LearnerConfig, ModelConfig
 from common.wire import Group, Rollout, Sampling, Ticket, Timings, VersionSpan
 from services.learner.logprobs import token_logprobs
@@ -167,8 +167,7 @@ def peak_bytes() -> int:
     """Of this program alone; `ru_maxrss` would count its parent's as well."""
     if DEVICE.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) * 1024
+    return int(said_in(Path("/proc/self/status"), "VmHWM").split()[0]) * 1024
 
 
 def report(rows: list[Row], console: Console) -> None:

@@ -133,7 +133,8 @@ def _guard(results: Results) -> str:
 
 
 def _would_have_tightened(results: Results) -> str:
-    runs = [Run(*one) for one in itertools.product(LOSSES | SPLITS, range(max(STALENESSES) + 1), SEEDS, (False, True))]
+    levels = sorted({*STALENESSES, *SPLIT_STALENESSES})
+    runs = [Run(*one) for one in itertools.product(LOSSES | SPLITS, levels, SEEDS, (False, True))]
     known = {run: row["columns"] for run in runs if (row := results.of(run))}
     steps = {run.name: step for run, columns in known.items() if (step := _first_tightening(run, columns)) != MISSING}
     told = "; ".join(f"{name}: after step {step}" for name, step in steps.items())

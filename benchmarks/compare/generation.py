@@ -3,8 +3,9 @@ starts it, answers both in turn.
 
 Headrace's side is the replica's program: it leases tickets from a durable Redis, asks the engine, scores with the
 task's reward in a process of its own, and commits groups; the clock runs from issuing the tickets until the last group
-stands in the stream. The bare side is an httpx client that sends the same requests, as many groups at a time, reads the
-answers and does nothing with them; no replica runs meanwhile. Prompts, sampling and log-probabilities are the recipe's.
+stands in the stream. The bare side is an aiohttp client that sends the same requests, as many groups at a time, reads
+the answers and does nothing with them; no replica runs meanwhile. Prompts, sampling and log-probabilities are the
+recipe's.
 """
 
 import asyncio
@@ -60,21 +61,17 @@ async def turns(recipe: str, folder: Path, repeats: int) -> list[Row]:
     rows: list[Row] = []
     await server.start(config.model.path, None)
     try:
+        replicas = load_recipe(recipe, [f"generation.engine.url={server.url}"]).config
         with redis_server(folder, True) as url:
             tickets = make_tickets(config, policy)
             await bare(server.url, config, tickets[:NUM_WARMING])
             for turn in range(repeats):
-                ours = headrace(folder, url, with_engine(config, server.url), tickets, policy, turn)
+                ours = headrace(folder, url, replicas, tickets, policy, turn)
                 pair = [bare(server.url, config, tickets), ours]
                 rows += [await side for side in (pair if turn % 2 else pair[::-1])]
     finally:
         await server.stop()
     return rows
-
-
-def with_engine(config: RunConfig, url: str) -> RunConfig:
-    engine = config.generation.engine.model_copy(update={"url": url})
-    return config.model_copy(update={"generation": config.generation.model_copy(update={"engine": engine})})
 
 
 def make_tickets(config: RunConfig, policy: Policy) -> list[Ticket]:

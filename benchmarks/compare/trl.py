@@ -8,7 +8,7 @@ completions of a batch out to their mini-batches (`actor.mini_batch_split: compl
 and trains in turn in one process, with one and with two threads: the better counts. Starting is not timed, on neither
 side; nor is evaluation, of saved policies, by the same code (held_out.py). Saving them is.
 
-On the heavy tail TRL has two threads alone: with one a batch takes it 115 s instead of 69.
+On the heavy tail TRL has two threads alone: with one a batch took it 115 s instead of 69.
 """
 
 import json

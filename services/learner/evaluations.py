@@ -41,6 +41,3 @@ class Evaluations:
     def record(self, result: dict[str, float] | None) -> None:
         if result is not None:
             self.telling.row("evaluation", result | {"is_best": self.best.decide(result["held_out"])})
-
-    def close(self) -> None:
-        self.best.close()

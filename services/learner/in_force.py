@@ -15,14 +15,15 @@ _log = logging.getLogger(__name__)
 class InForce:
     """Raises `ValueError` if the settings are impossible."""
 
+    ordered: RunConfig
+    """With the settings, before the guard."""
+    config: RunConfig
+    """As it counts now."""
+
     def __init__(self, configured: RunConfig, settings: Settings, guard: GuardState) -> None:
         self.configured = configured
-        self.settings = settings
         self.guard = guard
-        self.ordered = with_settings(configured, settings.values)
-        """With the settings, before the guard."""
-        self.config = tightened(self.ordered, guard)
-        """As it counts now."""
+        self.change(settings)
 
     def change(self, settings: Settings) -> None:
         """Raises `ValueError` if they are impossible, and changes nothing then."""

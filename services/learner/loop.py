@@ -281,5 +281,5 @@ class Loop:
     def close(self) -> None:
         self.intake.stop()
         self.versions.close()
-        self.evaluations.close()
+        self.evaluations.best.close()
         self.telling.close()
