@@ -1,8 +1,9 @@
 """The real SGLang server on an ordinary CPU: `python -m services.generation.sglang_cpu <sglang.launch_server args>`.
 
 SGLang's Python code runs on CPU torch, but two things it imports exist only as compiled CUDA or AMX builds.
-This module puts stand-ins for them in place, hooks in a batched attention (`cpu_attention`), lets SGLang fork its
-scheduler and detokenizer instead of spawning them, and then runs `sglang.launch_server` unchanged.
+This module puts stand-ins for them in place, hooks in what makes it faster on a CPU without changing what it computes
+(`cpu_attention`, `cpu_prefill`, `cpu_sampling`), lets SGLang fork its scheduler and detokenizer instead of spawning
+them, and then runs `sglang.launch_server` unchanged.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ def fork_children() -> None:
 if __name__ == "__main__":
     install_sgl_kernel()
     declare_torchvision_ops()
-    importlib.import_module("services.generation.cpu_attention").install()
+    for name in ("cpu_attention", "cpu_prefill", "cpu_sampling"):
+        importlib.import_module(f"services.generation.{name}").install()
     fork_children()
     runpy.run_module("sglang.launch_server", run_name="__main__")
