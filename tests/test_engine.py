@@ -33,11 +33,11 @@ PROMPT = list(range(40, 60))
 ticket_numbers = itertools.count()
 
 
-def ticket(num_completions: int = 8, max_new_tokens: int = 24, **sampling: Any) -> Ticket:
+def ticket(num_completions: int = 8, max_new_tokens: int = 24, prompt: list[int] = PROMPT, **sampling: Any) -> Ticket:
     return Ticket(
         id=f"0-{next(ticket_numbers)}",
         kind="train",
-        prompt_tokens=PROMPT,
+        prompt_tokens=prompt,
         messages=[],
         reference={},
         num_completions=num_completions,
@@ -101,13 +101,15 @@ async def until_running(engine: Engine, num_requests: int, timeout_s: float = 60
             await asyncio.sleep(0.02)
 
 
-def reference_logprobs(demo_policy: Path, weights: Path, tokens: list[int], temperature: float) -> np.ndarray:
+def reference_logprobs(
+    demo_policy: Path, weights: Path, tokens: list[int], temperature: float = 1.0, prompt: list[int] = PROMPT
+) -> np.ndarray:
     """Of `tokens` after the prompt, by transformers in float32, `(len(tokens),)`."""
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(demo_policy)).float()
     missing = model.load_state_dict(load_file(weights / "model.safetensors"), strict=False).missing_keys
     assert missing == ["lm_head.weight"], "the head is tied to the embedding"
     with torch.no_grad():
-        logits = model(torch.tensor([PROMPT + tokens])).logits[0, len(PROMPT) - 1 : -1]
+        logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
     logprobs = torch.log_softmax(logits / temperature, dim=-1)
     return logprobs.gather(1, torch.tensor(tokens)[:, None])[:, 0].numpy()
 
@@ -135,6 +137,22 @@ def test_one_and_eight_completions_end_at_their_length(engine_url: str, policies
                 assert [span.version for span in completion.version_spans] == [version]
 
     run(engine_url, body)
+
+
+def test_groups_whose_prompts_begin_alike_are_each_right(
+    engine_url: str, demo_policy: Path, policies: list[Path]
+) -> None:
+    prompts = [PROMPT, [*PROMPT[:12], 300, 301], PROMPT[:5], [*PROMPT, 7]]
+
+    async def body(engine: Engine) -> list[list[Completion]]:
+        await engine.swap(policies[0], await next_version(engine))
+        tickets = [ticket(4, max_new_tokens=16, prompt=prompt) for prompt in prompts]
+        return await asyncio.gather(*(engine.generate(one) for one in tickets))
+
+    for prompt, completions in zip(prompts, run(engine_url, body), strict=True):
+        for completion in completions:
+            expected = reference_logprobs(demo_policy, policies[0], completion.tokens, prompt=prompt)
+            assert np.abs(expected - completion.behaviour_logprobs).max() < 1e-4
 
 
 def test_a_stop_token_ends_a_completion_and_is_its_last_token(engine_url: str, policies: list[Path]) -> None:
@@ -262,6 +280,7 @@ def test_a_refused_request_names_the_ticket(engine_url: str) -> None:
 def test_the_server_reports_that_it_is_well(engine_server: EngineServer) -> None:
     assert engine_server.is_alive
     assert run(engine_server.url, lambda engine: engine.health())
+    assert "Failed to apply hooks" not in engine_server.log_path.read_text(), "what makes SGLang fast on a CPU"
 
 
 def test_an_engine_that_kept_its_weights_under_a_new_label_is_found(
