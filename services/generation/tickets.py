@@ -97,6 +97,8 @@ class TicketStore:
         }
 
     async def open(self) -> None:
+        """Creates the streams, and hands Redis the script: the first commits would be sent twice otherwise."""
+        await self.client.script_load(MOVE)
         for stream in (self.keys.tickets, self.keys.eval):
             try:
                 await self.client.xgroup_create(stream, TICKET_GROUP, id="0", mkstream=True)
