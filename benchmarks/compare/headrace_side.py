@@ -1,7 +1,8 @@
 """Headrace's side: `headrace up` as users run it, with a real engine and Redis; its policies are its checkpoints.
 
-A checkpoint every `save_every` steps is part of what is measured; the evaluation before the first step, of one prompt,
-runs beside the first tickets.
+A checkpoint every `save_every` steps is part of what is measured, and so are those that the learner adds where a step
+takes long; accuracy is of the former alone, as on TRL's side. The evaluation before the first step, of one prompt, runs
+beside the first tickets.
 """
 
 import shutil
@@ -36,7 +37,8 @@ def run(workload: Workload, overrides: list[str], config: RunConfig, folder: Pat
     finally:
         over.set()
         watcher.join()
-    policies = {int(path.name.removeprefix("step-")): path for path in folder.glob("step-*")}
+    policies = {step: folder / f"step-{step}" for step in range(0, config.learner.steps + 1, workload.save_every)}
+    policies = {step: path for step, path in policies.items() if path.exists()}
     for path in policies.values():
         _as_policy(path, ROOT / config.model.path)
     return Outcome("headrace", 1, [row for row in read_rows(where / METRICS_FILE) if row["kind"] == "step"], policies)

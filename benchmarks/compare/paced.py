@@ -1,7 +1,8 @@
 """What the streams take of a step of the demo: commits and intake where groups come one by one, as often as in it.
 
 Processor time of both, the intake's idle turns included, over the seconds of a step; how many groups a step decides
-and how long it takes are from benchmarks/results/demo.json.
+and how long it takes are from benchmarks/results/demo.json. Beside it what one XADD of the same bytes takes at the same
+times: at this pace a round trip costs more than what is done in it.
 """
 
 import asyncio
@@ -11,7 +12,10 @@ import statistics
 import tempfile
 import threading
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+
+import redis.asyncio
 
 from benchmarks.compare.part import Part, Ratio
 from benchmarks.compare.streams import SIZES, Learner, Row, groups_of
@@ -20,8 +24,8 @@ from benchmarks.durability import redis_server
 from common.keys import Keys
 from common.logs import logging_to
 from common.redis_client import connect, connect_async
-from common.wire import Group
-from services.generation.tickets import Lease, TicketStore
+from common.wire import Group, encode
+from services.generation.tickets import TicketStore
 from services.learner.intake import READ_COUNT
 
 SIZE = SIZES[0]
@@ -52,35 +56,59 @@ def share_of_a_step(folder: Path) -> Row:
             learner.settle()
         intake_s = time.thread_time() - began
         replica.join()
+        bare_s = asyncio.run(add_paced(url, groups))
     per_group_s = [spent[0] / len(groups), intake_s / len(groups)]
     return {
         "groups_per_step": groups_per_step,
         "step_s": step_s,
         "commit_us_per_group": round(per_group_s[0] * 1e6, 1),
         "intake_us_per_group": round(per_group_s[1] * 1e6, 1),
+        "bare_xadd_us_per_group": round(bare_s / len(groups) * 1e6, 1),
         "share_of_step": sum(per_group_s) * groups_per_step / step_s,
     }
 
 
 async def commit_paced(url: str, keys: Keys, groups: list[Group]) -> float:
-    """At times as random as the demo's; seconds of processor time that the commits take."""
-    client, rng = connect_async(url), random.Random(0)
+    """Seconds of processor time that the commits take."""
+    client = connect_async(url)
     store = TicketStore(client, keys, "generation-0")
     await store.open()
-    leases = await store.lease(keys.tickets, len(groups), 1.0)
-    due_s = sorted(rng.uniform(0.0, PACED_S) for _ in leases)
-    started, began = time.monotonic(), time.thread_time()
+    leases = {lease.ticket.id: lease for lease in await store.lease(keys.tickets, len(groups), 1.0)}
 
-    async def commit(at_s: float, lease: Lease, group: Group) -> None:
-        await asyncio.sleep(started + at_s - time.monotonic())
-        assert await store.commit(lease, group)
+    async def commit(group: Group) -> None:
+        assert await store.commit(leases[group.ticket.id], group)
 
-    async with asyncio.TaskGroup() as commits:
-        for one in zip(due_s, leases, groups, strict=True):
-            commits.create_task(commit(*one))
-    spent_s = time.thread_time() - began
+    spent_s = await paced(groups, commit)
     await client.aclose()
     return spent_s
+
+
+async def add_paced(url: str, groups: list[Group]) -> float:
+    """Seconds of processor time that one XADD for each takes, of what is already encoded."""
+    client, payloads = redis.asyncio.Redis.from_url(url), {group.ticket.id: encode(group) for group in groups}
+
+    async def add(group: Group) -> None:
+        await client.xadd("bare", {"id": group.ticket.id, "group": payloads[group.ticket.id]})
+
+    spent_s = await paced(groups, add)
+    await client.aclose()
+    return spent_s
+
+
+async def paced(groups: list[Group], send: Callable[[Group], Awaitable[None]]) -> float:
+    """At times as random as the demo's; seconds of this thread's processor time."""
+    rng = random.Random(0)
+    due_s = sorted(rng.uniform(0.0, PACED_S) for _ in groups)
+    started, began = time.monotonic(), time.thread_time()
+
+    async def send_at(at_s: float, group: Group) -> None:
+        await asyncio.sleep(started + at_s - time.monotonic())
+        await send(group)
+
+    async with asyncio.TaskGroup() as sent:
+        for one in zip(due_s, groups, strict=True):
+            sent.create_task(send_at(*one))
+    return time.thread_time() - began
 
 
 def demo_pace() -> tuple[float, float]:

@@ -24,7 +24,7 @@ from common.config import RunConfig, load_recipe
 from common.keys import Keys
 from common.logs import logging_to
 from common.redis_client import connect, connect_async
-from common.wire import Group, Ticket, encode
+from common.wire import Group, Ticket, decode_group, encode
 from services.generation.tickets import TicketStore
 from services.learner.intake import READ_COUNT, Intake
 from services.learner.orders import Switches
@@ -135,7 +135,17 @@ def headrace(url: str, size: Size, groups: list[Group]) -> Row:
         settled_s = time.perf_counter() - consumed
     assert client.xlen(keys.groups) == 0
     assert client.hget(keys.ledger, groups[-1].ticket.id) == b"trained"
-    return as_row("headrace", size, groups, [published_s, consumed - started, settled_s], counts)
+    row = as_row("headrace", size, groups, [published_s, consumed - started, settled_s], counts)
+    return row | {"decode_us_per_group": round(decoding_s(groups) / len(groups) * 1e6, 1)}
+
+
+def decoding_s(groups: list[Group]) -> float:
+    """Seconds that decoding and validating them takes alone, which the raw side does not do."""
+    payloads = [encode(group) for group in groups]
+    started = time.perf_counter()
+    for payload in payloads:
+        decode_group(payload)
+    return time.perf_counter() - started
 
 
 async def commit_all(url: str, keys: Keys, groups: list[Group], at_once: int) -> float:
