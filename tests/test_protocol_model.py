@@ -254,8 +254,8 @@ class Protocol(RuleBasedStateMachine):
         """What each checkpoint holds; None if it was corrupted."""
         self.marks: dict[str, Mark] = {}
         self.died: set[str] = set()
-        self.groups: dict[str, tuple[str, Group]] = {}
-        """Every group ever committed, with its kind, by its entry."""
+        self.groups: dict[tuple[str, str], tuple[str, Group]] = {}
+        """Every group ever committed, with its kind, by ticket and entry: two streams may have an entry of one id."""
         self.planted: set[str] = set()
         self.is_lost = self.was_lost = False
         """Redis; `is_lost` until a learner has taken up the run again."""
@@ -383,7 +383,9 @@ class Protocol(RuleBasedStateMachine):
             new = marks.get(name)
             assert new is not None and new.state in AFTER[old.state], f"{name} was {old} and is {new}"
             if old.state == "queued" and new != old:
-                assert new.state in FINAL or self.groups[old.entry_id][0] == "future", f"{name} was {old} and is {new}"
+                assert new.state in FINAL or self.groups[name, old.entry_id][0] == "future", (
+                    f"{name} was {old} and is {new}"
+                )
         for name in marks.keys() - self.marks.keys():
             assert marks[name].state == "open" or self.was_lost, f"{name} begins as {marks[name]}"
         self.marks = marks
@@ -399,7 +401,7 @@ class Protocol(RuleBasedStateMachine):
             assert pointed.keys() <= entries.keys(), f"lost from {stream}: {pointed.keys() - entries.keys()}"
             for entry, name in pointed.items():
                 assert entries[entry][b"id"].decode() == name
-                assert stream not in ANSWERS or entries[entry][b"group"] == encode(self.groups[entry][1])
+                assert stream not in ANSWERS or entries[entry][b"group"] == encode(self.groups[name, entry][1])
             foreign = entries.keys() - pointed.keys()
             if stream == "dead":
                 assert len(foreign) <= len(self.planted), f"nobody's entries in dead: {foreign}"
@@ -427,7 +429,7 @@ class Protocol(RuleBasedStateMachine):
         """What the learner has done since it had consumed `num_noted` groups."""
         loop, line = life
         for one in loop.intake.books.since_checkpoint[num_noted:]:
-            kind, group = self.groups[one.entry_id]
+            kind, group = self.groups[one.ticket_id, one.entry_id]
             is_stale = group_staleness(group, line.step, loop.intake.version_steps).total > CONFIG.learner.max_staleness
             expected = "uniform" if kind == "uniform" else "stale" if is_stale else "trained"
             expected = expected if is_training(one.ticket_id) else "evaluated"
@@ -542,7 +544,7 @@ class Protocol(RuleBasedStateMachine):
         mark = self._ledger().get(name)
         assert (mark != was) == is_open or self.trap.sprung in ("before", "full")
         if mark is not None and mark != was:
-            self.groups[mark.entry_id] = (kind, group)
+            self.groups[name, mark.entry_id] = (kind, group)
         if not self.is_lost:
             self._compare(self._ledger())
 
