@@ -178,7 +178,7 @@ def _known(values: list[float | None]) -> list[float]:
 
 def _plot(results: Results, path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "headrace"
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for loss in _studied(results):
         levels = [staleness for staleness in STALENESSES if _finals(results, loss, staleness)]
@@ -201,5 +201,5 @@ def _plot(results: Results, path: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small")
+            axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
     figure.savefig(path, metadata={"Date": None})
