@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from services.generation.cpu_attention import extend
-from services.generation.cpu_prefill import BACKEND, NOT_PLAIN, attention, before_logits, prefill, share
+from services.generation.cpu_attention import BACKEND, extend
+from services.generation.cpu_prefill import NOT_PLAIN, attention, logits, prefill, share
+from tests.test_cpu_attention import DIM, HEADS, KV_HEADS, OPTIONS, SLOTS, refuse
 
-HEADS, KV_HEADS, DIM, SLOTS, VOCABULARY, LAYERS = 4, 2, 8, 512, 4, 2
+VOCABULARY, LAYERS = 4, 2
 HIDDEN = HEADS * DIM
 
 SEQUENCES = st.lists(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=12), min_size=1, max_size=8)
@@ -37,8 +38,10 @@ class TorchNativeAttnBackend:
         keys[batch.out_cache_loc], values[batch.out_cache_loc] = key.view(-1, KV_HEADS, DIM), value.view_as(key)
         output = torch.empty_like(query)
         lengths = (batch.req_pool_indices, batch.seq_lens, batch.extend_prefix_lens, batch.extend_seq_lens)
-        options: dict[str, Any] = {"causal": True, "scaling": 1 / math.sqrt(DIM), "sliding_window_size": None}
-        extend(refuse, self, query, output, keys, values, self.table, *lengths, batch.encoder_lens, **options)
+        extend(
+            *(refuse, self, query, output, keys, values, self.table, *lengths, batch.encoder_lens),
+            **({"causal": True} | OPTIONS),
+        )
         return output
 
 
@@ -53,8 +56,6 @@ class Batch:
     seq_lens: Tensor
     extend_prefix_lens: Tensor
     extend_seq_lens: Tensor
-    extend_prefix_lens_cpu: list[int]
-    extend_seq_lens_cpu: list[int]
     forward_mode: Any = field(default_factory=lambda: SimpleNamespace(is_extend_without_speculative=lambda: True))
     capture_hidden_mode: Any = field(default_factory=lambda: SimpleNamespace(need_capture=lambda: False))
     is_prefill_only: bool = False
@@ -92,14 +93,12 @@ class Runner:
             heads = (part.unflatten(1, (-1, DIM)) for part in (query, key, value))
             attended = attention(type(self.backend).forward_extend, self.backend, *heads, layer, batch)
             states = torch.tanh(states + attended.flatten(1))
-        arguments = (None, batch.input_ids, states, None, batch)
-        given_to_logits = before_logits(*arguments)
-        states = (given_to_logits[0] if given_to_logits else arguments)[2]
+        last: Tensor = logits(self.of_last, None, batch.input_ids, states, None, batch)
+        return last
+
+    @staticmethod
+    def of_last(_processor: None, _tokens: Tensor, states: Tensor, _lm_head: None, batch: Batch) -> Tensor:
         return states[batch.extend_seq_lens.cumsum(0) - 1]
-
-
-def refuse(*_: Any, **__: Any) -> Tensor:
-    raise AssertionError("the original was called")
 
 
 def batch_of(runner: Runner, sequences: list[list[int]], prefixes: list[int]) -> Batch:
@@ -115,8 +114,6 @@ def batch_of(runner: Runner, sequences: list[list[int]], prefixes: list[int]) ->
         seq_lens=before + lengths,
         extend_prefix_lens=before,
         extend_seq_lens=lengths,
-        extend_prefix_lens_cpu=prefixes,
-        extend_seq_lens_cpu=lengths.tolist(),
     )
 
 
@@ -126,18 +123,20 @@ def test_tokens_are_shared_exactly_if_they_are_the_same_after_the_same(
     sequences: list[list[int]], data: st.DataObject
 ) -> None:
     prefixes = data.draw(st.lists(st.sampled_from((0, 0, 3)), min_size=len(sequences), max_size=len(sequences)))
-    found = share(*(np.array(part) for part in ([*chain(*sequences)], [len(one) for one in sequences], prefixes)))
+    computed, sources = share(
+        *(np.array(part) for part in ([*chain(*sequences)], [len(one) for one in sequences], prefixes))
+    )
     beginnings = [
         (row if before else None, tuple(one[: place + 1]))
         for row, (one, before) in enumerate(zip(sequences, prefixes, strict=True))
         for place in range(len(one))
     ]
     by_source: dict[int, set[Any]] = {}
-    for source, beginning in zip(found.source.tolist(), beginnings, strict=True):
+    for source, beginning in zip(sources.tolist(), beginnings, strict=True):
         by_source.setdefault(source, set()).add(beginning)
-    assert len(by_source) == len(found.computed) == len(set(beginnings))
+    assert len(by_source) == len(computed) == len(set(beginnings))
     assert all(len(same) == 1 for same in by_source.values())
-    assert [beginnings[place] for place in found.computed] == [by_source[i].pop() for i in range(len(found.computed))]
+    assert [beginnings[place] for place in computed] == [by_source[i].pop() for i in range(len(computed))]
 
 
 @settings(max_examples=100, deadline=None)
@@ -185,4 +184,5 @@ def test_a_prefill_that_fails_leaves_nothing_to_the_next() -> None:
 
     with pytest.raises(MemoryError):
         prefill(fail, runner, batch)
-    assert before_logits(None, None, torch.zeros(1)) is None
+    states = torch.zeros(1)
+    assert logits(lambda *given: given[2], None, torch.zeros(1), states) is states

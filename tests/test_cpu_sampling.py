@@ -3,13 +3,9 @@
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from services.generation.cpu_sampling import sample
-
-
-def refuse(*_: Any) -> Tensor:
-    raise AssertionError("the original was called")
+from tests.test_cpu_attention import refuse
 
 
 def test_tokens_are_drawn_with_their_probabilities() -> None:

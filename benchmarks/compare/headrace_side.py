@@ -29,7 +29,7 @@ def run(workload: Workload, overrides: list[str], config: RunConfig, folder: Pat
     shutil.rmtree(where, ignore_errors=True)
     settings = [word for override in overrides for word in ("--set", override)]
     over = threading.Event()
-    watcher = threading.Thread(target=_collect, args=(where / "checkpoints", folder, over))
+    watcher = threading.Thread(target=_collect, args=(where / "checkpoints", folder, workload.save_every, over))
     watcher.start()
     try:
         command = headrace_up(workload.recipe, name, *settings)
@@ -37,15 +37,14 @@ def run(workload: Workload, overrides: list[str], config: RunConfig, folder: Pat
     finally:
         over.set()
         watcher.join()
-    policies = {step: folder / f"step-{step}" for step in range(0, config.learner.steps + 1, workload.save_every)}
-    policies = {step: path for step, path in policies.items() if path.exists()}
+    policies = {int(path.name.removeprefix("step-")): path for path in folder.glob("step-*")}
     for path in policies.values():
         _as_policy(path, ROOT / config.model.path)
     return Outcome("headrace", 1, [row for row in read_rows(where / METRICS_FILE) if row["kind"] == "step"], policies)
 
 
-def _collect(checkpoints: Path, folder: Path, over: threading.Event) -> None:
-    """Every checkpoint while it is there: the learner keeps two."""
+def _collect(checkpoints: Path, folder: Path, save_every: int, over: threading.Event) -> None:
+    """Every checkpoint at a multiple of `save_every` while it is there: the learner keeps two."""
     seen: set[str] = set()
     is_last = False
     while not is_last:
@@ -53,7 +52,9 @@ def _collect(checkpoints: Path, folder: Path, over: threading.Event) -> None:
         for path in sorted(checkpoints.glob("checkpoint-*")):
             if path.name not in seen:
                 seen.add(path.name)
-                shutil.copytree(path, folder / f"step-{read_record(path).step}", dirs_exist_ok=True)
+                step = read_record(path).step
+                if step % save_every == 0:
+                    shutil.copytree(path, folder / f"step-{step}", dirs_exist_ok=True)
 
 
 def _as_policy(path: Path, start: Path) -> None:

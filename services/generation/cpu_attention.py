@@ -22,14 +22,6 @@ MIN_SAVED_TOKENS = 600
 """What another round of small operations costs about as much as."""
 
 
-def install() -> None:
-    """Registers the hooks; SGLang applies them when its process loads plugins."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    HookRegistry.register(f"{BACKEND}._run_sdpa_forward_decode", decode, HookType.AROUND)
-    HookRegistry.register(f"{BACKEND}._run_sdpa_forward_extend", extend, HookType.AROUND)
-
-
 def decode(
     original: Callable[..., Tensor],
     backend: Any,
@@ -132,3 +124,6 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, options:
     )
     together: Tensor = attended.unflatten(2, (sharing, query.shape[1])).permute(0, 3, 1, 2, 4).flatten(2, 3)
     return together
+
+
+HOOKS = {f"{BACKEND}._run_sdpa_forward_decode": decode, f"{BACKEND}._run_sdpa_forward_extend": extend}

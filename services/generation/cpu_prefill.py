@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-RUNNER = "sglang.srt.model_executor.runner.eager_runner.EagerRunner"
-BACKEND = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
-LOGITS = "sglang.srt.layers.logits_processor.LogitsProcessor"
+from services.generation.cpu_attention import BACKEND
+
 MAX_SHARE = 0.9
 """Of the tokens that are computed: above it, too little is saved."""
 NOT_PLAIN = (
@@ -29,23 +28,8 @@ NOT_PLAIN = (
 """Fields of a batch that say nothing in a plain prefill of text."""
 
 
-class Shared(NamedTuple):
-    """Which of the N tokens of a flattened batch are computed, U of them; M are of sequences with any of these."""
-
-    computed: Tensor
-    """`(U,)` int64: their places in the batch."""
-    source: Tensor
-    """`(N,)` int64: for each token of the batch, which of the computed ones it equals."""
-    rows: Tensor
-    """int64: the sequences with computed tokens."""
-    asked: Tensor
-    """`(M,)` int64: for each token of `rows`, which of the computed ones it equals."""
-    answers: Tensor
-    """`(U,)` int64: where each computed token stands among those of `rows`."""
-
-
 class Rows(NamedTuple):
-    """All that attention reads of a batch."""
+    """All that attention reads of a batch; its fields are SGLang's."""
 
     out_cache_loc: Tensor
     """`(N,)`: where keys and values of all tokens go."""
@@ -56,27 +40,34 @@ class Rows(NamedTuple):
     encoder_lens: None = None
 
 
-_current: tuple[Shared, Rows] | None = None
-"""Of the prefill that goes on: a scheduler computes one at a time."""
+class Prefill(NamedTuple):
+    """One that goes on: U of the N tokens of its batch are computed, M are of sequences with any of these."""
+
+    source: Tensor
+    """`(N,)` int64: for each token of the batch, which of the computed ones it equals."""
+    rows: Rows
+    """The sequences with computed tokens."""
+    asked: Tensor
+    """`(M,)` int64: for each token of `rows`, which of the computed ones it equals."""
+    answers: Tensor
+    """`(U,)` int64: where each computed token stands among those of `rows`."""
 
 
-def install() -> None:
-    """Registers the hooks; SGLang applies them when its process loads plugins."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    HookRegistry.register(f"{RUNNER}._execute_extend", prefill, HookType.AROUND)
-    HookRegistry.register(f"{BACKEND}.forward_extend", attention, HookType.AROUND)
-    HookRegistry.register(f"{LOGITS}.forward", before_logits, HookType.BEFORE)
+_current: Prefill | None = None
+"""A scheduler computes one at a time."""
 
 
 def prefill(original: Callable[..., Any], runner: Any, batch: Any, *arguments: Any) -> Any:
     """SGLang's runner of a prefill, given the tokens that are computed."""
     global _current
-    shared = _shared(runner, batch)
-    if shared is None:
+    if not _is_plain(runner.model_runner.attn_backend, batch):
         return original(runner, batch, *arguments)
-    narrowed = {name: getattr(batch, name)[shared.computed] for name in ("input_ids", "positions", "out_cache_loc")}
-    _current = shared, Rows(batch.out_cache_loc, *(getattr(batch, name)[shared.rows] for name in Rows._fields[1:5]))
+    ids, lengths, prefixes = batch.input_ids, batch.extend_seq_lens, batch.extend_prefix_lens
+    computed, source = share(ids.numpy(), lengths.numpy(), prefixes.numpy())
+    if len(computed) > MAX_SHARE * len(source):
+        return original(runner, batch, *arguments)
+    _current = _prefill(batch, computed, source)
+    narrowed = {name: getattr(batch, name)[computed] for name in ("input_ids", "positions", "out_cache_loc")}
     try:
         return original(runner, dataclasses.replace(batch, **narrowed), *arguments)
     finally:
@@ -98,20 +89,22 @@ def attention(
     values, what has a computed token asks."""
     if _current is None:
         return original(backend, query, key, value, layer, batch, *arguments, **options)
-    shared, rows = _current
-    whole = key[shared.source], value[shared.source]
-    return original(backend, query[shared.asked], *whole, layer, rows, *arguments, **options)[shared.answers]
+    source, rows, asked, answers = _current
+    return original(backend, query[asked], key[source], value[source], layer, rows, *arguments, **options)[answers]
 
 
-def before_logits(processor: Any, tokens: Any, states: Tensor, *others: Any, **named: Any) -> Any:
-    """Hands SGLang `states` `(U, hidden)` as of the whole batch, where it looks for the last of each sequence."""
-    if _current is None:
-        return None
-    return (processor, tokens, states[_current[0].source], *others), named
+def logits(
+    original: Callable[..., Any], processor: Any, tokens: Tensor, states: Tensor, *others: Any, **named: Any
+) -> Any:
+    """SGLang's logits, given `states` `(U, hidden)` as of the whole batch: it looks for the last of each sequence."""
+    whole = states if _current is None else states[_current.source]
+    return original(processor, tokens, whole, *others, **named)
 
 
-def share(tokens: np.ndarray, lengths: np.ndarray, prefixes: np.ndarray) -> Shared:
-    """`tokens` `(N,)` of B sequences one after another, `lengths` `(B,)` of each; what stands before those whose
+def share(tokens: np.ndarray, lengths: np.ndarray, prefixes: np.ndarray) -> tuple[Tensor, Tensor]:
+    """The places `(U,)` of the tokens that are computed, and for each token `(N,)` which of these it equals; int64.
+
+    `tokens` `(N,)` are of B sequences one after another, `lengths` `(B,)` of each; what stands before those whose
     `prefixes` `(B,)` are not 0 is not known here, so that they share nothing."""
     starts, source = lengths.cumsum() - lengths, np.full(len(tokens), -1)
     before = np.where(prefixes == 0, 0, -1 - np.arange(len(lengths)))  # by a number, so that equals are the same
@@ -128,32 +121,34 @@ def share(tokens: np.ndarray, lengths: np.ndarray, prefixes: np.ndarray) -> Shar
         before[rows] = source[places] + 1
     rest = np.flatnonzero(source < 0)
     source[rest] = num_computed + np.arange(len(rest))
-    return _with_rows(np.concatenate([*computed, rest]), source, starts)
+    return torch.from_numpy(np.concatenate([*computed, rest])), torch.from_numpy(source)
 
 
-def _with_rows(computed: np.ndarray, source: np.ndarray, starts: np.ndarray) -> Shared:
-    row_of = np.searchsorted(starts, np.arange(len(source)), "right") - 1
-    rows = np.unique(row_of[computed])
-    asked = np.flatnonzero(np.isin(row_of, rows))
-    parts = (computed, source, rows, source[asked], np.searchsorted(asked, computed))
-    return Shared(*(torch.from_numpy(part) for part in parts))
+def _prefill(batch: Any, computed: Tensor, source: Tensor) -> Prefill:
+    """Sequences of which nothing is computed need not ask."""
+    row_of = torch.arange(len(batch.seq_lens)).repeat_interleave(batch.extend_seq_lens)
+    asking = row_of[computed].unique()
+    rows = Rows(batch.out_cache_loc, *(getattr(batch, name)[asking] for name in Rows._fields[1:5]))
+    places = torch.isin(row_of, asking).nonzero().flatten()
+    return Prefill(source, rows, source[places], torch.searchsorted(places, computed))
 
 
-def _shared(runner: Any, batch: Any) -> Shared | None:
-    """None where nothing may be shared, or too little is."""
-    model_runner = runner.model_runner
-    is_plain = (
+def _is_plain(attention_backend: Any, batch: Any) -> bool:
+    """Whether it is a prefill of text alone, with the attention that `attention` is put around."""
+    return (
         batch.forward_mode.is_extend_without_speculative()
-        and type(model_runner.attn_backend).__name__ == BACKEND.rpartition(".")[2]
-        and not model_runner.attn_backend.use_sliding_window_kv_pool
+        and type(attention_backend).__name__ == BACKEND.rpartition(".")[2]
+        and not attention_backend.use_sliding_window_kv_pool
         and all(getattr(batch, name) is None for name in NOT_PLAIN)
         and not any(batch.lora_ids or ())
         and not any(batch.mm_inputs or ())
         and not batch.is_prefill_only
         and not batch.capture_hidden_mode.need_capture()
     )
-    if not is_plain:
-        return None
-    lengths, prefixes = np.array(batch.extend_seq_lens_cpu), np.array(batch.extend_prefix_lens_cpu)
-    shared = share(batch.input_ids.numpy(), lengths, prefixes)
-    return shared if len(shared.computed) <= MAX_SHARE * len(shared.source) else None
+
+
+HOOKS = {
+    "sglang.srt.model_executor.runner.eager_runner.EagerRunner._execute_extend": prefill,
+    f"{BACKEND}.forward_extend": attention,
+    "sglang.srt.layers.logits_processor.LogitsProcessor.forward": logits,
+}

@@ -7,15 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-SAMPLING = "sglang.srt.layers.sampler.sampling_from_probs_torch"
-
-
-def install() -> None:
-    """Registers the hook; SGLang applies it when its process loads plugins."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    HookRegistry.register(SAMPLING, sample, HookType.AROUND)
-
 
 def sample(
     original: Callable[..., Tensor],
@@ -31,3 +22,6 @@ def sample(
     drawn = torch.rand(len(probs), 1, dtype=torch.float64) * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, drawn, right=True)  # the first beyond it: none of probability 0
     return tokens.clamp_(max=probs.shape[1] - 1).view(-1).to(torch.int32)
+
+
+HOOKS = {"sglang.srt.layers.sampler.sampling_from_probs_torch": sample}

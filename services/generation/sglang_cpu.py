@@ -75,6 +75,16 @@ def declare_torchvision_ops() -> None:
             torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
+def hook_in_what_is_faster() -> None:
+    """Registers the hooks around SGLang's functions; its processes apply them when they load plugins."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from services.generation import cpu_attention, cpu_prefill, cpu_sampling
+
+    for target, hook in (cpu_attention.HOOKS | cpu_prefill.HOOKS | cpu_sampling.HOOKS).items():
+        HookRegistry.register(target, hook, HookType.AROUND)
+
+
 def fork_children() -> None:
     """Has the scheduler and the detokenizer forked from the server, which has imported all that they need.
 
@@ -93,7 +103,6 @@ def fork_children() -> None:
 if __name__ == "__main__":
     install_sgl_kernel()
     declare_torchvision_ops()
-    for name in ("cpu_attention", "cpu_prefill", "cpu_sampling"):
-        importlib.import_module(f"services.generation.{name}").install()
+    hook_in_what_is_faster()
     fork_children()
     runpy.run_module("sglang.launch_server", run_name="__main__")
