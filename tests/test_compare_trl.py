@@ -104,8 +104,10 @@ def test_seconds_to_an_accuracy_and_a_batch() -> None:
     steps: list[dict[str, Any]] = [{"step": step, "wall_s": 10.0 + 2 * step} for step in range(1, 11)]
     found = Outcome("trl", 1, steps, {})
     assert found.s_per_step() == 2.0
-    assert found.s_to(0.8, {5: 0.79, 10: 0.8}) == 30.0
-    assert found.s_to(0.9, {5: 0.79, 10: 0.8}) is None
+    held_out = {0: 0.3, 2: 0.5, 5: 0.75, 10: 0.85}
+    assert [found.s_to(target, held_out) for target in (0.45, 0.75, 0.85)] == [14.0, 20.0, 30.0]
+    assert found.s_to(0.8, held_out) == pytest.approx(25.0), "half way between those measured"
+    assert found.s_to(0.9, held_out) is None
 
 
 def test_the_better_number_of_threads_counts() -> None:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from common.config import RunConfig
 
 
@@ -41,9 +43,14 @@ class Outcome(NamedTuple):
         return float((last["wall_s"] - first["wall_s"]) / (last["step"] - first["step"]))
 
     def s_to(self, target: float, accuracy: dict[int, float]) -> float | None:
-        """To the first policy that is as good; None if there is none."""
-        step = next((step for step in sorted(accuracy) if step > 0 and accuracy[step] >= target), None)
-        return None if step is None else next(float(row["wall_s"]) for row in self.steps if row["step"] == step)
+        """Until a policy is as good; linearly between the first measured that is and that before. None if none is."""
+        measured = sorted(step for step in accuracy if step > 0)
+        reached = next((place for place, step in enumerate(measured) if accuracy[step] >= target), None)
+        if reached is None:
+            return None
+        around = measured[max(0, reached - 1) : reached + 1]
+        wall_s = {row["step"]: float(row["wall_s"]) for row in self.steps}
+        return float(np.interp(target, [accuracy[step] for step in around], [wall_s[step] for step in around]))
 
 
 def spec_of(config: RunConfig) -> dict[str, Any]:
