@@ -59,7 +59,9 @@ class LearnerConfig(Section):
     groups_per_step: int = Field(32, ge=1, description="Groups in a batch.")
     max_staleness: int = Field(2, ge=0, description="Highest staleness, in steps, that is trained on.")
     stale_policy: Literal["drop", "train"] = Field(
-        "drop", description="What happens to a group above max_staleness at packing."
+        "drop",
+        description="What happens to a group above max_staleness at packing. Where lengths have a heavy tail, those that"
+        " are dropped are the long ones.",
     )
     micro_batch_tokens: int = Field(
         10240,
