@@ -60,8 +60,8 @@ class LearnerConfig(Section):
     max_staleness: int = Field(2, ge=0, description="Highest staleness, in steps, that is trained on.")
     stale_policy: Literal["drop", "train"] = Field(
         "drop",
-        description="What happens to a group above max_staleness at packing. Where lengths have a heavy tail, those that"
-        " are dropped are the long ones.",
+        description="What happens to a group above max_staleness at packing. With a heavy tail of lengths, dropping"
+        " hits the long ones.",
     )
     micro_batch_tokens: int = Field(
         10240,
