@@ -43,6 +43,7 @@ _log = logging.getLogger("services.learner")
 
 
 def main() -> int:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads do not spin beside an engine's
     arguments = _parse_arguments()
     set_up_logging("learner", run=arguments.run)
     ranks, code = None, 1

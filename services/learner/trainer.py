@@ -112,12 +112,11 @@ class Trainer:
         ]
 
     def _proximal_logprobs(self, mini_batches: list[MiniBatch]) -> list[list[Tensor]]:
-        """By forward passes before the first update. With one mini-batch the gradient's own pass fills them in:
-        until the only update, proximal and policy are the same weights."""
-        if self.config.actor.mini_batches == 1:
-            return [[] for _ in mini_batches]
+        """By forward passes before the first update; none of the first mini-batch, whose gradient's own pass fills them
+        in: until its update, proximal and policy are the same weights."""
         with torch.no_grad():
-            return [[self.policy.logprobs(m) for m in part.of(self.ranks.rank)] for part in mini_batches]
+            later = [[self.policy.logprobs(m) for m in part.of(self.ranks.rank)] for part in mini_batches[1:]]
+        return [[], *later]
 
     def _accumulate(self, mini_batch: MiniBatch, proximal: list[Tensor]) -> list[PolicyLoss]:
         """Adds the gradient of one mini-batch, of this rank's share; appends to an empty `proximal`."""
