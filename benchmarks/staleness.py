@@ -4,7 +4,7 @@
     study    the seed's loss and the three best (or --losses) at staleness 0, 8, 16, then 1, 4, 32; three seeds
     long     the study's first part on a second task, with longer answers (benchmarks/long_arithmetic.py)
     splits   the default loss with other mini-batches, at staleness 0, 2 and 16; three seeds
-    guard    the seed's loss at staleness 8 and too high an lr, without the guard and with it
+    guard    the seed's loss where it collapses, without the guard and with it
     report   tables and a plot of what has been run, into docs/staleness.md
 
 Each run is the real trainer on groups that are all exactly so stale (benchmarks/forced_staleness.py), in a process of
@@ -30,7 +30,6 @@ from benchmarks.staleness_runs import (
     BY_NAME,
     EVALUATE_EVERY,
     FIRST_STALENESSES,
-    GUARDED,
     LOSSES,
     NUM_BEST,
     NUM_HELD_OUT,
@@ -40,6 +39,7 @@ from benchmarks.staleness_runs import (
     SPLITS,
     STALENESSES,
     Run,
+    guarded,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -100,15 +100,20 @@ def runs_of(part: str, results: Results, arguments: argparse.Namespace) -> Itera
     elif part == "study":
         yield from study(losses, arguments.staleness or STALENESSES, arguments.seeds)
     elif part == "long":
-        if not (ROOT / POLICY).exists():
-            make_policy(ROOT / POLICY)
+        make_long_policy()
         for run in study(losses, arguments.staleness or FIRST_STALENESSES, arguments.seeds):
             yield run._replace(is_long=True)
     elif part == "splits":
         stalenesses = arguments.staleness or SPLIT_STALENESSES
         yield from (Run(*run) for run in itertools.product(SPLITS, stalenesses, arguments.seeds))
     elif part == "guard":
-        yield from (Run(loss, SCREENED, seed) for seed in arguments.seeds for loss in GUARDED)
+        make_long_policy()
+        yield from (run for seed in arguments.seeds for run in guarded(seed))
+
+
+def make_long_policy() -> None:
+    if not (ROOT / POLICY).exists():
+        make_policy(ROOT / POLICY)
 
 
 def study(losses: list[str], stalenesses: Iterable[int], seeds: Iterable[int]) -> Iterator[Run]:

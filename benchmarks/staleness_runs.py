@@ -65,7 +65,11 @@ GUARDED: dict[str, list[str]] = {
     "seed, 4 mini-batches, lr 6e-4, guarded": [*FAST, "actor.guard=act"],
 }
 """At three times the demo's lr, 40 steps, without the guard and with it."""
-BY_NAME = LOSSES | GUARDED | SPLITS
+GUARDED_LONG: dict[str, list[str]] = {"seed": LOSSES["seed"], "seed, guarded": [*LOSSES["seed"], "actor.guard=act"]}
+"""Likewise at the demo's lr, on the second task, where the seed's loss collapses."""
+LONG_COLLAPSES = (8, 16)
+"""At these stalenesses."""
+BY_NAME = LOSSES | GUARDED | GUARDED_LONG | SPLITS
 LONG = [
     "task.name=benchmarks.long_arithmetic:LongArithmetic",
     f"model.path={POLICY}",
@@ -94,3 +98,11 @@ class Run(NamedTuple):
             f"learner.max_staleness={self.staleness}",
             f"seed={self.seed}",
         ]
+
+
+def guarded(seed: int) -> list[Run]:
+    """Runs that collapse, each before the same one with a guard."""
+    return [
+        *(Run(loss, SCREENED, seed) for loss in GUARDED),
+        *(Run(loss, staleness, seed, is_long=True) for staleness in LONG_COLLAPSES for loss in GUARDED_LONG),
+    ]

@@ -64,7 +64,7 @@ def test_a_median_beyond_the_alarm_acts_though_a_step_between_is_calm() -> None:
 def test_what_is_worrying_for_long_is_said_once_and_changes_nothing() -> None:
     decisions = follow([WORRYING] * 30, config())
     assert kinds(decisions) == [None] * (PATIENCE_STEPS - 1) + ["warn"] + [None] * (30 - PATIENCE_STEPS)
-    assert decisions[PATIENCE_STEPS - 1].reason == "kl_behaviour_proximal 0.1, above 0.05"
+    assert decisions[PATIENCE_STEPS - 1].reason == "trained_kl 0.1, above 0.05"
     assert decisions[-1].state.notch == 0
 
 
@@ -99,6 +99,14 @@ def test_a_long_calm_takes_back_one_notch_at_a_time() -> None:
 )
 def test_each_of_the_signals_acts(row: dict[str, float]) -> None:
     assert kinds(follow([row] * PATIENCE_STEPS, config()))[-1] == "tighten"
+
+
+def test_what_the_behaviour_clip_drops_is_not_held_against_the_run() -> None:
+    """Of a run of the default at staleness 32: the KL is high, and most of it is not trained."""
+    far = CALM | {"kl_behaviour_proximal": 0.15}
+    assert kinds(follow([far] * PATIENCE_STEPS, config()))[-1] == "tighten"
+    dropped = far | {"behaviour_clip_fraction": 0.7}
+    assert kinds(follow([dropped] * 30, config())) == [None] * 30
 
 
 def test_a_gap_that_bfloat16_explains_is_none() -> None:
@@ -149,7 +157,7 @@ def test_the_loop_goes_on_tightened_and_says_so(
         ("tighten", PATIENCE_STEPS, "max_staleness 1 instead of 2"),
         ("tighten", 2 * PATIENCE_STEPS, "max_staleness 1 instead of 2, lr 0.0001 instead of 0.0002"),
     ]
-    assert events[0]["text"].startswith("the guard tightens: kl_behaviour_proximal ")
+    assert events[0]["text"].startswith("the guard tightens: trained_kl ")
     assert client.hget(keys.learner, "held_back").decode() == told[1][2]
 
 

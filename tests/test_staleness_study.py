@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import staleness_report
+from benchmarks.forced_staleness import WATCHED, sample
 from benchmarks.forced_staleness import run as forced
-from benchmarks.forced_staleness import sample
 from benchmarks.long_arithmetic import HIGHEST, LongArithmetic
 from benchmarks.staleness import Results, best, study
 from benchmarks.staleness_runs import GUARDED, LOSSES, Run
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def row(run: Run, *accuracies: float) -> dict[str, Any]:
-    columns = {name: [0.5] * 60 for name in ("reward_mean", "kl_behaviour_proximal", "ess", "guard_notch")}
+    columns = {name: [0.5] * 60 for name in ("reward_mean", *WATCHED, "guard_notch")}
     accuracy = dict(zip(("20", "40", "60"), accuracies, strict=True))
     return {"settings": run.settings, "steps": 60, "cpu_s": 1.0, "accuracy": accuracy, "columns": columns}
 

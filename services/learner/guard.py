@@ -2,7 +2,8 @@
 
 Beyond a warning it warns; beyond an alarm it goes down a ladder, notch by notch: first `learner.max_staleness` to a
 quarter, down to 1, then `optimizer.lr` to a half. A notch is taken back after a long calm. Nothing happens for one odd
-batch. Thresholds are those of the verdict (common/health.py); the state is a checkpoint's.
+batch. It watches the KL of what is trained, whose alarm comes before rewards fall (docs/staleness.md), the effective
+sample size and the log-probability gap by the verdict's thresholds (common/health.py). The state is a checkpoint's.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from common.config import RunConfig
-from common.health import SMOOTHED_STEPS, THRESHOLDS, Threshold, are_exact, numeric_gap
+from common.health import OFF_POLICY, SMOOTHED_STEPS, THRESHOLDS, Threshold, are_exact, numeric_gap
 
 PATIENCE_STEPS = SMOOTHED_STEPS // 2 + 1
 """Of the last five beyond a threshold before anything happens: then their median is beyond it."""
@@ -19,7 +20,8 @@ CALM_STEPS = 20
 """In a row without anything to warn of before a notch is taken back."""
 STALENESS_DIVISOR, LOWEST_STALENESS = 4, 1
 NUM_LR_NOTCHES = 3
-WATCHED = ("kl_behaviour_proximal", "ess", "fresh_logprob_gap_max")
+TRAINED_KL = Threshold("trained_kl", 0.05, 0.1, "what is trained is far from the policy that sampled it", OFF_POLICY)
+WATCHED = (TRAINED_KL.name, "ess", "fresh_logprob_gap_max")
 
 
 class GuardState(msgspec.Struct, frozen=True):
@@ -42,10 +44,11 @@ class Decision(NamedTuple):
 def decide(state: GuardState, row: Mapping[str, Any], config: RunConfig) -> Decision:
     """After a step with the metrics `row`; `config` is the run's as ordered, before the guard."""
     is_exact = are_exact(config.model.dtype, config.generation.engine.swap_mode)
+    values = {**row, TRAINED_KL.name: _trained_kl(row)}
     found = [
-        (threshold, float(row[threshold.name]))
-        for threshold in (*THRESHOLDS, numeric_gap(is_exact))
-        if threshold.name in WATCHED and row.get(threshold.name) is not None
+        (threshold, float(values[threshold.name]))
+        for threshold in (TRAINED_KL, *THRESHOLDS, numeric_gap(is_exact))
+        if threshold.name in WATCHED and values.get(threshold.name) is not None
     ]
     alarming = [_told(one, value, one.alarm) for one, value in found if one.is_beyond(value, one.alarm)]
     worrying = [_told(one, value, one.warn) for one, value in found if one.is_beyond(value, one.warn)]
@@ -92,6 +95,13 @@ def held_back(ordered: RunConfig, config: RunConfig) -> str:
         "lr": (config.optimizer.lr, ordered.optimizer.lr),
     }
     return ", ".join(f"{name} {now:g} instead of {then:g}" for name, (now, then) in pairs.items() if now != then)
+
+
+def _trained_kl(row: Mapping[str, Any]) -> float | None:
+    """KL(behaviour ‖ proximal), by the share of tokens that the behaviour clip leaves to be trained: what it drops is
+    farther off than the others and does no harm."""
+    kl = row.get("kl_behaviour_proximal")
+    return None if kl is None else float(kl * (1 - row.get("behaviour_clip_fraction", 0.0)))
 
 
 def _told(threshold: Threshold, value: float, limit: float) -> str:
