@@ -22,10 +22,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 from benchmarks.long_arithmetic import POLICY, make_policy
+from benchmarks.staleness_report import write_report
+from benchmarks.staleness_results import Results
 from benchmarks.staleness_runs import (
     BY_NAME,
     EVALUATE_EVERY,
@@ -43,30 +44,7 @@ from benchmarks.staleness_runs import (
 )
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "staleness.json"
 PARTS = ("screen", "study", "splits", "long", "guard")
-
-
-class Results:
-    """By the name of the run: what it was run with, accuracy by step, and columns of its steps."""
-
-    def __init__(self, path: Path = RESULTS) -> None:
-        self.path = path
-        self._lock = Lock()
-        self._rows: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
-
-    def of(self, run: Run) -> dict[str, Any] | None:
-        """None where it has not been run with the settings that it has now."""
-        row = self._rows.get(run.name)
-        return row if row and row["settings"] == run.settings else None
-
-    def add(self, run: Run, row: dict[str, Any]) -> None:
-        with self._lock:
-            self._rows[run.name] = row
-            lines = [f"{json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(self._rows.items())]
-            aside = self.path.with_suffix(".aside")
-            aside.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-            aside.replace(self.path)
 
 
 def main() -> int:
@@ -86,8 +64,6 @@ def main() -> int:
     results, ends_at = Results(), time.monotonic() + 60 * arguments.minutes
     for part in PARTS if arguments.what == "all" else [arguments.what]:
         run_all(runs_of(part, results, arguments), results, arguments.processes, ends_at)
-    from benchmarks.staleness_report import write_report
-
     write_report(results)
     return 0
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from benchmarks.staleness import Results
+from benchmarks.staleness_results import Results
 from benchmarks.staleness_runs import (
     FIRST_STALENESSES,
     GUARDED,

@@ -11,7 +11,8 @@ from benchmarks import staleness_report
 from benchmarks.forced_staleness import WATCHED, sample
 from benchmarks.forced_staleness import run as forced
 from benchmarks.long_arithmetic import HIGHEST, LongArithmetic
-from benchmarks.staleness import Results, best, study
+from benchmarks.staleness import best, study
+from benchmarks.staleness_results import Results
 from benchmarks.staleness_runs import GUARDED, LOSSES, Run
 from common.config import load_recipe
 from common.tasks.arithmetic import score

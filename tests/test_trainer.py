@@ -124,6 +124,26 @@ def computing_all(original: Any, *arguments: Any, is_all_computed: bool) -> Any:
     return original(*arguments, is_all_computed=True)
 
 
+@pytest.mark.parametrize("mini_batches", [1, 3])
+def test_proximal_is_of_the_weights_before_the_first_update(
+    demo_policy: Path, mini_batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every mini-batch; and the first, whose own pass tells, takes no other."""
+    actor = {"group_size": 2, "mini_batches": mini_batches}
+    config = make_config(demo_policy, actor=actor, optimizer={"lr": 0.1})
+    trainer, before = make_trainer(config), make_trainer(config).policy
+    passes: list[int] = []
+    logprobs = trainer.policy.logprobs
+    groups = make_batch(trainer, drift=0.1)
+    monkeypatch.setattr(trainer.policy, "logprobs", lambda m: passes.append(id(m)) or logprobs(m))
+    trainer.train(groups, 0, STEPS)
+    first, *later = [id(micro_batch) for micro_batch, _ in trainer._latest]
+    assert sorted(passes) == sorted([first, *later, *later])
+    for micro_batch, proximal in trainer._latest:
+        with torch.no_grad():
+            torch.testing.assert_close(proximal, before.logprobs(micro_batch), rtol=0, atol=1e-5)
+
+
 def test_on_policy_metrics(demo_policy: Path) -> None:
     _, metrics = weights_after(make_config(demo_policy, actor={"group_size": 2, "mini_batches": 1}))
     assert metrics["importance_ratio_mean"] == pytest.approx(1.0)
