@@ -66,7 +66,8 @@ class LearnerConfig(Section):
     micro_batch_tokens: int = Field(
         10240,
         ge=16,
-        description="Tokens of one forward pass as attention sees them: with padding and each completion's prompt.",
+        description="Tokens of one forward pass as attention sees them: with padding and each completion's prompt. "
+        "A CPU is fastest at 1,024 to 2,048, the less the more completions differ in length.",
     )
     logprob_chunk_tokens: int = Field(512, ge=1, description="Tokens whose logits exist at one time.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is a GPU.")

@@ -93,6 +93,8 @@ class Intake:
         self._sample = DecidedSample()
         self._looked = 0.0
         self._failure: BaseException | None = None
+        self._is_all_here = False
+        """No ticket is open and none may be issued until the learner has consumed groups."""
         self._changed = threading.Condition()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._work, name="intake", daemon=True)
@@ -146,6 +148,7 @@ class Intake:
             for arrived in batch:
                 self.books.consume(arrived.entry, arrived.group, "trained")
                 self._sample.add(arrived.group, "trained", self._step, arrived.staleness.total)
+            self._make_room()
             _tell("trained", [arrived.entry.ticket_id for arrived in batch], step=self._step)
 
     def take_sampled_rewards(self) -> list[float]:
@@ -227,7 +230,7 @@ class Intake:
     def turn(self) -> None:
         """One turn of the thread: take in, admit, look around now and then."""
         is_full = len(self._arrived) >= self._max_arrived
-        entries = [] if is_full else self.store.read(READ_COUNT, READ_BLOCK_S)
+        entries = [] if is_full else self.store.read(READ_COUNT, self._patience_s())
         look = self.store.look([entry.ticket_id for entry in entries])
         self._take_in(entries, look.marks)
         self._top_up(look)
@@ -270,6 +273,7 @@ class Intake:
                 - look.open_tickets
                 - (look.in_stream - self.books.num_kept(self.store.keys.groups))
             )
+            self._is_all_here = room <= 0 and look.open_tickets == 0
             if room > 0 and self.is_admitting and not self.switches.paused.is_set():
                 issued = self.source.issue(self.store, room, self._step, self._version)
                 self.books.issued(issued)
@@ -318,6 +322,20 @@ class Intake:
         """At the learner's step of this moment."""
         return group_staleness(group, self._step, self.version_steps)
 
+    def _patience_s(self) -> float:
+        """How long to wait for groups in Redis. While none can come it waits here instead, for room, so that the next
+        tickets are issued as soon as there is some."""
+        with self._changed:
+            if not self._is_all_here or self.is_evaluating:
+                return READ_BLOCK_S
+            self._changed.wait_for(lambda: not self._is_all_here, READ_BLOCK_S)
+            return 0.0
+
+    def _make_room(self) -> None:
+        """Groups were consumed by the loop: further tickets may be issued at once."""
+        self._is_all_here = False
+        self._changed.notify_all()
+
     def _drop_stale(self) -> None:
         """What waits too long is replaced, once."""
         learner, kept = self.config.learner, deque[Arrived]()
@@ -330,6 +348,8 @@ class Intake:
             self._sample.add(group, "stale", self._step, staleness.total)
             self.source.replace_stale(group.ticket)
             _log.info("stale by %d steps, to be replaced", staleness.total, extra={"ticket": entry.ticket_id})
+        if len(kept) < len(self._arrived):
+            self._make_room()
         self._arrived = kept
 
     def _retry_dead(self, name: str) -> None:
