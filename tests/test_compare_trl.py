@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.compare import trl
 from benchmarks.compare.runs import Outcome, spec_of
-from benchmarks.compare.trl import LONG, SAME, SHORT, ratios, short
+from benchmarks.compare.trl import LONG, SAME, SHORT, compare, ratios, settings_of, short
 from benchmarks.compare.trl_side import spec_for
 from benchmarks.growth import grown
 from benchmarks.heavy_tail import MAX_NEW_TOKENS, HeavyTail, Selling
@@ -110,10 +111,28 @@ def test_seconds_to_an_accuracy_and_a_batch() -> None:
     assert found.s_to(0.9, held_out) is None
 
 
-def test_the_better_number_of_threads_counts() -> None:
-    def row(who: str, num_threads: int, speed: float, reached: float | None, last: float) -> dict[str, Any]:
-        times = {"s_per_batch": speed, "s_to_target": reached, "whole_s": 90.0}
-        return {"workload": "demo", "seed": 0, "who": who, "num_threads": num_threads, "held_out": {9: last}} | times
+def a_row(
+    who: str, num_threads: int, speed: float, reached: float | None, last: float, **others: Any
+) -> dict[str, Any]:
+    times = {"s_per_batch": speed, "s_to_target": reached, "whole_s": 90.0}
+    named = {"workload": "demo", "seed": 0, "who": who, "num_threads": num_threads, "held_out": {9: last}}
+    return named | times | others
 
-    rows = [row("headrace", 1, 0.5, 20.0, 0.9), row("trl", 1, 1.0, 40.0, 0.9), row("trl", 2, 0.8, None, 0.75)]
+
+def test_the_better_number_of_threads_counts() -> None:
+    rows = [a_row("headrace", 1, 0.5, 20.0, 0.9), a_row("trl", 1, 1.0, 40.0, 0.9), a_row("trl", 2, 0.8, None, 0.75)]
     assert [ratio.values for ratio in ratios(SHORT, rows)] == [[1.6], [4.5], [pytest.approx(1.2)]]
+
+
+def test_seeds_that_were_measured_by_the_same_settings_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(_: Any, seed: int, settings: str = "now") -> list[dict[str, Any]]:
+        speeds = {"headrace": 1.0, "trl": 2.0 + seed}
+        return [a_row(who, 1, speed, 1.0, 0.9, seed=seed, settings=settings) for who, speed in speeds.items()]
+
+    monkeypatch.setattr(trl, "measure", measure)
+    monkeypatch.setattr(trl.trl_side, "make_environment", lambda: None)
+    earlier = [*measure(SHORT, 3), *measure(SHORT, 2), *measure(SHORT, 4, "then")]
+    told = [part.ratios[0].values for part in compare(SHORT, [0, 2], earlier)]
+    assert told == [[2.0, 4.0, 5.0], [2.0, 4.0, 5.0]], "of seeds 0, 2 and 3, in their order"
+    assert settings_of(SHORT, recipe(SHORT.recipe)) == settings_of(SHORT, recipe(SHORT.recipe, "seed=7"))
+    assert settings_of(SHORT, recipe(SHORT.recipe)) != settings_of(SHORT, recipe(SHORT.recipe, "optimizer.lr=1e-3"))

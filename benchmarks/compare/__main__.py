@@ -1,7 +1,8 @@
 """Headrace beside its peers on the same cores, in one run: `python -m benchmarks.compare [part ...]`.
 
 Each part runs both sides in turn, `--repeats` times, and prints ratios with their spread. What was measured is written
-to benchmarks/results/compare.json, where a part replaces what it had measured before.
+to benchmarks/results/compare.json, where a part replaces what it had measured before. Beside TRL a repeat is a seed,
+from `--first-seed` on, and takes long: each is written as it ends, and those of other seeds by the same settings stay.
 
     python -m benchmarks.compare --recipe benchmarks/gpu.yaml
 
@@ -10,10 +11,9 @@ runs the parts that a device makes a difference to, by another recipe than the d
 
 import argparse
 import json
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -22,17 +22,31 @@ from benchmarks.compare import generation, paced, startup, streams, synchronous,
 from benchmarks.compare.part import Part
 from benchmarks.demo import RECIPE, RESULTS, this_machine
 
-BY_RECIPE: dict[str, Callable[[str, int], Part]] = {
-    "trl": lambda recipe, repeats: trl.compare(trl.short(recipe), repeats),
-    "synchronous": synchronous.measure,
-    "generation": generation.measure,
-    "startup": startup.measure,
+
+class Asked(NamedTuple):
+    recipe: str
+    repeats: int
+    first_seed: int
+    earlier: list[dict[str, Any]]
+    """Rows that the part has measured before."""
+
+    @property
+    def seeds(self) -> range:
+        return range(self.first_seed, self.first_seed + self.repeats)
+
+
+BY_RECIPE: dict[str, Callable[[Asked], Iterable[Part]]] = {
+    "trl": lambda asked: trl.compare(trl.short(asked.recipe), asked.seeds, asked.earlier),
+    "synchronous": lambda asked: [synchronous.measure(asked.recipe, asked.repeats)],
+    "generation": lambda asked: [generation.measure(asked.recipe, asked.repeats)],
+    "startup": lambda asked: [startup.measure(asked.recipe, asked.repeats)],
 }
-PARTS: dict[str, Callable[[int], Part]] = {
-    "trl-heavy-tail": partial(trl.compare, trl.LONG),
-    "streams": streams.measure,
-    "paced": paced.measure,
+PARTS: dict[str, Callable[[Asked], Iterable[Part]]] = {
+    "trl-heavy-tail": lambda asked: trl.compare(trl.LONG, asked.seeds, asked.earlier),
+    "streams": lambda asked: [streams.measure(asked.repeats)],
+    "paced": lambda asked: [paced.measure(asked.repeats)],
 }
+"""What each measures, again and again as it gets on."""
 
 
 def main() -> None:
@@ -40,14 +54,16 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="part", help=", ".join(BY_RECIPE | PARTS))
     parser.add_argument("--recipe", default=RECIPE)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     arguments = parser.parse_args()
-    parts: dict[str, Callable[[int], Part]] = dict(PARTS if arguments.recipe == RECIPE else {})
-    parts |= {name: partial(part, arguments.recipe) for name, part in BY_RECIPE.items()}
+    parts = (PARTS if arguments.recipe == RECIPE else {}) | BY_RECIPE
     if unknown := set(arguments.parts) - set(parts):
         parser.error(f"no part {', '.join(sorted(unknown))} by {arguments.recipe}; there are {', '.join(parts)}")
+    where = results_of(arguments.recipe)
     for name in arguments.parts or parts:
-        part = parts[name](arguments.repeats)
-        keep(name, part, results_of(arguments.recipe))
+        earlier = found_in(where).get(name, {}).get("rows", [])
+        for part in parts[name](Asked(arguments.recipe, arguments.repeats, arguments.first_seed, earlier)):
+            keep(name, part, where)
         Console().print(table(name, part))
 
 
@@ -55,8 +71,13 @@ def results_of(recipe: str) -> Path:
     return RESULTS / ("compare.json" if recipe == RECIPE else f"compare-{Path(recipe).stem}.json")
 
 
-def keep(name: str, part: Part, where: Path) -> None:
+def found_in(where: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(where.read_text()) if where.exists() else {}
+    return found
+
+
+def keep(name: str, part: Part, where: Path) -> None:
+    found = found_in(where)
     ratios = [ratio._asdict() | {"median": ratio.median} for ratio in part.ratios]
     found[name] = {"machine": this_machine(), "ratios": ratios, "rows": part.rows}
     where.write_text(json.dumps(found, indent=1) + "\n")

@@ -11,9 +11,11 @@ side; nor is evaluation, of saved policies, by the same code (held_out.py). Savi
 On the heavy tail TRL has two threads alone: with one a batch took it 115 s instead of 69.
 """
 
+import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +67,17 @@ def short(recipe: str) -> Workload:
     return other._replace(trl_micro_batch=16, trl_threads=(os.cpu_count() or 1,))
 
 
-def compare(workload: Workload, repeats: int) -> Part:
+def compare(workload: Workload, seeds: Iterable[int], earlier: list[dict[str, Any]]) -> Iterator[Part]:
+    """After each seed what is known of all: of `earlier` what other seeds have found by the same settings."""
     if workload is LONG and not (ROOT / heavy_tail.POLICY).exists():
         heavy_tail.make_policy(ROOT / heavy_tail.POLICY)
     trl_side.make_environment()
-    rows = [row for seed in range(repeats) for row in measure(workload, seed)]
-    return Part(rows, ratios(workload, rows))
+    rows = earlier
+    for seed in seeds:
+        found = measure(workload, seed)
+        rows = [row for row in rows if row["seed"] != seed and row.get("settings") == found[0]["settings"]] + found
+        rows.sort(key=lambda row: int(row["seed"]))
+        yield Part(rows, ratios(workload, rows))
 
 
 def measure(workload: Workload, seed: int) -> list[dict[str, Any]]:
@@ -97,6 +104,7 @@ def row_of(workload: Workload, seed: int, config: RunConfig, found: Outcome) -> 
     lengths = [row["completion_tokens_mean"] for row in found.steps]
     return {
         "workload": workload.name,
+        "settings": settings_of(workload, config),
         "seed": seed,
         "who": found.who,
         "num_threads": found.num_threads,
@@ -107,6 +115,12 @@ def row_of(workload: Workload, seed: int, config: RunConfig, found: Outcome) -> 
         "held_out": held_out,
         "completion_tokens_mean": round(sum(lengths) / len(lengths), 1),
     }
+
+
+def settings_of(workload: Workload, config: RunConfig) -> str:
+    """Tells runs apart that are not to be put together."""
+    said = config.model_dump_json(exclude={"seed"}) + repr(workload)
+    return hashlib.sha256(said.encode()).hexdigest()[:12]
 
 
 def ratios(workload: Workload, rows: list[dict[str, Any]]) -> list[Ratio]:
