@@ -115,7 +115,7 @@ def a_row(
     who: str, num_threads: int, speed: float, reached: float | None, last: float, **others: Any
 ) -> dict[str, Any]:
     times = {"s_per_batch": speed, "s_to_target": reached, "whole_s": 90.0}
-    named = {"workload": "demo", "seed": 0, "who": who, "num_threads": num_threads, "held_out": {9: last}}
+    named = {"workload": "demo", "seed": 0, "who": who, "num_threads": num_threads, "held_out": {"9": 0.1, "12": last}}
     return named | times | others
 
 
@@ -130,7 +130,7 @@ def test_seeds_that_were_measured_by_the_same_settings_stay(monkeypatch: pytest.
         return [a_row(who, 1, speed, 1.0, 0.9, seed=seed, settings=settings) for who, speed in speeds.items()]
 
     monkeypatch.setattr(trl, "measure", measure)
-    monkeypatch.setattr(trl.trl_side, "make_environment", lambda: None)
+    monkeypatch.setattr("benchmarks.compare.trl_side.make_environment", lambda: None)
     earlier = [*measure(SHORT, 3), *measure(SHORT, 2), *measure(SHORT, 4, "then")]
     told = [part.ratios[0].values for part in compare(SHORT, [0, 2], earlier)]
     assert told == [[2.0, 4.0, 5.0], [2.0, 4.0, 5.0]], "of seeds 0, 2 and 3, in their order"

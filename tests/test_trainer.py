@@ -11,7 +11,7 @@ import torch
 
 from common.config import RunConfig
 from common.wire import Group
-from services.learner.packing import Sample, pack
+from services.learner.packing import MicroBatch, Sample, pack
 from services.learner.policy import Policy
 from services.learner.shares import share_out
 from services.learner.trainer import Trainer
@@ -132,10 +132,14 @@ def test_proximal_is_of_the_weights_before_the_first_update(
     actor = {"group_size": 2, "mini_batches": mini_batches}
     config = make_config(demo_policy, actor=actor, optimizer={"lr": 0.1})
     trainer, before = make_trainer(config), make_trainer(config).policy
+    groups, logprobs = make_batch(trainer, drift=0.1), trainer.policy.logprobs
     passes: list[int] = []
-    logprobs = trainer.policy.logprobs
-    groups = make_batch(trainer, drift=0.1)
-    monkeypatch.setattr(trainer.policy, "logprobs", lambda m: passes.append(id(m)) or logprobs(m))
+
+    def counted(micro_batch: MicroBatch) -> torch.Tensor:
+        passes.append(id(micro_batch))
+        return logprobs(micro_batch)
+
+    monkeypatch.setattr(trainer.policy, "logprobs", counted)
     trainer.train(groups, 0, STEPS)
     first, *later = [id(micro_batch) for micro_batch, _ in trainer._latest]
     assert sorted(passes) == sorted([first, *later, *later])

@@ -152,4 +152,4 @@ def _speed(row: dict[str, Any]) -> float:
 
 
 def _last(row: dict[str, Any]) -> float:
-    return float(row["held_out"][max(row["held_out"])])
+    return float(row["held_out"][max(row["held_out"], key=int)])  # numbers are text in a file
