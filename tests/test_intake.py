@@ -1,6 +1,8 @@
 """Admission, dynamic sampling, staleness at packing and evaluation, over a real Redis and a pretended replica."""
 
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 import pytest
@@ -113,6 +115,34 @@ def test_admission_counts_open_tickets_and_groups_not_yet_trained(client: redis.
     ((_, fields), *_) = client.xrange(keys.tickets)
     ticket = decode_ticket(fields[b"ticket"])
     assert (ticket.min_weight_version, ticket.issued_step) == (2, 1)
+
+
+def test_tickets_are_issued_as_soon_as_a_step_has_made_room(
+    client: redis.Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that is outstanding is here: there is nothing to wait for in Redis, and the turn waits for the learner."""
+    harness = Harness(client, keys, make_config(max_staleness=0))
+    harness.turn()
+    harness.answer(keys.tickets)
+    harness.turn()
+    batch = harness.intake.take_batch(1.0, never)
+    assert batch is not None
+    monkeypatch.setattr("services.learner.intake.READ_BLOCK_S", 60.0)
+    changed, waiting = harness.intake._changed, threading.Event()
+    wait_for = changed.wait_for
+
+    def told(*arguments: Any) -> bool:
+        waiting.set()
+        return wait_for(*arguments)
+
+    monkeypatch.setattr(changed, "wait_for", told)
+    turn = threading.Thread(target=harness.turn, daemon=True)
+    turn.start()
+    assert waiting.wait(10.0)
+    assert harness.outstanding() == []
+    harness.intake.mark_trained(batch)
+    turn.join(10.0)
+    assert harness.outstanding() == ["0-4", "0-5", "0-6", "0-7"]
 
 
 def test_consumed_groups_that_await_a_checkpoint_do_not_count(client: redis.Redis, keys: Keys) -> None:
