@@ -2,8 +2,8 @@
 
 Beyond a warning it warns; beyond an alarm it goes down a ladder, notch by notch: first `learner.max_staleness` to a
 quarter, down to 1, then `optimizer.lr` to a half. A notch is taken back after a long calm. Nothing happens for one odd
-batch. It watches the KL of what is trained, whose alarm comes before rewards fall (docs/staleness.md), the effective
-sample size and the log-probability gap by the verdict's thresholds (common/health.py). The state is a checkpoint's.
+batch. It watches the KL of what is trained, by an alarm that comes early (docs/staleness.md), and the effective sample
+size and the log-probability gap by the verdict's thresholds (common/health.py). The state is a checkpoint's.
 """
 
 from collections.abc import Mapping
