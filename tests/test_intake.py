@@ -131,7 +131,7 @@ def test_tickets_are_issued_as_soon_as_a_step_has_made_room(
     changed, waiting = harness.intake._changed, threading.Event()
     wait_for = changed.wait_for
 
-    def told(*arguments: Any) -> bool:
+    def told(*arguments: Any) -> Any:
         waiting.set()
         return wait_for(*arguments)
 
