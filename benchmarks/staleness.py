@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.long_arithmetic import POLICY, make_policy
-from benchmarks.staleness_report import write_report
 from benchmarks.staleness_results import Results
 from benchmarks.staleness_runs import (
     BY_NAME,
@@ -64,6 +63,8 @@ def main() -> int:
     results, ends_at = Results(), time.monotonic() + 60 * arguments.minutes
     for part in PARTS if arguments.what == "all" else [arguments.what]:
         run_all(runs_of(part, results, arguments), results, arguments.processes, ends_at)
+    from benchmarks.staleness_report import write_report  # and matplotlib, which a run's process does without
+
     write_report(results)
     return 0
 

@@ -13,7 +13,7 @@ from benchmarks.forced_staleness import run as forced
 from benchmarks.long_arithmetic import HIGHEST, LongArithmetic
 from benchmarks.staleness import best, study
 from benchmarks.staleness_results import Results
-from benchmarks.staleness_runs import GUARDED, LOSSES, Run
+from benchmarks.staleness_runs import GUARDED, GUARDED_LONG, LOSSES, Run
 from common.config import load_recipe
 from common.tasks.arithmetic import score
 from services.learner import metrics
@@ -33,7 +33,7 @@ def test_the_decisive_runs_come_first() -> None:
     assert len(runs) == len(set(runs)) == 3 * 4 * 2
 
 
-@pytest.mark.parametrize("loss", [*LOSSES, *GUARDED])
+@pytest.mark.parametrize("loss", [*LOSSES, *GUARDED, *GUARDED_LONG])
 def test_every_loss_is_a_valid_recipe(loss: str) -> None:
     config = load_recipe(ROOT / "configs" / "tiny-cpu.yaml", Run(loss, 16, 2).settings).config
     assert (config.learner.max_staleness, config.seed) == (16, 2)
