@@ -323,7 +323,7 @@ def test_however_fast_versions_come_every_request_gets_ahead_under_each(engine_u
     async def body(engine: Engine) -> list[Completion]:
         version = await next_version(engine)
         await engine.swap(policies[0], version)
-        tickets = asyncio.gather(*(engine.generate(ticket(8, max_new_tokens=96)) for _ in range(4)))
+        tickets = asyncio.gather(*(engine.generate(ticket(8, max_new_tokens=200)) for _ in range(4)))
         await until_running(engine, 32)
         while not tickets.done():
             version += 1
