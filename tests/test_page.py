@@ -246,6 +246,7 @@ def test_pausing_needs_no_mouse(page: Any, client: redis.Redis, run_keys: Keys) 
     page.keyboard.press("Enter")
     page.locator("#answers p").wait_for()
     assert order(client, run_keys, PAUSED) is not None
+    page.get_by_role("button", name="Resume", exact=True).wait_for()  # the answer comes a moment before the new state
     page.keyboard.press("Enter")
     page.get_by_role("button", name="Pause", exact=True).wait_for()
     assert page.evaluate("document.activeElement.textContent") == "Pause", "the focus was lost"
