@@ -387,6 +387,24 @@ def test_a_change_of_temperature_reaches_tickets_that_are_issued_from_now_on(cli
     assert {ticket.sampling.temperature for ticket in tickets} == {0.5}
 
 
+@pytest.mark.parametrize(
+    ("max_staleness", "max_mean_staleness", "most"), [(1, None, 8), (1, 0.5, 6), (1, 0.0, 4), (1, 3.0, 8), (3, 0.6, 6)]
+)
+def test_admission_is_by_the_mean_staleness_asked_for(
+    client: redis.Redis, keys: Keys, max_staleness: int, max_mean_staleness: float | None, most: int
+) -> None:
+    """Groups per step: 4. Nothing is dropped sooner for it."""
+    harness = Harness(client, keys, make_config(max_staleness=max_staleness, max_mean_staleness=max_mean_staleness))
+    harness.turn()
+    assert len(harness.outstanding()) == most
+    harness.answer(keys.tickets)
+    harness.turn()
+    harness.versions[2] = 1
+    harness.intake.advance(1, 2)
+    assert harness.intake.take_batch(0.0, never) is not None
+    assert harness.intake.books.counts["stale"] == 0
+
+
 def test_a_lower_max_staleness_admits_less_and_drops_more(client: redis.Redis, keys: Keys) -> None:
     harness = Harness(client, keys, make_config())
     harness.turn()

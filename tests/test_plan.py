@@ -28,7 +28,8 @@ def make(**changes: Any) -> Measured:
         "max_staleness": 7,
         "max_groups_in_flight": 4,
     }
-    return Measured(**(fields | changes))
+    fields |= changes
+    return Measured(**({"max_outstanding_groups": 4 * (fields["max_staleness"] + 1)} | fields))
 
 
 def test_a_slow_engine_sets_the_pace() -> None:
@@ -59,16 +60,17 @@ def test_uniform_groups_are_made_for_nothing() -> None:
 
 
 def test_admission_bounds_what_is_outstanding_and_staleness_what_is_trained() -> None:
-    for max_staleness in (0, 1, 2):
-        measured = make(max_staleness=max_staleness, group_s=[1.0, 2.0, 9.0])
+    for max_staleness, mean in ((0, 0), (1, 1), (2, 2), (2, 0.5)):
+        most = int(4 * (mean + 1))
+        measured = make(max_staleness=max_staleness, max_outstanding_groups=most, group_s=[1.0, 2.0, 9.0])
         simulation = Simulation(measured, 3, seed=5)
         for second in range(1, 300):
             simulation.run(float(second))
             in_flight = sum(beat.groups_in_flight for beat in simulation.heartbeats())
-            assert in_flight <= measured.max_outstanding_groups
+            assert in_flight <= most
         totals = simulation.totals
         assert totals.steps > 10 and totals.num_trained >= 4 * totals.steps
-        assert totals.staleness / totals.num_trained <= max_staleness
+        assert totals.staleness / totals.num_trained <= mean
         assert math.isclose(totals.waited_s + totals.worked_s, 299.0, abs_tol=2.0)
         assert totals.idle_s <= totals.serving_s == pytest.approx(3 * 299.0)
 
@@ -121,7 +123,7 @@ def step_row(**changes: Any) -> dict[str, Any]:
 def test_what_is_measured_comes_from_the_runs_rows() -> None:
     config = load_recipe(ROOT / "configs" / "tiny-cpu.yaml").config
     rows = [{"kind": "evaluation", "step": 0}, step_row(), step_row(group_s=[1.5, 2.5], uniform_share=0.5)]
-    assert measured_in(rows, config) == Measured([4.5, 1.5, 2.5], [2.0, 2.0], 0.5, 16, 2, 32)
+    assert measured_in(rows, config) == Measured([4.5, 1.5, 2.5], [2.0, 2.0], 0.5, 16, 2, 48, 32)
     with pytest.raises(ValueError, match="no step has been measured yet"):
         measured_in([{"kind": "evaluation", "step": 0}], config)
 

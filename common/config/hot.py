@@ -10,6 +10,7 @@ from common.config.run import RunConfig
 HOT = (
     "optimizer.lr",
     "learner.max_staleness",
+    "learner.max_mean_staleness",
     "sampling.temperature",
     "actor.eps_clip",
     "actor.eps_clip_higher",

@@ -5,6 +5,7 @@ the value and what was expected.
 """
 
 import itertools
+import math
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -58,6 +59,12 @@ class LearnerConfig(Section):
     steps: int = Field(1000, ge=1, description="Steps of the run: one batch and one weight version each.")
     groups_per_step: int = Field(32, ge=1, description="Groups in a batch.")
     max_staleness: int = Field(2, ge=0, description="Highest staleness, in steps, that is trained on.")
+    max_mean_staleness: float | None = Field(
+        None,
+        ge=0,
+        description="What admission bounds the mean staleness by, fractions allowed; default, and at most: "
+        "max_staleness. The lower, the fresher what is trained, and the longer the learner waits for it.",
+    )
     stale_policy: Literal["drop", "train"] = Field(
         "drop",
         description="What happens to a group above max_staleness at packing. With a heavy tail of lengths, dropping"
@@ -92,7 +99,8 @@ class LearnerConfig(Section):
     @property
     def max_outstanding_groups(self) -> int:
         """Admission: open tickets + groups not yet consumed never exceed this."""
-        return (self.max_staleness + 1) * self.groups_per_step
+        asked = self.max_staleness if self.max_mean_staleness is None else self.max_mean_staleness
+        return math.floor((min(asked, self.max_staleness) + 1) * self.groups_per_step + 1e-9)
 
 
 class EngineConfig(Section):

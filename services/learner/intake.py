@@ -1,9 +1,9 @@
 """Between Redis and the step: keeps tickets topped up, takes groups in, retires what must not be trained.
 
 A thread of its own, so that admission and dynamic sampling go on while a step computes. Admission:
-open tickets + groups not yet consumed <= (max_staleness + 1) * groups_per_step, where a group is consumed when it
-is trained (its step is over), uniform or stale. The check of staleness at packing is what bounds its maximum. A
-group is taken in only if the ledger points to its entry, so that no copy is ever trained.
+open tickets + groups not yet consumed <= (max_mean_staleness + 1) * groups_per_step, where a group is consumed when
+it is trained (its step is over), uniform or stale. The check of max_staleness at packing is what bounds its maximum.
+A group is taken in only if the ledger points to its entry, so that no copy is ever trained.
 """
 
 import logging

@@ -56,6 +56,7 @@ def measured_in(rows: list[Row], config: RunConfig) -> Measured:
         uniform_share=min(0.99, uniform_share),
         groups_per_step=config.learner.groups_per_step,
         max_staleness=config.learner.max_staleness,
+        max_outstanding_groups=config.learner.max_outstanding_groups,
         max_groups_in_flight=config.generation.max_groups_in_flight,
     )
 

@@ -28,11 +28,8 @@ class Measured:
     uniform_share: float
     groups_per_step: int
     max_staleness: int
+    max_outstanding_groups: int
     max_groups_in_flight: int
-
-    @property
-    def max_outstanding_groups(self) -> int:
-        return (self.max_staleness + 1) * self.groups_per_step
 
 
 @dataclass
