@@ -17,6 +17,7 @@ from common.control import CHECKPOINTS, DESIRED_REPLICAS, EVALUATIONS, PAUSED, S
 from common.http_service import bearer
 from common.keys import Keys
 from common.wire import encode
+from tests.fake_services import until
 from tests.page_in_chromium import (
     TOKEN,
     ControlProcess,
@@ -97,6 +98,12 @@ def press_and_wait(page: Any, name: str) -> None:
     page.locator("#answers p").last.wait_for()
 
 
+def press_for_one_more(page: Any, client: redis.Redis, keys: Keys, name: str, field: str) -> None:
+    told = str(int(order(client, keys, field) or 0) + 1)
+    page.get_by_role("button", name=name, exact=True).click()
+    until(lambda: order(client, keys, field) == told, f"{name} to be ordered once more")
+
+
 def test_the_link_signs_in_and_the_address_forgets_the_token(page: Any) -> None:
     assert TOKEN not in page.url
     assert page.get_by_role("button", name="Pause", exact=True).is_enabled()
@@ -167,10 +174,7 @@ def test_pause_resume_checkpoint_and_evaluate_are_ordered(page: Any, client: red
     page.get_by_role("button", name="Pause", exact=True).wait_for()
     assert order(client, run_keys, PAUSED) is None
     for name, field in (("Checkpoint", CHECKPOINTS), ("Evaluate", EVALUATIONS)):
-        before = int(order(client, run_keys, field) or 0)
-        press_and_wait(page, name)
-        page.wait_for_timeout(300)
-        assert order(client, run_keys, field) == str(before + 1)
+        press_for_one_more(page, client, run_keys, name, field)
 
 
 def test_a_stop_asks_back(page: Any, client: redis.Redis, run_keys: Keys) -> None:
