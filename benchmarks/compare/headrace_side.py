@@ -5,6 +5,7 @@ takes long; accuracy is of the former alone, as on TRL's side. The evaluation be
 beside the first tickets.
 """
 
+import os
 import shutil
 import subprocess
 import threading
@@ -40,7 +41,9 @@ def run(workload: Workload, overrides: list[str], config: RunConfig, folder: Pat
     policies = {int(path.name.removeprefix("step-")): path for path in folder.glob("step-*")}
     for path in policies.values():
         _as_policy(path, ROOT / config.model.path)
-    return Outcome("headrace", 1, [row for row in read_rows(where / METRICS_FILE) if row["kind"] == "step"], policies)
+    num_threads = config.learner.num_threads or os.cpu_count() or 1
+    steps = [row for row in read_rows(where / METRICS_FILE) if row["kind"] == "step"]
+    return Outcome("headrace", num_threads, steps, policies)
 
 
 def _collect(checkpoints: Path, folder: Path, save_every: int, over: threading.Event) -> None:

@@ -31,6 +31,7 @@ class Outcome(NamedTuple):
 
     who: str
     num_threads: int
+    """Of the process that trains."""
     steps: list[dict[str, Any]]
     """`step` and `wall_s` of each, in order."""
     policies: dict[int, Path]
