@@ -12,8 +12,9 @@ ARGS   ?=
 demo: setup
 	$(VENV)/bin/headrace up configs/tiny-cpu.yaml $(ARGS)
 
+# Two processes, each with one thread of torch's: more would wait for one another, spinning.
 test: setup lint check-types
-	$(VENV)/bin/python -m pytest -m "not slow and not compose" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow and not compose" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The images' torch: from TORCH_INDEX if that is set, else from its public place.
 test-compose: setup
