@@ -67,6 +67,11 @@ def test_a_repeated_default_is_seen_also_where_a_preset_gives_it() -> None:
     assert repeated_defaults(SMALLEST | {"actor": {"preset": "seed", "eps_clip": 0.4}}) == ["actor.eps_clip"]
 
 
+def test_a_mean_staleness_that_comes_out_even_loses_no_group_to_rounding() -> None:
+    given = SMALLEST | {"learner": {"groups_per_step": 100, "max_mean_staleness": 0.15}}
+    assert RunConfig.model_validate(given).learner.max_outstanding_groups == 115
+
+
 def test_the_gsm8k_recipe_is_the_seeds() -> None:
     config = load_recipe(GSM8K).config
     actor, learner, optimizer = config.actor, config.learner, config.optimizer

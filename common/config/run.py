@@ -100,7 +100,7 @@ class LearnerConfig(Section):
     def max_outstanding_groups(self) -> int:
         """Admission: open tickets + groups not yet consumed never exceed this."""
         asked = self.max_staleness if self.max_mean_staleness is None else self.max_mean_staleness
-        return math.floor((min(asked, self.max_staleness) + 1) * self.groups_per_step + 1e-9)
+        return math.floor((min(asked, self.max_staleness) + 1) * self.groups_per_step + 1e-9)  # 1.15 * 100 < 115
 
 
 class EngineConfig(Section):
