@@ -1,5 +1,6 @@
 """Tasks for the tests of the reward pool, chosen by import path; their rewards run in its workers."""
 
+import contextlib
 import math
 import os
 import signal
@@ -26,6 +27,8 @@ class Obedient:
     def reward(self, completion: str, ticket: Ticket) -> Any:
         order, _, argument = completion.partition(" ")
         match order:
+            case "spy":
+                return spy(Path(argument))
             case "pid":
                 return os.getpid()
             case "print":
@@ -76,6 +79,17 @@ def eat_memory() -> None:
     """More than the tests' limit, but no more than a machine without limits can spare."""
     eaten = bytearray(1 << 30)
     del eaten
+
+
+def spy(path: Path) -> float:
+    """Writes down what the worker was handed: its environment, its arguments, and what its descriptors are."""
+    found = [f"{name}={value}" for name, value in os.environ.items()]
+    found += [*Path("/proc/self/environ").read_text().split("\0"), *Path("/proc/self/cmdline").read_text().split("\0")]
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
+            found.append(f"descriptor {os.readlink(f'/proc/self/fd/{descriptor}')}")
+    path.write_text("\n".join(found))
+    return 1.0
 
 
 def chatter() -> float:

@@ -109,13 +109,18 @@ def test_a_missing_sglang_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> 
         check_engine_installed()
 
 
-def test_extra_arguments_come_last_and_cuda_runs_the_plain_server() -> None:
+def test_extra_arguments_come_last_and_cuda_runs_the_plain_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HEADRACE_TOKEN", "HEADRACE_REDIS_URL", "REDIS_PASSWORD"):
+        monkeypatch.setenv(name, "secret")
     settings = EngineConfig(device="cuda", extra_args=["--tp-size", "2"])
     command = launch_command(settings, "bfloat16", "org/model", None, 1234)
     assert command[1:3] == ["-m", "sglang.launch_server"]
     assert command[-2:] == ["--tp-size", "2"]
     assert "--weight-version" not in command and "--mem-fraction-static" not in command
-    assert launch_environment(settings) == dict(os.environ)
+    environment = launch_environment(settings)
+    assert "secret" not in environment.values()
+    assert environment == {name: value for name, value in os.environ.items() if value != "secret"}
+    assert "secret" not in launch_environment(EngineConfig(device="cpu")).values()
 
 
 def test_the_launch_arguments_follow_from_the_swap_mode() -> None:

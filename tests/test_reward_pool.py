@@ -67,6 +67,24 @@ def test_a_task_may_lie_wherever_the_parent_can_import_it(tmp_path: Path, monkey
     asyncio.run(scenario())
 
 
+def test_a_worker_is_handed_neither_the_token_nor_redis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HEADRACE_TOKEN", "HEADRACE_REDIS_URL", "REDIS_PASSWORD"):
+        monkeypatch.setenv(name, "secret")
+    monkeypatch.setenv("JUDGE_API_KEY", "what a task may need")
+    with (tmp_path / "token").open("w") as held:
+        os.set_inheritable(held.fileno(), True)
+
+        async def scenario() -> None:
+            async with running_pool() as pool:
+                assert await pool.score(TICKET, [f"spy {tmp_path / 'found'}"]) == [1.0]
+
+        asyncio.run(scenario())
+    found = (tmp_path / "found").read_text()
+    assert "JUDGE_API_KEY=what a task may need" in found and "descriptor socket:" in found
+    assert "secret" not in found
+    assert str(tmp_path / "token") not in found
+
+
 def test_a_failing_reward_costs_its_group_and_its_worker_only() -> None:
     faults = {
         "raise": "ValueError: .*is no text.*faulty_tasks.py:",

@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from common.child_process import environment_of_foreign_code
 from common.config import EngineConfig
 from common.device import CPU_MAX_TOTAL_TOKENS, resolve_device
 
@@ -48,8 +49,9 @@ def launch_command(
 
 
 def launch_environment(settings: EngineConfig) -> dict[str, str]:
-    """Ours, and on a CPU what makes SGLang use it, with few threads that do not spin beside the learner's."""
-    environment = dict(os.environ)
+    """Ours without the run's secrets; on a CPU with what makes SGLang use it, by few threads that do not spin beside
+    the learner's."""
+    environment = environment_of_foreign_code()
     if resolve_device(settings.device) == "cpu":
         search_path = [str(REPOSITORY), str(CPU_PACKAGES), *filter(None, [environment.get("PYTHONPATH")])]
         environment |= {

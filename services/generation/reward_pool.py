@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from common.child_process import environment_of_foreign_code
 from common.metrics.families import SHORT_S, Histogram
 from common.wire import Ticket
 from services.generation.reward_worker import LENGTH_BYTES, Answer, Job, Setup
@@ -176,7 +177,8 @@ def spawn(connection: socket.socket) -> subprocess.Popen[bytes]:
     """The worker as a new program, in its own process group: it shares no memory, lock or event loop with us.
 
     Its import path is ours, so that a task may lie wherever we can import it; one worker is meant for one core.
-    Its standard input is the connection, and what a reward prints goes to our standard error.
+    Its standard input is the connection, and what a reward prints goes to our standard error. It inherits neither
+    another descriptor nor the run's token nor Redis' URL.
     """
     import_path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
     one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -184,6 +186,6 @@ def spawn(connection: socket.socket) -> subprocess.Popen[bytes]:
         [sys.executable, "-m", "services.generation.reward_worker"],
         stdin=connection.fileno(),
         stdout=2,
-        env={**os.environ, **one_thread, "PYTHONPATH": import_path},
+        env={**environment_of_foreign_code(), **one_thread, "PYTHONPATH": import_path},
         start_new_session=True,
     )
