@@ -107,8 +107,40 @@ def test_places_by_hand() -> None:
     layout = Layout([3, 1], [[2, 4], [0]])
     where = places(layout, torch.device("cpu"))
     assert where.positions.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 6, 0]]
-    assert where.rows.tolist() == [[0, 1, 2, 3, 4, 0, 0], [0, 1, 2, 5, 6, 7, 8], [9, 0, 0, 0, 0, 0, 0]]
+    assert where.rows.tolist() == [[0, 1, 2, 3, 4, 0, 1], [0, 1, 2, 5, 6, 7, 8], [9, 2, 3, 4, 5, 6, 7]]
     assert where.back.tolist() == [0, 1, 2, 3, 4, 10, 11, 12, 13, 14]
+
+
+@given(layouts)
+def test_padding_stands_for_no_token_much_more_often_than_for_another(layout: Layout) -> None:
+    """What is picked from the same token is added up one after another in CUDA's backward pass."""
+    _, rows, back = layout.indices
+    is_real = np.zeros(rows.shape, bool)
+    for row, (prompt, completion) in enumerate(layout.spans):
+        is_real[row, : len(prompt) + len(completion)] = True
+    padding = np.bincount(rows[~is_real], minlength=layout.num_tokens)
+    assert padding.max() - padding.min() <= 1
+    assert is_real.reshape(-1)[back].all()
+
+
+def test_what_padding_stands_for_changes_neither_values_nor_gradients(
+    models: tuple[PreTrainedModel, PreTrainedModel],
+) -> None:
+    """Bit for bit what they are with all of it on token 0."""
+    layout, model = Layout([6, 2], [[2, 9, 1], [3]]), models[1]
+    tokens = torch.arange(layout.num_tokens)
+    spread = layout.indices
+    on_token_0 = spread[1].copy()
+    for row, (prompt, completion) in enumerate(layout.spans):
+        on_token_0[row, len(prompt) + len(completion) :] = 0
+    assert not np.array_equal(on_token_0, spread[1])
+    found = hidden_shared(model, layout, tokens)
+    ours = gradients(model, found)
+    layout.__dict__["indices"] = spread[0], on_token_0, spread[2]
+    expected = hidden_shared(model, layout, tokens)
+    assert torch.equal(found, expected)
+    for one, other in zip(ours, gradients(model, expected), strict=True):
+        assert torch.allclose(one, other, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["mamba", "bloom"])

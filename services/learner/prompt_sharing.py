@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 ATTENTION = "headrace_shared_prompts"
+PADDING = -1
 SELF_CHECK_TOLERANCE = 0.05
 """Relative; bfloat16 alone makes about 0.01."""
 
@@ -52,13 +53,15 @@ class Layout:
     def indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`positions`, `rows` and `back` of `Places`, int64: for every pass over the micro-batch."""
         width = max(len(prompt) + len(completion) for prompt, completion in self.spans)
-        rows = np.zeros((len(self.spans), width), np.int64)
+        rows = np.full((len(self.spans), width), PADDING)
         positions, back = np.empty(self.num_tokens, np.int64), np.empty(self.num_tokens, np.int64)
         for row, (prompt, completion) in reversed(list(enumerate(self.spans))):
             tokens = np.r_[prompt.start : prompt.stop, completion.start : completion.stop]
             rows[row, : len(tokens)] = tokens
             positions[tokens] = np.arange(len(tokens))
             back[tokens] = row * width + np.arange(len(tokens))
+        is_padding = rows == PADDING
+        rows[is_padding] = np.arange(is_padding.sum()) % self.num_tokens
         return positions[None], rows, back
 
 
@@ -69,7 +72,8 @@ class Places:
     positions: Tensor
     """`(1, T)`: each token's place in its own sequence."""
     rows: Tensor
-    """`(R, W)`: the tokens of each prompt with one completion, padded with token 0, which none of them sees."""
+    """`(R, W)`: the tokens of each prompt with one completion, padded with other tokens, which none of them sees: with
+    each about as often, since the backward pass adds up what stands for the same token one after another on CUDA."""
     back: Tensor
     """`(T,)`: where each token stands in `rows`, flattened; of a prompt's, in its first completion's row."""
 
