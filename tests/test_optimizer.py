@@ -71,6 +71,22 @@ def test_a_resumed_optimizer_goes_on_bit_for_bit(dtype: torch.dtype) -> None:
         assert torch.equal(one, other)
 
 
+def test_a_resumed_fused_optimizer_has_all_of_its_state_on_the_weights_device() -> None:
+    """`meta` stands for CUDA, where AdamW is fused and refuses a `step` on the CPU."""
+    saved = model()
+    first = MasterAdamW(saved, SETTINGS)
+    take_updates(saved, first, 1)
+    resumed = MasterAdamW(model().to("meta"), SETTINGS)
+    (group,) = resumed.adamw.param_groups
+    group["fused"] = True
+    resumed.load_state_tensors(first.state_tensors())
+    for master in resumed.masters.values():
+        state = resumed.adamw.state[master]
+        assert {name: (tensor.device.type, tensor.dtype) for name, tensor in state.items()} == dict.fromkeys(
+            ("step", "exp_avg", "exp_avg_sq"), ("meta", torch.float32)
+        )
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     net = model()
     optimizer = MasterAdamW(net, SETTINGS)

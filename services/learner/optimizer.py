@@ -87,18 +87,18 @@ class MasterAdamW:
     @torch.no_grad()
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Raises `KeyError` if a parameter of the model is missing, `ValueError` if its shape is another."""
-        for name, master in self.masters.items():
+        state = {}
+        for index, (name, master) in enumerate(self.masters.items()):
             found = tensors[f"master.{name}"]
             if found.shape != master.shape:
                 raise ValueError(f"{name}: the checkpoint has {tuple(found.shape)}, the model {tuple(master.shape)}")
             master.copy_(found)
-            moments = {key: tensors.get(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
-            if moments["step"] is not None:
-                self.adamw.state[master] = {
-                    key: value.clone() if key == "step" else value.to(master.device, copy=True)
-                    for key, value in moments.items()
-                    if value is not None
-                }
+            if f"step.{name}" in tensors:
+                moments = {key: tensors[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq")}
+                state[index] = {key: moment.to(master.device, copy=True) for key, moment in moments.items()}
+                state[index]["step"] = tensors[f"step.{name}"].clone()
+        # torch puts `step` where its kernel wants it: a fused one, on the device
+        self.adamw.load_state_dict({"state": state, "param_groups": self.adamw.state_dict()["param_groups"]})
         self._round_masters()
 
 
