@@ -35,7 +35,12 @@ def are_exact(dtype: str | None, swap_mode: str | None) -> bool:
 
 
 def numeric_gap(is_exact: bool) -> Threshold:
-    """Of what engine and learner say of tokens of the same weights."""
-    warn, alarm = (0.01, 0.1) if is_exact else (1.0, 3.0)
+    """Of what engine and learner say of tokens of the same weights, by root mean square: single tokens may be far off.
+
+    A bfloat16 model is at 0.02 to 0.04 per token, by whether both sides have float32 logits (Qwen2.5-0.5B and 7B, three
+    engines: ServiceNow/Fast-LLM#525). Numerics alone of RMS σ make a KL of σ²/2: at the alarm as much as the guard
+    warns of. In float32 it is about 1e-5.
+    """
+    warn, alarm = (1e-3, 1e-2) if is_exact else (0.1, 0.3)
     text = "engine and learner disagree on fresh tokens' log-probabilities"
-    return Threshold("fresh_logprob_gap_max", warn, alarm, text, NUMERICS)
+    return Threshold("fresh_logprob_gap_rms", warn, alarm, text, NUMERICS)

@@ -67,8 +67,8 @@ WELL = {
     'headrace_check_alarm{run="r",check="kl_behaviour_proximal"}': always(0.2),
     value("ess"): always(0.97),
     'headrace_check_warning{run="r",check="ess"}': always(0.5),
-    value("fresh_logprob_gap_max"): always(1e-4),
-    'headrace_check_warning{run="r",check="fresh_logprob_gap_max"}': always(0.01),
+    value("fresh_logprob_gap_rms"): always(1e-4),
+    'headrace_check_warning{run="r",check="fresh_logprob_gap_rms"}': always(0.01),
     value("skipped_updates"): always(0),
     of_run("headrace_dead_letters"): always(3),
     of_run(CHECKPOINTED): NOW,
@@ -91,7 +91,7 @@ TROUBLES: dict[str, tuple[dict[str, str], int, int]] = {
     "HeadraceReplicaBehind": ({BEHIND: always(5)}, 1, 3),
     "HeadraceKlHigh": ({value("kl_behaviour_proximal"): always(0.21)}, 0, 2),
     "HeadraceEssLow": ({value("ess"): always(0.49)}, 0, 2),
-    "HeadraceNumericsDisagree": ({value("fresh_logprob_gap_max"): always(0.02)}, 0, 2),
+    "HeadraceNumericsDisagree": ({value("fresh_logprob_gap_rms"): always(0.02)}, 0, 2),
     "HeadraceUpdatesSkipped": ({value("skipped_updates"): always(1)}, 0, 2),
     "HeadraceDeadLettersGrowing": ({of_run("headrace_dead_letters"): f"3x40 4x{NUM_SAMPLES}"}, 9, 12),
     "HeadraceCheckpointFails": ({DISK: NOW}, 0, 2),
@@ -101,7 +101,7 @@ EXCUSED = {
     "a run that is complete": STANDS_STILL
     | {TRAINING: always(0), 'headrace_phase{run="r",phase="waiting"}': always(0), FINISHED: always(1)}
     | {value("kl_behaviour_proximal"): always(0.5), value("ess"): always(0.1), value("skipped_updates"): always(2)}
-    | {value("fresh_logprob_gap_max"): always(1), of_run(CHECKPOINTED): always(0), COMMITTED: always(9)}
+    | {value("fresh_logprob_gap_rms"): always(1), of_run(CHECKPOINTED): always(0), COMMITTED: always(9)}
     | {of_replica("headrace_replica_groups_in_flight"): always(0)},
     "a replica without tickets": {COMMITTED: always(9), of_replica("headrace_replica_groups_in_flight"): always(0)},
     "a replica on its first, long tickets": {

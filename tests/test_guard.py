@@ -1,21 +1,27 @@
 """The guard's decisions: what is odd once does nothing, what lasts goes down the ladder, what is over comes back up."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import redis
+import torch
 
 from common.config import RunConfig
 from common.control import Settings
+from common.health import SMOOTHED_STEPS
 from common.keys import Keys
 from services.learner.guard import CALM_STEPS, PATIENCE_STEPS, Decision, GuardState, decide, ladder, tightened
 from services.learner.loop import Loop
+from services.learner.metrics import off_policy_metrics
+from services.learner.shares import NOTHING
 from tests.replaying import STEPS, end, state_of, take_up
 
-CALM = {"kl_behaviour_proximal": 0.01, "ess": 0.95, "fresh_logprob_gap_max": 1e-5}
+CALM = {"kl_behaviour_proximal": 0.01, "ess": 0.95, "fresh_logprob_gap_rms": 1e-5}
 WORRYING = CALM | {"kl_behaviour_proximal": 0.1}
 ALARMING = CALM | {"kl_behaviour_proximal": 0.5}
 FRESH = GuardState()
@@ -92,7 +98,6 @@ def test_a_long_calm_takes_back_one_notch_at_a_time() -> None:
     "row",
     [
         CALM | {"ess": 0.1},
-        CALM | {"fresh_logprob_gap_max": 0.5},
         CALM | {"kl_behaviour_proximal": float("nan")},
         CALM | {"kl_behaviour_proximal": float("inf")},
     ],
@@ -110,8 +115,62 @@ def test_what_the_behaviour_clip_drops_is_not_held_against_the_run() -> None:
 
 
 def test_a_gap_that_bfloat16_explains_is_none() -> None:
-    rows = [CALM | {"fresh_logprob_gap_max": 0.5}] * 10
+    rows = [CALM | {"fresh_logprob_gap_rms": 0.04}] * 10
     assert kinds(follow(rows, config(dtype="bfloat16"))) == [None] * 10
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_token_far_off_in_every_step_does_nothing(dtype: str) -> None:
+    """Of 4,096 fresh tokens with bfloat16's noise, or float32's, one is 5 nats off: what others report of theirs."""
+    sigma = {"float32": 1e-5, "bfloat16": 0.03}[dtype]
+    behaviour = np.random.default_rng(0).normal(-1.0, sigma, 4096).astype(np.float32)
+    behaviour[7] -= 5.0 if dtype == "bfloat16" else 0.05
+    batch = dataclasses.replace(NOTHING, behaviour_logprobs=behaviour, token_staleness=np.zeros(4096, np.int64))
+    row = off_policy_metrics([batch], [torch.full((4096,), -1.0)])
+    assert row["fresh_tokens"] == 4096 and row["fresh_logprob_gap_p999"] < 5 * sigma
+    assert kinds(follow([row] * 200, config(dtype=dtype))) == [None] * 200
+
+
+def test_one_in_a_thousand_far_off_does_nothing_and_a_batch_that_drifts_still_acts() -> None:
+    """The largest gaps that others have seen, 24 nats; and a drift of all tokens of KL 0.125."""
+    noise = np.random.default_rng(1).normal(0.0, 0.03, 8000)
+    for shift, far, kind in ((0.0, 8, None), (0.5, 0, "tighten")):
+        gap = noise + shift * np.random.default_rng(2).normal(0.0, 1.0, 8000)
+        gap[:far] += 24.0
+        behaviour = (-30.0 - gap).astype(np.float32)
+        batch = dataclasses.replace(NOTHING, behaviour_logprobs=behaviour, token_staleness=np.ones(8000, np.int64))
+        row = off_policy_metrics([batch], [torch.full((8000,), -30.0)])
+        assert kinds(follow([row] * PATIENCE_STEPS, config(dtype="bfloat16")))[-1] == kind
+        assert row["fresh_tokens"] == 0
+
+
+def test_numerics_are_warned_of_once_with_the_advice_and_never_acted_on() -> None:
+    run = config()
+    rows = [CALM | {"fresh_logprob_gap_rms": 2.0}] * 60
+    decisions = follow(rows, run)
+    assert kinds(decisions) == [None] * (PATIENCE_STEPS - 1) + ["warn"] + [None] * (60 - PATIENCE_STEPS)
+    expected = "fresh_logprob_gap_rms 2, above 0.001: compare the engine's numerics with the learner's"
+    assert decisions[PATIENCE_STEPS - 1].reason.startswith(expected)
+    assert tightened(run, decisions[-1].state) == run
+    again = follow([CALM] * SMOOTHED_STEPS + rows, run, decisions[-1].state)
+    assert kinds(again).count("warn") == 1, "it was gone, and is back"
+
+
+def test_numerics_neither_hinder_nor_hasten_what_drift_asks_for() -> None:
+    """The same decisions, but for the warning of the numerics themselves."""
+    rows = [ALARMING] * 9 + [CALM] * (3 * CALM_STEPS) + [WORRYING] * 9
+    plain = follow(rows, config())
+    noisy = follow([row | {"fresh_logprob_gap_rms": 2.0} for row in rows], config())
+    assert [one.state.notch for one in noisy] == [one.state.notch for one in plain]
+    moves = [(place, one.kind) for place, one in enumerate(plain) if one.kind]
+    noisy_moves = [(place, one.kind) for place, one in enumerate(noisy) if one.kind and "fresh" not in one.reason]
+    assert noisy_moves == moves and len(moves) >= 5
+
+
+def test_steps_without_fresh_tokens_neither_count_nor_break_the_patience() -> None:
+    far, silent = CALM | {"fresh_logprob_gap_rms": 2.0}, {"kl_behaviour_proximal": 0.01, "ess": 0.95}
+    decisions = follow([far, silent, silent, silent, far, silent, silent, silent, far], config())
+    assert kinds(decisions) == [None] * 8 + ["warn"]
 
 
 def test_a_step_without_fresh_tokens_says_nothing_of_the_gap() -> None:
@@ -190,8 +249,8 @@ def test_a_checkpoint_holds_the_guard(recording: Path, client: redis.Redis, keys
                 end(loop)
             loops[name, last_step] = loop
     guards = {name: loop.in_force.guard for name, loop in loops.items()}
-    assert guards["stopped", 4] == GuardState(1, True, (True,) * 4, (True,), 0)
-    assert guards["stopped", STEPS] == guards["undisturbed", STEPS] == GuardState(2, True, (True,) * 5, (), 0)
+    assert guards["stopped", 4] == GuardState(1, True, (True,) * 4, (True,), 0, (True,))
+    assert guards["stopped", STEPS] == guards["undisturbed", STEPS] == GuardState(2, True, (True,) * 5, (), 0, (True,))
     assert state_of(tmp_path / "stopped") == state_of(tmp_path / "undisturbed")
 
 

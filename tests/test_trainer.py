@@ -153,7 +153,8 @@ def test_on_policy_metrics(demo_policy: Path) -> None:
     assert metrics["importance_ratio_mean"] == pytest.approx(1.0)
     assert metrics["ess"] == pytest.approx(1.0)
     assert metrics["kl_behaviour_proximal"] == pytest.approx(0.0, abs=1e-9)
-    assert metrics["fresh_logprob_gap_max"] < 1e-4
+    assert metrics["fresh_logprob_gap_rms"] < 1e-4 and metrics["fresh_tokens"] == metrics["trained_tokens"]
+    assert "stale_logprob_gap_rms" not in metrics
     assert metrics["skipped_updates"] == 0
     assert 0 <= metrics["padding_share"] < 0.7
 
@@ -163,7 +164,9 @@ def test_staleness_splits_the_kl(demo_policy: Path) -> None:
     metrics = trainer.train(make_batch(trainer, drift=0.2), 2, {1: 0})
     assert metrics["kl_at_staleness_2"] == pytest.approx(metrics["kl_behaviour_proximal"])
     assert metrics["kl_behaviour_proximal"] > 0.005 and metrics["ess"] < 0.99
-    assert "fresh_logprob_gap_max" not in metrics and metrics["token_staleness_mean"] == 2.0
+    assert metrics["fresh_tokens"] == 0 and metrics["token_staleness_mean"] == 2.0
+    assert "fresh_logprob_gap_rms" not in metrics
+    assert metrics["stale_logprob_gap_rms"] == pytest.approx((2 * metrics["kl_behaviour_proximal"]) ** 0.5, rel=0.2)
 
 
 def test_with_several_mini_batches_the_ratio_moves_and_the_clip_can_act(demo_policy: Path) -> None:

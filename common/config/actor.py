@@ -129,8 +129,8 @@ class ActorConfig(Section):
     )
     guard: Literal["act", "warn"] = Field(
         "act",
-        description="When policy and behaviour drift far apart (KL, effective sample size, log-probability gap): warn, "
-        "or act as well: lower max_staleness, then lr, until it is over.",
+        description="When policy and behaviour drift far apart (KL, effective sample size): warn, or act as well: lower "
+        "max_staleness, then lr, until it is over. Where engine and learner disagree on the same weights: warn.",
     )
     kl_coef: float = Field(0.0, ge=0, description="Weight of the KL to the reference policy (the start); 0: none.")
     kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="Estimator of that KL.")

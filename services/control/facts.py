@@ -19,7 +19,7 @@ from services.control.verdict import DEAD_WINDOW_S
 
 PACE_WINDOW_S = 30.0
 DEAD_SAMPLE_S = 10.0
-WATCHED = ("kl_behaviour_proximal", "ess", "clip_fraction", "fresh_logprob_gap_max", "skipped_updates")
+WATCHED = ("kl_behaviour_proximal", "ess", "clip_fraction", "fresh_logprob_gap_rms", "skipped_updates")
 STARVED = re.compile(r"(?:starved|no live replica): .*? for (\d+) s(?:;|$)")
 CHECKPOINT = "the checkpoint cannot be written"
 

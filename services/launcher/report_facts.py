@@ -73,6 +73,10 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
         Panel("Staleness, steps", [line("staleness_mean", "mean"), line("staleness_max", "max")]),
         Panel("KL(behaviour ‖ proximal)", [line("kl_behaviour_proximal", "KL")]),
         Panel("Effective sample size", [line("ess", "share of the tokens")], True),
+        Panel(
+            "Engine against learner, nats (RMS)",
+            [line("fresh_logprob_gap_rms", "fresh tokens"), line("stale_logprob_gap_rms", "stale tokens")],
+        ),
         Panel("Shares of groups", [line("uniform_share", "uniform"), line("stale_share", "stale")], True),
         Panel("Seconds of a step", [line("step_s", "whole step"), line("wait_s", "waiting for groups")]),
         Panel("Tokens per second", [Series("generated", _rates(steps))]),

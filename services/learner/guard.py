@@ -3,16 +3,18 @@
 Beyond a warning it warns; beyond an alarm it goes down a ladder, notch by notch: first `learner.max_staleness` to a
 quarter, down to 1, then `optimizer.lr` to a half. A notch is taken back after a long calm. Nothing happens for one odd
 batch. It watches the KL of what is trained, by an alarm that comes early (docs/staleness.md), and the effective sample
-size and the log-probability gap by the verdict's thresholds (common/health.py). The state is a checkpoint's.
+size by the verdict's threshold (common/health.py). Of numerics, how far engine and learner disagree on fresh tokens, it
+only warns: neither less staleness nor a lower rate makes two engines agree. The state is a checkpoint's.
 """
 
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 
 from common.config import RunConfig
-from common.health import OFF_POLICY, SMOOTHED_STEPS, THRESHOLDS, Threshold, are_exact, numeric_gap
+from common.health import NUMERICS, OFF_POLICY, SMOOTHED_STEPS, THRESHOLDS, Threshold, are_exact, numeric_gap
 
 PATIENCE_STEPS = SMOOTHED_STEPS // 2 + 1
 """Of the last five beyond a threshold before anything happens: then their median is beyond it."""
@@ -21,7 +23,7 @@ CALM_STEPS = 20
 STALENESS_DIVISOR, LOWEST_STALENESS = 4, 1
 NUM_LR_NOTCHES = 3
 TRAINED_KL = Threshold("trained_kl", 0.05, 0.1, "what is trained is far from the policy that sampled it", OFF_POLICY)
-WATCHED = (TRAINED_KL.name, "ess", "fresh_logprob_gap_max")
+WATCHED = (TRAINED_KL.name, "ess")
 
 
 class GuardState(msgspec.Struct, frozen=True):
@@ -33,6 +35,9 @@ class GuardState(msgspec.Struct, frozen=True):
     alarms: tuple[bool, ...] = ()
     """As `warnings`, since the guard last tightened."""
     calm_steps: int = 0
+    gaps: tuple[bool, ...] = ()
+    """Of the last steps with fresh tokens, whether each one's numerics were beyond their warning; the newest last."""
+    is_warned_of_numerics: bool = False
 
 
 class Decision(NamedTuple):
@@ -43,11 +48,15 @@ class Decision(NamedTuple):
 
 def decide(state: GuardState, row: Mapping[str, Any], config: RunConfig) -> Decision:
     """After a step with the metrics `row`; `config` is the run's as ordered, before the guard."""
-    is_exact = are_exact(config.model.dtype, config.generation.engine.swap_mode)
+    decision = _follow_drift(state, row, config)
+    return _watch_numerics(decision, row, config)
+
+
+def _follow_drift(state: GuardState, row: Mapping[str, Any], config: RunConfig) -> Decision:
     values = {**row, TRAINED_KL.name: _trained_kl(row)}
     found = [
         (threshold, float(values[threshold.name]))
-        for threshold in (TRAINED_KL, *THRESHOLDS, numeric_gap(is_exact))
+        for threshold in (TRAINED_KL, *THRESHOLDS)
         if threshold.name in WATCHED and values.get(threshold.name) is not None
     ]
     alarming = [_told(one, value, one.alarm) for one, value in found if one.is_beyond(value, one.alarm)]
@@ -58,13 +67,33 @@ def decide(state: GuardState, row: Mapping[str, Any], config: RunConfig) -> Deci
     deepest = len(ladder(config)) - 1 if config.actor.guard == "act" else 0
     notch = min(state.notch, deepest)
 
+    def moved(notch: int, is_warned: bool, alarms: tuple[bool, ...] = (), calm: int = 0) -> GuardState:
+        return replace(state, notch=notch, is_warned=is_warned, warnings=warnings, alarms=alarms, calm_steps=calm)
+
     if alarming and sum(alarms) >= PATIENCE_STEPS and notch < deepest:
-        return Decision(GuardState(notch + 1, True, warnings, (), 0), "tighten", "; ".join(alarming))
+        return Decision(moved(notch + 1, True), "tighten", "; ".join(alarming))
     if worrying and sum(warnings) >= PATIENCE_STEPS and not state.is_warned:
-        return Decision(GuardState(notch, True, warnings, alarms, 0), "warn", "; ".join(worrying))
+        return Decision(moved(notch, True, alarms), "warn", "; ".join(worrying))
     if calm >= CALM_STEPS and state.is_warned:
-        return Decision(GuardState(max(0, notch - 1), notch > 1), "loosen", f"{calm} calm steps")
-    return Decision(GuardState(notch, state.is_warned, warnings, alarms, calm))
+        return Decision(moved(max(0, notch - 1), notch > 1), "loosen", f"{calm} calm steps")
+    return Decision(moved(notch, state.is_warned, alarms, calm))
+
+
+def _watch_numerics(decision: Decision, row: Mapping[str, Any], config: RunConfig) -> Decision:
+    """Warns once of a gap that lasts, and again if it comes back after it was gone; never before or instead of what
+    drift asks for."""
+    threshold = numeric_gap(are_exact(config.model.dtype, config.generation.engine.swap_mode))
+    value = row.get(threshold.name)
+    if value is None:
+        return decision
+    state, is_beyond = decision.state, threshold.is_beyond(float(value), threshold.warn)
+    gaps = (*state.gaps, is_beyond)[-SMOOTHED_STEPS:]
+    is_due = is_beyond and sum(gaps) >= PATIENCE_STEPS and not state.is_warned_of_numerics and decision.kind is None
+    is_warned = is_due or (state.is_warned_of_numerics and any(gaps))
+    state = replace(state, gaps=gaps, is_warned_of_numerics=is_warned)
+    if is_due:
+        return Decision(state, "warn", f"{_told(threshold, float(value), threshold.warn)}: {NUMERICS}")
+    return decision._replace(state=state)
 
 
 def ladder(config: RunConfig) -> list[tuple[int, float]]:

@@ -1,11 +1,13 @@
 """What a step says of itself, so that one can tell whether asynchronous learning is healthy: pure functions.
 
 Off-policy metrics compare behaviour with proximal log-probabilities token by token, over the whole batch and by
-how stale each token is; at staleness 0 the gap is numerics alone, engine against learner.
+how stale each token is. A fresh token was sampled by the very weights that compute its proximal log-probability: its
+gap is numerics alone, engine against learner. A stale one's is numerics and the policy's drift together.
 """
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +15,11 @@ from common.wire import Group
 from services.learner.loss import PolicyLoss
 from services.learner.packing import MicroBatch
 from services.learner.staleness import Staleness
+
+MAX_COUNTED_GAP = 3.0
+"""In nats: what a token's p - b counts as at most in `ess` and `kl_*`. Beyond that exp(p - b) of a single token, which
+bfloat16 or a router's flip may be behind, would be all that they tell: one in a thousand at this bound leaves an `ess`
+of 0.75 and a KL of 0.016, which raise no alarm. The losses' own weights are masked or truncated far below it."""
 
 
 def combine(results: Sequence[PolicyLoss]) -> dict[str, float]:
@@ -31,13 +38,15 @@ def combine(results: Sequence[PolicyLoss]) -> dict[str, float]:
 def off_policy_metrics(micro_batches: Sequence[MicroBatch], proximal_logprobs: Sequence[Tensor]) -> dict[str, float]:
     """`ess`: effective sample size of the uncapped behaviour weights as a share of the tokens, in (0, 1].
 
-    `kl_*`: KL(behaviour ‖ proximal) by the estimator exp(p - b) - 1 - (p - b), overall and at each staleness.
+    `kl_*`: KL(behaviour ‖ proximal) by the estimator exp(p - b) - 1 - (p - b), overall and at each staleness. Both count
+    p - b as `MAX_COUNTED_GAP` at most.
     """
     behaviour = torch.cat([torch.from_numpy(m.behaviour_logprobs.copy()) for m in micro_batches]).double()
     staleness = torch.cat([torch.from_numpy(m.token_staleness) for m in micro_batches])
     gap = torch.cat([p.detach().cpu() for p in proximal_logprobs]).double() - behaviour
-    weight = gap.exp()
-    kl = weight - 1 - gap
+    counted = gap.clamp(max=MAX_COUNTED_GAP)
+    weight = counted.exp()
+    kl = weight - 1 - counted
     found = {
         "ess": (weight.sum() ** 2 / (len(weight) * (weight**2).sum())).item(),
         "kl_behaviour_proximal": kl.mean().item(),
@@ -45,10 +54,26 @@ def off_policy_metrics(micro_batches: Sequence[MicroBatch], proximal_logprobs: S
     }
     for level in staleness.unique().tolist():
         found[f"kl_at_staleness_{level}"] = kl[staleness == level].mean().item()
-    fresh = gap[staleness == 0].abs()
+    return found | _gaps(gap[staleness == 0].numpy(), gap[staleness > 0].numpy())
+
+
+def _gaps(fresh: np.ndarray, stale: np.ndarray) -> dict[str, float]:
+    """`fresh_logprob_gap_*`: mean, root mean square and 99.9th percentile of |p - b|, over however many fresh tokens
+    there are; `stale_logprob_gap_rms`: of the others. Nothing of what has no token."""
+    found = {"fresh_tokens": float(len(fresh))}
     if len(fresh):
-        found |= {"fresh_logprob_gap_mean": fresh.mean().item(), "fresh_logprob_gap_max": fresh.max().item()}
+        found |= {
+            "fresh_logprob_gap_mean": float(np.abs(fresh).mean()),
+            "fresh_logprob_gap_rms": _rms(fresh),
+            "fresh_logprob_gap_p999": float(np.quantile(np.abs(fresh), 0.999)),
+        }
+    if len(stale):
+        found["stale_logprob_gap_rms"] = _rms(stale)
     return found
+
+
+def _rms(values: np.ndarray) -> float:
+    return float(np.sqrt(np.square(values).mean()))
 
 
 def group_metrics(groups: Sequence[Group]) -> dict[str, float]:

@@ -61,15 +61,18 @@ const HEALTH = [
   },
   {
     title: "Log-probability gap",
-    unit: "engine against learner, same weights, nats",
+    unit: "engine against learner, nats; fresh tokens: the same weights",
     format: (v) => number(v, 2),
     isLog: true,
     floor: 1e-9,
-    check: "fresh_logprob_gap_max",
-    empty: "Nothing yet: it is measured on tokens of staleness 0.",
+    check: "fresh_logprob_gap_rms",
+    empty: "Nothing yet: it is measured on what is trained.",
+    told: 1,
     series: [
-      { label: "mean", of: column("fresh_logprob_gap_mean"), color: 1 },
-      { label: "largest", of: column("fresh_logprob_gap_max"), color: 2, dash: [6, 3], width: 1 },
+      { label: "fresh, mean", of: column("fresh_logprob_gap_mean"), color: 4, dash: [2, 3], width: 1 },
+      { label: "fresh, RMS", of: column("fresh_logprob_gap_rms"), color: 1 },
+      { label: "fresh, p99.9", of: column("fresh_logprob_gap_p999"), color: 2, dash: [6, 3], width: 1 },
+      { label: "stale, RMS", of: column("stale_logprob_gap_rms"), color: 3, width: 1 },
     ],
   },
   {
