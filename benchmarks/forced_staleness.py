@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from common.chat import load_tokenizer
 from common.config import RunConfig
 from common.control import Settings
 from common.tasks import Task, load_task
 from common.wire import Group, Rollout, Ticket, Timings, VersionSpan
 from services.learner.guard import GuardState
 from services.learner.in_force import InForce
-from services.learner.policy import Policy, load_tokenizer
+from services.learner.policy import Policy
 from services.learner.prompts import TicketSource, stop_token_ids
 from services.learner.store import Cursor
 from services.learner.trainer import Trainer
@@ -42,7 +43,7 @@ def run(config: RunConfig, num_held_out: int, evaluate_every: int) -> Iterator[d
     """Rows of steps and of evaluations. Deterministic, but for times."""
     torch.set_num_threads(1)
     torch.manual_seed(config.seed)
-    task, tokenizer = load_task(config.task.name, config.task.settings), load_tokenizer(config.model.path)
+    task, tokenizer = load_task(config.task.name, config.task.settings), load_tokenizer(config.model)
     trainer = Trainer(config, Policy(config.model, config.learner))
     model = trainer.policy.model
     sampler = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=model.dtype).eval()

@@ -34,14 +34,14 @@ from safetensors.torch import load_file, save_file
 from benchmarks.demo import ROOT, this_machine
 from benchmarks.logprob_gap import Prompted, gaps
 from benchmarks.swap_table import Row, report
-from common.config import EngineConfig
+from common.chat import load_tokenizer
+from common.config import EngineConfig, ModelConfig
 from common.tasks.arithmetic import Arithmetic
 from common.wire import Sampling, Ticket
 from services.generation.completions import Completion, generate_body, to_completion
 from services.generation.engine import Engine, SwapTimings
 from services.generation.engine_server import EngineServer
 from services.generation.swapping import SwapMode
-from services.learner.policy import load_tokenizer
 
 POLICY = ROOT / "assets" / "demo-policy"
 RESULTS = ROOT / "benchmarks" / "results" / "swap_modes.json"
@@ -159,7 +159,8 @@ async def take_turn(
 
 
 def make_tickets(shape: Shape, count: int) -> Iterator[Ticket]:
-    tokenizer, prompts = load_tokenizer(str(POLICY)), Arithmetic().prompts("train", seed=0, epoch=0)
+    tokenizer = load_tokenizer(ModelConfig(path=str(POLICY)))
+    prompts = Arithmetic().prompts("train", seed=0, epoch=0)
     sampling = Sampling(1.0, shape.max_new_tokens, [tokenizer.eos_token_id] if shape.ends else [])
     for place, prompt in zip(range(count), prompts, strict=False):
         text = tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True, tokenize=False)

@@ -62,6 +62,7 @@ __all__ = [
     "VersionSpan",
     "WireError",
     "check_group",
+    "check_ticket",
     "decode_group",
     "decode_heartbeat",
     "decode_ticket",

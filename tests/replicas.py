@@ -9,7 +9,8 @@ from pathlib import Path
 import redis
 from safetensors.torch import load_file
 
-from common.config import GenerationConfig
+from common.chat import load_tokenizer
+from common.config import GenerationConfig, ModelConfig
 from common.http_service import listen, serve_in_thread, url_of
 from common.keys import Keys
 from common.redis_client import connect_async
@@ -28,7 +29,6 @@ from services.generation.turns import Turns
 from services.generation.weights import WeightFollower
 from services.learner.api import make_app
 from services.learner.orders import Switches
-from services.learner.policy import load_tokenizer
 from services.learner.store import LearnerStore
 from services.learner.versions import Versions
 from tests.making import make_ticket
@@ -58,7 +58,7 @@ class Learner:
 @contextlib.contextmanager
 def a_learner(client: redis.Redis, keys: Keys, folder: Path, demo_policy: Path) -> Iterator[Learner]:
     """It has published nothing yet."""
-    tokenizer = load_tokenizer(str(demo_policy))
+    tokenizer = load_tokenizer(ModelConfig(path=str(demo_policy)))
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Ann has 3 pens and buys 4. How many pens?"}],
         add_generation_prompt=True,

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import pytest
@@ -38,6 +38,15 @@ class Counting:
 
 
 class PlainTokenizer:
+    chat_template = "{{ messages[0]['content'] }}"
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
+    special_tokens_map: ClassVar[dict[str, str]] = {}
+    all_special_tokens: ClassVar[list[str]] = []
+    unk_token = None
+
+    def get_chat_template(self) -> str:
+        return self.chat_template
+
     def apply_chat_template(self, messages: list[dict[str, str]], **_: object) -> str:
         return messages[0]["content"]
 

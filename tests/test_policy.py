@@ -9,13 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.chat import load_tokenizer
 from common.config import LearnerConfig, ModelConfig
 from common.wire import Group, Rollout, Sampling, Timings, VersionSpan
 from services.generation.completions import Completion
 from services.generation.engine import Engine
 from services.generation.engine_server import EngineServer
 from services.learner.packing import Sample, pack
-from services.learner.policy import Policy, load_tokenizer, pick_device
+from services.learner.policy import Policy, pick_device
 from tests.making import make_rollout, make_ticket
 
 CPU = LearnerConfig(device="cpu", gradient_checkpointing=False, logprob_chunk_tokens=7)
@@ -62,7 +63,7 @@ def test_equals_a_plain_forward_pass_whatever_the_lengths_and_the_temperature(
 def test_agrees_with_sglang_within_1e_4(
     policy: Policy, engine_server: EngineServer, demo_policy: Path, temperature: float
 ) -> None:
-    tokenizer = load_tokenizer(str(demo_policy))
+    tokenizer = load_tokenizer(ModelConfig(path=str(demo_policy)))
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Tom has 13 apples and buys 15. How many apples does he have?"}],
         add_generation_prompt=True,
@@ -113,7 +114,7 @@ def test_gradient_checkpointing_changes_nothing(demo_policy: Path, policy: Polic
 
 
 def test_the_saved_policy_loads_in_transformers(policy: Policy, demo_policy: Path, tmp_path: Path) -> None:
-    policy.save(tmp_path, load_tokenizer(str(demo_policy)))
+    policy.save(tmp_path, load_tokenizer(ModelConfig(path=str(demo_policy))))
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template
     for name, parameter in model.named_parameters():

@@ -11,10 +11,11 @@ import redis
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from common.chat import load_tokenizer
+from common.config import ModelConfig
 from common.keys import Keys
 from common.shown import MAX_SHOWN_BYTES, ShownGroup
 from common.wire import VersionSpan
-from services.learner.policy import load_tokenizer
 from services.learner.shown import MAX_SAMPLED, Decided, DecidedSample, TokenTexts, TrainedRollout, shown_group
 from tests.making import make_group, make_rollout
 from tests.replaying import STEPS, end, make_recording, take_up
@@ -63,7 +64,7 @@ def test_a_tokenizer_whose_words_begin_with_a_space_is_read_in_context() -> None
 
 
 def test_special_tokens_are_shown(demo_policy: Path) -> None:
-    tokenizer = load_tokenizer(str(demo_policy))
+    tokenizer = load_tokenizer(ModelConfig(path=str(demo_policy)))
     tokens = [*tokenizer.encode("12 + 3 = 15"), tokenizer.eos_token_id]
     texts = TokenTexts(tokenizer)(tokens)
     assert texts[-1] == tokenizer.eos_token and "".join(texts) == tokenizer.decode(tokens)

@@ -24,6 +24,7 @@ import redis
 from benchmarks.compare.part import Part, Ratio
 from benchmarks.durability import redis_server
 from benchmarks.scale import seconds_of
+from common.chat import load_tokenizer
 from common.config import LearnerConfig, RunConfig, load_recipe
 from common.http_service import TOKEN_VARIABLE
 from common.keys import Keys
@@ -33,7 +34,7 @@ from common.wire import Ticket, decode_group, decode_heartbeat
 from services.generation.completions import generate_body
 from services.generation.engine_server import EngineServer
 from services.launcher.processes import REDIS_URL_VARIABLE, Service
-from services.learner.policy import Policy, load_tokenizer
+from services.learner.policy import Policy
 from services.learner.prompts import TicketSource, stop_token_ids
 from services.learner.store import Cursor, LearnerStore
 from services.learner.versions import Versions
@@ -75,7 +76,7 @@ async def turns(recipe: str, folder: Path, repeats: int) -> list[Row]:
 
 
 def make_tickets(config: RunConfig, policy: Policy) -> list[Ticket]:
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = load_tokenizer(config.model)
     task = load_task(config.task.name, config.task.settings)
     stops = stop_token_ids(tokenizer, policy.model.generation_config)
     return TicketSource(config, task, tokenizer, stops, Cursor(0, 0)).next_train(NUM_GROUPS, 0, 1)

@@ -23,11 +23,24 @@ CACHE_FLAGS = ("--enable-hierarchical-cache", "--enable-lmcache", "--enable-flex
 class ModelConfig(Section):
     path: str = Field(description="Folder in Hugging Face format, or a hub name: the policy to start from.")
     dtype: DType = Field("bfloat16", description="Of the published weights and the learner's forward pass.")
+    chat_template: str | None = Field(
+        None,
+        description="File of a Jinja chat template; default: the model's own. policy/ is saved with it.",
+    )
+    chat_template_settings: dict[str, Any] = Field(
+        {}, description="What the chat template reads besides the messages, such as enable_thinking: false of Qwen3."
+    )
 
 
 class TaskConfig(Section):
     name: str = Field(description="A built-in task (arithmetic, gsm8k) or 'package.module:Class'.")
     settings: dict[str, Any] = Field({}, description="Keyword arguments of the task.")
+    system_prompt: str | None = Field(
+        None,
+        min_length=1,
+        description="System message put before each of the task's prompts. Refused where the model's chat template "
+        "takes none, or the task has its own.",
+    )
 
 
 class SamplingConfig(Section):

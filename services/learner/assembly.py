@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import redis
 
+from common.chat import load_tokenizer
 from common.config import RunConfig
 from common.control import SETTINGS, Settings
 from common.durable import move_into_place
@@ -32,7 +33,7 @@ from services.learner.intake import Intake
 from services.learner.leading import lead, set_up_torch
 from services.learner.loop import Loop
 from services.learner.orders import Switches
-from services.learner.policy import Policy, load_tokenizer
+from services.learner.policy import Policy
 from services.learner.progress import Progress
 from services.learner.prompts import TicketSource, stop_token_ids
 from services.learner.ranks import Ranks
@@ -66,7 +67,7 @@ def assemble(
     ranks = ranks or Ranks()
     ranks.on_lost = switches.stop.set
     set_up_torch(config, ranks)
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = load_tokenizer(config.model)
     trainer = lead(config, ranks)
     policy = trainer.policy
     _log.info("the policy is loaded")

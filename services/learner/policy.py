@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from common.config import LearnerConfig, ModelConfig
@@ -127,17 +127,6 @@ class Policy:
             return
         self.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-
-
-def load_tokenizer(path: str) -> Any:
-    """Raises `ValueError` if there is none or it has no chat template."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model {path!r} has no tokenizer that loads: {str(error).splitlines()[0]}") from error
-    if not tokenizer.chat_template:
-        raise ValueError(f"model {path!r} has no chat template; expected an instruction-tuned model")
-    return tokenizer
 
 
 def _has_dropout(model: PreTrainedModel) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from common.chat import Chat
 from common.config import RunConfig
 from common.ledger import TicketName, parse_name
 from common.tasks import Prompt, Task
@@ -33,7 +34,7 @@ class TicketSource:
         self, config: RunConfig, task: Task, tokenizer: Any, stop_token_ids: list[int], cursor: Cursor
     ) -> None:
         self.task = task
-        self.tokenizer = tokenizer
+        self.chat = Chat(tokenizer, config.model, config.task.system_prompt)
         self.stop_token_ids = stop_token_ids
         self.configure(config)
         self.cursor = cursor
@@ -128,13 +129,10 @@ class TicketSource:
         return msgspec.structs.replace(ticket, reissues=name.reissue)
 
     def _ticket(self, prompt: Prompt, name: str, kind: Any, count: int, step: int, version: int) -> Ticket:
-        text = self.tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True, tokenize=False)
-        return Ticket(
+        return self.chat.ticket(
+            prompt,
             id=name,
             kind=kind,
-            prompt_tokens=self.tokenizer.encode(text, add_special_tokens=False),
-            messages=prompt.messages,
-            reference=prompt.reference,
             num_completions=count,
             sampling=self.sampling,
             min_weight_version=version,
