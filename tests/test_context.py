@@ -26,7 +26,7 @@ def by_sglang(config: Any) -> int:
     assert origin is not None and origin.origin is not None
     tree = ast.parse((Path(origin.origin).parent / "srt/utils/hf_transformers/common.py").read_text())
     wanted = {"CONTEXT_LENGTH_KEYS", "get_context_length"}
-    found = [
+    found: list[ast.stmt] = [
         node
         for node in tree.body
         if (isinstance(node, ast.FunctionDef) and node.name in wanted)
@@ -42,7 +42,10 @@ def by_sglang(config: Any) -> int:
     ("config", "expected"),
     [
         (config_of("qwen3", max_position_embeddings=40960), 40960),
-        (config_of("qwen3", max_position_embeddings=32768, rope_parameters=YARN), 4 * 32768),
+        (
+            config_of("qwen3", max_position_embeddings=32768, rope_parameters=YARN),
+            32768,
+        ),  # transformers adds the original length
         (config_of("qwen3", max_position_embeddings=131072, rope_parameters=YARN | ORIGINAL), 131072),
         (config_of("llama", max_position_embeddings=131072, rope_parameters=LLAMA3 | ORIGINAL), 131072),
         (config_of("gpt2", n_positions=1024), 1024),
