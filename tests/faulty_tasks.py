@@ -85,9 +85,9 @@ def spy(path: Path) -> float:
     """Writes down what the worker was handed: its environment, its arguments, and what its descriptors are."""
     found = [f"{name}={value}" for name, value in os.environ.items()]
     found += [*Path("/proc/self/environ").read_text().split("\0"), *Path("/proc/self/cmdline").read_text().split("\0")]
-    for descriptor in os.listdir("/proc/self/fd"):
+    for descriptor in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # that of the listing itself
-            found.append(f"descriptor {os.readlink(f'/proc/self/fd/{descriptor}')}")
+            found.append(f"descriptor {descriptor.readlink()}")
     path.write_text("\n".join(found))
     return 1.0
 
