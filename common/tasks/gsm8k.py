@@ -1,34 +1,27 @@
 """GSM8K: grade-school word problems with one number for an answer, and data of the same two columns.
 
 Owns the prompts (from the Hugging Face hub, or a local folder or file of JSONL or Parquet) and the rule by which
-a completion is right. The rule reads one clearly marked answer and compares it exactly; it is pure, takes
-microseconds for a plain number, and is bounded for anything a model may write. Importing this module loads
-neither `datasets` nor `math_verify`: reward workers start fast.
+a completion is right: its final answer (`common.tasks.answers`) is the reference, exactly. Importing this module does
+not load `datasets`: reward workers start fast.
 """
 
-import logging
 import re
 from collections.abc import Iterator
-from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common.tasks import Prompt, Split
+from common.tasks.answers import DIGITS, final_answer
 from common.wire import Ticket
 
 INSTRUCTION = "Reason step by step, then end with the final answer on a line of its own: #### <number>"
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
-
-MAX_ANSWER_CHARS = 100
-MARKUP = re.compile(r"\\[()\[\]$%,;:! ]|\*\*|[$€£]")
-DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
-NUMBER = re.compile(rf"((?<!\w)- *)?({DIGITS})", re.ASCII)
-TERM = rf"-?(?:{DIGITS}|\\[dt]?frac\{{-?{DIGITS}\}}\{{-?{DIGITS}\}})"
-ARITHMETIC = re.compile(rf"{TERM}(?:\s*(?:[-+*/]|\\times|\\cdot|\\div)\s*{TERM})*", re.ASCII)
+NUMBER = re.compile(rf"-? *{DIGITS}", re.ASCII)
 
 
 class Gsm8k:
@@ -80,21 +73,13 @@ class Gsm8k:
     def reward(self, completion: str, ticket: Ticket) -> float:
         """1.0 if the completion's marked answer equals the reference, else 0.0.
 
-        The answer is what stands last after `####` (to the end of that line) or inside `\\boxed{}`. Without such a
-        mark the reward is 0: the last number of the text would also reward a chain of thought that was cut off,
-        or that stumbles over the right number. Of an equation the right-hand side counts. One number among words
-        is that number: `$1,000.`, `5 dollars` and `50%` are 1000, 5 and 50. Several numbers are arithmetic
-        (`1/2`, `3 \\times 4`) or no answer at all, so that listing guesses earns nothing.
+        The answer is what stands after the last `####` or in the last `\\boxed{}` that gives one (`final_answer`).
+        Without such a mark the reward is 0: the last number of the text would also reward a chain of thought that was
+        cut off, or that stumbles over the right number. The number leads: `$1,000.`, `5 dollars`, `50%` and
+        `The answer is 5` are 1000, 5, 50 and 5, and of an equation the right-hand side counts. Several numbers are
+        arithmetic (`1/2`, `3 \\times 4`) or no answer at all, so that listing guesses earns nothing.
         """
-        reference: str = ticket.reference["answer"]
-        answer = marked_answer(completion)
-        numbers = NUMBER.findall(answer)
-        if len(numbers) == 1:
-            sign, digits = numbers[0]
-            return float(_decimal(sign + digits) == _decimal(reference))
-        if ARITHMETIC.fullmatch(answer):
-            return float(is_same_value(answer, reference))
-        return 0.0
+        return float(final_answer(completion) == Fraction(ticket.reference["answer"].replace(" ", "")))
 
 
 def load_rows(path: str, config: str, split: str) -> list[dict[str, Any]]:
@@ -125,48 +110,3 @@ def load_rows(path: str, config: str, split: str) -> list[dict[str, Any]]:
     if not {"question", "answer"} <= texts:
         raise ValueError(f"path {path!r}: expected the text columns 'question' and 'answer', found {rows.features}")
     return list(rows)
-
-
-def marked_answer(completion: str) -> str:
-    """What the completion marks last as its final answer, without markup; empty if it marks none."""
-    _, hashes, tail = completion.rpartition("####")
-    _, boxed, content = tail.rpartition("\\boxed{")
-    if boxed:
-        answer = _until_closing_brace(content[: MAX_ANSWER_CHARS + 1])
-    elif hashes:
-        answer = tail.lstrip().partition("\n")[0]
-    else:
-        return ""
-    if len(answer) > MAX_ANSWER_CHARS:
-        return ""
-    plain = MARKUP.sub("", answer.replace("{,}", ",").replace("\N{MINUS SIGN}", "-"))
-    return plain.rpartition("=")[2].strip().rstrip(".")
-
-
-def _until_closing_brace(text: str) -> str:
-    depth = 1
-    for index, char in enumerate(text):
-        depth += (char == "{") - (char == "}")
-        if depth == 0:
-            return text[:index]
-    return ""
-
-
-def _decimal(number: str) -> Decimal:
-    return Decimal(number.replace(",", "").replace(" ", ""))
-
-
-def is_same_value(arithmetic: str, reference: str) -> bool:
-    """Whether flat arithmetic, as `ARITHMETIC` matches it, has the reference's value, by math-verify.
-
-    Only for such text: math-verify's time grows exponentially with nested brackets, and a tower of powers never
-    ends. Its own timeout is off, as it needs SIGALRM and the main thread: the deadline is the reward pool's.
-    """
-    from math_verify import LatexExtractionConfig, parse, verify  # 0.7 s (sympy): only for answers that need it
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of the timeouts being off
-    latex = [LatexExtractionConfig()]
-    gold, answer = (
-        parse(f"${text.replace(',', '')}$", latex, parsing_timeout=None) for text in (reference, arithmetic)
-    )
-    return bool(verify(gold, answer, timeout_seconds=None))
