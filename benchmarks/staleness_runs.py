@@ -37,7 +37,7 @@ LOSSES: dict[str, list[str]] = {
     "IcePop": [TOKEN, NO_CLIP, f"{WEIGHTS}=token_band"],
     "M2PO": [TOKEN, NO_CLIP, COUPLED, "actor.trust_region=second_moment"],
     "SAPO": [TOKEN, NO_CLIP, COUPLED, "actor.trust_region=soft"],
-    "paper": ["actor.preset=paper", "actor.eps_clip=3e-4", "actor.eps_clip_higher=4e-4"],
+    "paper": ["actor.preset=paper", COUPLED, "actor.eps_clip=3e-4", "actor.eps_clip_higher=4e-4"],
     "sequence weights truncated": [SEQUENCE, NO_CLIP, f"{WEIGHTS}=sequence_truncate", f"{CAP}=1.5"],
     "sequence weights masked": [SEQUENCE, NO_CLIP, f"{WEIGHTS}=sequence_mask", f"{CAP}=1.5"],
     "both, clip at a third": NARROW,

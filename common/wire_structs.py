@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 import numpy as np
 
+from common.uniform import are_equal
+
 SCHEMA = 1
 GROUP_SCHEMA = 2
 """Since tokens and masks of rollouts are arrays of bytes."""
@@ -125,8 +127,8 @@ class Group(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def is_uniform(self) -> bool:
-        """All raw rewards are equal, so that the group carries no signal (dynamic sampling)."""
-        return len(set(self.rewards)) == 1
+        """All raw rewards are equal but for rounding, so that the group carries no signal (dynamic sampling)."""
+        return bool(are_equal(min(self.rewards), max(self.rewards)))
 
     @property
     def oldest_version(self) -> int:

@@ -120,6 +120,9 @@ def test_only_int32_tokens_have_a_wire_form() -> None:
 def test_a_group_is_uniform_by_its_raw_rewards() -> None:
     assert make_group(rewards=(0.0, 0.0)).is_uniform
     assert not make_group(rewards=(0.0, 1e-9)).is_uniform
+    assert make_group(rewards=(0.1 + 0.2, 0.3)).is_uniform and make_group(rewards=(0.1 + 0.2 - 0.3, 0.0)).is_uniform
+    assert make_group(rewards=(-1 / 3, float(np.float32(-1 / 3)))).is_uniform
+    assert not make_group(rewards=(1.0, 1.00001)).is_uniform
 
 
 def test_a_rollout_token_costs_about_nine_bytes() -> None:

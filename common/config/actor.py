@@ -34,7 +34,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "importance_sampling_level": "sequence",
         "ratio_gradient": "sequence",
-        "use_decoupled_loss": False,
+        "use_decoupled_loss": True,
+        "behav_imp_weight_mode": "sequence_truncate",
+        "behav_imp_weight_cap": 5.0,
         "behaviour_clip": False,
         "eps_clip": 3e-4,
         "eps_clip_higher": 4e-4,
@@ -129,8 +131,8 @@ class ActorConfig(Section):
     )
     guard: Literal["act", "warn"] = Field(
         "act",
-        description="When policy and behaviour drift far apart (KL, effective sample size): warn, or act as well: lower "
-        "max_staleness, then lr, until it is over. Where engine and learner disagree on the same weights: warn.",
+        description="When policy and behaviour drift far apart (KL, effective sample size): warn, or act as well: "
+        "lower max_staleness, then lr, until it is over. Where engine and learner disagree on the same weights: warn.",
     )
     kl_coef: float = Field(0.0, ge=0, description="Weight of the KL to the reference policy (the start); 0: none.")
     kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="Estimator of that KL.")

@@ -1,13 +1,14 @@
 """From raw rewards to advantages: pure functions, grouped by id and never by position.
 
-Equations: docs/algorithm.md, section 1. Everything is computed in float64 and returned in the dtype of the
-input, so that a group whose rewards are all equal gives exactly 0.
+Equations: docs/algorithm.md, section 1. Everything is computed in float64 and returned in the dtype of the input. A
+group whose rewards are all equal but for rounding (common/uniform.py) gives exactly 0.
 """
 
 import torch
 from torch import Tensor
 
 from common.config import ActorConfig
+from common.uniform import are_equal
 
 EPSILON = 1e-5
 """Added to every standard deviation."""
@@ -16,19 +17,23 @@ EPSILON = 1e-5
 def group_advantages(rewards: Tensor, group_ids: Tensor, settings: ActorConfig) -> Tensor:
     """Advantages `(B,)` from raw rewards `(B,)` and the group `(B,)` (any integers) that each belongs to.
 
-    r' = clip((r + reward_bias) * reward_scaling, ±reward_clip), A = (r' - mean) / (std + 1e-5), std unbiased.
+    r' = clip((r + reward_bias) * reward_scaling, ±reward_clip), A = (r' - mean) / (std + 1e-5), std unbiased. Exactly 0
+    where all rewards that the std is of are equal, and where those are that the group's mean is of.
     """
     if rewards.dim() != 1 or rewards.shape != group_ids.shape:
         raise ValueError(
             f"rewards {tuple(rewards.shape)} and group_ids {tuple(group_ids.shape)}: expected (B,) and (B,)"
         )
-    shaped = shape_rewards(rewards.double(), settings)
+    rewards_exact = rewards.double()
+    shaped = shape_rewards(rewards_exact, settings)
     _, groups = torch.unique(group_ids.to(rewards.device), return_inverse=True)
     advantages = shaped - _mean(shaped, groups, settings)
     if settings.advantage_std != "none":
         advantages = advantages / (_std(shaped, groups, settings) + EPSILON)
-    if settings.advantage_mean in ("group", "leave_one_out"):
-        advantages = torch.where(_is_uniform(shaped, groups), 0.0, advantages)
+    if settings.advantage_mean in ("group", "leave_one_out") or settings.advantage_std == "group":
+        advantages = torch.where(_is_uniform(rewards_exact, shaped, groups), 0.0, advantages)
+    if settings.advantage_std == "batch":
+        advantages = torch.where(_is_uniform(rewards_exact, shaped, torch.zeros_like(groups)), 0.0, advantages)
     return advantages.to(rewards.dtype if rewards.is_floating_point() else torch.float32)
 
 
@@ -83,11 +88,18 @@ def _std(values: Tensor, groups: Tensor, settings: ActorConfig) -> Tensor:
     return (squares / (counts - 1).clamp(min=1)).sqrt()[groups]
 
 
-def _is_uniform(values: Tensor, groups: Tensor) -> Tensor:
-    num_groups = int(groups.max()) + 1 if groups.numel() else 0
-    lowest = values.new_zeros(num_groups).scatter_reduce(0, groups, values, "amin", include_self=False)
-    highest = values.new_zeros(num_groups).scatter_reduce(0, groups, values, "amax", include_self=False)
-    return (lowest == highest)[groups]
+def _is_uniform(rewards: Tensor, shaped: Tensor, groups: Tensor) -> Tensor:
+    """Of each reward, whether those of its group are all equal, as they are or after the clip."""
+    lowest, highest = _group_bounds(rewards, groups)
+    lowest_shaped, highest_shaped = _group_bounds(shaped, groups)
+    is_uniform: Tensor = are_equal(lowest, highest) | (lowest_shaped == highest_shaped)
+    return is_uniform[groups]
+
+
+def _group_bounds(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    empty = values.new_zeros(int(groups.max()) + 1 if groups.numel() else 0)
+    lowest = empty.scatter_reduce(0, groups, values, "amin", include_self=False)
+    return lowest, empty.scatter_reduce(0, groups, values, "amax", include_self=False)
 
 
 def _group_sums(values: Tensor, groups: Tensor) -> Tensor:

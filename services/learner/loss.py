@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.config import ActorConfig
 from services.learner.token_layout import Tokens, flatten, select
-from services.learner.trust import behaviour_weight, inside_behaviour_clip, objective
+from services.learner.trust import behaviour_weight, bounded_exp, in_range, inside_behaviour_clip, objective
 
 
 @dataclass(frozen=True)
@@ -57,18 +57,19 @@ def policy_loss(
     weight, over_cap = behaviour_weight(log_weight, tokens, settings)
     kept = inside_behaviour_clip(log_weight, advantage, tokens, settings)
     loss, aggregated_over = _aggregate(per_token * weight * kept, tokens, settings)
+    uncapped_weight = bounded_exp(log_weight)
     metrics = _metrics(
         tokens.mask,
         means={
             "importance_ratio_mean": ratio,
             "clip_fraction": clipped,
             "dual_clip_fraction": dual_clipped,
-            "behaviour_weight_mean": log_weight.exp(),
+            "behaviour_weight_mean": uncapped_weight,
             "behaviour_weight_capped_mean": weight,
             "behaviour_mask_fraction": over_cap,
             "behaviour_clip_fraction": ~kept,
         },
-        maxima={"importance_ratio_max": ratio, "behaviour_weight_max": log_weight.exp()},
+        maxima={"importance_ratio_max": ratio, "behaviour_weight_max": uncapped_weight},
     )
     return PolicyLoss(loss, metrics, num_tokens=int(tokens.mask.sum()), weight=aggregated_over)
 
@@ -98,11 +99,12 @@ def _token_advantages(advantages: Tensor, logprobs: Tensor, tokens: Tokens, sett
 def _importance_ratio(policy: Tensor, proximal: Tensor, tokens: Tokens, settings: ActorConfig) -> Tensor:
     log_ratio = policy - proximal
     if settings.importance_sampling_level == "token":
-        return log_ratio.exp()
-    sequence_ratio = tokens.means(log_ratio).exp()[tokens.sequence]
+        return bounded_exp(log_ratio)
+    sequence_log_ratio = tokens.means(log_ratio)[tokens.sequence]
     if settings.ratio_gradient == "sequence":
-        return sequence_ratio
-    return sequence_ratio.detach() * torch.exp(policy - policy.detach())
+        return bounded_exp(sequence_log_ratio)
+    moves = in_range(sequence_log_ratio.detach())
+    return bounded_exp(sequence_log_ratio.detach()) * torch.exp((policy - policy.detach()) * moves)
 
 
 def _aggregate(per_token: Tensor, tokens: Tokens, settings: ActorConfig) -> tuple[Tensor, int]:

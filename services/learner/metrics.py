@@ -38,8 +38,8 @@ def combine(results: Sequence[PolicyLoss]) -> dict[str, float]:
 def off_policy_metrics(micro_batches: Sequence[MicroBatch], proximal_logprobs: Sequence[Tensor]) -> dict[str, float]:
     """`ess`: effective sample size of the uncapped behaviour weights as a share of the tokens, in (0, 1].
 
-    `kl_*`: KL(behaviour ‖ proximal) by the estimator exp(p - b) - 1 - (p - b), overall and at each staleness. Both count
-    p - b as `MAX_COUNTED_GAP` at most.
+    `kl_*`: KL(behaviour ‖ proximal) by the estimator exp(p - b) - 1 - (p - b), overall and at each staleness. Both
+    count p - b as `MAX_COUNTED_GAP` at most.
     """
     behaviour = torch.cat([torch.from_numpy(m.behaviour_logprobs.copy()) for m in micro_batches]).double()
     staleness = torch.cat([torch.from_numpy(m.token_staleness) for m in micro_batches])

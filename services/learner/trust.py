@@ -14,8 +14,22 @@ SOFT_TAU_POSITIVE, SOFT_TAU_NEGATIVE = 1.0, 1.05
 """SAPO's temperatures for positive and negative advantages (arXiv 2511.20347, section 5)."""
 MAX_SECOND_MOMENT = 0.04
 """M2PO's bound on the mean squared log-ratio, in nats² (arXiv 2510.01161)."""
+MAX_LOG_RATIO = 20.0
+"""Log-ratios beyond ±20 count as ±20 and give no gradient. e^20 is 4.9e8, whose square times a batch is far inside
+float32: one sequence that has run away can neither make a mini-batch's gradient infinite, and so veto its update, nor
+be all of it."""
 BAND_FLOOR = 0.5
 """IcePop's lowest behaviour weight; the cap is its highest (0.5 and 5: Ring-1T, arXiv 2510.18855)."""
+
+
+def bounded_exp(log_ratio: Tensor) -> Tensor:
+    """exp, its argument clamped to ±`MAX_LOG_RATIO`; exact, with its gradient, inside."""
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def in_range(log_ratio: Tensor) -> Tensor:
+    """Where `bounded_exp` has a gradient."""
+    return log_ratio.abs() <= MAX_LOG_RATIO
 
 
 def objective(ratio: Tensor, advantage: Tensor, tokens: Tokens, settings: ActorConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,7 +89,7 @@ def behaviour_weight(log_weight: Tensor, tokens: Tokens, settings: ActorConfig) 
         return torch.ones_like(log_weight), torch.zeros_like(tokens.mask)
     if mode.startswith("sequence"):
         log_weight = tokens.means(log_weight)[tokens.sequence]
-    weight = log_weight.exp()
+    weight = bounded_exp(log_weight)
     is_outside = weight > cap
     if mode == "token_band":
         is_outside |= weight < BAND_FLOOR
@@ -92,7 +106,7 @@ def inside_behaviour_clip(log_weight: Tensor, advantage: Tensor, tokens: Tokens,
     if not settings.behaviour_clip:
         return torch.ones_like(tokens.mask)
     lowest, highest = settings.clip_range
-    drift = tokens.means(log_weight).exp()
+    drift = bounded_exp(tokens.means(log_weight))
     sign = tokens.means(advantage)
     dropped = ((drift > highest) & (sign > 0)) | ((drift < lowest) & (sign < 0))
     return ~dropped[tokens.sequence]
