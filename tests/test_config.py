@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from common.config import ActorConfig, ConfigError, EngineConfig, RunConfig, load_recipe
+from common.config import ActorConfig, ConfigError, EngineConfig, RunConfig, load_recipe, yaml_text
 from common.config.actor import PRESETS
+from services.launcher.run_folder import write_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
@@ -21,7 +24,7 @@ SMALLEST: dict[str, Any] = {"model": {"path": "m"}, "task": {"name": "arithmetic
 
 def recipe_file(folder: Path, **sections: Any) -> Path:
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(SMALLEST | sections))
+    path.write_text(yaml_text.dump(SMALLEST | sections))
     return path
 
 
@@ -121,7 +124,14 @@ def test_the_gsm8k_recipe_is_the_seeds() -> None:
         ({"sampling": {"zzz": 1}}, "sampling.zzz is not a setting; expected one of temperature, max_new_tokens"),
         ({"task": {}}, "task.name is missing"),
         ({"learner": {"steps": 0}}, "learner.steps is 0: input should be greater than or equal to 1"),
-        ({"learner": {"steps": "many"}}, "learner.steps is 'many': input should be a valid integer"),
+        ({"learner": {"steps": "many"}}, "learner.steps is 'many': expected a number, and this is text"),
+        ({"learner": {"steps": "5"}}, "learner.steps is '5': expected a number, and this is text"),
+        ({"learner": {"steps": True}}, "learner.steps is True: expected a number, and this is true or false"),
+        ({"learner": {"max_mean_staleness": True}}, "learner.max_mean_staleness is True: expected a number"),
+        ({"optimizer": {"lr": "1e-6"}}, "optimizer.lr is '1e-6': expected a number, and this is text"),
+        ({"learner": {"steps": 1.5}}, "learner.steps is 1.5: input should be a valid integer"),
+        ({"task": {"name": "gsm8k", "path": "x"}}, "task.path is not a setting; did you mean task.settings.path, an"),
+        ({"task": {"name": "gsm8k", "nam": "x"}}, "task.nam is not a setting; did you mean task.name?"),
         ({"optimizer": {"lr": float("nan")}}, "optimizer.lr is nan: input should be a finite number"),
         ({"learner": None}, "learner is None: input should be a valid dictionary"),
     ],
@@ -196,7 +206,17 @@ def test_every_problem_has_its_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "problem"), [("- a\n- b\n", "expected sections"), ("model: {", "not YAML"), (None, "cannot be read")]
+    ("text", "problem"),
+    [
+        ("- a\n- b\n", "expected sections"),
+        ("model: {", "not YAML"),
+        (None, "cannot be read"),
+        ("seed: 1\nmodel:\n  path: a\n  dtype: float32\n  path: b\n", "line 5: 'path' is given again, first in line 3"),
+        ("seed: 1\n'seed': 2\n", "line 2: 'seed' is given again, first in line 1"),
+        ("seed: 1\nlearner: {steps: 0100}\n", "line 2: 0100 has a leading zero"),
+        ("task:\n  settings:\n    level: 007\n", "line 3: 007 has a leading zero"),
+        (f"seed: {'9' * 5000}\n", "line 1: '9+' is no integer"),
+    ],
 )
 def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str | None, problem: str) -> None:
     path = tmp_path / "recipe.yaml"
@@ -204,6 +224,69 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str | None, p
         path.write_text(text)
     with pytest.raises(ConfigError, match=problem):
         load_recipe(path)
+
+
+@pytest.mark.parametrize("word", ["yes", "on", "true", "True", "off", '"5"', "'1e-3'", "12:30", "2026-11-30"])
+def test_a_word_is_no_number_wherever_it_is_given(tmp_path: Path, word: str) -> None:
+    path = recipe_file(tmp_path)
+    for name in ("learner.steps", "optimizer.lr", "generation.engine.memory_fraction"):
+        with pytest.raises(ConfigError, match=f"{name} is .*: expected a number"):
+            load_recipe(path, [f"{name}={word}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("'1e-6'", "1e-6"),
+        ('"0100"', "0100"),
+        ("'5'", "5"),
+        ("yes", "yes"),
+        ("'true'", "true"),
+        ("12:30", "12:30"),
+        ("2026-11-30", "2026-11-30"),
+        ("1e-6", 1e-6),
+        ("5", 5),
+        ("-0.5", -0.5),
+        ("1_000", 1000),
+        ("true", True),
+        ("null", None),
+        ("[1e-6, '1e-6', {a: 'on'}]", [1e-6, "1e-6", {"a": "on"}]),
+    ],
+)
+def test_a_tasks_settings_are_what_was_written_also_after_the_runs_folder(
+    tmp_path: Path, text: str, value: Any
+) -> None:
+    path = tmp_path / "written.yaml"
+    path.write_text(f"model: {{path: m}}\ntask:\n  name: arithmetic\n  settings:\n    given: {text}\n")
+    overridden = load_recipe(recipe_file(tmp_path), [f"task.settings.given={text}"])
+    for recipe in (load_recipe(path), overridden):
+        assert recipe.config.task.settings == {"given": value}
+        assert type(recipe.config.task.settings["given"]) is type(value)
+        written = load_recipe(write_config(tmp_path, recipe))
+        assert written.config == recipe.config
+        assert yaml.safe_load((tmp_path / "config.yaml").read_text())["task"]["settings"] == {"given": value}
+
+
+@given(
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False)
+        | st.text(max_size=20)
+        | st.from_regex(r"[-+.0-9_eExoXinfNaybtrulsTF:~]{1,8}", fullmatch=True),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+        max_leaves=8,
+    )
+)
+def test_what_is_written_is_read_as_the_same(value: Any) -> None:
+    text = yaml_text.dump({"value": value})
+    assert yaml_text.load(text) == {"value": value}
+    assert repr(yaml_text.load(text)) == repr({"value": value})
+
+
+def test_a_mapping_merged_into_another_may_be_overridden() -> None:
+    assert yaml_text.load("base: &b {x: 1, y: 2}\nc: {<<: *b, x: 3}")["c"] == {"x": 3, "y": 2}
 
 
 def test_an_override_wins_and_every_value_names_its_source() -> None:

@@ -102,6 +102,7 @@ def test_settings_are_validated_versioned_and_recorded(control: Control, client:
         ({"\ud800": 1}, "cannot change"),
         ({}, "settings"),
         ({"optimizer.lr": "1e-5"}, "settings.optimizer.lr"),
+        ({"optimizer.lr": True}, "settings.optimizer.lr"),
     ],
 )
 def test_a_change_that_is_wrong_changes_nothing(

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from common.config import yaml_text
 from common.config.actor import PRESETS
 from common.config.run import RunConfig
 
@@ -37,7 +37,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def resolve(given: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Recipe:
     """The same for what was read from `origin` already."""
-    sources = {key: origin for key, _ in _leaves(given)}
+    sources = dict.fromkeys(_leaves(given, set(_setting_names(RunConfig))), origin)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -57,34 +57,22 @@ def validate(given: dict[str, Any], origin: str) -> RunConfig:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        given = yaml.safe_load(path.read_text())
+        given = yaml_text.load(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(given, dict):
         raise ConfigError(f"{path}: expected sections such as 'model:' and 'task:', got {type(given).__name__}")
-    resolved: dict[str, Any] = _floats_as_written(given)
+    resolved: dict[str, Any] = given
     return resolved
-
-
-def _floats_as_written(value: Any) -> Any:
-    """YAML 1.1 reads `1e-6` as a string; people write it as a number."""
-    if isinstance(value, dict):
-        return {key: _floats_as_written(item) for key, item in value.items()}
-    if isinstance(value, str) and value[:1].isdigit() and "e" in value.lower():
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _parse_value(override: str, text: str) -> Any:
     try:
-        return _floats_as_written(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML") from error
+        return yaml_text.load(text)
+    except ValueError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from error
 
 
 def _assign(given: dict[str, Any], keys: list[str], value: Any) -> None:
@@ -95,13 +83,14 @@ def _assign(given: dict[str, Any], keys: list[str], value: Any) -> None:
     given[keys[-1]] = value
 
 
-def _leaves(given: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(given: dict[str, Any], settings: set[str], prefix: str = "") -> Iterator[str]:
+    """Dotted keys; what stands in a setting that is itself a mapping is its value."""
     for key, value in given.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and name != "task.settings":
-            yield from _leaves(value, f"{name}.")
+        if isinstance(value, dict) and name not in settings:
+            yield from _leaves(value, settings, f"{name}.")
         else:
-            yield name, value
+            yield name
 
 
 def _all_sources(given: dict[str, Any], sources: dict[str, str]) -> dict[str, str]:
@@ -139,6 +128,8 @@ def _suggestion(location: tuple[str | int, ...]) -> str:
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {'.'.join([*sections, close[0]])}?"
+    if sections == ["task"]:
+        return f"; did you mean task.settings.{key}, an argument of the task's own?"
     elsewhere = [name for name in _setting_names(RunConfig) if name.rpartition(".")[2] == key]
     return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; expected one of {', '.join(known)}"
 

@@ -1,7 +1,22 @@
 """The base of every section of the configuration: frozen, unknown keys refused, every field documented."""
 
-from pydantic import BaseModel, ConfigDict
+import typing
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """`true` is not 1 and `"5"` not 5: pydantic by itself would take them for numbers."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        kinds = {annotation, *typing.get_args(annotation)}
+        if isinstance(value, bool | str) and kinds & {int, float} and type(value) not in kinds:
+            given = "text" if isinstance(value, str) else "true or false"
+            raise PydanticCustomError("no_number", "expected a number, and this is {given}", {"given": given})
+        return value

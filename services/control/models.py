@@ -5,7 +5,7 @@ Times are unix seconds (`_at`) or durations (`_s`); shares are in 0 to 1; what h
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictFloat, StrictInt
 
 from common.control import MAX_REPLICAS
 from common.wire import DecidedState, FinishReason, ReplicaState, TicketKind
@@ -257,7 +257,7 @@ class SettingsAnswer(Answer):
 
 class SettingsChange(Demand):
     version: Whole | None = Field(None, description="Refused with 409 if another change has come in between.")
-    settings: dict[str, int | float | None] = Field(
+    settings: dict[str, StrictInt | StrictFloat | None] = Field(
         min_length=1, max_length=16, description="null: as configured again.", examples=[{"optimizer.lr": 1e-5}]
     )
 

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import jinja2
 import msgspec
 import redis
-import yaml
 
+from common.config import yaml_text
 from common.health import are_exact
 from common.keys import Keys
 from common.shown import ShownGroup, ShownRollout
@@ -59,7 +59,7 @@ def write_report(run: str, runs_folder: Path, output: Path | None, redis_url: st
     rows = _rows(folder / "metrics.jsonl")
     if not folder.is_dir() or not (rows or (folder / "config.yaml").exists()):
         raise ValueError(f"run {run!r}: there is nothing to report in {folder}")
-    config = _read(folder / "config.yaml", yaml.safe_load) or {}
+    config = _read(folder / "config.yaml", yaml_text.load) or {}
     held = _held(run, runs_folder, redis_url)
     path = output or folder / REPORT_FILE
     path.write_text(render(run, rows, config, _read(folder / "summary.json", json.loads), held, folder / "logs"))
@@ -149,7 +149,7 @@ def _rows(path: Path) -> list[Row]:
 
 
 def _read(path: Path, parse: Callable[[str], Any]) -> Row | None:
-    with suppress(OSError, ValueError, yaml.YAMLError):
+    with suppress(OSError, ValueError):
         found = parse(path.read_text())
         return found if isinstance(found, dict) else None
     return None

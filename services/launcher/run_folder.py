@@ -12,9 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import yaml
-
-from common.config import Recipe
+from common.config import Recipe, yaml_text
 
 LOCK_FILE = "lock"
 REDIS_URL_FILE = "redis-url"
@@ -103,5 +101,5 @@ def write_config(folder: Path, recipe: Recipe) -> Path:
     """The resolved configuration, without the Redis URL, which may hold a password."""
     path = folder / "config.yaml"
     settings = recipe.config.model_dump(mode="json", exclude={"redis_url"})
-    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    path.write_text(yaml_text.dump(settings))
     return path

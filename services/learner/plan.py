@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from pydantic import ValidationError
 
-from common.config import RunConfig
+from common.config import RunConfig, yaml_text
 from common.wire import Heartbeat
 from services.learner.advice import MAX_FACTOR, WINDOW_S, Advice, Adviser
 from services.learner.report import METRICS_FILE, Row, read_rows
@@ -143,7 +142,7 @@ def main() -> int:
     arguments = parser.parse_args()
     folder = arguments.runs_folder / arguments.run
     try:
-        config = RunConfig.model_validate(yaml.safe_load((folder / "config.yaml").read_text()))
+        config = RunConfig.model_validate(yaml_text.load((folder / "config.yaml").read_text()))
         rows = read_rows(folder / METRICS_FILE)
         measured = measured_in(rows, config)
         most = arguments.up_to or config.generation.max_replicas

@@ -4,8 +4,8 @@ from typing import Annotated, Any
 from urllib.parse import quote
 
 import typer
-import yaml
 
+from common.config import yaml_text
 from services.launcher.commands.options import (
     RUNS,
     STEER,
@@ -105,9 +105,8 @@ def _order(path: str, run: str | None, url: str | None, runs_folder: Any, as_jso
 def _change(text: str) -> tuple[str, int | float | None]:
     name, equals, given = text.partition("=")
     try:
-        value = None if given.strip() in (WITHDRAWN_SETTING, "null") else yaml.safe_load(given)
-        number = float(value) if isinstance(value, str) else value  # YAML 1.1 reads 1e-6 as text
-    except (ValueError, yaml.YAMLError):
+        number = None if given.strip() in (WITHDRAWN_SETTING, "null") else yaml_text.load(given)
+    except ValueError:
         number = given
     is_number = number is None or (isinstance(number, int | float) and not isinstance(number, bool))
     if not equals or not name.strip() or not is_number or not given.strip():
