@@ -34,6 +34,7 @@ from services.generation.publication import Published, bring
 from services.generation.sharing import Sharing, weights_router
 from services.learner.api import make_app
 from services.learner.orders import Switches
+from services.learner.snapshots import Snapshot
 from services.learner.version_writer import VersionWriter
 from services.learner.versions import places_above
 
@@ -100,7 +101,7 @@ def write_versions(root: Path, num_items: int) -> list[Published]:
     for version in range(1, NUM_DELTAS + 2):
         bits = before if version % 2 else after
         tensor = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
-        manifest = writer.write(version_folder(root, version), version, version, {"weights": tensor})
+        manifest = writer.write(version_folder(root, version), version, version, Snapshot({"weights": tensor}))
         found.append(Published(version, sha256_of(encode_manifest(manifest)), ""))
     return found
 

@@ -122,7 +122,7 @@ def changed_places(current: Bits, base: Bits) -> npt.NDArray[np.int64]:
 
 def _sent(method: Method, parts: list[Bytes], num_changed: int = 0) -> tuple[Patch, list[bytes]]:
     compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
-    frames = [compressor.compress(part.tobytes()) for part in parts]
+    frames = [compressor.compress(np.ascontiguousarray(part).data) for part in parts]  # `tobytes` holds Python's lock
     return Patch(method, num_changed, [len(frame) for frame in frames]), frames
 
 

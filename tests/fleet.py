@@ -17,6 +17,7 @@ from services.generation.fetching import Fetcher
 from services.generation.host_copy import HostCopy
 from services.generation.publication import Arrival, Published, bring
 from services.generation.sharing import Sharing, weights_router
+from services.learner.snapshots import Snapshot
 from services.learner.version_writer import VersionWriter
 from tests.fake_sglang import ScriptedServer, in_a_thread
 
@@ -41,7 +42,8 @@ class Versions:
         version = len(self.manifests) + 1
         self._bits += (torch.rand(self._bits.shape, generator=self._generator) < self.share).to(torch.int16)
         self.tensors = {"w": self._bits.view(torch.bfloat16).clone(), "bias": torch.full((3,), float(version))}
-        self.manifests.append(self.writer.write(version_folder(self.root, version), version, version, self.tensors))
+        weights = Snapshot(self.tensors)
+        self.manifests.append(self.writer.write(version_folder(self.root, version), version, version, weights))
         return version
 
     def published(self, url: str, version: int | None = None) -> Published:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from common.keys import Keys
 from services.learner.best import BEST, FRAME, NEXT, Best, best_folder, best_of
 from services.learner.export import export
+from services.learner.snapshots import Snapshots
 from services.learner.store import Fenced
 from services.learner.version_writer import VersionWriter
 from tests.replaying import STEPS, end, make_recording, take_up
@@ -108,15 +109,19 @@ def test_the_weights_are_those_of_the_version_however_late_they_are_written(tmp_
     """The next versions are published while the file is being written."""
     from safetensors.torch import load_file
 
-    writer = VersionWriter("epoch-1")
-    writer.write(tmp_path / "v1", 1, 0, {"a": torch.full((3,), 1.0), "b": torch.arange(4.0)})
+    writer, snapshots = VersionWriter("epoch-1"), Snapshots()
+    parameters = {"a": torch.full((3,), 1.0), "b": torch.arange(4.0)}
+    writer.write(tmp_path / "v1", 1, 0, snapshots.take(parameters))
     copy_of_first = writer.copy_of_newest()
-    writer.write(tmp_path / "v2", 2, 1, {"a": torch.full((3,), 2.0), "b": torch.arange(4.0) + 1})
+    for version in (2, 3):
+        parameters["a"] += 1
+        parameters["b"] += 1
+        writer.write(tmp_path / f"v{version}", version, version - 1, snapshots.take(parameters))
     copy_of_first(tmp_path / "first.safetensors")
-    writer.copy_of_newest()(tmp_path / "second.safetensors")
-    first, second = load_file(tmp_path / "first.safetensors"), load_file(tmp_path / "second.safetensors")
+    writer.copy_of_newest()(tmp_path / "third.safetensors")
+    first, third = load_file(tmp_path / "first.safetensors"), load_file(tmp_path / "third.safetensors")
     assert first["a"].tolist() == [1.0] * 3 and first["b"].tolist() == [0, 1, 2, 3]
-    assert second["a"].tolist() == [2.0] * 3 and second["b"].tolist() == [1, 2, 3, 4]
+    assert third["a"].tolist() == [3.0] * 3 and third["b"].tolist() == [2, 3, 4, 5]
 
 
 def logits(folder: Path) -> torch.Tensor:
@@ -134,15 +139,16 @@ def test_what_is_exported_is_the_policy_that_was_asked_for(client: redis.Redis, 
     loop = take_up(run, client, keys, make_recording(tmp_path / "recording.msgpack"))
     with pytest.raises(ValueError, match="has not kept a policy; there are no checkpoints yet"):
         export(run, tmp_path / "out")
-    take = loop.intake.mark_trained
+    publish = loop._publish
 
-    def mark(batch):  # type: ignore[no-untyped-def]
-        take(batch)
+    def publish_and_set_aside(num_groups: int = 0) -> None:
+        publish(num_groups)
         if loop.progress.step == 2:
+            loop.publisher.wait()
             loop.trainer.policy.model.save_pretrained(tmp_path / "two")
             loop.evaluations.best.set_aside(2, loop.versions.current, loop.versions.copy_of_newest())
 
-    loop.intake.mark_trained = mark  # type: ignore[method-assign]
+    loop._publish = publish_and_set_aside  # type: ignore[method-assign]
     assert loop.run()
     assert loop.evaluations.best.decide(0.5)
     loop.trainer.policy.model.save_pretrained(tmp_path / "last")

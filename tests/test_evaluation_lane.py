@@ -126,7 +126,7 @@ def test_the_best_step_is_named_though_training_has_gone_on(
 def test_a_version_is_not_evaluated_twice(replica: Replica, client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
     """Its tickets exist already: a second evaluation would wait for ever."""
     loop = take_up(tmp_path, client, keys, None, *SETTINGS, "learner.steps=3")
-    loop._publish()
+    loop.publish_first()
     loop.evaluations.begin()
     assert loop.evaluations.best.decide(0.5)
     loop.intake._evaluation = None
@@ -134,6 +134,6 @@ def test_a_version_is_not_evaluated_twice(replica: Replica, client: redis.Redis,
     loop._evaluate_if_due()
     assert not loop.intake.is_evaluating
     loop._publish()
-    loop._evaluate_if_due()
+    loop.publisher.wait()
     assert loop.intake.is_evaluating and not loop.evaluations.is_due
     end(loop)

@@ -79,7 +79,8 @@ class Harness:
         self.versions = {1: 0}
         self.source = TicketSource(config, task or Counting(), PlainTokenizer(), [1], Cursor(0, 0))
         self.intake = self.take_up(config, recorded=[])
-        self.intake.advance(0, 1)
+        self.intake.advance(0)
+        self.intake.announced(1)
 
     def take_up(self, config: RunConfig, recorded: list[Settlement]) -> Intake:
         return Intake(config, self.store, self.source, self.versions, lambda: LIMITS, recorded, Switches())
@@ -117,8 +118,11 @@ def test_admission_counts_open_tickets_and_groups_not_yet_trained(client: redis.
     harness.turn()
     assert harness.outstanding() == [], "a batch in training still counts"
     harness.versions[2] = 1
-    harness.intake.advance(1, 2)
+    harness.intake.advance(1)
     harness.intake.mark_trained(batch)
+    harness.turn()
+    assert harness.outstanding() == [], "and while its version is on its way"
+    harness.intake.announced(2, len(batch))
     harness.turn()
     assert harness.outstanding() == ["0-8", "0-9", "0-10", "0-11"]
     ((_, fields), *_) = client.xrange(keys.tickets)
@@ -150,6 +154,7 @@ def test_tickets_are_issued_as_soon_as_a_step_has_made_room(
     assert waiting.wait(10.0)
     assert harness.outstanding() == []
     harness.intake.mark_trained(batch)
+    harness.intake.announced(2, len(batch))
     turn.join(10.0)
     assert harness.outstanding() == ["0-4", "0-5", "0-6", "0-7"]
 
@@ -192,7 +197,8 @@ def test_stale_groups_are_dropped_at_packing_and_their_prompt_comes_once_more(cl
     harness.answer(keys.tickets)
     harness.turn()
     harness.versions[2] = 2
-    harness.intake.advance(2, 2)
+    harness.intake.advance(2)
+    harness.intake.announced(2)
     assert harness.intake.take_batch(0.0, never) is None
     assert harness.intake.books.counts["stale"] == 8
     harness.turn()
@@ -209,7 +215,8 @@ def test_stale_policy_train_keeps_them(client: redis.Redis, keys: Keys) -> None:
     harness.turn()
     harness.answer(keys.tickets)
     harness.turn()
-    harness.intake.advance(9, 1)
+    harness.intake.advance(9)
+    harness.intake.announced(1)
     batch = harness.intake.take_batch(1.0, never)
     assert batch is not None and {arrived.staleness.total for arrived in batch} == {9}
 
@@ -330,7 +337,8 @@ def test_a_restarted_intake_skips_what_the_checkpoint_recorded_and_takes_the_res
 
     second = Harness(client, keys, make_config())
     second.intake = second.take_up(make_config(), recorded)
-    second.intake.advance(1, 1)
+    second.intake.advance(1)
+    second.intake.announced(1)
     second.intake.start()
     again = second.intake.take_batch(5.0, never)
     second.intake.stop()
@@ -388,7 +396,8 @@ def test_a_change_of_temperature_reaches_tickets_that_are_issued_from_now_on(cli
     harness.turn()
     harness.intake.configure(with_settings(make_config(), {"sampling.temperature": 0.5}))
     harness.versions[2] = 2
-    harness.intake.advance(2, 2)
+    harness.intake.advance(2)
+    harness.intake.announced(2)
     assert harness.intake.take_batch(0.0, never) is None
     harness.turn()
     tickets = [decode_ticket(fields[b"ticket"]) for _, fields in client.xrange(keys.tickets)]
@@ -409,7 +418,8 @@ def test_admission_is_by_the_mean_staleness_asked_for(
     harness.answer(keys.tickets)
     harness.turn()
     harness.versions[2] = 1
-    harness.intake.advance(1, 2)
+    harness.intake.advance(1)
+    harness.intake.announced(2)
     assert harness.intake.take_batch(0.0, never) is not None
     assert harness.intake.books.counts["stale"] == 0
 
@@ -420,7 +430,8 @@ def test_a_lower_max_staleness_admits_less_and_drops_more(client: redis.Redis, k
     harness.answer(keys.tickets)
     harness.turn()
     harness.versions[2] = 1
-    harness.intake.advance(1, 2)
+    harness.intake.advance(1)
+    harness.intake.announced(2)
     harness.intake.configure(with_settings(make_config(), {"learner.max_staleness": 0}))
     assert harness.intake.take_batch(0.0, never) is None
     assert harness.intake.books.counts["stale"] == 8

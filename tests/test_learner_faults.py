@@ -44,15 +44,15 @@ def loop(recording: Path, client: redis.Redis, keys: Keys, tmp_path: Path) -> It
 
 def after_step(loop: Loop, number: int, act: Any) -> None:
     """Does `act` between that step's publication and its record."""
-    publish = loop.versions.publish
+    publish = loop._publish
 
-    def publish_and_act(tensors: Any, step: int) -> Any:
-        manifest = publish(tensors, step)
-        if step == number:
+    def publish_and_act(num_groups: int = 0) -> None:
+        publish(num_groups)
+        loop.publisher.wait()
+        if loop.progress.step == number:
             act()
-        return manifest
 
-    loop.versions.publish = publish_and_act  # type: ignore[method-assign]
+    loop._publish = publish_and_act  # type: ignore[method-assign]
 
 
 def test_a_full_disk_is_waited_for_and_nothing_is_lost(

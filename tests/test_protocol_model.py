@@ -25,6 +25,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -50,10 +51,11 @@ from common.keys import TICKET_GROUP, Keys
 from common.ledger import Mark, TicketName, parse_mark, parse_name
 from common.redis_client import connect, connect_async
 from common.waiting import Waits
-from common.wire import Group, TicketState, Timings, encode
+from common.weights import MANIFEST_FILE, decode_manifest, version_folder
+from common.wire import Group, TicketState, Timings, decode_ticket, encode
 from services.generation import tickets
 from services.generation.tickets import Lease, TicketStore
-from services.learner import assembly, intake, leading, scripts, state_files, versions
+from services.learner import assembly, intake, leading, publishing, scripts, state_files, versions
 from services.learner.audit import audit
 from services.learner.checkpoint import NUM_KEPT
 from services.learner.checkpoint_record import RECORD_FILE, checkpoint_folders, read_record
@@ -93,7 +95,7 @@ HOMES = {"open": WORK, "queued": ANSWERS, "dead": ("dead", "dead")}
 KINDS = ["mixed", "mixed", "mixed", "uniform", "old", "future", "fail", "hand back"]
 """What a replica does with a ticket; a group of a future version is refused by the learner."""
 JUNK = [{"id": "9-99", "group": "?"}, {"id": "x", "ticket": "?"}, {"unheard": "of"}]
-NUM_COMMANDS = {"turn": 4, "step": 7, "look": 4, "evaluate": 1, "checkpoint": 3}
+NUM_COMMANDS = {"turn": 4, "step": 9, "publish": 2, "look": 4, "evaluate": 1, "checkpoint": 3}
 """About how many a learner sends."""
 ANY_FAULT = faults(30, "before", "after", "twice", "full")
 LEARNER_FAULT = faults(12, "before", "after", "twice", "full", "frozen")
@@ -161,6 +163,33 @@ class Stepwise(Loop):
         return self.intake.take_batch(0.0, lambda: True)
 
 
+class Later:
+    """In place of a thread: what it is given is done when somebody waits for it."""
+
+    def __init__(self, **_: object) -> None: ...
+    def submit(self, *given: Any) -> "Task":
+        return Task(*given)
+
+
+class Task:
+    def __init__(self, act: Callable[..., object], *given: object) -> None:
+        self._act: Callable[[], object] | None = partial(act, *given)
+        self._failure: BaseException | None = None
+
+    def done(self) -> bool:
+        return self._act is None
+
+    def result(self, _: float | None = None) -> None:
+        act, self._act = self._act, None
+        try:
+            if act is not None:
+                act()
+        except BaseException as error:  # noqa: BLE001 - as a future keeps it
+            self._failure = error
+        if self._failure is not None:
+            raise self._failure
+
+
 class Nobody:
     """Is told of new versions."""
 
@@ -216,6 +245,7 @@ def server(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         (assembly, "load_tokenizer", lambda path: Tokenizer()),
         (assembly, "Loop", Stepwise),
         (versions, "ThreadPoolExecutor", Nobody),
+        (publishing, "ThreadPoolExecutor", Later),
         (versions, "httpx", SimpleNamespace(Client=Nobody)),
         (versions, "fsync_path", lambda path: None),
         (durable, "fsync_path", lambda path: None),
@@ -257,6 +287,8 @@ class Protocol(RuleBasedStateMachine):
         self.groups: dict[tuple[str, str], tuple[str, Group]] = {}
         """Every group ever committed, with its kind, by ticket and entry: two streams may have an entry of one id."""
         self.planted: set[str] = set()
+        self.announced = 0
+        """The highest version."""
         self.is_lost = self.was_lost = False
         """Redis; `is_lost` until a learner has taken up the run again."""
         self.safe_until = 0
@@ -373,6 +405,7 @@ class Protocol(RuleBasedStateMachine):
                 assert kept, f"{name} is {mark}, and no checkpoint says so"
                 for folder in kept:
                     assert self._line(folder).states.get(name) == mark.state, f"{name} is {mark}, not so in {folder}"
+        self._check_versions(streams[STREAMS.index("tickets")] + streams[STREAMS.index("eval")])
         self._check_numbers(int(epoch or 0) * NUM_PROMPTS + int(place or 0))
         found = audit(self.client, self.keys, self.folder)
         assert not [one for one in found.violations if not (one[0] in copied and one[1].endswith("as well"))]
@@ -410,6 +443,23 @@ class Protocol(RuleBasedStateMachine):
                 copied |= {entries[entry].get(b"id", b"?").decode() for entry in foreign}
         assert not pending, f"leased, and gone: {pending}"
         return copied
+
+    def _check_versions(self, tickets: Sequence[tuple[bytes, dict[bytes, bytes]]]) -> None:
+        """What is announced is there, and no ticket asks for what is not announced."""
+        found = {name.decode(): value.decode() for name, value in self.client.hgetall(self.keys.weights).items()}
+        if not found:  # of Redis' second life
+            assert self.was_lost or self.life is None
+            return
+        version, folder = int(found["version"]), Path(found["folder"])
+        assert version >= self.announced, "versions only grow"
+        self.announced = version
+        if folder.exists():  # else another learner has taken up the run
+            manifest = (version_folder(folder, version) / MANIFEST_FILE).read_bytes()
+            assert decode_manifest(manifest, found["sha256"]).version == version
+        pointed = {mark.entry_id for mark in self.marks.values() if mark.state == "open"}
+        for entry, fields in tickets:
+            if entry.decode() in pointed and entry.decode() not in self.planted:
+                assert decode_ticket(fields[b"ticket"]).min_weight_version <= version
 
     def _check_numbers(self, count: int) -> None:
         """The first `count` tickets of the data, and one replacement of every stale one, are somewhere."""
@@ -459,7 +509,7 @@ class Protocol(RuleBasedStateMachine):
                 loop, _ = assembly.assemble(
                     CONFIG, self.folder, "", client, self.keys, "http://x", task, Switches(), Waits()
                 )
-                loop._publish()
+                loop.publish_first()
                 loop.intake.take_up()
         except (Crash, redis.OutOfMemoryError):
             return
@@ -508,10 +558,13 @@ class Protocol(RuleBasedStateMachine):
             loop.intake.look_around()
         elif name == "step":
             loop._take_step()
+        elif name == "publish":
+            loop.publisher.wait()
         elif name == "checkpoint":
             loop._checkpoint()
-        elif not loop.intake.is_evaluating and f"eval-{loop.versions.current}-0" not in self.marks:
-            loop.evaluations.begin()
+        else:
+            loop.evaluations.is_due = True
+            loop._begin_evaluation_if_due()
 
     def _as_replica(self, act: Coroutine[Any, Any, Any], fault: Fault | None) -> Any:
         """None if it dies of it."""

@@ -1,7 +1,7 @@
 """Publishing a version: durable files, a growing number, a manifest that the bytes must match, over plain HTTP."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from common.weights import (
     DELTA_FILE,
     MANIFEST_FILE,
     MODEL_FILE,
+    Manifest,
     WeightsError,
     decode_manifest,
     sha256_of,
@@ -35,6 +36,10 @@ def make_versions(root: Path, client: redis.Redis, keys: Keys) -> Versions:
     return Versions(root, LearnerStore(client, keys), "http://127.0.0.1:1", "token")
 
 
+def publish(versions: Versions, weights: Mapping[str, torch.Tensor], step: int) -> Manifest:
+    return versions.publish(versions.copy(weights), step)
+
+
 def tensors(value: float) -> dict[str, torch.Tensor]:
     return {"a": torch.full((3, 2), value), "b": torch.full((4,), value, dtype=torch.bfloat16)}
 
@@ -43,8 +48,8 @@ def test_a_version_is_announced_with_the_digest_of_its_manifest(
     tmp_path: Path, client: redis.Redis, keys: Keys
 ) -> None:
     versions = make_versions(tmp_path, client, keys)
-    versions.publish(tensors(1.0), step=0)
-    manifest = versions.publish(tensors(2.0), step=1)
+    publish(versions, tensors(1.0), 0)
+    manifest = publish(versions, tensors(2.0), 1)
     versions.close()
     announced = {key.decode(): value.decode() for key, value in client.hgetall(keys.weights).items()}
     payload = (version_folder(versions.root, 2) / "manifest.json").read_bytes()
@@ -59,7 +64,7 @@ def test_a_version_is_announced_with_the_digest_of_its_manifest(
 def test_an_anchor_is_an_ordinary_safetensors_file(tmp_path: Path, client: redis.Redis, keys: Keys) -> None:
     versions = make_versions(tmp_path, client, keys)
     published = tensors(1.5) | {"half": torch.ones(2, 1, dtype=torch.float16), "empty": torch.empty(0, 3)}
-    assert versions.publish(published, 0).has_model
+    assert publish(versions, published, 0).has_model
     versions.close()
     loaded = load_file(version_folder(versions.root, 1) / MODEL_FILE)
     assert loaded.keys() == published.keys()
@@ -81,7 +86,7 @@ def test_small_steps_travel_as_deltas_with_an_anchor_now_and_then(
 ) -> None:
     monkeypatch.setattr("services.learner.version_writer.MAX_CHAIN", 3)
     versions = make_versions(tmp_path, client, keys)
-    manifests = [versions.publish(step, index) for index, step in enumerate(small_steps(10))]
+    manifests = [publish(versions, step, index) for index, step in enumerate(small_steps(10))]
     versions.close()
     assert [manifest.has_model for manifest in manifests] == [True, False, False, False] * 2 + [True, False]
     deltas = [manifest.delta for manifest in manifests[1:]]
@@ -96,25 +101,25 @@ def test_large_steps_travel_as_anchors(tmp_path: Path, client: redis.Redis, keys
     generator = torch.Generator().manual_seed(0)
     for step in range(4):
         bits = torch.randint(-(2**31), 2**31 - 1, (1000,), dtype=torch.int32, generator=generator)
-        manifest = versions.publish({"a": bits.view(torch.float32)}, step)
+        manifest = publish(versions, {"a": bits.view(torch.float32)}, step)
         assert manifest.has_model and manifest.delta is None
         assert not (version_folder(versions.root, manifest.version) / DELTA_FILE).exists()
     versions.close()
     assert sorted(stored_versions(versions.root)) == [3, 4]
 
 
-def test_a_disk_that_refused_costs_an_anchor(
+def test_a_disk_that_refused_costs_nothing_more(
     tmp_path: Path, client: redis.Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     versions = make_versions(tmp_path, client, keys)
     steps = small_steps(4)
-    versions.publish(next(steps), 0)
+    publish(versions, next(steps), 0)
     with monkeypatch.context() as patch:
         patch.setattr("services.learner.version_writer.move_into_place", refuse)
         with pytest.raises(OSError, match="No space"):
-            versions.publish(next(steps), 1)
-    assert versions.publish(next(steps), 2).has_model, "what the failed one would have been is no base"
-    assert versions.publish(next(steps), 3).delta is not None
+            publish(versions, next(steps), 1)
+    manifest = publish(versions, next(steps), 2)
+    assert manifest.delta is not None and manifest.delta.base == 1, "what the failed one would have been is no base"
     versions.close()
 
 
@@ -128,9 +133,9 @@ def test_a_version_does_not_change_with_the_weights_that_it_was_made_of(
     """The learner's tensors are its parameters, which the next step writes over."""
     versions = make_versions(tmp_path, client, keys)
     parameter = torch.zeros(1000)
-    versions.publish({"a": parameter}, 0)
+    publish(versions, {"a": parameter}, 0)
     parameter[:3] = 1.0
-    manifest = versions.publish({"a": parameter}, 1)
+    manifest = publish(versions, {"a": parameter}, 1)
     versions.close()
     assert manifest.delta is not None and manifest.delta.patches["a"].num_changed == 3
 
@@ -143,14 +148,14 @@ def test_versions_grow_over_restarts_and_over_what_replicas_serve(
     tmp_path: Path, client: redis.Redis, keys: Keys
 ) -> None:
     first = make_versions(tmp_path, client, keys)
-    first.publish(tensors(1.0), 0)
+    publish(first, tensors(1.0), 0)
     first.close()
     second = make_versions(tmp_path, client, keys)
-    assert second.publish(tensors(1.0), 0).version == 2
+    assert publish(second, tensors(1.0), 0).version == 2
     second.close()
     client.set(keys.replica("r"), encode(Heartbeat("r", "http://127.0.0.1:1", "running", "", 40, 0, 0, 0, 0.0, 1.0)))
     third = make_versions(tmp_path, client, keys)
-    assert third.publish(tensors(1.0), 0).version == 41
+    assert publish(third, tensors(1.0), 0).version == 41
     third.close()
     assert (third.root / "VERSION").read_text() == "41"
     assert [folder.name for folder in tmp_path.iterdir()] == [third.root.name], "a start clears away what came before"
@@ -160,7 +165,7 @@ def test_a_fenced_learner_announces_nothing(tmp_path: Path, client: redis.Redis,
     older = make_versions(tmp_path, client, keys)
     LearnerStore(client, keys)
     with pytest.raises(Fenced):
-        older.publish(tensors(1.0), 0)
+        publish(older, tensors(1.0), 0)
     older.close()
     assert not client.exists(keys.weights)
 
@@ -192,8 +197,8 @@ def test_a_manifest_of_impossible_tensors_is_refused(
     tmp_path: Path, client: redis.Redis, keys: Keys, change: Callable[[Json], object], problem: str
 ) -> None:
     versions = make_versions(tmp_path, client, keys)
-    versions.publish(tensors(1.0), 0)
-    versions.publish(tensors(2.0), 1)
+    publish(versions, tensors(1.0), 0)
+    publish(versions, tensors(2.0), 1)
     versions.close()
     payload = (version_folder(versions.root, 2) / MANIFEST_FILE).read_bytes()
     decode_manifest(payload, sha256_of(payload))
@@ -210,7 +215,7 @@ def test_the_learner_serves_versions_and_obeys_only_with_the_token(
     tmp_path: Path, client: redis.Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     versions = make_versions(tmp_path, client, keys)
-    manifest = versions.publish(tensors(1.0), 0)
+    manifest = publish(versions, tensors(1.0), 0)
     versions.close()
     switches, sock = Switches(), listen("127.0.0.1", 0)
     app = make_app(versions.root, lambda: {"paused": switches.paused.is_set()}, switches, "secret")

@@ -73,7 +73,7 @@ class Learner:
         self.store = LearnerStore(client, keys)
         limits = Limits(512, size.num_rollouts, 2, 2048, 1)
         self.intake = Intake(self.config, self.store, NoTickets(), {1: 0}, lambda: limits, [], Switches())
-        self.intake.advance(0, 1)
+        self.intake.announced(1)
         self.num_steps = self.num_trained = 0
 
     def turn(self) -> None:
@@ -84,6 +84,7 @@ class Learner:
         """All whole batches that are there."""
         while batch := self.intake.take_batch(0.0, lambda: True):
             self.intake.mark_trained(batch)
+            self.intake.announced(1, len(batch))
             self.num_trained += len(batch)
             self.num_steps += 1
             if self.num_steps % self.config.learner.checkpoint_interval_steps == 0:

@@ -157,6 +157,7 @@ def _learn(
             is_complete = loop.run()
         except Fenced as error:
             _log.error("%s", error)
+            loop.switches.stop.set()  # nothing is retried any more
             return 3
         except Starved as error:
             _log.error("%s", error)

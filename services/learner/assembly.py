@@ -129,7 +129,7 @@ def assemble(
     best = Best(folder, store.epoch, store.check_fence)
     parts = (store, trainer, intake, versions, switches, progress, waits)
     telling = Telling(*parts, adviser, metrics, trackers, TokenTexts(tokenizer), in_force)
-    evaluations = Evaluations(intake, versions, progress, best, telling)
+    evaluations = Evaluations(intake, versions, best, telling)
     return Loop(in_force, folder / "checkpoints", *parts, telling, evaluations), tokenizer
 
 

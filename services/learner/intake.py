@@ -2,7 +2,8 @@
 
 A thread of its own, so that admission and dynamic sampling go on while a step computes. Admission:
 open tickets + groups not yet consumed <= (max_mean_staleness + 1) * groups_per_step, where a group is consumed when
-it is trained (its step is over), uniform or stale. The check of max_staleness at packing is what bounds its maximum.
+it is trained (its step is over: its version is announced), uniform or stale. The check of max_staleness at packing is
+what bounds its maximum.
 A group is taken in only if the ledger points to its entry, so that no copy is ever trained.
 """
 
@@ -87,6 +88,8 @@ class Intake:
         self._limits = limits
         self._max_arrived = 0
         self._step = self._version = 0
+        self._num_in_training = 0
+        """Groups that are trained, and whose version is not announced yet."""
         self._sampled_rewards: list[float] = []
         self._arrived: deque[Arrived] = deque()
         self._evaluation: Evaluation | None = None
@@ -122,12 +125,20 @@ class Intake:
         if self._thread.is_alive():
             self._thread.join()
 
-    def advance(self, step: int, version: int) -> None:
-        """The learner has completed `step` steps and published `version`."""
+    def advance(self, step: int) -> None:
+        """The learner has trained `step` steps."""
         with self._changed:
-            self._step, self._version = step, version
+            self._step = step
             self._arrived = deque(one._replace(staleness=self._staleness(one.group)) for one in self._arrived)
             self._sample.begin("trained", "uniform", "stale")
+
+    def announced(self, version: int, num_groups: int = 0) -> None:
+        """Replicas can find `version`; the step that made it is over, and with it the training of `num_groups`: further
+        tickets may be issued at once, and ask for it."""
+        with self._changed:
+            self._version = version
+            self._num_in_training -= num_groups
+            self._make_room()
 
     def take_batch(self, timeout_s: float, is_interrupted: Callable[[], bool]) -> list[Arrived] | None:
         """`groups_per_step` fresh groups, or None when interrupted or after `timeout_s` seconds."""
@@ -144,11 +155,12 @@ class Intake:
                 self._changed.wait(READ_BLOCK_S)
 
     def mark_trained(self, batch: list[Arrived]) -> None:
+        """The weights have seen them; what is admitted in their place waits for `announced`."""
         with self._changed:
+            self._num_in_training += len(batch)
             for arrived in batch:
                 self.books.consume(arrived.entry, arrived.group, "trained")
                 self._sample.add(arrived.group, "trained", self._step, arrived.staleness.total)
-            self._make_room()
             _tell("trained", [arrived.entry.ticket_id for arrived in batch], step=self._step)
 
     def take_sampled_rewards(self) -> list[float]:
@@ -272,6 +284,7 @@ class Intake:
                 self.config.learner.max_outstanding_groups
                 - look.open_tickets
                 - (look.in_stream - self.books.num_kept(self.store.keys.groups))
+                - self._num_in_training
             )
             self._is_all_here = room <= 0 and look.open_tickets == 0
             if room > 0 and self.is_admitting and not self.switches.paused.is_set():

@@ -1,9 +1,9 @@
 """The learner's loop, top to bottom: take a batch, take a step, publish, checkpoint, evaluate.
 
-Guarantees: a group is trained once and counted in one state; a version is announced only after its files are
-durable; a stop leaves a checkpoint from which the next start goes on; every wait has a deadline and a typed reason,
-and while nothing can be done the learner keeps Redis small by a checkpoint. What is ordered is obeyed between steps and
-while the learner waits.
+Guarantees: a group is trained once and counted in one state; versions are announced in their order, each only after
+its files are durable, while the next step runs; a stop leaves a checkpoint from which the next start goes on; every
+wait has a deadline and a typed reason, and while nothing can be done the learner keeps Redis small by a checkpoint.
+What is ordered is obeyed between steps and while the learner waits.
 """
 
 import logging
@@ -22,6 +22,7 @@ from services.learner.intake import Arrived, Intake
 from services.learner.orders import Switches
 from services.learner.patience import Patience
 from services.learner.progress import Progress
+from services.learner.publishing import Publisher
 from services.learner.store import LearnerStore
 from services.learner.telling import Telling
 from services.learner.trainer import Trainer
@@ -59,6 +60,7 @@ class Loop:
         """What was asked for once before this start counts as obeyed."""
         self._obeyed = self.intake.sight.orders
         self.patience = Patience(self.waits, self.intake, self.switches, self.in_force)
+        self.publisher = Publisher(self.versions, self.patience, self.switches)
 
     @property
     def config(self) -> RunConfig:
@@ -67,7 +69,7 @@ class Loop:
 
     def run(self) -> bool:
         """Until the last step, or until told to stop; True if the run is complete."""
-        self._publish()
+        self.publish_first()
         if not self.intake.source.is_recording:
             self._wait_for_replica()
         self.progress.started = time.monotonic()
@@ -82,11 +84,19 @@ class Loop:
             else:
                 self._take_step()
         self.intake.is_admitting = False
+        if not self.switches.stop.is_set():
+            self.publisher.wait()
         is_complete = not self.switches.stop.is_set() and self._evaluate_and_wait()
         self._checkpoint_at_last()
         self.has_ended()
         self.telling.phase("finished" if is_complete else "stopped")
         return is_complete
+
+    def publish_first(self) -> None:
+        """The weights that this life begins with; returns when replicas can find them."""
+        self.intake.advance(self.progress.step)
+        self._publish()
+        self.publisher.wait()
 
     def has_ended(self) -> None:
         """An order to stop has been obeyed, or is met by a run that is complete."""
@@ -120,8 +130,9 @@ class Loop:
         row = self.trainer.train([arrived.group for arrived in batch], self.progress.step, self.intake.version_steps)
         trained = time.monotonic()
         self.progress.step += 1
-        self._publish()
+        self.intake.advance(self.progress.step)
         self.intake.mark_trained(batch)
+        self._publish(len(batch))
         published = time.monotonic()
         self.telling.groups()
         timings = {"wait_s": waited - started, "publish_s": published - trained, "step_s": published - started}
@@ -154,14 +165,19 @@ class Loop:
         self.patience.has_groups(Reason.STARVED)
         return None
 
-    def _publish(self) -> None:
-        self.versions.publish(self.trainer.policy.tensors(), self.progress.step)
-        self.intake.advance(self.progress.step, self.versions.current)
+    def _publish(self, num_groups: int = 0) -> None:
+        """Returns when the weights are copied, which the last `num_groups` trained."""
+
+        def announced(version: int) -> None:
+            self.intake.announced(version, num_groups)
+            self._begin_evaluation_if_due()
+
+        self.publisher.begin(self.trainer.policy.tensors(), self.progress.step, announced)
 
     def _checkpoint(self) -> None:
         """If the disk refuses, the ones before stand, the run goes on, and it is tried again after the next step."""
         consumed = self.intake.consumed()
-        steps = self.versions.steps
+        steps = dict(self.versions.steps)  # to which the publisher adds
         record = Record(
             epoch=self.store.epoch,
             step=self.progress.step,
@@ -235,8 +251,13 @@ class Loop:
             self.telling.guard(kind, reason, state.notch)
 
     def _evaluate_if_due(self) -> None:
+        self.publisher.check()
         self.evaluations.collect()
-        if not self.is_at_last_step and not self.intake.source.is_recording:
+        self._begin_evaluation_if_due()
+
+    def _begin_evaluation_if_due(self) -> None:
+        is_ending = self.is_at_last_step or self.switches.stop.is_set()
+        if not is_ending and not self.intake.source.is_recording:
             self.evaluations.begin_if_due()
 
     def _evaluate_and_wait(self) -> bool:
@@ -272,6 +293,7 @@ class Loop:
             self.waits.waiting(Reason.PAUSED)
             self.telling.groups()
             self._obey()
+            self.publisher.check()
             self.evaluations.collect()
         self.waits.over(Reason.PAUSED)
 
@@ -280,6 +302,7 @@ class Loop:
 
     def close(self) -> None:
         self.intake.stop()
+        self.publisher.close()
         self.versions.close()
         self.evaluations.best.close()
         self.telling.close()

@@ -22,7 +22,7 @@ from services.learner.packing import MicroBatch
 from services.learner.prompt_sharing import Places, check_shares_prompts, places
 from services.learner.ranks import Ranks
 from services.learner.sharding import shard
-from services.learner.version_writer import Weight
+from services.learner.snapshots import Weight
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

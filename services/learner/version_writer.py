@@ -1,14 +1,17 @@
 """Writes the files of weight versions: deltas against the version before, and an anchor now and then.
 
-The learner keeps a copy of what it published last in host memory; only one tensor more is in memory while a version is
-written. An anchor is written when the deltas since the last one would cost a joiner as many bytes as the model, or are
-many, or when a delta would not pay.
+The copy of what was published last stays in host memory, beside the one that is being written. An anchor is written
+when the deltas since the last one would cost a joiner as many bytes as the model, or are many, or when a delta would
+not pay. Tensors are hashed and encoded by several threads, which hold Python's lock for moments only.
 """
 
+import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, TypeVar
 
 import torch
 from blake3 import blake3
@@ -29,74 +32,80 @@ from common.weights import (
     model_layout,
     sha256_of,
 )
+from services.learner.snapshots import Snapshot
 
 MAX_CHAIN = 32
 """Deltas between two anchors."""
 LARGEST_DELTA = 0.9
 """Share of the model's bytes above which a delta does not pay."""
+MAX_THREADS = 8
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
-class Weight(Protocol):
-    """A tensor, or what stands for one until `detach` makes it whole."""
+class _Encoded(NamedTuple):
+    """A tensor, described, and what changes the base's into it."""
 
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def shape(self) -> torch.Size: ...
-    def detach(self) -> Tensor: ...
+    name: str
+    entry: TensorEntry
+    patch: Patch
+    frames: list[bytes]
 
 
 class VersionWriter:
-    """Writes version after version of the same tensors."""
+    """Writes version after version of the same tensors, by `num_threads` threads (default: half of the cores, eight at
+    most)."""
 
-    def __init__(self, lineage: str) -> None:
+    def __init__(self, lineage: str, num_threads: int | None = None) -> None:
         self.lineage = lineage
-        self._newest: Manifest | None = None
-        self._content: dict[str, Bytes] = {}
-        """The bytes of the newest version's tensors."""
+        self.num_threads = num_threads or min(MAX_THREADS, max(1, len(os.sched_getaffinity(0)) // 2))
+        self._newest: tuple[Manifest, Snapshot] | None = None
         self._chain_bytes: list[int] = []
         """Of each delta since the newest anchor."""
 
-    def write(self, folder: Path, version: int, step: int, tensors: Mapping[str, Weight]) -> Manifest:
-        """Returns when `folder` has the version, durably. Raises `OSError` if the disk refuses; the next version is
-        then an anchor without a base."""
-        base, self._newest = self._newest, None
+    def write(self, folder: Path, version: int, step: int, weights: Snapshot) -> Manifest:
+        """Returns when `folder` has the version, durably. Raises `OSError` if the disk refuses; the version before is
+        then the base of the next."""
         aside = folder.with_name("aside")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-        entries, delta = self._write_delta(aside / DELTA_FILE, tensors, base)
+        entries, delta = self._write_delta(aside / DELTA_FILE, weights)
         manifest = Manifest(version, step, self.lineage, entries, has_model=self._is_anchor_due(delta, entries))
         if delta is not None and delta.num_bytes <= LARGEST_DELTA * manifest.num_model_bytes:
             manifest = Manifest(version, step, self.lineage, entries, manifest.has_model, delta)
         else:
             (aside / DELTA_FILE).unlink()
         if manifest.has_model:
-            _write_model(aside / MODEL_FILE, entries, self._content)
+            _write_model(aside / MODEL_FILE, entries, weights)
         (aside / MANIFEST_FILE).write_bytes(encode_manifest(manifest))
         move_into_place(aside, folder)
         self._chain_bytes = [] if manifest.has_model or delta is None else [*self._chain_bytes, delta.num_bytes]
-        self._newest = manifest
+        self._newest = manifest, weights
         return manifest
 
-    def _write_delta(
-        self, path: Path, tensors: Mapping[str, Weight], base: Manifest | None
-    ) -> tuple[dict[str, TensorEntry], Delta | None]:
-        """Every tensor on its way into `_content`: described, and what changes the base into it in the file."""
-        dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
+    def _write_delta(self, path: Path, weights: Snapshot) -> tuple[dict[str, TensorEntry], Delta | None]:
+        """Every tensor, described, and what changes the base into them in the file."""
+        base, base_weights = self._newest or (None, None)
+        dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in weights.tensors.items()}
         entries: dict[str, TensorEntry] = {}
         patches: dict[str, Patch] = {}
         digest = blake3()
+
+        def encoded(name: str) -> _Encoded:
+            tensor, item_bytes = weights.tensors[name], ITEM_BYTES[dtypes[name]]
+            content = _bytes_of(tensor)
+            entry = TensorEntry(dtypes[name], list(tensor.shape), blake3(content.data).hexdigest())
+            if base_weights is None:
+                return _Encoded(name, entry, Patch("same"), [])
+            base_content = _bytes_of(base_weights.tensors[name])
+            return _Encoded(name, entry, *encode(bits_of(content, item_bytes), bits_of(base_content, item_bytes)))
+
         with path.open("wb") as file:
-            for name in file_order(dtypes):
-                content, item_bytes = _content_of(tensors[name]), ITEM_BYTES[dtypes[name]]
-                entries[name] = TensorEntry(dtypes[name], list(tensors[name].shape), blake3(content.data).hexdigest())
-                if base is not None:
-                    bits, base_bits = bits_of(content, item_bytes), bits_of(self._content[name], item_bytes)
-                    patches[name], frames = encode(bits, base_bits)
-                    for frame in frames:
-                        digest.update(frame)
-                        file.write(frame)
-                self._content[name] = content
+            for one in _in_order(encoded, file_order(dtypes), self.num_threads):
+                entries[one.name], patches[one.name] = one.entry, one.patch
+                for frame in one.frames:
+                    digest.update(frame)
+                    file.write(frame)
         if base is None:
             return entries, None
         num_bytes = sum(patch.num_bytes for patch in patches.values())
@@ -108,24 +117,33 @@ class VersionWriter:
         return sum(self._chain_bytes) + delta.num_bytes > sum(entry.num_bytes for entry in entries.values())
 
     def copy_of_newest(self) -> Callable[[Path], None]:
-        """Writes the model's file as it is now, whenever it is called, from any thread: the bytes of a tensor are never
-        changed in place. Until it is forgotten, host memory may hold the model twice."""
+        """Writes the model's file as it is now, whenever it is called, from any thread. Until it is forgotten, host
+        memory may hold the model once more."""
         assert self._newest is not None
-        entries, content = self._newest.tensors, dict(self._content)
-        return lambda path: _write_model(path, entries, content)
+        manifest, weights = self._newest
+        return lambda path: _write_model(path, manifest.tensors, weights)
 
 
-def _write_model(path: Path, entries: Mapping[str, TensorEntry], content: Mapping[str, Bytes]) -> None:
+def _write_model(path: Path, entries: Mapping[str, TensorEntry], weights: Snapshot) -> None:
     with path.open("wb") as file:
         file.write(model_layout(entries).header)
         for name in entries:
-            file.write(content[name].data)
+            file.write(_bytes_of(weights.tensors[name]).data)
 
 
-def _content_of(weight: Weight) -> Bytes:
-    """A copy of its bytes in host memory."""
-    tensor = weight.detach()
-    flat = torch.empty(tensor.numel(), dtype=tensor.dtype)
-    flat.copy_(tensor.reshape(-1))
-    content: Bytes = flat.view(torch.uint8).numpy()
+def _bytes_of(tensor: Tensor) -> Bytes:
+    """In the same memory."""
+    content: Bytes = tensor.reshape(-1).view(torch.uint8).numpy()
     return content
+
+
+def _in_order(act: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> Iterator[Result]:
+    """What `act` makes of each item, in their order; no more than a few at a time are waiting."""
+    begun: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="encode") as threads:
+        for item in items:
+            begun.append(threads.submit(act, item))
+            if len(begun) > 2 * num_threads:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()

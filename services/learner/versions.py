@@ -19,8 +19,9 @@ from common.device import machine_id
 from common.durable import fsync_path
 from common.http_service import bearer
 from common.weights import Manifest, encode_manifest, is_anchor, sha256_of, stored_versions, version_folder
+from services.learner.snapshots import Snapshot, Snapshots, Weight
 from services.learner.store import LearnerStore
-from services.learner.version_writer import VersionWriter, Weight
+from services.learner.version_writer import VersionWriter
 
 NOTIFY_TIMEOUT_S = 5.0
 COUNTER_FILE = "VERSION"
@@ -40,6 +41,8 @@ class Versions:
         self.steps = store.version_steps()
         """Which step made a version."""
         self.current = 0
+        self.is_publishing = False
+        """A version is on its way: `current` is the one before."""
         self.highest = self._highest_known(parent)
         """No replica can have sampled with a version above it."""
         self.root.mkdir(parents=True, exist_ok=True)
@@ -48,22 +51,27 @@ class Versions:
             if earlier.name < self.root.name:
                 shutil.rmtree(earlier, ignore_errors=True)
         self._writer = VersionWriter(f"epoch-{store.epoch}")
+        self._snapshots = Snapshots()
         self._notifiers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="notify")
         self._http = httpx.Client(timeout=NOTIFY_TIMEOUT_S, headers=bearer(token), trust_env=False)
 
-    def publish(self, tensors: Mapping[str, Weight], step: int) -> Manifest:
-        """Makes `tensors` the next version, which `step` made; returns when replicas can find it. Raises `Fenced` also
+    def copy(self, tensors: Mapping[str, Weight]) -> Snapshot:
+        """What `publish` takes: the tensors may change as soon as this returns."""
+        return self._snapshots.take(tensors)
+
+    def publish(self, weights: Snapshot, step: int) -> Manifest:
+        """Makes `weights` the next version, which `step` made; returns when replicas can find it. Raises `Fenced` also
         where a successor has deleted this learner's folder."""
         try:
             version = self._take_number()
-            manifest = self._writer.write(version_folder(self.root, version), version, step, tensors)
+            manifest = self._writer.write(version_folder(self.root, version), version, step, weights)
         except OSError:
             self.store.check_fence()
             raise
         digest = sha256_of(encode_manifest(manifest))
-        weights = {"version": version, "step": step, "sha256": digest, "url": self.url}
-        weights |= {"machine": machine_id(), "folder": self.root.resolve()}
-        fields = [str(part) for pair in weights.items() for part in pair]
+        told = {"version": version, "step": step, "sha256": digest, "url": self.url}
+        told |= {"machine": machine_id(), "folder": self.root.resolve()}
+        fields = [str(part) for pair in told.items() for part in pair]
         keys = self.store.keys
         self.steps[version] = step  # before a group of this version can come back
         self.store.execute([("HSET", keys.versions, version, step), ("HSET", keys.weights, *fields)])
