@@ -1,7 +1,8 @@
 """A scripted server in SGLang's place, for faults that the real one cannot be made to show.
 
-In this process as `FakeSglang`; as a process of its own, for an `EngineServer`, by `python -m tests.fake_sglang PORT`.
-There `POST /script {"hanging": [paths], "burn_s": seconds}` says what it does from now on.
+In this process as `FakeSglang`; as a process of its own, for an `EngineServer`, by `python -m tests.fake_sglang PORT
+[VERSION]`. There `POST /script {"hanging": [paths], "burn_s": seconds, "fails_halfway": bool}` says what it does from
+now on.
 """
 
 import contextlib
@@ -10,12 +11,14 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, TypeVar
 
 import safetensors
+
+from services.generation.tensor_hash import cuda_checksum
 
 Json = dict[str, Any] | list[Any]
 
@@ -58,6 +61,10 @@ class FakeSglang(ScriptedServer):
         self.takes_weights = True
         self.keeps_tensors = False
         """It takes a new version's label, and not its tensors."""
+        self.fails_halfway = False
+        """It takes half of a version's tensors, keeps its label, and says that it has rolled back."""
+        self.checksum: Callable[[bytes], str] = sha256
+        self.held: dict[str, str] = {}
         self.hold({})
         self.calls: list[tuple[str, Any]] = []
 
@@ -72,17 +79,30 @@ class FakeSglang(ScriptedServer):
     def serve_version(self, label: str) -> None:
         self.replies["/model_info"] = 200, {"model_path": str(self.model_path), "weight_version": label}
 
-    def hold(self, checksums: dict[str, str]) -> None:
-        self.replies["/weights_checker"] = 200, {"success": True, "ranks": [{"checksums": checksums}]}
+    def be_on_cuda(self) -> None:
+        self.replies["/server_info"] = 200, server_info(device="cuda")
+        self.checksum = cuda_checksum
 
-    def take_weights(self, folder: Path, label: str) -> None:
+    def hold(self, *ranks: dict[str, str]) -> None:
+        self.held = ranks[0]
+        self.replies["/weights_checker"] = 200, {"success": True, "ranks": [{"checksums": rank} for rank in ranks]}
+
+    def take_weights(self, folder: Path, label: str) -> tuple[int, Json] | None:
+        """Its reply, where that is none of success."""
+        files = [safetensors.deserialize(path.read_bytes()) for path in folder.glob("*.safetensors")]
+        taken = {name: self.checksum(bytes(tensor["data"])) for file in files for name, tensor in file}
+        if self.fails_halfway:
+            self.hold(self.held | dict(sorted(taken.items())[: len(taken) // 2]))
+            message = "Failed to update weights: no such tensor.\nRolling back to original weights."
+            return 400, {"success": False, "message": message}
         self.serve_version(label)
         if not self.keeps_tensors:
-            files = [safetensors.deserialize(path.read_bytes()) for path in folder.glob("*.safetensors")]
-            self.hold({name: sha256(tensor["data"]) for file in files for name, tensor in file})
+            self.hold(taken)
+        return None
 
-    def follow_script(self, hanging: list[str], burn_s: float = 0.0) -> None:
+    def follow_script(self, hanging: Collection[str] = (), burn_s: float = 0.0, fails_halfway: bool = False) -> None:
         self.hanging = set(hanging)
+        self.fails_halfway = fails_halfway
         burning_until = time.monotonic() + burn_s
         while time.monotonic() < burning_until:
             pass
@@ -108,7 +128,8 @@ class FakeHandler(BaseHTTPRequestHandler):
             self.server.delaying[self.path].wait(30.0)
         status, reply = self.server.replies.get(self.path, (404, {"detail": "Not Found"}))
         if self.path == "/update_weights_from_disk" and status == 200 and self.server.takes_weights:
-            self.server.take_weights(Path(body["model_path"]), body["weight_version"])
+            failure = self.server.take_weights(Path(body["model_path"]), body["weight_version"])
+            status, reply = failure or (status, reply)
         content = json.dumps(reply).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
@@ -167,4 +188,7 @@ def sample(**changes: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    FakeSglang(int(sys.argv[1])).serve_forever(poll_interval=0.01)
+    engine = FakeSglang(int(sys.argv[1]))
+    if len(sys.argv) > 2:
+        engine.serve_version(sys.argv[2])
+    engine.serve_forever(poll_interval=0.01)

@@ -23,8 +23,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from common.config import EngineConfig
 from common.wire import Sampling, Ticket
 from services.generation.completions import Completion
-from services.generation.engine import Engine, EngineError
+from services.generation.engine import Engine, EngineError, UnconfirmedWeights
 from services.generation.engine_server import EngineServer
+from services.generation.held_weights import made_of
 
 Result = TypeVar("Result")
 
@@ -233,7 +234,7 @@ def test_broken_weights_are_refused_and_generation_goes_on(
     assert [[span.version for span in completion.version_spans] for completion in completions] == [[version]] * 4
 
 
-def test_what_the_engine_itself_refuses_is_told_and_generation_goes_on(
+def test_what_the_engine_itself_refuses_is_told_and_a_later_swap_makes_it_sure_again(
     engine_url: str, policies: list[Path], tmp_path: Path
 ) -> None:
     """Tensors are whole, but the index beside them leads SGLang nowhere."""
@@ -246,8 +247,12 @@ def test_what_the_engine_itself_refuses_is_told_and_generation_goes_on(
         await engine.swap(policies[0], version)
         with pytest.raises(EngineError, match=r"/update_weights_from_disk answered 400: .*[Ww]eights"):
             await engine.swap(folder, version + 1)
+        assert await engine.weight_version() == version
+        with pytest.raises(UnconfirmedWeights, match="may hold other weights than it says"):
+            await engine.generate(ticket(1))
+        await engine.swap(policies[1], version + 1)
         [completion] = await engine.generate(ticket(1))
-        assert [span.version for span in completion.version_spans] == [version]
+        assert [span.version for span in completion.version_spans] == [version + 1]
 
     run(engine_url, body)
 
@@ -308,10 +313,12 @@ def test_an_engine_that_kept_its_weights_under_a_new_label_is_found(
 def test_every_tensor_of_the_demo_policy_is_compared(engine_url: str, policies: list[Path]) -> None:
     async def body(engine: Engine) -> int:
         await engine.swap(policies[0], await next_version(engine))
-        assert engine._swapper._confirmed is not None
-        given, [held] = engine._swapper._confirmed
-        assert given == held
-        return len(given)
+        confirmed = engine._swapper._confirming._confirmed
+        assert confirmed is not None
+        given, [held] = confirmed
+        parts = made_of(held, given)
+        assert parts.keys() == held.keys() and sum(map(len, parts.values())) == len(given)
+        return len(held)
 
     num_fused = 3 * (2 + 1)
     assert run(engine_url, body) == len(load_file(policies[0] / "model.safetensors")) - num_fused

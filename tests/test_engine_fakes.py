@@ -1,7 +1,9 @@
 """What `Engine` makes of faults that the real SGLang cannot be made to show: the other side is a scripted server."""
 
 import asyncio
+import contextlib
 import math
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import safetensors.numpy
 
 from common.wire import Sampling, Ticket
+from services.generation import confirming
 from services.generation.engine import Engine, EngineError, UnconfirmedWeights
 from tests.fake_sglang import FakeSglang, a_fake_sglang, sample, server_info, sha256
 
@@ -185,19 +188,102 @@ def test_fused_tensors_are_compared_too(fake: FakeSglang, folders: list[Path]) -
         swap(fake, folders[1])
 
 
-@pytest.mark.parametrize("other", [{"device": "cuda"}, {"tp_size": 2}])
-def test_where_the_hash_is_not_the_files_it_must_change_with_the_file(
-    fake: FakeSglang, folders: list[Path], other: dict[str, Any]
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_on_a_gpu_each_tensor_must_change_with_the_version(
+    fake: FakeSglang, folders: list[Path], tp_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake.replies["/server_info"] = 200, server_info(**other)
-    fake.keeps_tensors = True
-    for version, told in enumerate(["a", "a"]):
-        fake.hold({"model.norm.weight": told})
-        swap(fake, folders[version])  # each client's first: only the label can be held against anything
-    with pytest.raises(EngineError, match="its tensors are as before with another file"):
-        swap(fake, folders[0], folders[0], folders[1])
-    fake.keeps_tensors = False
+    """Also at an engine's first swap, which is held against the folder that it was started on."""
+    monkeypatch.setattr(confirming, "SAMPLE_BYTES", 0)
+    fake.be_on_cuda()
+    fake.replies["/server_info"] = 200, server_info(device="cuda", tp_size=tp_size)
+    fake.model_path = folders[0]
+    fake.take_weights(folders[0], "3")
     swap(fake, *folders)
+    fake.take_weights(folders[0], "3")
+    taken = fake.take_weights
+
+    def take_one(folder: Path, label: str) -> None:
+        before = dict(fake.held)
+        taken(folder, label)
+        fake.hold(fake.held | {name: before[name] for name in list(before)[1:]})
+
+    monkeypatch.setattr(fake, "take_weights", take_one)
+    with pytest.raises(EngineError, match=r"2 of its 3 tensors contradict them: .* is as before with other bytes"):
+        swap(fake, folders[1])
+
+
+def test_on_a_gpu_the_bytes_of_a_sample_are_the_files(
+    fake: FakeSglang, folders: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Tensors that changed, and to something else, of an engine of which nothing was known before."""
+    fake.be_on_cuda()
+    fake.take_weights(folders[0], "3")
+    with caplog.at_level("INFO"):
+        swap(fake, *folders)
+    assert (
+        "0 of the engine's 3 tensors have each changed as the version's have; 3 are the file's bit for bit"
+        in caplog.text
+    )
+    assert "3 of the engine's 3 tensors have each changed" in caplog.text
+    fake.checksum = sha256
+    with pytest.raises(EngineError, match=r"other bytes for 3 of 3 sampled tensors, .*must run in the dtype"):
+        swap(fake, folders[1])
+
+
+@pytest.mark.parametrize("is_on_cuda", [True, False])
+def test_on_a_gpu_no_file_is_opened_after_the_pause(
+    fake: FakeSglang, folders: list[Path], is_on_cuda: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor can one be: the engine has loaded them, and they are gone. On a CPU they are read."""
+    if is_on_cuda:
+        fake.be_on_cuda()
+    fake.take_weights(folders[0], "3")
+    taken = fake.take_weights
+
+    def take_and_remove(folder: Path, label: str) -> None:
+        taken(folder, label)
+        shutil.rmtree(folder)
+
+    monkeypatch.setattr(fake, "take_weights", take_and_remove)
+    with contextlib.nullcontext() if is_on_cuda else pytest.raises(EngineError, match="is no longer in"):
+        swap(fake, *folders)
+
+
+def test_a_load_that_fails_halfway_refuses_what_is_in_flight_and_what_comes(
+    fake: FakeSglang, folders: list[Path]
+) -> None:
+    """The label is the old one, and what it stands for nobody knows, until a swap is confirmed."""
+    fake.replies["/generate"] = (200, [sample(weight_versions=spans(("4", 0, 2)))])
+
+    async def scenario() -> None:
+        engine = Engine(fake.url)
+        await engine.swap(folders[0], 4)
+        fake.delaying["/generate"] = answering = threading.Event()
+        in_flight = asyncio.create_task(engine.generate(ticket()))
+        while "/generate" not in fake.paths:
+            await asyncio.sleep(0.01)
+        fake.fails_halfway = True
+        fake.delaying["/continue_generation"] = continuing = threading.Event()
+        swapping = asyncio.create_task(engine.swap(folders[1], 5))
+        while fake.paths[-1] != "/continue_generation":
+            await asyncio.sleep(0.01)
+        with pytest.raises(UnconfirmedWeights):  # generation is about to go on, and nothing may come in between
+            await engine.generate(ticket())
+        continuing.set()
+        with pytest.raises(EngineError, match="Rolling back"):
+            await swapping
+        answering.set()
+        with pytest.raises(UnconfirmedWeights):
+            await in_flight
+        assert engine.is_unsure and await engine.weight_version() == 4
+        with pytest.raises(UnconfirmedWeights):
+            await engine.generate(ticket())
+        fake.fails_halfway = False
+        await engine.swap(folders[1], 5)
+        assert len(await engine.generate(ticket())) == 1
+        await engine.aclose()
+
+    asyncio.run(scenario())
 
 
 def test_tokens_of_a_version_that_is_not_confirmed_are_refused(fake: FakeSglang, folders: list[Path]) -> None:
@@ -215,7 +301,7 @@ def test_tokens_of_a_version_that_is_not_confirmed_are_refused(fake: FakeSglang,
         with pytest.raises(EngineError, match="other bytes"):
             await engine.swap(folders[0], 4)
         del fake.delaying["/generate"]
-        with pytest.raises(UnconfirmedWeights, match=r"\[4\]"):
+        with pytest.raises(UnconfirmedWeights, match="may hold other weights than it says"):
             await engine.generate(ticket())
         fake.keeps_tensors = False
         await engine.swap(folders[0], 4)
@@ -233,10 +319,13 @@ def test_tokens_of_a_version_wait_until_it_is_confirmed(fake: FakeSglang, folder
 
     async def scenario() -> None:
         engine = Engine(fake.url)
+        await engine.swap(folders[0], 3)
+        fake.calls.clear()
         fake.delaying["/weights_checker"] = confirming = threading.Event()
-        swapping = asyncio.create_task(engine.swap(folders[0], 4))
+        swapping = asyncio.create_task(engine.swap(folders[1], 4))
         while "/weights_checker" not in fake.paths:
             await asyncio.sleep(0.01)
+        assert engine.is_loading, "it has its own deadline, and is no silence"
         request = asyncio.create_task(engine.generate(ticket()))
         while "/generate" not in fake.paths:
             await asyncio.sleep(0.01)

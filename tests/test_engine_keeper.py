@@ -336,11 +336,11 @@ def test_weights_that_the_engine_may_not_hold_are_no_fault_of_the_request(fake: 
 
     async def scenario() -> None:
         async with keeping(fake) as keeper:
-            fake.keeps_tensors = True
-            fake.replies["/weights_checker"] = (400, {"success": False, "message": "out of memory"})
-            with pytest.raises(EngineError, match="out of memory"):
-                await keeper.engine.swap(tmp_path, 4)
-            with pytest.raises(EngineDown, match="has not been confirmed"):
+            await keeper.engine.swap(tmp_path, 4)
+            fake.fails_halfway = True
+            with pytest.raises(EngineError, match="Rolling back"):
+                await keeper.engine.swap(tmp_path, 5)
+            with pytest.raises(EngineDown, match="may hold other weights than it says"):
                 await keeper.generate(make_ticket())
             assert keeper.serving.is_set()
 

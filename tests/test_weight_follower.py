@@ -2,21 +2,25 @@
 
 import asyncio
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import redis
 
+from common.config import EngineConfig
 from common.keys import Keys
 from common.redis_client import connect_async
 from common.weights import version_folder
-from services.generation import publication, weights
+from services.generation import engine_server, publication, weights
 from services.generation.engine import Engine, SwapTimings
-from services.generation.engine_keeper import EngineKeeper
+from services.generation.engine_keeper import EngineDown, EngineKeeper
+from services.generation.engine_server import EngineServer
 from services.generation.fetching import Fetcher
 from services.generation.host_copy import HostCopy
 from services.generation.publication import Arrival
@@ -44,14 +48,16 @@ def fake() -> Iterator[FakeSglang]:
 
 @contextlib.asynccontextmanager
 async def following(
-    redis_url: str, keys: Keys, fake: FakeSglang, model: Path, swap_mode: SwapMode = "retract"
+    redis_url: str, keys: Keys, fake: FakeSglang | EngineServer, model: Path, swap_mode: SwapMode = "retract"
 ) -> AsyncIterator[tuple[WeightFollower, EngineKeeper]]:
     async def ignore(timings: SwapTimings, arrival: Arrival) -> None:
         pass
 
     client, engine = connect_async(redis_url), Engine(fake.url, swap_mode=swap_mode)
     follower = WeightFollower(client, keys, HostCopy(model), Fetcher("token"), Turns(client, keys, "a", 0.5), ignore)
-    keeper = EngineKeeper(engine, None, follower.engine_start, silence_timeout_s=1.0, busy_timeout_s=1.0)
+    server = fake if isinstance(fake, EngineServer) else None
+    timeout_s = 1.0 if server is None else 20.0
+    keeper = EngineKeeper(engine, server, follower.engine_start, silence_timeout_s=timeout_s, busy_timeout_s=timeout_s)
     tasks = [asyncio.create_task(keeper.keep()), asyncio.create_task(follower.follow(keeper))]
     try:
         yield follower, keeper
@@ -62,6 +68,8 @@ async def following(
         await asyncio.gather(*tasks, return_exceptions=True)
         for closing in (engine.aclose(), follower.close(), client.aclose()):
             await closing
+        if server is not None:
+            await server.stop()
 
 
 GOOD = {"version": "7", "sha256": "0" * 64, "url": "http://127.0.0.1:1"}
@@ -186,6 +194,57 @@ def test_an_engine_that_somebody_has_started_again_gets_its_weights_back(
             await until(lambda: follower.confirmed_life == 2)
             [update] = [body for path, body in fake.calls if path == "/update_weights_from_disk"]
             assert (update["weight_version"], update["model_path"]) == (str(version), str(follower.copy.folder))
+
+    run(scenario)
+
+
+def test_somebody_elses_engine_that_failed_halfway_is_quarantined_until_a_swap_is_confirmed(
+    learner: Learner, fake: FakeSglang, redis_url: str, keys: Keys, demo_policy: Path
+) -> None:
+    """Also where the version it failed at is gone: then the one before is given to it once more."""
+    first = learner.publish(0)
+
+    async def scenario() -> None:
+        async with following(redis_url, keys, fake, demo_policy) as (follower, keeper):
+            await until(lambda: follower.version == first)
+            fake.fails_halfway = True
+            follower.hint(await asyncio.to_thread(learner.publish, 1))
+            await until(lambda: "Rolling back" in follower.problem)
+            with pytest.raises(EngineDown, match="may hold other weights"):
+                await keeper.generate(make_ticket("0-0"))
+            learner.store.client.delete(keys.weights)
+            fake.calls.clear()
+            fake.fails_halfway = False
+            await until(lambda: follower.problem == "")
+            [update] = [body for path, body in fake.calls if path == "/update_weights_from_disk"]
+            assert (follower.version, update["weight_version"]) == (first, str(first))
+
+    run(scenario)
+
+
+def test_an_engine_of_our_own_that_failed_halfway_is_started_again_on_the_last_verified_version(
+    learner: Learner, redis_url: str, keys: Keys, demo_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[tuple[Path, int | None]] = []
+
+    def command(_settings: object, _dtype: str, model: Path, version: int | None, port: int) -> list[str]:
+        starts.append((model, version))
+        return [sys.executable, "-m", "tests.fake_sglang", str(port), str(version or "default")]
+
+    monkeypatch.setattr(engine_server, "launch_command", command)
+    server = EngineServer(EngineConfig(device="cpu", startup_timeout_s=60.0), "float32", tmp_path / "sglang.log")
+
+    async def scenario() -> None:
+        first = await asyncio.to_thread(learner.publish, 0)
+        async with following(redis_url, keys, server, demo_policy) as (follower, keeper):
+            await until(lambda: follower.version == first)
+            folder = follower.copy.folder
+            async with httpx.AsyncClient(trust_env=False) as http:
+                await http.post(f"{server.url}/script", json={"fails_halfway": True})
+            follower.hint(await asyncio.to_thread(learner.publish, 1))
+            await until(lambda: follower.version == first + 1)
+            assert starts == [(demo_policy, None), (folder, first)] and keeper.life == 2
+            assert (follower.problem, keeper.problem, keeper.engine.is_unsure) == ("", "", False)
 
     run(scenario)
 

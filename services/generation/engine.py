@@ -59,8 +59,17 @@ class Engine:
 
     @property
     def is_loading(self) -> bool:
-        """It reads and installs weights, and can be asked for no other sign of life."""
+        """It reads and installs weights, or hashes what it holds, and can be asked for no other sign of life."""
         return self._swapper.is_loading
+
+    @property
+    def is_unsure(self) -> bool:
+        """A swap has failed after its pause, and none was confirmed since: it may hold other weights than it says."""
+        return self._swapper.is_unsure
+
+    def start_anew(self) -> None:
+        """It has been started again, on verified weights."""
+        self._swapper.start_anew()
 
     async def aclose(self) -> None:
         await self.calls.aclose()
@@ -69,8 +78,10 @@ class Engine:
         """`ticket.num_completions` completions in the engine's order.
 
         Cancelled or out of time, it aborts the request in the engine before it returns. Raises `UnconfirmedWeights`
-        if a version was loaded under it and not confirmed.
+        if a version was loaded under it and not confirmed, at once if that was so before it.
         """
+        if self.is_unsure:
+            raise UnconfirmedWeights("a swap has failed, and the engine may hold other weights than it says")
         request = uuid.uuid4().hex  # no id may be a prefix of another: SGLang aborts by prefix
         rids = [f"{request}-{index}." for index in range(ticket.num_completions)]
         num_refuted = self._swapper.num_refuted

@@ -4,8 +4,9 @@ A sign of life is whatever SGLang cannot answer without its scheduler: completio
 probe, which is sent when nothing else has been heard for a while. An engine of our own that gives none for
 `silence_timeout_s` is killed, all its processes at once, and started on the verified weights. Of somebody else's the
 replica says so, and waits until it answers. An engine on a CPU that is busy computing is given `busy_timeout_s`;
-others do not show it, and are left alone while they load weights, which has its own deadline. Whoever has a request
-in an engine that dies or falls silent gets `EngineDown`, before anything is killed: it was not the request's fault.
+others do not show it, and are left alone while they load or hash weights, which has its own deadline. Whoever has a
+request in an engine that dies or falls silent gets `EngineDown`, before anything is killed: it was not the request's
+fault.
 """
 
 import asyncio
@@ -57,6 +58,7 @@ class EngineKeeper:
         self._where = where
         self._busy_timeout_s = busy_timeout_s
         self._life_began_at = time.monotonic()
+        self._condemned = ""
         self._is_asked = False
         self._num_failed_probes = 0
         self._next_probe_at = 0.0
@@ -121,6 +123,12 @@ class EngineKeeper:
             await asyncio.sleep(POLL_S)
         return False
 
+    def condemn(self, life: int, reason: str) -> None:
+        """In this life of it the engine may hold any weights: one of our own is started again, on the verified ones."""
+        if self.server is not None and self.life == life:
+            self._condemned = reason
+            self.serving.clear()
+
     async def _start(self, server: EngineServer) -> None:
         for pause_s in (*START_PAUSES_S, None):
             try:
@@ -139,6 +147,9 @@ class EngineKeeper:
         if self.problem:
             _log.warning("the engine answers again")
         self.problem = ""
+        if self.server is not None:
+            self._condemned = ""
+            self.engine.start_anew()
         self._life_began_at = time.monotonic()
         self.serving.set()
         _log.info("the engine serves")
@@ -149,6 +160,8 @@ class EngineKeeper:
             await asyncio.sleep(POLL_S)
             if self.server is not None and not self.server.is_alive:
                 return f"the engine exited with {self.server.returncode}: restarting it"
+            if self._condemned:
+                return f"{self._condemned}: restarting it"
             is_due = self._is_asked or self.silent_s > PROBE_AFTER * self.silence_timeout_s
             if not is_due or self._is_excused or time.monotonic() < self._next_probe_at:
                 continue

@@ -1,58 +1,164 @@
-"""Whether an engine holds the weights that it was given, told by checksums of its tensors.
+"""Whether an engine holds the weights that it was given, told by checksums of its tensors. Pure but for reading files.
 
-SGLang's `/weights_checker` hashes what lies in the engine's memory. On a CPU the hash is the SHA-256 of a tensor's
-bytes: each tensor, fused ones included, is held against the file bit for bit. On a GPU it is a kernel's own, and under
-tensor parallelism a tensor lies in parts: there the checksums must have changed since the last confirmed version
-exactly if the file's bytes have. Tensors that the engine calls by other names than the file are not compared.
+SGLang's `/weights_checker` hashes what lies in the engine's memory, tensor by tensor, on each rank. Its tensors are
+made of the checkpoint's: fused (`qkv_proj`, `gate_up_proj`, the experts of a layer), tied, padded, or cast to float32.
+Two things can be known of each:
+
+- that it changed, on some rank, exactly if the bytes of what it is made of changed: on any device, under any
+  parallelism. What is called by names that are not understood is held against the rest of the checkpoint as a whole;
+- that its bytes are the file's: where one rank has all of it and the hash can be computed here (SHA-256 on a CPU,
+  SGLang's own on CUDA, `tensor_hash`).
 """
 
 import hashlib
-from collections.abc import Collection, Sequence
+import itertools
+import random
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+
+from services.generation.tensor_hash import cuda_checksum
 from services.generation.tensor_shapes import StoredTensor, safetensors_entries
 
 HASH_CHARS = 16
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
+    "in_proj_ba": ("in_proj_b", "in_proj_a"),
+    "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
 """What SGLang stacks along the first dimension, in this order."""
+EXPERTS = {"w13_weight": (("gate_proj", "up_proj"), ("w1", "w3")), "w2_weight": (("down_proj",), ("w2",))}
+"""What it stacks of each expert, one after the other, by either of two conventions of names."""
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+VOCABULARY_MULTIPLE = 64
+"""SGLang pads the rows of both to it with zeros."""
+MAX_CAST_BYTES = 1 << 20
+"""What SGLang holds in float32 beside a bfloat16 model (decays, a router's bias) is small."""
 Hashes = dict[str, str]
+"""By the engine's tensors."""
+Digests = Mapping[str, str]
+"""By the checkpoint's tensors."""
 
 
-def file_hashes(folder: Path, names: Collection[str]) -> Hashes:
-    """SHA-256, 16 hex digits, of those of the engine's tensors `names` whose bytes the safetensors files have."""
-    places = {entry.name: entry for entry in safetensors_entries(folder)}
-    parts = {name: [part for part in _parts(name) if part in places] for name in names}
-    return {name: _hash([places[part] for part in found]) for name, found in parts.items() if found}
+class Confirmed(NamedTuple):
+    """What the engine held, by rank, when what it had been given was this."""
+
+    given: Digests
+    held: Sequence[Hashes]
 
 
-def contradiction(
-    given: Hashes, held: Sequence[Hashes], *, is_exact: bool, confirmed: tuple[Hashes, Sequence[Hashes]] | None
-) -> str:
-    """What says that the engine, with checksums `held` by rank, does not hold the file's tensors `given`, or "".
+class Comparison(NamedTuple):
+    """Of two states of an engine: `contradiction` is "" or says what speaks against it; `num_compared` of the engine's
+    tensors were held one by one against what they are made of, `unknown` are those whose names are not understood."""
 
-    `is_exact`: the engine's hash is the file's; else both are held against the last confirmed pair, if there is one.
+    contradiction: str
+    num_compared: int
+    unknown: list[str]
+
+
+def made_of(names: Collection[str], stored: Collection[str]) -> dict[str, list[str]]:
+    """Of the engine's tensors `names` those that are made of the checkpoint's `stored`: of which, in their order."""
+    parts = {name: _parts(name, stored) for name in names}
+    return {name: found for name, found in parts.items() if found}
+
+
+def compare_changes(given: Digests, held: Sequence[Hashes], before: Confirmed) -> Comparison:
+    """Each of the engine's tensors must have changed since `before`, on some rank, exactly if what it is made of has.
+
+    What `before` does not know of is not compared.
     """
-    if is_exact:
-        wrong = sorted({name for rank in held for name in rank.keys() & given if rank[name] != given[name]})
-        return f"it holds other bytes for {len(wrong)} of {len(given)} tensors, {wrong[0]} first" if wrong else ""
-    if given and confirmed is not None and (given == confirmed[0]) != (list(held) == list(confirmed[1])):
-        changed = "have changed with the same file" if given == confirmed[0] else "are as before with another file"
-        return f"the checksums of its tensors {changed}"
-    return ""
+    names = list(dict.fromkeys(name for rank in held for name in rank))
+    parts = made_of(names, given)
+    ranks = list(zip(held, before.held, strict=True))
+    changed = {name for name in names if any(now.get(name) != then.get(name) for now, then in ranks)}
+    anew = {name for name, digest in given.items() if name in before.given and digest != before.given[name]}
+    known = {name: of for name, of in parts.items() if before.given.keys() >= set(of)}
+    wrong = [name for name, of in known.items() if (name in changed) == anew.isdisjoint(of)]
+    if wrong:
+        how = "has changed with the same bytes" if wrong[0] in changed else "is as before with other bytes"
+        return Comparison(f"{len(wrong)} of its {len(known)} tensors contradict them: {wrong[0]} {how}", len(known), [])
+    unknown = [name for name in names if name not in parts]
+    rest = given.keys() - {part for of in parts.values() for part in of}
+    is_known = bool(unknown and rest) and rest <= before.given.keys()
+    if is_known and changed.isdisjoint(unknown) != anew.isdisjoint(rest):
+        how = "are as before with other bytes" if changed.isdisjoint(unknown) else "have changed with the same bytes"
+        return Comparison(f"its tensors {unknown[0]} and {len(unknown) - 1} more {how}", len(known), unknown)
+    return Comparison("", len(known), unknown)
 
 
-def _parts(name: str) -> list[str]:
-    """The tensor itself, or those of a checkpoint that it is made of."""
+def other_bytes(folder: Path, names: Set[str], held: Hashes) -> tuple[str, int]:
+    """What says that an engine on a CPU, on one rank, does not hold the bytes of the folder's tensors `names`, or "";
+    and of how many of its own that is known."""
+    stored = {entry.name: entry for entry in safetensors_entries(folder)}
+    if missing := names - stored.keys():
+        return f"{min(missing)} is no longer in {folder}", 0
+    parts = made_of(held, stored)
+    wrong = sorted(
+        name for name, of in parts.items() if held[name] not in _checksums([stored[part] for part in of], _sha256)
+    )
+    told = f"it holds other bytes for {len(wrong)} of {len(parts)} tensors, {wrong[0]} first" if wrong else ""
+    return told, len(parts)
+
+
+def sample_of(folder: Path, names: Collection[str], seed: int, max_bytes: int) -> dict[str, set[str]]:
+    """The checksums that an engine on CUDA, on one rank, may tell of some of its tensors `names`, drawn by `seed`, of
+    `max_bytes` together at most.
+
+    Experts are left out: kernels for them may lay them out anew.
+    """
+    stored = {entry.name: entry for entry in safetensors_entries(folder)}
+    parts = {name: of for name, of in made_of(names, stored).items() if ".experts." not in name}
+    sizes = {name: sum(stored[part].num_bytes for part in of) for name, of in parts.items()}
+    fitting = sorted(name for name, size in sizes.items() if size <= max_bytes)
+    drawn, left_bytes = [], max_bytes
+    for name in random.Random(seed).sample(fitting, len(fitting)):
+        left_bytes -= sizes[name]
+        if left_bytes < 0:
+            break
+        drawn.append(name)
+    return {name: set(_checksums([stored[part] for part in parts[name]], cuda_checksum)) for name in drawn}
+
+
+def _parts(name: str, stored: Collection[str]) -> list[str]:
+    """None if they are not all there."""
+    if name in stored:
+        return [name]
+    if name == HEAD:
+        return [EMBEDDING] if EMBEDDING in stored else []
+    if expert := re.fullmatch(r"(.+\.experts)\.(w13_weight|w2_weight)", name):
+        return _experts(expert[1], EXPERTS[expert[2]], stored)
     for fused, parts in FUSED.items():
         if f".{fused}." in name:
-            return [name, *(name.replace(f".{fused}.", f".{part}.") for part in parts)]
-    return [name]
+            found = [name.replace(f".{fused}.", f".{part}.") for part in parts]
+            return found if all(part in stored for part in found) else []
+    return []
 
 
-def _hash(places: list[StoredTensor]) -> str:
-    digest = hashlib.sha256()
-    for place in places:
-        with place.path.open("rb") as file:
-            file.seek(place.start)
-            digest.update(file.read(place.num_bytes))
-    return digest.hexdigest()[:HASH_CHARS]
+def _experts(layer: str, conventions: Iterable[Sequence[str]], stored: Collection[str]) -> list[str]:
+    for parts in conventions:
+        numbered = ([f"{layer}.{number}.{part}.weight" for part in parts] for number in itertools.count())
+        whole = itertools.takewhile(lambda of: all(part in stored for part in of), numbered)
+        if found := list(itertools.chain.from_iterable(whole)):
+            return found
+    return []
+
+
+def _checksums(parts: Sequence[StoredTensor], digest: Callable[[bytes], str]) -> Iterator[str]:
+    """Of the bytes as they lie in the file, then of those by which SGLang may hold the same numbers."""
+    payload = b"".join(part.read() for part in parts)
+    yield digest(payload)
+    if len(payload) <= MAX_CAST_BYTES and parts[0].dtype in ("BF16", "F16"):
+        is_brain = parts[0].dtype == "BF16"
+        numbers = np.frombuffer(payload, "<u2" if is_brain else "<f2")
+        yield digest((numbers.astype("<u4") << 16 if is_brain else numbers.astype("<f4")).tobytes())
+    if parts[0].name in (HEAD, EMBEDDING) and (missing := -parts[0].shape[0] % VOCABULARY_MULTIPLE):
+        yield digest(payload + bytes(missing * len(payload) // parts[0].shape[0]))
+
+
+def _sha256(payload: bytes) -> str:
+    return hashlib.sha256(payload).hexdigest()[:HASH_CHARS]

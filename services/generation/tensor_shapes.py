@@ -14,10 +14,17 @@ class StoredTensor(NamedTuple):
     """A tensor in a file, and where its bytes lie there."""
 
     name: str
+    dtype: str
+    """As safetensors calls it: F32, BF16, …"""
     shape: tuple[int, ...]
     path: Path
     start: int
     num_bytes: int
+
+    def read(self) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            return file.read(self.num_bytes)
 
 
 Shapes = dict[str, tuple[int, ...]]
@@ -57,5 +64,6 @@ def _entries(path: Path) -> list[StoredTensor]:
     found = []
     for name, tensor in tensors.items():
         begin, end = tensor["data_offsets"]
-        found.append(StoredTensor(name, tuple(tensor["shape"]), path, 8 + header_bytes + begin, end - begin))
+        place = 8 + header_bytes + begin, end - begin
+        found.append(StoredTensor(name, str(tensor["dtype"]), tuple(tensor["shape"]), path, *place))
     return found

@@ -97,6 +97,8 @@ class WeightFollower:
             except (WeightsError, EngineError, redis.RedisError, OSError) as error:
                 self.problem = str(error)
                 _log.error("weights: %s", self.problem)
+                if keeper.engine.is_unsure:
+                    keeper.condemn(life, "the engine may hold other weights than it says, after a swap that failed")
                 if isinstance(error, EngineError):
                     await keeper.answers(life)
             with contextlib.suppress(TimeoutError):
@@ -115,6 +117,10 @@ class WeightFollower:
         self.confirmed_life = life
         while (published := await self._published()) is not None and published.version > self.version:
             await self._take(published, engine)
+        if engine.is_unsure:  # of somebody else's: an own one has been started again
+            if not self.version:
+                raise WeightsError("the engine may hold other weights than it says, and there is no version to give it")
+            await engine.swap(self.copy.folder, self.version)
         await self._are_well()
 
     async def _published(self) -> Published | None:
