@@ -28,6 +28,7 @@ from common.waiting import Waits
 from services.generation.api import make_app
 from services.generation.assembly import assembled
 from services.generation.joining import check_name, join
+from services.generation.room import NoRoom
 
 EXIT_DEADLINE_S = 9.0
 _log = logging.getLogger("services.generation")
@@ -51,6 +52,9 @@ def main() -> int:
         asyncio.run(_serve(arguments, joined, sock, waits))
     except asyncio.CancelledError:
         pass  # asked to end before there was anything to drain
+    except NoRoom as error:
+        print(f"headrace generation: {error}", file=sys.stderr)
+        return 2
     except Exception:  # noqa: BLE001 - the process's top
         _log.exception("the replica failed")
         return 1

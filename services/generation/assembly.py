@@ -18,6 +18,7 @@ from services.generation.host_copy import HostCopy
 from services.generation.loop import Replica
 from services.generation.publication import Arrival
 from services.generation.reward_pool import RewardPool
+from services.generation.room import check_room
 from services.generation.tickets import TicketStore
 from services.generation.turns import Turns
 from services.generation.weights import WeightFollower, local_model_folder
@@ -30,7 +31,8 @@ _log = logging.getLogger(__name__)
 async def assembled(
     config: RunConfig, keys: Keys, redis_url: str, token: str, name: str, url: str, log_folder: Path, waits: Waits
 ) -> AsyncIterator[Replica]:
-    """A replica that is ready to `serve`; when the block ends nothing of it is left."""
+    """A replica that is ready to `serve`; when the block ends nothing of it is left. Raises `NoRoom` where its weights
+    would find none."""
     settings = config.generation
     async with contextlib.AsyncExitStack() as stack:
         client = connect_async(redis_url, waits, deadline_s=OUTAGE_DEADLINE_S)
@@ -52,9 +54,11 @@ async def assembled(
             await tickets.announce("swap", event | {"pause_ms": timings.pause_s * 1e3, "load_ms": timings.load_s * 1e3})
 
         turns = Turns(client, keys, name, settings.max_swapping_share)
-        copy = HostCopy(await _model_folder(config.model.path))
+        model = await _model_folder(config.model.path)
+        copy = HostCopy(model)
         weights = WeightFollower(client, keys, copy, Fetcher(token), turns, announce)
         stack.push_async_callback(weights.close)
+        check_room(copy.root, model, config.model.dtype)
         server, engine_url = None, settings.engine.url
         if engine_url is None:
             server = EngineServer(settings.engine, config.model.dtype, log_folder / f"sglang-{name}.log")

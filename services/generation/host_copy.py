@@ -32,6 +32,7 @@ from common.weights import (
     stored_versions,
     version_folder,
 )
+from services.generation.room import allocated
 
 PREFIX = "headrace-weights-"
 LOCK_FILE = "lock"
@@ -66,7 +67,8 @@ class HostCopy:
 
     def build(self, start: Path, manifests: Sequence[Manifest]) -> None:
         """Makes the model's file of the last of `manifests`, in its folder, out of `start`, the model's file of the
-        first one's base, and the delta of each. Raises `WeightsError` if it does not become what the last one says.
+        first one's base, and the delta of each. Raises `WeightsError` if it does not become what the last one says, or
+        if there is no room for it.
         """
         newest = manifests[-1]
         aside = self.folder_of(newest.version) / f"{MODEL_FILE}.aside"
@@ -75,7 +77,7 @@ class HostCopy:
         files = [_mapped(self.folder_of(manifest.version) / DELTA_FILE) for manifest in manifests]
         deltas = [(manifest.delta, file) for manifest, file in zip(manifests, files, strict=True) if manifest.delta]
         frames = [(delta.patches, file, delta.places()) for delta, file in deltas]
-        out = np.memmap(aside, np.uint8, "w+", shape=begun.shape)
+        out = allocated(aside, len(begun))
         out[: len(layout.header)] = begun[: len(layout.header)]
         for name, place in layout.places.items():
             out[place] = begun[place]

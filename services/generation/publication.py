@@ -19,6 +19,7 @@ from common.device import machine_id
 from common.weights import DELTA_FILE, MANIFEST_FILE, MODEL_FILE, Manifest, WeightsError
 from services.generation.fetching import Fetcher, file_source
 from services.generation.host_copy import Held, HostCopy, check_delta, check_model
+from services.generation.room import check_free
 from services.generation.route import Route, routes
 
 FETCH_DEADLINE_S = 600.0
@@ -160,6 +161,7 @@ class _Journey:
         check: Callable[[Path], None],
     ) -> None:
         if not path.exists():  # else an earlier journey has brought it, or another route of this one
+            check_free(path.parent, num_bytes)
             self.num_bytes += await self.fetcher.file(sources, manifest.version, name, path, num_bytes, check)
 
     def _build(self, route: Route) -> None:
