@@ -176,7 +176,11 @@ class GenerationConfig(Section):
     max_attempts: int = Field(3, ge=1, description="Failed attempts before a ticket is dead.")
     lease_s: float = Field(30.0, gt=0, description="A ticket whose replica is silent this long may be claimed.")
     request_timeout_s: float = Field(
-        600.0, gt=0, description="Longest wait for the completions of one ticket, and for the weights that it asks for."
+        600.0,
+        gt=0,
+        description="Longest wait for the completions of a ticket, of up to 4,096 tokens (longer ones in proportion), "
+        "while the engine answers no other either, and four times that in any case; and for the weights that a ticket "
+        "asks for.",
     )
     max_swapping_share: float = Field(
         0.5, gt=0, le=1, description="Of the replicas, paused for new weights at the same time; one is always let."

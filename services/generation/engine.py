@@ -19,6 +19,7 @@ import msgspec
 
 from common.wire import Ticket
 from services.generation.completions import Completion, Sample, generate_body, to_completion
+from services.generation.deadlines import Deadlines
 from services.generation.engine_calls import CONTROL_TIMEOUT_S, EngineCalls, EngineError
 from services.generation.swapping import SwapMode, Swapper, SwapTimings, UnconfirmedWeights
 
@@ -31,8 +32,8 @@ ONE_TOKEN = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1}}
 
 
 class Engine:
-    """One SGLang server at `url`. `request_timeout_s` is the deadline of a whole `generate`, `swap_timeout_s` of
-    the engine's loading of new weights."""
+    """One SGLang server at `url`. `request_timeout_s` is the deadline of a `generate` (`Deadlines`), `swap_timeout_s`
+    of the engine's loading of new weights."""
 
     def __init__(
         self,
@@ -46,7 +47,7 @@ class Engine:
         self._swapper = Swapper(self.calls, swap_mode, swap_timeout_s)
         self._recomputes = swap_mode == "retract"
         self._in_flight: set[object] = set()
-        self._request_timeout_s = request_timeout_s
+        self._deadlines = Deadlines(request_timeout_s)
 
     @property
     def url(self) -> str:
@@ -86,11 +87,14 @@ class Engine:
         rids = [f"{request}-{index}." for index in range(ticket.num_completions)]
         num_refuted = self._swapper.num_refuted
         try:
-            async with asyncio.timeout(self._request_timeout_s):
+            async with self._deadlines.one(ticket.sampling.max_new_tokens):
                 samples = await self.complete(generate_body(ticket, rids))
         except TimeoutError as error:
             await self._abort(rids)
-            raise EngineError(f"ticket {ticket.id}: no reply within {self._request_timeout_s:g} s") from error
+            allowance_s = self._deadlines.allowance_s(ticket.sampling.max_new_tokens)
+            raise EngineError(
+                f"ticket {ticket.id}: no reply, nor one to another ticket, within {allowance_s:g} s"
+            ) from error
         except asyncio.CancelledError:
             await self._abort(rids)
             raise
