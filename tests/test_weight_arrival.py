@@ -92,7 +92,12 @@ def test_who_is_behind_skips_to_the_newest(versions: Versions, learner: Source, 
     run(scenario)
 
 
-def test_who_joins_takes_an_anchor_and_the_deltas_after_it(versions: Versions, learner: Source, model: Path) -> None:
+def test_who_joins_takes_an_anchor_and_the_deltas_after_it(
+    versions: Versions, learner: Source, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The anchor becomes the version where it lies: there is room for one beside the served one."""
+    monkeypatch.setattr(host_copy, "allocated", lambda *_: pytest.fail("a second copy"))
+
     async def scenario() -> None:
         async with members(model) as [member]:
             for _ in range(4):

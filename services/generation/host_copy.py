@@ -68,19 +68,25 @@ class HostCopy:
     def build(self, start: Path, manifests: Sequence[Manifest]) -> None:
         """Makes the model's file of the last of `manifests`, in its folder, out of `start`, the model's file of the
         first one's base, and the delta of each. Raises `WeightsError` if it does not become what the last one says, or
-        if there is no room for it.
+        if there is no room for it. A `start` in that folder was fetched for this alone, and becomes it: beside the
+        served version there is never more than one.
         """
         newest = manifests[-1]
         aside = self.folder_of(newest.version) / f"{MODEL_FILE}.aside"
+        is_copied = start.parent != aside.parent
         begun, layout = _mapped(start), model_layout(newest.tensors)
         _check_layout(start, begun, newest, layout)
         files = [_mapped(self.folder_of(manifest.version) / DELTA_FILE) for manifest in manifests]
         deltas = [(manifest.delta, file) for manifest, file in zip(manifests, files, strict=True) if manifest.delta]
         frames = [(delta.patches, file, delta.places()) for delta, file in deltas]
-        out = allocated(aside, len(begun))
-        out[: len(layout.header)] = begun[: len(layout.header)]
+        if is_copied:
+            out = allocated(aside, len(begun))
+            out[: len(layout.header)] = begun[: len(layout.header)]
+        else:
+            out = np.memmap(start.rename(aside), np.uint8, "r+")
         for name, place in layout.places.items():
-            out[place] = begun[place]
+            if is_copied:
+                out[place] = begun[place]
             bits = bits_of(out[place], ITEM_BYTES[newest.tensors[name].dtype])
             for patches, content, places in frames:
                 try:

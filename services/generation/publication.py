@@ -166,7 +166,4 @@ class _Journey:
 
     def _build(self, route: Route) -> None:
         if route.deltas:
-            start = self._start(route)
-            self.copy.build(start, route.deltas)
-            if route.model is not None:
-                start.unlink()
+            self.copy.build(self._start(route), route.deltas)
