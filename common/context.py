@@ -25,9 +25,11 @@ def load_model_config(model: ModelConfig) -> Any:
 
 
 def context_tokens(model_config: Any, asked: int | None = None) -> int:
-    """`model_config` is of `load_model_config`; `asked` is generation.engine.context_tokens."""
+    """`model_config` is as transformers reads it; `asked` is generation.engine.context_tokens."""
     if asked is not None:
         return asked
+    if hasattr(model_config, "get_text_config"):
+        model_config = model_config.get_text_config()
     scaling = getattr(model_config, "rope_scaling", None) or {}
     is_in_length = "original_max_position_embeddings" in scaling or scaling.get("rope_type") == "llama3"
     factor = 1 if is_in_length else scaling.get("factor", 1)

@@ -7,7 +7,7 @@ evaluated   stream                       scored evaluation groups, outside admis
 dead        stream                       what could not be generated, scored or decoded       either
 ledger      hash                         ticket id -> mark (common/ledger.py)                 either
 retries     set                          dead tickets to be issued again                      `headrace dead retry`
-cursor      hash                         epoch and place of the next prompt                   learner
+cursor      hash                         epoch and place of the next prompt, and of what data learner
 replicas    hash-slot prefix, TTL keys   heartbeats                                           replicas
 learner     hash                         step, version, phase, the reason when it waits       learner
 epoch       counter                      fences learners                                      learner

@@ -2,7 +2,8 @@
 
 A mark is the ticket's state and, while something of it stands in a stream, the id of that entry: `open 17-0` (in
 `tickets` or `eval`), `queued 18-0` (in `groups` or `evaluated`), `dead 19-0` (in `dead`; `dead` alone once purged),
-else `trained`, `uniform`, `stale` or `evaluated`. An entry that no mark points to is nobody's: it is never acted on.
+else `trained`, `uniform`, `stale` or `evaluated`; or `skipped`, where a prompt was too long to be issued. An entry that
+no mark points to is nobody's: it is never acted on.
 """
 
 import re

@@ -32,6 +32,17 @@ def answer_all(client: redis.Redis, keys: Keys, stream: str, answer: Callable[[T
     return names
 
 
+def bury_all(client: redis.Redis, keys: Keys, reason: str) -> list[str]:
+    """Every open training ticket fails for good, as replicas write it; returns their ids."""
+    names = []
+    for entry_id, ticket in lease_all(client, keys, keys.tickets):
+        streams = (keys.tickets, keys.dead, keys.dead, keys.ledger)
+        fields = ("reason", reason, "payload", encode(ticket))
+        assert client.eval(MOVE, 4, *streams, TICKET_GROUP, "dead", entry_id, ticket.id, 4, *fields) == [1]
+        names.append(ticket.id)
+    return names
+
+
 def queue(client: redis.Redis, keys: Keys, ticket_id: str, payload: bytes) -> str:
     """A group in the stream with its mark in the ledger, as a commit leaves them; returns the entry's id."""
     entry_id: str = client.xadd(keys.groups, {"id": ticket_id, "group": payload}).decode()

@@ -9,12 +9,14 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.tasks import load_task
+from common.tasks import BadRow, Prompt, load_task
 from common.tasks.gsm8k import INSTRUCTION, Gsm8k
 from common.wire import Sampling, Ticket
 
@@ -61,7 +63,9 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def references(task: Gsm8k, split: Any = "train", *, seed: int = 0, epoch: int = 0) -> list[str]:
-    return [prompt.reference["answer"] for prompt in task.prompts(split, seed=seed, epoch=epoch)]
+    prompts = list(task.prompts(split, seed=seed, epoch=epoch))
+    assert all(isinstance(prompt, Prompt) for prompt in prompts)
+    return [prompt.reference["answer"] for prompt in prompts if isinstance(prompt, Prompt)]
 
 
 def reference_of(answer: str) -> str:
@@ -138,6 +142,7 @@ def test_prompts_of_the_data_set(answers: list[str]) -> None:
 
 def test_a_prompt_is_the_question_and_the_instruction(folder: Path) -> None:
     [first, *_] = load_task("gsm8k", {"path": str(folder)}).prompts("held_out", seed=0, epoch=0)
+    assert isinstance(first, Prompt)
     assert first.messages == [{"role": "user", "content": f"What is 1006 + 0?\n\n{INSTRUCTION}"}]
     assert first.reference == {"answer": "1006"}
 
@@ -177,10 +182,7 @@ def test_parquet_and_single_files(tmp_path: Path) -> None:
         ("", "expected at least one row"),
         ('{"question": "q", "solution": "#### 1"}\n', "expected the text columns 'question' and 'answer'.*solution"),
         ('{"question": "q", "answer": 1}\n', "expected the text columns"),
-        (
-            '{"question": null, "answer": "#### 1"}\n{"question": "q", "answer": "#### 1"}\n',
-            "row 0: expected two texts",
-        ),
+        ('{"question": null, "answer": "#### 1"}\n{"question": "q", "answer": "1"}\n', "row 0: expected two texts"),
         ('{"question": "q", "answer": "It is 1"}\n', "row 0: expected an answer that ends in '#### <number>'.*It is 1"),
         ('{"question": "q", "answer": "#### one"}\n', "row 0: expected an answer that ends in '#### <number>'.*one"),
         ("{not JSON\n", "cannot load the split 'train'"),
@@ -192,6 +194,24 @@ def test_bad_rows_are_named_before_the_first_prompt(tmp_path: Path, content: str
     for place in (path, tmp_path):
         with pytest.raises(ValueError, match=f"(?s){tmp_path}.*{problem}"):
             Gsm8k(path=str(place)).prompts("train", seed=0, epoch=0)
+
+
+def test_a_bad_row_among_good_ones_is_passed_at_its_place(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [*ROWS[:3], {"question": None, "answer": "#### 1"}, *ROWS[3:5]]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    task = Gsm8k(path=str(tmp_path), train_split="train[:1%]", held_out_split="train")
+    prompts = list(task.prompts("held_out", seed=0, epoch=0))
+    assert [isinstance(prompt, BadRow) for prompt in prompts] == [False, False, False, True, False, False]
+    assert isinstance(prompts[3], BadRow) and "row 3: expected two texts, found question None" in prompts[3].reason
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()], ids=str)
+def test_every_type_of_text_that_parquet_may_have_is_read(tmp_path: Path, kind: pa.DataType) -> None:
+    """Polars and pandas 3 write the two later ones."""
+    table = pa.table({name: pa.array([row[name] for row in ROWS], kind) for name in ("question", "answer")})
+    pq.write_table(table, tmp_path / "train.parquet")
+    assert pq.read_schema(tmp_path / "train.parquet").field("answer").type == kind
+    assert sorted(references(Gsm8k(path=str(tmp_path)))) == sorted(reference_of(row["answer"]) for row in ROWS)
 
 
 def test_bad_places_are_named(tmp_path: Path, folder: Path) -> None:

@@ -20,6 +20,7 @@ from services.learner.audit import audit
 from services.learner.checkpoint import CheckpointError, newest, save_checkpoint
 from services.learner.loop import Loop
 from services.learner.patience import Starved
+from services.learner.source import Issued
 from services.learner.store import Fenced, LearnerStore, RedisLost
 from tests.fake_services import until
 from tests.launching import rows_of
@@ -173,7 +174,7 @@ def test_a_run_that_is_scaled_to_0_waits_without_a_deadline(
     loop: Loop, client: redis.Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No ticket is answered meanwhile; the learner starves only once replicas are wanted again."""
-    monkeypatch.setattr(loop.intake.source, "issue", lambda *_: [])
+    monkeypatch.setattr(loop.intake.source, "issue", lambda *_: Issued([]))
     monkeypatch.setattr(intake_module, "LOOK_INTERVAL_S", 0.01)
     monkeypatch.setattr(loop_module, "PATIENCE_S", 0.01)
     learner = loop.config.learner.model_copy(update={"starvation_deadline_s": 0.2})

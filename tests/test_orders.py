@@ -21,6 +21,7 @@ from services.learner.checkpoint_record import Record, checkpoint_folders, read_
 from services.learner.guard import GuardState
 from services.learner.loop import Loop
 from services.learner.orders import Switches
+from services.learner.source import Issued
 from tests.fake_services import until
 from tests.launching import rows_of
 from tests.replaying import STEPS, end, make_config, take_up
@@ -76,7 +77,7 @@ def test_a_pause_in_redis_is_obeyed_until_it_is_withdrawn(loop: Loop, client: re
 def test_a_pause_is_seen_by_a_learner_that_waits_for_groups(
     loop: Loop, client: redis.Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop.intake.source, "issue", lambda *_: [])
+    monkeypatch.setattr(loop.intake.source, "issue", lambda *_: Issued([]))
     with running(loop):
         until(lambda: client.hget(keys.learner, "phase") == b"waiting", "the wait")
         client.hset(keys.control, "paused", 1)

@@ -50,6 +50,7 @@ from common.durable import FileEntry
 from common.keys import TICKET_GROUP, Keys
 from common.ledger import Mark, TicketName, parse_mark, parse_name
 from common.redis_client import connect, connect_async
+from common.tasks import BadRow, Prompt
 from common.waiting import Waits
 from common.weights import MANIFEST_FILE, decode_manifest, version_folder
 from common.wire import Group, TicketState, Timings, decode_ticket, encode
@@ -88,7 +89,9 @@ AFTER: dict[str, set[str]] = {
     "queued": {"queued", "dead", *FINAL},
     "dead": {"dead", "open"},
 }
-AFTER |= {state: {state} for state in FINAL}
+AFTER |= {state: {state} for state in (*FINAL, "skipped")}
+PASSED: dict[int, TicketState] = {2: "dead", 4: "skipped"}
+"""Places of every epoch of which there is no ticket."""
 WORK, ANSWERS = ("tickets", "eval"), ("groups", "evaluated")
 STREAMS = (*WORK, *ANSWERS, "dead")
 HOMES = {"open": WORK, "queued": ANSWERS, "dead": ("dead", "dead")}
@@ -110,6 +113,18 @@ SCRIPTS = (
     tickets.MOVE,
     tickets._RENEW,
 )
+
+
+class Uneven(Counting):
+    """One row is none, and one is too long."""
+
+    def prompts(self, split: str, *, seed: int, epoch: int) -> Iterator[Prompt | BadRow]:  # type: ignore[override]
+        for place, prompt in enumerate(super().prompts(split, seed=seed, epoch=epoch)):
+            if split == "train" and place in PASSED:
+                is_bad = PASSED[place] == "dead"
+                yield BadRow("bad") if is_bad else Prompt([{"role": "user", "content": "x" * 4000}], prompt.reference)
+            else:
+                yield prompt
 
 
 class Trainer:
@@ -267,6 +282,10 @@ def is_training(name: str) -> bool:
     return parse_name(name).kind == "train"
 
 
+def birth_of(name: str) -> TicketState:
+    return PASSED.get(parse_name(name).place, "open") if is_training(name) else "open"
+
+
 class Protocol(RuleBasedStateMachine):
     def __init__(self, server: Server, folder: Path) -> None:
         super().__init__()
@@ -284,6 +303,7 @@ class Protocol(RuleBasedStateMachine):
         """What each checkpoint holds; None if it was corrupted."""
         self.marks: dict[str, Mark] = {}
         self.died: set[str] = set()
+        self.skipped: set[str] = set()
         self.groups: dict[tuple[str, str], tuple[str, Group]] = {}
         """Every group ever committed, with its kind, by ticket and entry: two streams may have an entry of one id."""
         self.planted: set[str] = set()
@@ -420,9 +440,10 @@ class Protocol(RuleBasedStateMachine):
                     f"{name} was {old} and is {new}"
                 )
         for name in marks.keys() - self.marks.keys():
-            assert marks[name].state == "open" or self.was_lost, f"{name} begins as {marks[name]}"
+            assert marks[name].state == birth_of(name) or self.was_lost, f"{name} begins as {marks[name]}"
         self.marks = marks
         self.died |= {name for name, mark in marks.items() if mark.state == "dead"}
+        self.skipped |= {name for name, mark in marks.items() if mark.state == "skipped"}
 
     def _check_streams(self, pending: set[str], streams: dict[str, Any]) -> set[str]:
         """The tickets of which somebody has planted a copy."""
@@ -472,7 +493,8 @@ class Protocol(RuleBasedStateMachine):
         stale = [parse_name(name) for name, state in line.states.items() if state == "stale"]
         names = [name._replace(reissue=1) for name in stale if not name.reissue]
         names += [TicketName("train", *divmod(number, NUM_PROMPTS)) for number in range(count)]
-        known = self.marks.keys() | set(waiting) | (self.died | line.states.keys() if self.was_lost else set())
+        gone = self.died | self.skipped | line.states.keys() if self.was_lost else set()
+        known = self.marks.keys() | set(waiting) | gone
         assert not {str(name) for name in names} - known
 
     def _note(self, life: Life, num_noted: int) -> None:
@@ -503,7 +525,7 @@ class Protocol(RuleBasedStateMachine):
     def _take_up(self, fault: Fault | None = None) -> None:
         newest = self._loadable()[-1:]
         line = copy.deepcopy(self._line(newest[0])) if newest else Line()
-        client, task = self.trap.guard(self.server.new_client()), Counting(NUM_PROMPTS)
+        client, task = self.trap.guard(self.server.new_client()), Uneven(NUM_PROMPTS)
         try:
             with self.trap.armed(fault):
                 loop, _ = assembly.assemble(

@@ -17,7 +17,8 @@ def accuracy(policy: Path, config: RunConfig, num_problems: int) -> float:
     """Of one completion at temperature 1 for each of the first problems; deterministic on one machine."""
     disable_progress_bar()
     task = load_task(config.task.name, config.task.settings)
-    problems = list(itertools.islice(task.prompts("held_out", seed=config.seed, epoch=0), num_problems))
+    prompts = itertools.islice(task.prompts("held_out", seed=config.seed, epoch=0), num_problems)
+    problems = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
     with torch.random.fork_rng(devices=[]):

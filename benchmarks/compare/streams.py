@@ -29,6 +29,7 @@ from services.generation.tickets import TicketStore
 from services.learner.intake import READ_COUNT, Intake
 from services.learner.orders import Switches
 from services.learner.refusal import Limits
+from services.learner.source import Issued
 from services.learner.store import Cursor, LearnerStore
 
 
@@ -47,10 +48,10 @@ Row = dict[str, Any]
 class NoTickets:
     """A source that issues nothing: the tickets are there before the clock starts."""
 
-    cursor, is_recording, is_exhausted = Cursor(0, 0), False, False
+    cursor, data, is_recording, is_exhausted = Cursor(0, 0), None, False, False
 
-    def issue(self, *_: object) -> list[str]:
-        return []
+    def issue(self, *_: object) -> Issued:
+        return Issued([])
 
     def to_issue(self) -> list[str]:
         return []

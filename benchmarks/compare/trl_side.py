@@ -13,7 +13,7 @@ from benchmarks.compare.runs import Outcome, Workload, spec_of
 from benchmarks.demo import ROOT
 from common.config import RunConfig
 from common.device import resolve_device
-from common.tasks import load_task
+from common.tasks import Prompt, load_task
 
 ENVIRONMENT = ROOT / "benchmarks" / ".trl-venv"
 REQUIREMENTS = ROOT / "benchmarks" / "compare" / "trl-requirements.txt"
@@ -86,4 +86,8 @@ def prompts_of(config: RunConfig) -> list[dict[str, Any]]:
     task = load_task(config.task.name, config.task.settings)
     wanted = config.learner.steps * config.learner.groups_per_step
     prompts = itertools.islice(task.prompts("train", seed=config.seed, epoch=0), wanted)
-    return [{"prompt": prompt.messages, "answer": prompt.reference["answer"]} for prompt in prompts]
+    return [
+        {"prompt": prompt.messages, "answer": prompt.reference["answer"]}
+        for prompt in prompts
+        if isinstance(prompt, Prompt)
+    ]

@@ -50,6 +50,7 @@ TEXTS = {
     "scoring_s_mean": "Mean time of a group's rewards.",
     "padding_share": "Share of padding in the rows of the learner's attention.",
     "uniform_share": "Share of all groups so far that were uniform.",
+    "skipped_prompts": "Prompts so far that were too long for the context with max_new_tokens, and not issued.",
     "stale_share": "Share of all groups so far that were stale.",
     "generated_tokens": "Tokens of all groups of the run so far.",
     "wall_s": "Time since the run's first ticket, over all its lives.",

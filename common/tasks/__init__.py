@@ -28,11 +28,19 @@ class Prompt(msgspec.Struct, frozen=True):
     reference: dict[str, Any]
 
 
+class BadRow(msgspec.Struct, frozen=True):
+    """In the place of a prompt: a row of the data that makes none. It keeps its place, and the run passes it."""
+
+    reason: str
+
+
 class Task(Protocol):
-    def prompts(self, split: Split, *, seed: int, epoch: int) -> Iterator[Prompt]:
+    def prompts(self, split: Split, *, seed: int, epoch: int) -> Iterator[Prompt | BadRow]:
         """One epoch of prompts; the same arguments give the same prompts in the same order.
 
-        `held_out` ignores `epoch`, and never yields a prompt that `train` yields.
+        `held_out` ignores `epoch`, and never yields a prompt that `train` yields. What a message says is text: the name
+        of a control token (`<|im_end|>`) is none there. A prompt that cannot become a ticket is passed and named; an
+        exception ends the run.
         """
         ...
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from common.tasks import Prompt, Split
+from common.tasks import BadRow, Prompt, Split
 from common.tasks.answers import DIGITS, final_answer
 from common.wire import Ticket
 
@@ -46,27 +46,30 @@ class Gsm8k:
         self._split_names: dict[Split, str] = {"train": train_split, "held_out": held_out_split}
         self._instruction = instruction
 
-    def prompts(self, split: Split, *, seed: int, epoch: int) -> Iterator[Prompt]:
+    def prompts(self, split: Split, *, seed: int, epoch: int) -> Iterator[Prompt | BadRow]:
         """`train` shuffled by (seed, epoch); `held_out` in file order.
 
-        Raises `ValueError`, before the first prompt, if the rows are missing, empty or not of GSM8K's form.
+        Raises `ValueError`, before the first prompt, if the rows are missing, or none is of GSM8K's form.
         """
         name = self._split_names[split]
         rows = load_rows(self._path, self._config, name)
         prompts = [self._prompt(row, f"{self._path!r}, {name!r}, row {index}") for index, row in enumerate(rows)]
+        bad = [prompt for prompt in prompts if isinstance(prompt, BadRow)]
+        if len(bad) == len(prompts):
+            raise ValueError(f"no row makes a prompt; {bad[0].reason}")
         if split == "held_out":
             return iter(prompts)
         order = np.random.default_rng([seed, epoch]).permutation(len(prompts))
         return (prompts[index] for index in order)
 
-    def _prompt(self, row: dict[str, Any], origin: str) -> Prompt:
+    def _prompt(self, row: dict[str, Any], origin: str) -> Prompt | BadRow:
         question, answer = row["question"], row["answer"]
         if question is None or answer is None:
-            raise ValueError(f"{origin}: expected two texts, found question {question!r} and answer {answer!r}")
+            return BadRow(f"{origin}: expected two texts, found question {question!r} and answer {answer!r}")
         _, hashes, number = answer.rpartition("####")
         reference = number.strip().replace(",", "")
         if not hashes or not NUMBER.fullmatch(reference):
-            raise ValueError(f"{origin}: expected an answer that ends in '#### <number>', found {answer[-80:]!r}")
+            return BadRow(f"{origin}: expected an answer that ends in '#### <number>', found {answer[-80:]!r}")
         content = f"{question}\n\n{self._instruction}"
         return Prompt(messages=[{"role": "user", "content": content}], reference={"answer": reference})
 
@@ -106,7 +109,14 @@ def load_rows(path: str, config: str, split: str) -> list[dict[str, Any]]:
         raise ValueError(f"path {path!r}, split {split!r}: expected at least one row, found none") from error
     if len(rows) == 0:
         raise ValueError(f"path {path!r}, split {split!r}: expected at least one row, found none")
-    texts = {name for name, feature in rows.features.items() if getattr(feature, "dtype", "") == "string"}
+    texts = {field.name for field in rows.features.arrow_schema if _is_text(field.type)}
     if not {"question", "answer"} <= texts:
         raise ValueError(f"path {path!r}: expected the text columns 'question' and 'answer', found {rows.features}")
     return list(rows)
+
+
+def _is_text(kind: Any) -> bool:
+    """Arrow has three types of text: pandas 3 and Polars write the two later ones."""
+    from pyarrow import types
+
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))

@@ -34,6 +34,9 @@ def up(
         int | None,
         typer.Option(help="Overrides generation.replicas, and what `headrace scale` has ordered of an existing run."),
     ] = None,
+    new_epoch: Annotated[
+        bool, typer.Option("--new-epoch", help="Data, seed or task of an existing run may differ: from its next epoch.")
+    ] = False,
     as_json: JsonOption = False,
     runs_folder: RunsFolderOption = RUNS,
 ) -> None:
@@ -47,7 +50,7 @@ def up(
         number = [] if replicas is None else [f"generation.replicas={replicas}"]
         recipe = _load(config, seed, [*overrides, *number])
         name, is_number_given = run or _new_name(config), replicas is not None
-        run_everything(recipe, name, runs_folder, Console(highlight=False), is_number_given, as_json)
+        run_everything(recipe, name, runs_folder, Console(highlight=False), is_number_given, as_json, new_epoch)
 
 
 @app.command(rich_help_panel=START)

@@ -52,10 +52,12 @@ def up(
     console: Console,
     is_order_withdrawn: bool = False,
     is_json: bool = False,
+    is_new_epoch: bool = False,
 ) -> None:
     """Returns when the run is complete or was stopped. Raises `ValueError` before anything starts, else `Failed`.
 
     `is_order_withdrawn`: the recipe's number of replicas counts again, whatever was ordered of the run before.
+    `is_new_epoch`: data that are not those which the run began with begin with its next epoch; else they are refused.
     `is_json`: what is said is an object a line, the last one the summary.
     """
     keys, folder = Keys(run), runs_folder / run
@@ -89,7 +91,7 @@ def up(
         orders.begin()
         if is_order_withdrawn:
             orders.withdraw()
-        learner = _learner(folder, url, watcher)
+        learner = _learner(folder, url, watcher, is_new_epoch)
         replicas = Replicas(lambda index: _replica(folder, index, url), orders)
         control = _control(folder, url, host, page_port)
         Supervisor(learner, replicas, control, redis, watcher, signals).run()
@@ -116,8 +118,9 @@ def _redis(folder: Path, port: int, lock: int, watcher: Watcher) -> Kept:
     )
 
 
-def _learner(folder: Path, url: str, watcher: Watcher) -> Kept:
+def _learner(folder: Path, url: str, watcher: Watcher, is_new_epoch: bool) -> Kept:
     arguments = ["--config", str(folder / "config.yaml"), "--run", folder.name, "--runs-folder", str(folder.parent)]
+    arguments += ["--new-epoch"] * is_new_epoch
     log = folder / "logs" / "learner.log"
 
     def start() -> Service:

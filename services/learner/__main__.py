@@ -73,6 +73,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--run", default=os.environ.get("HEADRACE_RUN", "demo"))
     parser.add_argument("--runs-folder", type=Path, default=Path("runs"))
     parser.add_argument("--redis-url", default=os.environ.get("HEADRACE_REDIS_URL"))
+    parser.add_argument("--new-epoch", action="store_true", help="other data begin with the run's next epoch")
     parser.add_argument("--host", default=None, help="overrides learner.host")
     parser.add_argument("--port", type=int, default=None, help="overrides learner.port")
     return parser.parse_args()
@@ -120,7 +121,8 @@ def _run(arguments: argparse.Namespace, config: RunConfig, recording: Recording 
     token = token_at(folder / "token")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: switches.stop.set())
-    return _learn(config, folder, token, client, keys, sock, task, switches, waits, recording, ranks)
+    is_new_epoch = arguments.new_epoch
+    return _learn(config, folder, token, client, keys, sock, task, switches, waits, recording, ranks, is_new_epoch)
 
 
 def _learn(
@@ -135,6 +137,7 @@ def _learn(
     waits: Waits,
     recording: Recording | None,
     ranks: Any,
+    is_new_epoch: bool,
 ) -> int:
     from services.learner.assembly import assemble
     from services.learner.exported import Exported
@@ -143,7 +146,7 @@ def _learn(
 
     _log.info("the libraries are imported")
     arguments = (config, folder, token, client, keys, url_of(sock), task, switches, waits, recording, ranks)
-    loop, tokenizer = assemble(*arguments)
+    loop, tokenizer = assemble(*arguments, is_new_epoch)
     from_now_on(step=lambda: loop.progress.step)
     if loop.is_at_last_step and (folder / "summary.json").exists():
         _log.info("run %s is complete: more learner.steps would go on with it", folder.name)

@@ -15,6 +15,7 @@ import redis
 
 from common.chat import load_tokenizer
 from common.config import RunConfig
+from common.context import context_tokens
 from common.control import SETTINGS, Settings
 from common.durable import move_into_place
 from common.keys import Keys
@@ -26,6 +27,7 @@ from services.learner.audit import losses_so_far
 from services.learner.best import FRAME, Best
 from services.learner.checkpoint import newest
 from services.learner.checkpoint_record import Loss, Record, checkpoint_folders
+from services.learner.data import begin, data_of, known_data
 from services.learner.evaluations import Evaluations
 from services.learner.guard import GuardState
 from services.learner.in_force import take_up
@@ -62,12 +64,18 @@ def assemble(
     waits: Waits,
     recording: Recording | None = None,
     ranks: Ranks | None = None,
+    is_new_epoch: bool = False,
 ) -> tuple[Loop, Any]:
-    """The loop, ready to run, and the tokenizer. Raises `ValueError` if the model or every checkpoint is unusable."""
+    """The loop, ready to run, and the tokenizer. Raises `ValueError` if the model or every checkpoint is unusable, or
+    the data are not those that the run began with; `is_new_epoch`: then others begin with its next epoch."""
     ranks = ranks or Ranks()
     ranks.on_lost = switches.stop.set
     set_up_torch(config, ranks)
     tokenizer = load_tokenizer(config.model)
+    known, data = None, None
+    if recording is None:
+        known = known_data(client, keys, folder / "checkpoints")
+        data = data_of(config, task, tokenizer, known, is_new_epoch)
     trainer = lead(config, ranks)
     policy = trainer.policy
     _log.info("the policy is loaded")
@@ -91,13 +99,15 @@ def assemble(
         v: step for v, step in (record.version_steps if record else {}).items() if v not in versions.steps
     }
     cursor = store.cursor() or (record.cursor if record else Cursor(0, 0))
+    max_sequence_tokens = context_tokens(policy.model.config, getattr(config.generation.engine, "context_tokens", None))
+    if data is not None:
+        cursor, data = begin(store, cursor, known, data)
     if recording is not None:
         source: Source = RecordingSource(recording, cursor)
         version_steps = recording.version_steps
     else:
-        source = TicketSource(
-            config, task, tokenizer, stop_token_ids(tokenizer, policy.model.generation_config), cursor
-        )
+        stops = stop_token_ids(tokenizer, policy.model.generation_config)
+        source = TicketSource(config, task, tokenizer, stops, cursor, max_sequence_tokens, data)
         version_steps = versions.steps
 
     def limits() -> Limits:
@@ -105,7 +115,7 @@ def assemble(
             vocab_size=vocab_size,
             group_size=config.actor.group_size,
             num_eval_samples=config.evaluation.num_samples,
-            max_sequence_tokens=getattr(policy.model.config, "max_position_embeddings", 1 << 20),
+            max_sequence_tokens=max_sequence_tokens,
             highest_version=versions.highest if recording is None else max(recording.version_steps, default=0),
         )
 

@@ -24,7 +24,7 @@ from common.keys import Keys
 from common.ledger import Mark, parse_mark, parse_name
 from common.redis_client import connect
 from common.wire import DecidedState, TicketState
-from services.learner.checkpoint_record import Loss, Record, Unreadable, checkpoint_folders, read_record
+from services.learner.checkpoint_record import Loss, Record, newest_record
 from services.learner.report import METRICS_FILE, read_rows
 
 STATES: tuple[TicketState, ...] = get_args(TicketState)
@@ -88,10 +88,10 @@ def audit(client: redis.Redis, keys: Keys, folder: Path) -> Audit:
 def take_snapshot(client: redis.Redis, keys: Keys, folder: Path) -> Snapshot:
     names = ("tickets", "eval", "groups", "evaluated", "dead")
     for _ in range(MAX_ATTEMPTS):
-        record = _newest_record(folder / "checkpoints")
+        record = newest_record(folder / "checkpoints")
         others = (keys.ledger, keys.cursor, keys.versions)
         reply: Any = client.eval(_SNAPSHOT, 8, *others, *(getattr(keys, name) for name in names))
-        if record == _newest_record(folder / "checkpoints"):
+        if record == newest_record(folder / "checkpoints"):
             break
     else:
         raise ValueError(f"{folder}: checkpoints are written faster than they can be read")
@@ -121,15 +121,6 @@ def losses_so_far(record: Record, versions: Collection[int]) -> list[Loss]:
     known = Counter[str](one.state for one in (*record.earlier, *record.settlements))
     forgotten = {state: record.counts.get(state, 0) - known[state] for state in FINISHED}
     return [*record.losses, Loss(record.step, len(record.unfinished), forgotten, time.time())]
-
-
-def _newest_record(root: Path) -> Record | None:
-    for folder in reversed(checkpoint_folders(root)):
-        try:
-            return read_record(folder)
-        except Unreadable:
-            continue
-    return None
 
 
 def _recorded(record: Record | None, found: Audit) -> dict[str, TicketState]:

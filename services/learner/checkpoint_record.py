@@ -12,6 +12,7 @@ import msgspec
 
 from common.control import Settings
 from common.durable import FileEntry
+from services.learner.fingerprint import Fingerprint
 from services.learner.guard import GuardState
 from services.learner.store import Cursor, Settlement
 
@@ -60,6 +61,8 @@ class Record(msgspec.Struct, frozen=True):
     settings: Settings = Settings()
     """What differed from the configuration, as ordered."""
     guard: GuardState = GuardState()
+    data: Fingerprint | None = None
+    """What the cursor is a place of."""
     files: dict[str, FileEntry] = {}
     schema: int = 2
 
@@ -85,6 +88,16 @@ def read_record(folder: Path) -> Record:
         return msgspec.json.decode(content, type=Record)
     except (OSError, msgspec.DecodeError) as error:
         raise Unreadable(f"{folder.name}: {error}") from error
+
+
+def newest_record(root: Path) -> Record | None:
+    """Of the newest checkpoint whose record can be read; looks at no tensors, and changes nothing."""
+    for folder in reversed(checkpoint_folders(root)):
+        try:
+            return read_record(folder)
+        except Unreadable:
+            continue
+    return None
 
 
 def folder_name(epoch: int, number: int) -> str:

@@ -289,8 +289,11 @@ class Intake:
             self._is_all_here = room <= 0 and look.open_tickets == 0
             if room > 0 and self.is_admitting and not self.switches.paused.is_set():
                 issued = self.source.issue(self.store, room, self._step, self._version)
-                self.books.issued(issued)
-                _tell("issued", issued, version=self._version)
+                self.books.issued(issued.ticket_ids)
+                self.books.counts.update(one.state for one in issued.passed)
+                _tell("issued", issued.ticket_ids, version=self._version)
+                for one in issued.passed:
+                    _log.warning("no ticket (%s): %s", one.state, one.reason, extra={"ticket": one.ticket_id})
 
     def _take_in(self, entries: list[Entry], marks: list[Mark | None]) -> None:
         limits = self._limits()
@@ -368,6 +371,9 @@ class Intake:
     def _retry_dead(self, name: str) -> None:
         try:
             (ticket,) = self.source.rebuild([name], self._step, self._version)
+            died = self.store.dead_ticket(name)
+            if died is not None and (died.prompt_tokens, died.reference) != (ticket.prompt_tokens, ticket.reference):
+                raise ValueError(f"ticket {name}: the data have another prompt there now")
         except ValueError as error:
             _log.warning("not issued again: %s", error, extra={"ticket": name})
             self.store.execute([("SREM", self.store.keys.retries, name)])

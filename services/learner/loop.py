@@ -192,6 +192,7 @@ class Loop:
             losses=self.progress.losses,
             settings=self.in_force.settings,
             guard=self.in_force.guard,
+            data=self.intake.source.data,
         )
         started = time.monotonic()
         try:

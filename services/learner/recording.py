@@ -15,6 +15,7 @@ import msgspec
 
 from common.config import RunConfig
 from common.wire import Ticket
+from services.learner.source import Issued
 from services.learner.store import Cursor, LearnerStore
 
 SCHEMA = 2
@@ -126,6 +127,7 @@ class RecordingSource:
     """A learner's source of groups that asks nobody; its cursor is a place in the recording."""
 
     is_recording = True
+    data = None
 
     def __init__(self, recording: Recording, cursor: Cursor) -> None:
         self.recording = recording
@@ -136,7 +138,7 @@ class RecordingSource:
     def configure(self, config: RunConfig) -> None:
         """What was recorded was sampled as it was."""
 
-    def issue(self, store: LearnerStore, count: int, step: int, version: int) -> list[str]:
+    def issue(self, store: LearnerStore, count: int, step: int, version: int) -> Issued:
         again, self._again = self._again[:count], self._again[count:]
         last = min(self.cursor.place + count - len(again), self.recording.num_groups)
         groups = self.recording.groups([*again, *range(self.cursor.place, last)])
@@ -144,7 +146,7 @@ class RecordingSource:
         if groups:
             self.cursor = Cursor(0, last)
             store.add_groups(groups, self.cursor)
-        return [ticket_id for ticket_id, _ in groups]
+        return Issued([ticket_id for ticket_id, _ in groups])
 
     def replace_stale(self, ticket: Ticket) -> None:
         """What replaced it then, if anything did, comes later in the recording."""

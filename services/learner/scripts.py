@@ -51,18 +51,23 @@ return {redis.call('XLEN', KEYS[2]), redis.call('XLEN', KEYS[3]), marks}
 ADD = (
     _UNLESS_FULL
     + """
-for i = 6, #ARGV, 2 do
-  if redis.call('HEXISTS', KEYS[3], ARGV[i]) == 0 then
-    local added = redis.call('XADD', KEYS[2], '*', 'id', ARGV[i], ARGV[5], ARGV[i + 1])
-    redis.call('HSET', KEYS[3], ARGV[i], ARGV[4] .. ' ' .. added)
+for i = 4, #ARGV, 4 do
+  local id, mark = ARGV[i], ARGV[i + 1]
+  if redis.call('HEXISTS', KEYS[3], id) == 0 then
+    if mark ~= 'skipped' then
+      local stream = mark == 'dead' and KEYS[5] or KEYS[2]
+      mark = mark .. ' ' .. redis.call('XADD', stream, '*', 'id', id, ARGV[i + 2], ARGV[i + 3])
+    end
+    redis.call('HSET', KEYS[3], id, mark)
   end
 end
 if ARGV[2] ~= '' then redis.call('HSET', KEYS[4], 'epoch', ARGV[2], 'place', ARGV[3]) end
 return 'OK'
 """
 )
-"""KEYS: epoch, stream, ledger, cursor. ARGV: epoch, the cursor's two numbers (or empty), state, field, then ids and
-payloads. What the ledger has seen is passed over."""
+"""KEYS: epoch, stream, ledger, cursor, dead. ARGV: epoch, the cursor's two numbers (or empty), then of each ticket its
+id, its state, and a field with its name: the ticket or the group, or the reason why it is dead; of one that is skipped
+two empty ones. What the ledger has seen is passed over."""
 
 SETTLE = (
     _ALWAYS

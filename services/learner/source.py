@@ -1,11 +1,20 @@
 """Where a learner's groups come from: tickets that replicas answer (prompts.py), or a recording (recording.py)."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from common.config import RunConfig
 from common.wire import Ticket
-from services.learner.store import Cursor, LearnerStore
+from services.learner.fingerprint import Fingerprint
+from services.learner.store import Cursor, LearnerStore, Passed
+
+
+class Issued(NamedTuple):
+    """What one call has put into Redis."""
+
+    ticket_ids: list[str]
+    passed: list[Passed] = []
+    """Places of the data of which there is no ticket."""
 
 
 class Source(Protocol):
@@ -21,8 +30,8 @@ class Source(Protocol):
         """What is issued from now on is sampled as `config` says."""
         ...
 
-    def issue(self, store: LearnerStore, count: int, step: int, version: int) -> list[str]:
-        """Adds up to `count` tickets (or recorded groups) to Redis; returns their ids."""
+    def issue(self, store: LearnerStore, count: int, step: int, version: int) -> Issued:
+        """Adds up to `count` tickets (or recorded groups) to Redis."""
         ...
 
     def replace_stale(self, ticket: Ticket) -> None: ...
@@ -33,6 +42,11 @@ class Source(Protocol):
 
     def to_issue(self) -> list[str]:
         """What a checkpoint must remember to issue again."""
+        ...
+
+    @property
+    def data(self) -> Fingerprint | None:
+        """What a checkpoint must say of the data; None of a recording."""
         ...
 
     def rebuild(self, ticket_ids: Sequence[str], step: int, version: int) -> list[Ticket]:

@@ -5,6 +5,7 @@ and nothing of it happens; `RedisLost` if Redis no longer knows the epoch. Write
 lost answer) and do no harm then: a ticket id is added once, everything else sets, deletes or acknowledges by name.
 """
 
+import contextlib
 import logging
 import uuid
 from collections.abc import Iterable, Sequence
@@ -18,7 +19,7 @@ from common.keys import MAX_EVENTS, MAX_HISTORY, MAX_SHOWN, TICKET_GROUP, Keys
 from common.ledger import Mark, parse_mark
 from common.redis_client import entries_of
 from common.shown import ShownGroup
-from common.wire import Heartbeat, Ticket, TicketState, WireError, decode_heartbeat, encode
+from common.wire import Heartbeat, Ticket, TicketState, WireError, decode_group, decode_heartbeat, decode_ticket, encode
 from services.learner import scripts
 from services.learner.history import numbers_of
 
@@ -51,6 +52,14 @@ class Entry(NamedTuple):
     entry_id: str
     ticket_id: str
     payload: bytes
+
+
+class Passed(NamedTuple):
+    """A place of the data of which no ticket is issued."""
+
+    ticket_id: str
+    state: Literal["dead", "skipped"]
+    reason: str
 
 
 class Look(NamedTuple):
@@ -99,25 +108,40 @@ class LearnerStore:
         """All of `commands` atomically, or raises `Fenced`."""
         self._run(scripts.EXECUTE, [], [part for command in commands for part in (len(command), *command)])
 
-    def add_tickets(self, stream: str, tickets: Sequence[Ticket], cursor: Cursor | None = None) -> None:
-        """Adds those whose id the ledger has never seen, and moves the data cursor, in one step."""
-        self._add(stream, cursor, "open", "ticket", [(ticket.id, encode(ticket)) for ticket in tickets])
+    def add_tickets(
+        self, stream: str, tickets: Sequence[Ticket], cursor: Cursor | None = None, passed: Sequence[Passed] = ()
+    ) -> None:
+        """Adds those whose id the ledger has never seen, marks what was `passed`, and moves the data cursor, in one
+        step."""
+        items: list[tuple[str | bytes, ...]] = [(ticket.id, "open", "ticket", encode(ticket)) for ticket in tickets]
+        items += [(one.ticket_id, one.state, "reason" * (one.state == "dead"), one.reason) for one in passed]
+        self._add(stream, cursor, items)
 
     def add_groups(self, groups: Sequence[tuple[str, bytes]], cursor: Cursor) -> None:
         """Recorded groups, by ticket id, as if replicas had committed them."""
-        self._add(self.keys.groups, cursor, "queued", "group", groups)
+        self._add(self.keys.groups, cursor, [(name, "queued", "group", payload) for name, payload in groups])
 
-    def _add(
-        self, stream: str, cursor: Cursor | None, state: TicketState, field: str, items: Sequence[tuple[str, bytes]]
-    ) -> None:
+    def _add(self, stream: str, cursor: Cursor | None, items: Sequence[tuple[str | bytes, ...]]) -> None:
         place = ("", "") if cursor is None else cursor
-        keys = [stream, self.keys.ledger, self.keys.cursor]
-        self._run(scripts.ADD, keys, [*place, state, field, *(part for item in items for part in item)])
+        keys = [stream, self.keys.ledger, self.keys.cursor, self.keys.dead]
+        self._run(scripts.ADD, keys, [*place, *(part for item in items for part in item)])
 
     def revive(self, ticket: Ticket) -> bool:
         """Puts a dead ticket back to work; False if it is not dead any more."""
         keys = [self.keys.ledger, self.keys.tickets, self.keys.dead, self.keys.retries]
         return bool(self._run(scripts.REVIVE, keys, [ticket.id, encode(ticket)]))
+
+    def dead_ticket(self, ticket_id: str) -> Ticket | None:
+        """As it died, if that was kept whole."""
+        (mark,) = self.marks([ticket_id])
+        if mark is None or mark.state != "dead" or not mark.entry_id:
+            return None
+        entries: Any = self.client.xrange(self.keys.dead, mark.entry_id, mark.entry_id)
+        payload = entries[0][1].get(b"payload", b"") if entries else b""
+        for decode in (decode_ticket, lambda group: decode_group(group).ticket):
+            with contextlib.suppress(WireError):
+                return decode(payload)
+        return None
 
     def asked_to_retry(self) -> list[str]:
         """Dead tickets that a person wants answered after all."""
@@ -169,6 +193,11 @@ class LearnerStore:
     def cursor(self) -> Cursor | None:
         epoch, place = self.client.hmget(self.keys.cursor, "epoch", "place")
         return None if epoch is None or place is None else Cursor(int(epoch), int(place))
+
+    def set_data(self, data: bytes, cursor: Cursor) -> None:
+        """The cursor is at that place of those data (services/learner/fingerprint.py)."""
+        place = ("epoch", cursor.epoch, "place", cursor.place)
+        self.execute([("HSET", self.keys.cursor, *place, "data", data)])
 
     def version_steps(self) -> dict[int, int]:
         return {int(version): int(step) for version, step in self.client.hgetall(self.keys.versions).items()}

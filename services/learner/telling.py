@@ -125,6 +125,7 @@ class Telling:
             "generated_tokens": counts["generated_tokens"],
             "uniform_share": counts["uniform"] / decided,
             "stale_share": counts["stale"] / decided,
+            "skipped_prompts": counts["skipped"],
             "swap_pauses_ms": self.store.take_swap_pauses_ms(),
         }
 
