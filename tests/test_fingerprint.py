@@ -110,7 +110,7 @@ def test_it_is_kept_beside_the_cursor_and_in_checkpoints(client: redis.Redis, ke
 
 def test_other_data_begin_with_the_next_epoch_once(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
     store = LearnerStore(client, keys)
-    _, first = begin(store, Cursor(2, 3), None, taken_up(None, Rows(*ROWS)))
+    begin(store, Cursor(2, 3), None, taken_up(None, Rows(*ROWS)))
     cursor = Cursor(2, 3)
     for _ in range(2):  # a learner that is started again is told the same
         known = known_data(client, keys, tmp_path)

@@ -18,6 +18,7 @@ from services.learner import publishing
 from services.learner.loop import Loop
 from services.learner.patience import Starved
 from services.learner.snapshots import Snapshots
+from services.learner.source import Issued
 from services.learner.version_writer import VersionWriter
 from tests.fake_services import until
 from tests.launching import rows_of
@@ -89,7 +90,7 @@ def test_what_a_version_replaces_is_admitted_when_it_is_announced(loop: Loop) ->
     before_writing(loop, lambda step: None if step != 1 else _wait_for(may_go_on))
     issue = loop.intake.source.issue
 
-    def note_and_issue(store: Any, count: int, step: int, version: int) -> list[str]:
+    def note_and_issue(store: Any, count: int, step: int, version: int) -> Issued:
         rooms.append(version)
         return issue(store, count, step, version)
 
