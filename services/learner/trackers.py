@@ -17,12 +17,17 @@ from services.learner.history import Number, numbers_of
 MAX_QUEUED_ROWS = 1000
 CLOSE_TIMEOUT_S = 30.0
 PROJECT = "headrace"
+ROW_KINDS = ("step", "evaluation")
 _log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
     def log(self, numbers: Mapping[str, float], step: int) -> None:
-        """`numbers` by `kind/name`; steps come in order, some twice."""
+        """`numbers` by `kind/name`, `kind/step` among them.
+
+        Steps of one kind come in order. An evaluation is of an earlier step than the rows before it, and a learner
+        that was killed takes steps again.
+        """
         ...
 
     def close(self) -> None: ...
@@ -34,7 +39,7 @@ class TensorBoard:
     def __init__(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         for name, number in numbers.items():
@@ -45,7 +50,7 @@ class TensorBoard:
 
 
 class Trackio:
-    """Its local database; nothing leaves the machine unless its own settings say so."""
+    """Its local database; nothing leaves the machine unless its settings say so. A step taken again stands twice."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
         import trackio
@@ -61,7 +66,11 @@ class Trackio:
 
 
 class WeightsAndBiases:
-    """Where its own settings (`WANDB_MODE`, `WANDB_API_KEY`) say."""
+    """Where its own settings (`WANDB_MODE`, `WANDB_API_KEY`) say.
+
+    It drops rows whose step is below the last one's. So each row is a step of its own there, and each kind of rows is
+    drawn over its own axis, `step/step` or `evaluation/step`. What is taken again stands twice.
+    """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
         import wandb
@@ -69,9 +78,11 @@ class WeightsAndBiases:
         self._run = wandb.init(
             project=PROJECT, name=folder.name, id=folder.name, resume="allow", dir=folder, config=dict(config)
         )
+        for kind in ROW_KINDS:
+            self._run.define_metric(f"{kind}/*", step_metric=f"{kind}/step")
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(numbers), step=step)
+        self._run.log(dict(numbers))
 
     def close(self) -> None:
         self._run.finish()
