@@ -1,7 +1,9 @@
 """What Compose and the images are made of, as far as it can be told without an engine."""
 
+import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
+DOCKERFILE = ROOT / "deploy" / "Dockerfile"
 ONE_GPU = ROOT / "deploy" / "one-gpu"
 
 
@@ -34,6 +37,54 @@ def test_every_package_has_an_exact_version(file: str, extras: list[str]) -> Non
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *(name for extra in extras for name in project["optional-dependencies"][extra])]
     assert {plain(re.split("[=<>]", name)[0]) for name in wanted} <= pinned(file)
+
+
+def test_the_images_compiler_is_of_the_release_of_cudas_headers() -> None:
+    """CCCL and FlashInfer refuse any other (`CUDA compiler and CUDA toolkit headers are incompatible`)."""
+    versions = dict(line.split("==") for line in (ROOT / "deploy" / "constraints-gpu.txt").read_text().splitlines())
+    headers = release(versions["nvidia-cuda-runtime"])
+    for name in ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-nvrtc", "cuda-toolkit"):
+        assert release(versions[name]) == headers, f"{name} {versions[name]} for the headers of CUDA {headers}"
+
+
+def release(version: str) -> tuple[str, ...]:
+    return tuple(version.split(".")[:2])
+
+
+def test_the_gpu_image_is_not_built_if_no_kernel_can_be_made() -> None:
+    stage = re.search(r"^FROM ground AS gpu$(.*?)^FROM ", DOCKERFILE.read_text(), re.MULTILINE | re.DOTALL)
+    assert stage is not None
+    lines = stage[1].splitlines()
+    installed, linked, compiled = (
+        next(number for number, line in enumerate(lines) if text in line)
+        for text in ("sglang==", "ln -s lib $CUDA_HOME/lib64", "RUN SGLANG_JIT_CACHE_DIR=")
+    )
+    assert installed < linked < compiled
+    assert "ln -s libcudart.so.13 $CUDA_HOME/lib/libcudart.so" in lines[linked]
+    assert " python /dependencies/compile_kernels.py " in lines[compiled]
+
+
+def test_what_the_images_copy_reaches_their_build() -> None:
+    allowed = (ROOT / ".dockerignore").read_text().split()
+    copied = [line.split()[1:-1] for line in DOCKERFILE.read_text().splitlines() if line.startswith("COPY ")]
+    for source in (one for sources in copied for one in sources):
+        assert (ROOT / source).exists(), source
+        assert any(f"!{path}" in allowed for path in (source, *map(str, Path(source).parents))), source
+
+
+@pytest.mark.slow
+def test_kernels_are_compiled_for_hopper_and_a_failure_is_one(tmp_path: Path) -> None:
+    """With a compiler that only notes what it is asked for: SGLang has the kernels, and whoever builds is told."""
+    compiler = tmp_path / "cuda" / "bin" / "nvcc"
+    compiler.parent.mkdir(parents=True)
+    compiler.write_text(f"#!/bin/sh\necho $* >> {tmp_path / 'asked'}; cat cuda.cu >> {tmp_path / 'asked'}; exit 1\n")
+    compiler.chmod(0o755)
+    variables = os.environ | {"CUDA_HOME": str(tmp_path / "cuda"), "SGLANG_JIT_CACHE_DIR": str(tmp_path / "kernels")}
+    command = [sys.executable, str(ROOT / "deploy" / "compile_kernels.py")]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=240)
+    assert done.returncode != 0 and "Failed to build JIT module" in done.stderr, done.stderr
+    asked = (tmp_path / "asked").read_text()
+    assert "code=sm_90a" in asked and "activation.cuh" in asked, asked
 
 
 def test_every_service_is_confined() -> None:
