@@ -15,14 +15,12 @@ import msgspec
 
 from common.config import RunConfig
 from common.passwords import without_password
-from common.tasks import Task, load_task
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_TASKS = {"gsm8k"}
 """The built-in tasks whose prompts may come from the hub."""
 HUB_TIMEOUT_S = 3.0
 SMALL_FILES = ["*.json", "*.jinja"]
-DATA_SUFFIXES = {".csv", ".json", ".jsonl", ".parquet"}
 REDIS_TIMEOUT_S = 3.0
 
 
@@ -51,9 +49,12 @@ class _TokenizerFile(msgspec.Struct):
 
 
 def check_run(config: RunConfig, missing: list[str] | None = None) -> None:
-    """Raises the first problem; given `missing`, collects there what is only not here, and raises only the rest."""
+    """Raises the first problem; given `missing`, collects there what is only not here, and raises only the rest.
+
+    The task and its prompts are `common.task_check`'s.
+    """
     prepare_hub(config)
-    for check in (check_addresses, check_redis, check_model, check_task, check_engine, check_trackers):
+    for check in (check_addresses, check_redis, check_model, check_engine, check_trackers):
         try:
             check(config)
         except NotHere as problem:
@@ -134,33 +135,6 @@ def check_trackers(config: RunConfig) -> None:
             raise NotHere(f"trackers: {name} is not installed here; expected `pip install {name}`, or no such tracker")
 
 
-def check_task(config: RunConfig) -> Task:
-    """Loads the task and looks at the first prompt of each split."""
-    name, settings = config.task.name, config.task.settings
-    try:
-        task = load_task(name, settings)
-        for split in ("train", "held_out"):
-            if next(task.prompts(split, seed=config.seed, epoch=0), None) is None:
-                raise ValueError(f"task {name!r} has no {split} prompts")
-    except ConnectionError as error:
-        _check_file_exists(name, settings.get("path"))
-        raise NotHere(
-            f"task {name!r}: its data set is not on this machine and not to be had: {one_line(error)}"
-        ) from error
-    except ValueError as error:
-        text = _with_cause(error)
-        raise ValueError(text if text.startswith("task ") else f"task {name!r}: {text}") from error
-    return task
-
-
-def _check_file_exists(task: str, path: Any) -> None:
-    """A mistyped file may pass for a hub name."""
-    if isinstance(path, str) and not Path(path).exists():
-        is_path = "/" in path and not is_hub_name(path)
-        if is_path or Path(path).suffix in DATA_SUFFIXES:
-            raise ValueError(f"task {task!r}: path {path!r} does not exist; expected a folder, a file or a hub name")
-
-
 def check_model(config: RunConfig) -> None:
     check_model_folder(config.model.path)
 
@@ -231,14 +205,6 @@ def _decode(path: str, file: Path, expected: type) -> Any:
         return msgspec.json.decode(file.read_bytes(), type=expected)
     except (msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"model.path {path!r}: {file.name} cannot be read: {one_line(error)}") from error
-
-
-def _with_cause(error: Exception) -> str:
-    """`datasets` says only in the innermost cause what is wrong with a file."""
-    text, cause = one_line(error), error.__cause__
-    while cause is not None and cause.__cause__ is not None:
-        cause = cause.__cause__
-    return text if cause is None or one_line(cause) in text else f"{text}: {one_line(cause)}"
 
 
 def one_line(error: BaseException) -> str:

@@ -73,6 +73,7 @@ def settings_of(config: RunConfig) -> Iterator[str]:
         ((TINY, "--set", "model.path=assets/nope"), "expected a folder with a config.json"),
         ((TINY, "--set", "task.name=arithmetik"), "did you mean 'arithmetic'?"),
         ((TINY, "--run", "../elsewhere"), "run '../elsewhere': expected"),
+        ((TINY, "--set", "sampling.max_new_tokens=1010"), "fits with it into the context of 1,024 tokens"),
         (("configs/nope.yaml",), "configs/nope.yaml: cannot be read"),
     ],
 )
@@ -96,6 +97,11 @@ def test_a_broken_data_file_is_one_line(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"question": "a", ')
     refused(headrace("check", TINY, "--set", "task.name=gsm8k", "--set", f"task.settings.path={rows}"), str(rows))
+
+
+def test_a_mistake_in_a_tasks_prompts_is_one_line() -> None:
+    task = ["--set", "task.name=tests.test_task_check:Told", "--set", "task.settings={train: no role}"]
+    refused(headrace("check", TINY, *task), "train prompt 0: its messages are list ['1 + 1?']")
 
 
 def test_check_prints_every_setting_once_with_its_source(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +15,9 @@ from huggingface_hub import errors
 from common import preflight
 from common.config import RunConfig
 from common.http_service import listen
-from common.preflight import NotHere, check_model_folder, check_run, check_task, is_hub_name
-from common.tasks import Prompt, Split
+from common.preflight import NotHere, check_model_folder, check_run, is_hub_name
 
 HUB_MODEL = "acme/tiny-instruct"
-
-
-class OnlyTrain:
-    """Has nothing held out; unless the hub is out of its reach, as `path` says."""
-
-    def __init__(self, path: str = "") -> None:
-        self._path = path
-
-    def prompts(self, split: Split, *, seed: int, epoch: int) -> Iterator[Prompt]:
-        if self._path:
-            raise ConnectionError("Couldn't reach\nthe hub")
-        return iter([Prompt([], {})] if split == "train" else [])
 
 
 @pytest.fixture(autouse=True)
@@ -168,42 +154,6 @@ def test_of_a_model_on_the_hub_what_is_here_is_checked(model: Path, monkeypatch:
     assert isinstance(problem_of(config_of(HUB_MODEL)), NotHere)
 
 
-@pytest.mark.parametrize(
-    ("task", "text"),
-    [
-        ({"name": "arithmetik"}, "did you mean 'arithmetic'?"),
-        ({"name": "no.such:Task"}, "task 'no.such:Task' cannot be imported"),
-        ({"name": "arithmetic", "settings": {"level": 3}}, "refuses its settings {'level': 3}"),
-        ({"name": "gsm8k", "settings": {"held_out_split": "train"}}, "task 'gsm8k': train_split and held_out_split"),
-        ({"name": "tests.faulty_tasks:Obedient"}, "task 'tests.faulty_tasks:Obedient' has no train prompts"),
-        ({"name": "tests.test_preflight:OnlyTrain"}, "has no held_out prompts"),
-        ({"name": "tests.test_preflight:OnlyTrain", "settings": {"path": "rows.jsonl"}}, "'rows.jsonl' does not exist"),
-        ({"name": "tests.test_preflight:OnlyTrain", "settings": {"path": "tests/rows"}}, "'tests/rows' does not exist"),
-    ],
-)
-def test_a_task_that_is_wrong_is_refused(task: dict[str, Any], text: str, demo_policy: Path) -> None:
-    problem = problem_of(config_of(demo_policy, task=task))
-    assert text in str(problem)
-    assert not isinstance(problem, NotHere)
-
-
-@pytest.mark.parametrize(("content", "problem"), [("", "found none"), ('{"question": "a", ', "JSON")])
-def test_a_local_data_set_that_is_empty_or_broken_is_refused(content: str, problem: str, tmp_path: Path) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text(content)
-    settings = {"path": str(rows), "train_split": "train[:50%]", "held_out_split": "train[50%:]"}
-    with pytest.raises(ValueError, match=problem) as caught:
-        check_task(config_of("m", task={"name": "gsm8k", "settings": settings}))
-    assert str(rows) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_data_set_out_of_reach_is_not_here(demo_policy: Path) -> None:
-    task = {"name": "tests.test_preflight:OnlyTrain", "settings": {"path": "acme/rows"}}
-    problem = problem_of(config_of(demo_policy, task=task))
-    assert isinstance(problem, NotHere)
-    assert "Couldn't reach the hub" in str(problem)
-
-
 def test_without_sglang_a_servers_url_is_needed(demo_policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     problem = problem_of(config_of(demo_policy))
@@ -247,10 +197,9 @@ def test_a_redis_that_is_not_there_is_refused(url: str, is_here: bool, text: str
 
 def test_what_is_only_not_here_is_collected_and_the_rest_raised(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    settings = {"name": "tests.test_preflight:OnlyTrain", "settings": {"path": "acme/rows"}}
     missing: list[str] = []
-    check_run(config_of(model, task=settings, redis_url="redis://127.0.0.1:1"), missing)
-    assert [line.split()[0] for line in missing] == ["redis_url", "task", "SGLang"]
+    check_run(config_of(model, redis_url="redis://127.0.0.1:1"), missing)
+    assert [line.split()[0] for line in missing] == ["redis_url", "SGLang"]
     with pytest.raises(ValueError, match="nope"):
         check_run(config_of("assets/nope", redis_url="redis://127.0.0.1:1"), missing)
 

@@ -14,8 +14,9 @@ from rich.text import Text
 from common.config import Recipe, RunConfig
 from common.device import CPU_MAX_TOTAL_TOKENS, resolve_device
 from common.passwords import without_password
-from common.preflight import check_run, model_files, read_model_file
+from common.preflight import NotHere, check_run, model_files, read_model_file
 from services.launcher.estimate import Rows, Shape, engine_bytes, learner_bytes, moved_bytes, read_shape
+from services.launcher.trial import notes_of, try_task
 
 VALUE_WIDTH = 36
 """Longer values push their source to the right."""
@@ -26,6 +27,7 @@ def check_recipe(recipe: Recipe, console: Console, as_json: bool) -> None:
     """Prints the settings, notes and estimates. Raises `ValueError` with one line if the recipe cannot run anywhere."""
     missing: list[str] = []
     check_run(recipe.config, missing)
+    _try(recipe.config, missing)
     if as_json:
         print(json.dumps(_as_json(recipe, missing), indent=2, ensure_ascii=False))
         return
@@ -37,6 +39,19 @@ def check_recipe(recipe: Recipe, console: Console, as_json: bool) -> None:
     if reason and reason not in missing:
         _print(console, [f"note: no estimates: {reason}"])
     _print(console, lines)
+
+
+def _try(config: RunConfig, notes: list[str]) -> None:
+    """The prompts and the reward; without the model, the task alone."""
+    try:
+        model_files(config.model.path)
+        is_model_here = True
+    except NotHere:
+        is_model_here = False
+    try:
+        notes += notes_of(try_task(config, is_model_here), config)
+    except NotHere as problem:
+        notes.append(str(problem))
 
 
 def _as_json(recipe: Recipe, missing: list[str]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from services.launcher.processes import (
 from services.launcher.replicas import Replicas
 from services.launcher.run_folder import CONTROL_URL_FILE, locked, noted_url, write_config
 from services.launcher.supervise import Supervisor
+from services.launcher.trial import try_task
 from services.launcher.watch import Watcher
 
 LEARNER_GRACE_S = 120.0
@@ -62,6 +63,7 @@ def up(
     """
     keys, folder = Keys(run), runs_folder / run
     check_run(recipe.config)
+    try_task(recipe.config)
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         lock = stack.enter_context(locked(folder))

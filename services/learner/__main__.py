@@ -31,8 +31,9 @@ from common.http_service import listen_as, serve_in_thread, token_at, url_of
 from common.keys import Keys
 from common.logs import from_now_on, set_up_logging
 from common.metrics.endpoint import mount_metrics
-from common.preflight import check_model_folder, check_task, check_trackers
+from common.preflight import check_model_folder, check_trackers
 from common.redis_client import OUTAGE_DEADLINE_S, connect, durability_problem
+from common.task_check import check_task
 from common.waiting import Waits
 from services.learner.api import make_app
 from services.learner.local_ranks import run_ranks

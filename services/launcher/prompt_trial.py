@@ -1,0 +1,118 @@
+"""Makes tickets of the first prompts of each split as the learner does, in a process of its own.
+
+    python -m services.launcher.prompt_trial OUTPUT NUM_PROMPTS < config.json        (services/launcher/trial.py)
+
+So the launcher loads neither the task, which is foreign code, nor the tokenizer. Torch is kept from transformers, whose
+tokenizers and settings need it no more: with it the import takes three times as long.
+"""
+
+import itertools
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from common.config import RunConfig
+from common.preflight import NotHere, is_hub_name, one_line
+from common.task_check import SPLITS, check_task, load_checked, prompts_of
+from common.tasks import Prompt, Split
+from common.wire import Sampling, encode
+
+
+class SplitTrial(msgspec.Struct):
+    """What became of the first prompts of a split."""
+
+    lengths: list[int] = []
+    """Tokens of each prompt that became a ticket."""
+    refused: list[str] = []
+    """Those that did not, and why."""
+    ticket: bytes = b""
+    """Of the first one that did."""
+
+
+class Found(msgspec.Struct):
+    problem: str = ""
+    is_only_here: bool = False
+    """On another machine there may be none."""
+    context: int = 0
+    """Tokens of the longest sequence that the engine takes."""
+    splits: dict[str, SplitTrial] = {}
+
+
+def main() -> int:
+    output, num_prompts = sys.argv[1:]
+    try:
+        found = try_prompts(RunConfig.model_validate_json(sys.stdin.readline()), int(num_prompts))
+    except ValueError as problem:
+        found = Found(one_line(problem), is_only_here=isinstance(problem, NotHere))
+    Path(output).write_bytes(msgspec.msgpack.encode(found))
+    return 0
+
+
+def try_prompts(config: RunConfig, num_prompts: int) -> Found:
+    """Raises `ValueError`, or as that `NotHere`, if there are no prompts or none of a split can become a ticket. With
+    `num_prompts` 0 only the task is tried, for want of the model."""
+    if num_prompts == 0:
+        check_task(config)
+        return Found()
+    task = load_checked(config)
+    chat, context = _load(config)
+    found = Found(context=context)
+    for split in SPLITS:
+        count = num_prompts if split == "train" else min(num_prompts, config.evaluation.num_prompts)
+        prompts = itertools.islice(prompts_of(task, config, split), count)
+        trial = found.splits[split] = SplitTrial()
+        for row, prompt in enumerate(prompts):
+            _try(chat, config, split, row, prompt, trial)
+        if not trial.lengths:
+            why = trial.refused[0] if trial.refused else f"it has no {split} prompts"
+            raise ValueError(f"task {config.task.name!r}: {why}")
+    return found
+
+
+def _load(config: RunConfig) -> tuple[Any, int]:
+    """What renders and tokenizes, and the context."""
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # it says that there is no torch
+    is_kept_out = "torch" not in sys.modules
+    if is_kept_out:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        from common.chat import Chat, load_tokenizer
+        from common.context import context_tokens, load_model_config
+
+        chat = Chat(load_tokenizer(config.model), config.model, config.task.system_prompt)
+        asked = getattr(config.generation.engine, "context_tokens", None)  # ENGINEER1
+        return chat, context_tokens(load_model_config(config.model), asked)
+    except ValueError as error:
+        if is_hub_name(config.model.path) and os.environ.get("HF_HUB_OFFLINE"):
+            raise NotHere(f"the prompts were not tried: {one_line(error)}") from error
+        raise
+    finally:
+        if is_kept_out:
+            del sys.modules["torch"]  # the task may want it
+
+
+def _try(chat: Any, config: RunConfig, split: Split, row: int, prompt: Prompt, trial: SplitTrial) -> None:
+    from common.chat import PromptError
+
+    is_train = split == "train"
+    try:
+        ticket = chat.ticket(
+            prompt,
+            id=f"0-{row}" if is_train else f"eval-1-{row}",
+            kind="train" if is_train else "eval",
+            num_completions=config.actor.group_size if is_train else config.evaluation.num_samples,
+            sampling=Sampling(config.sampling.temperature, config.sampling.max_new_tokens, []),
+            min_weight_version=1,
+        )
+    except PromptError as error:
+        trial.refused.append(f"{split} prompt {row}: {error}")
+        return
+    trial.lengths.append(len(ticket.prompt_tokens))
+    trial.ticket = trial.ticket or encode(ticket)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
