@@ -12,7 +12,7 @@ from typing import Any
 
 from common.config import RunConfig
 from common.preflight import NotHere, is_hub_name, one_line
-from common.tasks import Prompt, Split, Task, load_task
+from common.tasks import BadRow, Prompt, Split, Task, load_task
 
 DATA_SUFFIXES = {".csv", ".json", ".jsonl", ".parquet"}
 SPLITS: tuple[Split, Split] = ("train", "held_out")
@@ -48,7 +48,7 @@ def load_checked(config: RunConfig) -> Task:
     return task
 
 
-def prompts_of(task: Task, config: RunConfig, split: Split) -> Iterator[Prompt]:
+def prompts_of(task: Task, config: RunConfig, split: Split) -> Iterator[Prompt | BadRow]:
     """The prompts of the first epoch, one after another."""
     name = config.task.name
     prompts: Any = _told(config, lambda: task.prompts(split, seed=config.seed, epoch=0), f"its {split} prompts")

@@ -57,7 +57,7 @@ def refused(result: subprocess.CompletedProcess[str], text: str) -> None:
 def settings_of(config: RunConfig) -> Iterator[str]:
     def names(section: dict[str, Any], prefix: str) -> Iterator[str]:
         for key, value in section.items():
-            if isinstance(value, dict) and f"{prefix}{key}" != "task.settings":
+            if isinstance(value, dict) and key not in ("settings", "chat_template_settings"):  # their own keys
                 yield from names(value, f"{prefix}{key}.")
             else:
                 yield f"{prefix}{key}"

@@ -12,7 +12,7 @@ import pytest
 from common.config import RunConfig
 from common.preflight import NotHere
 from common.task_check import check_task
-from common.tasks import Prompt, Split
+from common.tasks import BadRow, Prompt, Split
 from common.wire import Ticket, decode_ticket
 from services.launcher import trial
 from services.launcher.prompt_trial import Found, SplitTrial, try_prompts
@@ -51,6 +51,7 @@ class Told:
             "array": [Prompt(USER, {"answer": np.arange(3)})],
             "dict": [{"messages": USER, "reference": {}}],
             "half": [good, Prompt([{"role": "user", "content": "\ud83d"}], {"answer": "2"})],
+            "bad": [good, BadRow("row 7: expected two texts")],
             "long": [good, Prompt([{"role": "user", "content": "1 + " * 500}], {"answer": "2"})],
         }
         if split == "held_out" or self._train in rows:
@@ -185,6 +186,7 @@ def test_prompts_that_can_be_no_tickets_are_refused(train: str, text: str, demo_
             "text",
             "1 of the first 2 train prompts cannot become tickets and are passed over: train prompt 1: its",
         ),
+        ("bad", "passed over: train prompt 1: row 7: expected two texts"),
         ("half", "passed over: train prompt 1: it has half of a character"),
         ("long", "1 of the first 2 train prompts do not fit the context and are skipped: the longest has 1,"),
     ],

@@ -17,7 +17,7 @@ import msgspec
 from common.config import RunConfig
 from common.preflight import NotHere, is_hub_name, one_line
 from common.task_check import SPLITS, check_task, load_checked, prompts_of
-from common.tasks import Prompt, Split
+from common.tasks import BadRow, Prompt, Split
 from common.wire import Sampling, encode
 
 
@@ -83,7 +83,7 @@ def _load(config: RunConfig) -> tuple[Any, int]:
         from common.context import context_tokens, load_model_config
 
         chat = Chat(load_tokenizer(config.model), config.model, config.task.system_prompt)
-        asked = getattr(config.generation.engine, "context_tokens", None)  # ENGINEER1
+        asked = getattr(config.generation.engine, "context_tokens", None)
         return chat, context_tokens(load_model_config(config.model), asked)
     except ValueError as error:
         if is_hub_name(config.model.path) and os.environ.get("HF_HUB_OFFLINE"):
@@ -94,10 +94,13 @@ def _load(config: RunConfig) -> tuple[Any, int]:
             del sys.modules["torch"]  # the task may want it
 
 
-def _try(chat: Any, config: RunConfig, split: Split, row: int, prompt: Prompt, trial: SplitTrial) -> None:
+def _try(chat: Any, config: RunConfig, split: Split, row: int, prompt: Prompt | BadRow, trial: SplitTrial) -> None:
     from common.chat import PromptError
 
     is_train = split == "train"
+    if isinstance(prompt, BadRow):
+        trial.refused.append(f"{split} prompt {row}: {prompt.reason}")
+        return
     try:
         ticket = chat.ticket(
             prompt,
