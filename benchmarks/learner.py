@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.demo import ROOT, said_in, this_machine
 from common.config import LearnerConfig, ModelConfig
 from common.wire import Group, Rollout, Sampling, Ticket, Timings, VersionSpan
-from services.learner.logprobs import token_logprobs
+from services.learner.logprobs import score_tokens
 from services.learner.packing import Sample, pack
 from services.learner.policy import Policy, pick_device
 
@@ -147,10 +147,10 @@ def logprobs_once(is_chunked: bool) -> Row:
     weight.grad, hidden.grad = torch.zeros_like(weight), torch.zeros_like(hidden)
     targets = torch.randint(VOCABULARY, (NUM_TOKENS,), device=DEVICE)
     temperature = torch.ones(NUM_TOKENS, device=DEVICE)
-    chunk = LearnerConfig().logprob_chunk_tokens
+    chunk = LearnerConfig().chunk_tokens(DEVICE.type)
     before, started = held_bytes(), now()
     if is_chunked:
-        found = token_logprobs(hidden, weight, targets, temperature, chunk)
+        found = score_tokens(hidden, weight, targets, temperature, chunk).logprobs
     else:
         found = (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
     found.sum().backward()

@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from safetensors.torch import save_file
 from common.config import RunConfig
 from common.wire import decode_group
 from services.learner.leading import follow, lead
+from services.learner.logprobs import Scored
+from services.learner.packing import MicroBatch
 from services.learner.ranks import Ranks, join
 from services.learner.trainer import Trainer
 from tests.replaying import ROOT
@@ -47,17 +51,22 @@ def do(job: Job, folder: Path, ranks: Ranks) -> None:
     save(trainer, folder / "start")
     rows = []
     for step in range(job.first_step, job.first_step + job.num_steps):
-        logprobs = trainer.policy.logprobs
+        score = trainer.policy.score
         if step == job.poisoned_step:
-            trainer.policy.logprobs = lambda micro_batch: logprobs(micro_batch) * float("nan")  # type: ignore[method-assign] # noqa: B023
+            trainer.policy.score = partial(poisoned, score)  # type: ignore[method-assign]
         rows.append(trainer.train(groups, step, VERSION_STEPS))
-        trainer.policy.logprobs = logprobs  # type: ignore[method-assign]
+        trainer.policy.score = score  # type: ignore[method-assign]
         if step == job.first_step:
             save(trainer, folder / "first")
     save(trainer, folder / "end")
     (folder / "rows.json").write_text(json.dumps(rows))
     weights = {name: weight.detach().clone() for name, weight in trainer.policy.tensors().items()}
     save_file(weights, folder / "weights.safetensors")
+
+
+def poisoned(score: Callable[[MicroBatch], Scored], micro_batch: MicroBatch) -> Scored:
+    scored = score(micro_batch)
+    return scored._replace(logprobs=scored.logprobs * float("nan"))
 
 
 def save(trainer: Trainer, folder: Path) -> None:

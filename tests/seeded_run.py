@@ -106,6 +106,7 @@ def step_rows(num_steps: int, at: float) -> list[dict[str, Any]]:
             "behaviour_weight_max": 1.8,
             "behaviour_weight_capped_mean": 0.99,
             "importance_ratio_max": 1.3,
+            "entropy": 0.4 - 0.2 * step / num_steps,
             "fresh_logprob_gap_mean": 1e-6,
             "fresh_logprob_gap_rms": 1.2e-6,
             "fresh_logprob_gap_p999": 1e-4,

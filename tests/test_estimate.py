@@ -169,11 +169,12 @@ def test_a_reference_policy_is_counted_where_there_is_one() -> None:
     assert sum(with_kl.values()) - sum(without.values()) == 2 * shape.num_parameters
 
 
-def test_log_probabilities_take_two_chunks_and_the_heads_gradient() -> None:
+def test_log_probabilities_take_a_chunk_and_the_heads_gradient() -> None:
     shape = read_shape(QWEN_1_5B)
     head = 151936 * 1536
-    assert logprob_bytes(shape, 2048, 2) == 2048 * 151936 * 8 + head * 6
-    assert logprob_bytes(shape, 2048, 4) == 2048 * 151936 * 8 + head * 4
+    assert logprob_bytes(shape, 2048, 2, is_cuda=False) == 2048 * 151936 * 4 + head * 6
+    assert logprob_bytes(shape, 2048, 2, is_cuda=True) == 2048 * 151936 * 6 + head * 8
+    assert logprob_bytes(shape, 2048, 4, is_cuda=True) == 2048 * 151936 * 4 + head * 4
 
 
 def test_the_key_value_cache_of_a_published_model() -> None:

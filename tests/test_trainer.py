@@ -8,9 +8,11 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from common.config import RunConfig
 from common.wire import Group
+from services.learner.logprobs import Scored
 from services.learner.packing import MicroBatch, Sample, pack
 from services.learner.policy import Policy
 from services.learner.shares import share_out
@@ -132,14 +134,14 @@ def test_proximal_is_of_the_weights_before_the_first_update(
     actor = {"group_size": 2, "mini_batches": mini_batches}
     config = make_config(demo_policy, actor=actor, optimizer={"lr": 0.1})
     trainer, before = make_trainer(config), make_trainer(config).policy
-    groups, logprobs = make_batch(trainer, drift=0.1), trainer.policy.logprobs
+    groups, score = make_batch(trainer, drift=0.1), trainer.policy.score
     passes: list[int] = []
 
-    def counted(micro_batch: MicroBatch) -> torch.Tensor:
+    def counted(micro_batch: MicroBatch) -> Scored:
         passes.append(id(micro_batch))
-        return logprobs(micro_batch)
+        return score(micro_batch)
 
-    monkeypatch.setattr(trainer.policy, "logprobs", counted)
+    monkeypatch.setattr(trainer.policy, "score", counted)
     trainer.train(groups, 0, STEPS)
     first, *later = [id(micro_batch) for micro_batch, _ in trainer._latest]
     assert sorted(passes) == sorted([first, *later, *later])
@@ -157,6 +159,25 @@ def test_on_policy_metrics(demo_policy: Path) -> None:
     assert "stale_logprob_gap_rms" not in metrics
     assert metrics["skipped_updates"] == 0
     assert 0 <= metrics["padding_share"] < 0.7
+
+
+@pytest.mark.parametrize("mini_batches", [1, 2])
+def test_entropy_is_of_the_policy_at_the_trained_tokens(demo_policy: Path, mini_batches: int) -> None:
+    """Against transformers, a completion at a time; at a rate of all but 0 later mini-batches have the same policy."""
+    actor = {"group_size": 2, "mini_batches": mini_batches}
+    trainer = make_trainer(make_config(demo_policy, actor=actor, optimizer={"lr": 1e-30}))
+    groups, entropies = make_batch(trainer), list[float]()
+    plain = AutoModelForCausalLM.from_pretrained(demo_policy, dtype=torch.float32)
+    for group in groups:
+        for rollout in group.rollouts:
+            prompt = group.ticket.prompt_tokens
+            ids = torch.tensor([[*prompt, *rollout.tokens.tolist()]])
+            with torch.no_grad():
+                logits = plain(ids).logits[0]
+            every = (logits[len(prompt) - 1 : -1].double() / group.ticket.sampling.temperature).log_softmax(-1)
+            entropies += (-(every.exp() * every).sum(-1)).tolist()
+    metrics = trainer.train(groups, 0, STEPS)
+    assert metrics["entropy"] == pytest.approx(float(np.mean(entropies)), rel=1e-4)
 
 
 def test_staleness_splits_the_kl(demo_policy: Path) -> None:

@@ -21,6 +21,7 @@ TEXTS = {
     "ess": "Effective sample size of the uncapped behaviour weights, as a share of the tokens.",
     "kl_behaviour_proximal": "KL(behaviour || proximal) per token.",
     "kl_at_staleness": "KL(behaviour || proximal) per token, of tokens of that staleness in steps.",
+    "entropy": "Entropy of the policy at trained tokens, in nats, at the sampling temperature.",
     "importance_ratio_mean": "Mean ratio of policy to proximal.",
     "importance_ratio_max": "Largest ratio of policy to proximal.",
     "clip_fraction": "Share of tokens where the clip acted.",

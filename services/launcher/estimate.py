@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from common.config import RunConfig
+from common.device import resolve_device
 from common.wire import Group, Rollout, Sampling, Ticket, Timings, VersionSpan, encode
 
 TYPICAL_PROMPT_TOKENS = 256
@@ -99,8 +100,9 @@ def learner_bytes(shape: Shape, config: RunConfig) -> Rows:
     rows[f"activations of {learner.micro_batch_tokens:,} tokens, {how}"] = activation_bytes(
         shape, learner.micro_batch_tokens, size, is_checkpointed=learner.gradient_checkpointing
     )
-    chunk = min(learner.logprob_chunk_tokens, learner.micro_batch_tokens)
-    rows[f"log-probabilities, {chunk:,} tokens at a time"] = logprob_bytes(shape, chunk, size)
+    device = resolve_device(learner.device)
+    chunk = min(learner.chunk_tokens(device), learner.micro_batch_tokens)
+    rows[f"log-probabilities, {chunk:,} tokens at a time"] = logprob_bytes(shape, chunk, size, is_cuda=device == "cuda")
     return rows
 
 
@@ -119,11 +121,14 @@ def activation_bytes(shape: Shape, tokens: int, size: int, *, is_checkpointed: b
     return tokens * per_token
 
 
-def logprob_bytes(shape: Shape, chunk_tokens: int, size: int) -> int:
-    """`services.learner.logprobs` backward: a chunk's logits and their softmax, float32, `chunk * vocab * 4 * 2`;
-    and the head's gradient, summed in float32 and handed on in the model's dtype."""
-    head = shape.vocab * shape.hidden
-    return chunk_tokens * shape.vocab * 4 * 2 + head * (4 if size == 4 else 4 + size)
+def logprob_bytes(shape: Shape, chunk_tokens: int, size: int, *, is_cuda: bool) -> int:
+    """`services.learner.logprobs` backward: a chunk's logits, float32, which become their gradient; and the head's
+    gradient, summed in float32. Of a bfloat16 model, on CUDA: the logits' gradient rounded, and a chunk's part of the
+    head's, float32; on a CPU: the head's gradient as it is handed on."""
+    head, chunk = shape.vocab * shape.hidden, chunk_tokens * shape.vocab
+    if size == 4:
+        return chunk * 4 + head * 4
+    return chunk * 6 + head * 8 if is_cuda else chunk * 4 + head * 6
 
 
 def engine_bytes(shape: Shape, config: RunConfig, max_total_tokens: int | None) -> Rows:

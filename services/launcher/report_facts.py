@@ -81,6 +81,7 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
         Panel("Seconds of a step", [line("step_s", "whole step"), line("wait_s", "waiting for groups")]),
         Panel("Tokens per second", [Series("generated", _rates(steps))]),
         Panel("Tokens of a completion", [line("completion_tokens_mean", "mean"), line("completion_tokens_max", "max")]),
+        Panel("Entropy, nats per trained token", [line("entropy", "entropy")]),
         Panel("Gradient norm", [line("gradient_norm", "norm")]),
         Panel("Loss", [line("loss", "loss")]),
         Panel("Clipped tokens", [line("clip_fraction", "share")], True),

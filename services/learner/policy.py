@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from common.config import LearnerConfig, ModelConfig
 from common.weights import MODEL_FILE
-from services.learner.logprobs import token_logprobs
+from services.learner.logprobs import Scored, score_tokens
 from services.learner.packing import MicroBatch
 from services.learner.prompt_sharing import Places, check_shares_prompts, places
 from services.learner.ranks import Ranks
@@ -37,7 +37,7 @@ def pick_device(wanted: str) -> torch.device:
 
 
 class TokenScorer(nn.Module):
-    """All of the forward pass, so that it can be sharded as one: from token ids to log-probabilities."""
+    """All of the forward pass, so that it can be sharded as one: from token ids to log-probabilities and entropies."""
 
     def __init__(self, model: PreTrainedModel, chunk_tokens: int) -> None:
         super().__init__()
@@ -46,13 +46,13 @@ class TokenScorer(nn.Module):
 
     def forward(
         self, input_ids: Tensor, places: Places, positions: Tensor, targets: Tensor, temperature: Tensor
-    ) -> Tensor:
+    ) -> Scored:
         decoder = self.model.get_decoder()
         hidden = decoder(
             input_ids=input_ids, position_ids=places.positions, use_cache=False, places=places
         ).last_hidden_state
         weight = self.model.get_output_embeddings().weight
-        return token_logprobs(hidden.flatten(0, 1)[positions], weight, targets, temperature, self.chunk_tokens)
+        return score_tokens(hidden.flatten(0, 1)[positions], weight, targets, temperature, self.chunk_tokens)
 
 
 class Policy:
@@ -76,7 +76,7 @@ class Policy:
             raise ValueError(f"model {model.path} has dropout: proximal and policy log-probabilities would differ")
         if getattr(self.model.config, "final_logit_softcapping", None):
             raise ValueError(f"model {model.path} caps its logits, which the chunked log-probabilities do not")
-        self.scorer = TokenScorer(self.model, learner.logprob_chunk_tokens)
+        self.scorer = TokenScorer(self.model, learner.chunk_tokens(self.device.type))
         self.sharded = {} if self.ranks.is_alone else shard(self.model, self.scorer, self.ranks, self.device)
         """The weights by name; empty on one rank."""
 
@@ -93,14 +93,18 @@ class Policy:
 
     def logprobs(self, micro_batch: MicroBatch) -> Tensor:
         """Log-probabilities `(N,)` of the trained tokens at their sampling temperature, float32."""
-        logprobs: Tensor = self.scorer(
+        return self.score(micro_batch).logprobs
+
+    def score(self, micro_batch: MicroBatch) -> Scored:
+        """As `logprobs`, with the entropy of the distribution that each trained token is from."""
+        scored: Scored = self.scorer(
             self.to_device(micro_batch.input_ids),
             places(micro_batch.layout, self.device),
             self.to_device(micro_batch.positions),
             self.to_device(micro_batch.targets),
             self.to_device(micro_batch.temperature),
         )
-        return logprobs
+        return scored
 
     def to_device(self, array: Any) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)

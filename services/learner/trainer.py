@@ -115,7 +115,7 @@ class Trainer:
         """By forward passes before the first update; none of the first mini-batch, whose gradient's own pass fills them
         in: until its update, proximal and policy are the same weights."""
         with torch.no_grad():
-            later = [[self.policy.logprobs(m) for m in part.of(self.ranks.rank)] for part in mini_batches[1:]]
+            later = [[self.policy.score(m).logprobs for m in part.of(self.ranks.rank)] for part in mini_batches[1:]]
         return [[], *later]
 
     def _accumulate(self, mini_batch: MiniBatch, proximal: list[Tensor]) -> list[PolicyLoss]:
@@ -125,7 +125,7 @@ class Trainer:
         total = mini_batch.num_sequences if per_sequence else mini_batch.num_trained_tokens
         losses = []
         for index, micro_batch in enumerate(mini_batch.of(self.ranks.rank)):
-            policy_logprobs = self.policy.logprobs(micro_batch)
+            policy_logprobs, entropy = self.policy.score(micro_batch)
             if not is_known:
                 proximal.append(policy_logprobs.detach())
             one = policy_loss(
@@ -137,6 +137,7 @@ class Trainer:
                 self.config.actor,
                 sequence_offsets=self.policy.to_device(micro_batch.sequence_offsets),
             )
+            one.metrics["entropy"] = entropy.double().mean().item() if len(entropy) else 0.0
             loss = one.loss * (one.weight / total)
             if self.reference is not None:
                 share = micro_batch.num_trained_tokens / mini_batch.num_trained_tokens

@@ -76,6 +76,14 @@ const HEALTH = [
     ],
   },
   {
+    title: "Entropy",
+    unit: "nats per trained token",
+    format: (v) => number(v, 3),
+    min: 0,
+    check: "entropy",
+    series: [{ label: "entropy", of: column("entropy"), color: 3 }],
+  },
+  {
     title: "Importance ratio",
     unit: "policy to proximal",
     format: (v) => number(v, 3),
