@@ -30,9 +30,9 @@ from rich.console import Console
 from benchmarks.demo import cpu_model
 from benchmarks.recorded_run import RecordedRun, read_recorded
 from benchmarks.scale_limits import Row, judge, report
-from common.http_service import TOKEN_VARIABLE
 from common.keys import Keys
 from common.redis_client import connect
+from common.run_token import TOKEN_VARIABLE
 from common.weights import DELTA_FILE, stored_versions, version_folder
 from services.launcher.processes import REDIS_URL_VARIABLE, Service, start_redis
 from services.learner.report import METRICS_FILE, read_rows

@@ -5,7 +5,6 @@ else: no thread and no task waits for it beyond that.
 """
 
 import asyncio
-from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -20,27 +19,25 @@ MAX_CONNECTIONS = 800
 """Below the usual limit of 1024 open files."""
 CLOSING = {"Connection": "close"}
 """What is still being sent is not waited for."""
-LIMITS: dict[str, Any] = {"limit_concurrency": MAX_CONNECTIONS, "timeout_keep_alive": 20}
-"""Settings of uvicorn; with `http=Bounded`."""
+KEEP_ALIVE_S = 20
 
 
 class BoundedBody:
     """ASGI: hands a request on once its body is there; answers 413 or 408 where it is too long in bytes or time."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int = MAX_BODY_BYTES, timeout_s: float = BODY_TIMEOUT_S) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int = MAX_BODY_BYTES) -> None:
         self.app = app
         self.max_bytes = max_bytes
-        self.timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not _has_body(scope):
             await self.app(scope, receive, send)
             return
         try:
-            async with asyncio.timeout(self.timeout_s):
+            async with asyncio.timeout(BODY_TIMEOUT_S):
                 body = await self._read(receive)
         except TimeoutError:
-            await problem(408, f"the request was not there within {self.timeout_s:g} s", CLOSING)(scope, receive, send)
+            await problem(408, f"the request was not there within {BODY_TIMEOUT_S:g} s", CLOSING)(scope, receive, send)
             return
         if body is None:
             await problem(413, f"the request is larger than {self.max_bytes} bytes", CLOSING)(scope, receive, send)

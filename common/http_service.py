@@ -1,4 +1,4 @@
-"""What the services' HTTP sides share: the bearer token, and a server for a thread or a loop.
+"""What the services' HTTP sides share: who may change something, and a server for a thread or a loop.
 
 Reading is open on the address the service binds to (loopback unless told otherwise); everything that changes
 state depends on `require_token`.
@@ -8,39 +8,22 @@ import asyncio
 import contextlib
 import hmac
 import os
-import secrets
 import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from pathlib import Path
 from typing import Any, Protocol
 
 import uvicorn
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 
-from common.http_limits import BoundedBody
+from common.http_limits import KEEP_ALIVE_S, MAX_CONNECTIONS, Bounded, BoundedBody
 from common.http_problems import answer_by_problems
-from common.logs import keep_out
+from common.local_host import LocalHost, is_loopback
 
-TOKEN_VARIABLE = "HEADRACE_TOKEN"
 ADVERTISED_HOST_VARIABLE = "HEADRACE_ADVERTISED_HOST"
 """Where host names do not resolve everywhere, as those of Kubernetes' pods."""
 STARTUP_TIMEOUT_S = 30.0
-
-
-def token_at(path: Path) -> str:
-    """The run's token: from the environment, else from `path`, made there at the first start with mode 600."""
-    token = os.environ.get(TOKEN_VARIABLE)
-    if not token:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as file:
-                file.write(secrets.token_urlsafe(32))
-        token = path.read_text().strip()
-    keep_out(token)
-    return token
 
 
 def bearer(token: str) -> dict[str, str]:
@@ -49,6 +32,7 @@ def bearer(token: str) -> dict[str, str]:
 
 def require_token(token: str) -> Callable[[Request], Awaitable[None]]:
     """A FastAPI dependency that answers 401 without the run's token."""
+    assert token, "an empty token would let everybody in"
     expected = f"Bearer {token}".encode()
 
     async def check(request: Request) -> None:
@@ -114,13 +98,24 @@ def url_at(host: str, port: int) -> str:
 
 
 class Server(uvicorn.Server):
-    """Leaves signals to the process that it is a part of. Callers are who they are, whatever their headers say."""
+    """Any service's: with the limits of `common.http_limits`, and on loopback for loopback's own names alone.
 
-    def __init__(self, app: FastAPI, **settings: Any) -> None:
-        """`settings` of uvicorn."""
-        defaults = {"timeout_keep_alive": 65, "timeout_graceful_shutdown": 5, "log_level": "warning"}
-        settings = {**defaults, "log_config": None, "proxy_headers": False, "server_header": False, **settings}
-        super().__init__(uvicorn.Config(app, **settings))
+    It leaves signals to the process that it is a part of. Callers are who they are, whatever their headers say.
+    """
+
+    def __init__(self, app: FastAPI, sock: socket.socket) -> None:
+        config = uvicorn.Config(
+            LocalHost(app) if is_loopback(sock.getsockname()[0]) else app,
+            http=Bounded,
+            limit_concurrency=MAX_CONNECTIONS,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=5,
+            log_level="warning",
+            log_config=None,
+            proxy_headers=False,
+            server_header=False,
+        )
+        super().__init__(config)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -128,9 +123,9 @@ class Server(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def serve_in_loop(app: FastAPI, sock: socket.socket, **settings: Any) -> AsyncIterator[None]:
-    """Serves in this event loop until the block ends. `settings` of uvicorn."""
-    server = Server(app, **settings)
+async def serve_in_loop(app: FastAPI, sock: socket.socket) -> AsyncIterator[None]:
+    """Serves in this event loop until the block ends."""
+    server = Server(app, sock)
     serving = asyncio.create_task(server.serve(sockets=[sock]))
     try:
         yield
@@ -142,7 +137,7 @@ async def serve_in_loop(app: FastAPI, sock: socket.socket, **settings: Any) -> A
 @contextlib.contextmanager
 def serve_in_thread(app: FastAPI, sock: socket.socket) -> Iterator[None]:
     """Serves until the block ends."""
-    server = Server(app)
+    server = Server(app, sock)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, name="http", daemon=True)
     thread.start()
     try:

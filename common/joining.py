@@ -16,10 +16,10 @@ import redis
 from pydantic import ValidationError
 
 from common.config import ConfigError, RunConfig
-from common.http_service import TOKEN_VARIABLE
 from common.keys import Keys, of_every_run, run_of
-from common.logs import from_now_on, keep_out
+from common.logs import from_now_on
 from common.redis_client import connect
+from common.run_token import TOKEN_VARIABLE, token_given, token_in
 from common.waiting import Reason, Waits
 
 JOIN_TIMEOUT_S = 600.0
@@ -54,14 +54,16 @@ def join(redis_url: str, run: str | None, token_file: Path | None, waits: Waits)
     """Waits `JOIN_TIMEOUT_S` for each, then raises `TimeoutError`; `ValueError` for what no wait would mend."""
     if not redis_url:
         raise ValueError("no Redis: expected the variable HEADRACE_REDIS_URL or --redis-url")
-    if token_file is None and not os.environ.get(TOKEN_VARIABLE):
+    token = token_given()
+    if token is None and token_file is None:
         raise ValueError(f"no token: expected the variable {TOKEN_VARIABLE} or --token-file")
     with connect(redis_url, waits, deadline_s=JOIN_TIMEOUT_S) as client:
         keys = Keys(run) if run else _wait_for(lambda: _only_run(client), "no learner has begun any run", waits)
         what = f"run {run!r} has no configuration in Redis: no learner has begun it"
         config = _read_config(_wait_for(lambda: client.get(keys.config), what, waits))
-    token = _wait_for_token(token_file, waits)
-    keep_out(token)
+    if token is None:
+        assert token_file is not None
+        token = _wait_for(lambda: token_in(token_file), f"no token in {token_file}", waits)
     from_now_on(run=keys.run)
     return Joined(keys, config, token)
 
@@ -80,13 +82,6 @@ def _read_config(found: bytes) -> RunConfig:
     except ValidationError as error:  # whose own text repeats what it was given, which may be secret
         problems = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
         raise ConfigError(f"the run's configuration in Redis: {problems}") from None
-
-
-def _wait_for_token(path: Path | None, waits: Waits) -> str:
-    if given := os.environ.get(TOKEN_VARIABLE):
-        return given
-    assert path is not None
-    return _wait_for(lambda: path.read_text().strip() if path.exists() else "", f"no token in {path}", waits)
 
 
 def _wait_for(look: Callable[[], Found | None], what: str, waits: Waits) -> Found:

@@ -19,9 +19,10 @@ import pytest
 import redis
 
 from common.config import RunConfig
-from common.http_service import TOKEN_VARIABLE, free_port, listen, url_of
+from common.http_service import free_port, listen, url_of
 from common.keys import MAX_EVENTS, MAX_HISTORY, MAX_SHOWN, Keys
 from common.redis_client import connect
+from common.run_token import TOKEN_VARIABLE
 from common.shown import ShownGroup
 from services.control.assembly import assembled, serving
 

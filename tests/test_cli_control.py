@@ -178,7 +178,7 @@ def test_what_control_refuses_is_one_line(headrace: Command, runs: Path, keys: K
     (runs / keys.run / "token").write_text("another")
     refused = error(headrace("pause", code=2))
     assert "token" in refused and "HEADRACE_TOKEN" in refused and "another" not in refused
-    assert headrace("pause", HEADRACE_TOKEN=TOKEN).stdout
+    assert headrace("pause", HEADRACE_TOKEN=f" {TOKEN}\n").stdout
 
 
 def test_a_replica_that_does_not_obey_is_a_failure(headrace: Command, runs: Path, fake: FakeSglang) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import redis
 
-from common.http_service import TOKEN_VARIABLE
 from common.keys import Keys
 from common.redis_address import MasterChanged
 from common.redis_client import OUTAGE_DEADLINE_S, connect
+from common.run_token import TOKEN_VARIABLE
 from services.launcher.processes import REDIS_URL_VARIABLE, Service
 from services.learner.audit import audit
 from tests.launching import rows_of

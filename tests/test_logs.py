@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from common.http_service import token_at
 from common.logs import LineFormatter, about, as_json, from_now_on, parse_line, shown_line
 from common.redis_client import connect
+from common.run_token import token_at
 from tests.fake_services import Faking, ended, faking
 
 __all__ = ["faking"]

@@ -26,9 +26,9 @@ from benchmarks.durability import redis_server
 from benchmarks.scale import seconds_of
 from common.chat import load_tokenizer
 from common.config import LearnerConfig, RunConfig, load_recipe
-from common.http_service import TOKEN_VARIABLE
 from common.keys import Keys
 from common.redis_client import connect
+from common.run_token import TOKEN_VARIABLE
 from common.tasks import load_task
 from common.wire import Ticket, decode_group, decode_heartbeat
 from services.generation.completions import generate_body

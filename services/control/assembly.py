@@ -10,13 +10,11 @@ import httpx
 from fastapi import FastAPI
 
 from common.config import ModelConfig, RunConfig, TaskConfig
-from common.http_limits import LIMITS, Bounded
 from common.http_service import serve_in_loop
 from common.keys import Keys
 from common.redis_client import connect_async
 from services.control.api import make_app
 from services.control.learner_probe import PROBE_TIMEOUT_S, LearnerProbe
-from services.control.local_host import LocalHost, is_loopback
 from services.control.orders import Orders
 from services.control.reading import RunReader
 from services.control.snapshot import Snapshot
@@ -54,9 +52,7 @@ async def assembled(
 @contextlib.asynccontextmanager
 async def serving(app: FastAPI, snapshot: Snapshot, sock: socket.socket) -> AsyncIterator[None]:
     """At that socket while the block runs; then every page's stream ends before the server does."""
-    if is_loopback(sock.getsockname()[0]):
-        app.add_middleware(LocalHost)
-    async with serve_in_loop(app, sock, http=Bounded, **LIMITS):
+    async with serve_in_loop(app, sock):
         try:
             yield
         finally:
@@ -69,4 +65,4 @@ def document() -> dict[str, Any]:
     client, http = connect_async("redis://127.0.0.1"), httpx.AsyncClient(trust_env=False)
     keys = Keys("none")
     snapshot = Snapshot(keys.run, RunReader(client, keys), LearnerProbe(http), Hub(), config)
-    return make_app(snapshot, Orders(client, keys), http, "", protect_reads=False).openapi()
+    return make_app(snapshot, Orders(client, keys), http, "none", protect_reads=False).openapi()

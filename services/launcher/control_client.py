@@ -4,15 +4,15 @@ It is at `--url` (HEADRACE_URL), else at the URL that the run's folder says whil
 of HEADRACE_TOKEN, else the run's own. Every call has a deadline; what control refuses is a `ValueError` with its words.
 """
 
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from common.http_service import TOKEN_VARIABLE, bearer
+from common.http_service import bearer
 from common.keys import Keys
+from common.run_token import TOKEN_VARIABLE, token_given, token_in
 from services.launcher.run_folder import CONTROL_URL_FILE, noted_url_in, runs_with_control
 
 TIMEOUT_S = 15.0
@@ -102,10 +102,10 @@ def find_control(run: str | None, url: str | None, runs_folder: Path) -> Control
 
 def _token(folder: Path | None) -> str:
     """Empty where none is known: reading may be open all the same."""
-    if given := os.environ.get(TOKEN_VARIABLE):
+    if given := token_given():
         return given
-    with suppress(OSError):
-        return (folder / "token").read_text().strip() if folder else ""
+    with suppress(ValueError):  # what is not ours to read
+        return (token_in(folder / "token") or "") if folder else ""
     return ""
 
 

@@ -16,10 +16,11 @@ from pathlib import Path
 from rich.console import Console
 
 from common.config import Recipe
-from common.http_service import TOKEN_VARIABLE, free_port, token_at, url_at
+from common.http_service import free_port, url_at
 from common.keys import Keys
 from common.logs import logging_to
 from common.preflight import check_run
+from common.run_token import token_at, token_given
 from services.launcher.kept import Kept
 from services.launcher.open_run import REDIS_GRACE_S
 from services.launcher.orders import Orders
@@ -106,7 +107,7 @@ def up(
 
 def _new_token(path: Path) -> str:
     """Makes the run's token at its first start, which is when it may be shown; else empty."""
-    is_new = not path.exists() and not os.environ.get(TOKEN_VARIABLE)
+    is_new = token_given() is None and not path.exists()
     token = token_at(path)
     return token if is_new else ""
 

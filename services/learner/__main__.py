@@ -27,12 +27,13 @@ import redis
 
 from common.config import ConfigError, RunConfig, load_recipe, resolve
 from common.durable import file_entry
-from common.http_service import listen_as, serve_in_thread, token_at, url_of
+from common.http_service import listen_as, serve_in_thread, url_of
 from common.keys import Keys
 from common.logs import from_now_on, set_up_logging
 from common.metrics.endpoint import mount_metrics
 from common.preflight import check_model_folder, check_trackers
 from common.redis_client import OUTAGE_DEADLINE_S, connect, durability_problem
+from common.run_token import token_at
 from common.task_check import check_task
 from common.waiting import Waits
 from services.learner.api import make_app

@@ -19,7 +19,7 @@ export function keepToken(value) {
 
 /** `/#token=…`: kept, and gone from the address and the history. */
 export function takeTokenFromAddress() {
-  const found = new URLSearchParams(location.hash.slice(1)).get("token");
+  const found = new URLSearchParams(location.hash.slice(1)).get("token")?.trim();
   if (!found) return;
   keepToken(found);
   history.replaceState(null, "", location.pathname + location.search);

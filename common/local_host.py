@@ -1,4 +1,4 @@
-"""Refuses requests for other names than this machine's loopback, where control listens on nothing else.
+"""Refuses requests for other names than this machine's loopback, where a service listens on nothing else.
 
 A website that has its own name resolve to 127.0.0.1 could otherwise read the run through its visitor's browser.
 """
@@ -21,7 +21,7 @@ class LocalHost:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not all(_is_local(host) for name, host in scope["headers"] if name == b"host"):
-            await problem(421, "control listens on loopback: ask for it by localhost or 127.0.0.1")(
+            await problem(421, "this service listens on loopback: ask for it by localhost or 127.0.0.1")(
                 scope, receive, send
             )
             return
