@@ -24,6 +24,13 @@ THRESHOLDS = (
     Threshold("kl_behaviour_proximal", 0.05, 0.2, "the policy is far from the one that sampled", OFF_POLICY),
     Threshold("ess", 0.5, 0.2, "few tokens carry the batch: the effective sample size is low", OFF_POLICY, True),
     Threshold("clip_fraction", 0.5, 0.8, "most tokens are clipped", "lower optimizer.lr, or widen actor.eps_clip"),
+    Threshold(
+        "dropped_length_bias",
+        0.05,
+        0.2,
+        "dropped are the long ones: what is trained is shorter than what was sampled",
+        "learner.stale_policy train, a higher learner.max_staleness, or a lower learner.max_mean_staleness",
+    ),
 )
 NUMERICS = "compare the engine's numerics with the learner's: dtype, kernels, sampling settings"
 

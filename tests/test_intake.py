@@ -201,6 +201,8 @@ def test_stale_groups_are_dropped_at_packing_and_their_prompt_comes_once_more(cl
     harness.intake.announced(2)
     assert harness.intake.take_batch(0.0, never) is None
     assert harness.intake.books.counts["stale"] == 8
+    told = harness.intake.take_dropped()
+    assert (told["dropped_groups"], told["dropped_share"]) == (8.0, 1.0)
     harness.turn()
     assert harness.outstanding() == [f"0-{i}.1" for i in range(8)]
     harness.answer(keys.tickets, version=1)
@@ -219,6 +221,8 @@ def test_stale_policy_train_keeps_them(client: redis.Redis, keys: Keys) -> None:
     harness.intake.announced(1)
     batch = harness.intake.take_batch(1.0, never)
     assert batch is not None and {arrived.staleness.total for arrived in batch} == {9}
+    harness.intake.mark_trained(batch)
+    assert harness.intake.take_dropped()["dropped_share"] == 0.0
 
 
 def test_epochs_follow_each_other(client: redis.Redis, keys: Keys) -> None:
@@ -237,6 +241,7 @@ def test_groups_that_cannot_be_used_are_dead_and_counted(client: redis.Redis, ke
     harness.answer(keys.tickets, version=99)
     harness.turn()
     assert harness.intake.books.counts["dead"] == 11
+    assert harness.intake.take_dropped()["dropped_groups"] == 8, "those that can be read at all"
     reasons = {fields[b"id"]: fields[b"reason"].decode() for _, fields in client.xrange(keys.dead)}
     assert "cannot decode" in reasons[b"0-77"]
     assert reasons[b"0-78"] == reasons[b"?"] == "the ledger knows no such group: it says nothing"

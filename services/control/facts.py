@@ -9,7 +9,7 @@ from collections import deque
 from typing import NamedTuple
 
 from common.config import RunConfig
-from common.health import SMOOTHED_STEPS, are_exact
+from common.health import SMOOTHED_STEPS, THRESHOLDS, are_exact, numeric_gap
 from common.wire import Heartbeat
 from services.control.finding import FINAL_PHASES, Facts, ReplicaFact
 from services.control.history import RunHistory
@@ -19,7 +19,7 @@ from services.control.verdict import DEAD_WINDOW_S
 
 PACE_WINDOW_S = 30.0
 DEAD_SAMPLE_S = 10.0
-WATCHED = ("kl_behaviour_proximal", "ess", "clip_fraction", "fresh_logprob_gap_rms", "skipped_updates")
+WATCHED = (*(one.name for one in THRESHOLDS), numeric_gap(is_exact=True).name, "skipped_updates")
 STARVED = re.compile(r"(?:starved|no live replica): .*? for (\d+) s(?:;|$)")
 CHECKPOINT = "the checkpoint cannot be written"
 

@@ -78,9 +78,25 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
             [line("fresh_logprob_gap_rms", "fresh tokens"), line("stale_logprob_gap_rms", "stale tokens")],
         ),
         Panel("Shares of groups", [line("uniform_share", "uniform"), line("stale_share", "stale")], True),
+        Panel(
+            "Dropped as stale or refused, lately",
+            [line("dropped_share", "share of groups"), line("dropped_length_bias", "trained are shorter by")],
+            True,
+        ),
         Panel("Seconds of a step", [line("step_s", "whole step"), line("wait_s", "waiting for groups")]),
         Panel("Tokens per second", [Series("generated", _rates(steps))]),
-        Panel("Tokens of a completion", [line("completion_tokens_mean", "mean"), line("completion_tokens_max", "max")]),
+        Panel(
+            "Tokens of a completion",
+            [
+                line("completion_tokens_mean", "trained, mean"),
+                line("completion_tokens_max", "trained, max"),
+                line("dropped_completion_tokens_mean", "dropped, mean"),
+            ],
+        ),
+        Panel(
+            "Reward of what was trained, and dropped",
+            [line("trained_reward_mean", "trained"), line("dropped_reward_mean", "dropped")],
+        ),
         Panel("Entropy, nats per trained token", [line("entropy", "entropy")]),
         Panel("Gradient norm", [line("gradient_norm", "norm")]),
         Panel("Loss", [line("loss", "loss")]),

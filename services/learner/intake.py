@@ -19,6 +19,7 @@ from common.control import Orders
 from common.ledger import Mark
 from common.wire import Group, Heartbeat, WireError, decode_group
 from services.learner.books import Books
+from services.learner.dropped import Dropped
 from services.learner.evaluation import Evaluation
 from services.learner.orders import Switches
 from services.learner.refusal import Limits, Refused, refuse
@@ -94,6 +95,7 @@ class Intake:
         self._arrived: deque[Arrived] = deque()
         self._evaluation: Evaluation | None = None
         self._sample = DecidedSample()
+        self._dropped = Dropped()
         self._looked = 0.0
         self._failure: BaseException | None = None
         self._is_all_here = False
@@ -161,6 +163,7 @@ class Intake:
             for arrived in batch:
                 self.books.consume(arrived.entry, arrived.group, "trained")
                 self._sample.add(arrived.group, "trained", self._step, arrived.staleness.total)
+            self._dropped.train([arrived.group for arrived in batch])
             _tell("trained", [arrived.entry.ticket_id for arrived in batch], step=self._step)
 
     def take_sampled_rewards(self) -> list[float]:
@@ -168,6 +171,11 @@ class Intake:
         with self._changed:
             rewards, self._sampled_rewards = self._sampled_rewards, []
             return rewards
+
+    def take_dropped(self) -> dict[str, float]:
+        """How what was dropped compares with what is trained (`Dropped`), up to the step that is over."""
+        with self._changed:
+            return self._dropped.end_step()
 
     def take_sample(self) -> list[Decided]:
         """Some of the groups that were decided since the last call."""
@@ -299,22 +307,25 @@ class Intake:
         limits = self._limits()
         accepted: dict[str, list[str]] = defaultdict(list)
         for entry, mark in zip(entries, marks, strict=True):
+            group = None
             try:
                 if mark != Mark("queued", entry.entry_id):
                     raise Refused(f"the ledger knows no such group: it says {mark or 'nothing'}")
                 group = decode_group(entry.payload)
                 refuse(group, entry.ticket_id, limits)
             except (WireError, Refused) as error:
-                self._bury(entry, str(error))
+                self._bury(entry, str(error), group)
             else:
                 accepted[self._accept(entry, group)].append(entry.ticket_id)
         for what, ticket_ids in accepted.items():
             _tell(what, ticket_ids)
 
-    def _bury(self, entry: Entry, reason: str) -> None:
+    def _bury(self, entry: Entry, reason: str, group: Group | None) -> None:
         self.store.bury(entry, reason)
         with self._changed:
             self.books.counts["dead"] += 1  # the ticket may live: this may have been a copy
+            if group is not None and group.ticket.kind == "train":
+                self._dropped.drop(group)
 
     def _accept(self, entry: Entry, group: Group) -> str:
         """What became of it, for the log."""
@@ -362,6 +373,7 @@ class Intake:
             entry, group, staleness = arrived
             self.books.consume(entry, group, "stale")
             self._sample.add(group, "stale", self._step, staleness.total)
+            self._dropped.drop(group)
             self.source.replace_stale(group.ticket)
             _log.info("stale by %d steps, to be replaced", staleness.total, extra={"ticket": entry.ticket_id})
         if len(kept) < len(self._arrived):

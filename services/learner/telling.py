@@ -126,6 +126,7 @@ class Telling:
             "uniform_share": counts["uniform"] / decided,
             "stale_share": counts["stale"] / decided,
             "skipped_prompts": counts["skipped"],
+            **self.intake.take_dropped(),
             "swap_pauses_ms": self.store.take_swap_pauses_ms(),
         }
 

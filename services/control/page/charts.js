@@ -130,6 +130,37 @@ const FLOW = [
     ],
   },
   {
+    title: "Dropped as stale or refused",
+    unit: "of groups, and what that does to lengths, over 20 steps",
+    format: share.format,
+    tick: share.tick,
+    check: "dropped_length_bias",
+    series: [
+      { label: "groups", of: column("dropped_share"), color: 2, dash: [6, 3] },
+      { label: "trained are shorter by", of: column("dropped_length_bias"), color: 1 },
+    ],
+  },
+  {
+    title: "Length of a completion",
+    unit: "tokens; dropped: over 20 steps",
+    format: (v) => number(v, 3),
+    min: 0,
+    series: [
+      { label: "trained, mean", of: column("completion_tokens_mean"), color: 1 },
+      { label: "dropped, mean", of: column("dropped_completion_tokens_mean"), color: 2, dash: [6, 3] },
+    ],
+  },
+  {
+    title: "Reward of what is trained",
+    unit: "mean; dropped: over 20 steps",
+    format: (v) => fixed(v, 3),
+    tick: number,
+    series: [
+      { label: "trained", of: column("trained_reward_mean"), color: 1 },
+      { label: "dropped", of: column("dropped_reward_mean"), color: 2, dash: [6, 3] },
+    ],
+  },
+  {
     title: "Time of a step",
     unit: "seconds",
     format: (v) => number(v, 3),
