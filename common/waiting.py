@@ -26,6 +26,7 @@ class Reason(StrEnum):
     STARVED = "starved"
     EVALUATING = "waiting for an evaluation"
     CHECKPOINT = "the checkpoint cannot be written"
+    CHECKPOINTING = "a checkpoint is being written"
     PUBLISHING = "the version before is still being published"
     VERSION = "the weights cannot be written"
     ENGINE_STARTING = "the engine is starting"

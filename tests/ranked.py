@@ -71,7 +71,8 @@ def poisoned(score: Callable[[MicroBatch], Scored], micro_batch: MicroBatch) -> 
 
 def save(trainer: Trainer, folder: Path) -> None:
     folder.mkdir(parents=True)
-    trainer.save_state(folder)
+    trainer.copy_state()
+    trainer.write_copy(folder)
 
 
 def do_on_ranks(num_ranks: int, jobs: list[Job], root: Path) -> None:

@@ -336,8 +336,10 @@ def test_a_restarted_intake_skips_what_the_checkpoint_recorded_and_takes_the_res
     batch = first.intake.take_batch(1.0, never)
     assert batch is not None
     first.intake.mark_trained(batch)
-    recorded, unfinished = first.intake.consumed()
-    assert unfinished == ["0-4", "0-5", "0-6", "0-7"]
+    consumed = first.intake.consumed()
+    recorded = consumed.settlements
+    assert (consumed.counts["trained"], consumed.cursor) == (4, Cursor(0, 8)) and consumed.held_bytes > 0
+    assert consumed.unfinished == ["0-4", "0-5", "0-6", "0-7"]
     assert [settlement.state for settlement in recorded] == ["trained"] * 4
 
     second = Harness(client, keys, make_config())

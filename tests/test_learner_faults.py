@@ -14,6 +14,7 @@ import redis
 from common.keys import Keys
 from common.redis_client import connect
 from common.waiting import Reason
+from services.learner import checkpointing
 from services.learner import intake as intake_module
 from services.learner import loop as loop_module
 from services.learner.audit import audit
@@ -56,6 +57,17 @@ def after_step(loop: Loop, number: int, act: Any) -> None:
     loop._publish = publish_and_act  # type: ignore[method-assign]
 
 
+def wait_for_checkpoints(loop: Loop) -> None:
+    """Each is over, in one way or the other, before the next step."""
+    begin = loop._checkpoint
+
+    def begin_and_wait() -> None:
+        begin()
+        loop.checkpointer.wait()
+
+    loop._checkpoint = begin_and_wait  # type: ignore[method-assign]
+
+
 def test_a_full_disk_is_waited_for_and_nothing_is_lost(
     loop: Loop, client: redis.Redis, keys: Keys, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,7 +83,8 @@ def test_a_full_disk_is_waited_for_and_nothing_is_lost(
             assert "No space left" in loop.waits.describe()
         return save_checkpoint(*arguments)
 
-    monkeypatch.setattr(loop_module, "save_checkpoint", save)
+    monkeypatch.setattr(checkpointing, "save_checkpoint", save)
+    wait_for_checkpoints(loop)
     assert loop.run()
     assert refused == [2, 3, 4, 5], "tried again after every step"
     assert not loop.waits.status()
@@ -83,7 +96,7 @@ def test_a_disk_that_stays_full_ends_the_learner_with_the_reason(loop: Loop, mon
     def save(*_: Any) -> Path:
         raise CheckpointError("No space left on device")
 
-    monkeypatch.setattr(loop_module, "save_checkpoint", save)
+    monkeypatch.setattr(checkpointing, "save_checkpoint", save)
     monkeypatch.setattr(loop_module, "PATIENCE_S", 0.01)
     learner = loop.config.learner.model_copy(update={"starvation_deadline_s": 0.05})
     loop.in_force.config = loop.config.model_copy(update={"learner": learner})
@@ -94,6 +107,7 @@ def test_a_disk_that_stays_full_ends_the_learner_with_the_reason(loop: Loop, mon
 def test_a_learner_that_was_replaced_writes_nothing_more(
     loop: Loop, client: redis.Redis, keys: Keys, tmp_path: Path
 ) -> None:
+    wait_for_checkpoints(loop)
     after_step(loop, 3, lambda: LearnerStore(client, keys))
     with pytest.raises(Fenced):
         loop.run()
@@ -109,6 +123,7 @@ def test_when_redis_loses_everything_the_run_goes_on_from_its_checkpoint(
     def lose() -> None:
         client.delete(*client.keys(keys.epoch.removesuffix("epoch").replace("[", "\\[") + "*"))
 
+    wait_for_checkpoints(loop)
     after_step(loop, 5, lose)
     with pytest.raises(RedisLost):
         loop.run()
@@ -138,7 +153,8 @@ def test_a_start_after_a_crash_between_a_checkpoint_and_its_settlement_trains_no
     settle = loop.store.settle
 
     def settle_or_die(*arguments: Any, **options: Any) -> None:
-        if loop.progress.step == 4:
+        found = newest(tmp_path / "checkpoints")
+        if found is not None and found[0].step == 4:
             raise KeyboardInterrupt
         settle(*arguments, **options)
 

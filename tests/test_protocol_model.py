@@ -56,7 +56,7 @@ from common.weights import MANIFEST_FILE, decode_manifest, version_folder
 from common.wire import Group, TicketState, Timings, decode_ticket, encode
 from services.generation import tickets
 from services.generation.tickets import Lease, TicketStore
-from services.learner import assembly, intake, leading, publishing, scripts, state_files, versions
+from services.learner import assembly, beside, intake, leading, scripts, state_files, versions
 from services.learner.audit import audit
 from services.learner.checkpoint import NUM_KEPT
 from services.learner.checkpoint_record import RECORD_FILE, checkpoint_folders, read_record
@@ -98,7 +98,7 @@ HOMES = {"open": WORK, "queued": ANSWERS, "dead": ("dead", "dead")}
 KINDS = ["mixed", "mixed", "mixed", "uniform", "old", "future", "fail", "hand back"]
 """What a replica does with a ticket; a group of a future version is refused by the learner."""
 JUNK = [{"id": "9-99", "group": "?"}, {"id": "x", "ticket": "?"}, {"unheard": "of"}]
-NUM_COMMANDS = {"turn": 4, "step": 9, "publish": 2, "look": 4, "evaluate": 1, "checkpoint": 3}
+NUM_COMMANDS = {"turn": 4, "step": 9, "publish": 2, "look": 4, "evaluate": 1, "checkpoint": 1, "write": 3}
 """About how many a learner sends."""
 ANY_FAULT = faults(30, "before", "after", "twice", "full")
 LEARNER_FAULT = faults(12, "before", "after", "twice", "full", "frozen")
@@ -141,8 +141,11 @@ class Trainer:
     def as_trained(self, _: Group) -> list[TrainedRollout | None]:
         return []
 
-    def save_state(self, folder: Path) -> dict[str, FileEntry]:
-        return write_state(folder, {"seen": torch.tensor(self.seen, dtype=torch.int64)})
+    def copy_state(self) -> None:
+        self.copied = torch.tensor(self.seen, dtype=torch.int64)
+
+    def write_copy(self, folder: Path) -> dict[str, FileEntry]:
+        return write_state(folder, {"seen": self.copied})
 
     def load_state(self, folder: Path, files: list[str]) -> None:
         self.seen = read_state(folder, files)["seen"].tolist()
@@ -260,7 +263,7 @@ def server(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         (assembly, "load_tokenizer", lambda path: Tokenizer()),
         (assembly, "Loop", Stepwise),
         (versions, "ThreadPoolExecutor", Nobody),
-        (publishing, "ThreadPoolExecutor", Later),
+        (beside, "ThreadPoolExecutor", Later),
         (versions, "httpx", SimpleNamespace(Client=Nobody)),
         (versions, "fsync_path", lambda path: None),
         (durable, "fsync_path", lambda path: None),
@@ -307,6 +310,8 @@ class Protocol(RuleBasedStateMachine):
         self.groups: dict[tuple[str, str], tuple[str, Group]] = {}
         """Every group ever committed, with its kind, by ticket and entry: two streams may have an entry of one id."""
         self.planted: set[str] = set()
+        self.begun: dict[int, tuple[Line, set[str]]] = {}
+        """Of each learner's latest checkpoint: what its weights had seen then, and what was unfinished."""
         self.announced = 0
         """The highest version."""
         self.is_lost = self.was_lost = False
@@ -335,7 +340,8 @@ class Protocol(RuleBasedStateMachine):
         """Calm until the checkpoint."""
         self._round(kinds)
         if is_saved:
-            self._act("checkpoint", fault)
+            self._act("checkpoint")
+            self._act("write", fault)
 
     @rule(how=st.sampled_from(["kill", "freeze", "lose Redis", RECORD_FILE, STATE_FILE]))
     def interrupt(self, how: str) -> None:
@@ -363,8 +369,9 @@ class Protocol(RuleBasedStateMachine):
         assert self.sleeper is not None
         before = self._everything(), checkpoint_folders(self.checkpoints)
         try:
+            is_writing = name == "write" and self.sleeper.loop.checkpointer.is_busy
             self._do(self.sleeper.loop, name)
-            assert name not in ("step", "checkpoint"), "a learner that was overtaken goes on"
+            assert name != "step" and not is_writing, "a learner that was overtaken goes on"
         except Fenced:
             pass
         after = self._everything(), checkpoint_folders(self.checkpoints)
@@ -514,13 +521,19 @@ class Protocol(RuleBasedStateMachine):
     def _note_checkpoint(self, life: Life) -> None:
         for folder in checkpoint_folders(self.checkpoints):
             if folder.name not in self.saved:
-                self.saved[folder.name] = line = copy.deepcopy(life.line)
+                line, unfinished = self.begun[id(life.loop)]
+                self.saved[folder.name] = line
                 record, counts = read_record(folder), Counter(line.states.values())
                 assert record.step == line.step
                 assert all(record.counts.get(state, 0) == counts[state] for state in FINAL)
-                names = [name for name, mark in self._ledger().items() if mark.state in ("open", "queued")]
-                assert {name for name in names if name not in line.states and is_training(name)} <= {*record.unfinished}
+                assert unfinished <= {*record.unfinished}
                 assert all(is_training(name) for name in record.unfinished)
+
+    def _note_begin(self, life: Life) -> None:
+        """What a checkpoint that begins now must hold, whenever it is written."""
+        names = [name for name, mark in self._ledger().items() if mark.state in ("open", "queued")]
+        unfinished = {name for name in names if name not in life.line.states and is_training(name)}
+        self.begun[id(life.loop)] = copy.deepcopy(life.line), unfinished
 
     def _take_up(self, fault: Fault | None = None) -> None:
         newest = self._loadable()[-1:]
@@ -553,6 +566,8 @@ class Protocol(RuleBasedStateMachine):
         assert life is not None
         taken, num_noted = life.loop.intake, len(life.loop.intake.books.since_checkpoint)
         try:
+            if name == "checkpoint" and not life.loop.checkpointer.is_busy:
+                self._note_begin(life)
             with self.trap.armed(fault and fault._replace(at=fault.at % NUM_COMMANDS[name])):
                 self._do(life.loop, name)
         except (Crash, redis.OutOfMemoryError):
@@ -582,8 +597,10 @@ class Protocol(RuleBasedStateMachine):
             loop._take_step()
         elif name == "publish":
             loop.publisher.wait()
+        elif name == "write":
+            loop.checkpointer.wait()
         elif name == "checkpoint":
-            loop._checkpoint()
+            loop._checkpoint_if_due(True, False)
         else:
             loop.evaluations.is_due = True
             loop._begin_evaluation_if_due()
@@ -647,8 +664,8 @@ class Protocol(RuleBasedStateMachine):
             self.check()
             if not any(mark.state == "open" for mark in self.marks.values()) and len(loop.intake._arrived) < G:
                 break
-        for _ in range(2):
-            self._act("checkpoint")
+        for name in ("checkpoint", "write") * 2:
+            self._act(name)
         self.check()
         states = {name: mark.state for name, mark in self.marks.items() if mark.state in FINAL}
         assert states.items() <= line.states.items() and (self.was_lost or states == line.states)

@@ -106,7 +106,7 @@ class LearnerConfig(Section):
         300.0,
         ge=1,
         description="On several ranks: one that waits this long for another ends, and with it the job. More "
-        "than a forward and backward pass, or writing a rank's part of a checkpoint, can take.",
+        "than a forward and backward pass can take; checkpoints are written beside them.",
     )
     host: str = Field("127.0.0.1", description="Address the learner listens on.")
     port: int = Field(0, ge=0, le=65535, description="0: any free port.")

@@ -65,9 +65,9 @@ class Books:
         self._unfinished = set(found)
         return found
 
-    def checkpointed(self, num_recorded: int) -> None:
-        """A checkpoint has recorded the first of `since_checkpoint`."""
+    def checkpointed(self, num_recorded: int, held_bytes: int) -> None:
+        """A checkpoint has recorded the first of `since_checkpoint`, of so many bytes."""
         self.recorded = self.since_checkpoint[:num_recorded]
         del self.since_checkpoint[:num_recorded]
         self._num_kept = Counter(one.stream for one in (*self.since_checkpoint, *self.recorded))
-        self.held_bytes = 0
+        self.held_bytes -= held_bytes

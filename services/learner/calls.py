@@ -37,10 +37,18 @@ class Gather(msgspec.Struct, frozen=True, tag=True):
     name: str
 
 
-class Save(msgspec.Struct, frozen=True, tag=True):
-    """Writes its part of a checkpoint's tensors."""
+class Copy(msgspec.Struct, frozen=True, tag=True):
+    """Copies its part of a checkpoint's tensors into host memory."""
+
+
+class Write(msgspec.Struct, frozen=True, tag=True):
+    """Begins to write what it has copied, in a thread of its own."""
 
     folder: str
+
+
+class Written(msgspec.Struct, frozen=True, tag=True):
+    """Says whether that is done, and what became of it."""
 
 
 class End(msgspec.Struct, frozen=True, tag=True):
@@ -49,7 +57,7 @@ class End(msgspec.Struct, frozen=True, tag=True):
     code: int
 
 
-Call = Build | Load | Train | Gather | Save | End
+Call = Build | Load | Train | Gather | Copy | Write | Written | End
 _decoder: msgspec.msgpack.Decoder[Call] = msgspec.msgpack.Decoder(Call)
 
 

@@ -26,7 +26,7 @@ from services.learner.refusal import Limits, Refused, refuse
 from services.learner.shown import Decided, DecidedSample
 from services.learner.source import Source
 from services.learner.staleness import Staleness, group_staleness
-from services.learner.store import Entry, LearnerStore, Look, Settlement
+from services.learner.store import Cursor, Entry, LearnerStore, Look, Settlement
 
 READ_COUNT = 64
 READ_BLOCK_S = 0.2
@@ -44,10 +44,15 @@ class Arrived(NamedTuple):
 
 
 class Consumed(NamedTuple):
-    """What a checkpoint must record."""
+    """What a checkpoint must record, all of one moment."""
 
     settlements: list[Settlement]
+    earlier: list[Settlement]
     unfinished: list[str]
+    cursor: Cursor
+    counts: dict[str, int]
+    held_bytes: int
+    """Of the groups of `settlements`."""
 
 
 class Sight(NamedTuple):
@@ -185,14 +190,16 @@ class Intake:
     def consumed(self) -> Consumed:
         """What the next checkpoint must record."""
         with self._changed:
-            unfinished = self.books.unfinished(self.store) + self.source.to_issue()
-            return Consumed(list(self.books.since_checkpoint), unfinished)
+            books = self.books
+            unfinished = books.unfinished(self.store) + self.source.to_issue()
+            settlements, counts = list(books.since_checkpoint), dict(books.counts)
+            return Consumed(settlements, books.recorded, unfinished, self.source.cursor, counts, books.held_bytes)
 
     def checkpointed(self, consumed: Consumed) -> None:
         """A durable checkpoint has recorded `consumed`: what the one before it recorded may leave Redis."""
         with self._changed:
             self.store.settle(self.books.recorded)
-            self.books.checkpointed(len(consumed.settlements))
+            self.books.checkpointed(len(consumed.settlements), consumed.held_bytes)
 
     def begin_evaluation(self, step: int, version: int) -> None:
         """Issues the evaluation of `step`; one at a time."""

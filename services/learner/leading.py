@@ -6,7 +6,9 @@ no Redis, no HTTP and no clock of its own; it ends when rank 0 says so, or is go
 
 import logging
 import signal
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -16,12 +18,14 @@ from safetensors import SafetensorError
 from common.config import RunConfig
 from common.durable import FileEntry
 from common.wire import Group, decode_group, encode
-from services.learner.calls import Build, End, Gather, Load, Save, Train
+from services.learner.calls import Build, Copy, End, Gather, Load, Train, Write, Written
 from services.learner.policy import Policy
 from services.learner.ranks import RankLost, Ranks
 from services.learner.staleness import step_of
 from services.learner.trainer import Trainer
 
+ASK_S = 0.2
+"""Between two looks at whether the other ranks have written their part of a checkpoint."""
 _log = logging.getLogger(__name__)
 
 
@@ -49,14 +53,27 @@ class Leader(Trainer):
         with self.ranks.told(Train(_to_json(self.config), [encode(group) for group in groups], step, steps)):
             return super().train(groups, step, steps)
 
-    def save_state(self, folder: Path) -> dict[str, FileEntry]:
-        """All ranks' files, in a folder that all of them see. Raises `OSError` if any rank's disk refuses."""
-        with self.ranks.told(Save(str(folder.resolve()))):
-            saved = [msgspec.msgpack.decode(part, type=_Saved) for part in self.ranks.gather(_save(self, folder))]
+    def copy_state(self) -> None:
+        with self.ranks.told(Copy()):
+            super().copy_state()
+
+    def write_copy(self, folder: Path) -> dict[str, FileEntry]:
+        """All ranks' files, in a folder that all of them see. The ranks write while they train, and are asked between
+        two steps whether they have done so. Raises `OSError` if any rank's disk refuses."""
+        with self.ranks.told(Write(str(folder.resolve()))):
+            pass
+        own = _write(self, folder)
+        while not all(parts := self._what_was_written(own)):
+            time.sleep(ASK_S)
+        saved = [msgspec.msgpack.decode(part, type=_Saved) for part in parts]
         problems = [f"rank {rank}: {one.problem}" for rank, one in enumerate(saved) if one.problem]
         if problems:
             raise OSError("; ".join(problems))
         return {name: entry for one in saved for name, entry in one.files.items()}
+
+    def _what_was_written(self, own: bytes) -> list[bytes]:
+        with self.ranks.told(Written()):
+            return self.ranks.gather(own)
 
     def load_state(self, folder: Path, files: Sequence[str]) -> None:
         with self.ranks.told(Load(str(folder.resolve()), list(files))):
@@ -78,6 +95,8 @@ def follow(ranks: Ranks) -> int:
 
 def _obey(ranks: Ranks) -> int:
     trainer: Trainer | None = None
+    writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+    writing: Future[bytes] | None = None
     while not isinstance(call := ranks.hear(), End):
         if isinstance(call, Build):
             config = RunConfig.model_validate_json(call.config)
@@ -90,8 +109,13 @@ def _obey(ranks: Ranks) -> int:
             trainer.train([decode_group(group) for group in call.groups], call.step, call.version_steps)
         elif isinstance(call, Gather):
             trainer.policy.sharded[call.name].gather()
-        elif isinstance(call, Save):
-            ranks.gather(_save(trainer, Path(call.folder)))
+        elif isinstance(call, Copy):
+            trainer.copy_state()
+        elif isinstance(call, Write):
+            writing = writer.submit(_write, trainer, Path(call.folder))
+        elif isinstance(call, Written):
+            assert writing is not None
+            ranks.gather(writing.result() if writing.done() else b"")
         else:
             trainer.load_state(Path(call.folder), call.files)
     return call.code
@@ -103,10 +127,10 @@ def set_up_torch(config: RunConfig, ranks: Ranks) -> None:
     torch.manual_seed(config.seed + ranks.rank)
 
 
-def _save(trainer: Trainer, folder: Path) -> bytes:
+def _write(trainer: Trainer, folder: Path) -> bytes:
     """A disk that refuses is reported: the ranks go on."""
     try:
-        saved = _Saved(Trainer.save_state(trainer, folder))
+        saved = _Saved(Trainer.write_copy(trainer, folder))
     except (OSError, SafetensorError) as error:
         saved = _Saved({}, str(error))
     return msgspec.msgpack.encode(saved)

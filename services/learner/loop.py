@@ -14,8 +14,9 @@ from pathlib import Path
 from common.config import RunConfig
 from common.control import Orders, Settings
 from common.waiting import Reason, Waits
-from services.learner.checkpoint import CheckpointError, save_checkpoint
+from services.learner.checkpoint import CheckpointError
 from services.learner.checkpoint_record import MAX_VERSION_STEPS, Record
+from services.learner.checkpointing import Checkpointer
 from services.learner.evaluations import Evaluations
 from services.learner.in_force import InForce
 from services.learner.intake import Arrived, Intake
@@ -31,8 +32,9 @@ from services.learner.versions import Versions
 SWITCH_POLL_S = 0.2
 PATIENCE_S = 1.0
 """Between two looks at why no batch is there."""
-IDLE_CHECKPOINT_S = 10.0
-"""A learner that has waited this long uses the time for a checkpoint, so that consumed groups can leave Redis."""
+IDLE_CHECKPOINT_S, IDLE_CHECKPOINT_SHARE = 10.0, 0.25
+"""A learner that has waited this long, and so long that the last checkpoint took at most such a share of it, uses the
+time for one, so that consumed groups can leave Redis."""
 MAX_HELD_BYTES = 256 << 20
 """Of consumed groups in Redis; more, and a checkpoint is due."""
 _log = logging.getLogger(__name__)
@@ -53,13 +55,15 @@ class Loop:
     waits: Waits
     telling: Telling
     evaluations: Evaluations
-    _is_checkpoint_due: bool = False
+    _is_checkpoint_ordered: bool = False
     _obeyed: Orders = field(default_factory=Orders)
 
     def __post_init__(self) -> None:
         """What was asked for once before this start counts as obeyed."""
         self._obeyed = self.intake.sight.orders
         self.patience = Patience(self.waits, self.intake, self.switches, self.in_force)
+        parts = self.trainer, self.intake, self.telling, self.patience, self.store.check_fence
+        self.checkpointer = Checkpointer(self.checkpoints, *parts)
         self.publisher = Publisher(self.versions, self.patience, self.switches)
 
     @property
@@ -116,6 +120,11 @@ class Loop:
         self.patience.has_groups(Reason.NO_REPLICA)
 
     @property
+    def _idle_s(self) -> float:
+        """How long a wait must last for a checkpoint."""
+        return max(IDLE_CHECKPOINT_S, self.checkpointer.last_s / IDLE_CHECKPOINT_SHARE)
+
+    @property
     def is_at_last_step(self) -> bool:
         return self.progress.step >= self.config.learner.steps
 
@@ -140,8 +149,7 @@ class Loop:
         self.telling.step(row | timings, batch)
         self._look_after(row)
         is_due = self.progress.step % self.config.learner.checkpoint_interval_steps == 0
-        if is_due or self._is_checkpoint_due or self.intake.books.held_bytes > MAX_HELD_BYTES:
-            self._checkpoint()
+        self._checkpoint_if_due(is_due, self._would_checkpoint_help())
         self._obey()
         interval = self.config.evaluation.interval_steps
         if interval and self.progress.step % interval == 0 and not self.intake.is_evaluating:
@@ -149,7 +157,8 @@ class Loop:
         self._evaluate_if_due()
 
     def _wait_for_batch(self) -> list[Arrived] | None:
-        """None when interrupted, or when a recording has ended."""
+        """None when interrupted, or when a recording has ended. A long wait is used for one checkpoint."""
+        has_time, idle_s = True, self._idle_s
         while not self._is_interrupted() and not self.intake.has_ended:
             batch = self.intake.take_batch(PATIENCE_S, self._is_interrupted)
             if batch is not None:
@@ -160,8 +169,10 @@ class Loop:
             self.telling.groups()
             self._obey()
             self._evaluate_if_due()
-            if lasted_s > IDLE_CHECKPOINT_S and (self.intake.books.held_bytes or self._is_checkpoint_due):
-                self._checkpoint()
+            would_help = self._would_checkpoint_help(has_time)
+            if lasted_s > idle_s and (would_help or self.checkpointer.is_due):
+                self._checkpoint_if_due(False, would_help)
+                has_time, idle_s = False, lasted_s + self._idle_s
         self.patience.has_groups(Reason.STARVED)
         return None
 
@@ -175,44 +186,49 @@ class Loop:
         self.publisher.begin(self.trainer.policy.tensors(), self.progress.step, announced)
 
     def _checkpoint(self) -> None:
-        """If the disk refuses, the ones before stand, the run goes on, and it is tried again after the next step."""
+        """Begins one: returns when the state is copied."""
         consumed = self.intake.consumed()
         steps = dict(self.versions.steps)  # to which the publisher adds
         record = Record(
             epoch=self.store.epoch,
             step=self.progress.step,
             version=self.versions.current,
-            cursor=self.intake.source.cursor,
+            cursor=consumed.cursor,
             version_steps={version: steps[version] for version in sorted(steps)[-MAX_VERSION_STEPS:]},
             settlements=consumed.settlements,
-            earlier=self.intake.books.recorded,
+            earlier=consumed.earlier,
             unfinished=consumed.unfinished,
-            counts=dict(self.intake.books.counts),
+            counts=consumed.counts,
             wall_s=self.progress.wall_s,
             losses=self.progress.losses,
             settings=self.in_force.settings,
             guard=self.in_force.guard,
             data=self.intake.source.data,
         )
-        started = time.monotonic()
-        try:
-            saved = save_checkpoint(self.checkpoints, record, self.trainer.save_state, self.store.check_fence)
-        except CheckpointError as error:
-            self._is_checkpoint_due = True
-            self.patience.wait(Reason.CHECKPOINT, str(error))
-            return
-        _log.info("checkpoint: records %d groups", len(consumed.settlements))
-        self.telling.checkpoint(saved, time.monotonic() - started)
-        self._is_checkpoint_due = False
-        self.waits.over(Reason.CHECKPOINT)
-        self.intake.checkpointed(consumed)
+        self.checkpointer.begin(record, consumed)
+
+    def _checkpoint_if_due(self, is_due: bool, would_help: bool) -> None:
+        """`would_help`, without being due. One that is due while another one is being written waits its turn."""
+        self.checkpointer.is_due |= is_due
+        if not self.checkpointer.is_busy and (self.checkpointer.is_due or would_help):
+            self._checkpoint()
+
+    def _would_checkpoint_help(self, has_time: bool = False) -> bool:
+        """Groups could leave Redis, and it is time for that: it is full, or has too many, or there is nothing to do."""
+        books = self.intake.books
+        if self.waits.is_waiting(Reason.REDIS_REFUSES):
+            return bool(books.held_bytes or books.recorded)
+        return books.held_bytes > (0 if has_time else MAX_HELD_BYTES)
 
     def _checkpoint_at_last(self) -> None:
         """The last one must succeed: tried again until the deadline, or once when told to stop."""
+        self.checkpointer.wait()
         self._checkpoint()
-        while self._is_checkpoint_due and not self.switches.stop.wait(PATIENCE_S):
+        self.checkpointer.wait()
+        while self.checkpointer.is_due and not self.switches.stop.wait(PATIENCE_S):
             self._checkpoint()
-        if self._is_checkpoint_due:
+            self.checkpointer.wait()
+        if self.checkpointer.is_due:
             raise CheckpointError(f"stopped without a checkpoint of step {self.progress.step}: {self.waits.describe()}")
 
     def _obey(self) -> None:
@@ -221,7 +237,9 @@ class Loop:
         self._obeyed = orders
         if orders.settings != obeyed.settings:
             self._change_settings(orders.settings)
-        if orders.checkpoints > obeyed.checkpoints:
+        self._is_checkpoint_ordered |= orders.checkpoints > obeyed.checkpoints
+        if self._is_checkpoint_ordered and not self.checkpointer.is_busy:
+            self._is_checkpoint_ordered = False
             self._checkpoint()
         self.evaluations.is_due |= orders.evaluations > obeyed.evaluations
         self.telling.whether_paused()
@@ -252,9 +270,14 @@ class Loop:
             self.telling.guard(kind, reason, state.notch)
 
     def _evaluate_if_due(self) -> None:
-        self.publisher.check()
+        self._check()
         self.evaluations.collect()
         self._begin_evaluation_if_due()
+
+    def _check(self) -> None:
+        """Raises what has gone wrong beside the loop."""
+        self.publisher.check()
+        self.checkpointer.check()
 
     def _begin_evaluation_if_due(self) -> None:
         is_ending = self.is_at_last_step or self.switches.stop.is_set()
@@ -294,7 +317,7 @@ class Loop:
             self.waits.waiting(Reason.PAUSED)
             self.telling.groups()
             self._obey()
-            self.publisher.check()
+            self._check()
             self.evaluations.collect()
         self.waits.over(Reason.PAUSED)
 
@@ -304,6 +327,7 @@ class Loop:
     def close(self) -> None:
         self.intake.stop()
         self.publisher.close()
+        self.checkpointer.close()
         self.versions.close()
         self.evaluations.best.close()
         self.telling.close()

@@ -6,18 +6,17 @@ goes wrong is raised where the loop looks next.
 """
 
 import errno
-import logging
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 from common.waiting import Reason
+from services.learner.beside import Beside
 from services.learner.orders import Switches
 from services.learner.patience import Patience
 from services.learner.snapshots import Snapshot, Weight
 from services.learner.versions import Versions
 
 RETRY_S = 1.0
-_log = logging.getLogger(__name__)
 
 
 class Publisher:
@@ -25,8 +24,8 @@ class Publisher:
         self._versions = versions
         self._patience = patience
         self._switches = switches
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
-        self._running: Future[None] | None = None
+        self._beside = Beside("publish", patience, Reason.PUBLISHING)
+        self.check, self.close = self._beside.check, self._beside.close
 
     def begin(self, tensors: Mapping[str, Weight], step: int, announced: Callable[[int], None]) -> None:
         """Returns when `tensors`, which `step` made, are copied. `announced` is called with the number of the version
@@ -34,30 +33,11 @@ class Publisher:
         self.wait()
         weights = self._versions.copy(tensors)
         self._versions.is_publishing = True
-        self._running = self._thread.submit(self._publish, weights, step, announced)
+        self._beside.begin(partial(self._publish, weights, step, announced))
 
     def wait(self) -> None:
         """Until nothing is being published. Raises what it has failed with, and `Starved` if it takes too long."""
-        while (running := self._running) is not None:
-            try:
-                running.result(RETRY_S)
-                self._running = None
-            except TimeoutError:
-                if running.done():
-                    raise
-                self._patience.wait(Reason.PUBLISHING, f"version {self._versions.highest}")
-        self._patience.waits.over(Reason.PUBLISHING)
-
-    def check(self) -> None:
-        """Raises what a publication has failed with."""
-        if self._running is not None and self._running.done():
-            self.wait()
-
-    def close(self) -> None:
-        """What is on its way is brought to its end first."""
-        self._thread.shutdown()
-        if self._running is not None and (error := self._running.exception()):
-            _log.warning("the last version was not announced: %s", error)
+        self._beside.wait(f"version {self._versions.highest}")
 
     def _publish(self, weights: Snapshot, step: int, announced: Callable[[int], None]) -> None:
         while True:

@@ -23,9 +23,10 @@ RANDOM_STATE = "random."
 
 
 def write_state(folder: Path, tensors: Mapping[str, Tensor], rank: int = 0, count: int = 1) -> dict[str, FileEntry]:
-    """One rank's file, durable; returns its name and what must be read. Raises `OSError` or `SafetensorError`."""
+    """One rank's file, durable, of contiguous tensors; returns its name and what must be read. Raises `OSError` or
+    `SafetensorError`."""
     path = folder / (STATE_FILE if count == 1 else f"state-{rank + 1:05d}-of-{count:05d}.safetensors")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    save_file(dict(tensors), path)
     fsync_path(path)
     return {path.name: file_entry(path)}
 

@@ -108,8 +108,8 @@ class Telling:
                 shown_group(one, rollouts, self.token_texts) for one, rollouts in zip(decided, trained, strict=True)
             )
 
-    def checkpoint(self, saved: Path, lasted_s: float) -> None:
-        told = {"step": self.progress.step, "time_s": time.time(), "seconds": lasted_s, "bytes": num_bytes_in(saved)}
+    def checkpoint(self, saved: Path, step: int, lasted_s: float) -> None:
+        told = {"step": step, "time_s": time.time(), "seconds": lasted_s, "bytes": num_bytes_in(saved)}
         self.progress.latest["checkpoint"] = told
         self.store.report({f"checkpoint_{name}": value for name, value in told.items()})
 

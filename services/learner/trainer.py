@@ -24,6 +24,7 @@ from services.learner.packing import MicroBatch, Sample, split_mini_batches, tok
 from services.learner.policy import Policy
 from services.learner.shares import MiniBatch, Outcome, combine_reports, report, share_out
 from services.learner.shown import TrainedRollout
+from services.learner.snapshots import Snapshot, Snapshots
 from services.learner.state_files import read_state, write_state
 
 
@@ -38,6 +39,8 @@ class Trainer:
         if config.actor.kl_coef > 0:
             self.reference = Policy(config.model, config.learner, self.ranks)
         self.optimizer = MasterAdamW(policy.model, config.optimizer, self.ranks)
+        self._snapshots = Snapshots()
+        self._copied: Snapshot | None = None
         self._latest: list[tuple[MicroBatch, Tensor]] = []
         """What the latest step was made of, with its proximal log-probabilities."""
 
@@ -86,10 +89,16 @@ class Trainer:
                     found[id(sample.rollout)] = TrainedRollout(sample.advantage, logprobs[start:end].cpu().numpy())
         return [found.get(id(rollout)) for rollout in group.rollouts]
 
-    def save_state(self, folder: Path) -> dict[str, FileEntry]:
-        """Everything that a resume needs to take the next step bit for bit the same, in files whose names and checksums
-        are returned. Raises `OSError` or `SafetensorError` if the disk refuses."""
-        return write_state(folder, self.optimizer.state_tensors() | random_state(), self.ranks.rank, self.ranks.count)
+    def copy_state(self) -> None:
+        """Everything that a resume needs to take the next step bit for bit the same, into host memory."""
+        self._copied = self._snapshots.take(self.optimizer.state_tensors() | random_state())
+
+    def write_copy(self, folder: Path) -> dict[str, FileEntry]:
+        """What was copied last, once, in files whose names and checksums are returned; from any thread, whatever is
+        trained meanwhile. Raises `OSError` or `SafetensorError` if the disk refuses."""
+        copied, self._copied = self._copied, None
+        assert copied is not None
+        return write_state(folder, copied.tensors, self.ranks.rank, self.ranks.count)
 
     def load_state(self, folder: Path, files: Sequence[str]) -> None:
         """Whatever the number of ranks that saved it."""
