@@ -664,7 +664,7 @@ class Protocol(RuleBasedStateMachine):
             self.check()
             if not any(mark.state == "open" for mark in self.marks.values()) and len(loop.intake._arrived) < G:
                 break
-        for name in ("checkpoint", "write") * 2:
+        for name in ("write", *("checkpoint", "write") * 2):
             self._act(name)
         self.check()
         states = {name: mark.state for name, mark in self.marks.items() if mark.state in FINAL}
