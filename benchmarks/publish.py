@@ -51,6 +51,8 @@ EMBEDDINGS = (151_936, 1536)
 MEMCPY_REPEATS = 3
 TRAIN_S = 3.0
 """How long the thread that trains is timed alone."""
+COLUMNS = ("", "threads", "GB", "memcpy, s", "held up, s", "of a memcpy (processor)", "until announced or durable, s")
+COLUMNS += ("GB written", "training is slower by")
 Row = dict[str, Any]
 
 
@@ -191,18 +193,8 @@ def checkpoint(folder: Path, num_bytes: int) -> Row:
 
 def report(rows: list[Row], console: Console) -> None:
     table = Table()
-    for name in (
-        "",
-        "threads",
-        "GB",
-        "memcpy, s",
-        "held up, s",
-        "of a memcpy (processor)",
-        "announced, durable, s",
-        "GB written",
-    ):
+    for name in COLUMNS:
         table.add_column(name, justify="right")
-    table.add_column("training is slower by", justify="right")
     for row in rows:
         is_version = row["kind"] == "version"
         table.add_row(
