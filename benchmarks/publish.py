@@ -51,8 +51,8 @@ EMBEDDINGS = (151_936, 1536)
 MEMCPY_REPEATS = 3
 TRAIN_S = 3.0
 """How long the thread that trains is timed alone."""
-COLUMNS = ("", "threads", "GB", "memcpy, s", "held up, s", "of a memcpy (processor)", "until announced or durable, s")
-COLUMNS += ("GB written", "training is slower by")
+COLUMNS = ["", "threads", "GB", "memcpy, s", "held up, s", "of a memcpy (processor)", "done after, s", "GB written"]
+COLUMNS += ["training slowed by"]
 Row = dict[str, Any]
 
 
