@@ -102,7 +102,9 @@ async def running_replica(
     http = Engine(url, swap_mode=config.engine.swap_mode, request_timeout_s=config.request_timeout_s)
     timeouts = {"silence_timeout_s": silence_timeout_s, "busy_timeout_s": config.request_timeout_s}
     keeper = EngineKeeper(http, server, weights.engine_start, **timeouts)
-    replica = Replica(name, "http://127.0.0.1:1", config, tickets, keeper, rewards, weights, waits)
+    replica = Replica(
+        name, "http://127.0.0.1:1", config, tickets, keeper, rewards, weights, waits, config.max_eval_groups_in_flight
+    )
     serving = asyncio.create_task(replica.serve(), name=f"replica {name}")
     try:
         yield replica

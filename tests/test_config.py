@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from common.config import ActorConfig, ConfigError, EngineConfig, RunConfig, load_recipe, yaml_text
+from common.config import ActorConfig, ConfigError, RunConfig, load_recipe, yaml_text
 from common.config.actor import PRESETS
 from services.launcher.run_folder import write_config
 
@@ -109,18 +109,6 @@ def test_the_gsm8k_recipe_is_the_seeds() -> None:
         ({"learner": {"lr": 1.0}}, "learner.lr is not a setting; did you mean optimizer.lr?"),
         ({"lerner": {"steps": 1}}, "lerner is not a setting; did you mean learner?"),
         ({"generation": {"engine": {"devise": "cpu"}}}, "did you mean generation.engine.device?"),
-        (
-            {"generation": {"engine": {"swap_mode": "in_place", "extra_args": ["--tp-size", "2"]}}},
-            "--tp-size 2 in extra_args: swap_mode in_place can deadlock",
-        ),
-        (
-            {"generation": {"engine": {"swap_mode": "in_place", "extra_args": ["--tensor-parallel-size=4"]}}},
-            "--tensor-parallel-size 4 in extra_args",
-        ),
-        (
-            {"generation": {"engine": {"swap_mode": "in_place", "extra_args": ["--enable-hierarchical-cache"]}}},
-            "--enable-hierarchical-cache in extra_args",
-        ),
         ({"sampling": {"zzz": 1}}, "sampling.zzz is not a setting; expected one of temperature, max_new_tokens"),
         ({"task": {}}, "task.name is missing"),
         ({"learner": {"steps": 0}}, "learner.steps is 0: input should be greater than or equal to 1"),
@@ -143,14 +131,6 @@ def test_a_wrong_key_or_value_is_one_line_that_names_it(tmp_path: Path, sections
     assert str(caught.value).startswith(f"{path}: ")
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("swap_mode", "extra_args"),
-    [("retract", ["--tp", "2"]), ("in_place", ["--tp", "1", "--mem-fraction-static", "0.5"])],
-)
-def test_what_a_swap_mode_allows_is_not_refused(swap_mode: Any, extra_args: list[str]) -> None:
-    assert EngineConfig(swap_mode=swap_mode, extra_args=extra_args).extra_args == extra_args
 
 
 @pytest.mark.parametrize(
@@ -337,3 +317,12 @@ def test_a_preset_fills_in_and_what_is_given_wins(name: str) -> None:
 def test_an_unknown_preset_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"actor\.preset is 'sead'"):
         load_recipe(recipe_file(tmp_path, actor={"preset": "sead"}))
+
+
+@pytest.mark.parametrize(("num_samples", "slots"), [(1, 512), (2, 256), (16, 32), (32, 16), (600, 1)])
+def test_evaluation_slots_count_completions(tmp_path: Path, num_samples: int, slots: int) -> None:
+    """A benchmark's 1,319 prompts of one completion each would else leave a GPU idle, 32 at a time."""
+    sections = {"actor": {"group_size": 16}, "evaluation": {"num_samples": num_samples}}
+    engine = {"engine": {"max_running_requests": 1024}}
+    config = load_recipe(recipe_file(tmp_path, **sections, generation=engine)).config
+    assert config.num_eval_slots == slots

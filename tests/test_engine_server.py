@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -112,15 +113,52 @@ def test_a_missing_sglang_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> 
 def test_extra_arguments_come_last_and_cuda_runs_the_plain_server(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HEADRACE_TOKEN", "HEADRACE_REDIS_URL", "REDIS_PASSWORD"):
         monkeypatch.setenv(name, "secret")
-    settings = EngineConfig(device="cuda", extra_args=["--tp-size", "2"])
+    settings = EngineConfig(device="cuda", extra_args=["--log-level", "info"])
     command = launch_command(settings, "bfloat16", "org/model", None, 1234)
     assert command[1:3] == ["-m", "sglang.launch_server"]
-    assert command[-2:] == ["--tp-size", "2"]
+    assert command[-2:] == ["--log-level", "info"]
     assert "--weight-version" not in command and "--mem-fraction-static" not in command
     environment = launch_environment(settings)
     assert "secret" not in environment.values()
-    assert environment == {name: value for name, value in os.environ.items() if value != "secret"}
+    ours = {name: value for name, value in os.environ.items() if value != "secret"}
+    assert environment == ours | {"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"}
     assert "secret" not in launch_environment(EngineConfig(device="cpu")).values()
+
+
+def value_of(flag: str, command: list[str]) -> str | None:
+    """None: it is not there; more than one is a mistake."""
+    assert command.count(flag) <= 1
+    return command[command.index(flag) + 1] if flag in command else None
+
+
+def test_settings_reach_the_server_as_its_arguments() -> None:
+    settings = EngineConfig(
+        device="cuda", tp_size=4, context_tokens=4096, max_running_requests=700, memory_fraction=0.5
+    )
+    command = launch_command(settings, "bfloat16", "m", 1, 1)
+    assert value_of("--tp-size", command) == "4" and value_of("--context-length", command) == "4096"
+    assert value_of("--mem-fraction-static", command) == "0.5"
+    assert value_of("--cuda-graph-max-bs-decode", command) == value_of("--max-running-requests", command) == "700"
+    on_cpu = launch_command(EngineConfig(device="cpu"), "float32", "m", 1, 1)
+    assert not {"--tp-size", "--context-length", "--cuda-graph-max-bs-decode"} & {*on_cpu}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_logits_are_float32_whatever_the_models_dtype(device: Any) -> None:
+    """As the learner's are: either side alone would make the two disagree more."""
+    for dtype, is_asked_for in (("bfloat16", True), ("float32", False)):
+        command = launch_command(EngineConfig(device=device), dtype, "m", 1, 1)
+        assert ("--enable-fp32-lm-head" in command) == is_asked_for
+
+
+def test_an_engine_on_the_cpu_sees_no_gpu_and_none_tells_what_was_before_the_temperature(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setenv("SGLANG_RETURN_ORIGINAL_LOGPROB", "1")
+    on_cpu, on_cuda = (launch_environment(EngineConfig(device=device)) for device in ("cpu", "cuda"))
+    assert on_cpu["CUDA_VISIBLE_DEVICES"] == "" and on_cuda["CUDA_VISIBLE_DEVICES"] == "3"
+    assert on_cpu["SGLANG_RETURN_ORIGINAL_LOGPROB"] == on_cuda["SGLANG_RETURN_ORIGINAL_LOGPROB"] == "0"
 
 
 def test_the_launch_arguments_follow_from_the_swap_mode() -> None:

@@ -4,20 +4,20 @@ Units are in the names. Whatever can be wrong without starting anything is refus
 the value and what was expected.
 """
 
-import itertools
 import math
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from common.config.actor import ActorConfig
+from common.config.engine_args import check_extra_args
 from common.config.section import Section
 from common.control import MAX_REPLICAS
 
+AUTO_DEVICE = (
+    "auto: CUDA where a GPU is visible and what uses it is installed, a CUDA build of torch and SGLang's kernels."
+)
 DType = Literal["float32", "bfloat16"]
-TP_FLAGS = ("--tp", "--tp-size", "--tensor-parallel-size")
-CACHE_FLAGS = ("--enable-hierarchical-cache", "--enable-lmcache", "--enable-flexkv")
-"""Of sglang.launch_server: KV that outlives its request."""
 
 
 class ModelConfig(Section):
@@ -92,7 +92,14 @@ class LearnerConfig(Section):
     logprob_chunk_tokens: int | None = Field(
         None, ge=1, description="Tokens whose logits exist at one time; default: 4,096 on CUDA, 512 on a CPU."
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is a GPU.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description=AUTO_DEVICE)
+    memory_fraction: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Of the GPU's memory, what torch may take in the learner; default: all. Asked for where learner "
+        "and engine share one GPU, of which the engine has the rest; `headrace check` proposes a value.",
+    )
     gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass.")
     num_threads: int | None = Field(None, ge=1, description="Torch's CPU threads; default: torch's own choice.")
     checkpoint_interval_steps: int = Field(20, ge=1, description="Steps between checkpoints.")
@@ -126,16 +133,33 @@ class EngineConfig(Section):
     """The SGLang server of each replica."""
 
     url: str | None = Field(None, description="Attach to a running SGLang server instead of starting one.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is a GPU.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description=AUTO_DEVICE)
+    tp_size: int = Field(
+        1,
+        ge=1,
+        description="Tensor parallelism: GPUs of one engine, each with a part of every weight and of the cache.",
+    )
+    context_tokens: int | None = Field(
+        None, ge=16, description="Longest sequence, prompt included; default: what the model's config.json says."
+    )
     max_running_requests: int = Field(256, ge=1, description="Completions decoded at one time.")
     max_total_tokens: int | None = Field(
         None, ge=256, description="Tokens in the KV cache; default: what fits, 65,536 on a CPU."
     )
     memory_fraction: float | None = Field(
-        None, gt=0, lt=1, description="Of the device, for weights and KV cache; default: SGLang's choice, 0.3 on a CPU."
+        None,
+        gt=0,
+        lt=1,
+        description="For weights and KV cache, of the memory that is free on the device when the engine starts; "
+        "default: SGLang's choice (0.7 to 0.9 of a GPU), 0.3 on a CPU.",
     )
     num_threads: int = Field(1, ge=1, description="CPU threads of the engine's kernels.")
-    startup_timeout_s: float = Field(600.0, gt=0, description="Longest wait for the engine to answer.")
+    startup_timeout_s: float = Field(
+        1800.0,
+        gt=0,
+        description="Longest wait for the engine to answer. On a GPU its first start on a machine compiles kernels, "
+        "about half a minute of a core for each.",
+    )
     silence_timeout_s: float = Field(
         60.0,
         ge=2,
@@ -150,19 +174,13 @@ class EngineConfig(Section):
         "a swap match no version exactly (up to 0.4 from the learner's log-probabilities, else 2e-5), and the engine "
         "must have no overlap schedule, radix cache or tensor parallelism.",
     )
-    extra_args: list[str] = Field([], description="Further arguments of sglang.launch_server, as they are.")
+    extra_args: list[str] = Field(
+        [], description="Further arguments of sglang.launch_server, but for what a setting is for."
+    )
 
     @model_validator(mode="after")
-    def _check_swap_mode(self) -> Self:
-        words = [word for argument in self.extra_args for word in argument.split("=", 1)]
-        pairs = itertools.zip_longest(words, words[1:])
-        refused = [f"{word} {following}" for word, following in pairs if word in TP_FLAGS and following != "1"]
-        refused += [word for word in words if word in CACHE_FLAGS]
-        if self.swap_mode == "in_place" and refused:
-            raise ValueError(
-                f"{refused[0]} in extra_args: swap_mode in_place can deadlock under tensor parallelism, and a cache "
-                "would hand KV of earlier weights to later requests; expected swap_mode retract"
-            )
+    def _check_extra_args(self) -> Self:
+        check_extra_args(self.extra_args, self.swap_mode, self.tp_size)
         return self
 
 
@@ -178,7 +196,12 @@ class GenerationConfig(Section):
     )
     max_replicas: int = Field(8, ge=1, le=MAX_REPLICAS, description="More are never advised.")
     max_groups_in_flight: int = Field(32, ge=1, description="Training groups that a replica works on at one time.")
-    max_eval_groups_in_flight: int = Field(32, ge=1, description="Evaluation groups, in slots of their own.")
+    max_eval_groups_in_flight: int = Field(
+        32,
+        ge=1,
+        description="Evaluation groups, in slots of their own, if they are of actor.group_size completions; of smaller "
+        "ones so many more that they are as many completions.",
+    )
     max_attempts: int = Field(3, ge=1, description="Failed attempts before a ticket is dead.")
     lease_s: float = Field(30.0, gt=0, description="A ticket whose replica is silent this long may be claimed.")
     request_timeout_s: float = Field(
@@ -239,6 +262,12 @@ class RunConfig(Section):
     durability: Literal["strict", "relaxed"] = Field(
         "strict", description="strict refuses a Redis that may lose writes (appendonly, appendfsync, eviction)."
     )
+
+    @property
+    def num_eval_slots(self) -> int:
+        """Evaluation groups that a replica works on at one time."""
+        num_completions = self.generation.max_eval_groups_in_flight * self.actor.group_size
+        return max(1, num_completions // self.evaluation.num_samples)
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:

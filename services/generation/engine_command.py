@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.child_process import environment_of_foreign_code
 from common.config import EngineConfig
-from common.device import CPU_MAX_TOTAL_TOKENS, resolve_device
+from common.device import CPU_MAX_TOTAL_TOKENS, VISIBLE_DEVICES, resolve_device
 
 HOST = "127.0.0.1"
 CPU_MEMORY_FRACTION = 0.3
@@ -34,11 +34,19 @@ def launch_command(
         args += ["--disable-radix-cache", "--num-continuous-decode-steps", "4"]
         max_total_tokens = max_total_tokens or CPU_MAX_TOTAL_TOKENS
         memory_fraction = memory_fraction or CPU_MEMORY_FRACTION
+    else:
+        # SGLang's own limit for CUDA graphs is 32 to 512 requests, by the GPU's memory; larger batches decode without.
+        args += ["--cuda-graph-max-bs-decode", str(settings.max_running_requests)]
+        args += ["--tp-size", str(settings.tp_size)]
     if settings.swap_mode == "in_place":
         # With the overlap schedule one token per request would be told of the wrong version; a radix cache would hand
         # KV of earlier weights to later requests, and cannot be flushed while others are in flight.
         args += ["--disable-overlap-schedule", "--disable-radix-cache"]
     args += ["--dtype", dtype, "--max-running-requests", str(settings.max_running_requests)]
+    if dtype == "bfloat16":
+        args += ["--enable-fp32-lm-head"]  # as in the learner: logits rounded to bfloat16 are 0.125 apart at 16
+    if settings.context_tokens is not None:
+        args += ["--context-length", str(settings.context_tokens)]
     if max_total_tokens is not None:
         args += ["--max-total-tokens", str(max_total_tokens)]
     if memory_fraction is not None:
@@ -49,12 +57,13 @@ def launch_command(
 
 
 def launch_environment(settings: EngineConfig) -> dict[str, str]:
-    """Ours without the run's secrets; on a CPU with what makes SGLang use it, by few threads that do not spin beside
-    the learner's."""
-    environment = environment_of_foreign_code()
+    """Ours without the run's secrets, with log-probabilities of what is sampled from, after the temperature; on a CPU
+    with what makes SGLang use it, whatever GPU is there, by few threads that do not spin beside the learner's."""
+    environment = environment_of_foreign_code() | {"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"}
     if resolve_device(settings.device) == "cpu":
         search_path = [str(REPOSITORY), str(CPU_PACKAGES), *filter(None, [environment.get("PYTHONPATH")])]
         environment |= {
+            VISIBLE_DEVICES: "",
             "SGLANG_USE_CPU_ENGINE": "1",
             "OMP_NUM_THREADS": str(settings.num_threads),
             "MKL_NUM_THREADS": str(settings.num_threads),

@@ -44,7 +44,9 @@ class Replica:
         rewards: RewardPool,
         weights: WeightFollower,
         waits: Waits,
+        num_eval_slots: int,
     ) -> None:
+        """`num_eval_slots`: evaluation groups that it works on at one time."""
         self.name = name
         self.url = url
         self.config = config
@@ -53,6 +55,7 @@ class Replica:
         self.rewards = rewards
         self.weights = weights
         self.waits = waits
+        self._num_eval_slots = num_eval_slots
         self.is_paused = False
         self._grace = RedisGrace()
         self._answering = Answering(config, tickets, keeper, rewards, weights, self._grace)
@@ -139,7 +142,7 @@ class Replica:
         self._is_news.set()
         keys, config = self.tickets.keys, self.config
         async with asyncio.TaskGroup() as answers:
-            streams = {keys.tickets: config.max_groups_in_flight, keys.eval: config.max_eval_groups_in_flight}
+            streams = {keys.tickets: config.max_groups_in_flight, keys.eval: self._num_eval_slots}
             workers = [answers.create_task(self._work(*stream, answers), name=stream[0]) for stream in streams.items()]
             await self._draining.wait()
             await asyncio.wait([*workers, *self._in_flight.tasks], timeout=DRAIN_TIMEOUT_S)

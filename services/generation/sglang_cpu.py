@@ -9,6 +9,7 @@ them, and then runs `sglang.launch_server` unchanged.
 from __future__ import annotations
 
 import importlib
+import logging
 import multiprocessing
 import os
 import runpy
@@ -85,6 +86,33 @@ def hook_in_what_is_faster() -> None:
         HookRegistry.register(target, hook, HookType.AROUND)
 
 
+class HeldBack(logging.Filter):
+    """Keeps to itself which models SGLang cannot import here: a dozen that need compiled kernels, at every start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        is_told = not record.getMessage().startswith("Ignore import error")
+        if not is_told:
+            self.lines.append(record.getMessage())
+        return is_told
+
+    def tell(self, *_args: object, **_kwargs: object) -> None:
+        """Where the model that is asked for is none that could be imported."""
+        print(*self.lines, sep="\n", file=sys.stderr, flush=True)
+
+
+def hold_back_failed_imports() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    held_back = HeldBack()
+    logging.getLogger("sglang.srt.models.registry").addFilter(held_back)
+    unsupported = "sglang.srt.models.registry._ModelRegistry._raise_for_unsupported"
+    HookRegistry.register(unsupported, held_back.tell, HookType.BEFORE)
+
+
 def fork_children() -> None:
     """Has the scheduler and the detokenizer forked from the server, which has imported all that they need.
 
@@ -104,5 +132,6 @@ if __name__ == "__main__":
     install_sgl_kernel()
     declare_torchvision_ops()
     hook_in_what_is_faster()
+    hold_back_failed_imports()
     fork_children()
     runpy.run_module("sglang.launch_server", run_name="__main__")
