@@ -44,6 +44,31 @@ class Orders(NamedTuple):
     settings: Settings = Settings()
 
 
+class Launcher(NamedTuple):
+    """Who keeps a run's replicas, as its key in Redis tells."""
+
+    process: str
+    """Its machine and process, for people."""
+    max_replicas: int = MAX_REPLICAS
+    """As many as its machine has devices for."""
+
+    def __str__(self) -> str:
+        return f"{self.process}, up to {self.max_replicas} replicas"
+
+    def refuse(self, replicas: int) -> None:
+        """Raises `ValueError` for a number of replicas that it cannot keep."""
+        if replicas > self.max_replicas:
+            raise ValueError(
+                f"{replicas} replicas: the run's launcher has GPUs for {self.max_replicas}; expected "
+                f"{self.max_replicas} at most, or replicas on other machines, which join by themselves"
+            )
+
+
+def parse_launcher(text: str) -> Launcher:
+    found = re.fullmatch(r"(.*), up to ([0-9]{1,4}) replicas", text, re.DOTALL)
+    return Launcher(found[1], int(found[2])) if found else Launcher(text)
+
+
 def parse_orders(fields: Mapping[bytes, bytes]) -> Orders:
     """Of the hash `control`."""
     text = {name.decode(errors="replace"): value.decode(errors="replace") for name, value in fields.items()}

@@ -1,10 +1,18 @@
-"""Which machine this is, which device an engine runs on and what it gets there; imports no torch."""
+"""Which machine this is, which device a process runs on and what it gets there; imports no torch."""
 
+import importlib.util
+import os
+import runpy
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
 CPU_MAX_TOTAL_TOKENS = 65536
 """Tokens in the KV cache of an engine on a CPU."""
+VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
+DEVICE_FILES = Path("/dev")
+WSL_LIBRARIES = Path("/usr/lib/wsl/lib")
+"""Where WSL2 puts the driver's libraries; its GPUs have no device files of their own."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -14,7 +22,56 @@ def machine_id() -> str:
 
 
 def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
-    """ "auto" is CUDA where an NVIDIA device is visible to this machine or container."""
+    """ "auto" is CUDA where nothing keeps this process from it (`why_not_cuda`), for a learner and an engine alike."""
     if device != "auto":
         return device
-    return "cuda" if any(Path("/dev").glob("nvidia[0-9]*")) else "cpu"
+    return "cpu" if why_not_cuda() else "cuda"
+
+
+def why_not_cuda() -> str:
+    """What keeps `auto` on the CPU, for people; empty if nothing does.
+
+    A GPU must be visible to this process, and installed what uses it: a CUDA build of torch, and the compiled kernels
+    of SGLang wherever SGLang is. A machine for a learner alone has no SGLang, and needs none of its kernels.
+    """
+    if not is_gpu_visible():
+        return "no NVIDIA GPU is visible to this process"
+    return missing_for_cuda(is_engine=importlib.util.find_spec("sglang") is not None)
+
+
+def is_gpu_visible() -> bool:
+    """Whether this machine or container has an NVIDIA GPU that CUDA_VISIBLE_DEVICES does not hide."""
+    return is_gpu_here() and not are_all_hidden(os.environ.get(VISIBLE_DEVICES))
+
+
+def is_gpu_here() -> bool:
+    return bool(gpu_files()) or ((DEVICE_FILES / "dxg").exists() and any(WSL_LIBRARIES.glob("libcuda.so*")))
+
+
+def gpu_files() -> list[Path]:
+    return sorted(DEVICE_FILES.glob("nvidia[0-9]*"))
+
+
+def are_all_hidden(visible: str | None) -> bool:
+    """Whether that value of CUDA_VISIBLE_DEVICES shows nothing: CUDA takes its names up to the first that is none."""
+    return visible is not None and visible.split(",")[0].strip() in ("", "-1", "NoDevFiles")
+
+
+def missing_for_cuda(is_engine: bool) -> str:
+    """What is not installed here of what a process on CUDA needs, for people; empty if all of it is."""
+    missing = [] if _is_cuda_torch() else ["a CUDA build of torch"]
+    if is_engine and importlib.util.find_spec("sgl_kernel") is None:
+        missing.append("SGLang's compiled kernels (sgl_kernel)")
+    return f"not installed here: {' and '.join(missing)}" if missing else ""
+
+
+def _is_cuda_torch() -> bool:
+    found = importlib.util.find_spec("torch")
+    return found is not None and found.origin is not None and _cuda_version(Path(found.origin)) is not None
+
+
+@cache
+def _cuda_version(torch: Path) -> str | None:
+    """That torch's build was made for; read from its own file, without the seconds that importing torch takes."""
+    version: str | None = runpy.run_path(str(torch.with_name("version.py"))).get("cuda")
+    return version

@@ -11,6 +11,7 @@ import pytest
 import redis
 
 from common.config import EngineConfig
+from common.device import is_gpu_here
 from common.keys import Keys
 from common.redis_client import connect
 from services.generation.engine_server import EngineServer
@@ -18,6 +19,14 @@ from tests.fake_sglang import FakeSglang, a_fake_sglang, sample
 from tests.redis_servers import as_launched
 
 FIRST_VERSION = 1
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+"""Tests, and all that they start, use the CPU whatever GPU is here."""
+
+
+def pytest_report_header() -> str:
+    if not is_gpu_here():
+        return ""
+    return "the GPU is hidden from the tests; what uses it: headrace up with device: auto, benchmarks/gpu_learner.sh"
 
 
 @pytest.fixture(scope="session")

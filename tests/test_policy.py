@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common import device
 from common.chat import load_tokenizer
 from common.config import LearnerConfig, ModelConfig
 from common.wire import Group, Rollout, Sampling, Timings, VersionSpan
@@ -121,13 +122,13 @@ def test_the_saved_policy_loads_in_transformers(policy: Policy, demo_policy: Pat
         assert torch.equal(parameter, policy.tensors()[name].detach())
 
 
-def test_cuda_without_a_gpu_is_one_clear_error() -> None:
-    if torch.cuda.is_available():
-        assert pick_device("auto").type == "cuda"
-    else:
-        assert pick_device("auto").type == "cpu"
-        with pytest.raises(ValueError, match=r"learner\.device is 'cuda', but torch sees no GPU"):
-            pick_device("cuda")
+def test_cuda_without_a_gpu_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pick_device("auto").type == "cpu"
+    with pytest.raises(ValueError, match=r"learner\.device is 'cuda', but torch sees no GPU"):
+        pick_device("cuda")
+    monkeypatch.setattr(device, "why_not_cuda", lambda: "")
+    with pytest.raises(ValueError, match=r"learner\.device is 'auto', but torch sees no GPU"):
+        pick_device("auto")  # where the engine takes it
 
 
 def test_a_model_that_cannot_be_loaded_is_one_clear_error(tmp_path: Path) -> None:

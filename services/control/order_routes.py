@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends, Path, Request
 from starlette.exceptions import HTTPException
 
 from common.config import RunConfig
+from common.control import parse_launcher
 from services.control.access import drawn, not_now, problems, who
 from services.control.drain import NoAnswer, drain
 from services.control.models import DesiredReplicas, Done, SettingsAnswer, SettingsChange
@@ -53,10 +54,14 @@ def order_router(snapshot: Snapshot, orders: Orders, http: httpx.AsyncClient, to
 
     @router.put("/replicas/desired", operation_id="order_replicas", responses=_WITH_BODY)
     async def order_replicas(request: Request, demand: DesiredReplicas) -> Done:
-        """How many replicas the run's launcher keeps; 409 where no launcher would obey."""
-        number = demand.replicas
-        if number is not None and drawn(snapshot).status.replicas.launcher is None:
+        """How many replicas the run's launcher keeps; 409 where none would obey, 422 where it lacks the GPUs."""
+        number, launcher = demand.replicas, drawn(snapshot).status.replicas.launcher
+        if number is not None and launcher is None:
             raise HTTPException(409, "no launcher keeps this run's replicas: nobody would obey")
+        try:
+            parse_launcher(launcher or "").refuse(number or 0)
+        except ValueError as error:
+            raise HTTPException(422, str(error)) from error
         text = "no number is ordered any more" if number is None else f"{number} replicas ordered"
         return await obeyed(orders.scale(number, who(request)), text)
 

@@ -65,6 +65,9 @@ def _parse_arguments() -> argparse.Namespace:
     parser = joining_parser("generation")
     parser.add_argument("--name", default=f"{socket.gethostname()}-{secrets.token_hex(4)}", help="of the replica")
     parser.add_argument("--log-folder", type=Path, default=Path("runs/logs"), help="for the engine's log")
+    parser.add_argument(
+        "--shares-gpu", action="store_true", help="the engine has what learner.memory_fraction leaves of the one GPU"
+    )
     return parser.parse_args()
 
 
@@ -74,7 +77,8 @@ async def _serve(arguments: argparse.Namespace, joined: Joined, sock: socket.soc
     _on_signals(task.cancel)
     try:
         name, log_folder = arguments.name, arguments.log_folder
-        parts = assembled(joined.config, joined.keys, arguments.redis_url, joined.token, name, url, log_folder, waits)
+        who = (joined.config, joined.keys, arguments.redis_url, joined.token, name, url, log_folder, waits)
+        parts = assembled(*who, arguments.shares_gpu)
         async with parts as replica, serve_in_loop(make_app(replica, joined.token), sock):
             _on_signals(replica.drain)
             await replica.serve()

@@ -29,10 +29,21 @@ _log = logging.getLogger(__name__)
 
 @contextlib.asynccontextmanager
 async def assembled(
-    config: RunConfig, keys: Keys, redis_url: str, token: str, name: str, url: str, log_folder: Path, waits: Waits
+    config: RunConfig,
+    keys: Keys,
+    redis_url: str,
+    token: str,
+    name: str,
+    url: str,
+    log_folder: Path,
+    waits: Waits,
+    shares_gpu: bool = False,
 ) -> AsyncIterator[Replica]:
     """A replica that is ready to `serve`; when the block ends nothing of it is left. Raises `NoRoom` where its weights
-    would find none."""
+    would find none.
+
+    `shares_gpu`: its engine has what `learner.memory_fraction` leaves of the GPU.
+    """
     settings = config.generation
     async with contextlib.AsyncExitStack() as stack:
         client = connect_async(redis_url, waits, deadline_s=OUTAGE_DEADLINE_S)
@@ -61,7 +72,9 @@ async def assembled(
         check_room(copy.root, model, config.model.dtype)
         server, engine_url = None, settings.engine.url
         if engine_url is None:
-            server = EngineServer(settings.engine, config.model.dtype, log_folder / f"sglang-{name}.log")
+            log = log_folder / f"sglang-{name}.log"
+            learner_fraction = config.learner.memory_fraction if shares_gpu else None
+            server = EngineServer(settings.engine, config.model.dtype, log, learner_fraction)
             stack.push_async_callback(server.stop)
             engine_url = server.url
         engine = Engine(engine_url, swap_mode=settings.engine.swap_mode, request_timeout_s=settings.request_timeout_s)
@@ -73,7 +86,7 @@ async def assembled(
             silence_timeout_s=settings.engine.silence_timeout_s,
             busy_timeout_s=settings.request_timeout_s,
         )
-        yield Replica(name, url, settings, tickets, keeper, rewards, weights, waits)
+        yield Replica(name, url, settings, tickets, keeper, rewards, weights, waits, config.num_eval_slots)
 
 
 async def _model_folder(path: str) -> Path:

@@ -25,6 +25,7 @@ from common.http_service import free_port
 from common.preflight import check_engine_installed
 from services.generation.engine import EngineError
 from services.generation.engine_command import HOST, launch_command, launch_environment
+from services.generation.shared_gpu import beside_learner
 
 POLL_S = 0.05
 HEALTH_TIMEOUT_S = 30.0
@@ -39,11 +40,16 @@ _log = logging.getLogger(__name__)
 class EngineServer:
     """One SGLang server; it may be started again after its end, on another model folder, at the same address."""
 
-    def __init__(self, settings: EngineConfig, dtype: str, log_path: Path) -> None:
+    def __init__(
+        self, settings: EngineConfig, dtype: str, log_path: Path, learner_fraction: float | None = None
+    ) -> None:
+        """`learner_fraction`: the learner's share of the GPU's memory, if the engine has only what that leaves."""
         self.settings = settings
         self.dtype = dtype
         self.log_path = log_path
         self.port = free_port()
+        self._learner_fraction = learner_fraction
+        self._is_on_cpu = resolve_device(settings.device) == "cpu"
         self._process: subprocess.Popen[bytes] | None = None
         self._temporary: str | None = None
 
@@ -67,7 +73,10 @@ class EngineServer:
         """
         assert not self.is_alive, "the server already runs"
         check_engine_installed()
-        command = launch_command(self.settings, self.dtype, model_path, weight_version, self.port)
+        settings = self.settings
+        if self._learner_fraction is not None:
+            settings = await asyncio.to_thread(beside_learner, settings, self._learner_fraction)
+        command = launch_command(settings, self.dtype, model_path, weight_version, self.port)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = tempfile.mkdtemp(prefix="headrace-engine-")  # its sockets, which it leaves behind
         with self.log_path.open("ab") as log:
@@ -109,7 +118,7 @@ class EngineServer:
 
     def busy_s(self) -> float | None:
         """Processor time that the server's processes have used so far; None on a GPU, where an idle SGLang spins."""
-        if self._process is None or resolve_device(self.settings.device) != "cpu":
+        if self._process is None or not self._is_on_cpu:
             return None
         return sum(_cpu_s(stat, self._process.pid) for stat in Path("/proc").glob("[0-9]*/stat"))
 

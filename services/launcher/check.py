@@ -15,6 +15,7 @@ from common.config import Recipe, RunConfig
 from common.device import CPU_MAX_TOTAL_TOKENS, resolve_device
 from common.passwords import without_password
 from common.preflight import NotHere, check_run, model_files, read_model_file
+from services.launcher.devices import plan_lines
 from services.launcher.estimate import Rows, Shape, engine_bytes, learner_bytes, moved_bytes, read_shape
 from services.launcher.trial import notes_of, try_task
 
@@ -28,8 +29,9 @@ def check_recipe(recipe: Recipe, console: Console, as_json: bool) -> None:
     missing: list[str] = []
     check_run(recipe.config, missing)
     _try(recipe.config, missing)
+    devices = plan_lines(recipe.config, missing)
     if as_json:
-        print(json.dumps(_as_json(recipe, missing), indent=2, ensure_ascii=False))
+        print(json.dumps(_as_json(recipe, missing) | {"devices": devices}, indent=2, ensure_ascii=False))
         return
     _print(console, settings_lines(recipe))
     lines, reason = _estimates(recipe.config)
@@ -38,6 +40,7 @@ def check_recipe(recipe: Recipe, console: Console, as_json: bool) -> None:
         _print(console, [f"note: {note}{why}"])
     if reason and reason not in missing:
         _print(console, [f"note: no estimates: {reason}"])
+    _print(console, [f"{'' if index else 'devices':8}  {line}" for index, line in enumerate(devices)])
     _print(console, lines)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import redis
 
-from common.control import DESIRED_REPLICAS, PAUSED, STOP, desired_replicas
+from common.control import DESIRED_REPLICAS, PAUSED, STOP, Launcher, desired_replicas
 from common.keys import Keys
 from services.launcher.processes import look_up
 
@@ -25,16 +25,20 @@ class Order(NamedTuple):
 
     replicas: int
     origin: str
+    shortfall: str = ""
+    """Why it is fewer than were asked for."""
 
 
 class Orders:
     """Of one run, for its one launcher. `start` is the recipe's number."""
 
-    def __init__(self, redis_url: str, keys: Keys, start: int, max_advised: int) -> None:
-        """`max_advised`: advice is followed up to this many; 0: not at all."""
+    def __init__(self, redis_url: str, keys: Keys, start: int, max_advised: int, max_replicas: int) -> None:
+        """`max_advised`: advice is followed up to this many; 0: not at all. `max_replicas`: as many as this machine
+        has devices for."""
         self._client = look_up(redis_url, LOOK_TIMEOUT_S)
         self._keys = keys
-        self._max_advised = max_advised
+        self._max_advised = min(max_advised, max_replicas)
+        self._max_replicas = max_replicas
         self.start = Order(start, "as configured")
         self._latest = self.start
 
@@ -50,21 +54,28 @@ class Orders:
         """The order that stands now. Raises `ValueError` naming one that cannot be obeyed."""
         try:
             with self._client.pipeline(transaction=False) as pipe:
-                presence = f"{socket.gethostname()} process {os.getpid()}"
-                pipe.set(self._keys.launcher, presence, px=int(PRESENCE_TTL_S * 1000))
+                presence = Launcher(f"{socket.gethostname()} process {os.getpid()}", self._max_replicas)
+                pipe.set(self._keys.launcher, str(presence), px=int(PRESENCE_TTL_S * 1000))
                 pipe.hget(self._keys.control, DESIRED_REPLICAS)
                 pipe.hmget(self._keys.learner, "advised_replicas", "advice")
                 _, ordered, (advised, reason) = pipe.execute()
         except redis.RedisError:
             return self._latest
         if ordered is not None:
-            self._latest = Order(desired_replicas(_text(ordered)), "as ordered")
+            self._latest = self._as_ordered(desired_replicas(_text(ordered)))
         elif advised is not None and self._max_advised:
             number = max(1, min(desired_replicas(_text(advised)), self._max_advised))
             self._latest = Order(number, f"as advised: {_text(reason or b'')}")
         else:
             self._latest = self.start
         return self._latest
+
+    def _as_ordered(self, number: int) -> Order:
+        """As far as the devices go: an order may be of a time when the run had others."""
+        if number <= self._max_replicas:
+            return Order(number, "as ordered")
+        shortfall = f"{number} replicas are ordered, and the GPUs here are enough for {self._max_replicas}"
+        return Order(self._max_replicas, "as far as the GPUs go", shortfall)
 
     def leave(self) -> None:
         """From now on nobody obeys."""

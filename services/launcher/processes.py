@@ -10,9 +10,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import redis
@@ -88,8 +89,16 @@ class Service:
         return f"the end of {self.log}:\n" + "\n".join(lines[-LOG_TAIL_LINES:])
 
 
-def python_service(name: str, module: str, arguments: Sequence[str], log: Path, redis_url: str) -> Service:
-    return Service(name, [sys.executable, "-m", module, *arguments], log, {REDIS_URL_VARIABLE: redis_url})
+def python_service(
+    name: str,
+    module: str,
+    arguments: Sequence[str],
+    log: Path,
+    redis_url: str,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Service:
+    command = [sys.executable, "-m", module, *arguments]
+    return Service(name, command, log, {**environment, REDIS_URL_VARIABLE: redis_url})
 
 
 def call_module(module: str, arguments: Sequence[str], redis_url: str) -> int:

@@ -53,13 +53,14 @@ class Replicas:
                 yield line
 
     def _take_order(self) -> Iterator[str]:
-        problem, order = "", self._order or self.orders.start
+        order = self._order or self.orders.start
         try:
             order = self.orders.look()
+            problem = order.shortfall
         except ValueError as error:
-            problem = str(error)
-            if problem != self._problem:
-                yield f"an order is not obeyed: {problem}"
+            problem = f"an order is not obeyed: {error}"
+        if problem and problem != self._problem:
+            yield problem
         self._problem = problem
         if self._order is not None and order.replicas == self._order.replicas:
             return

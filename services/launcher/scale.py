@@ -6,11 +6,11 @@ Through the run's control service where it answers, so that the order is told to
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import redis
 
-from common.control import DESIRED_REPLICAS, desired_replicas
+from common.control import DESIRED_REPLICAS, desired_replicas, parse_launcher
 from common.keys import Keys, of_every_run, run_of
 from services.launcher.control_client import ControlFailed, NothingRuns, find_control
 from services.launcher.processes import look_up
@@ -69,6 +69,8 @@ def _in_redis(number: int | None, run: str | None, runs_folder: Path, redis_url:
         if number is None:
             client.hdel(Keys(name).control, DESIRED_REPLICAS)
         else:
+            presence: Any = client.get(Keys(name).launcher)
+            parse_launcher((presence or b"").decode(errors="replace")).refuse(number)
             client.hset(Keys(name).control, DESIRED_REPLICAS, number)
     return name
 

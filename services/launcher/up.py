@@ -21,6 +21,7 @@ from common.keys import Keys
 from common.logs import logging_to
 from common.preflight import check_run
 from common.run_token import token_at, token_given
+from services.launcher.devices import Devices, device_lines, devices_of
 from services.launcher.kept import Kept
 from services.launcher.open_run import REDIS_GRACE_S
 from services.launcher.orders import Orders
@@ -64,6 +65,7 @@ def up(
     """
     keys, folder = Keys(run), runs_folder / run
     check_run(recipe.config)
+    devices = devices_of(recipe.config)
     try_task(recipe.config)
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -87,15 +89,18 @@ def up(
         watcher.skip_to_now()
         watcher.say(f"run {run} in {folder}: logs in {folder / 'logs'}")
         watcher.say(f"the page: {page}/#token={token}" if token else f"the page: {page}")
+        for line in (*(device_lines(recipe.config, devices) if devices.gpus else ()), *devices.notes):
+            watcher.say(line)
         signals: list[int] = []
         stack.enter_context(taking_signals(signals.append))
         settings = recipe.config.generation
-        orders = Orders(url, keys, settings.replicas, settings.max_replicas if settings.autoscale else 0)
+        max_advised = settings.max_replicas if settings.autoscale else 0
+        orders = Orders(url, keys, settings.replicas, max_advised, devices.max_replicas)
         orders.begin()
         if is_order_withdrawn:
             orders.withdraw()
-        learner = _learner(folder, url, watcher, is_new_epoch)
-        replicas = Replicas(lambda index: _replica(folder, index, url), orders)
+        learner = _learner(folder, url, watcher, is_new_epoch, devices)
+        replicas = Replicas(lambda index: _replica(folder, index, url, devices), orders)
         control = _control(folder, url, host, page_port)
         Supervisor(learner, replicas, control, redis, watcher, signals).run()
     if is_json:
@@ -121,14 +126,14 @@ def _redis(folder: Path, port: int, lock: int, watcher: Watcher) -> Kept:
     )
 
 
-def _learner(folder: Path, url: str, watcher: Watcher, is_new_epoch: bool) -> Kept:
+def _learner(folder: Path, url: str, watcher: Watcher, is_new_epoch: bool, devices: Devices) -> Kept:
     arguments = ["--config", str(folder / "config.yaml"), "--run", folder.name, "--runs-folder", str(folder.parent)]
-    arguments += ["--new-epoch"] * is_new_epoch
+    arguments += [*devices.arguments, *["--new-epoch"] * is_new_epoch]
     log = folder / "logs" / "learner.log"
 
     def start() -> Service:
         watcher.forget_learner()
-        return python_service("learner", "services.learner", arguments, log, url)
+        return python_service("learner", "services.learner", arguments, log, url, devices.of_learner())
 
     return Kept(
         start,
@@ -139,11 +144,13 @@ def _learner(folder: Path, url: str, watcher: Watcher, is_new_epoch: bool) -> Ke
     )
 
 
-def _replica(folder: Path, index: int, url: str) -> Kept:
+def _replica(folder: Path, index: int, url: str, devices: Devices) -> Kept:
+    """Always on the same devices, which are free again when it has ended."""
     name, logs = f"generation-{index}", folder / "logs"
     arguments = ["--run", folder.name, "--token-file", str(folder / "token"), "--name", name, "--log-folder", str(logs)]
+    arguments, environment = arguments + devices.arguments, devices.of_replica(index)
     return Kept(
-        lambda: python_service(name, "services.generation", arguments, logs / f"{name}.log", url),
+        lambda: python_service(name, "services.generation", arguments, logs / f"{name}.log", url, environment),
         grace_s=REPLICA_GRACE_S,
         progress=time.monotonic,
         enough_progress=SERVICE_UP_S,

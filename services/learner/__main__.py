@@ -40,12 +40,15 @@ from services.learner.api import make_app
 from services.learner.local_ranks import run_ranks
 from services.learner.orders import Switches
 from services.learner.recording import Recording
+from services.learner.shared_gpu import wait_for_engine
 
 _log = logging.getLogger("services.learner")
 
 
 def main() -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads do not spin beside an engine's
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     arguments = _parse_arguments()
     set_up_logging("learner", run=arguments.run)
     ranks, code = None, 1
@@ -78,6 +81,9 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--new-epoch", action="store_true", help="other data begin with the run's next epoch")
     parser.add_argument("--host", default=None, help="overrides learner.host")
     parser.add_argument("--port", type=int, default=None, help="overrides learner.port")
+    parser.add_argument(
+        "--shares-gpu", action="store_true", help="an engine is on the same GPU, and takes its share of it first"
+    )
     return parser.parse_args()
 
 
@@ -123,6 +129,8 @@ def _run(arguments: argparse.Namespace, config: RunConfig, recording: Recording 
     token = token_at(folder / "token")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: switches.stop.set())
+    if arguments.shares_gpu:
+        wait_for_engine(client, keys, waits, switches.stop, config.generation.engine.startup_timeout_s)
     is_new_epoch = arguments.new_epoch
     return _learn(config, folder, token, client, keys, sock, task, switches, waits, recording, ranks, is_new_epoch)
 

@@ -19,7 +19,7 @@ from common.config import RunConfig
 from common.durable import FileEntry
 from common.wire import Group, decode_group, encode
 from services.learner.calls import Build, Copy, End, Gather, Load, Train, Write, Written
-from services.learner.policy import Policy
+from services.learner.policy import Policy, pick_device
 from services.learner.ranks import RankLost, Ranks
 from services.learner.staleness import step_of
 from services.learner.trainer import Trainer
@@ -125,6 +125,9 @@ def set_up_torch(config: RunConfig, ranks: Ranks) -> None:
     if config.learner.num_threads is not None:
         torch.set_num_threads(config.learner.num_threads)
     torch.manual_seed(config.seed + ranks.rank)
+    device, fraction = pick_device(config.learner.device), config.learner.memory_fraction
+    if device.type == "cuda" and fraction is not None:
+        torch.cuda.set_per_process_memory_fraction(fraction, ranks.local_rank)
 
 
 def _write(trainer: Trainer, folder: Path) -> bytes:

@@ -7,7 +7,7 @@ that predict a trained token meet the vocabulary. The same code runs on CPU and 
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from common.config import LearnerConfig, ModelConfig
+from common.device import resolve_device
 from common.weights import MODEL_FILE
 from services.learner.logprobs import Scored, score_tokens
 from services.learner.packing import MicroBatch
@@ -27,13 +28,15 @@ from services.learner.snapshots import Weight
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def pick_device(wanted: str) -> torch.device:
-    """Raises `ValueError` if CUDA is asked for and there is none."""
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("learner.device is 'cuda', but torch sees no GPU; expected 'auto' or 'cpu'")
-    return torch.device(wanted)
+def pick_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """As an engine would choose (common/device.py). Raises `ValueError` if that is CUDA, and torch cannot use it."""
+    device = resolve_device(wanted)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"learner.device is {wanted!r}, but torch sees no GPU: it is torch {torch.__version__} for CUDA "
+            f"{torch.version.cuda}; expected that, with its driver, or learner.device: cpu"
+        )
+    return torch.device(device)
 
 
 class TokenScorer(nn.Module):
