@@ -80,7 +80,8 @@ class Fakes:
         """`settings` are statements that change the launcher's constants, such as `up.REPLICA_GRACE_S = 1`."""
         start = (
             f"import sys; sys.executable = {str(self.executable)!r}\n"
-            f"from services.launcher import __main__, health, kept, orders, supervise, up\n{settings}\n__main__.main()"
+            "from services.launcher import __main__, health, kept, orders, supervise, up\n"
+            f"up.try_task = lambda config: None\n{settings}\n__main__.main()"  # it would start scripts too
         )
         process = subprocess.Popen(
             [sys.executable, "-c", start, *arguments, "--runs-folder", str(self.run.parent)],
