@@ -60,7 +60,7 @@ def run(config: RunConfig, num_held_out: int, evaluate_every: int) -> Iterator[d
         made_by = step - staleness
         tickets = source.next_train(config.learner.groups_per_step, step, 0)
         groups = list(_groups(sampler, tickets, made_by + 1, task, tokenizer))
-        mixed = [group for group in groups if not group.is_uniform]
+        mixed = [group for group in groups if not group.is_uniform(config.actor.truncated)]
         batch = mixed if config.actor.dynamic_sampling else groups
         rewards = [reward for group in groups for reward in group.rewards]
         row = {"kind": "step", "step": step + 1, "reward_mean": float(np.mean(rewards)), "num_mixed": len(mixed)}

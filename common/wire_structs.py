@@ -125,10 +125,15 @@ class Group(msgspec.Struct, frozen=True, gc=False):
     def rewards(self) -> list[float]:
         return [rollout.reward for rollout in self.rollouts]
 
-    @property
-    def is_uniform(self) -> bool:
-        """All raw rewards are equal but for rounding, so that the group carries no signal (dynamic sampling)."""
-        return bool(are_equal(min(self.rewards), max(self.rewards)))
+    def counted(self, truncated: Literal["train", "mask"]) -> list[Rollout]:
+        """What is trained on: with "mask" none that has reached its limit of tokens."""
+        return [rollout for rollout in self.rollouts if truncated == "train" or rollout.finish_reason != "length"]
+
+    def is_uniform(self, truncated: Literal["train", "mask"]) -> bool:
+        """All raw rewards that count are equal but for rounding, or there is none: the group carries no signal (dynamic
+        sampling)."""
+        rewards = [rollout.reward for rollout in self.counted(truncated)]
+        return not rewards or bool(are_equal(min(rewards), max(rewards)))
 
     @property
     def oldest_version(self) -> int:

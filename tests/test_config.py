@@ -121,6 +121,16 @@ def test_the_gsm8k_recipe_is_the_seeds() -> None:
         ({"task": {"name": "gsm8k", "path": "x"}}, "task.path is not a setting; did you mean task.settings.path, an"),
         ({"task": {"name": "gsm8k", "nam": "x"}}, "task.nam is not a setting; did you mean task.name?"),
         ({"optimizer": {"lr": float("nan")}}, "optimizer.lr is nan: input should be a finite number"),
+        (
+            {"optimizer": {"warmup_steps": 5, "warmup_fraction": 0.1}},
+            "warmup_fraction 0.1 and warmup_steps 5 are both given: expected one of them",
+        ),
+        (
+            {"optimizer": {"warmup_steps": 5}, "learner": {"steps": 5}},
+            "optimizer.warmup_steps 5 is not less than learner.steps 5",
+        ),
+        ({"optimizer": {"lr_schedule": "cos"}}, "optimizer.lr_schedule is 'cos'"),
+        ({"actor": {"truncated": "drop"}}, "actor.truncated is 'drop'"),
         ({"learner": None}, "learner is None: input should be a valid dictionary"),
     ],
 )

@@ -181,6 +181,25 @@ def test_uniform_groups_are_replaced_by_the_next_prompt(client: redis.Redis, key
     assert harness.intake.take_sampled_rewards() == [0.0] * 16
 
 
+@pytest.mark.parametrize(("truncated", "state"), [("mask", "uniform"), ("train", "trained")])
+def test_a_group_whose_only_other_reward_was_cut_off_is_uniform_where_that_is_masked(
+    client: redis.Redis, keys: Keys, truncated: str, state: str
+) -> None:
+    config = make_config()
+    config = config.model_copy(update={"actor": config.actor.model_copy(update={"truncated": truncated})})
+    harness = Harness(client, keys, config)
+    harness.turn()
+
+    def group(ticket: Ticket) -> Group:
+        rollouts = [make_rollout(1.0), make_rollout(0.0, finish_reason="length")]
+        return Group(ticket, rollouts, "r", Timings(0, 0, 0))
+
+    answer_all(client, keys, keys.tickets, group)
+    harness.turn()
+    assert harness.intake.books.counts["uniform"] == (8 if state == "uniform" else 0)
+    assert (harness.intake.take_batch(0.0, never) is None) == (state == "uniform")
+
+
 def test_without_dynamic_sampling_uniform_groups_are_trained(client: redis.Redis, keys: Keys) -> None:
     config = make_config()
     plain = config.model_copy(update={"actor": config.actor.model_copy(update={"dynamic_sampling": False})})

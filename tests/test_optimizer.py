@@ -104,3 +104,26 @@ def test_learning_rate_schedules() -> None:
     rates = [learning_rate(step, 100, linear) for step in (0, 4, 9, 10, 55, 100)]
     assert rates == pytest.approx([0.1, 0.5, 1.0, 1.0, 0.6, 0.2])
     assert learning_rate(99, 100, OptimizerConfig(lr=1.0)) == 1.0
+
+
+def test_the_cosine_is_torchs_and_ends_at_its_share() -> None:
+    """After a warm-up of 5 steps, against torch.optim.lr_scheduler."""
+    cosine = OptimizerConfig(lr=2.0, lr_schedule="cosine", lr_final_fraction=0.1, warmup_steps=5)
+    rates = [learning_rate(step, 45, cosine) for step in range(46)]
+    assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
+    assert rates[25::20] == pytest.approx([1.1, 0.2])
+    adam = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=40, eta_min=0.2)
+    for rate in rates[5:]:
+        assert rate == pytest.approx(schedule.get_last_lr()[0])
+        adam.step()
+        schedule.step()
+
+
+def test_warm_up_in_steps_is_that_in_a_share_of_them() -> None:
+    in_steps, in_share = OptimizerConfig(lr=1.0, warmup_steps=10), OptimizerConfig(lr=1.0, warmup_fraction=0.1)
+    assert [learning_rate(step, 100, in_steps) for step in range(15)] == [
+        learning_rate(step, 100, in_share) for step in range(15)
+    ]
+    with pytest.raises(ValueError, match=r"warmup_fraction 0\.1 and warmup_steps 10 are both given"):
+        OptimizerConfig(warmup_fraction=0.1, warmup_steps=10)

@@ -122,6 +122,53 @@ def test_what_has_advantage_0_changes_nothing_and_is_not_computed(
         torch.testing.assert_close(few[name], weight, rtol=1e-4, atol=1e-6)
 
 
+def cut_off(group: Group, *places: int) -> Group:
+    rollouts = [
+        msgspec.structs.replace(one, finish_reason="length") if index in places else one
+        for index, one in enumerate(group.rollouts)
+    ]
+    return msgspec.structs.replace(group, rollouts=rollouts)
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+def test_masking_what_was_cut_off_is_as_if_it_had_not_been_sampled(demo_policy: Path, aggregation: str) -> None:
+    """Of the loss, its counts, the groups' statistics: the same weights, whatever its reward."""
+    actor = {"group_size": 3, "mini_batches": 2, "truncated": "mask", "loss_aggregation": aggregation, "kl_coef": 0.1}
+    config = make_config(demo_policy, actor=actor)
+    found = []
+    for is_sampled in (False, True):
+        trainer = make_trainer(config)
+        groups = make_batch(trainer, drift=0.1)
+        if is_sampled:
+            others = [msgspec.structs.replace(group.rollouts[0], reward=7.0) for group in groups]
+            groups = [
+                cut_off(msgspec.structs.replace(group, rollouts=[*group.rollouts, other]), 2)
+                for group, other in zip(groups, others, strict=True)
+            ]
+        metrics = trainer.train(groups, 0, STEPS)
+        assert metrics["truncated_share"] == pytest.approx(is_sampled / 3)
+        found.append((tensors_of(trainer), metrics["trained_tokens"], metrics["loss"]))
+    (without, tokens, loss), (masked, same_tokens, same_loss) = found
+    assert (tokens, loss) == (same_tokens, same_loss)
+    assert all(torch.equal(weight, masked[name]) for name, weight in without.items())
+
+
+def test_a_mini_batch_of_which_nothing_is_left_makes_no_update(demo_policy: Path) -> None:
+    """Not even a decay of the weights; and a whole batch of it has a row without a number that is none."""
+    actor = {"group_size": 2, "mini_batches": 2, "truncated": "mask", "dynamic_sampling": False}
+    trainer = make_trainer(make_config(demo_policy, actor=actor, optimizer={"weight_decay": 0.5}))
+    before = {name: tensor.clone() for name, tensor in tensors_of(trainer).items()}
+    groups = [cut_off(group, 0, 1) for group in make_batch(trainer)]
+    row = trainer.train(groups, 0, STEPS)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(trainer).items())
+    assert all(np.isfinite(value) for value in row.values()), row
+    assert (row["trained_tokens"], row["fresh_tokens"], row["gradient_norm"], row["skipped_updates"]) == (0, 0, 0, 0)
+    assert trainer.as_trained(groups[0]) == [None, None]
+    half = trainer.train([*groups[:3], make_batch(trainer)[3]], 1, STEPS)
+    assert half["trained_tokens"] > 0 and np.isfinite(half["loss"])
+    assert not all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(trainer).items())
+
+
 def computing_all(original: Any, *arguments: Any, is_all_computed: bool) -> Any:
     return original(*arguments, is_all_computed=True)
 

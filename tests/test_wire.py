@@ -118,11 +118,21 @@ def test_only_int32_tokens_have_a_wire_form() -> None:
 
 
 def test_a_group_is_uniform_by_its_raw_rewards() -> None:
-    assert make_group(rewards=(0.0, 0.0)).is_uniform
-    assert not make_group(rewards=(0.0, 1e-9)).is_uniform
-    assert make_group(rewards=(0.1 + 0.2, 0.3)).is_uniform and make_group(rewards=(0.1 + 0.2 - 0.3, 0.0)).is_uniform
-    assert make_group(rewards=(-1 / 3, float(np.float32(-1 / 3)))).is_uniform
-    assert not make_group(rewards=(1.0, 1.00001)).is_uniform
+    assert make_group(rewards=(0.0, 0.0)).is_uniform("train")
+    assert not make_group(rewards=(0.0, 1e-9)).is_uniform("train")
+    assert make_group(rewards=(0.1 + 0.2, 0.3)).is_uniform("train") and make_group(
+        rewards=(0.1 + 0.2 - 0.3, 0.0)
+    ).is_uniform("train")
+    assert make_group(rewards=(-1 / 3, float(np.float32(-1 / 3)))).is_uniform("train")
+    assert not make_group(rewards=(1.0, 1.00001)).is_uniform("train")
+
+
+def test_what_was_cut_off_counts_or_does_not() -> None:
+    group = make_group(rewards=(1.0, 1.0, 0.0))
+    cut = replace(group, rollouts=[*group.rollouts[:2], replace(group.rollouts[2], finish_reason="length")])
+    assert not cut.is_uniform("train") and cut.is_uniform("mask")
+    assert cut.counted("train") == cut.rollouts and cut.counted("mask") == cut.rollouts[:2]
+    assert replace(cut, rollouts=cut.rollouts[2:]).is_uniform("mask"), "nothing is left to learn from"
 
 
 def test_a_rollout_token_costs_about_nine_bytes() -> None:

@@ -58,7 +58,7 @@ def spec_of(config: RunConfig) -> dict[str, Any]:
     """`GRPOConfig` arguments that say what a recipe says. Raises `ValueError` for what TRL cannot be told."""
     actor, optimizer, learner = config.actor, config.optimizer, config.learner
     said = (actor.loss_aggregation, actor.advantage_mean, actor.advantage_std, optimizer.lr_schedule)
-    if said != ("sequence_mean", "group", "group", "linear") or optimizer.warmup_fraction:
+    if said != ("sequence_mean", "group", "group", "linear") or optimizer.warmup_fraction or optimizer.warmup_steps:
         raise ValueError(f"the recipe says {said}: expected what TRL is told here")
     low, high = actor.clip_range
     return {

@@ -71,6 +71,12 @@ class ActorConfig(Section):
     batch_advantage_norm: bool = Field(
         False, description="Normalise advantages once more over all loss tokens of the batch."
     )
+    truncated: Literal["train", "mask"] = Field(
+        "train",
+        description="Completions that reached max_new_tokens. train: like any other, by the reward that they got. "
+        "mask: as if they had not been sampled, neither in the loss nor in their group's mean, deviation and "
+        "uniformity.",
+    )
     overlong_tokens: int = Field(
         0, ge=0, description="Completions within this many tokens of max_new_tokens are penalised (DAPO); 0: never."
     )

@@ -56,16 +56,28 @@ class OptimizerConfig(Section):
     """AdamW."""
 
     lr: float = Field(1e-6, gt=0, description="Highest learning rate.")
-    lr_schedule: Literal["constant", "linear"] = Field(
-        "constant", description="After the warm-up: constant, or linear down to lr * lr_final_fraction."
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant",
+        description="After the warm-up: constant, or down to lr * lr_final_fraction at the last step, in a line or by "
+        "half a cosine.",
     )
-    lr_final_fraction: float = Field(0.0, ge=0, le=1, description="Where 'linear' ends, as a share of lr.")
+    lr_final_fraction: float = Field(0.0, ge=0, le=1, description="Where 'linear' and 'cosine' end, as a share of lr.")
     warmup_fraction: float = Field(0.0, ge=0, lt=1, description="Share of steps over which lr rises linearly.")
+    warmup_steps: int = Field(0, ge=0, description="The same in steps; give one of the two.")
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> Self:
+        if self.warmup_fraction and self.warmup_steps:
+            raise ValueError(
+                f"warmup_fraction {self.warmup_fraction:g} and warmup_steps {self.warmup_steps} are both given: "
+                "expected one of them"
+            )
+        return self
 
 
 class LearnerConfig(Section):
@@ -280,6 +292,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"sampling.max_new_tokens {self.sampling.max_new_tokens} does not fit "
                 f"learner.micro_batch_tokens {tokens}"
+            )
+        if self.optimizer.warmup_steps >= self.learner.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps} is not less than learner.steps "
+                f"{self.learner.steps}: the rate would never reach optimizer.lr"
             )
         if self.actor.overlong_tokens > self.sampling.max_new_tokens:
             raise ValueError(

@@ -344,7 +344,7 @@ class Intake:
                 self._sample.add(group, "evaluated", self._step, None)
             else:
                 self._sampled_rewards += group.rewards
-                if self.config.actor.dynamic_sampling and group.is_uniform:
+                if self.config.actor.dynamic_sampling and group.is_uniform(self.config.actor.truncated):
                     self.books.consume(entry, group, "uniform")
                     self._sample.add(group, "uniform", self._step, self._staleness(group).total)
                     return "arrived, uniform"

@@ -6,6 +6,7 @@ gap is numerics alone, engine against learner. A stale one's is numerics and the
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,7 +24,9 @@ of 0.75 and a KL of 0.016, which raise no alarm. The losses' own weights are mas
 
 
 def combine(results: Sequence[PolicyLoss]) -> dict[str, float]:
-    """Metrics of micro-batches as those of the step: `_max` by the maximum, others weighted by tokens."""
+    """Metrics of micro-batches as those of the step: `_max` by the maximum, others weighted by tokens; none of none."""
+    if not results:
+        return {}
     total = sum(result.num_tokens for result in results)
     combined = {"loss": sum(r.loss.item() * r.weight for r in results) / sum(r.weight for r in results)}
     for name in results[0].metrics:
@@ -39,8 +42,10 @@ def off_policy_metrics(micro_batches: Sequence[MicroBatch], proximal_logprobs: S
     """`ess`: effective sample size of the uncapped behaviour weights as a share of the tokens, in (0, 1].
 
     `kl_*`: KL(behaviour ‖ proximal) by the estimator exp(p - b) - 1 - (p - b), overall and at each staleness. Both
-    count p - b as `MAX_COUNTED_GAP` at most.
+    count p - b as `MAX_COUNTED_GAP` at most. Nothing but a count where no token is trained.
     """
+    if not micro_batches:
+        return _gaps(np.zeros(0), np.zeros(0))
     behaviour = torch.cat([torch.from_numpy(m.behaviour_logprobs.copy()) for m in micro_batches]).double()
     staleness = torch.cat([torch.from_numpy(m.token_staleness) for m in micro_batches])
     gap = torch.cat([p.detach().cpu() for p in proximal_logprobs]).double() - behaviour
@@ -76,7 +81,8 @@ def _rms(values: np.ndarray) -> float:
     return float(np.sqrt(np.square(values).mean()))
 
 
-def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
+def group_metrics(groups: Sequence[Group], truncated: Literal["train", "mask"] = "train") -> dict[str, float]:
+    """Of all completions; `trained_tokens` of those alone that `actor.truncated` leaves to be trained."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     lengths = [rollout.num_trained_tokens for rollout in rollouts]
     timings = [group.timings for group in groups]
@@ -86,7 +92,7 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "completion_tokens_mean": sum(lengths) / len(rollouts),
         "completion_tokens_max": float(max(lengths)),
         "truncated_share": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
-        "trained_tokens": float(sum(lengths)),
+        "trained_tokens": float(sum(one.num_trained_tokens for group in groups for one in group.counted(truncated))),
         "versions_spanned_share": sum(len(r.version_spans) > 1 for r in rollouts) / len(rollouts),
         "num_versions": float(len(set(versions))),
         "sampling_s_mean": sum(timing.sampled_s - timing.leased_s for timing in timings) / len(groups),

@@ -17,13 +17,15 @@ from services.learner.sharding import local_part
 
 
 def learning_rate(step: int, num_steps: int, settings: OptimizerConfig) -> float:
-    """Of the step after `step` completed ones: linear warm-up, then constant or linear."""
-    num_warmup = round(settings.warmup_fraction * num_steps)
+    """Of the step after `step` completed ones: linear warm-up, then constant, linear or half a cosine."""
+    num_warmup = settings.warmup_steps or round(settings.warmup_fraction * num_steps)
     if step < num_warmup:
         return settings.lr * (step + 1) / num_warmup
     if settings.lr_schedule == "constant":
         return settings.lr
     progress = (step - num_warmup) / max(1, num_steps - num_warmup)
+    if settings.lr_schedule == "cosine":
+        progress = (1 - math.cos(math.pi * progress)) / 2
     return settings.lr * (1 - progress * (1 - settings.lr_final_fraction))
 
 

@@ -59,8 +59,11 @@ def share_out(samples: Sequence[Sample], max_tokens: int, num_ranks: int, *, is_
 
     A rank's samples follow one another in the order of packing: groups stay together but where two shares meet, and
     what is as long is in the same micro-batch. Unless `is_all_computed`, samples of advantage 0 are left out as long as
-    there are others: they add exactly 0 to the gradient, as those of uniform groups do.
+    there are others: they add exactly 0 to the gradient, as those of uniform groups do. Of no samples there are no
+    micro-batches: that mini-batch makes no update.
     """
+    if not samples:
+        return MiniBatch([[] for _ in range(num_ranks)], 0, 0)
     effective = [sample for sample in samples if is_all_computed or sample.advantage != 0]
     ordered = longest_groups_first(effective or samples)
     ends = np.cumsum([sample.num_tokens for sample in ordered])

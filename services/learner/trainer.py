@@ -74,7 +74,7 @@ class Trainer:
             "skipped_updates": float(sum(norm != norm or norm == float("inf") for norm in norms)),
             **combine([loss for part in outcome.losses for loss in part]),
             **off_policy_metrics(micro_batches, logprobs),
-            **group_metrics(groups),
+            **group_metrics(groups, actor.truncated),
             "padding_share": _padding_share(micro_batches),
             "proximal_s": proximal_done - started,
             "train_s": time.monotonic() - proximal_done,
@@ -107,8 +107,9 @@ class Trainer:
         set_random_state(tensors)
 
     def _samples(self, groups: Sequence[Group], step: int, version_steps: Mapping[int, int]) -> list[Sample]:
+        """Of what counts (`actor.truncated`), with advantages among that alone."""
         actor = self.config.actor
-        rollouts = [(index, group, rollout) for index, group in enumerate(groups) for rollout in group.rollouts]
+        rollouts = [(index, group, one) for index, group in enumerate(groups) for one in group.counted(actor.truncated)]
         lengths = torch.tensor([rollout.num_trained_tokens for _, _, rollout in rollouts])
         rewards = torch.tensor([rollout.reward for _, _, rollout in rollouts], dtype=torch.float64)
         rewards += overlong_penalty(lengths, self.config.sampling.max_new_tokens, actor)
@@ -197,5 +198,7 @@ def set_random_state(tensors: Mapping[str, Tensor]) -> None:
 
 def _padding_share(micro_batches: list[MicroBatch]) -> float:
     """Of the rows of attention; nothing else is padded."""
+    if not micro_batches:
+        return 0.0
     lengths = [[sample.num_tokens for sample in m.rows] for m in micro_batches]
     return 1 - sum(map(sum, lengths)) / sum(len(part) * max(part) for part in lengths)
