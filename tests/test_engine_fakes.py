@@ -230,6 +230,22 @@ def test_on_a_gpu_the_bytes_of_a_sample_are_the_files(
         swap(fake, folders[1])
 
 
+def test_a_first_swap_of_which_nothing_can_be_known_is_warned_of(
+    fake: FakeSglang, folders: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two ranks of somebody else's engine, whose earlier weights are gone; the second swap is compared."""
+    fake.be_on_cuda()
+    fake.replies["/server_info"] = 200, server_info(device="cuda", tp_size=2)
+    fake.take_weights(folders[0], "3")
+    with caplog.at_level("INFO"):
+        swap(fake, *folders)
+    told = [(record.levelname, record.message) for record in caplog.records]
+    assert told == [
+        ("WARNING", confirming.BY_ITS_LABEL),
+        ("INFO", "3 of the engine's 3 tensors have each changed as the version's have"),
+    ]
+
+
 @pytest.mark.parametrize("is_on_cuda", [True, False])
 def test_on_a_gpu_no_file_is_opened_after_the_pause(
     fake: FakeSglang, folders: list[Path], is_on_cuda: bool, monkeypatch: pytest.MonkeyPatch

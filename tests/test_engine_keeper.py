@@ -161,6 +161,21 @@ def test_a_swap_that_lasts_is_no_silence_but_after_it_the_probe_decides(
     asyncio.run(scenario())
 
 
+def test_an_engine_that_hashes_its_weights_is_not_silent(fake: FakeSglang, tmp_path: Path) -> None:
+    """On a GPU it compiles the kernel for that first, inside its scheduler."""
+    fake.hanging = {"/weights_checker", "/health"}
+
+    async def scenario() -> None:
+        async with keeping(fake, swap_timeout_s=2 * SILENCE_S) as keeper:
+            with pytest.raises(EngineError, match=r"/weights_checker at .* no answer within"):
+                await keeper.engine.swap(tmp_path, 4)
+            assert keeper.silent_s > 1.5 * SILENCE_S and keeper.serving.is_set()
+            assert fake.paths.count("/health") <= 1, "one may have been on its way when it began"
+            await until(lambda: not keeper.serving.is_set())
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("path", ["/pause_generation", "/update_weights_from_disk", "/continue_generation"])
 def test_an_engine_of_our_own_that_hangs_in_a_swap_is_started_again_as_soon(
     server: EngineServer, path: str, tmp_path: Path

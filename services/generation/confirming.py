@@ -23,6 +23,7 @@ from services.generation.tensor_shapes import safetensors_entries
 
 SAMPLE_BYTES = 16 << 20
 """Of the tensors whose bytes are held against the file's at a swap on CUDA: a fraction of a second of one core."""
+BY_ITS_LABEL = "the swap is confirmed by the engine's label alone: what it held before is not known"
 _log = logging.getLogger(__name__)
 
 
@@ -56,7 +57,7 @@ class Confirming:
         self._calls = calls
         self._timeout_s = timeout_s
         self._confirmed: Confirmed | None = None
-        self._told = ""
+        self._told: str | None = None
 
     async def expect(self, folder: Path, version: int, started_on: Path, device: str, tp_size: int) -> Expected:
         """`started_on` is the folder whose weights the engine says it has."""
@@ -65,7 +66,7 @@ class Confirming:
             begun = await asyncio.to_thread(_comparable, started_on, folder)
             self._confirmed = Confirmed(begun, await self._held())
         sample: dict[str, set[str]] = {}
-        if device == "cuda" and len(self._confirmed.held) == 1:
+        if device == "cuda" and tp_size == 1 and len(self._confirmed.held) == 1:
             names = self._confirmed.held[0].keys()
             sample = await asyncio.to_thread(sample_of, folder, names, version, SAMPLE_BYTES)
         return Expected(folder, device == "cpu" and tp_size == 1, digests, sample)
@@ -104,19 +105,22 @@ class Confirming:
         if [rank.keys() for rank in held] != [rank.keys() for rank in self._confirmed.held]:
             return "" if expected.is_exact else "its tensors or ranks are others than before: start this replica again"
         compared = compare_changes(expected.digests, held, self._confirmed)
-        self._tell(_described(compared, len(held[0]), num_exact))
+        if not compared.contradiction:
+            self._tell(compared, len(held[0]), num_exact)
         return compared.contradiction
 
-    def _tell(self, text: str) -> None:
-        """Once, until it is another."""
-        if text != self._told:
-            _log.info("%s", text)
-        self._told = text
+    def _tell(self, compared: Comparison, num_tensors: int, num_exact: int) -> None:
+        """By what a swap is confirmed: once, until it is by something else."""
+        told = _described(compared, num_tensors, num_exact)
+        if told != self._told:
+            _log.log(logging.INFO if told else logging.WARNING, told or BY_ITS_LABEL)
+        self._told = told
 
 
 def _described(compared: Comparison, num_tensors: int, num_exact: int) -> str:
-    if not compared.num_compared and not num_exact:
-        return "the swap is confirmed by the engine's label alone: what it held before is not known"
+    """Empty if nothing could be compared."""
+    if not (compared.num_compared or compared.unknown or num_exact):
+        return ""
     told = f"{compared.num_compared} of the engine's {num_tensors} tensors have each changed as the version's have"
     if compared.unknown:
         told += f"; the {len(compared.unknown)} whose names say nothing ({compared.unknown[0]}, …) as a whole"

@@ -54,7 +54,8 @@ class Confirmed(NamedTuple):
 
 class Comparison(NamedTuple):
     """Of two states of an engine: `contradiction` is "" or says what speaks against it; `num_compared` of the engine's
-    tensors were held one by one against what they are made of, `unknown` are those whose names are not understood."""
+    tensors were held one by one against what they are made of, `unknown` are those whose names are not understood and
+    that were held against the rest of the checkpoint as a whole."""
 
     contradiction: str
     num_compared: int
@@ -88,7 +89,7 @@ def compare_changes(given: Digests, held: Sequence[Hashes], before: Confirmed) -
     if is_known and changed.isdisjoint(unknown) != anew.isdisjoint(rest):
         how = "are as before with other bytes" if changed.isdisjoint(unknown) else "have changed with the same bytes"
         return Comparison(f"its tensors {unknown[0]} and {len(unknown) - 1} more {how}", len(known), unknown)
-    return Comparison("", len(known), unknown)
+    return Comparison("", len(known), unknown if is_known else [])
 
 
 def other_bytes(folder: Path, names: Set[str], held: Hashes) -> tuple[str, int]:
