@@ -5,12 +5,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 
 from common.keys import Keys
 from common.redis_client import connect
+from common.waiting import Reason
 from common.wire import Group, Heartbeat, Ticket, Timings, encode
 from services.learner.best import best_of
 from services.learner.loop import Loop
@@ -121,6 +123,32 @@ def test_the_best_step_is_named_though_training_has_gone_on(
     assert rows[0] and rows[2] and not rows[6], rows
     named = best_of(tmp_path)
     assert named is not None and (named.step, named.version, named.held_out) == (2, 3, 0.5)
+
+
+def test_the_first_step_is_taken_beside_the_first_evaluation_whose_tokens_are_of_one_version(
+    replica: Replica, client: redis.Redis, keys: Keys, tmp_path: Path
+) -> None:
+    replica.is_evaluating.clear()
+    announced: list[str] = []
+    loop = take_up(tmp_path, client, keys, None, *SETTINGS, "learner.steps=3")
+    execute = loop.store.execute
+
+    def note_and_execute(commands: Any) -> None:
+        commands = list(commands)
+        announced.extend(str(command[3]) for command in commands if command[1] == keys.weights)
+        execute(commands)
+
+    loop.store.execute = note_and_execute  # type: ignore[method-assign]
+    with running(loop):
+        until(lambda: loop.progress.step == 1, "the first step, beside the evaluation")
+        until(lambda: loop.waits.is_waiting(Reason.EVALUATING), "the second step waits", loop.waits.status)
+        assert loop.intake.is_first_evaluation_open and not rows_of(tmp_path, "evaluation")
+        assert (loop.versions.current, announced) == (1, ["1"])
+        assert client.hget(keys.weights, "version") == b"1" and loop.progress.step == 1
+        replica.is_evaluating.set()
+    first, last = rows_of(tmp_path, "evaluation")
+    assert (first["step"], first["version"], first["first_token_step_mean"]) == (0, 1, 0.0)
+    assert (last["step"], last["version"]) == (3, 4) and announced == ["1", "2", "3", "4"]
 
 
 def test_a_version_is_not_evaluated_twice(replica: Replica, client: redis.Redis, keys: Keys, tmp_path: Path) -> None:

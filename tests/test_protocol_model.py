@@ -544,6 +544,7 @@ class Protocol(RuleBasedStateMachine):
                 loop, _ = assembly.assemble(
                     CONFIG, self.folder, "", client, self.keys, "http://x", task, Switches(), Waits()
                 )
+                loop.publisher._is_held = lambda: False  # or nothing would end the wait, in a single thread
                 loop.publish_first()
                 loop.intake.take_up()
         except (Crash, redis.OutOfMemoryError):

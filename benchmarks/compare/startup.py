@@ -2,7 +2,7 @@
 
 Everything is installed, nothing of the run is there yet. Two chains run beside each other: the learner's (imports,
 policy, first version) and the replica's (imports, engine, first weights); the first group needs both. The demo
-evaluates before it trains, so that the first step comes after 512 completions more. What a phase takes on few cores is
+evaluates what it begins with, 512 completions, beside its first step. What a phase takes on few cores is
 more than it would take alone: the chains compete. There is nothing to compare with: the engine's own start, of the same
 server by the same command, is the yardstick.
 """

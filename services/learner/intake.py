@@ -212,6 +212,12 @@ class Intake:
         _tell("issued for an evaluation", [ticket.id for ticket in tickets], version=version)
 
     @property
+    def is_first_evaluation_open(self) -> bool:
+        """Of the weights that the run begins with: some completions are still to come."""
+        evaluation = self._evaluation
+        return evaluation is not None and evaluation.step == 0 and not evaluation.is_done
+
+    @property
     def is_evaluating(self) -> bool:
         return self._evaluation is not None
 

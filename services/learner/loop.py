@@ -64,7 +64,8 @@ class Loop:
         self.patience = Patience(self.waits, self.intake, self.switches, self.in_force)
         parts = self.trainer, self.intake, self.telling, self.patience, self.store.check_fence
         self.checkpointer = Checkpointer(self.checkpoints, *parts)
-        self.publisher = Publisher(self.versions, self.patience, self.switches)
+        is_held = self._is_first_evaluation_open
+        self.publisher = Publisher(self.versions, self.patience, self.switches, is_held)
 
     @property
     def config(self) -> RunConfig:
@@ -78,8 +79,9 @@ class Loop:
             self._wait_for_replica()
         self.progress.started = time.monotonic()
         self.intake.start()
-        if self.progress.step == 0:
-            self._evaluate_and_wait()
+        if self.progress.step == 0 and not self.intake.source.is_recording:
+            self._wait_while_paused()
+            self.evaluations.begin()
         while not self.is_at_last_step and not self.switches.stop.is_set():
             if self.switches.paused.is_set():
                 self._wait_while_paused()
@@ -128,9 +130,22 @@ class Loop:
     def is_at_last_step(self) -> bool:
         return self.progress.step >= self.config.learner.steps
 
+    def _is_first_evaluation_open(self) -> bool:
+        """Beside it the first step is taken; its version, and the second step, wait, so that all completions are of the
+        weights that the run begins with."""
+        return self.intake.is_first_evaluation_open
+
+    @property
+    def _waiting(self) -> str:
+        """The phase: replicas that evaluate say nothing of how many are right."""
+        return "evaluating" if self._is_first_evaluation_open() else "waiting"
+
     def _take_step(self) -> None:
         started = time.monotonic()
-        self.telling.phase("waiting")
+        if self.progress.step > 0 and self._is_first_evaluation_open():
+            self.telling.phase("evaluating")
+            self.evaluations.record(self._wait_for_evaluation())
+        self.telling.phase(self._waiting)
         batch = self._wait_for_batch()
         if batch is None:
             return
@@ -165,7 +180,7 @@ class Loop:
                 self.patience.has_groups(Reason.STARVED)
                 return batch
             lasted_s = self.patience.wait_for_groups(Reason.STARVED)
-            self.telling.phase("waiting")
+            self.telling.phase(self._waiting)
             self.telling.groups()
             self._obey()
             self._evaluate_if_due()

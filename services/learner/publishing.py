@@ -17,10 +17,15 @@ from services.learner.snapshots import Snapshot, Weight
 from services.learner.versions import Versions
 
 RETRY_S = 1.0
+HELD_POLL_S = 0.1
 
 
 class Publisher:
-    def __init__(self, versions: Versions, patience: Patience, switches: Switches) -> None:
+    def __init__(
+        self, versions: Versions, patience: Patience, switches: Switches, is_held: Callable[[], bool] = lambda: False
+    ) -> None:
+        """`is_held`: nothing may be announced now; asked again and again."""
+        self._is_held = is_held
         self._versions = versions
         self._patience = patience
         self._switches = switches
@@ -40,6 +45,8 @@ class Publisher:
         self._beside.wait(f"version {self._versions.highest}")
 
     def _publish(self, weights: Snapshot, step: int, announced: Callable[[int], None]) -> None:
+        while self._is_held() and not self._switches.stop.wait(HELD_POLL_S):
+            pass
         while True:
             try:
                 version = self._versions.publish(weights, step).version
