@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from common.chat import load_tokenizer
+from common.chat import Chat, load_tokenizer, stop_token_ids
 from common.config import RunConfig
 from common.control import Settings
 from common.tasks import Task, load_task
@@ -25,7 +25,7 @@ from common.wire import Group, Rollout, Ticket, Timings, VersionSpan
 from services.learner.guard import GuardState
 from services.learner.in_force import InForce
 from services.learner.policy import Policy
-from services.learner.prompts import TicketSource, stop_token_ids
+from services.learner.prompts import TicketSource
 from services.learner.store import Cursor
 from services.learner.trainer import Trainer
 
@@ -44,11 +44,12 @@ def run(config: RunConfig, num_held_out: int, evaluate_every: int) -> Iterator[d
     torch.set_num_threads(1)
     torch.manual_seed(config.seed)
     task, tokenizer = load_task(config.task.name, config.task.settings), load_tokenizer(config.model)
+    chat = Chat(tokenizer, config.model, config.task.system_prompt)
     trainer = Trainer(config, Policy(config.model, config.learner))
     model = trainer.policy.model
     sampler = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=model.dtype).eval()
-    stops = stop_token_ids(tokenizer, model.generation_config)
-    source = TicketSource(config, task, tokenizer, stops, Cursor(0, 0))
+    stops = stop_token_ids(chat, model.generation_config)
+    source = TicketSource(config, task, chat, stops, Cursor(0, 0))
     past = deque([_copy(model)], maxlen=config.learner.max_staleness + 1)
     in_force = InForce(config, Settings(), GuardState())
     held_out = source.evaluation(0, 0)[:num_held_out]

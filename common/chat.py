@@ -7,7 +7,6 @@ data set's text) is tokenized as the plain text that it is. The date that some t
 """
 
 import difflib
-import re
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 import msgspec
 
 from common.config import ModelConfig
+from common.control_tokens import CannotQuote, ControlTokens, unused_characters
+from common.hub import loading
 from common.tasks import Prompt
 from common.wire import Message, Ticket, WireError, check_ticket, decode_ticket, encode, one_line
 
@@ -36,7 +37,7 @@ def load_tokenizer(model: ModelConfig) -> Any:
     from transformers import AutoTokenizer  # seconds, and torch
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.path)
+        tokenizer = AutoTokenizer.from_pretrained(model.path, **loading(model))
     except (OSError, ValueError) as error:
         raise ValueError(f"model {model.path!r} has no tokenizer that loads: {str(error).splitlines()[0]}") from error
     if model.chat_template is not None:
@@ -67,9 +68,7 @@ class Chat:
         self.tokenizer = tokenizer
         self.settings = model.chat_template_settings
         self.system_prompt = system_prompt
-        self._control = _control_tokens(tokenizer)
-        longest_first = sorted(map(re.escape, self._control.values()), key=len, reverse=True)
-        self._control_text = re.compile("|".join(longest_first)) if longest_first else None
+        self.control = ControlTokens(tokenizer)
         self._check_settings(model.path)
         self._check_system_prompt(model.path)
 
@@ -80,10 +79,14 @@ class Chat:
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """The token ids of a prompt, up to where the answer begins. Raises `PromptError`."""
         whole = self._with_system_prompt(messages)
-        if self._control_text is None or not any(map(self._control_text.search, _texts(whole))):
-            tokens: list[int] = self._tokens(self._apply(whole))
-        else:
-            tokens = self._encode_with_quotes(whole)
+        try:
+            if self.control.are_named_in(whole):
+                marked, quotes = self.control.quoted(whole)
+                tokens = self.control.encode(self._apply(marked), quotes)
+            else:
+                tokens = self.tokenizer.encode(self._apply(whole), add_special_tokens=False)
+        except CannotQuote as error:
+            raise PromptError(str(error)) from error
         if not tokens:
             raise PromptError("the chat template renders it to nothing")
         return tokens
@@ -118,13 +121,13 @@ class Chat:
             raise PromptError("it has a system message of its own; expected no task.system_prompt")
         return [{"role": "system", "content": self.system_prompt}, *messages]
 
-    def _apply(self, messages: list[Message]) -> str:
+    def _apply(self, messages: list[Message], add_generation_prompt: bool = True) -> str:
         import jinja2
 
         try:
             text: str = self.tokenizer.apply_chat_template(
                 messages,
-                add_generation_prompt=True,
+                add_generation_prompt=add_generation_prompt,
                 tokenize=False,
                 strftime_now=TEMPLATE_DATE.strftime,
                 **self.settings,
@@ -137,52 +140,17 @@ class Chat:
             raise PromptError(_reason(error)) from error
         return text
 
-    def _tokens(self, text: str, **settings: Any) -> list[int]:
-        tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=False, **settings)
-        return tokens
-
-    def _encode_with_quotes(self, messages: list[Message]) -> list[int]:
-        """Each control token's text in a message is rendered as a mark. A tokenizer cuts a text at control tokens first
-        and treats what is between two of them by itself, so that only such a part with a mark is tokenized again."""
-        assert self._control_text is not None
-        left, right = _unused_characters("".join(_texts(messages)))
-        quotes: list[str] = []
-
-        def quote(match: re.Match[str]) -> str:
-            quotes.append(match.group())
-            return f"{left}{len(quotes) - 1}{right}"
-
-        marked = [{key: self._control_text.sub(quote, value) for key, value in one.items()} for one in messages]
-        mark = re.compile(f"{left}(\\d+){right}")
-        tokens: list[int] = []
-        for part, part_tokens in self._parts(self._apply(marked)):
-            if mark.search(part) is None:
-                tokens += part_tokens
-                continue
-            if self._tokens(part) != part_tokens:
-                raise PromptError("it quotes a control token, which this tokenizer cannot tokenize as plain text")
-            plain_tokens = self._tokens(
-                mark.sub(lambda match: quotes[int(match.group(1))], part), split_special_tokens=True
-            )
-            if not self._control.keys().isdisjoint(plain_tokens):
-                raise PromptError("it quotes a control token, which this tokenizer always takes for one")
-            tokens += plain_tokens
-        return tokens
-
-    def _parts(self, text: str) -> list[tuple[str, list[int]]]:
-        """The text cut into control tokens and what is between them, with the token ids of each part."""
-        if not getattr(self.tokenizer, "is_fast", False):
-            raise PromptError("it quotes a control token, and this model's tokenizer does not say where tokens stand")
-        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        parts: list[tuple[str, list[int]]] = []
-        start, between = 0, []
-        for token, (begin, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
-            if text[begin:end].strip() != self._control.get(token):
-                between.append(token)
-                continue
-            parts += [(text[start:begin], between), (text[begin:end], [token])]
-            start, between = end, []
-        return [*parts, (text[start:], between)]
+    def end_of_turn(self) -> int | None:
+        """The control token by which the template ends an answer; None where it writes none, or refuses answers."""
+        answer, _ = unused_characters("")
+        turn: list[Message] = [{"role": "user", "content": SAMPLE}, {"role": "assistant", "content": answer}]
+        try:
+            text = self._apply(self._with_system_prompt(turn), add_generation_prompt=False)
+            parts = self.control.parts(text)
+        except (PromptError, CannotQuote):
+            return None
+        behind = [part.tokens[0] for part in parts if part.is_control and part.start > text.find(answer) >= 0]
+        return behind[0] if behind else None
 
     def _check_settings(self, path: str) -> None:
         import jinja2
@@ -212,6 +180,17 @@ class Chat:
             raise ValueError(f"task.system_prompt: the chat template of {path!r} leaves it out; {instead}")
 
 
+def stop_token_ids(chat: Chat, generation_config: Any) -> list[int]:
+    """What ends an answer: what the generation config says and the tokenizer's own end token, for the engine stops at
+    both; and the template's end of a turn, which neither names in some (Qwen2.5's base models)."""
+    given = getattr(generation_config, "eos_token_id", None)
+    every = [*(given if isinstance(given, list) else [given]), chat.tokenizer.eos_token_id, chat.end_of_turn()]
+    found = {token for token in every if token is not None}
+    if not found:
+        raise ValueError("neither the generation config nor the tokenizer nor the chat template names an end token")
+    return sorted(found)
+
+
 def plain(value: Any) -> Any:
     """The same with Python's scalars in the place of numpy's."""
     import numpy as np
@@ -230,24 +209,6 @@ def _variables(template: str) -> set[str]:
 
     environment = _compile_jinja_template(template).environment
     return set(meta.find_undeclared_variables(environment.parse(template))) - set(environment.globals)
-
-
-def _control_tokens(tokenizer: Any) -> dict[int, str]:
-    """The special tokens by id, and whatever else the tokenizer names as one of its own."""
-    marked = {id_: token.content for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
-    unknown = tokenizer.unk_token
-    named = (token for token in tokenizer.all_special_tokens if token != unknown)
-    return marked | {tokenizer.convert_tokens_to_ids(token): str(token) for token in named}
-
-
-def _texts(messages: list[Message]) -> list[str]:
-    return [text for message in messages for text in message.values()]
-
-
-def _unused_characters(text: str) -> tuple[str, str]:
-    """Two of Unicode's private characters that the text does not have."""
-    unused = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
-    return next(unused), next(unused)
 
 
 def _found(value: object) -> str:

@@ -7,6 +7,7 @@ refuse is known before it is issued.
 from typing import Any
 
 from common.config import ModelConfig
+from common.hub import loading
 
 LENGTH_KEYS = ("max_sequence_length", "seq_length", "max_seq_len", "model_max_length", "max_position_embeddings")
 """The first that a configuration has counts."""
@@ -19,7 +20,7 @@ def load_model_config(model: ModelConfig) -> Any:
     from transformers import AutoConfig  # seconds, and torch
 
     try:
-        return AutoConfig.from_pretrained(model.path).get_text_config()
+        return AutoConfig.from_pretrained(model.path, **loading(model)).get_text_config()
     except (OSError, ValueError) as error:
         raise ValueError(f"model {model.path!r}: no configuration that loads: {str(error).splitlines()[0]}") from error
 

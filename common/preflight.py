@@ -7,20 +7,19 @@ small files are downloaded; without a way to the hub, its local cache is all the
 
 import importlib.util
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from common.config import RunConfig
+from common.chat import read_chat_template
+from common.config import ModelConfig, RunConfig
+from common.hub import download, is_hub_name
 from common.passwords import without_password
 
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_TASKS = {"gsm8k"}
 """The built-in tasks whose prompts may come from the hub."""
 HUB_TIMEOUT_S = 3.0
-SMALL_FILES = ["*.json", "*.jinja"]
 REDIS_TIMEOUT_S = 3.0
 
 
@@ -136,20 +135,27 @@ def check_trackers(config: RunConfig) -> None:
 
 
 def check_model(config: RunConfig) -> None:
-    check_model_folder(config.model.path)
+    model = config.model
+    if model.chat_template is not None:
+        read_chat_template(model.chat_template)
+    check_model_folder(model.path, model.revision, has_template=model.chat_template is not None)
 
 
-def check_model_folder(path: str) -> None:
-    """A chat template, and no token without a row; of a model on the hub, as far as its files are here."""
-    folder = model_files(path)
+def check_model_folder(path: str, revision: str | None = None, has_template: bool = False) -> None:
+    """A chat template, and no token without a row; of a model on the hub, as far as its files are here.
+    `has_template`: there is one besides the model's."""
+    folder = model_files(path, revision)
     is_partial = is_hub_name(path)
     has_tokenizer = (folder / "tokenizer.json").is_file()
     if not has_tokenizer and not is_partial:
         raise ValueError(f"model.path {path!r}: expected a tokenizer.json")
     if (folder / "tokenizer_config.json").is_file() or not is_partial:
         in_config = read_model_file(path, folder / "tokenizer_config.json").get("chat_template")
-        if not in_config and not (folder / "chat_template.jinja").is_file():
-            raise ValueError(f"model.path {path!r} has no chat template; expected an instruction-tuned model")
+        if not in_config and not (folder / "chat_template.jinja").is_file() and not has_template:
+            raise ValueError(
+                f"model.path {path!r} has no chat template; expected an instruction-tuned model, or a file of one as "
+                "model.chat_template"
+            )
     num_rows = read_model_file(path, folder / "config.json").get("vocab_size")
     if has_tokenizer and num_rows is not None:
         tokenizer = _decode(path, folder / "tokenizer.json", _TokenizerFile)
@@ -164,24 +170,21 @@ def check_vocabulary(path: str, num_tokens: int, num_rows: int) -> None:
         )
 
 
-def is_hub_name(path: str) -> bool:
-    """Such as `Qwen/Qwen3-0.6B`, and no folder here could be meant."""
-    local = Path(path)
-    is_named = HUB_NAME.fullmatch(path) is not None and not path.startswith(".")
-    return is_named and not local.exists() and not local.parent.exists()
-
-
-def model_files(path: str) -> Path:
+def model_files(path: str, revision: str | None = None) -> Path:
     """A folder with the model's config.json: its own, or the hub's cache on this machine."""
     if not is_hub_name(path):
+        if revision is not None:
+            raise ValueError(f"model.revision {revision!r}: model.path {path!r} is no model on the hub; expected none")
         if not (Path(path) / "config.json").is_file():
             raise ValueError(f"model.path {path!r}: expected a folder with a config.json, or a hub name")
         return Path(path)
     import httpx
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import errors
 
     try:
-        folder = Path(str(snapshot_download(path, allow_patterns=SMALL_FILES)))
+        folder = download(ModelConfig(path=path, revision=revision), has_weights=False)
+    except errors.RevisionNotFoundError as error:
+        raise ValueError(f"model.revision {revision!r}: {path!r} has no such branch, tag or commit") from error
     except errors.GatedRepoError as error:
         raise ValueError(f"model.path {path!r}: the hub gives it only to those it knows; expected HF_TOKEN") from error
     except errors.RepositoryNotFoundError as error:

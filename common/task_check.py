@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from common.config import RunConfig
-from common.preflight import NotHere, is_hub_name, one_line
+from common.hub import is_hub_name
+from common.preflight import NotHere, one_line
 from common.tasks import BadRow, Prompt, Split, Task, load_task
 
 DATA_SUFFIXES = {".csv", ".json", ".jsonl", ".parquet"}

@@ -26,6 +26,7 @@ from common.wire_structs import (
     MAX_COMPLETIONS,
     MAX_SEQUENCE_TOKENS,
     MAX_TOKEN,
+    READABLE,
     SCHEMA,
     DecidedState,
     FinishReason,
@@ -130,15 +131,15 @@ def encode(value: Ticket | Group | Heartbeat) -> bytes:
 
 def decode_ticket(payload: bytes) -> Ticket:
     """Raises `WireError` if the payload is no ticket of this schema, or none that can be answered."""
-    ticket = _to_ticket(_decode(_ticket_decoder, payload, MAX_TICKET_BYTES))
+    ticket = _to_ticket(_decode(_ticket_decoder, payload, MAX_TICKET_BYTES, *READABLE))
     check_ticket(ticket)
     return ticket
 
 
 def decode_heartbeat(payload: bytes) -> Heartbeat:
     """Raises `WireError` if the payload is no heartbeat of this schema."""
-    heartbeat = _decode(_heartbeat_decoder, payload, MAX_HEARTBEAT_BYTES)
-    _expect_schema(heartbeat.schema, SCHEMA)
+    heartbeat = _decode(_heartbeat_decoder, payload, MAX_HEARTBEAT_BYTES, *READABLE)
+    _expect_schema(heartbeat.schema, *READABLE)
     check_heartbeat(heartbeat)
     return heartbeat
 
@@ -160,7 +161,7 @@ def decode_group(payload: bytes) -> Group:
 
 
 def _to_ticket(raw: _RawTicket) -> Ticket:
-    _expect_schema(raw.schema, SCHEMA)
+    _expect_schema(raw.schema, *READABLE)
     num_bytes = memoryview(raw.reference).nbytes
     if num_bytes > MAX_REFERENCE_BYTES:
         raise WireError(f"a reference of {num_bytes} bytes, more than {MAX_REFERENCE_BYTES}")
@@ -168,7 +169,7 @@ def _to_ticket(raw: _RawTicket) -> Ticket:
         reference = _reference_decoder.decode(raw.reference)
     except _UNDECODABLE as error:
         raise WireError(f"cannot decode the reference: {error}") from error
-    return Ticket(**{**msgspec.structs.asdict(raw), "reference": reference})
+    return Ticket(**{**msgspec.structs.asdict(raw), "reference": reference, "schema": SCHEMA})
 
 
 def _arrays(parts: Sequence[Any], dtype: np.dtype[Any], name: str) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -182,13 +183,13 @@ def _arrays(parts: Sequence[Any], dtype: np.dtype[Any], name: str) -> tuple[np.n
     return whole, [whole[start:end] for start, end in pairwise(ends)]
 
 
-def _decode(decoder: msgspec.msgpack.Decoder[Payload], payload: bytes, max_bytes: int, schema: int = SCHEMA) -> Payload:
+def _decode(decoder: msgspec.msgpack.Decoder[Payload], payload: bytes, max_bytes: int, *schemas: int) -> Payload:
     if len(payload) > max_bytes:
         raise WireError(f"{len(payload)} bytes, more than {max_bytes}")
     try:
         return decoder.decode(payload)
     except _UNDECODABLE as error:
-        _expect_schema(_schema_of(payload), schema)
+        _expect_schema(_schema_of(payload), *schemas)
         raise WireError(f"cannot decode {len(payload)} bytes: {error}") from error
 
 
@@ -200,6 +201,6 @@ def _schema_of(payload: bytes) -> int | None:
         return None
 
 
-def _expect_schema(schema: int | None, expected: int) -> None:
-    if schema not in (None, expected):
-        raise WireError(f"schema {schema}, expected {expected}")
+def _expect_schema(schema: int | None, *expected: int) -> None:
+    if schema is not None and schema not in expected:
+        raise WireError(f"schema {schema}, expected {' or '.join(map(str, expected))}")

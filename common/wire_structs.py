@@ -13,7 +13,10 @@ import numpy as np
 
 from common.uniform import are_equal
 
-SCHEMA = 1
+SCHEMA = 2
+"""Of tickets and heartbeats: since tickets have `stop`, which an older replica would pass over without a word."""
+READABLE = (1, SCHEMA)
+"""What an older release has left in Redis: its tickets stop at end tokens alone."""
 GROUP_SCHEMA = 2
 """Since tokens and masks of rollouts are arrays of bytes."""
 
@@ -26,6 +29,8 @@ MAX_UNIX_S = 2.5e11
 """In the year 9892: later ones have no calendar date."""
 MAX_SEQUENCE_TOKENS = 2**20
 MAX_COMPLETIONS = 4096
+MAX_STOPS, MAX_STOP_CHARS = 32, 200
+"""SGLang takes no more; and looks for each text after each token."""
 
 Message = Annotated[dict[str, str], msgspec.Meta(max_length=64)]
 """A chat message: `{"role": ..., "content": ...}`."""
@@ -48,6 +53,10 @@ class Sampling(msgspec.Struct, frozen=True, gc=False):
     temperature: float
     max_new_tokens: int
     stop_token_ids: Annotated[list[int], msgspec.Meta(max_length=4096)]
+    stop: Annotated[
+        list[Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_STOP_CHARS)]], msgspec.Meta(max_length=MAX_STOPS)
+    ] = []
+    """Texts that end a completion as well; the token that completes one is its last."""
 
 
 class Ticket(msgspec.Struct, frozen=True, gc=False):

@@ -95,7 +95,7 @@ POISONS: list[tuple[str, str, Callable[[Group], bytes]]] = [
     ("half of it", "cannot decode .* truncated", lambda g: encode(g)[: len(encode(g)) // 2]),
     ("no UTF-8", "cannot decode .*utf-8", lambda g: altered(encode(g), ("rollouts", 0, "text"), SURROGATE)),
     ("another schema", "schema 1, expected 2", lambda g: encode(replace(g, schema=1))),
-    ("a ticket of another schema", "schema 2, expected 1", lambda g: encode(with_ticket(g, schema=2))),
+    ("a ticket of another schema", "schema 3, expected 1 or 2", lambda g: encode(with_ticket(g, schema=3))),
     ("another layout", "schema 7, expected 2", lambda g: msgspec.msgpack.encode({"schema": 7, "rows": []})),
     ("too few rollouts", "has .+ rollouts, expected .+", lambda g: encode(replace(g, rollouts=g.rollouts[:-1]))),
     ("loss_mask too short", "mask entries for .* tokens", lambda g: encode(shortened(g, "loss_mask"))),

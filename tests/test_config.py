@@ -110,6 +110,17 @@ def test_the_gsm8k_recipe_is_the_seeds() -> None:
         ({"lerner": {"steps": 1}}, "lerner is not a setting; did you mean learner?"),
         ({"generation": {"engine": {"devise": "cpu"}}}, "did you mean generation.engine.device?"),
         ({"sampling": {"zzz": 1}}, "sampling.zzz is not a setting; expected one of temperature, max_new_tokens"),
+        (
+            {"sampling": {"min_new_tokens": 4}},
+            "sampling.min_new_tokens is not offered: it masks the end tokens, so that",
+        ),
+        (
+            {"sampling": {"top_p": 0.9}},
+            "sampling.top_p is not offered: the engine would sample from another distribution",
+        ),
+        ({"sampling": {"stop": [""]}}, "sampling.stop.0 is '': string should have at least 1 character"),
+        ({"sampling": {"stop": ["x"] * 33}}, "list should have at most 32 items"),
+        ({"sampling": {"stop": "###"}}, "sampling.stop is '###': input should be a valid list"),
         ({"task": {}}, "task.name is missing"),
         ({"learner": {"steps": 0}}, "learner.steps is 0: input should be greater than or equal to 1"),
         ({"learner": {"steps": "many"}}, "learner.steps is 'many': expected a number, and this is text"),

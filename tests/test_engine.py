@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from common.config import EngineConfig
 from common.wire import Sampling, Ticket
@@ -49,6 +49,7 @@ def ticket(num_completions: int = 8, max_new_tokens: int = 24, prompt: list[int]
             temperature=sampling.get("temperature", 1.0),
             max_new_tokens=max_new_tokens,
             stop_token_ids=sampling.get("stop_token_ids", []),
+            stop=sampling.get("stop", []),
         ),
         min_weight_version=0,
     )
@@ -171,6 +172,27 @@ def test_a_stop_token_ends_a_completion_and_is_its_last_token(engine_url: str, p
         assert completion.finish_reason == "stop"
         assert completion.tokens[-1] in stop_token_ids
         assert not set(completion.tokens[:-1]) & set(stop_token_ids)
+
+
+def test_a_stop_text_ends_a_completion_whose_tokens_are_all_that_was_sampled(
+    engine_url: str, demo_policy: Path, policies: list[Path]
+) -> None:
+    """Up to the token that completes the text, with its log-probability; a reward reads the text with it."""
+    stop = ["7", "=", "ar", " w"]
+    tokenizer = AutoTokenizer.from_pretrained(demo_policy)
+
+    async def body(engine: Engine) -> list[Completion]:
+        await engine.swap(policies[0], await next_version(engine))
+        return await engine.generate(ticket(16, max_new_tokens=300, stop=stop))
+
+    for completion in run(engine_url, body):
+        expect_whole(completion)
+        assert completion.finish_reason == "stop"
+        text, before = tokenizer.decode(completion.tokens), tokenizer.decode(completion.tokens[:-1])
+        assert any(one in text for one in stop) and not any(one in before for one in stop)
+        assert any(completion.text.endswith(one) for one in stop) and text.startswith(completion.text)
+        expected = reference_logprobs(demo_policy, policies[0], completion.tokens)
+        assert np.abs(expected - completion.behaviour_logprobs).max() < 1e-4
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -10,7 +10,7 @@ from services.learner.evaluation import Evaluation, pass_at
 from services.learner.prompts import TicketSource
 from services.learner.store import Cursor
 from tests.making import make_group, make_ticket
-from tests.test_intake import Counting, PlainTokenizer, make_config
+from tests.test_intake import Counting, make_config, plain_chat
 
 
 def test_pass_at_k_by_hand() -> None:
@@ -56,7 +56,7 @@ def test_a_result_is_of_the_version_that_was_asked_for() -> None:
 def test_evaluations_are_sampled_at_their_own_temperature(given: float | None, expected: float) -> None:
     settings = make_config().model_dump()
     settings["evaluation"]["temperature"] = given
-    source = TicketSource(RunConfig.model_validate(settings), Counting(), PlainTokenizer(), [1], Cursor(0, 0))
+    source = TicketSource(RunConfig.model_validate(settings), Counting(), plain_chat(), [1], Cursor(0, 0))
     tickets = source.evaluation(3, 4)
     assert {ticket.sampling.temperature for ticket in tickets} == {expected} and len(tickets) == 3
     assert decode_ticket(encode(tickets[0])) == tickets[0], "the wire carries it"

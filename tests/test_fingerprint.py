@@ -19,7 +19,7 @@ from services.learner.dead import dead_entries
 from services.learner.fingerprint import Fingerprint, fingerprint_of
 from services.learner.prompts import TicketSource
 from services.learner.store import Cursor, LearnerStore
-from tests.test_intake import PlainTokenizer, make_config
+from tests.test_intake import PlainTokenizer, make_config, plain_chat
 from tests.test_passed_prompts import BAD, GOOD, Rows, prompt
 
 
@@ -117,7 +117,7 @@ def test_other_data_begin_with_the_next_epoch_once(client: redis.Redis, keys: Ke
         cursor, data = begin(store, cursor, known, taken_up(known, Rows(GOOD), new=True))
         assert store.cursor() == cursor
         assert (cursor, data.first_epoch) == (Cursor(3, 0), 3)
-    source = TicketSource(make_config(), Rows(GOOD), PlainTokenizer(), [1], cursor, None, data)
+    source = TicketSource(make_config(), Rows(GOOD), plain_chat(), [1], cursor, None, data)
     assert [ticket.id for ticket in source.next_train(2, 0, 1)] == ["3-0", "4-0"]
     with pytest.raises(ValueError, match="ticket 2-0: the data of epoch 2 are gone: the run has others since epoch 3"):
         source.rebuild(["2-0"], 0, 1)

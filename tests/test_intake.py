@@ -8,7 +8,8 @@ import msgspec
 import pytest
 import redis
 
-from common.config import RunConfig
+from common.chat import Chat
+from common.config import ModelConfig, RunConfig
 from common.config.hot import with_settings
 from common.keys import Keys
 from common.tasks import Prompt
@@ -43,6 +44,7 @@ class PlainTokenizer:
     special_tokens_map: ClassVar[dict[str, str]] = {}
     all_special_tokens: ClassVar[list[str]] = []
     unk_token = None
+    eos_token_id = 1
 
     def get_chat_template(self) -> str:
         return self.chat_template
@@ -52,6 +54,10 @@ class PlainTokenizer:
 
     def encode(self, text: str, **_: object) -> list[int]:
         return list(text.encode())
+
+
+def plain_chat() -> Chat:
+    return Chat(PlainTokenizer(), ModelConfig(path="x"))
 
 
 def make_config(**learner: object) -> RunConfig:
@@ -77,7 +83,7 @@ class Harness:
         self.keys = keys
         self.store = LearnerStore(client, keys)
         self.versions = {1: 0}
-        self.source = TicketSource(config, task or Counting(), PlainTokenizer(), [1], Cursor(0, 0))
+        self.source = TicketSource(config, task or Counting(), plain_chat(), [1], Cursor(0, 0))
         self.intake = self.take_up(config, recorded=[])
         self.intake.advance(0)
         self.intake.announced(1)
@@ -393,7 +399,7 @@ def test_a_failure_of_the_thread_reaches_the_loop(client: redis.Redis, keys: Key
 
 
 def test_a_replacement_keeps_everything_but_its_number_and_comes_once() -> None:
-    source = TicketSource(make_config(), Counting(), PlainTokenizer(), [1], Cursor(2, 5))
+    source = TicketSource(make_config(), Counting(), plain_chat(), [1], Cursor(2, 5))
     (ticket,) = source.next_train(1, 3, 4)
     source.replace_stale(msgspec.structs.replace(ticket, attempts=2, avoid=["r"]))
     assert source.to_issue() == ["2-5.1"]
@@ -404,7 +410,7 @@ def test_a_replacement_keeps_everything_but_its_number_and_comes_once() -> None:
 
 
 def test_a_ticket_is_made_again_from_its_id() -> None:
-    source = TicketSource(make_config(), Counting(size=9), PlainTokenizer(), [1], Cursor(1, 0))
+    source = TicketSource(make_config(), Counting(size=9), plain_chat(), [1], Cursor(1, 0))
     tickets = source.next_train(9, 3, 4)
     assert source.rebuild(["1-7", "1-2"], 3, 4) == [tickets[7], tickets[2]]
     (second_life,) = source.rebuild(["1-2.1"], 3, 4)

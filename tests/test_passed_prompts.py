@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import redis
 
+from common.config import RunConfig
 from common.keys import Keys
 from common.ledger import Mark
 from common.tasks import BadRow, Prompt
@@ -20,7 +21,7 @@ from services.learner.orders import Switches
 from services.learner.prompts import TicketSource
 from services.learner.store import Cursor, LearnerStore
 from tests.committing import bury_all
-from tests.test_intake import LIMITS, PlainTokenizer, make_config
+from tests.test_intake import LIMITS, make_config, plain_chat
 
 
 def prompt(text: Any, answer: Any = "1") -> Prompt:
@@ -51,7 +52,7 @@ BAD = {
 
 
 def source_of(*rows: Any, max_sequence_tokens: int | None = 1100, **task: Any) -> TicketSource:
-    return TicketSource(make_config(), Rows(*rows, **task), PlainTokenizer(), [1], Cursor(0, 0), max_sequence_tokens)
+    return TicketSource(make_config(), Rows(*rows, **task), plain_chat(), [1], Cursor(0, 0), max_sequence_tokens)
 
 
 @pytest.mark.parametrize("what", BAD)
@@ -113,6 +114,14 @@ def test_many_bad_rows_are_passed_in_several_calls(
     assert [(one.ticket_ids, len(one.passed)) for one in issued] == [([], 2), ([], 2), (["0-5"], 1)]
 
 
+def test_stop_texts_are_of_every_ticket() -> None:
+    given = make_config().model_dump()
+    given["sampling"]["stop"], given["evaluation"]["temperature"] = ["###"], 0.0
+    source = TicketSource(RunConfig.model_validate(given), Rows(GOOD), plain_chat(), [1], Cursor(0, 0))
+    tickets = [*source.next_train(1, 0, 1), *source.evaluation(0, 1)]
+    assert [ticket.sampling.stop for ticket in tickets] == [["###"], ["###"]]
+
+
 def test_a_task_that_raises_names_the_place() -> None:
     def broken() -> Iterator[Prompt]:
         yield GOOD
@@ -134,7 +143,7 @@ def test_a_held_out_prompt_that_makes_no_ticket_is_left_out() -> None:
 def test_a_dead_ticket_is_not_issued_again_with_another_prompt(client: redis.Redis, keys: Keys) -> None:
     """Whoever changes the data while the run goes on."""
     store, task = LearnerStore(client, keys), Rows(GOOD, GOOD)
-    source = TicketSource(make_config(), task, PlainTokenizer(), [1], Cursor(0, 0))
+    source = TicketSource(make_config(), task, plain_chat(), [1], Cursor(0, 0))
     intake = Intake(make_config(), store, source, {1: 0}, lambda: LIMITS, [], Switches())
     source.issue(store, 2, 0, 1)
     assert bury_all(client, keys, "tried three times") == ["0-0", "0-1"]

@@ -15,7 +15,8 @@ from huggingface_hub import errors
 from common import preflight
 from common.config import RunConfig
 from common.http_service import listen
-from common.preflight import NotHere, check_model_folder, check_run, is_hub_name
+from common.hub import is_hub_name
+from common.preflight import NotHere, check_model_folder, check_run
 
 HUB_MODEL = "acme/tiny-instruct"
 

@@ -90,7 +90,7 @@ def test_rollouts_that_contradict_themselves_are_refused(changes: dict[str, obje
 def test_other_payloads_are_refused() -> None:
     with pytest.raises(WireError, match="cannot decode 7 bytes"):
         decode_group(b"garbage")
-    with pytest.raises(WireError, match="schema 99, expected 1"):
+    with pytest.raises(WireError, match="schema 99, expected 1 or 2"):
         decode_ticket(encode(make_ticket(schema=99)))
     with pytest.raises(WireError, match="no prompt tokens"):
         decode_ticket(encode(make_ticket(prompt_tokens=[])))
@@ -212,7 +212,7 @@ def test_tickets_that_cannot_be_answered_are_refused(changes: dict[str, Any], pr
         ({"waiting_s": -1.0}, "Expected `float` >= 0"),
         ({"waiting_s": 3.0}, "waited 3 s of 2 s"),
         ({"reason": "x" * 2**16}, "bytes, more than 65536"),
-        ({"schema": 2}, "schema 2, expected 1"),
+        ({"schema": 3}, "schema 3, expected 1 or 2"),
     ],
 )
 def test_heartbeats_that_cannot_be_true_are_refused(changes: dict[str, Any], problem: str) -> None:
@@ -220,9 +220,38 @@ def test_heartbeats_that_cannot_be_true_are_refused(changes: dict[str, Any], pro
         decode_heartbeat(encode(replace(HEARTBEAT, **changes)))
 
 
+def test_tickets_and_groups_of_the_release_before_are_read() -> None:
+    """What waits in Redis at an upgrade: their tickets know no stop texts."""
+
+    def as_before(payload: bytes, *path: str) -> bytes:
+        tree = place = msgspec.msgpack.decode(payload)
+        for key in path:
+            place = place[key]
+        place["schema"] = 1
+        del place["sampling"]["stop"]
+        return msgspec.msgpack.encode(tree)
+
+    assert decode_ticket(as_before(encode(make_ticket()))) == make_ticket()
+    assert decode_group(as_before(encode(make_group()), "ticket")).ticket == make_ticket(min_weight_version=1)
+    assert decode_heartbeat(encode(replace(HEARTBEAT, schema=1))).replica == "r"
+
+
+def test_a_replica_of_the_release_before_refuses_a_ticket_rather_than_pass_over_its_stop_texts() -> None:
+    ticket = make_ticket(sampling=replace(make_ticket().sampling, stop=["\n\n"]))
+    assert msgspec.msgpack.decode(encode(ticket))["schema"] != 1 and decode_ticket(encode(ticket)) == ticket
+
+
+@pytest.mark.parametrize(
+    "stop", [[""], ["x" * 201], ["x"] * 33, [None], "x"], ids=["empty", "long", "many", "none", "text"]
+)
+def test_stop_texts_that_an_engine_would_refuse_are_refused(stop: Any) -> None:
+    with pytest.raises(WireError):
+        decode_ticket(altered(encode(make_ticket()), ("sampling", "stop"), stop))
+
+
 def test_another_layout_is_refused_by_the_schema_that_it_names() -> None:
-    with pytest.raises(WireError, match=r"^schema 2, expected 1$"):
-        decode_ticket(msgspec.msgpack.encode({"schema": 2, "identity": "0-0"}))
+    with pytest.raises(WireError, match=r"^schema 3, expected 1 or 2$"):
+        decode_ticket(msgspec.msgpack.encode({"schema": 3, "identity": "0-0"}))
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ import redis
 from benchmarks.compare.part import Part, Ratio
 from benchmarks.durability import redis_server
 from benchmarks.scale import seconds_of
-from common.chat import load_tokenizer
+from common.chat import Chat, load_tokenizer, stop_token_ids
 from common.config import LearnerConfig, RunConfig, load_recipe
 from common.keys import Keys
 from common.redis_client import connect
@@ -35,7 +35,7 @@ from services.generation.completions import generate_body
 from services.generation.engine_server import EngineServer
 from services.launcher.processes import REDIS_URL_VARIABLE, Service
 from services.learner.policy import Policy
-from services.learner.prompts import TicketSource, stop_token_ids
+from services.learner.prompts import TicketSource
 from services.learner.store import Cursor, LearnerStore
 from services.learner.versions import Versions
 
@@ -76,10 +76,10 @@ async def turns(recipe: str, folder: Path, repeats: int) -> list[Row]:
 
 
 def make_tickets(config: RunConfig, policy: Policy) -> list[Ticket]:
-    tokenizer = load_tokenizer(config.model)
+    chat = Chat(load_tokenizer(config.model), config.model, config.task.system_prompt)
     task = load_task(config.task.name, config.task.settings)
-    stops = stop_token_ids(tokenizer, policy.model.generation_config)
-    return TicketSource(config, task, tokenizer, stops, Cursor(0, 0)).next_train(NUM_GROUPS, 0, 1)
+    stops = stop_token_ids(chat, policy.model.generation_config)
+    return TicketSource(config, task, chat, stops, Cursor(0, 0)).next_train(NUM_GROUPS, 0, 1)
 
 
 async def bare(url: str, config: RunConfig, tickets: list[Ticket]) -> Row:

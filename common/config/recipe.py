@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from common.config import yaml_text
 from common.config.actor import PRESETS
-from common.config.run import RunConfig
+from common.config.run import NOT_OFFERED, RunConfig
 
 
 class ConfigError(ValueError):
@@ -112,6 +112,8 @@ def _setting_names(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def describe(problem: Any) -> str:
     """One of pydantic's errors about a `RunConfig`: the setting, what it was given, what was expected."""
     where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden" and where in NOT_OFFERED:
+        return f"{where} is not offered: {NOT_OFFERED[where]}"
     if problem["type"] == "extra_forbidden":
         return f"{where} is not a setting{_suggestion(problem['loc'])}"
     if problem["type"] == "missing":

@@ -5,7 +5,7 @@ the value and what was expected.
 """
 
 import math
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,7 @@ from common.config.actor import ActorConfig
 from common.config.engine_args import check_extra_args
 from common.config.section import Section
 from common.control import MAX_REPLICAS
+from common.wire_structs import MAX_STOP_CHARS, MAX_STOPS
 
 AUTO_DEVICE = (
     "auto: CUDA where a GPU is visible and what uses it is installed, a CUDA build of torch and SGLang's kernels."
@@ -22,6 +23,14 @@ DType = Literal["float32", "bfloat16"]
 
 class ModelConfig(Section):
     path: str = Field(description="Folder in Hugging Face format, or a hub name: the policy to start from.")
+    revision: str | None = Field(
+        None, min_length=1, description="Of a model on the hub: a branch, tag or commit; default: the newest."
+    )
+    trust_remote_code: bool = Field(
+        False,
+        description="Run the Python code that comes with the model, where transformers and SGLang have none for it: "
+        "with your rights, in the learner, the engines and `headrace check`. Name a commit as revision.",
+    )
     dtype: DType = Field("bfloat16", description="Of the published weights and the learner's forward pass.")
     chat_template: str | None = Field(
         None,
@@ -43,13 +52,32 @@ class TaskConfig(Section):
     )
 
 
+FULL_DISTRIBUTION = "the engine would sample from another distribution than the learner computes"
+NOT_OFFERED = {
+    **{f"sampling.{name}": FULL_DISTRIBUTION for name in ("top_p", "top_k", "min_p", "logit_bias")},
+    **{f"sampling.{kind}_penalty": FULL_DISTRIBUTION for kind in ("repetition", "frequency", "presence")},
+    "sampling.min_new_tokens": "it masks the end tokens, so that "
+    + FULL_DISTRIBUTION
+    + "; a reward can ask for length",
+}
+"""What others have and this cannot have, with the reason."""
+
+
 class SamplingConfig(Section):
-    """top_p stays 1 and top_k off: the engine's log-probabilities are of the full distribution."""
+    """top_p stays 1 and top_k off, and nothing masks a token: the engine's log-probabilities are of the full
+    distribution, as the learner's are."""
 
     temperature: float = Field(
         1.0, ge=1e-3, le=1e3, description="Sampling temperature; the learner divides its logits by it."
     )
     max_new_tokens: int = Field(1024, ge=1, description="Longest completion.")
+    stop: list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]] = Field(
+        [],
+        max_length=MAX_STOPS,
+        description="Texts that end a completion, besides the model's end tokens. The token that completes one is the "
+        "last that is trained on; the reward sees the text up to the end of it. SGLang looks at as many tokens as the "
+        "text itself has and one more, so that one spelled in smaller tokens is passed over.",
+    )
 
 
 class OptimizerConfig(Section):

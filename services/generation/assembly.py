@@ -6,7 +6,7 @@ import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from common.config import RunConfig
+from common.config import ModelConfig, RunConfig
 from common.keys import Keys
 from common.redis_client import OUTAGE_DEADLINE_S, connect_async
 from common.waiting import Waits
@@ -65,7 +65,7 @@ async def assembled(
             await tickets.announce("swap", event | {"pause_ms": timings.pause_s * 1e3, "load_ms": timings.load_s * 1e3})
 
         turns = Turns(client, keys, name, settings.max_swapping_share)
-        model = await _model_folder(config.model.path)
+        model = await _model_folder(config.model)
         copy = HostCopy(model)
         weights = WeightFollower(client, keys, copy, Fetcher(token), turns, announce)
         stack.push_async_callback(weights.close)
@@ -74,7 +74,8 @@ async def assembled(
         if engine_url is None:
             log = log_folder / f"sglang-{name}.log"
             learner_fraction = config.learner.memory_fraction if shares_gpu else None
-            server = EngineServer(settings.engine, config.model.dtype, log, learner_fraction)
+            trusted = config.model.trust_remote_code
+            server = EngineServer(settings.engine, config.model.dtype, log, learner_fraction, trusted)
             stack.push_async_callback(server.stop)
             engine_url = server.url
         engine = Engine(engine_url, swap_mode=settings.engine.swap_mode, request_timeout_s=settings.request_timeout_s)
@@ -89,8 +90,8 @@ async def assembled(
         yield Replica(name, url, settings, tickets, keeper, rewards, weights, waits, config.num_eval_slots)
 
 
-async def _model_folder(path: str) -> Path:
+async def _model_folder(model: ModelConfig) -> Path:
     """Raises `TimeoutError` if a hub does not deliver."""
-    _log.info("the model to start from: %s", path)
+    _log.info("the model to start from: %s", model.path)
     async with asyncio.timeout(MODEL_DEADLINE_S):
-        return await asyncio.to_thread(local_model_folder, path)
+        return await asyncio.to_thread(local_model_folder, model)

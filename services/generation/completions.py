@@ -60,6 +60,7 @@ def generate_body(ticket: Ticket, rids: list[str]) -> dict[str, Any]:
             "stop_token_ids": ticket.sampling.stop_token_ids,
             "top_p": 1.0,
             "top_k": -1,
+            **({"stop": stop, "no_stop_trim": True} if (stop := ticket.sampling.stop) else {}),
         },
         "return_logprob": True,
     }

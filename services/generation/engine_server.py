@@ -41,10 +41,16 @@ class EngineServer:
     """One SGLang server; it may be started again after its end, on another model folder, at the same address."""
 
     def __init__(
-        self, settings: EngineConfig, dtype: str, log_path: Path, learner_fraction: float | None = None
+        self,
+        settings: EngineConfig,
+        dtype: str,
+        log_path: Path,
+        learner_fraction: float | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         """`learner_fraction`: the learner's share of the GPU's memory, if the engine has only what that leaves."""
         self.settings = settings
+        self.trust_remote_code = trust_remote_code
         self.dtype = dtype
         self.log_path = log_path
         self.port = free_port()
@@ -77,6 +83,7 @@ class EngineServer:
         if self._learner_fraction is not None:
             settings = await asyncio.to_thread(beside_learner, settings, self._learner_fraction)
         command = launch_command(settings, self.dtype, model_path, weight_version, self.port)
+        command += ["--trust-remote-code"] * self.trust_remote_code
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = tempfile.mkdtemp(prefix="headrace-engine-")  # its sockets, which it leaves behind
         with self.log_path.open("ab") as log:

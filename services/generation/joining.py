@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from common.hub import is_hub_name
 from common.joining import Joined
 from common.joining import join as join_run
-from common.preflight import is_hub_name, model_files
+from common.preflight import model_files
 from common.waiting import Waits
 from common.wire_checks import name_problem
 
@@ -12,8 +13,9 @@ from common.wire_checks import name_problem
 def join(redis_url: str, run: str | None, token_file: Path | None, waits: Waits) -> Joined:
     """As `common.joining.join`; `ValueError` too if the model is not there."""
     joined = join_run(redis_url, run, token_file, waits)
-    if not is_hub_name(joined.config.model.path):
-        model_files(joined.config.model.path)
+    model = joined.config.model
+    if not is_hub_name(model.path):
+        model_files(model.path, model.revision)
     return joined
 
 

@@ -12,11 +12,12 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import redis
 import redis.asyncio
 
+from common.config import ModelConfig
+from common.hub import download
 from common.keys import Keys
 from common.metrics.swaps import SwapTotals
 from common.weights import WeightsError
@@ -171,11 +172,12 @@ class WeightFollower:
             self._swapped.notify_all()
 
 
-def local_model_folder(path: str) -> Path:
-    """The folder itself, or where the hub's files are on this machine (downloaded if they are not yet)."""
-    if Path(path).is_dir():
-        return Path(path)
-    from huggingface_hub import snapshot_download
-
-    found: Any = snapshot_download(path)
-    return Path(found)
+def local_model_folder(model: ModelConfig) -> Path:
+    """The folder itself, or where the hub's files are on this machine (downloaded if they are not yet). Raises
+    `ValueError` if the model there has no safetensors."""
+    if Path(model.path).is_dir():
+        return Path(model.path)
+    folder = download(model)
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"model.path {model.path!r}: expected weights as *.safetensors on the hub, found none")
+    return folder

@@ -47,7 +47,7 @@ def check_recipe(recipe: Recipe, console: Console, as_json: bool) -> None:
 def _try(config: RunConfig, notes: list[str]) -> None:
     """The prompts and the reward; without the model, the task alone."""
     try:
-        model_files(config.model.path)
+        model_files(config.model.path, config.model.revision)
         is_model_here = True
     except NotHere:
         is_model_here = False
@@ -105,7 +105,7 @@ def _estimates(config: RunConfig) -> tuple[list[str], str]:
 
 
 def _shape(config: RunConfig) -> Shape:
-    folder = model_files(config.model.path)
+    folder = model_files(config.model.path, config.model.revision)
     return read_shape(read_model_file(config.model.path, folder / "config.json"))
 
 

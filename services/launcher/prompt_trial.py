@@ -15,7 +15,8 @@ from typing import Any
 import msgspec
 
 from common.config import RunConfig
-from common.preflight import NotHere, is_hub_name, one_line
+from common.hub import is_hub_name
+from common.preflight import NotHere, one_line
 from common.task_check import SPLITS, check_task, load_checked, prompts_of
 from common.tasks import BadRow, Prompt, Split
 from common.wire import Sampling, encode
@@ -83,8 +84,7 @@ def _load(config: RunConfig) -> tuple[Any, int]:
         from common.context import context_tokens, load_model_config
 
         chat = Chat(load_tokenizer(config.model), config.model, config.task.system_prompt)
-        asked = getattr(config.generation.engine, "context_tokens", None)
-        return chat, context_tokens(load_model_config(config.model), asked)
+        return chat, context_tokens(load_model_config(config.model), config.generation.engine.context_tokens)
     except ValueError as error:
         if is_hub_name(config.model.path) and os.environ.get("HF_HUB_OFFLINE"):
             raise NotHere(f"the prompts were not tried: {one_line(error)}") from error

@@ -72,7 +72,8 @@ def check_split(config: RunConfig, gpu: Gpu) -> None:
 
 def _shape(config: RunConfig) -> Shape | None:
     try:
-        return read_shape(read_model_file(config.model.path, model_files(config.model.path) / "config.json"))
+        folder = model_files(config.model.path, config.model.revision)
+        return read_shape(read_model_file(config.model.path, folder / "config.json"))
     except ValueError:
         return None
 

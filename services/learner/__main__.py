@@ -31,7 +31,7 @@ from common.http_service import listen_as, serve_in_thread, url_of
 from common.keys import Keys
 from common.logs import from_now_on, set_up_logging
 from common.metrics.endpoint import mount_metrics
-from common.preflight import check_model_folder, check_trackers
+from common.preflight import check_model, check_trackers
 from common.redis_client import OUTAGE_DEADLINE_S, connect, durability_problem
 from common.run_token import token_at
 from common.task_check import check_task
@@ -113,7 +113,7 @@ def _run(arguments: argparse.Namespace, config: RunConfig, recording: Recording 
     redis_url = arguments.redis_url or config.redis_url
     if not redis_url:
         raise ValueError("no Redis: expected --redis-url, HEADRACE_REDIS_URL or redis_url in the configuration")
-    check_model_folder(config.model.path)
+    check_model(config)
     check_trackers(config)
     task = check_task(config)
     problem = durability_problem(connect(redis_url))

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import redis
 
-from common.chat import load_tokenizer
+from common.chat import Chat, load_tokenizer, stop_token_ids
 from common.config import RunConfig
 from common.context import context_tokens
 from common.control import SETTINGS, Settings
@@ -37,7 +37,7 @@ from services.learner.loop import Loop
 from services.learner.orders import Switches
 from services.learner.policy import Policy
 from services.learner.progress import Progress
-from services.learner.prompts import TicketSource, stop_token_ids
+from services.learner.prompts import TicketSource
 from services.learner.ranks import Ranks
 from services.learner.recording import Recording, RecordingSource
 from services.learner.refusal import Limits
@@ -72,6 +72,7 @@ def assemble(
     ranks.on_lost = switches.stop.set
     set_up_torch(config, ranks)
     tokenizer = load_tokenizer(config.model)
+    chat = Chat(tokenizer, config.model, config.task.system_prompt)
     known, data = None, None
     if recording is None:
         known = known_data(client, keys, folder / "checkpoints")
@@ -99,15 +100,15 @@ def assemble(
         v: step for v, step in (record.version_steps if record else {}).items() if v not in versions.steps
     }
     cursor = store.cursor() or (record.cursor if record else Cursor(0, 0))
-    max_sequence_tokens = context_tokens(policy.model.config, getattr(config.generation.engine, "context_tokens", None))
+    max_sequence_tokens = context_tokens(policy.model.config, config.generation.engine.context_tokens)
     if data is not None:
         cursor, data = begin(store, cursor, known, data)
     if recording is not None:
         source: Source = RecordingSource(recording, cursor)
         version_steps = recording.version_steps
     else:
-        stops = stop_token_ids(tokenizer, policy.model.generation_config)
-        source = TicketSource(config, task, tokenizer, stops, cursor, max_sequence_tokens, data)
+        stops = stop_token_ids(chat, policy.model.generation_config)
+        source = TicketSource(config, task, chat, stops, cursor, max_sequence_tokens, data)
         version_steps = versions.steps
 
     def limits() -> Limits:

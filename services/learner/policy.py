@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from common.config import LearnerConfig, ModelConfig
 from common.device import resolve_device
+from common.hub import loading
 from common.weights import MODEL_FILE
 from services.learner.logprobs import Scored, score_tokens
 from services.learner.packing import MicroBatch
@@ -71,7 +72,7 @@ class Policy:
         if self.device.type == "cuda" and not self.ranks.is_alone:
             self.device = torch.device("cuda", self.ranks.local_rank)
         self.dtype = DTYPES[model.dtype]
-        self.model = self._load(model.path)
+        self.model = self._load(model)
         if learner.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.model.train()
@@ -83,9 +84,10 @@ class Policy:
         self.sharded = {} if self.ranks.is_alone else shard(self.model, self.scorer, self.ranks, self.device)
         """The weights by name; empty on one rank."""
 
-    def _load(self, path: str) -> PreTrainedModel:
+    def _load(self, config: ModelConfig) -> PreTrainedModel:
+        path = config.path
         try:
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype)
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype, **loading(config))
         except (OSError, ValueError) as error:
             raise ValueError(f"model {path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
         model.eval()

@@ -53,7 +53,7 @@ class TicketSource:
         self,
         config: RunConfig,
         task: Task,
-        tokenizer: Any,
+        chat: Chat,
         stop_token_ids: list[int],
         cursor: Cursor,
         max_sequence_tokens: int | None = None,
@@ -62,7 +62,7 @@ class TicketSource:
         """`max_sequence_tokens`: of a prompt with its completion, as the engine takes it. `data`: what the cursor is
         a place of."""
         self.task = task
-        self.chat = Chat(tokenizer, config.model, config.task.system_prompt)
+        self.chat = chat
         self.stop_token_ids = stop_token_ids
         self.max_sequence_tokens = max_sequence_tokens
         self.data = data
@@ -77,7 +77,8 @@ class TicketSource:
 
     def configure(self, config: RunConfig) -> None:
         self.config = config
-        self.sampling = Sampling(config.sampling.temperature, config.sampling.max_new_tokens, self.stop_token_ids)
+        sampling = config.sampling
+        self.sampling = Sampling(sampling.temperature, sampling.max_new_tokens, self.stop_token_ids, sampling.stop)
 
     def issue(self, store: LearnerStore, count: int, step: int, version: int) -> Issued:
         """Adds `count` tickets, those to be issued again first; fewer where many places of the data are passed."""
@@ -232,13 +233,3 @@ class TicketSource:
         if limit is not None and not fits(length, longest, limit):
             raise TooLong(f"{length} tokens and {longest} new ones do not fit the context of {limit}")
         return ticket
-
-
-def stop_token_ids(tokenizer: Any, generation_config: Any) -> list[int]:
-    """The model's end tokens: its generation config's, else its tokenizer's."""
-    given = getattr(generation_config, "eos_token_id", None)
-    if given is None:
-        given = tokenizer.eos_token_id
-    if given is None:
-        raise ValueError("neither the generation config nor the tokenizer names an end token")
-    return sorted(given) if isinstance(given, list) else [given]
