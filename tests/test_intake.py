@@ -184,7 +184,7 @@ def test_uniform_groups_are_replaced_by_the_next_prompt(client: redis.Redis, key
     harness.turn()
     assert harness.intake.books.counts["uniform"] == 8
     assert harness.outstanding() == [f"0-{i}" for i in range(8, 16)]
-    assert harness.intake.take_sampled_rewards() == [0.0] * 16
+    assert harness.intake.take_decided_rewards() == [0.0] * 16
 
 
 @pytest.mark.parametrize(("truncated", "state"), [("mask", "uniform"), ("train", "trained")])
@@ -204,6 +204,32 @@ def test_a_group_whose_only_other_reward_was_cut_off_is_uniform_where_that_is_ma
     harness.turn()
     assert harness.intake.books.counts["uniform"] == (8 if state == "uniform" else 0)
     assert (harness.intake.take_batch(0.0, never) is None) == (state == "uniform")
+
+
+def test_a_batch_has_its_reward_though_all_of_it_arrived_before_the_step_before(
+    client: redis.Redis, keys: Keys
+) -> None:
+    """Every completion counts once, in the step that decides it."""
+    harness = Harness(client, keys, make_config())
+    harness.turn()
+    harness.answer(keys.tickets, rewards=(1.0, 0.5))
+    harness.turn()
+    for step in (1, 2):
+        batch = harness.intake.take_batch(1.0, never)
+        assert batch is not None
+        assert harness.intake.take_decided_rewards() == []
+        harness.versions[step + 1] = step
+        harness.intake.advance(step)
+        harness.intake.mark_trained(batch)
+        assert harness.intake.take_decided_rewards() == [1.0, 0.5] * 4
+    harness.intake.announced(2, 8)
+    harness.turn()
+    harness.answer(keys.tickets, rewards=(0.25, 0.0))
+    harness.turn()
+    harness.versions[9] = 9
+    harness.intake.advance(9)
+    assert harness.intake.take_batch(0.0, never) is None
+    assert harness.intake.take_decided_rewards() == [0.25, 0.0] * 8, "of what is dropped as stale"
 
 
 def test_without_dynamic_sampling_uniform_groups_are_trained(client: redis.Redis, keys: Keys) -> None:

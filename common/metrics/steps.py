@@ -12,7 +12,7 @@ from common.metrics.families import LONG_S, Families, Histogram
 
 PHASES = ("wait", "proximal", "train", "publish")
 TEXTS = {
-    "reward_mean": "Mean reward of all training completions that arrived since the step before.",
+    "reward_mean": "Mean reward of the batch's completions and of what was uniform or stale since the step before.",
     "trained_reward_mean": "Mean reward of the batch.",
     "loss": "Loss, weighted as it was trained.",
     "lr": "Learning rate.",

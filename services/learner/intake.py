@@ -96,7 +96,7 @@ class Intake:
         self._step = self._version = 0
         self._num_in_training = 0
         """Groups that are trained, and whose version is not announced yet."""
-        self._sampled_rewards: list[float] = []
+        self._decided_rewards: list[float] = []
         self._arrived: deque[Arrived] = deque()
         self._evaluation: Evaluation | None = None
         self._sample = DecidedSample()
@@ -167,14 +167,16 @@ class Intake:
             self._num_in_training += len(batch)
             for arrived in batch:
                 self.books.consume(arrived.entry, arrived.group, "trained")
+                self._decided_rewards += arrived.group.rewards
                 self._sample.add(arrived.group, "trained", self._step, arrived.staleness.total)
             self._dropped.train([arrived.group for arrived in batch])
             _tell("trained", [arrived.entry.ticket_id for arrived in batch], step=self._step)
 
-    def take_sampled_rewards(self) -> list[float]:
-        """Of all training completions that arrived since the last call, those of uniform groups included."""
+    def take_decided_rewards(self) -> list[float]:
+        """Of all training completions that were decided since the last call: of the batch, and of uniform and stale
+        groups."""
         with self._changed:
-            rewards, self._sampled_rewards = self._sampled_rewards, []
+            rewards, self._decided_rewards = self._decided_rewards, []
             return rewards
 
     def take_dropped(self) -> dict[str, float]:
@@ -349,9 +351,9 @@ class Intake:
                 self.books.consume(entry, group, "evaluated")
                 self._sample.add(group, "evaluated", self._step, None)
             else:
-                self._sampled_rewards += group.rewards
                 if self.config.actor.dynamic_sampling and group.is_uniform(self.config.actor.truncated):
                     self.books.consume(entry, group, "uniform")
+                    self._decided_rewards += group.rewards
                     self._sample.add(group, "uniform", self._step, self._staleness(group).total)
                     return "arrived, uniform"
                 self._arrived.append(Arrived(entry, group, self._staleness(group)))
@@ -385,6 +387,7 @@ class Intake:
                 continue
             entry, group, staleness = arrived
             self.books.consume(entry, group, "stale")
+            self._decided_rewards += group.rewards
             self._sample.add(group, "stale", self._step, staleness.total)
             self._dropped.drop(group)
             self.source.replace_stale(group.ticket)

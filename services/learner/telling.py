@@ -114,13 +114,12 @@ class Telling:
         self.store.report({f"checkpoint_{name}": value for name, value in told.items()})
 
     def _whole_run(self) -> dict[str, Any]:
-        """What a row says of the run up to its step, rather than of the batch. `reward_mean` is null where nothing
-        was sampled since the step before."""
+        """What a row says of the run up to its step, rather than of the batch."""
         counts = self.intake.books.counts
         decided = max(1, counts["trained"] + counts["uniform"] + counts["stale"])
-        rewards = self.intake.take_sampled_rewards()
+        rewards = self.intake.take_decided_rewards()
         return {
-            "reward_mean": sum(rewards) / len(rewards) if rewards else None,
+            "reward_mean": sum(rewards) / len(rewards),
             "version": self.versions.current,
             "generated_tokens": counts["generated_tokens"],
             "uniform_share": counts["uniform"] / decided,
