@@ -279,6 +279,30 @@ def test_what_the_engine_itself_refuses_is_told_and_a_later_swap_makes_it_sure_a
     run(engine_url, body)
 
 
+def test_an_engine_that_took_half_of_a_version_is_found(engine_url: str, policies: list[Path], tmp_path: Path) -> None:
+    """All tensors are there, in two files, and the index beside them names one: SGLang loads that, and says that it has
+    succeeded. Without the index it loads both."""
+    weights = load_file(policies[1] / "model.safetensors")
+    halves = sorted(weights)[::2], sorted(weights)[1::2]
+    for number, names in enumerate(halves):
+        save_file({name: weights[name] for name in names}, tmp_path / f"model-{number}.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(halves[0], "model-0.safetensors")}))
+
+    async def body(engine: Engine) -> None:
+        version = await next_version(engine)
+        await engine.swap(policies[0], version)
+        with pytest.raises(EngineError, match=r"it holds other bytes for \d+ of \d+ tensors"):
+            await engine.swap(tmp_path, version + 1)
+        assert engine.is_unsure and await engine.weight_version() == version + 1
+        index.unlink()
+        await engine.swap(tmp_path, version + 2)
+        [completion] = await engine.generate(ticket(1))
+        assert [span.version for span in completion.version_spans] == [version + 2]
+
+    run(engine_url, body)
+
+
 def test_cancelling_and_running_out_of_time_abort_in_the_engine(engine_url: str, policies: list[Path]) -> None:
     """Well before SGLang would notice by itself that the connection is closed, which takes it 4 s."""
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from common.wire import Group
 
 WINDOW_STEPS = 20
+MIN_DROPPED = 4
+"""Fewer groups say nothing of a bias: a single one is as long as it is by chance."""
 
 
 @dataclass
@@ -57,8 +59,8 @@ class Dropped:
     def end_step(self) -> dict[str, float]:
         """The step's numbers. `dropped_groups` is its own. Of the last `WINDOW_STEPS`: `dropped_share`, of the groups
         that were trained or dropped; `dropped_length_bias`, by what share the completions that were trained are
-        shorter, on average, than those and the dropped ones together, below 0 if they are longer; and where there are
-        both `dropped_completion_tokens_mean` and `dropped_reward_mean`."""
+        shorter, on average, than those and the dropped ones together, below 0 if they are longer, 0 while fewer than
+        `MIN_DROPPED` are; and where there are both `dropped_completion_tokens_mean` and `dropped_reward_mean`."""
         dropped, trained = (sum(column, _Sum()) for column in zip(*self._steps, strict=True))
         found = {
             "dropped_groups": float(self._steps[-1][0].groups),
@@ -69,7 +71,8 @@ class Dropped:
             found |= {
                 "dropped_completion_tokens_mean": dropped.length,
                 "dropped_reward_mean": dropped.reward / dropped.completions,
-                "dropped_length_bias": 1.0 - trained.length / (dropped + trained).length,
             }
+            if dropped.groups >= MIN_DROPPED:
+                found["dropped_length_bias"] = 1.0 - trained.length / (dropped + trained).length
         self._steps.append((_Sum(), _Sum()))
         return found
