@@ -74,7 +74,14 @@ def random_group(rng: random.Random, place: int) -> Group:
     return Group(ticket, rollouts, "r", Timings(1.0, 2.0, 3.0))
 
 
-def take_up(folder: Path, client: redis.Redis, keys: Keys, recording: Path | None, *overrides: str) -> Loop:
+def take_up(
+    folder: Path,
+    client: redis.Redis,
+    keys: Keys,
+    recording: Path | None,
+    *overrides: str,
+    is_new_epoch: bool = False,
+) -> Loop:
     """A learner as its process would put it together."""
     task, url = load_task("arithmetic", {}), "http://127.0.0.1:1"
     loop, _ = assemble(
@@ -88,6 +95,7 @@ def take_up(folder: Path, client: redis.Redis, keys: Keys, recording: Path | Non
         Switches(),
         Waits(),
         Recording(recording) if recording else None,
+        is_new_epoch=is_new_epoch,
     )
     return loop
 

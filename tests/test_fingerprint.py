@@ -19,6 +19,7 @@ from services.learner.dead import dead_entries
 from services.learner.fingerprint import Fingerprint, fingerprint_of
 from services.learner.prompts import TicketSource
 from services.learner.store import Cursor, LearnerStore
+from tests.replaying import take_up as taken_up_by_process
 from tests.test_intake import PlainTokenizer, make_config, plain_chat
 from tests.test_passed_prompts import BAD, GOOD, Rows, prompt
 
@@ -125,6 +126,19 @@ def test_other_data_begin_with_the_next_epoch_once(client: redis.Redis, keys: Ke
     assert sorted(source.to_issue()) == ["2-1", "3-0"]
     assert source.issue(store, 1, 0, 1).ticket_ids == ["3-0"]
     assert [dead.ticket_id for dead in dead_entries(client, keys)] == ["2-1"] and not source.to_issue()
+
+
+def test_a_learner_with_other_data_is_refused_before_it_takes_over(
+    client: redis.Redis, keys: Keys, tmp_path: Path
+) -> None:
+    taken_up_by_process(tmp_path, client, keys, None)
+    epoch = client.get(keys.epoch)
+    with pytest.raises(ValueError, match=r"began with other data: seed was 0 and is 7; the train prompts are others\."):
+        taken_up_by_process(tmp_path, client, keys, None, "seed=7")
+    assert client.get(keys.epoch) == epoch, "the learner that runs is not fenced off"
+    loop = taken_up_by_process(tmp_path, client, keys, None, "seed=7", is_new_epoch=True)
+    assert loop.intake.source.cursor == Cursor(1, 0)
+    assert known_data(client, keys, tmp_path) == loop.intake.source.data
 
 
 def test_a_checkpoint_of_before_has_no_fingerprint() -> None:

@@ -44,6 +44,12 @@ def test_one_launcher_at_a_time_has_a_run(faking: Faking) -> None:
     assert fakes.lines().count("learner serves") == 1
 
 
+def test_a_new_epoch_is_asked_of_the_learner_and_its_refusal_is_shown(faking: Faking) -> None:
+    fakes = faking(learner="print('headrace learner: other data', '--new-epoch' in arguments); sys.exit(2)")
+    assert "headrace learner: other data False" in ended(fakes.up(), 1)
+    assert "headrace learner: other data True" in ended(fakes.up("--new-epoch"), 1)
+
+
 def test_a_run_is_free_once_its_launcher_and_its_redis_have_ended(faking: Faking) -> None:
     """A second server on the append-only file would ruin it, so the next launcher waits for the first to end."""
     fakes = faking(learner=SERVES)
