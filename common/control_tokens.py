@@ -25,6 +25,13 @@ class Part(NamedTuple):
     is_control: bool
 
 
+class Token(NamedTuple):
+    id: int
+    text: str
+    """Which it stands for."""
+    start: int
+
+
 class ControlTokens:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -49,32 +56,41 @@ class ControlTokens:
             if part.is_control or not quotes.are_in(part.text):
                 tokens += part.tokens
                 continue
-            if self._plain(part.text) != part.tokens:
+            if [token.id for token in self._tokens(part.text, is_plain=True)] != part.tokens:
                 raise CannotQuote("it names a control token, which this tokenizer cannot tokenize as plain text")
-            found = self._plain(quotes.resolved(part.text))
-            if not self.by_id.keys().isdisjoint(found):
+            found = self._tokens(quotes.resolved(part.text), is_plain=True)
+            if any(map(self._is_control, found)):
                 raise CannotQuote("it names a control token, which this tokenizer always takes for one")
-            tokens += found
+            tokens += [token.id for token in found]
         return tokens
 
     def parts(self, text: str) -> list[Part]:
         """Raises `CannotQuote` where the tokenizer does not say where tokens stand."""
         if not getattr(self.tokenizer, "is_fast", False):
             raise CannotQuote("it names a control token, and the model's tokenizer does not say where tokens stand")
-        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         parts: list[Part] = []
         start, between = 0, list[int]()
-        for token, (begin, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
-            if text[begin:end].strip() != self.by_id.get(token):
-                between.append(token)
+        for token in self._tokens(text):
+            if not self._is_control(token):
+                between.append(token.id)
                 continue
-            parts += [Part(text[start:begin], between, start, False), Part(text[begin:end], [token], begin, True)]
-            start, between = end, []
+            parts += [
+                Part(text[start : token.start], between, start, False),
+                Part(token.text, [token.id], token.start, True),
+            ]
+            start, between = token.start + len(token.text), []
         return [*parts, Part(text[start:], between, start, False)]
 
-    def _plain(self, text: str) -> list[int]:
-        tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-        return tokens
+    def _tokens(self, text: str, is_plain: bool = False) -> list["Token"]:
+        found = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=is_plain
+        )
+        offsets = zip(found["input_ids"], found["offset_mapping"], strict=True)
+        return [Token(token, text[begin:end], begin) for token, (begin, end) in offsets]
+
+    def _is_control(self, token: "Token") -> bool:
+        """Not an unknown character, though a tokenizer may have the token of one for a control token as well."""
+        return token.text.strip() == self.by_id.get(token.id)
 
 
 class Quotes:
@@ -109,5 +125,4 @@ def unused_characters(text: str) -> tuple[str, str]:
 def _by_id(tokenizer: Any) -> dict[int, str]:
     added = tokenizer.added_tokens_decoder.items()
     marked = {id_: token.content for id_, token in added if token.special}
-    named = {tokenizer.convert_tokens_to_ids(token): str(token) for token in tokenizer.all_special_tokens}
-    return {id_: name for id_, name in (marked | named).items() if name != tokenizer.unk_token}
+    return marked | {tokenizer.convert_tokens_to_ids(token): str(token) for token in tokenizer.all_special_tokens}

@@ -39,6 +39,7 @@ class Family(NamedTuple):
     words: tuple[str, ...] = ()
     """Tokens of the model's that are no control tokens."""
     is_byte_level: bool = True
+    unk: str | None = None
 
 
 LLAMA_ENDS, CALL = ("<|eot_id|>", "<|eom_id|>"), "<|call|>"
@@ -86,6 +87,7 @@ FAMILIES = {
         ("<eos>", "<end_of_turn>"),
         bos="<bos>",
         is_byte_level=False,
+        unk="<unk>",
     ),
     "smollm2": Family(
         CHATML,
@@ -94,6 +96,7 @@ FAMILIES = {
         "= ?<|im_end|>\n<|im_start|>assistant\n",
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n",
         ("<|im_end|>",),
+        unk="<|endoftext|>",
     ),
     "gpt-oss": Family(
         (
@@ -152,7 +155,7 @@ def make_tokenizer(name: str) -> Any:
         tokenizer_object=tokenizer,
         bos_token=family.bos,
         eos_token=family.eos,
-        unk_token=None if family.is_byte_level else "<unk>",
+        unk_token=family.unk,
         additional_special_tokens=list(family.control),
     )
     made.chat_template = (TEMPLATES / f"{name}.jinja").read_text()
@@ -174,7 +177,7 @@ def renamed(name: str) -> Any:
         tokenizer_object=Tokenizer.from_str(json.dumps(content)),
         bos_token=names.get(family.bos or ""),
         eos_token=names[family.eos],
-        unk_token=None if family.is_byte_level else "<unk>",
+        unk_token=names.get(family.unk or "", family.unk),
     )
     made.chat_template = template
     return made

@@ -43,7 +43,6 @@ class PlainTokenizer:
     added_tokens_decoder: ClassVar[dict[int, Any]] = {}
     special_tokens_map: ClassVar[dict[str, str]] = {}
     all_special_tokens: ClassVar[list[str]] = []
-    unk_token = None
     eos_token_id = 1
 
     def get_chat_template(self) -> str:
