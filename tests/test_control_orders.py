@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import redis
 
-from common.control import Orders, Settings, parse_orders
+from common.control import Launcher, Orders, Settings, parse_orders
 from common.keys import Keys
 from common.wire import encode
 from services.control import drain
@@ -67,6 +67,11 @@ def test_replicas_are_ordered_of_a_launcher_that_is_there(control: Control, clie
     assert latest_event(control)["event"]["replicas"] == 3
     for refused in (-1, 65, "x", 1.5, True):
         assert control.ask("PUT", "/replicas/desired", json={"replicas": refused}).status_code == 422
+    client.set(keys.launcher, str(Launcher("machine process 1", 3)))
+    control.look()
+    refusal = control.ask("PUT", "/replicas/desired", json={"replicas": 4})
+    assert refusal.status_code == 422 and "4 replicas: the run's launcher has GPUs for 3" in refusal.json()["detail"]
+    assert orders(client, keys).desired_replicas == 3
     client.delete(keys.launcher)
     control.look()
     refusal = control.ask("PUT", "/replicas/desired", json={"replicas": 2})

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import signal
 import sys
 import threading
 from functools import partial
@@ -19,9 +20,11 @@ from common.keys import Keys
 from common.waiting import Reason, Waits
 from common.wire import Heartbeat, ReplicaState, encode
 from services.generation import engine_server
+from services.generation.assembly import assembled
 from services.generation.engine import EngineError
 from services.generation.engine_server import EngineServer
 from services.generation.shared_gpu import beside_learner
+from services.learner import __main__ as learner_process
 from services.learner import leading, shared_gpu
 from services.learner.leading import set_up_torch
 from services.learner.ranks import Ranks
@@ -79,6 +82,34 @@ def test_the_share_is_reckoned_at_each_start(gpu: FakeGpus, monkeypatch: pytest.
         with pytest.raises(EngineError, match="exited with 0"):
             asyncio.run(server.start(tmp_path, None))
     assert given == [pytest.approx(ENGINES / GIB / 24, rel=1e-3), pytest.approx(ENGINES / GIB / 12, rel=1e-3)]
+
+
+def test_both_services_do_as_they_are_told_of_sharing(
+    redis_url: str, keys: Keys, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = load_recipe(Path("configs/tiny-cpu.yaml"), ["learner.memory_fraction=0.6"]).config
+    done: list[str] = []
+
+    def learn(*_: object) -> int:
+        done.append("learns")
+        return 0
+
+    monkeypatch.setattr(learner_process, "wait_for_engine", lambda *_: done.append("waits"))
+    monkeypatch.setattr(learner_process, "_learn", learn)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    async def fraction_of_engine(*sharing: bool) -> float | None:
+        replica = ("r", "http://127.0.0.1:1", tmp_path, Waits())
+        async with assembled(config, keys, redis_url, "token", *replica, *sharing) as found:
+            assert found.keeper.server is not None
+            return found.keeper.server.learner_fraction
+
+    for sharing in ([], ["--shares-gpu"]):
+        given = ["learner", "--run", keys.run, "--runs-folder", str(tmp_path), "--redis-url", redis_url, *sharing]
+        monkeypatch.setattr(sys, "argv", given)
+        assert learner_process._run(learner_process._parse_arguments(), config, None, None) == 0
+        assert asyncio.run(fraction_of_engine(*[True] * len(sharing))) == (0.6 if sharing else None)
+    assert done == ["learns", "waits", "learns"]
 
 
 def test_the_learner_is_held_to_its_share(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ class EngineServer:
         self.dtype = dtype
         self.log_path = log_path
         self.port = free_port()
-        self._learner_fraction = learner_fraction
+        self.learner_fraction = learner_fraction
         self._is_on_cpu = resolve_device(settings.device) == "cpu"
         self._process: subprocess.Popen[bytes] | None = None
         self._temporary: str | None = None
@@ -80,8 +80,8 @@ class EngineServer:
         assert not self.is_alive, "the server already runs"
         check_engine_installed()
         settings = self.settings
-        if self._learner_fraction is not None:
-            settings = await asyncio.to_thread(beside_learner, settings, self._learner_fraction)
+        if self.learner_fraction is not None:
+            settings = await asyncio.to_thread(beside_learner, settings, self.learner_fraction)
         command = launch_command(settings, self.dtype, model_path, weight_version, self.port)
         command += ["--trust-remote-code"] * self.trust_remote_code
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
