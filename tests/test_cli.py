@@ -125,7 +125,9 @@ def test_check_prints_every_setting_once_with_its_source(tmp_path: Path) -> None
     assert len(columns) == 1, "aligned, and no line is broken in a pipe of any width"
     assert rest.startswith("redis_url ")
     assert "estimates, for 656,448 parameters\nlearner" in rest
-    assert "\nengine" in rest and "\nmoved" in rest
+    titles = {line.split()[0] for line in rest.splitlines() if not line.startswith(" ") and line}
+    assert titles >= {"prompts", "estimates,", "learner", "engine", "host", "disk", "moved", "time"}
+    assert "100  train prompts tried: 18 to 27 tokens" in rest
 
 
 def test_check_of_a_model_and_data_that_are_not_here(tmp_path: Path) -> None:
@@ -148,7 +150,7 @@ def test_check_estimates_from_the_hubs_cache(tmp_path: Path) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     assert "estimates, for 1,543,714,304 parameters" in result.stdout
     assert "28,672 bytes each" in result.stdout
-    assert "note: " not in result.stdout
+    assert "note: the prompts were not tried: model 'Qwen/Qwen2.5-1.5B-Instruct' has no tokenizer" in result.stdout
 
 
 def test_check_for_programs_says_the_same() -> None:
@@ -158,7 +160,9 @@ def test_check_for_programs_says_the_same() -> None:
     found = json.loads(result.stdout)
     assert found["settings"]["learner.steps"] == {"value": 3, "source": "--set learner.steps=3"}
     assert set(found["settings"]) == set(settings_of(load_recipe(ROOT / TINY).config))
-    assert found["estimates"]["parameters"] == 656_448 and set(found["estimates"]) >= {"learner", "engine", "moved"}
+    titles = {"learner", "engine", "host", "disk", "moved", "time"}
+    assert found["estimates"]["parameters"] == 656_448 and set(found["estimates"]) >= titles
+    assert found["prompts"]["train"] == {"tried": 100, "refused": [], "tokens": [18, 23, 27]}
     assert found["notes"][0].startswith("redis_url ")
 
 

@@ -11,20 +11,24 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from common.config import OptimizerConfig, RunConfig
+from common.delta import bits_of
+from common.delta import encode as encode_delta
 from common.wire import Group, Rollout, Sampling, Ticket, Timings, VersionSpan, encode
-from services.launcher.check import readable
 from services.launcher.estimate import (
-    Shape,
     activation_bytes,
     engine_bytes,
-    full_length_group,
     kv_bytes_per_token,
     learner_bytes,
     logprob_bytes,
-    moved_bytes,
-    read_shape,
+    static_fraction,
 )
+from services.launcher.host_memory import STATE_BYTES, disk_rows, host_rows
+from services.launcher.model_size import Shape, read_shape, shape_in
+from services.launcher.sections import readable
+from services.launcher.time_estimate import Speed, cpu_speed, estimate, measured_flops, readable_s, too_long
+from services.launcher.traffic import delta_share, full_length_group, moved_bytes
 from services.learner.optimizer import MasterAdamW
+from services.learner.state_files import write_state
 
 SIZES: dict[str, Any] = {
     "hidden_size": 96,
@@ -84,8 +88,47 @@ def test_parameters_are_those_of_the_demo_policy(demo_policy: Path) -> None:
         count = sum(int(np.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
     shape = read_shape(json.loads((demo_policy / "config.json").read_text()))
     assert shape.num_parameters == count
-    version = next(iter(moved_bytes(shape, config_of(model={"path": "m", "dtype": "float32"})).values()))
-    assert version == pytest.approx((demo_policy / "model.safetensors").stat().st_size, rel=0.005)
+    _, whole, _ = moved_bytes(shape, config_of(model={"path": "m", "dtype": "float32"})).values()
+    assert whole == pytest.approx((demo_policy / "model.safetensors").stat().st_size, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"model_type": "llama", "tie_word_embeddings": True},
+        {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40},
+        {"model_type": "gemma3_text", "head_dim": 24, "tie_word_embeddings": True},
+    ],
+    ids=lambda given: given["model_type"],
+)
+@pytest.mark.parametrize("shard_size", ["1GB", "100KB"])
+def test_parameters_are_read_from_the_files_of_any_architecture(
+    given: dict[str, Any], shard_size: str, tmp_path: Path
+) -> None:
+    model = make_model(SIZES | given)
+    model.save_pretrained(tmp_path, max_shard_size=shard_size)
+    shape = shape_in(tmp_path, json.loads((tmp_path / "config.json").read_text()))
+    assert shape.num_parameters == model.num_parameters()
+    root = sum(p.numel() for name, p in model.named_parameters() if ".layers." not in name)
+    assert shape.num_root_parameters == root
+    rows = learner_bytes(shape, config_of(model={"path": "m", "dtype": "float32"}))
+    assert rows["weights, float32"] == 4 * model.num_parameters()
+    if given["model_type"] == "qwen3_moe":
+        unused = 3 * (4 - 2) * 3 * 40 * 96 + 3 * 4 * 96  # experts that a token does not go through, and the routers
+        embedding = 321 * 96
+        assert shape.num_active_parameters == pytest.approx(model.num_parameters() - unused - embedding, rel=1e-3)
+
+
+def test_files_that_are_not_all_here_or_broken_are_no_count(tmp_path: Path) -> None:
+    make_model(SIZES | {"model_type": "llama"}).save_pretrained(tmp_path, max_shard_size="100KB")
+    config = json.loads((tmp_path / "config.json").read_text())
+    first, second = sorted(tmp_path.glob("*.safetensors"))[:2]
+    second.unlink()
+    assert shape_in(tmp_path, config).counted is None
+    second.write_bytes(b"\xff" * 16)
+    with pytest.raises(ValueError, match=second.name):
+        shape_in(tmp_path, config)
+    assert first.exists()
 
 
 def test_parameters_of_a_published_model() -> None:
@@ -163,6 +206,119 @@ def test_the_optimizers_share_is_what_it_holds(dtype: str) -> None:
     assert len(rows) == len(held) + 2, "and activations, and log-probabilities"
 
 
+def test_on_several_ranks_each_has_its_part() -> None:
+    shape = read_shape(QWEN_1_5B)
+    on = {ranks: learner_bytes(shape, config_of(learner={"ranks": ranks})) for ranks in (1, 8)}
+    parts = [num_bytes for what, num_bytes in on[8].items() if what.endswith("its part")]
+    assert sum(parts) == pytest.approx(16 * shape.num_parameters / 8, rel=1e-6), "masters, moments, gradients"
+    (gathered,) = [num_bytes for what, num_bytes in on[8].items() if what.startswith("gathered")]
+    assert gathered == 2 * (shape.num_root_parameters + 2 * shape.num_layer_parameters)
+    assert shape.num_root_parameters + 28 * shape.num_layer_parameters == shape.num_parameters
+    assert not [what for what in on[8] if what.startswith("weights")], "no copy of all weights"
+    assert sum(on[8].values()) < sum(on[1].values()) / 2
+
+
+@pytest.mark.parametrize(
+    ("mib", "expected"), [(81_559, 0.83), (143_771, 0.90), (24_564, 0.69)], ids=["H100", "H200", "4090"]
+)
+def test_an_engine_takes_of_a_gpu_what_sglang_takes(mib: int, expected: float) -> None:
+    config, gpu_bytes = config_of(), mib << 20
+    assert static_fraction(gpu_bytes, config) == pytest.approx(expected, abs=0.01)
+    weights, cache, rest = engine_bytes(read_shape(QWEN_1_5B), config, None, gpu_bytes).values()
+    assert weights + cache == pytest.approx(expected * gpu_bytes, rel=0.02)
+    assert weights + cache + rest == pytest.approx(gpu_bytes, rel=1e-6)
+    given = config_of(generation={"engine": {"memory_fraction": 0.5}})
+    weights, cache, _ = engine_bytes(read_shape(QWEN_1_5B), given, None, gpu_bytes).values()
+    assert weights + cache == gpu_bytes // 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lr", "measured"),
+    [
+        ("float32", 1e-5, 0.425),
+        ("float32", 1e-6, 0.32),
+        ("bfloat16", 1e-5, 0.0167),
+        ("bfloat16", 1e-6, 0.0047),
+    ],
+)
+def test_a_delta_is_about_what_a_real_model_sent(dtype: str, lr: float, measured: float) -> None:
+    """SmolLM2-135M-Instruct with four updates a step: bytes over the model's."""
+    config = config_of(model={"path": "m", "dtype": dtype}, optimizer={"lr": lr})
+    assert measured / 1.4 < delta_share(config) < measured * 1.4
+
+
+@pytest.mark.parametrize(("dtype", "lr"), [("float32", 1e-5), ("bfloat16", 1e-6), ("bfloat16", 1e-4)])
+def test_a_delta_is_what_the_code_makes_of_such_changes(dtype: str, lr: float) -> None:
+    config = config_of(model={"path": "m", "dtype": dtype}, optimizer={"lr": lr})
+    moved = lr * config.actor.mini_batches * 0.05
+    before = torch.randn(1 << 20) * 0.04
+    after = before + moved * torch.randn(1 << 20)
+    size = 4 if dtype == "float32" else 2
+    bits = [bits_of(one.to(getattr(torch, dtype)).view(torch.uint8).numpy(), size) for one in (after, before)]
+    patch, _ = encode_delta(*bits)
+    assert patch.num_bytes / (size << 20) == pytest.approx(delta_share(config), rel=0.5)
+
+
+def test_disk_is_counted_by_what_a_checkpoint_is(tmp_path: Path) -> None:
+    """A state that the code has written, of a small model."""
+    model = make_model(SIZES | {"model_type": "qwen2", "tie_word_embeddings": True}, torch.bfloat16)
+    optimizer = MasterAdamW(model, OptimizerConfig.model_validate({}))
+    model(input_ids=torch.arange(6)[None]).logits.float().sum().backward()
+    optimizer.update(1e-3)
+    write_state(tmp_path, optimizer.state_tensors())
+    written = sum(path.stat().st_size for path in tmp_path.iterdir())
+    shape = shape_of(model)
+    assert written == pytest.approx(STATE_BYTES * shape.num_parameters, rel=0.05)
+    checkpoints, _, _ = disk_rows(shape, config_of(), 0.01).values()
+    assert checkpoints == 3 * STATE_BYTES * shape.num_parameters
+
+
+def test_the_learners_host_memory_is_of_all_ranks_only_where_they_compute_there() -> None:
+    shape, config = read_shape(QWEN_1_5B), config_of(learner={"ranks": 2})
+    on_gpu, on_cpu = (host_rows(shape, config, 1 << 30, 1 << 20, (it, it)) for it in (False, True))
+    (learner_on_gpu, *_), (learner_on_cpu, *_) = on_gpu[0].values(), on_cpu[0].values()
+    assert learner_on_cpu - learner_on_gpu == 2 << 30
+    assert sum(on_cpu[1].values()) - sum(on_gpu[1].values()) == 1 << 20
+    url = {"engine": {"url": "http://127.0.0.1:30000"}}
+    assert len(host_rows(shape, config_of(generation=url), 0, 0, (True, True))[1]) == 2, "the engine is elsewhere"
+
+
+def test_times_follow_from_the_multiplications() -> None:
+    shape = read_shape(QWEN_1_5B)
+    config = config_of(
+        sampling={"max_new_tokens": 200},
+        actor={"group_size": 4, "mini_batches": 1},
+        learner={"groups_per_step": 8, "gradient_checkpointing": False},
+        evaluation={"num_prompts": 10, "num_samples": 1},
+    )
+    times = estimate(shape, config, 50, Speed(1e12, 1e11), Speed(2e12, 2e11), start=10.0)
+    forward = 2 * (shape.num_parameters)  # the head is as large as the embedding, which is not multiplied
+    assert times.training == pytest.approx((8 * 4 * 100 + 8 * 50) * forward * 3 / 1e12, rel=0.01)
+    assert times.generation == pytest.approx(8 * 4 * 100 * forward / 2e11, rel=0.01)
+    assert times.evaluation == pytest.approx(10 * 100 * forward / 2e11, rel=0.01)
+    assert times.step == times.generation
+    assert times.first_step == pytest.approx(10 + times.evaluation + times.generation + times.training)
+    assert too_long(times, config) == []
+    slow = estimate(shape, config, 50, Speed(1e10, 1e9), Speed(1e10, 1e9), start=10.0)
+    evaluation, step = too_long(slow, config)
+    assert "10 prompts x 1 completions takes about 51 min here" in evaluation and "evaluation.num_prompts" in evaluation
+    assert "which is generating 8 groups x 4 completions" in step and "learner.groups_per_step" in step
+
+
+def test_a_cpus_speed_is_of_its_threads_and_units() -> None:
+    threads = {"learner": {"num_threads": 2}, "generation": {"replicas": 2}}
+    learner, engine = cpu_speed(config_of(**threads), 4e10, has_units=False, num_cores=8)
+    assert (learner.training, engine.training) == (4e10, pytest.approx(4e10 / 5)), "bfloat16 without units"
+    learner, engine = cpu_speed(config_of(**threads), 4e10, has_units=True, num_cores=1)
+    assert (learner.training, engine.training) == (2e10, 2e10), "no more threads than cores"
+    assert 1e8 < measured_flops() < 1e14
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.25, "0.2 s"), (99.4, "99 s"), (301, "5 min"), (7200, "2.0 h")])
+def test_seconds_are_readable(seconds: float, text: str) -> None:
+    assert readable_s(seconds) == text
+
+
 def test_a_reference_policy_is_counted_where_there_is_one() -> None:
     shape = read_shape(QWEN_1_5B)
     without, with_kl = (learner_bytes(shape, config_of(actor={"kl_coef": kl})) for kl in (0.0, 0.1))
@@ -188,8 +344,9 @@ def test_the_key_value_cache_of_a_published_model() -> None:
 def test_bytes_of_a_step_are_those_of_encoded_groups() -> None:
     shape, replicas = read_shape(QWEN_1_5B), 3
     config = config_of(learner={"groups_per_step": 5}, generation={"replicas": replicas})
-    version, step = moved_bytes(shape, config).values()
-    assert version == 2 * shape.num_parameters * replicas
+    version, whole, step = moved_bytes(shape, config).values()
+    assert whole == 2 * shape.num_parameters
+    assert version == replicas * int(whole * delta_share(config))
     group = _random_group(config, shape.vocab)
     assert step == pytest.approx(5 * (len(encode(group)) + len(encode(group.ticket))), rel=0.02)
     shortest = encode(full_length_group(config_of(sampling={"max_new_tokens": 1}), shape.vocab))

@@ -8,7 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from common.config import RunConfig
 from common.wire import encode
+from services.launcher.estimate import learner_bytes
+from services.launcher.model_size import shape_in
 from services.learner.policy import Policy
 from services.learner.ranks import Ranks
 from services.learner.state_files import read_state
@@ -72,6 +75,25 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 
 def part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+@pytest.mark.parametrize("case", ["one_mini_batch", "bfloat16"])
+@pytest.mark.parametrize("count", NUM_RANKS)
+def test_a_rank_holds_what_check_says(results: dict[int, Path], jobs: list[Job], count: int, case: str) -> None:
+    """Of masters and moments, which are all in its file; gradients are like masters."""
+    job = next(job for job in jobs if job.name == case)
+    config = RunConfig.model_validate(job.config | {"learner": job.config["learner"] | {"ranks": count}})
+    folder = Path(config.model.path)
+    shape = shape_in(folder, json.loads((folder / "config.json").read_text()))
+    rows = learner_bytes(shape, config)
+    files = sorted((results[count] / case / "end").iterdir())
+    held = [
+        sum(tensor.nbytes for name, tensor in load_file(file).items() if name.startswith(("master.", "exp_avg")))
+        for file in files
+    ]
+    assert len(held) == count
+    expected = rows["masters, float32, its part"] + rows["AdamW's moments, float32, its part"]
+    assert max(held) == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -20,6 +20,7 @@ from common.preflight import NotHere, one_line
 from common.task_check import SPLITS, check_task, load_checked, prompts_of
 from common.tasks import BadRow, Prompt, Split
 from common.wire import Sampling, encode
+from services.launcher.time_estimate import measured_flops
 
 
 class SplitTrial(msgspec.Struct):
@@ -40,6 +41,8 @@ class Found(msgspec.Struct):
     context: int = 0
     """Tokens of the longest sequence that the engine takes."""
     splits: dict[str, SplitTrial] = {}
+    flops: float = 0.0
+    """Of one thread of this machine, in float32."""
 
 
 def main() -> int:
@@ -60,7 +63,7 @@ def try_prompts(config: RunConfig, num_prompts: int) -> Found:
         return Found()
     task = load_checked(config)
     chat, context = _load(config)
-    found = Found(context=context)
+    found = Found(context=context, flops=measured_flops())
     for split in SPLITS:
         count = num_prompts if split == "train" else min(num_prompts, config.evaluation.num_prompts)
         prompts = itertools.islice(prompts_of(task, config, split), count)
@@ -76,7 +79,7 @@ def try_prompts(config: RunConfig, num_prompts: int) -> Found:
 def _load(config: RunConfig) -> tuple[Any, int]:
     """What renders and tokenizes, and the context."""
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # it says that there is no torch
-    is_kept_out = "torch" not in sys.modules
+    is_kept_out = "torch" not in sys.modules and not config.model.trust_remote_code
     if is_kept_out:
         sys.modules["torch"] = None  # type: ignore[assignment]
     try:

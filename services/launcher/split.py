@@ -1,7 +1,7 @@
 """One GPU for learner and engine: what share of it the learner needs, by the estimates, and whether a share fits.
 
 The learner may take `learner.memory_fraction` of the GPU's memory, the engine has what that leaves
-(common/devices.py). Estimates are of the models that `estimate` counts; of others only what is given is believed.
+(common/devices.py). Estimates are of the models whose size is known here; of others only what is given is believed.
 """
 
 import math
@@ -9,15 +9,14 @@ import math
 from common.config import RunConfig
 from common.devices import engine_static_bytes
 from common.gpus import Gpu
-from common.preflight import NotHere, model_files, read_model_file
+from common.preflight import NotHere
 from services.launcher.estimate import (
     BYTES,
     TYPICAL_PROMPT_TOKENS,
-    Shape,
     kv_bytes_per_token,
     learner_bytes,
-    read_shape,
 )
+from services.launcher.model_size import Shape, shape_of
 
 SLACK = 1.1
 """The proposed share is the estimate and a tenth, for what fragmentation takes."""
@@ -72,8 +71,7 @@ def check_split(config: RunConfig, gpu: Gpu) -> None:
 
 def _shape(config: RunConfig) -> Shape | None:
     try:
-        folder = model_files(config.model.path, config.model.revision)
-        return read_shape(read_model_file(config.model.path, folder / "config.json"))
+        return shape_of(config)
     except ValueError:
         return None
 

@@ -112,7 +112,7 @@ def _child(module: str, config: str, *arguments: str) -> Iterator[_Child]:
             [sys.executable, "-m", module, output.name, *arguments],
             stdin=subprocess.PIPE,
             stdout=2,
-            env=os.environ | {"PYTHONPATH": import_path},
+            env=os.environ | {"PYTHONPATH": import_path, "OPENBLAS_NUM_THREADS": "1"},
             start_new_session=True,
             preexec_fn=dies_with_parent(),
         ) as process,

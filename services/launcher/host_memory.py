@@ -1,0 +1,72 @@
+"""Memory of a machine and its disk: every process of a run, what it puts into /dev/shm, what its folder takes.
+
+A process's memory is what is resident of it and its own (anonymous, and mapped libraries), without what it maps of
+/dev/shm. The figures without a model are measured (`tests/test_end_to_end.py` holds the sums against a real run);
+what a process has of the model follows from the code that keeps it. On a GPU the CUDA libraries of learner and
+scheduler come on top: 2 to 3 GiB each, an estimate that was not measured.
+"""
+
+from common.config import RunConfig
+from services.launcher.estimate import BYTES, MIB, Rows
+from services.launcher.model_size import Shape
+
+LAUNCHER_BYTES, CONTROL_BYTES, REDIS_BYTES = 85 * MIB, 82 * MIB, 17 * MIB
+LEARNER_BYTES = 480 * MIB
+REPLICA_BYTES, REWARD_WORKER_BYTES = 95 * MIB, 30 * MIB
+SERVER_BYTES, SCHEDULER_BYTES, DETOKENIZER_BYTES = 620 * MIB, 600 * MIB, 450 * MIB
+"""SGLang's three, in this order: the second and the third come out of the first."""
+WEIGHT_COPIES = 2
+"""That the learner holds in host memory: what was published last, and what is being published."""
+STATE_BYTES = 12
+"""Of a parameter's masters and moments: in a checkpoint, and in the copy that one is written from."""
+HELD_VERSIONS, KEPT_DELTAS = 2, 0.5
+"""Of a replica: the version that is served and the next one; and earlier deltas, as a share of the model's bytes."""
+NUM_CHECKPOINTS = 3
+"""Two are kept, and one is being written."""
+ANCHORS, MAX_DELTAS = 2, 32
+"""Of weight versions on disk: the whole ones that are kept, and deltas between two of them."""
+
+
+def host_rows(
+    shape: Shape, config: RunConfig, learner: int, engine: int, on_cpu: tuple[bool, bool]
+) -> tuple[Rows, Rows]:
+    """Of the run, and of each replica. `learner` and `engine`: bytes of their devices, which are in the host's memory
+    where `on_cpu` says so."""
+    copies = shape.num_parameters * (WEIGHT_COPIES * BYTES[config.model.dtype] + STATE_BYTES)
+    ranks, settings = config.learner.ranks, config.generation
+    run = {
+        "the learner, with copies of weights and state": ranks * LEARNER_BYTES + copies + ranks * learner * on_cpu[0],
+        "launcher, control and Redis, without the groups that wait": LAUNCHER_BYTES + CONTROL_BYTES + REDIS_BYTES,
+    }
+    replica = {
+        "a replica's own process": REPLICA_BYTES,
+        "its reward workers": REWARD_WORKER_BYTES * settings.reward_workers,
+    }
+    if settings.engine.url is None:
+        replica["its engine: the scheduler"] = SCHEDULER_BYTES + engine * on_cpu[1]
+        replica["its engine: server and detokenizer"] = SERVER_BYTES + DETOKENIZER_BYTES
+    return run, replica
+
+
+def shared_memory_bytes(shape: Shape, config: RunConfig) -> int:
+    """What one replica puts into /dev/shm, at most."""
+    return int(weight_bytes(shape, config) * (HELD_VERSIONS + KEPT_DELTAS))
+
+
+def disk_rows(shape: Shape, config: RunConfig, share: float) -> Rows:
+    """A run's folder at its largest, but for logs, metrics and Redis' file. `share`: of the model's in a delta."""
+    weights = weight_bytes(shape, config)
+    chain = min(1.0, MAX_DELTAS * share)
+    return {
+        f"checkpoints: {NUM_CHECKPOINTS - 1} kept, one being written": NUM_CHECKPOINTS
+        * shape.num_parameters
+        * STATE_BYTES,
+        "weight versions: two whole ones and deltas, one being written": int(
+            weights * (ANCHORS + 1 + (ANCHORS + 1) * chain)
+        ),
+        "the best policy, the next best, the last": 3 * weights,
+    }
+
+
+def weight_bytes(shape: Shape, config: RunConfig) -> int:
+    return shape.num_parameters * BYTES[config.model.dtype]
