@@ -308,7 +308,8 @@ def test_times_follow_from_the_multiplications() -> None:
 def test_a_cpus_speed_is_of_its_threads_and_units() -> None:
     threads = {"learner": {"num_threads": 2}, "generation": {"replicas": 2}}
     learner, engine = cpu_speed(config_of(**threads), 4e10, has_units=False, num_cores=8)
-    assert (learner.training, engine.training) == (4e10, pytest.approx(4e10 / 5)), "bfloat16 without units"
+    assert learner.training == 4e10
+    assert engine.training == pytest.approx(4e10 / 5), "bfloat16 without units"
     learner, engine = cpu_speed(config_of(**threads), 4e10, has_units=True, num_cores=1)
     assert (learner.training, engine.training) == (2e10, 2e10), "no more threads than cores"
     assert 1e8 < measured_flops() < 1e14
