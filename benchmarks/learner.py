@@ -4,8 +4,9 @@ Two comparisons, side by side in turns on the same machine, by a GPU where torch
 agree: (1) tokens per second of a group of 8 completions, by the learner (its prompt computed once, nothing padded but
 attention) and by the same model on the same batch padded on the right, for completions of one length and for
 heavy-tailed ones; a token of a prompt counts for each completion, on both sides. (2) Log-probabilities of 6,144 tokens
-at a vocabulary of 151,936, in chunks and with all logits at once: seconds, and the peak of memory beyond what stood
-before, each in a process of its own. Rows go to benchmarks/results/learner.json.
+at a vocabulary of 151,936, in chunks, so without the entropy that comes with them, and with all logits at once:
+seconds, and the peak of memory beyond what stood before, each in a process of its own. Rows go to
+benchmarks/results/learner.json.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.demo import ROOT, said_in, this_machine
 from common.config import LearnerConfig, ModelConfig
 from common.wire import Group, Rollout, Sampling, Ticket, Timings, VersionSpan
-from services.learner.logprobs import score_tokens
+from services.learner import logprobs as learner_logprobs
 from services.learner.packing import Sample, pack
 from services.learner.policy import Policy, pick_device
 
@@ -39,6 +40,7 @@ SHAPES = {"512 + 8 x 256": (512, [256] * 8), "128 + 8 x 20 to 512": (128, [20, 3
 MODEL = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8}
 MODEL |= {"num_key_value_heads": 2, "vocab_size": 4096, "head_dim": 64}
 VOCABULARY, HIDDEN, NUM_TOKENS = 151_936, 256, 6144
+KINDS = ("chunked", "without entropy", "whole")
 DEVICE = pick_device("auto")
 Row = dict[str, Any]
 
@@ -46,14 +48,14 @@ Row = dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.learner")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--logprobs", choices=["chunked", "whole"], help=argparse.SUPPRESS)
+    parser.add_argument("--logprobs", choices=KINDS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.logprobs:
-        print(json.dumps(logprobs_once(arguments.logprobs == "chunked")))
+        print(json.dumps(logprobs_once(arguments.logprobs)))
         return
     with tempfile.TemporaryDirectory(prefix="headrace-learner-") as folder:
         rows = [row for name in SHAPES for row in passes(Path(folder), name, arguments.repeats)]
-    rows += [logprobs(kind) for _ in range(arguments.repeats) for kind in ("chunked", "whole")]
+    rows += [logprobs(kind) for _ in range(arguments.repeats) for kind in KINDS]
     machine = this_machine()
     RESULTS.write_text(
         json.dumps({"machine": machine | {"load_average": os.getloadavg()}, "rows": rows}, indent=1) + "\n"
@@ -139,7 +141,7 @@ def logprobs(kind: str) -> Row:
     return found
 
 
-def logprobs_once(is_chunked: bool) -> Row:
+def logprobs_once(kind: str) -> Row:
     """Forward and backward, in a fresh process."""
     torch.manual_seed(0)
     hidden = torch.randn(NUM_TOKENS, HIDDEN, device=DEVICE, requires_grad=True)
@@ -148,15 +150,22 @@ def logprobs_once(is_chunked: bool) -> Row:
     targets = torch.randint(VOCABULARY, (NUM_TOKENS,), device=DEVICE)
     temperature = torch.ones(NUM_TOKENS, device=DEVICE)
     chunk = LearnerConfig().chunk_tokens(DEVICE.type)
+    if kind == "without entropy":
+        learner_logprobs._normaliser_and_entropy = normaliser_alone
     before, started = held_bytes(), now()
-    if is_chunked:
-        found = score_tokens(hidden, weight, targets, temperature, chunk).logprobs
-    else:
+    if kind == "whole":
         found = (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    else:
+        found = learner_logprobs.score_tokens(hidden, weight, targets, temperature, chunk).logprobs
     found.sum().backward()
     seconds = now() - started
-    who = "chunked" if is_chunked else "whole"
-    return {"kind": "logprobs", "who": who, "seconds": seconds, "peak_bytes": peak_bytes() - before}
+    return {"kind": "logprobs", "who": kind, "seconds": seconds, "peak_bytes": peak_bytes() - before}
+
+
+def normaliser_alone(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """What log-probabilities alone need, in the same parts."""
+    parts = [part.logsumexp(dim=1) for part in logits.split(-(-len(logits) // learner_logprobs.NUM_PARTS))]
+    return torch.cat(parts), torch.zeros(len(logits), device=logits.device)
 
 
 def held_bytes() -> int:
@@ -181,15 +190,15 @@ def report(rows: list[Row], console: Console) -> None:
             f"{np.median(ratios):.2f} times ({ratios[0]:.2f} to {ratios[-1]:.2f}); gradients apart by {apart:.1e}"
         )
     for name, unit, scale in (("seconds", "s", 1.0), ("peak_bytes", "GB", 1e9)):
-        ours, theirs = (
-            [row[name] / scale for row in rows if row["kind"] == "logprobs" and row["who"] == who]
-            for who in ("chunked", "whole")
-        )
-        ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
-        console.print(
-            f"log-probabilities, {name}: {np.median(ours):.2f} {unit} against {np.median(theirs):.2f} with all logits: "
-            f"{np.median(ratios):.1%} ({ratios[0]:.1%} to {ratios[-1]:.1%})"
-        )
+        by = {
+            who: [row[name] / scale for row in rows if row["kind"] == "logprobs" and row["who"] == who] for who in KINDS
+        }
+        for other, what in (("whole", "with all logits"), ("without entropy", "without the entropy")):
+            ratios = sorted(a / b for a, b in zip(by["chunked"], by[other], strict=True))
+            console.print(
+                f"log-probabilities, {name}: {np.median(by['chunked']):.2f} {unit} against {np.median(by[other]):.2f} "
+                f"{what}: {np.median(ratios):.1%} ({ratios[0]:.1%} to {ratios[-1]:.1%})"
+            )
 
 
 if __name__ == "__main__":

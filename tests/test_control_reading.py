@@ -7,6 +7,7 @@ import msgspec
 import pytest
 import redis
 
+from common.health import SMOOTHED_STEPS
 from common.keys import Keys
 from common.wire import encode
 from services.control.models import Evaluation, Events, GroupDetail, Groups, History, Replicas, SettingsAnswer, Status
@@ -86,6 +87,25 @@ def test_history_is_columns_thinned_and_continued(control: Control, client: redi
     assert "text" not in news["steps"] and news["evaluations"] == []
     assert control.http.get("/history").json()["steps"]["new_metric"][:2] == [None, None]
     assert control.http.get("/history", params={"after": news["cursor"]}).json()["steps"]["step"] == []
+
+
+def test_numerics_stay_what_they_were_until_tokens_are_fresh_again(
+    control: Control, client: redis.Redis, keys: Keys
+) -> None:
+    def check() -> tuple[str, float]:
+        control.look()
+        checks = control.http.get("/status").json()["checks"]
+        (found,) = [one for one in checks if one["name"] == "fresh_logprob_gap_rms"]
+        return found["level"], found["value"]
+
+    steps = iter(range(31, 60))
+    for value in [5.0] * SMOOTHED_STEPS + [None] * 12:
+        fresh = {} if value is None else {"fresh_logprob_gap_rms": value}
+        announce(client, keys, "step", {"step": next(steps), "fresh_tokens": 0.0, "ess": 0.9, **fresh})
+    assert check() == ("failed", 5.0)
+    for _ in range(SMOOTHED_STEPS // 2 + 1):
+        announce(client, keys, "step", {"step": next(steps), "fresh_logprob_gap_rms": 1e-5})
+    assert check() == ("healthy", 1e-5)
 
 
 def test_a_step_that_is_taken_again_makes_later_ones_void(control: Control, client: redis.Redis, keys: Keys) -> None:

@@ -19,7 +19,9 @@ from services.control.verdict import DEAD_WINDOW_S
 
 PACE_WINDOW_S = 30.0
 DEAD_SAMPLE_S = 10.0
-WATCHED = (*(one.name for one in THRESHOLDS), numeric_gap(is_exact=True).name, "skipped_updates")
+WATCHED = (*(one.name for one in THRESHOLDS), "skipped_updates")
+NUMERICS = numeric_gap(is_exact=True).name
+"""Only some steps say it, those with fresh tokens; it stays what it was until another does."""
 STARVED = re.compile(r"(?:starved|no live replica): .*? for (\d+) s(?:;|$)")
 CHECKPOINT = "the checkpoint cannot be written"
 
@@ -115,7 +117,8 @@ class FactFinder:
             num_dead_lately=self._num_dead_lately(look.queues.dead, now),
             held_back=look.learner.get("held_back", ""),
             unapplied_s=self._lasting.for_s("settings", is_unapplied, now),
-            recent={name: history.latest(name, SMOOTHED_STEPS) for name in WATCHED},
+            recent={name: history.latest(name, SMOOTHED_STEPS) for name in WATCHED}
+            | {NUMERICS: history.last_said(NUMERICS, SMOOTHED_STEPS)},
             is_exact=are_exact(config.model.dtype, config.generation.engine.swap_mode),
             starvation_deadline_s=config.learner.starvation_deadline_s,
             max_staleness=config.learner.max_staleness,

@@ -9,6 +9,7 @@ import re
 from array import array
 from bisect import bisect_right
 from collections import OrderedDict
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -84,6 +85,11 @@ class RunHistory:
         """What the last `count` steps have said of `name`, the newest last; without those that said nothing."""
         column = self._columns.get(name)
         return [] if column is None else [value for value in column[-count:] if not math.isnan(value)]
+
+    def last_said(self, name: str, count: int) -> list[float]:
+        """The last `count` values of `name`, however many steps ago, the newest last."""
+        said = (value for value in reversed(self._columns.get(name, ())) if not math.isnan(value))
+        return list(islice(said, count))[::-1]
 
     def answer(self, after: str, max_points: int) -> bytes:
         """`History` as JSON."""
