@@ -10,6 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from common.config import load_recipe
+from services.launcher.host_memory import shared_memory_bytes
+from services.launcher.model_size import read_shape
+from tests.test_estimate import QWEN_1_5B
+
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
 ONE_GPU = ROOT / "deploy" / "one-gpu"
@@ -99,6 +104,27 @@ def test_every_service_is_confined() -> None:
         assert re.search(":[^:]+$", service["image"]), f"{name} of any version"
 
 
+def test_compose_on_gpus_takes_any_number_of_them_and_shared_memory_for_the_model() -> None:
+    """Every variable of .env has the default that Compose has."""
+    text = (ROOT / "deploy" / "compose.gpu.yml").read_text()
+    given = dict(
+        line.split("=") for line in (ROOT / "deploy" / ".env.example").read_text().splitlines() if line[:1].isalpha()
+    )
+    both = text + (ROOT / "docker-compose.yml").read_text()
+    for name, value in given.items():
+        if name not in ("COMPOSE_FILE", "HEADRACE_RUN"):
+            assert f"${{{name}:-{value}}}" in both, name
+    services = yaml.safe_load(text)["services"]
+    for name in ("learner", "generation"):
+        (devices,) = services[name]["deploy"]["resources"]["reservations"]["devices"]
+        assert devices["count"] == "all" and "device_ids" not in devices
+    assert "--set learner.ranks=${HEADRACE_LEARNER_RANKS:-1}" in services["learner"]["command"]
+    assert "--set generation.engine.tp_size=${HEADRACE_TP_SIZE:-1}" in services["learner"]["command"]
+    shape, config = read_shape(QWEN_1_5B), load_recipe(ROOT / "configs" / "gsm8k-qwen2.5-1.5b.yaml").config
+    assert services["generation"]["shm_size"].startswith("${HEADRACE_SHM:-16g}")
+    assert shared_memory_bytes(shape, config) < 16 << 30
+
+
 def test_each_replica_takes_a_gpu_that_no_other_has(tmp_path: Path) -> None:
     variables = {"HEADRACE_GPUS": "1,3", "HEADRACE_GPU_LOCKS": str(tmp_path), "PATH": "/usr/bin:/bin"}
     command = [str(ONE_GPU), "sh", "-c", "echo $CUDA_VISIBLE_DEVICES; read line"]
@@ -110,17 +136,23 @@ def test_each_replica_takes_a_gpu_that_no_other_has(tmp_path: Path) -> None:
         assert process.stdout is not None
         return process.stdout.readline().strip()
 
-    first, second = start(), start()
-    assert {gpu_of(first), gpu_of(second)} == {"1", "3"}
+    first, other = start(), start()
+    assert {gpu_of(first), gpu_of(other)} == {"1", "3"}
     refused = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
     assert refused.returncode == 2 and "HEADRACE_GPUS=1,3" in refused.stderr
     first.kill()
     first.communicate()
     third = start()
     assert gpu_of(third)
-    for process in (second, third):
+    for process in (other, third):
         process.communicate("\n", timeout=60)
         assert process.returncode == 0
+    pairs = variables | {"HEADRACE_GPUS": "0,1,2,3,4", "HEADRACE_TP_SIZE": "2"}
+    with subprocess.Popen(command, env=pairs, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as fourth:
+        assert gpu_of(fourth) == "0,1"
+        second = subprocess.run(command, env=pairs, input="\n", capture_output=True, text=True, timeout=60)
+        assert second.stdout.strip() == "2,3", "and the last one, alone, is nobody's"
+        fourth.communicate("\n", timeout=60)
     free = {name: value for name, value in variables.items() if name != "HEADRACE_GPUS"}
     done = subprocess.run([str(ONE_GPU), "sh", "-c", "echo ${CUDA_VISIBLE_DEVICES-all}"], env=free, capture_output=True)
     assert done.stdout == b"all\n"

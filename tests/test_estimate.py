@@ -1,18 +1,21 @@
 """Estimates against what they are of: models of transformers, what autograd keeps, the optimizer, encoded groups."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from common.config import OptimizerConfig, RunConfig
+from common.config import OptimizerConfig, Recipe, RunConfig
 from common.delta import bits_of
 from common.delta import encode as encode_delta
+from common.preflight import NotHere
 from common.wire import Group, Rollout, Sampling, Ticket, Timings, VersionSpan, encode
 from services.launcher.estimate import (
     activation_bytes,
@@ -22,11 +25,13 @@ from services.launcher.estimate import (
     logprob_bytes,
     static_fraction,
 )
-from services.launcher.host_memory import STATE_BYTES, disk_rows, host_rows
+from services.launcher.host_memory import STATE_BYTES, disk_rows, host_rows, shared_memory_problem
 from services.launcher.model_size import Shape, read_shape, shape_in
+from services.launcher.model_size import shape_of as shape_of_run
 from services.launcher.sections import readable
 from services.launcher.time_estimate import Speed, cpu_speed, estimate, measured_flops, readable_s, too_long
 from services.launcher.traffic import delta_share, full_length_group, moved_bytes
+from services.launcher.up import up
 from services.learner.optimizer import MasterAdamW
 from services.learner.state_files import write_state
 
@@ -281,6 +286,22 @@ def test_the_learners_host_memory_is_of_all_ranks_only_where_they_compute_there(
     assert sum(on_cpu[1].values()) - sum(on_gpu[1].values()) == 1 << 20
     url = {"engine": {"url": "http://127.0.0.1:30000"}}
     assert len(host_rows(shape, config_of(generation=url), 0, 0, (True, True))[1]) == 2, "the engine is elsewhere"
+
+
+def test_weights_that_do_not_fit_into_shared_memory_are_refused_before_anything_starts(
+    demo_policy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A machine whose /dev/shm has 8 MiB: two versions of the demo's 2.5 MiB for one replica, and for no other."""
+    usage = shutil.disk_usage(tmp_path)._replace(free=8 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    given = {"path": str(demo_policy), "dtype": "float32"}
+    one, two = (config_of(model=given, generation={"replicas": count}) for count in (1, 2))
+    shape = shape_of_run(one)
+    assert shared_memory_problem(shape, one) == ""
+    assert "/dev/shm has 0.0 GiB free" in shared_memory_problem(shape, two)
+    with pytest.raises(NotHere, match="two versions of the weights for 2 replicas"):
+        up(Recipe(two, {}), "run", tmp_path / "runs", Console())
+    assert not (tmp_path / "runs").exists()
 
 
 def test_times_follow_from_the_multiplications() -> None:

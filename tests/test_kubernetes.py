@@ -11,7 +11,14 @@ import kubernetes_validate
 import pytest
 import yaml
 
-DEPLOY = Path(__file__).parents[1] / "deploy" / "kubernetes"
+from common.config import load_recipe
+from services.launcher.host_memory import disk_rows, shared_memory_bytes
+from services.launcher.model_size import read_shape
+from services.launcher.traffic import delta_share
+from tests.test_estimate import QWEN_1_5B
+
+ROOT = Path(__file__).parents[1]
+DEPLOY = ROOT / "deploy" / "kubernetes"
 OVERLAYS = ("cpu", "gpu")
 API_VERSION = "1.32"
 WRITABLE = {"/tmp", "/runs", "/models", "/dev/shm", "/data"}
@@ -91,6 +98,31 @@ def test_a_gpu_each() -> None:
     for name in ("learner", "generation"):
         (container,) = pods("gpu")[name]["spec"]["containers"]
         assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+
+
+def test_volumes_on_gpus_have_room_for_what_check_says() -> None:
+    """Of the recipe's model."""
+    shape, config = read_shape(QWEN_1_5B), load_recipe(ROOT / "configs" / "gsm8k-qwen2.5-1.5b.yaml").config
+    claims = {
+        one["metadata"]["name"]: one["spec"]["resources"]["requests"]["storage"]
+        for one in rendered("overlays/gpu")
+        if one["kind"] == "PersistentVolumeClaim"
+    }
+    assert claims["runs"] == "200Gi"
+    assert 2 * sum(disk_rows(shape, config, delta_share(config)).values()) < 200 << 30
+    volumes = {volume["name"]: volume for volume in pods("gpu")["generation"]["spec"]["volumes"]}
+    assert volumes["memory"]["emptyDir"]["sizeLimit"] == "16Gi" and shared_memory_bytes(shape, config) < 16 << 30
+
+
+def test_on_gpus_a_download_has_an_hour_and_kernels_outlive_their_pod() -> None:
+    for name in ("learner", "generation"):
+        (container,) = pods("gpu")[name]["spec"]["containers"]
+        probe = container["startupProbe"]
+        assert probe["httpGet"]["port"] == "http", "the base's"
+        assert probe["periodSeconds"] * probe["failureThreshold"] >= 3600, name
+        assert "/models" in {mount["mountPath"] for mount in container["volumeMounts"]}
+    (settings,) = [one["data"] for one in rendered("overlays/gpu") if one["kind"] == "ConfigMap"]
+    assert settings["SGLANG_JIT_CACHE_DIR"].startswith("/models/")
 
 
 def test_keda_scales_the_deployment() -> None:

@@ -6,10 +6,15 @@ what a process has of the model follows from the code that keeps it. On a GPU th
 scheduler come on top: 2 to 3 GiB each, an estimate that was not measured.
 """
 
+import shutil
+from pathlib import Path
+
 from common.config import RunConfig
 from services.launcher.estimate import BYTES, MIB, Rows
 from services.launcher.model_size import Shape
 
+GIB = 1 << 30
+SHARED_MEMORY = Path("/dev/shm")
 LAUNCHER_BYTES, CONTROL_BYTES, REDIS_BYTES = 85 * MIB, 82 * MIB, 17 * MIB
 LEARNER_BYTES = 480 * MIB
 REPLICA_BYTES, REWARD_WORKER_BYTES = 95 * MIB, 30 * MIB
@@ -51,6 +56,24 @@ def host_rows(
 def shared_memory_bytes(shape: Shape, config: RunConfig) -> int:
     """What one replica puts into /dev/shm, at most."""
     return int(weight_bytes(shape, config) * (HELD_VERSIONS + KEPT_DELTAS))
+
+
+def shared_memory_problem(shape: Shape, config: RunConfig) -> str:
+    """Why the replicas' weights will not fit into this machine's /dev/shm; empty if they do, or go elsewhere.
+
+    A version that finds no room is refused by its replica (services/generation/room.py), for ever.
+    """
+    if not SHARED_MEMORY.is_dir():
+        return ""
+    replicas, free = config.generation.replicas, shutil.disk_usage(SHARED_MEMORY).free
+    needed = replicas * HELD_VERSIONS * weight_bytes(shape, config)
+    if needed <= free:
+        return ""
+    return (
+        f"{SHARED_MEMORY} has {free / GIB:.1f} GiB free, and two versions of the weights for {replicas} "
+        f"replica{'s' * (replicas != 1)} take {needed / GIB:.1f} GiB; expected a larger one (mount -o "
+        "remount,size=...), or fewer generation.replicas"
+    )
 
 
 def disk_rows(shape: Shape, config: RunConfig, share: float) -> Rows:

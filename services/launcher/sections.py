@@ -17,14 +17,19 @@ from common.device import CPU_MAX_TOTAL_TOKENS, resolve_device
 from common.gpus import visible_gpus
 from services.launcher.devices import plan_lines
 from services.launcher.estimate import TYPICAL_PROMPT_TOKENS, Rows, engine_bytes, learner_bytes
-from services.launcher.host_memory import disk_rows, host_rows, shared_memory_bytes
+from services.launcher.host_memory import (
+    SHARED_MEMORY,
+    disk_rows,
+    host_rows,
+    shared_memory_bytes,
+    shared_memory_problem,
+)
 from services.launcher.model_size import Shape
 from services.launcher.prompt_trial import Found
 from services.launcher.time_estimate import START_S, UNITS, cpu_speed, estimate, gpu_speed, readable_s, too_long
 from services.launcher.traffic import delta_share, moved_bytes
 
 KIB = 1024
-SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass
@@ -140,6 +145,8 @@ def host(facts: Facts) -> Section | None:
             f"this machine has {readable(here)} of memory, and a run with {replicas} replica{'s' * (replicas != 1)} "
             f"takes {readable(total)} by estimate"
         )
+    if problem := shared_memory_problem(facts.shape, config):
+        facts.notes.append(problem)
     section = _rows("host", rows | of_replica)
     section.lines.append(f"{readable(total):>10}  together, with {replicas} replica{'s' * (replicas != 1)}")
     return section

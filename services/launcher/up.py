@@ -15,14 +15,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from common.config import Recipe
+from common.config import Recipe, RunConfig
 from common.http_service import free_port, url_at
 from common.keys import Keys
 from common.logs import logging_to
-from common.preflight import check_run
+from common.preflight import NotHere, check_run
 from common.run_token import token_at, token_given
 from services.launcher.devices import Devices, device_lines, devices_of
+from services.launcher.host_memory import shared_memory_problem
 from services.launcher.kept import Kept
+from services.launcher.model_size import shape_of
 from services.launcher.open_run import REDIS_GRACE_S
 from services.launcher.orders import Orders
 from services.launcher.processes import (
@@ -66,6 +68,7 @@ def up(
     keys, folder = Keys(run), runs_folder / run
     check_run(recipe.config)
     devices = devices_of(recipe.config)
+    _check_shared_memory(recipe.config)
     try_task(recipe.config)
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -108,6 +111,16 @@ def up(
         print(json.dumps({"at": time.time(), "summary": json.loads(summary.read_text()) if summary.exists() else None}))
     else:
         _tell_results(folder, console)
+
+
+def _check_shared_memory(config: RunConfig) -> None:
+    """As far as the model's size is known here."""
+    try:
+        shape = shape_of(config)
+    except ValueError:
+        return
+    if problem := shared_memory_problem(shape, config):
+        raise NotHere(problem)
 
 
 def _new_token(path: Path) -> str:
