@@ -35,7 +35,7 @@ def plain(name: str) -> str:
     ("file", "extras"),
     [
         ("constraints.txt", ["learner", "generation", "launcher", "engine-cpu", "dev"]),
-        ("deploy/constraints-gpu.txt", ["learner", "generation"]),
+        ("deploy/constraints-gpu.txt", ["learner", "generation", "launcher"]),
     ],
 )
 def test_every_package_has_an_exact_version(file: str, extras: list[str]) -> None:
