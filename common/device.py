@@ -14,6 +14,9 @@ DEVICE_FILES = Path("/dev")
 WSL_LIBRARIES = Path("/usr/lib/wsl/lib")
 """Where WSL2 puts the driver's libraries; its GPUs have no device files of their own."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_CPU_INFO = Path("/proc/cpuinfo")
+_BFLOAT16_UNITS = {"avx512_bf16", "amx_bf16", "bf16"}
+"""As Linux calls them, on x86 and on ARM."""
 
 
 def machine_id() -> str:
@@ -75,3 +78,11 @@ def _cuda_version(torch: Path) -> str | None:
     """That torch's build was made for; read from its own file, without the seconds that importing torch takes."""
     version: str | None = runpy.run_path(str(torch.with_name("version.py"))).get("cuda")
     return version
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this machine's CPU has units for it; without, torch's multiplications take several times as long as in
+    float32. False if unknown."""
+    lines = _CPU_INFO.read_text().splitlines() if _CPU_INFO.exists() else []
+    flags = next((line.split() for line in lines if line.startswith(("flags", "Features"))), [])
+    return not _BFLOAT16_UNITS.isdisjoint(flags)

@@ -43,12 +43,14 @@ class Job(msgspec.Struct):
 
 
 def do(job: Job, folder: Path, ranks: Ranks) -> None:
-    """Leaves the metrics of each step, the state at the start, after the first step and at the end, and the weights."""
+    """Leaves the metrics of each step, the state at the start, after the first step and at the end, and the weights
+    before and after."""
     trainer = lead(RunConfig.model_validate(job.config), ranks)
     if job.resume:
         trainer.load_state(Path(job.resume), [path.name for path in Path(job.resume).iterdir()])
     groups = [decode_group(group) for group in job.groups]
     save(trainer, folder / "start")
+    save_weights(trainer, folder / "before.safetensors")
     rows = []
     for step in range(job.first_step, job.first_step + job.num_steps):
         score = trainer.policy.score
@@ -60,8 +62,12 @@ def do(job: Job, folder: Path, ranks: Ranks) -> None:
             save(trainer, folder / "first")
     save(trainer, folder / "end")
     (folder / "rows.json").write_text(json.dumps(rows))
-    weights = {name: weight.detach().clone() for name, weight in trainer.policy.tensors().items()}
-    save_file(weights, folder / "weights.safetensors")
+    save_weights(trainer, folder / "weights.safetensors")
+
+
+def save_weights(trainer: Trainer, file: Path) -> None:
+    """As they are published."""
+    save_file({name: weight.detach().clone().contiguous() for name, weight in trainer.policy.tensors().items()}, file)
 
 
 def poisoned(score: Callable[[MicroBatch], Scored], micro_batch: MicroBatch) -> Scored:

@@ -127,3 +127,21 @@ def test_warm_up_in_steps_is_that_in_a_share_of_them() -> None:
     ]
     with pytest.raises(ValueError, match=r"warmup_fraction 0\.1 and warmup_steps 10 are both given"):
         OptimizerConfig(warmup_fraction=0.1, warmup_steps=10)
+
+
+def test_a_weight_that_a_step_has_not_used_moves_as_by_a_gradient_of_zero() -> None:
+    """An expert that no token has chosen: on several ranks its gradient is zero, and on one it is missing."""
+    missing, zero = model(), model()
+    for net, is_zero in ((missing, False), (zero, True)):
+        optimizer = MasterAdamW(net, SETTINGS)
+        take_updates(net, optimizer, 1)
+        first, _, last = net.children()
+        last(torch.ones(1, 8)).sum().backward()
+        if is_zero:
+            for parameter in first.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.update(SETTINGS.lr)
+    after_one = model()
+    take_updates(after_one, MasterAdamW(after_one, SETTINGS), 1)
+    for found, expected, before in zip(*(net.parameters() for net in (missing, zero, after_one)), strict=True):
+        assert torch.equal(found, expected) and not torch.equal(found, before)

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from common.config import LearnerConfig, ModelConfig
 from services.learner.policy import Policy
-from services.learner.prompt_sharing import Layout, check_shares_prompts, places
+from services.learner.prompt_sharing import Layout, places
+from services.learner.self_check import shares_prompts
 
 VOCABULARY = 97
 SIZES: dict[str, Any] = {
@@ -34,6 +35,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "mistral": {"sliding_window": 4},
     "olmo2": {},
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True},
+    "mixtral": {"num_local_experts": 4},
 }
 layouts = st.lists(
     st.tuples(st.integers(1, 9), st.lists(st.integers(1, 7), min_size=1, max_size=4)), min_size=1, max_size=4
@@ -51,7 +54,7 @@ def make_model(kind: str, **settings: Any) -> PreTrainedModel:
 def models(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The same weights with the model's own attention, and with ours."""
     alone, shared = make_model(request.param), make_model(request.param)
-    check_shares_prompts(shared, request.param)
+    assert shares_prompts(shared, request.param)
     return alone, shared
 
 
@@ -100,7 +103,8 @@ def test_a_completion_sees_no_other(models: tuple[PreTrainedModel, PreTrainedMod
     before = hidden_shared(models[1], layout, tokens)
     tokens[4:9] = 50
     after = hidden_shared(models[1], layout, tokens)
-    assert torch.equal(before[6:], after[6:]) and not torch.allclose(before[1:6], after[1:6])
+    # Not bit for bit: an expert multiplies all of its tokens at once, and how many those are has changed.
+    assert torch.allclose(before[6:], after[6:], atol=1e-6) and not torch.allclose(before[1:6], after[1:6])
 
 
 def test_places_by_hand() -> None:
@@ -141,15 +145,6 @@ def test_what_padding_stands_for_changes_neither_values_nor_gradients(
     assert torch.equal(found, expected)
     for one, other in zip(ours, gradients(model, expected), strict=True):
         assert torch.allclose(one, other, rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize("kind", ["mamba", "bloom"])
-def test_a_model_that_cannot_share_a_prompt_is_refused(kind: str) -> None:
-    """A state that runs through all tokens; attention of its own."""
-    config = AutoConfig.for_model(kind, vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, n_head=4)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(ValueError, match=f"model '{kind}' cannot share a prompt among completions"):
-        check_shares_prompts(model, kind)
 
 
 def test_the_saved_policy_names_its_own_attention(demo_policy: Path, tmp_path: Path) -> None:

@@ -32,10 +32,16 @@ Shapes = dict[str, tuple[int, ...]]
 
 def expected_shapes(model: Path) -> Shapes:
     """What a swap must bring: the tensors of the checkpoint in `model`; none if it is not a folder here."""
-    shapes = safetensors_shapes(model) if model.is_dir() else {}
+    if not model.is_dir():
+        return {}
+    index = model / "model.safetensors.index.json"
+    files = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else None
+    # Some checkpoints have their weights a second time, by other names, in a file that the index does not know.
+    shapes = {e.name: e.shape for e in safetensors_entries(model) if files is None or e.path.name in files}
     config = model / "config.json"
-    if config.is_file() and json.loads(config.read_text()).get("tie_word_embeddings"):
-        shapes.pop("lm_head.weight", None)  # some checkpoints store the tied head a second time
+    settings = json.loads(config.read_text()) if config.is_file() else {}
+    if (settings | (settings.get("text_config") or {})).get("tie_word_embeddings"):
+        shapes.pop("lm_head.weight", None)  # and some store the tied head a second time
     return shapes
 
 

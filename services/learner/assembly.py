@@ -22,9 +22,10 @@ from common.keys import Keys
 from common.preflight import check_vocabulary
 from common.tasks import Task
 from common.waiting import Waits
+from common.weights import MODEL_FILE
 from services.learner.advice import Adviser
 from services.learner.audit import losses_so_far
-from services.learner.best import FRAME, Best
+from services.learner.best import FRAME, UNCHANGED, Best
 from services.learner.checkpoint import newest
 from services.learner.checkpoint_record import Loss, Record, checkpoint_folders
 from services.learner.data import begin, data_of, known_data
@@ -150,6 +151,9 @@ def _save_frame(policy: Policy, frame: Path, tokenizer: Any) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     policy.save_frame(aside, tokenizer)
     move_into_place(aside, frame)
+    aside.mkdir()
+    policy.save_unchanged(aside / MODEL_FILE)
+    move_into_place(aside, frame.with_name(UNCHANGED))
 
 
 def _stop_unfinished(checkpoints: Path) -> None:

@@ -21,6 +21,8 @@ from common.weights import MODEL_FILE
 BEST, NEXT, ASIDE = "best", "best-next", "best-aside"
 FRAME = "model"
 """Of a run's folder: all of a policy but its weights, configuration and tokenizer."""
+UNCHANGED = "model-unchanged"
+"""Beside it: the published tensors that training does not change, and the names of those that it does."""
 BEST_FILE = "best.json"
 _log = logging.getLogger(__name__)
 

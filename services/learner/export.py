@@ -15,7 +15,8 @@ from pathlib import Path
 
 from common.durable import move_into_place
 from common.keys import Keys
-from services.learner.best import FRAME, best_folder, best_of
+from common.weights import MODEL_FILE
+from services.learner.best import FRAME, UNCHANGED, best_folder, best_of
 from services.learner.checkpoint_record import Unreadable, checkpoint_folders, read_record
 
 NUM_TRIES = 3
@@ -101,10 +102,11 @@ def _finished_step(run: Path) -> int | None:
 
 
 def _from_checkpoint(run: Path, checkpoint: Path, aside: Path) -> None:
-    """The masters, rounded to the policy's dtype, beside the run's frame."""
+    """The masters, rounded to the policy's dtype and as the model's own checkpoint has them, beside the run's frame."""
     import torch
     from safetensors.torch import save_file
 
+    from services.learner.published import published_from
     from services.learner.state_files import read_state
 
     if not (run / FRAME).is_dir():
@@ -113,8 +115,9 @@ def _from_checkpoint(run: Path, checkpoint: Path, aside: Path) -> None:
     dtype = getattr(torch, json.loads((aside / "config.json").read_text())["dtype"])
     state = read_state(checkpoint, list(read_record(checkpoint).files))
     masters = {name: tensor for name, tensor in state.items() if name.startswith("master.")}
-    tensors = {name.removeprefix("master."): tensor.to(dtype) for name, tensor in masters.items()}
-    save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
+    rounded = {name.removeprefix("master."): tensor.to(dtype) for name, tensor in masters.items()}
+    tensors = published_from(rounded, aside, run / UNCHANGED / MODEL_FILE)
+    save_file(tensors, aside / MODEL_FILE, metadata={"format": "pt"})
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from common.config import RunConfig
 from common.durable import FileEntry
 from common.wire import Group, decode_group, encode
 from services.learner.calls import Build, Copy, End, Gather, Load, Train, Write, Written
-from services.learner.policy import Policy, pick_device
+from services.learner.policy import Policy, load_model, pick_device
 from services.learner.ranks import RankLost, Ranks
 from services.learner.staleness import step_of
 from services.learner.trainer import Trainer
@@ -40,8 +40,9 @@ def lead(config: RunConfig, ranks: Ranks) -> Trainer:
     """The trainer, over all ranks. Raises `ValueError` if the model cannot be loaded or sharded."""
     if ranks.is_alone:
         return Trainer(config, Policy(config.model, config.learner))
+    loaded = load_model(config.model, config.learner, ranks)  # the others are not told to wait for it
     with ranks.told(Build(_to_json(config))):
-        return Leader(config, Policy(config.model, config.learner, ranks))
+        return Leader(config, Policy(config.model, config.learner, ranks, loaded))
 
 
 class Leader(Trainer):

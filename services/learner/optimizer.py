@@ -1,4 +1,5 @@
-"""AdamW on float32 masters: weights in bfloat16 are rounded copies of them, weights in float32 are them.
+"""AdamW on float32 masters: weights in bfloat16 are rounded copies of them, weights in float32 are them. Where bfloat16
+weights are computed in float32 (loading.py) the copies are float32 numbers that bfloat16 has.
 
 Gradients are summed in float32 as each backward pass delivers them, so that micro-batches of a bfloat16 model
 add up exactly. An update whose gradient is not finite is refused, and the weights stay as they are. On several ranks
@@ -6,6 +7,7 @@ the masters are this rank's shards, and the norm that clips and refuses is that 
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +34,18 @@ def learning_rate(step: int, num_steps: int, settings: OptimizerConfig) -> float
 class MasterAdamW:
     """Owns the masters and AdamW's moments of a model's parameters."""
 
-    def __init__(self, model: nn.Module, settings: OptimizerConfig, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: OptimizerConfig,
+        ranks: Ranks | None = None,
+        rounded_to: Mapping[str, torch.dtype] | None = None,
+    ) -> None:
+        """`rounded_to`: of float32 parameters, whose values are numbers of another dtype."""
         self.ranks = ranks or Ranks()
+        self.rounded_to = rounded_to or {}
         self.parameters = dict(model.named_parameters())
-        self.masters = {name: _master(parameter) for name, parameter in self.parameters.items()}
+        self.masters = {name: _master(one, name in self.rounded_to) for name, one in self.parameters.items()}
         self.max_grad_norm = settings.max_grad_norm
         self.adamw = torch.optim.AdamW(
             self.masters.values(),
@@ -61,6 +71,9 @@ class MasterAdamW:
     def update(self, lr: float) -> float:
         """Clips, steps, rounds; returns the gradient norm before the clip (inf or nan: nothing was changed)."""
         masters = list(self.masters.values())
+        for master in masters:
+            if master.grad is None and self.adamw.state.get(master):
+                master.grad = torch.zeros_like(master)  # an expert that no token has used this time
         gradients = [master.grad for master in masters if master.grad is not None]
         total_norm = self.ranks.total_norm(nn.utils.get_total_norm(gradients))
         nn.utils.clip_grads_with_norm_(masters, self.max_grad_norm, total_norm)
@@ -76,8 +89,8 @@ class MasterAdamW:
     @torch.no_grad()
     def _round_masters(self) -> None:
         for name, parameter in self.parameters.items():
-            if parameter.dtype != torch.float32:
-                parameter.copy_(self.masters[name])
+            if parameter.dtype != torch.float32 or name in self.rounded_to:
+                local_part(parameter).copy_(self.masters[name].to(self.rounded_to.get(name, torch.float32)))
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that a resume needs, by name: masters and moments."""
@@ -104,9 +117,9 @@ class MasterAdamW:
         self._round_masters()
 
 
-def _master(parameter: nn.Parameter) -> Tensor:
-    if parameter.dtype != torch.float32:
-        return parameter.detach().float().clone().requires_grad_()
+def _master(parameter: nn.Parameter, is_copy: bool) -> Tensor:
+    if is_copy or parameter.dtype != torch.float32:
+        return local_part(parameter.detach()).float().clone().requires_grad_()
     if isinstance(parameter, DTensor):
         return local_part(parameter.detach()).requires_grad_()
     return parameter

@@ -89,6 +89,33 @@ class Ranks:
             dist.gather(padded, parts, dst=0, group=self._group)
         return [part.numpy()[: int(size)].tobytes() for part, size in zip(parts or [], sizes, strict=False)]
 
+    def agree(self, value: bool) -> bool:
+        """Rank 0's value, on all ranks at the same time."""
+        if self.is_alone:
+            return value
+        said = torch.tensor([int(value)])
+        with _others_may_be_lost():
+            dist.broadcast(said, src=0, group=self._group)
+        return bool(said)
+
+    def send(self, tensor: Tensor, rank: int) -> None:
+        """To one of the others, from host memory."""
+        with _others_may_be_lost():
+            dist.send(tensor, rank, group=self._group)
+
+    def receive(self, tensor: Tensor) -> Tensor:
+        """What rank 0 sends, into `tensor`."""
+        with _others_may_be_lost():
+            dist.recv(tensor, 0, group=self._group)
+        return tensor
+
+    def share(self, tensor: Tensor) -> None:
+        """Rank 0's values into it, on all ranks at the same time, on any device."""
+        on_host = tensor.cpu().contiguous()
+        with _others_may_be_lost():
+            dist.broadcast(on_host, src=0, group=self._group)
+        tensor.copy_(on_host)
+
     def total_norm(self, norm: Tensor) -> Tensor:
         """The 2-norm of what all ranks hold together, from that of what this one holds: the same bits on all."""
         if self.is_alone:

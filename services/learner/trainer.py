@@ -38,7 +38,7 @@ class Trainer:
         self.reference = None
         if config.actor.kl_coef > 0:
             self.reference = Policy(config.model, config.learner, self.ranks)
-        self.optimizer = MasterAdamW(policy.model, config.optimizer, self.ranks)
+        self.optimizer = MasterAdamW(policy.model, config.optimizer, self.ranks, policy.rounded_to)
         self._snapshots = Snapshots()
         self._copied: Snapshot | None = None
         self._latest: list[tuple[MicroBatch, Tensor]] = []
