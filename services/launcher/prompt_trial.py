@@ -79,7 +79,8 @@ def try_prompts(config: RunConfig, num_prompts: int) -> Found:
 def _load(config: RunConfig) -> tuple[Any, int]:
     """What renders and tokenizes, and the context."""
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # it says that there is no torch
-    is_kept_out = "torch" not in sys.modules and not config.model.trust_remote_code
+    is_imported = not sys.modules.keys().isdisjoint({"torch", "transformers"})
+    is_kept_out = not is_imported and not config.model.trust_remote_code
     if is_kept_out:
         sys.modules["torch"] = None  # type: ignore[assignment]
     try:
