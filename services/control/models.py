@@ -79,8 +79,7 @@ class Counts(Answer):
     stale: int = 0
     evaluated: int = 0
     dead: int = 0
-    skipped: int = 0
-    """Prompts that were too long to be issued."""
+    skipped: int = Field(0, description="Prompts that were too long to be issued.")
     generated_tokens: int = 0
 
 
