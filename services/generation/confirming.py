@@ -21,7 +21,7 @@ from services.generation.engine_calls import EngineCalls, EngineError
 from services.generation.held_weights import Comparison, Confirmed, Hashes, compare_changes, other_bytes, sample_of
 from services.generation.tensor_shapes import safetensors_entries
 
-SAMPLE_BYTES = 16 << 20
+SAMPLE_BYTES = 64 << 20
 """Of the tensors whose bytes are held against the file's at a swap on CUDA: a fraction of a second of one core."""
 BY_ITS_LABEL = "the swap is confirmed by the engine's label alone: what it held before is not known"
 _log = logging.getLogger(__name__)
