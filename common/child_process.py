@@ -3,7 +3,9 @@
 import ctypes
 import os
 import signal
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 OF_THE_RUN = ("HEADRACE_", "REDIS")
@@ -27,3 +29,8 @@ def dies_with_parent(signal_number: int = signal.SIGKILL) -> Callable[[], None]:
 def environment_of_foreign_code() -> dict[str, str]:
     """Ours without `OF_THE_RUN`: for programs that run what others wrote. All else stays, such as a judge's API key."""
     return {name: value for name, value in os.environ.items() if not name.startswith(OF_THE_RUN)}
+
+
+def import_path() -> str:
+    """For a child's PYTHONPATH, so that it can import what we can."""
+    return os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)

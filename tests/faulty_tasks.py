@@ -7,12 +7,31 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common.tasks import Prompt, Split
 from common.wire import Ticket
+
+ODD = {
+    "nan": math.nan,
+    "inf": math.inf,
+    "text": "1.0",
+    "none": None,
+    "array": np.ones(2),
+    "complex": 1j,
+    "true": True,
+    "np.true": np.bool_(True),
+    "np.float": np.float32(0.5),
+    "np.int": np.int64(3),
+    "0d": np.array(2.0),
+    "np.nan": np.float64(math.nan),
+}
+"""What a reward may return; some of it is a number."""
 
 
 class Obedient:
@@ -20,6 +39,7 @@ class Obedient:
 
     def __init__(self, factor: float = 1.0) -> None:
         self._factor = factor
+        self._asked: Counter[str] = Counter()
 
     def prompts(self, split: Split, *, seed: int, epoch: int) -> Iterator[Prompt]:
         return iter(())
@@ -48,7 +68,12 @@ class Obedient:
             case "oom_killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "return":
-                return {"nan": math.nan, "text": "1.0", "none": None}[argument]
+                return ODD[argument]
+            case "fail":  # so many times, then return how often it was asked
+                self._asked[argument] += 1
+                if self._asked[argument] <= int(argument.partition(" ")[0]):
+                    raise ValueError(f"not yet {argument}")
+                return self._asked[argument]
         return self._factor * float(completion)
 
 

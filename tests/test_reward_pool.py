@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from common.wire import Sampling, Ticket
-from services.generation.reward_pool import RewardError, RewardPool
+from services.generation import reward_pool
+from services.generation.reward_pool import RewardError, RewardPool, TaskError
 
 REPOSITORY = Path(__file__).parents[1]
 TICKET = Ticket(
@@ -85,16 +86,22 @@ def test_a_worker_is_handed_neither_the_token_nor_redis(tmp_path: Path, monkeypa
     assert str(tmp_path / "token") not in found
 
 
-def test_a_failing_reward_costs_its_group_and_its_worker_only() -> None:
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reward_pool, "PAUSES_S", (0.0, 0.0))
+
+
+def test_a_reward_that_raises_or_is_no_number_costs_its_group_only(no_pauses: None) -> None:
     faults = {
-        "raise": "ValueError: .*is no text.*faulty_tasks.py:",
-        "eat": "MemoryError",
-        "exit": "status 7",
-        "leave": "SystemExit: enough",
-        "oom_killed": "status -9",
-        "return nan": "finite number.*nan",
+        "raise": "completion 2 of 3: ValueError: .*is no text.*faulty_tasks.py:",
+        "return nan": "completion 2 of 3: expected a finite number.*nan",
+        "return inf": "finite number.*inf",
         "return text": "finite number.*'1.0'",
         "return none": "finite number.*None",
+        "return np.nan": "finite number.*nan",
+        "return complex": "finite number.*1j",
+        "return array": "ValueError: can only convert an array of size 1",
+        "fail 3": "not yet 3",
         "\ud800": "UnicodeEncodeError",
     }
 
@@ -102,8 +109,46 @@ def test_a_failing_reward_costs_its_group_and_its_worker_only() -> None:
         async with running_pool() as pool:
             [pid] = await pool.score(TICKET, ["pid"])
             for completion, reason in faults.items():
-                with pytest.raises(RewardError, match=f"(?s)ticket-7: .*{reason}"):
+                with pytest.raises(RewardError, match=f"(?s)ticket-7: .*{reason}") as caught:
                     await pool.score(TICKET, ["1", completion, "2"])
+                if completion != "\ud800":
+                    assert caught.value.completions == [completion]
+                assert pool.problem == str(caught.value)
+                assert await pool.score(TICKET, ["pid"]) == [pid], f"the worker of {completion!r} was given up"
+                assert pool.problem == ""
+
+    asyncio.run(scenario())
+
+
+def test_what_was_generated_is_scored_again_and_no_more_of_it_than_failed(no_pauses: None) -> None:
+    async def scenario() -> None:
+        async with running_pool() as pool:
+            completions = ["fail 0 a", "fail 2 b", "7", "fail 1 c", "fail 0 a"]
+            assert await pool.score(TICKET, completions) == [1.0, 3.0, 7.0, 2.0, 2.0]
+            assert pool.problem == ""
+
+    asyncio.run(scenario())
+
+
+def test_numbers_of_numpy_are_rewards() -> None:
+    async def scenario() -> None:
+        async with running_pool() as pool:
+            names = ["true", "np.true", "np.float", "np.int", "0d"]
+            assert await pool.score(TICKET, [f"return {name}" for name in names]) == [1.0, 1.0, 0.5, 3.0, 2.0]
+
+    asyncio.run(scenario())
+
+
+def test_a_reward_that_ends_its_worker_costs_its_group_and_its_worker_only() -> None:
+    faults = {"eat": "MemoryError", "exit": "status 7", "leave": "SystemExit: enough", "oom_killed": "status -9"}
+
+    async def scenario() -> None:
+        async with running_pool() as pool:
+            [pid] = await pool.score(TICKET, ["pid"])
+            for completion, reason in faults.items():
+                with pytest.raises(RewardError, match=f"(?s)ticket-7: .*{reason}") as caught:
+                    await pool.score(TICKET, ["1", completion, "2"])
+                assert caught.value.completions == ["1", completion, "2"]
                 [next_pid] = await pool.score(TICKET, ["pid"])
                 assert next_pid != pid, f"the worker of {completion!r} was used again"
                 pid = next_pid
@@ -200,7 +245,7 @@ def test_closing_ends_every_process_and_every_wait() -> None:
 )
 def test_a_task_that_cannot_be_loaded_fails_the_start(task: str, reason: str) -> None:
     async def scenario() -> None:
-        with pytest.raises(RewardError, match=reason):
+        with pytest.raises(TaskError, match=reason):
             async with running_pool(f"tests.faulty_tasks:{task}", num_workers=2):
                 pass
 

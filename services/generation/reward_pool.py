@@ -1,34 +1,47 @@
 """Rewards, computed in worker processes that may fail.
 
-A group's completions are one job on one worker. A reward that raises, hangs past the deadline, eats memory or ends
-its process costs its group a `RewardError` and nothing else: the worker of a failed group is killed, with its
-process group, and replaced before its place is used again. Other groups only ever wait for a free worker. Between
-pool and worker is msgpack: one answer a message.
+A group's completions are one job on one worker. A completion whose reward raises, or is no finite number, is scored
+again, twice at most; the worker goes on. A reward that hangs past the deadline, eats memory or ends its process costs
+its group a `RewardError` at once: the worker is killed, with its process group, and replaced before its place is used
+again. Other groups only ever wait for a free worker. Between pool and worker is msgpack: one answer a message.
 """
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
-from common.child_process import environment_of_foreign_code
+from common.child_process import environment_of_foreign_code, import_path
 from common.metrics.families import SHORT_S, Histogram
 from common.wire import Ticket
 from services.generation.reward_worker import LENGTH_BYTES, Answer, Job, Setup
 
 START_DEADLINE_S = 120.0
+PAUSES_S = (0.1, 1.0)
+"""Before a completion is scored for the second time, and for the third."""
+_log = logging.getLogger(__name__)
 
 
 class RewardError(Exception):
     """A group could not be scored, or a worker not be started; the text says why."""
+
+    def __init__(self, text: str, completions: Sequence[str] = ()) -> None:
+        super().__init__(text)
+        self.completions = completions
+        """Those without a reward."""
+
+
+class TaskError(RewardError):
+    """The task cannot be loaded here; another try would come to the same."""
 
 
 class RewardPool:
@@ -52,6 +65,8 @@ class RewardPool:
         self._deadline_s = deadline_s
         self.seconds = Histogram(SHORT_S)
         """What workers took for a group, failures included."""
+        self.problem = ""
+        """Of the latest group that could not be scored; empty once another could."""
         self._open = False
         self._free: asyncio.Queue[Worker] = asyncio.Queue()
         """`num_workers` places, less those in use. A place may hold a dead worker, to be replaced when it is used."""
@@ -82,23 +97,42 @@ class RewardPool:
     async def score(self, ticket: Ticket, completions: list[str]) -> list[float]:
         """One finite reward for each completion, in order; raises `RewardError` naming the ticket.
 
-        Waits for a free worker; the deadline counts from when the worker gets the group.
+        Waits for a free worker; the deadline counts from when the worker gets the group, each time that it does.
         """
         assert self._open, "score() is for after start() and before close()"
+        rewards: list[float | None] = [None] * len(completions)
+        for pause_s in (0.0, *PAUSES_S):
+            await asyncio.sleep(pause_s)
+            missing = [index for index, reward in enumerate(rewards) if reward is None]
+            texts = [completions[index] for index in missing]
+            try:
+                answer = await self._score_once(Job(ticket, texts))
+            except (RewardError, OSError) as error:
+                self.problem = f"ticket {ticket.id}: {error}"
+                raise RewardError(self.problem, texts) from error
+            assert len(answer.rewards) == len(missing), (len(answer.rewards), len(missing))
+            for index, reward in zip(missing, answer.rewards, strict=True):
+                rewards[index] = reward
+            scored = [reward for reward in rewards if reward is not None]
+            if len(scored) == len(rewards):
+                self.problem = ""
+                return scored
+            first = rewards.index(None)
+            _log.info("completion %d of %d: %s", first + 1, len(rewards), answer.problem, extra={"ticket": ticket.id})
+        self.problem = f"ticket {ticket.id}: completion {first + 1} of {len(rewards)}: {answer.problem}"
+        raise RewardError(self.problem, [completions[i] for i, reward in enumerate(rewards) if reward is None])
+
+    async def _score_once(self, job: Job) -> Answer:
         worker = await self._free.get()
         started = time.monotonic()
         try:
             if not worker.is_usable:
                 worker.kill()
                 worker = await self._start_worker()
-            rewards = await worker.ask(Job(ticket, completions), self._deadline_s)
-        except (RewardError, OSError) as error:
-            raise RewardError(f"ticket {ticket.id}: {error}") from error
+            return await worker.ask(job, self._deadline_s)
         finally:
             self.seconds.observe(time.monotonic() - started)
             self._free.put_nowait(worker)
-        assert len(rewards) == len(completions), (len(rewards), len(completions))
-        return rewards
 
     async def _start_worker(self) -> "Worker":
         ours, theirs = socket.socketpair()
@@ -109,7 +143,9 @@ class RewardPool:
                 raise RewardError("the reward pool was closed")
             worker = Worker(spawn(theirs), answers, messages)
         self._running = {worker, *(other for other in self._running if other.process.poll() is None)}
-        await worker.ask(self._setup, START_DEADLINE_S)
+        answer = await worker.ask(self._setup, START_DEADLINE_S)
+        if answer.problem:
+            raise TaskError(answer.problem)
         return worker
 
 
@@ -144,29 +180,33 @@ class Worker:
             await self._messages.wait_closed()
         return status
 
-    async def ask(self, message: Setup | Job, deadline_s: float) -> list[float]:
-        """The rewards of the answer. Whatever else comes, a cancelled caller included, the worker is killed."""
-        answered = False
+    async def ask(self, message: Setup | Job, deadline_s: float) -> Answer:
+        """The answer. A worker that gives none, or says that it is not sound, is killed, and so it is if the caller is
+        cancelled. Raises `RewardError` where there is none."""
+        try:
+            payload = msgspec.msgpack.encode(message)
+        except UnicodeEncodeError as error:
+            raise RewardError(f"{type(error).__name__}: {error}") from error
+        is_sound = False
         try:
             async with asyncio.timeout(deadline_s):
-                answer = await self._exchange(message)
-            if answer.problem:
+                answer = await self._exchange(payload)
+            is_sound = answer.is_sound
+            if not is_sound and isinstance(message, Job):
                 raise RewardError(answer.problem)
-            answered = True
-            return answer.rewards
+            return answer
         except TimeoutError as error:
             raise RewardError(f"no answer within the deadline of {deadline_s:g} s") from error
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             self.kill()  # it is dead already, or as good as: a dead process keeps its own exit status
             raise RewardError(f"the worker's process ended with status {await self.ended()}") from error
-        except (UnicodeEncodeError, msgspec.DecodeError) as error:
+        except msgspec.DecodeError as error:
             raise RewardError(f"{type(error).__name__}: {error}") from error
         finally:
-            if not answered:
+            if not is_sound:
                 self.kill()
 
-    async def _exchange(self, message: Setup | Job) -> Answer:
-        payload = msgspec.msgpack.encode(message)
+    async def _exchange(self, payload: bytes) -> Answer:
         self._messages.write(len(payload).to_bytes(LENGTH_BYTES) + payload)
         await self._messages.drain()
         length = int.from_bytes(await self._answers.readexactly(LENGTH_BYTES))
@@ -180,12 +220,11 @@ def spawn(connection: socket.socket) -> subprocess.Popen[bytes]:
     Its standard input is the connection, and what a reward prints goes to our standard error. It inherits neither
     another descriptor nor the run's token nor Redis' URL.
     """
-    import_path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
     one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "services.generation.reward_worker"],
         stdin=connection.fileno(),
         stdout=2,
-        env={**environment_of_foreign_code(), **one_thread, "PYTHONPATH": import_path},
+        env={**environment_of_foreign_code(), **one_thread, "PYTHONPATH": import_path()},
         start_new_session=True,
     )

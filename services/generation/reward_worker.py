@@ -24,6 +24,7 @@ from common.wire import Ticket
 
 LENGTH_BYTES = 4
 MAX_PROBLEM_CHARS = 500
+NO_NUMBER = "expected a finite number for a reward, got {}"
 
 
 class Setup(msgspec.Struct, frozen=True):
@@ -43,10 +44,13 @@ class Job(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """To a `Setup`: no rewards; to a `Job`: one for each completion. Either may have a problem instead."""
+    """To a `Setup`: no rewards; to a `Job`: one for each completion, None for one that has none."""
 
-    rewards: list[float] = []
+    rewards: list[float | None] = []
     problem: str = ""
+    """The first one; empty: there is none."""
+    is_sound: bool = True
+    """False: the worker is not to be used any more."""
 
 
 Received = TypeVar("Received", Setup, Job)
@@ -63,7 +67,7 @@ def work() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (setup.memory_bytes, setup.memory_bytes))
         task = load_task(setup.task_name, setup.task_settings)
     except BaseException as error:  # noqa: BLE001 - a task is foreign code: it may raise anything
-        send(parent, Answer(problem=describe(error)))
+        send(parent, Answer(problem=describe(error), is_sound=False))
         return
     send(parent, Answer())
     while job := receive(parent, Job):
@@ -90,17 +94,30 @@ def send(parent: BufferedRWPair, answer: Answer) -> None:
 
 
 def judge(task: Task, job: Job) -> Answer:
-    """The rewards of one group, or why there are none."""
-    rewards: list[float] = []
-    try:
-        for completion in job.completions:
-            reward = task.reward(completion, job.ticket)
-            if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
-                return Answer(problem=f"expected a finite number for a reward, got {reprlib.repr(reward)}")
-            rewards.append(float(reward))
-    except BaseException as error:  # noqa: BLE001 - as above
-        return Answer(problem=describe(error))
-    return Answer(rewards)
+    """The rewards of one group. One that raises or is no finite number costs the others nothing."""
+    rewards: list[float | None] = []
+    problem = ""
+    for completion in job.completions:
+        reward = None
+        try:
+            given = task.reward(completion, job.ticket)
+            reward = finite_number(given)
+            problem = problem or (NO_NUMBER.format(reprlib.repr(given)) if reward is None else "")
+        except MemoryError as error:
+            return Answer(problem=describe(error), is_sound=False)
+        except Exception as error:  # noqa: BLE001 - as above
+            problem = problem or describe(error)
+        except BaseException as error:  # noqa: BLE001 - it wants to end the process
+            return Answer(problem=describe(error), is_sound=False)
+        rewards.append(reward)
+    return Answer(rewards, problem)
+
+
+def finite_number(given: Any) -> float | None:
+    """Also of numpy's and torch's scalars, truth values among them."""
+    if not isinstance(given, numbers.Real) and hasattr(given, "item"):
+        given = given.item()
+    return float(given) if isinstance(given, numbers.Real) and math.isfinite(given) else None
 
 
 def describe(error: BaseException) -> str:

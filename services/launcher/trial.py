@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from common.child_process import dies_with_parent
+from common.child_process import dies_with_parent, import_path
 from common.config import RunConfig
 from common.context import fits
 from common.preflight import NotHere
@@ -105,14 +105,13 @@ class _Child:
 @contextmanager
 def _child(module: str, config: str, *arguments: str) -> Iterator[_Child]:
     """Its first line is the configuration, and it can import what we can."""
-    import_path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
     with (
         tempfile.NamedTemporaryFile(prefix="headrace-trial-") as output,
         subprocess.Popen(
             [sys.executable, "-m", module, output.name, *arguments],
             stdin=subprocess.PIPE,
             stdout=2,
-            env=os.environ | {"PYTHONPATH": import_path, "OPENBLAS_NUM_THREADS": "1"},
+            env=os.environ | {"PYTHONPATH": import_path(), "OPENBLAS_NUM_THREADS": "1"},
             start_new_session=True,
             preexec_fn=dies_with_parent(),
         ) as process,
