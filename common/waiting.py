@@ -32,6 +32,7 @@ class Reason(StrEnum):
     ENGINE_STARTING = "the engine is starting"
     ENGINE_SILENT = "the engine does not answer"
     WEIGHTS = "weights"
+    REWARDS = "rewards fail"
     NO_TICKETS = "no tickets"
     PAUSED = "paused"
 

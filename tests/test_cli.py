@@ -14,6 +14,8 @@ import redis
 from common.config import RunConfig, load_recipe
 from common.http_service import listen
 from common.keys import Keys
+from common.wire import encode
+from tests.making import make_group, make_ticket
 
 ROOT = Path(__file__).parents[1]
 TINY = "configs/tiny-cpu.yaml"
@@ -174,3 +176,56 @@ def test_dead_tickets_for_programs(redis_url: str, client: redis.Redis, keys: Ke
     assert (dead["ticket_id"], dead["reason"], dead["is_ticket"]) == ("0-7", "no answer", True)
     assert json.loads(headrace("dead", "retry", *where).stdout) == {"tickets": ["0-7"]}
     assert json.loads(headrace("dead", "purge", *where).stdout) == {"tickets": ["0-7"]}
+
+
+def test_a_dead_ticket_shows_its_prompt_and_what_could_not_be_scored(
+    redis_url: str, client: redis.Redis, keys: Keys
+) -> None:
+    """Also where the learner refused the group; and nothing that a terminal would obey."""
+    payloads: dict[str, dict[str, Any]] = {
+        "0-7": {"payload": encode(make_ticket("0-7")), "completions": json.dumps(["so \x1b[2J it is 3"])},
+        "0-8": {"payload": encode(make_group("0-8"))},
+        "0-9": {"payload": b"\xff"},
+    }
+    for name, fields in payloads.items():
+        entry: Any = {"id": name, "reason": f"why {name}", **fields}
+        client.hset(keys.ledger, name, f"dead {client.xadd(keys.dead, entry).decode()}")
+    where = ["--redis-url", redis_url]
+    shown = headrace("dead", "list", keys.run, "0-7", *where).stdout
+    assert "0-7  why 0-7\n  user:\n    1 + 1?\n  reference:\n" in shown and "why 0-8" not in shown
+    assert shown.endswith("  completion 1:\n    so \N{REPLACEMENT CHARACTER}[2J it is 3\n")
+    both = json.loads(headrace("dead", "list", keys.run, "0-8", "0-9", "--json", *where).stdout)["dead"]
+    assert [one["completions"] for one in both] == [["2", "2"], []]
+    assert (both[0]["reference"], both[0]["messages"]) == ({"answer": "2"}, make_ticket().messages)
+    assert headrace("dead", "list", keys.run, *where).stdout.count("why 0-") == 3
+    unknown = headrace("dead", "list", keys.run, "1-1", *where)
+    assert unknown.returncode == 2 and unknown.stderr.startswith("headrace dead: ticket '1-1' is not dead")
+
+
+TASK_BESIDE = """
+from common.tasks import Prompt
+
+class Count:
+    def prompts(self, split, *, seed, epoch):
+        yield Prompt(messages=[{"role": "user", "content": f"count to 3, {split}"}], reference={"to": 3})
+
+    def reward(self, completion, ticket):
+        return float("3" in completion)
+"""
+
+
+def test_a_task_beside_the_recipe_is_found_wherever_the_command_is_given(tmp_path: Path, demo_policy: Path) -> None:
+    """By the command, by what tries the prompts, and by a reward worker."""
+    (tmp_path / "counting_beside.py").write_text(TASK_BESIDE)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {{path: {demo_policy}, dtype: float32}}\ntask: {{name: 'counting_beside:Count'}}\n"
+        "sampling: {max_new_tokens: 8}\ngeneration: {engine: {device: cpu}}\n"
+    )
+    result = headrace("check", str(recipe))
+    assert result.returncode == 0, result
+    assert "counting_beside:Count" in result.stdout
+    elsewhere = tmp_path / "elsewhere" / "recipe.yaml"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text(recipe.read_text())
+    refused(headrace("check", str(elsewhere)), "expected a module beside the recipe, installed, or on PYTHONPATH")

@@ -16,6 +16,7 @@ from tests.seeded_run import heartbeat
 SERVES = ReplicaFact("a", "running", "", 0)
 STARTS = ReplicaFact("a", "starting", "the engine is starting for 6 s", 0)
 ILL = ReplicaFact("b", "quarantined", "checksums differ for 7 s", 0)
+UNSCORED = ReplicaFact("a", "running", "rewards fail: ticket 0-1: ValueError: no for 9 s", 0)
 WELL = Facts(phase="training", step=9, steps=60, replicas=(SERVES,), is_exact=True)
 
 
@@ -55,6 +56,14 @@ def judged(**changes: Any) -> Verdict:
         ({"waiting_s": 901.0}, "failed", "the learner starves: replicas serve, no batch comes"),
         ({"waiting_s": 901.0, "is_paused": True}, "waiting", "paused, as ordered"),
         ({"num_dead_lately": 1}, "warning", "1 ticket died in the last 10 minutes"),
+        (
+            {"num_dead_lately": 2, "dead_reason": "ValueError"},
+            "warning",
+            "2 tickets died in the last 10 minutes, the",
+        ),
+        ({"replicas": (UNSCORED,)}, "warning", "a: rewards fail: ticket 0-1: ValueError: no"),
+        ({"replicas": (UNSCORED,), "waiting_s": 31.0}, "failed", "a: rewards fail: ticket 0-1: ValueError: no"),
+        ({"replicas": (UNSCORED,), "phase": "finished"}, "ended", "the run is complete"),
         ({"num_dead_lately": 20}, "failed", "20 tickets died in the last 10 minutes"),
         ({"checkpoint_failing_s": 1.0}, "failed", "the checkpoint cannot be written"),
         ({"unapplied_s": 61.0}, "waiting", "changed settings wait for the learner's next step"),
@@ -79,6 +88,12 @@ def judged(**changes: Any) -> Verdict:
 def test_the_verdict_is_what_is_wrong(changes: dict[str, Any], level: str, text: str) -> None:
     verdict = judged(**changes)
     assert (verdict.level, verdict.text[: len(text)]) == (level, text)
+
+
+def test_who_starves_by_rewards_or_by_dead_tickets_is_sent_to_the_dead() -> None:
+    for changes in ({"replicas": (UNSCORED,)}, {"num_dead_lately": 1}):
+        assert judged(waiting_s=31.0, **changes).advice.startswith("headrace dead list tells why")
+    assert "headrace dead list" not in judged(waiting_s=31.0).advice
 
 
 def test_the_worst_is_told_first_and_others_are_counted() -> None:

@@ -10,7 +10,7 @@ import redis
 
 from common.http_service import free_port
 from services.launcher.processes import Service, redis_binary, redis_url_at, wait_for_redis
-from tests.fake_services import RECIPE, SERVES, Fakes, Faking, ended, faking, processes_of, redis_of, until
+from tests.fake_services import RECIPE, ROOT, SERVES, Fakes, Faking, ended, faking, processes_of, redis_of, until
 
 __all__ = ["faking"]
 SHOWS = "print(module, *arguments, redis('GET', 'kept')); sys.exit(7)"
@@ -101,6 +101,25 @@ def test_commands_open_the_files_of_a_run_that_is_over(faking: Faking, redis_url
         ended_too = " --ended" if handed_on.startswith("record") else ""
         assert shown == f"services.learner.{handed_on} --run faked --runs-folder {fakes.run.parent}{ended_too} dear\n"
         assert not processes_of(fakes.run)
+
+
+def test_dead_tickets_are_in_the_last_line(faking: Faking) -> None:
+    key = "'headrace:{' + option('--run') + '}:dead'"
+    dies = f"redis('XADD', {key}, '*', 'id', '0-1', 'reason', 'ValueError'); time.sleep(1.0)"
+    output = ended(faking(learner=dies).up(), 0)
+    assert output.splitlines()[-1] == "1 ticket is dead (headrace dead list faked), the latest: ValueError"
+    output = ended(faking(learner=f"{dies}; sys.exit(2)").up(), 1)
+    assert "1 ticket is dead (headrace dead list faked), the latest: ValueError" in output
+
+
+def test_a_task_beside_the_recipe_is_found_by_all_services(faking: Faking, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine" / "recipe.yaml"
+    recipe.parent.mkdir()
+    recipe.write_text((ROOT / RECIPE).read_text().replace("assets/", f"{ROOT}/assets/"))
+    shows = "note(os.environ['PYTHONPATH'].split(os.pathsep)[-1])"
+    fakes = faking(learner=f"{shows}\nwhile notes.read_text().count('mine') < 2: time.sleep(0.02)", generation=shows)
+    ended(fakes.headrace("up", str(recipe), "--run", "faked"), 0)
+    assert {f"learner {recipe.parent}", f"generation {recipe.parent}"} <= set(fakes.lines())
 
 
 def test_the_run_is_locked_while_a_command_has_its_files_open(faking: Faking) -> None:

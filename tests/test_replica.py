@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -92,10 +93,13 @@ def test_a_reward_that_fails_costs_attempts_and_then_the_ticket_not_the_replica(
         async with start(task="tests.faulty_tasks:Raises") as replica:
             await until(lambda: client.xlen(keys.dead) == 1)
             assert replica.state == "running"
+            told = "rewards fail: ticket 0-0: completion 1 of 2: RuntimeError: no reward today"
+            await until(lambda: replica.heartbeat().reason.startswith(told))
 
     run(scenario)
     ((_, dead),) = client.xrange(keys.dead)
     assert dead[b"id"] == b"0-0" and b"ticket 0-0" in dead[b"reason"]
+    assert len(json.loads(dead[b"completions"])) == 2, "what could not be scored is kept"
     assert parse_mark(client.hget(keys.ledger, "0-0")).state == "dead"
 
 

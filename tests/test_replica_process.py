@@ -90,7 +90,13 @@ def own_redis(tmp_path: Path) -> Iterator[tuple[Service, str]]:
 
 @contextlib.contextmanager
 def replica(
-    url: str, keys: Keys, folder: Path, model: Path, engine_url: str | None, is_published: bool = True
+    url: str,
+    keys: Keys,
+    folder: Path,
+    model: Path,
+    engine_url: str | None,
+    is_published: bool = True,
+    task: str = "arithmetic",
 ) -> Iterator[tuple[Process, Learner]]:
     """In a run whose learner has begun; killed at the latest when the block ends."""
     with connect(url) as client, a_learner(client, keys, folder, model) as learner:
@@ -98,7 +104,7 @@ def replica(
             learner.publish(0)
         config = {
             "model": {"path": str(model), "dtype": "float32"},
-            "task": {"name": "arithmetic"},
+            "task": {"name": task},
             "generation": {"engine": {"url": engine_url, "device": "cpu"}},
         }
         client.set(keys.config, RunConfig.model_validate(config).model_dump_json())
@@ -108,6 +114,16 @@ def replica(
         finally:
             process.popen.kill()
             process.popen.wait()
+
+
+def test_a_task_that_is_not_here_is_refused_in_one_line(
+    redis_url: str, keys: Keys, tmp_path: Path, demo_policy: Path, fake: FakeSglang
+) -> None:
+    with replica(redis_url, keys, tmp_path, demo_policy, fake.url, task="nowhere:Task") as (process, _):
+        assert process.popen.wait(120.0) == 2
+    last = process.log.read_text().splitlines()[-1]
+    assert last.startswith("headrace generation: ValueError: task 'nowhere:Task' cannot be imported: No module named")
+    assert "expected a module beside the recipe, installed, or on PYTHONPATH" in last
 
 
 def issue_one_in_flight(process: Process, learner: Learner, fake: FakeSglang) -> None:

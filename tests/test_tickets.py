@@ -11,7 +11,14 @@ from common.keys import Keys
 from common.ledger import parse_mark
 from common.redis_client import connect_async
 from common.wire import decode_group, decode_ticket, encode
-from services.generation.tickets import MAX_INTERRUPTIONS, Lease, TicketStore
+from services.generation.tickets import (
+    MAX_DEAD_CHARS,
+    MAX_DEAD_COMPLETIONS,
+    MAX_INTERRUPTIONS,
+    Lease,
+    TicketStore,
+)
+from services.learner.dead import dead_entries, kept_of
 from services.learner.store import LearnerStore
 from tests.making import make_group, make_ticket
 
@@ -96,7 +103,7 @@ def test_a_failure_is_retried_and_then_dead_with_its_reason(redis_url: str, clie
     LearnerStore(client, keys).add_tickets(keys.tickets, [make_ticket()])
 
     async def fail(store: TicketStore) -> None:
-        await store.fail(await lease_one(store), "reward: boom", max_attempts=2)
+        await store.fail(await lease_one(store), "reward: boom", 2, ["\x1b\ud800", "9" * 10_000, *"abcdef"])
 
     as_replica(redis_url, keys, "a", fail)
     assert states(client, keys) == {"0-0": "open"}
@@ -108,6 +115,11 @@ def test_a_failure_is_retried_and_then_dead_with_its_reason(redis_url: str, clie
     assert client.xlen(keys.tickets) == 0
     ((_, dead),) = client.xrange(keys.dead)
     assert (dead[b"id"], dead[b"reason"]) == (b"0-0", b"reward: boom")
+    (found,) = dead_entries(client, keys)
+    kept = kept_of(client, keys, found.entry_id)
+    assert (kept.messages, kept.reference, kept.attempts) == (make_ticket().messages, {"answer": "2"}, 2)
+    assert len(kept.completions) == MAX_DEAD_COMPLETIONS and kept.completions[0] == "\x1b\\ud800"
+    assert "6,000 characters" in kept.completions[1] and len(kept.completions[1]) < MAX_DEAD_CHARS + 50
 
 
 def test_a_hand_back_is_no_attempt(redis_url: str, client: redis.Redis, keys: Keys) -> None:

@@ -108,6 +108,33 @@ def test_a_reason_to_wait_is_told_when_it_lasts(
         assert watcher.new_lines() == [f"{told} 0 s"]
 
 
+def test_why_rewards_fail_and_what_has_died_is_told(
+    client: redis.Redis, redis_url: str, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.monotonic()
+    monkeypatch.setattr(watch, "monotonic", lambda: now)
+    reason = "rewards fail: ticket 0-1: ValueError: no for 2 s"
+    told = f"(headrace dead list {keys.run}), the latest: ValueError"
+    with Seen(redis_url, keys) as watcher:
+        beat(client, keys, "a", reason=reason)
+        watcher.look()
+        assert watcher.new_lines()[1:] == [f"a: {reason}"]
+        beat(client, keys, "a", reason="rewards fail: ticket 0-2: ValueError: no for 3 s")
+        client.xadd(keys.dead, {"id": "0-1", "reason": "ValueError"})
+        watcher.look()
+        assert watcher.new_lines() == [f"1 ticket is dead {told}"]
+        client.xadd(keys.dead, {"id": "0-2", "reason": "ValueError"})
+        watcher.look()
+        assert watcher.new_lines() == [], "not at each"
+        now += 31
+        watcher.look()
+        watcher.look()
+        assert watcher.new_lines() == [f"2 tickets are dead {told}"]
+    with Seen(redis_url, keys, is_terminal=True) as watcher:
+        watcher.look()
+    assert f"· 2 tickets are dead {told}" in watcher.output.getvalue().replace("\n", " ").replace("  ", " ")
+
+
 def test_the_table_shows_why_the_learner_waits(client: redis.Redis, redis_url: str, keys: Keys) -> None:
     announce(client, keys, "step", msgspec.json.encode(STEP))
     client.hset(keys.learner, mapping={"phase": "waiting", "reason": "no live replica for 3 s"})

@@ -6,7 +6,9 @@ A task has two methods and is chosen by name, or by import path (`package.module
 
 import difflib
 import importlib
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -49,6 +51,13 @@ class Task(Protocol):
         ...
 
 
+def look_in(folder: Path) -> None:
+    """A task may be in a module of `folder` too, such as the recipe's; what is found elsewhere comes first."""
+    entry = str(folder.resolve())
+    if entry not in sys.path:
+        sys.path.append(entry)
+
+
 def load_task(name: str, settings: dict[str, Any]) -> Task:
     """The task of that name or import path, constructed with `settings` as keyword arguments.
 
@@ -63,7 +72,8 @@ def load_task(name: str, settings: dict[str, Any]) -> Task:
     try:
         task_class = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"task {name!r} cannot be imported: {error}") from error
+        where = "; expected a module beside the recipe, installed, or on PYTHONPATH" * isinstance(error, ImportError)
+        raise ValueError(f"task {name!r} cannot be imported: {error}{where}") from error
     try:
         task: Task = task_class(**settings)
     except TypeError as error:

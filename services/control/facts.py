@@ -115,6 +115,7 @@ class FactFinder:
             checkpoint_failing_s=self._lasting.for_s("checkpoint", CHECKPOINT in reason, now),
             redis_away_s=self._lasting.for_s("redis", is_redis_away, now),
             num_dead_lately=self._num_dead_lately(look.queues.dead, now),
+            dead_reason=look.dead_reason,
             held_back=look.learner.get("held_back", ""),
             unapplied_s=self._lasting.for_s("settings", is_unapplied, now),
             recent={name: history.latest(name, SMOOTHED_STEPS) for name in WATCHED}

@@ -39,6 +39,8 @@ class Facts:
     checkpoint_failing_s: float = 0.0
     redis_away_s: float = 0.0
     num_dead_lately: int = 0
+    dead_reason: str = ""
+    """Of the ticket that died last."""
     held_back: str = ""
     """What the learner's guard has tightened; empty: nothing."""
     unapplied_s: float = 0.0

@@ -12,7 +12,7 @@ import redis.asyncio
 
 from common.control import Orders, parse_orders
 from common.keys import TICKET_GROUP, Keys
-from common.wire import Heartbeat, WireError, decode_heartbeat
+from common.wire import Heartbeat, WireError, decode_heartbeat, one_line
 from services.control.models import Queues
 
 MAX_ROWS = 2000
@@ -41,6 +41,8 @@ class Look(NamedTuple):
     events: list[Entry]
     history: list[Entry]
     shown: list[Entry]
+    dead_reason: str
+    """Of the ticket that died last; empty: none is dead."""
     is_behind: bool
     """There is more of a stream to be read at once."""
 
@@ -70,7 +72,7 @@ class RunReader:
             if isinstance(answer, Exception):
                 raise answer
         learner, control, config, epoch, launcher, *lengths = found[:9]
-        events, history, shown, (cursor, scanned), beats = found[9:]
+        newest_dead, events, history, shown, (cursor, scanned), beats = found[9:]
         self._events_after, is_first = _last_id(events, self._events_after), self._events_after is None
         self._history_after = _last_id(history, self._history_after)
         self._shown_after = _last_id(shown, self._shown_after)
@@ -90,6 +92,7 @@ class RunReader:
             events=_entries(reversed(events) if is_first else events),
             history=_entries(history),
             shown=_entries(shown),
+            dead_reason=one_line(_text(newest_dead[0][1].get(b"reason", b""))) if newest_dead else "",
             is_behind=len(history) == MAX_ROWS or len(shown) == MAX_SHOWN_ROWS or (len(events) >= MAX_ROWS),
         )
 
@@ -103,6 +106,7 @@ class RunReader:
         pipe.get(keys.launcher)
         for stream in (keys.tickets, keys.groups, keys.eval, keys.dead):
             pipe.xlen(stream)
+        pipe.xrevrange(keys.dead, count=1)
         if self._events_after is None:
             pipe.xrevrange(keys.events, count=MAX_FIRST_EVENTS)
         else:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from common.waiting import Reason
 from services.control.finding import FINAL_PHASES, Facts, Finding, finding, plain
 from services.control.learning_checks import learning_findings
 from services.control.models import Level, Verdict
@@ -14,6 +15,7 @@ DEAD_WINDOW_S = 600.0
 MANY_DEAD = 20
 UNAPPLIED_S = 60.0
 """Settings count from the next step; one that takes longer than this is worth a word."""
+SEE_DEAD = "headrace dead list tells why, and with a ticket by what; once that is mended, dead retry opens them again"
 ORDER: tuple[Level, ...] = ("failed", "warning", "waiting", "ended", "healthy")
 """The worst first."""
 
@@ -25,6 +27,7 @@ def findings_of(facts: Facts) -> list[Finding]:
         _learner(facts),
         _orders(facts),
         _replicas(facts),
+        _rewards(facts),
         _starved(facts),
         _quarantined(facts),
         _behind(facts),
@@ -112,6 +115,15 @@ def _replicas(facts: Facts) -> Finding:
     return finding("replicas", "failed", text, "start replicas, or see their logs", count, warn=1)
 
 
+def _rewards(facts: Facts) -> Finding:
+    failing = [replica for replica in facts.replicas if Reason.REWARDS in replica.reason]
+    if failing and facts.phase not in FINAL_PHASES:
+        level: Level = "failed" if facts.waiting_s > STARVED_S else "warning"
+        text = f"{failing[0].name}: {plain(failing[0].reason)}"
+        return finding("rewards", level, text, SEE_DEAD, len(failing), warn=1)
+    return finding("rewards", "healthy", "rewards are computed", "", len(failing), warn=1)
+
+
 def _starved(facts: Facts) -> Finding:
     value = facts.waiting_s
     limits = {"warn": STARVED_S, "alarm": facts.starvation_deadline_s / 2}
@@ -119,6 +131,8 @@ def _starved(facts: Facts) -> Finding:
     if value > STARVED_S and not is_excused and any(replica.state == "running" for replica in facts.replicas):
         level: Level = "failed" if value > limits["alarm"] else "warning"
         advice = "see whether the replicas' engines work, and whether nearly all groups are uniform"
+        if facts.num_dead_lately:
+            advice = SEE_DEAD
         return finding("starved", level, "the learner starves: replicas serve, no batch comes", advice, value, **limits)
     return finding("starved", "healthy", "batches come", "", value, **limits)
 
@@ -148,9 +162,8 @@ def _dead(facts: Facts) -> Finding:
     if count:
         level: Level = "failed" if count >= MANY_DEAD else "warning"
         text = f"{count} ticket{'s' * (count > 1)} died in the last {DEAD_WINDOW_S / 60:.0f} minutes"
-        return finding(
-            "dead", level, text, "headrace dead list tells why; dead retry opens them again", count, **limits
-        )
+        why = f", the latest: {facts.dead_reason}" if facts.dead_reason else ""
+        return finding("dead", level, f"{text}{why}", SEE_DEAD, count, **limits)
     return finding("dead", "healthy", "no ticket has died lately", "", 0, **limits)
 
 

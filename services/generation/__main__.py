@@ -25,9 +25,11 @@ from common.joining import Joined, joining_parser
 from common.logs import set_up_logging
 from common.preflight import check_engine_installed
 from common.waiting import Waits
+from common.wire import one_line
 from services.generation.api import make_app
 from services.generation.assembly import assembled
 from services.generation.joining import check_name, join
+from services.generation.reward_pool import TaskError
 from services.generation.room import NoRoom
 
 EXIT_DEADLINE_S = 9.0
@@ -52,13 +54,21 @@ def main() -> int:
         asyncio.run(_serve(arguments, joined, sock, waits))
     except asyncio.CancelledError:
         pass  # asked to end before there was anything to drain
-    except NoRoom as error:
-        print(f"headrace generation: {error}", file=sys.stderr)
-        return 2
-    except Exception:  # noqa: BLE001 - the process's top
-        _log.exception("the replica failed")
+    except Exception as error:  # noqa: BLE001 - the process's top
+        reason = _innermost(error)
+        if isinstance(reason, NoRoom | TaskError):
+            print(f"headrace generation: {one_line(str(reason))}", file=sys.stderr)
+            return 2
+        _log.exception("the replica failed: %s", f"{type(reason).__name__}: {reason}")
         return 1
     return 0
+
+
+def _innermost(error: Exception) -> Exception:
+    """The first that was raised in a group of tasks."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def _parse_arguments() -> argparse.Namespace:

@@ -108,7 +108,9 @@ class Answering:
         except TimeoutError:
             _log.warning("no weights in time")
             await self._tickets.hand_back(lease)
-        except (EngineError, RewardError, WireError) as error:
+        except RewardError as error:
+            await self._tickets.fail(lease, str(error), max_attempts, error.completions)
+        except (EngineError, WireError) as error:
             await self._tickets.fail(lease, str(error), max_attempts)
         else:
             if not await self._tickets.commit(lease, group):

@@ -28,7 +28,7 @@ BEAT_TTL_S = 10.0
 DRAIN_TIMEOUT_S = 2.0
 STATE_POLL_S = 0.2
 FIRST_VERSION_TIMEOUT_S = 3600.0
-TOLD = (Reason.ENGINE_STARTING, Reason.ENGINE_SILENT, Reason.WEIGHTS, Reason.PAUSED, Reason.NO_TICKETS)
+TOLD = (Reason.ENGINE_STARTING, Reason.ENGINE_SILENT, Reason.WEIGHTS, Reason.PAUSED, Reason.REWARDS, Reason.NO_TICKETS)
 
 
 class Replica:
@@ -219,6 +219,8 @@ class Replica:
             return Reason.WEIGHTS, detail, FIRST_VERSION_TIMEOUT_S if is_first else config.request_timeout_s
         if self.is_paused:
             return Reason.PAUSED, "", None
+        if self.rewards.problem:
+            return Reason.REWARDS, self.rewards.problem, None
         return (Reason.NO_TICKETS, "", None) if self.state == "running" and not self._in_flight else None
 
 

@@ -23,6 +23,9 @@ from common.wire import Group, Heartbeat, Ticket, TicketState, WireError, decode
 from services.generation.together import Together
 
 MAX_INTERRUPTIONS = 10
+MAX_DEAD_COMPLETIONS = 4
+MAX_DEAD_CHARS = 4000
+"""Of each completion that is kept with a dead ticket."""
 _log = logging.getLogger(__name__)
 
 MOVE = """#!lua
@@ -60,6 +63,15 @@ for i = 3, #ARGV do
 end
 return renewed
 """
+
+
+def cut(text: str) -> str:
+    """To `MAX_DEAD_CHARS`, its end included; what no encoding takes is written out."""
+    text = text.encode(errors="backslashreplace").decode()
+    if len(text) <= MAX_DEAD_CHARS:
+        return text
+    half = MAX_DEAD_CHARS // 2
+    return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters ...]\n{text[-half:]}"
 
 
 class Lease(NamedTuple):
@@ -146,8 +158,11 @@ class TicketStore:
         self.outcomes["committed" if is_first else "late"] += 1
         return is_first
 
-    async def fail(self, lease: Lease, reason: str, max_attempts: int) -> None:
-        """One attempt more: the ticket goes back to its stream, or to `dead` after the last."""
+    async def fail(self, lease: Lease, reason: str, max_attempts: int, completions: Sequence[str] = ()) -> None:
+        """One attempt more: the ticket goes back to its stream, or to `dead` after the last.
+
+        `completions`: what it failed by, for people to read; the first few are kept in `dead`, each to a bound.
+        """
         ticket = msgspec.structs.replace(
             lease.ticket,
             attempts=max(lease.ticket.attempts + 1, lease.num_deliveries),
@@ -156,7 +171,8 @@ class TicketStore:
         told = ticket.attempts, max_attempts, reason
         _log.warning("attempt %d of %d failed: %s", *told, extra={"ticket": ticket.id})
         if ticket.attempts >= max_attempts:
-            await self._bury(lease.stream, lease.entry_id, ticket.id, reason, encode(ticket))
+            shown = [cut(completion) for completion in completions[:MAX_DEAD_COMPLETIONS]]
+            await self._bury(lease.stream, lease.entry_id, ticket.id, reason, encode(ticket), shown)
         else:
             await self._reopen(lease, ticket, "failed")
 
@@ -213,9 +229,14 @@ class TicketStore:
         (moved,) = await self._move(lease.stream, lease.stream, "open", [move])
         self.outcomes[outcome] += moved
 
-    async def _bury(self, stream: str, entry_id: str, ticket_id: str, reason: str, payload: bytes) -> None:
+    async def _bury(
+        self, stream: str, entry_id: str, ticket_id: str, reason: str, payload: bytes, completions: Sequence[str] = ()
+    ) -> None:
         _log.error("dead: %s", reason, extra={"ticket": ticket_id})
-        move = Move(entry_id, ticket_id, {"reason": reason, "payload": payload})
+        fields: dict[str, str | bytes] = {"reason": reason, "payload": payload}
+        if completions:
+            fields["completions"] = msgspec.json.encode(completions)
+        move = Move(entry_id, ticket_id, fields)
         (moved,) = await self._move(stream, self.keys.dead, "dead", [move])
         self.outcomes["dead"] += moved
 

@@ -104,6 +104,10 @@ def _new_name(origin: Path) -> str:
 
 
 def _load(config: Path, seed: int | None, overrides: list[str]) -> Recipe:
+    """Its folder is where the task is looked for as well, by us and by all that we start."""
+    from common.tasks import look_in
+
+    look_in(config.parent)
     return load_recipe(config, overrides if seed is None else [*overrides, f"seed={seed}"])
 
 

@@ -29,7 +29,7 @@ class Kept:
     final: Collection[int] = ()
     """Exit codes after which another start would come to the same end."""
     reason: Callable[[], str] = lambda: ""
-    """What it said of its end, if it ended by itself."""
+    """What it said of its end, if it ended by itself; else its log tells."""
     service: Service = field(init=False)
     num_in_vain: int = 0
     _restart_at: float | None = None
@@ -61,11 +61,15 @@ class Kept:
         self._restart_at = time.monotonic() + pause_s
         when = f" in {pause_s} s" if pause_s else ""
         count = f" ({self.num_in_vain} of {MAX_RESTARTS} without progress)" if self.num_in_vain > 1 else ""
-        return f"{self.service.ending()}: starting it again{when}{count}"
+        return f"{self._ending()}: starting it again{when}{count}"
 
     def _failure(self) -> str:
-        reason = self.reason() if (self.service.returncode or 0) > 0 else ""
-        return f"{self.service.ending()}{reason and ': '}{reason}; {self.service.log_tail()}"
+        return f"{self._ending()}; {self.service.log_tail()}"
+
+    def _ending(self) -> str:
+        """How it ended and, if it ended by itself, why."""
+        reason = (self.reason() or self.service.last_error()) if (self.service.returncode or 0) > 0 else ""
+        return f"{self.service.ending()}{reason and ': '}{reason}"
 
     def _begin(self) -> None:
         self._restart_at = None

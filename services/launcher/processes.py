@@ -5,6 +5,7 @@ the launcher dies of whatever. The Redis URL may hold a password: it travels in 
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,15 +19,19 @@ from typing import Any
 
 import redis
 
-from common.child_process import dies_with_parent
+from common.child_process import dies_with_parent, import_path
 from common.http_service import free_port
+from common.logs import parse_line
 from common.redis_address import client_of
 from common.redis_client import DURABLE
+from common.wire import one_line
 
 REDIS_URL_VARIABLE = "HEADRACE_REDIS_URL"
 REDIS_START_TIMEOUT_S = 60.0
 LOG_TAIL_LINES = 15
 LOG_TAIL_BYTES = 1 << 16
+REFUSAL = re.compile(r"headrace \w+: (.+)")
+"""What a service prints that was refused before it began."""
 
 
 class Service:
@@ -45,6 +50,7 @@ class Service:
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
+            self._log_start = output.tell()
             self.process = subprocess.Popen(
                 command,
                 env=os.environ | (environment or {}),
@@ -83,10 +89,22 @@ class Service:
         return f"{self.name} ended with {code}"
 
     def log_tail(self) -> str:
+        return f"the end of {self.log}:\n" + "\n".join(self._log_lines(0)[-LOG_TAIL_LINES:])
+
+    def last_error(self) -> str:
+        """What this process has logged last as an error, or been refused for; empty if nothing."""
+        for text in reversed(self._log_lines(self._log_start)):
+            if refused := REFUSAL.match(text):
+                return one_line(refused[1])
+            line = parse_line(text)
+            if line is not None and line.level in ("ERROR", "CRITICAL"):
+                return one_line(line.message)
+        return ""
+
+    def _log_lines(self, start: int) -> list[str]:
         with self.log.open("rb") as log:
-            log.seek(max(0, self.log.stat().st_size - LOG_TAIL_BYTES))
-            lines = log.read().decode(errors="replace").splitlines()
-        return f"the end of {self.log}:\n" + "\n".join(lines[-LOG_TAIL_LINES:])
+            log.seek(max(start, self.log.stat().st_size - LOG_TAIL_BYTES))
+            return log.read().decode(errors="replace").splitlines()
 
 
 def python_service(
@@ -97,15 +115,19 @@ def python_service(
     redis_url: str,
     environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Service:
-    command = [sys.executable, "-m", module, *arguments]
-    return Service(name, command, log, {**environment, REDIS_URL_VARIABLE: redis_url})
+    return Service(name, [sys.executable, "-m", module, *arguments], log, {**environment, **_environment(redis_url)})
+
+
+def _environment(redis_url: str) -> dict[str, str]:
+    """Beyond ours: a service finds the run, and a task where we do."""
+    return {REDIS_URL_VARIABLE: redis_url, "PYTHONPATH": import_path()}
 
 
 def call_module(module: str, arguments: Sequence[str], redis_url: str) -> int:
     """Runs a module in the foreground and returns its exit code; Ctrl-C is passed on to it, a second one kills it."""
     process = subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
-        env=os.environ | {REDIS_URL_VARIABLE: redis_url},
+        env=os.environ | _environment(redis_url),
         start_new_session=True,
         preexec_fn=dies_with_parent(signal.SIGTERM),
     )

@@ -7,6 +7,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from common.passwords import clean
+
 Answer = dict[str, Any]
 
 COLOURS = {"healthy": "green", "waiting": "cyan", "warning": "yellow", "failed": "bold red", "ended": "blue"}
@@ -168,11 +170,6 @@ def table(columns: Iterable[str], rows: Iterable[Sequence[str | Text]]) -> Table
     for row in rows:
         made.add_row(*(cell if isinstance(cell, Text) else Text(clean(cell)) for cell in row))
     return made
-
-
-def clean(text: str) -> str:
-    """Without what a terminal would obey: completions are anybody's text."""
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else "�" for letter in text)
 
 
 def number(value: float | None, digits: int = 2) -> str:

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from common.config import Recipe, RunConfig
 from common.http_service import free_port, url_at
@@ -23,7 +24,7 @@ from common.preflight import NotHere, check_run
 from common.run_token import token_at, token_given
 from services.launcher.devices import Devices, device_lines, devices_of
 from services.launcher.host_memory import shared_memory_problem
-from services.launcher.kept import Kept
+from services.launcher.kept import Failed, Kept
 from services.launcher.model_size import shape_of
 from services.launcher.open_run import REDIS_GRACE_S
 from services.launcher.orders import Orders
@@ -105,12 +106,19 @@ def up(
         learner = _learner(folder, url, watcher, is_new_epoch, devices)
         replicas = Replicas(lambda index: _replica(folder, index, url, devices), orders)
         control = _control(folder, url, host, page_port)
-        Supervisor(learner, replicas, control, redis, watcher, signals).run()
+        try:
+            Supervisor(learner, replicas, control, redis, watcher, signals).run()
+        except Failed:
+            if watcher.num_dead:
+                watcher.say(watcher.dead())
+            raise
     if is_json:
         summary = folder / "summary.json"
         print(json.dumps({"at": time.time(), "summary": json.loads(summary.read_text()) if summary.exists() else None}))
     else:
         _tell_results(folder, console)
+        if watcher.num_dead:
+            console.print(Text(watcher.dead()), soft_wrap=True)
 
 
 def _check_shared_memory(config: RunConfig) -> None:

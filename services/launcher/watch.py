@@ -21,13 +21,15 @@ from rich.table import Table
 from rich.text import Text
 
 from common.keys import Keys
-from common.wire import WireError, decode_heartbeat
+from common.waiting import Reason
+from common.wire import WireError, decode_heartbeat, one_line
 from services.launcher.processes import look_up
 
 NUM_ROWS = 12
 LOOK_TIMEOUT_S = 1.0
 TOLD_AFTER_S = 5.0
 """A reason to wait that has lasted so long is told where there is no table to show it."""
+DEAD_TOLD_EVERY_S = 30.0
 NUMBER = re.compile(r"\d+")
 REASONS = re.compile(r" \(.*?\)(?=,|$)")
 _log = logging.getLogger(__name__)
@@ -71,6 +73,11 @@ class Watcher:
         self.reason = ""
         """Why the learner waits, or how it ended; empty while it works."""
         self.is_scaled_to_0 = False
+        self.num_dead = 0
+        """Tickets."""
+        self._num_dead_told = 0
+        self._dead_told_at = -DEAD_TOLD_EVERY_S
+        self._dead_reason = self._reward_problem = self._told_reward_problem = ""
         self._seen = "0"
         self._steps: list[StepEvent] = []
         self._evaluations: list[EvaluationEvent] = []
@@ -106,6 +113,7 @@ class Watcher:
         try:
             phase = f"learner: {self._read_learner()}; replicas: {self._describe_replicas()}"
             self._tell(phase)
+            self._look_at_dead()
             for kind, payload in self._new_events():
                 self._take(kind, payload)
         except redis.RedisError:
@@ -146,13 +154,37 @@ class Watcher:
 
     def _describe_replicas(self) -> str:
         counts: dict[str, int] = {}
+        self._reward_problem = ""
         nobody = "none, scaled to 0: generation is paused" if self.is_scaled_to_0 else "none yet"
         for name in sorted(self.client.scan_iter(match=self.keys.replicas + "*", count=1000)):
             with suppress(WireError):
                 replica = decode_heartbeat(self.client.get(name) or b"")
                 state = f"{replica.state} ({replica.reason})" if replica.reason else replica.state
+                if Reason.REWARDS in replica.reason:
+                    self._reward_problem = f"{replica.replica}: {replica.reason}"
                 counts[state] = counts.get(state, 0) + 1
         return ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or nobody
+
+    def _look_at_dead(self) -> None:
+        """What dies, and by what, is told as it begins, and from time to time."""
+        self.num_dead = int(self.client.xlen(self.keys.dead))
+        newest: Any = self.client.xrevrange(self.keys.dead, count=1) if self.num_dead else []
+        self._dead_reason = one_line(newest[0][1].get(b"reason", b"").decode(errors="replace")) if newest else ""
+        if self._live:
+            return
+        problem = NUMBER.sub("", self._reward_problem)
+        if problem and not self._told_reward_problem:
+            self.say(self._reward_problem)
+        self._told_reward_problem = problem
+        if self.num_dead > self._num_dead_told and monotonic() - self._dead_told_at >= DEAD_TOLD_EVERY_S:
+            self._dead_told_at = monotonic()
+            self._num_dead_told = self.num_dead
+            self.say(self.dead())
+
+    def dead(self) -> str:
+        """Such as `3 tickets are dead (headrace dead list demo), the latest: ValueError: ...`."""
+        are = "ticket is" if self.num_dead == 1 else "tickets are"
+        return f"{self.num_dead} {are} dead (headrace dead list {self.keys.run}), the latest: {self._dead_reason}"
 
     def _new_events(self) -> Any:
         found: Any = self.client.xrange(self.keys.events, min=f"({self._seen}")
@@ -205,6 +237,7 @@ class Watcher:
         latest = f", held-out pass@1 {self._evaluations[-1].held_out:.3f}" if self._evaluations else ""
         done = self._steps[-1].step if self._steps else 0
         waits = f" · waits: {self.reason}" if self.reason else ""
+        waits += f" · {self.dead()}" if self.num_dead else ""
         head = Text(
             f"step {done} of {self.num_steps}{latest} · {monotonic() - self.started:.0f} s · {self._phase}{waits}"
         )

@@ -35,6 +35,7 @@ from common.preflight import check_model, check_trackers
 from common.redis_client import OUTAGE_DEADLINE_S, connect, durability_problem
 from common.run_token import token_at
 from common.task_check import check_task
+from common.tasks import look_in
 from common.waiting import Waits
 from services.learner.api import make_app
 from services.learner.local_ranks import run_ranks
@@ -90,6 +91,8 @@ def _parse_arguments() -> argparse.Namespace:
 def _read(arguments: argparse.Namespace) -> tuple[RunConfig, Recording | None]:
     recording = None if arguments.replay is None else Recording(arguments.replay)
     if arguments.config is not None:
+        if arguments.config.parent.resolve() != (arguments.runs_folder / arguments.run).resolve():
+            look_in(arguments.config.parent)  # in the run's own folder lies no task
         return load_recipe(arguments.config, arguments.overrides).config, recording
     if recording is not None:
         return resolve(recording.config, str(arguments.replay), arguments.overrides).config, recording

@@ -2,22 +2,28 @@
 
     python -m services.learner.dead list|retry|purge --run demo [TICKET ...]
 
+`list` with tickets shows what was kept of each: its prompt, what the reward was to know, and completions, to a bound.
 `retry` asks the learner, which issues the ticket anew from the data, with all its attempts before it; a learner that
 does not run yet does so when it starts. `purge` deletes what was kept of it; the ledger still says that it is dead.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
+import textwrap
 import time
 from typing import Any, NamedTuple
 
+import msgspec
 import redis
 
 from common.keys import Keys
 from common.ledger import Mark, parse_mark, parse_name
+from common.passwords import clean
 from common.redis_client import connect
+from common.wire import WireError, decode_group, decode_ticket
 
 _PURGE = """#!lua
 redis.call('XDEL', KEYS[1], ARGV[1])
@@ -50,6 +56,33 @@ def dead_entries(client: redis.Redis, keys: Keys) -> list[Dead]:
     ]
 
 
+class Kept(NamedTuple):
+    """What was kept of a dead ticket; of one that nobody could decode, nothing."""
+
+    messages: list[dict[str, Any]] = []
+    reference: dict[str, Any] = {}
+    attempts: int = 0
+    completions: list[str] = []
+    """Those that could not be scored, or all of a group that could not be used; the first few, cut."""
+
+
+def kept_of(client: redis.Redis, keys: Keys, entry_id: str) -> Kept:
+    entries: Any = client.xrange(keys.dead, entry_id, entry_id)
+    fields = entries[0][1] if entries else {}
+    payload, completions = fields.get(b"payload", b""), []
+    with contextlib.suppress(ValueError):
+        completions = msgspec.json.decode(fields.get(b"completions", b""), type=list[str])
+    try:
+        ticket = decode_ticket(payload)
+    except WireError:
+        try:
+            group = decode_group(payload)
+        except WireError:
+            return Kept(completions=completions)
+        ticket, completions = group.ticket, [rollout.text for rollout in group.rollouts]
+    return Kept(ticket.messages, ticket.reference, ticket.attempts, completions)
+
+
 def retry(client: redis.Redis, keys: Keys, ticket_ids: list[str]) -> list[str]:
     """The tickets that will be issued again: those named, or all. Raises `ValueError` naming one that cannot be."""
     known = {dead.ticket_id for dead in dead_entries(client, keys) if dead.is_ticket}
@@ -66,11 +99,7 @@ def retry(client: redis.Redis, keys: Keys, ticket_ids: list[str]) -> list[str]:
 
 def purge(client: redis.Redis, keys: Keys, ticket_ids: list[str]) -> list[str]:
     """The ids of what was given up: those named, or everything."""
-    entries = dead_entries(client, keys)
-    missing = set(ticket_ids) - {dead.ticket_id for dead in entries}
-    if missing:
-        raise ValueError(f"ticket {sorted(missing)[0]!r} is not dead: expected one of `headrace dead list`")
-    chosen = [dead for dead in entries if not ticket_ids or dead.ticket_id in ticket_ids]
+    chosen = _chosen(dead_entries(client, keys), ticket_ids)
     for dead in chosen:
         client.eval(_PURGE, 3, keys.dead, keys.ledger, keys.retries, dead.entry_id, dead.ticket_id)
     return [dead.ticket_id for dead in chosen]
@@ -90,7 +119,7 @@ def main() -> int:
     try:
         client, keys = connect(arguments.redis_url), Keys(arguments.run)
         if arguments.action == "list":
-            _print(dead_entries(client, keys), arguments.json)
+            _list(client, keys, arguments.tickets, arguments.json)
             return 0
         act, what = (
             (retry, "tickets will be issued again by the learner")
@@ -105,16 +134,37 @@ def main() -> int:
     return 0
 
 
-def _print(entries: list[Dead], as_json: bool) -> None:
+def _list(client: redis.Redis, keys: Keys, ticket_ids: list[str], as_json: bool) -> None:
+    entries = _chosen(dead_entries(client, keys), ticket_ids)
+    kept = {dead.entry_id: kept_of(client, keys, dead.entry_id) for dead in entries if ticket_ids}
     if as_json:
         rows = [{**dead._asdict(), "at": int(dead.entry_id.partition("-")[0]) / 1000} for dead in entries]
+        rows = [row | (kept[row["entry_id"]]._asdict() if ticket_ids else {}) for row in rows]
         print(json.dumps({"dead": rows}, indent=2))
         return
     for dead in entries:
         died = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(int(dead.entry_id.partition("-")[0]) / 1000))
         name = dead.ticket_id if dead.is_ticket else f"({dead.ticket_id}, no ticket of this run)"
-        print(f"{died}  {name}  {dead.reason}")
-    print(f"{len(entries)} dead")
+        print(clean(f"{died}  {name}  {dead.reason}"))
+        if ticket_ids:
+            print(clean(_shown(kept[dead.entry_id])))
+    if not ticket_ids:
+        print(f"{len(entries)} dead" + ("; with tickets behind `list`: their prompts and completions" * bool(entries)))
+
+
+def _shown(kept: Kept) -> str:
+    parts = [(message["role"], message["content"]) for message in kept.messages]
+    parts.append(("reference", json.dumps(kept.reference, ensure_ascii=False)))
+    parts += [(f"completion {index}", text) for index, text in enumerate(kept.completions, 1)]
+    return "\n".join(f"  {name}:\n{textwrap.indent(text or '(empty)', '    ')}" for name, text in parts)
+
+
+def _chosen(entries: list[Dead], ticket_ids: list[str]) -> list[Dead]:
+    """All, or those named. Raises `ValueError` naming one that is not there."""
+    missing = set(ticket_ids) - {dead.ticket_id for dead in entries}
+    if missing:
+        raise ValueError(f"ticket {sorted(missing)[0]!r} is not dead: expected one of `headrace dead list`")
+    return [dead for dead in entries if not ticket_ids or dead.ticket_id in ticket_ids]
 
 
 if __name__ == "__main__":
