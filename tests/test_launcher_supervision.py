@@ -142,7 +142,7 @@ def test_why_a_replica_ended_is_on_the_screen(faking: Faking) -> None:
     script = """
 note('starts')
 count = num_notes('starts')
-stamp = "2026-11-30T10:00:00.000+00:00"
+stamp = "2026-11-30T10:00:00.000Z"
 if count == 1:
     print(stamp + " ERROR generation replica=a: the replica failed: RuntimeError: no weights", flush=True)
     print("Traceback (most recent call last):", flush=True)
@@ -154,7 +154,7 @@ sys.exit(1)
     output = ended(faking(learner=SERVES, generation=script).up(settings=QUICK), 1)
     lines = [line.partition("] ")[2] for line in output.splitlines() if "generation-0 ended" in line]
     assert lines[0] == "generation-0 ended with 1: the replica failed: RuntimeError: no weights: starting it again"
-    assert lines[1] == "generation-0 ended with 1: starting it again in 1 s (2 of 5 without progress)"
+    assert lines[1] == "generation-0 ended with 1: starting it again in 0.1 s (2 of 5 without progress)"
     assert "headrace: generation-0 ended with 2: task 'x:Y' cannot be imported; the end of" in output
 
 
