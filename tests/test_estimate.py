@@ -17,6 +17,7 @@ from common.delta import bits_of
 from common.delta import encode as encode_delta
 from common.preflight import NotHere
 from common.wire import Group, Rollout, Sampling, Ticket, Timings, VersionSpan, encode
+from services.launcher import estimate as estimate_module
 from services.launcher.estimate import (
     activation_bytes,
     engine_bytes,
@@ -54,6 +55,12 @@ QWEN_1_5B: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 """Of Qwen2.5-1.5B-Instruct, which has 1,543,714,304 parameters."""
+
+
+@pytest.fixture(autouse=True)
+def units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those for bfloat16, whatever machine this is."""
+    monkeypatch.setattr(estimate_module, "multiplies_bfloat16", lambda: True)
 
 
 def config_of(**sections: Any) -> RunConfig:
@@ -209,6 +216,18 @@ def test_the_optimizers_share_is_what_it_holds(dtype: str) -> None:
     rows = learner_bytes(shape_of(model), config_of(model={"path": "m", "dtype": dtype}))
     assert {what: num_bytes for what, num_bytes in rows.items() if what in held} == held
     assert len(rows) == len(held) + 2, "and activations, and log-probabilities"
+
+
+def test_a_cpu_without_units_for_bfloat16_has_weights_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = read_shape(QWEN_1_5B)
+    on_cpu, on_cuda = (config_of(learner={"device": device}) for device in ("cpu", "cuda"))
+    with_units = learner_bytes(shape, on_cpu)
+    monkeypatch.setattr(estimate_module, "multiplies_bfloat16", lambda: False)
+    without = learner_bytes(shape, on_cpu)
+    assert with_units["weights, bfloat16"] == 2 * shape.num_parameters
+    assert without["weights, bfloat16 in float32"] == 4 * shape.num_parameters
+    assert without["masters, float32"] == 4 * shape.num_parameters
+    assert learner_bytes(shape, on_cuda)["weights, bfloat16"] == 2 * shape.num_parameters
 
 
 def test_on_several_ranks_each_has_its_part() -> None:

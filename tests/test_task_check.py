@@ -1,6 +1,8 @@
 """What is wrong with a task, its prompts or its reward is one line before anything starts, here and in the launcher."""
 
+import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from common.tasks import BadRow, Prompt, Split
 from common.wire import Ticket, decode_ticket
 from services.launcher import trial
 from services.launcher.prompt_trial import Found, SplitTrial, try_prompts
+from services.launcher.sections import Facts, prompts
 from services.launcher.trial import notes_of, try_task
 
 USER = [{"role": "user", "content": "1 + 1?"}]
@@ -205,6 +208,23 @@ def test_so_many_prompts_are_tried_as_are_wanted(demo_policy: Path) -> None:
     found = try_prompts(config, 7)
     assert [len(one.lengths) for one in found.splits.values()] == [7, 3]
     assert found.context == 1024, "the demo policy's"
+
+
+def test_what_a_model_costs_whose_prompts_cannot_be_shared(demo_policy: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(demo_policy, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    config["layer_types"] = ["linear_attention"] * config["num_hidden_layers"]
+    (folder / "config.json").write_text(json.dumps(config))
+    settings = {"actor": {"group_size": 4}, "learner": {"groups_per_step": 5}}
+    found = try_prompts(config_of({"name": "arithmetic"}, folder, **settings), 3)
+    typical = sorted(found.splits["train"].lengths)[1]
+    assert (
+        found.cost.startswith("a prompt is computed 4 times")
+        and f"{3 * typical * 5:,} tokens a step more" in found.cost
+    )
+    section = prompts(Facts(config_of({"name": "arithmetic"}, folder, **settings), found, None, []))
+    assert section is not None and section.lines[-1].strip() == found.cost
+    assert try_prompts(config_of({"name": "arithmetic"}, demo_policy), 3).cost == ""
 
 
 def test_completions_that_no_prompt_leaves_room_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

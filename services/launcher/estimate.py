@@ -6,7 +6,7 @@ do not).
 """
 
 from common.config import RunConfig
-from common.device import resolve_device
+from common.device import multiplies_bfloat16, resolve_device
 from services.launcher.model_size import Shape
 
 TYPICAL_PROMPT_TOKENS = 256
@@ -21,7 +21,7 @@ PREFILL_TOKENS = ((20 * 1024, 2048), (60 * 1024, 4096), (160 * 1024, 8192), (flo
 
 def learner_bytes(shape: Shape, config: RunConfig) -> Rows:
     """Each rank's device at its peak: a backward pass with all gradients there."""
-    size, learner = BYTES[config.model.dtype], config.learner
+    size, learner = BYTES[compute_dtype(config)], config.learner
     rows = _whole(shape, config) if learner.ranks == 1 else _sharded(shape, config)
     how = "recomputed" if learner.gradient_checkpointing else "kept"
     rows[f"activations of {learner.micro_batch_tokens:,} tokens, {how}"] = activation_bytes(
@@ -33,16 +33,23 @@ def learner_bytes(shape: Shape, config: RunConfig) -> Rows:
     return rows
 
 
+def compute_dtype(config: RunConfig) -> str:
+    """Of the learner's multiplications (services/learner/loading.py): float32 on a CPU without units for bfloat16."""
+    is_emulated = resolve_device(config.learner.device) == "cpu" and not multiplies_bfloat16()
+    return "float32" if is_emulated else config.model.dtype
+
+
 def _whole(shape: Shape, config: RunConfig) -> Rows:
     """On one rank. Masters are float32; weights in float32 are their own masters."""
-    dtype, count = config.model.dtype, shape.num_parameters
-    rows = {f"weights, {dtype}": count * BYTES[dtype]}
+    dtype, computed, count = config.model.dtype, compute_dtype(config), shape.num_parameters
+    shown = dtype if computed == dtype else f"{dtype} in {computed}"
+    rows = {f"weights, {shown}": count * BYTES[computed]}
     if dtype != "float32":
         rows["masters, float32"] = count * 4
     rows["AdamW's moments, float32"] = count * 8
     rows["gradients, float32"] = count * 4
     if config.actor.kl_coef > 0:
-        rows[f"reference policy, {dtype}"] = count * BYTES[dtype]
+        rows[f"reference policy, {shown}"] = count * BYTES[computed]
     return rows
 
 
@@ -50,7 +57,7 @@ def _sharded(shape: Shape, config: RunConfig) -> Rows:
     """On each of several ranks (services/learner/sharding.py): its part of masters, moments and gradients; embedding
     and head whole for the whole pass, and of layers the one that is computed and the next; and of the largest of these
     the gradient in the model's dtype and in float32, in which it is summed over ranks."""
-    dtype, part = config.model.dtype, -(-shape.num_parameters // config.learner.ranks)
+    dtype, part = compute_dtype(config), -(-shape.num_parameters // config.learner.ranks)
     size, layer, root = BYTES[dtype], shape.num_layer_parameters, shape.num_root_parameters
     rows = {
         "masters, float32, its part": part * 4,
@@ -59,6 +66,8 @@ def _sharded(shape: Shape, config: RunConfig) -> Rows:
         f"gathered, {dtype}: embedding and head, two layers": (root + 2 * layer) * size,
         "gradient of the largest of these, on its way": max(root, layer) * (size + 4),
     }
+    if dtype != config.model.dtype:
+        rows[f"weights, {config.model.dtype} in {dtype}, its part"] = part * 4
     if config.actor.kl_coef > 0:
         rows["reference policy, float32, its part"] = part * 4
     return rows

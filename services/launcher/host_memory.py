@@ -18,8 +18,12 @@ SHARED_MEMORY = Path("/dev/shm")
 LAUNCHER_BYTES, CONTROL_BYTES, REDIS_BYTES = 85 * MIB, 82 * MIB, 17 * MIB
 LEARNER_BYTES = 480 * MIB
 REPLICA_BYTES, REWARD_WORKER_BYTES = 95 * MIB, 30 * MIB
-SERVER_BYTES, SCHEDULER_BYTES, DETOKENIZER_BYTES = 620 * MIB, 600 * MIB, 450 * MIB
-"""SGLang's three, in this order: the second and the third come out of the first."""
+SERVER_BYTES, SCHEDULER_BYTES, DETOKENIZER_BYTES = 635 * MIB, 577 * MIB, 460 * MIB
+"""SGLang's three; the second and the third come out of the first."""
+TOKEN_BYTES = 2300
+"""Of each token of the vocabulary, in whoever has a tokenizer: the learner and SGLang's three."""
+SAMPLED_BYTES = 128 * MIB
+"""Of the weights, at most, in a replica's own process while it verifies a version."""
 WEIGHT_COPIES = 2
 """That the learner holds in host memory: what was published last, and what is being published."""
 STATE_BYTES = 12
@@ -38,18 +42,19 @@ def host_rows(
     """Of the run, and of each replica. `learner` and `engine`: bytes of their devices, which are in the host's memory
     where `on_cpu` says so."""
     copies = shape.num_parameters * (WEIGHT_COPIES * BYTES[config.model.dtype] + STATE_BYTES)
-    ranks, settings = config.learner.ranks, config.generation
+    ranks, settings, tokens = config.learner.ranks, config.generation, shape.vocab * TOKEN_BYTES
     run = {
-        "the learner, with copies of weights and state": ranks * LEARNER_BYTES + copies + ranks * learner * on_cpu[0],
+        "the learner, with copies of weights and state": ranks * (LEARNER_BYTES + tokens + learner * on_cpu[0])
+        + copies,
         "launcher, control and Redis, without the groups that wait": LAUNCHER_BYTES + CONTROL_BYTES + REDIS_BYTES,
     }
     replica = {
-        "a replica's own process": REPLICA_BYTES,
+        "a replica's own process": REPLICA_BYTES + min(SAMPLED_BYTES, weight_bytes(shape, config)),
         "its reward workers": REWARD_WORKER_BYTES * settings.reward_workers,
     }
     if settings.engine.url is None:
-        replica["its engine: the scheduler"] = SCHEDULER_BYTES + engine * on_cpu[1]
-        replica["its engine: server and detokenizer"] = SERVER_BYTES + DETOKENIZER_BYTES
+        replica["its engine: the scheduler"] = SCHEDULER_BYTES + tokens + engine * on_cpu[1]
+        replica["its engine: server and detokenizer"] = SERVER_BYTES + DETOKENIZER_BYTES + 2 * tokens
     return run, replica
 
 

@@ -8,6 +8,7 @@ tokenizers and settings need it no more: with it the import takes three times as
 
 import itertools
 import os
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from typing import Any
 import msgspec
 
 from common.config import RunConfig
+from common.context import context_tokens, load_model_config
 from common.hub import is_hub_name
 from common.preflight import NotHere, one_line
+from common.prompt_cost import unshared_prompts
 from common.task_check import SPLITS, check_task, load_checked, prompts_of
 from common.tasks import BadRow, Prompt, Split
 from common.wire import Sampling, encode
@@ -41,6 +44,8 @@ class Found(msgspec.Struct):
     context: int = 0
     """Tokens of the longest sequence that the engine takes."""
     splits: dict[str, SplitTrial] = {}
+    cost: str = ""
+    """What it costs that the model's prompts cannot be shared."""
     flops: float = 0.0
     """Of one thread of this machine, in float32."""
 
@@ -62,7 +67,8 @@ def try_prompts(config: RunConfig, num_prompts: int) -> Found:
         check_task(config)
         return Found()
     task = load_checked(config)
-    chat, context = _load(config)
+    chat, model_config = _load(config)
+    context = context_tokens(model_config, config.generation.engine.context_tokens)
     found = Found(context=context, flops=measured_flops())
     for split in SPLITS:
         count = num_prompts if split == "train" else min(num_prompts, config.evaluation.num_prompts)
@@ -73,11 +79,13 @@ def try_prompts(config: RunConfig, num_prompts: int) -> Found:
         if not trial.lengths:
             why = trial.refused[0] if trial.refused else f"it has no {split} prompts"
             raise ValueError(f"task {config.task.name!r}: {why}")
+    typical = int(statistics.median(found.splits["train"].lengths))
+    found.cost = unshared_prompts(model_config, config.actor.group_size, typical, config.learner.groups_per_step)
     return found
 
 
-def _load(config: RunConfig) -> tuple[Any, int]:
-    """What renders and tokenizes, and the context."""
+def _load(config: RunConfig) -> tuple[Any, Any]:
+    """What renders and tokenizes, and the model's configuration."""
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # it says that there is no torch
     is_imported = not sys.modules.keys().isdisjoint({"torch", "transformers"})
     is_kept_out = not is_imported and not config.model.trust_remote_code
@@ -85,10 +93,9 @@ def _load(config: RunConfig) -> tuple[Any, int]:
         sys.modules["torch"] = None  # type: ignore[assignment]
     try:
         from common.chat import Chat, load_tokenizer
-        from common.context import context_tokens, load_model_config
 
         chat = Chat(load_tokenizer(config.model), config.model, config.task.system_prompt)
-        return chat, context_tokens(load_model_config(config.model), config.generation.engine.context_tokens)
+        return chat, load_model_config(config.model)
     except ValueError as error:
         if is_hub_name(config.model.path) and os.environ.get("HF_HUB_OFFLINE"):
             raise NotHere(f"the prompts were not tried: {one_line(error)}") from error

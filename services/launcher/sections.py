@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.config import RunConfig
-from common.device import CPU_MAX_TOTAL_TOKENS, resolve_device
+from common.device import CPU_MAX_TOTAL_TOKENS, multiplies_bfloat16, resolve_device
 from common.gpus import visible_gpus
 from services.launcher.devices import plan_lines
 from services.launcher.estimate import TYPICAL_PROMPT_TOKENS, Rows, engine_bytes, learner_bytes
@@ -26,7 +26,7 @@ from services.launcher.host_memory import (
 )
 from services.launcher.model_size import Shape
 from services.launcher.prompt_trial import Found
-from services.launcher.time_estimate import START_S, UNITS, cpu_speed, estimate, gpu_speed, readable_s, too_long
+from services.launcher.time_estimate import START_S, cpu_speed, estimate, gpu_speed, readable_s, too_long
 from services.launcher.traffic import delta_share, moved_bytes
 
 KIB = 1024
@@ -91,7 +91,9 @@ def prompts(facts: Facts) -> Section | None:
             f"{len(trial.lengths):>10,}  {split} prompts tried: {low:,} to {high:,} tokens, {middle:,} in the middle; "
             f"{longest:,} with a completion, of a context of {facts.found.context:,}"
         )
-    return Section("prompts", lines, value, is_estimate=False) if lines else None
+    if facts.found.cost:
+        lines.append(f"{'':10}  {facts.found.cost}")
+    return Section("prompts", lines, value | {"cost": facts.found.cost}, is_estimate=False) if lines else None
 
 
 def devices(facts: Facts) -> Section | None:
@@ -174,10 +176,11 @@ def times(facts: Facts) -> Section | None:
     if facts.shape is None or (facts.device_of_learner == "cpu" and not facts.found.flops):
         return None
     config, flops = facts.config, facts.found.flops
-    on_cpu, on_gpu = cpu_speed(config, flops, has_bfloat16_units(), os.cpu_count() or 1), gpu_speed(config)
+    on_cpu, on_gpu = cpu_speed(config, flops, multiplies_bfloat16(), os.cpu_count() or 1), gpu_speed(config)
     of_learner = (on_cpu if facts.device_of_learner == "cpu" else on_gpu)[0]
     of_engine = (on_cpu if facts.device_of_engine == "cpu" else on_gpu)[1]
-    found = estimate(facts.shape, config, facts.prompt_tokens, of_learner, of_engine, START_S[facts.device_of_engine])
+    prompt_tokens = facts.prompt_tokens * (config.actor.group_size if facts.found.cost else 1)
+    found = estimate(facts.shape, config, prompt_tokens, of_learner, of_engine, START_S[facts.device_of_engine])
     if "cpu" in (facts.device_of_learner, facts.device_of_engine):
         facts.notes.extend(too_long(found, config))
     by = f"{flops / 1e9:.0f} GFLOP/s a thread, measured" if facts.device_of_learner == "cpu" else "an H100's speed"
@@ -204,11 +207,6 @@ def memory_here() -> int:
             found.append(int(line.split()[1]) * KIB)
     limit = _read(Path("/sys/fs/cgroup/memory.max")).strip()
     return min([*found, *([int(limit)] if limit.isdecimal() else [])], default=0)
-
-
-def has_bfloat16_units() -> bool:
-    flags = next((line for line in _read(Path("/proc/cpuinfo")).splitlines() if line.startswith("flags")), "")
-    return not UNITS.isdisjoint(flags.split())
 
 
 def _read(path: Path) -> str:

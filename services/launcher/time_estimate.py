@@ -18,7 +18,6 @@ DECODING_SHARE = {"cpu": 0.5, "cuda": 0.1}
 """Of that: decoding reads all weights for each token of the batch."""
 NO_UNITS = 5.0
 """How much slower a CPU without them multiplies bfloat16."""
-UNITS = {"avx512_bf16", "amx_bf16"}
 START_S = {"cpu": 25.0, "cuda": 120.0}
 """Until an engine answers and the learner has loaded; the first start on a GPU compiles kernels for minutes more."""
 LONG_S = 600.0
@@ -50,7 +49,7 @@ class Times(NamedTuple):
 
 
 def estimate(shape: Shape, config: RunConfig, prompt_tokens: int, learner: Speed, engine: Speed, start: float) -> Times:
-    """`engine`: of all replicas together."""
+    """`prompt_tokens`: that are computed for a group. `engine`: of all replicas together."""
     tokens = config.sampling.max_new_tokens / 2
     forward = 2 * shape.num_active_parameters
     sequences = config.learner.groups_per_step * config.actor.group_size
