@@ -51,6 +51,8 @@ def _too_few(gpus: Sequence[str], ranks: int, replicas: int, tp_size: int, max_r
     engines = f"{replicas} replica{'s' * (replicas != 1)} of generation.engine.tp_size {tp_size}"
     parts = [f"learner.ranks {ranks}"] * (ranks > 0) + [engines] * (replicas * tp_size > 0)
     needed = f"{' and '.join(parts)} need {ranks + replicas * tp_size}"
+    if not gpus:
+        return f"{seen}, and {needed}; expected device: cpu or auto, or GPUs that CUDA_VISIBLE_DEVICES does not hide"
     if len(gpus) >= ranks and max_replicas > 0:
         step = f"generation.replicas {max_replicas} at most (headrace up --replicas {max_replicas})"
     elif len(gpus) == ranks == tp_size == 1:

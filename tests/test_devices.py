@@ -74,7 +74,7 @@ def test_one_gpu_is_shared_only_by_an_explicit_split() -> None:
         (EIGHT, 2, 4, 2, "need 10; expected generation.replicas 3 at most"),
         (EIGHT, 9, 0, 1, r"and learner.ranks 9 need 9; expected fewer learner.ranks"),
         (["0", "1"], 1, 1, 2, "need 3; expected fewer learner.ranks, a smaller generation.engine.tp_size"),
-        ([], 1, 1, 1, "0 GPUs are visible, and .* need 2; expected .* or more GPUs"),
+        ([], 1, 1, 1, "0 GPUs are visible, and .* need 2; expected device: cpu or auto, or GPUs that"),
         ([], 0, 1, 1, "0 GPUs are visible, and 1 replica of generation.engine.tp_size 1 need 1"),
     ],
 )  # fmt: skip

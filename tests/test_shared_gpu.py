@@ -1,6 +1,7 @@
 """One GPU for learner and engine: each has its share whichever of them is started again beside the other."""
 
 import asyncio
+import os
 import re
 import signal
 import sys
@@ -110,6 +111,22 @@ def test_both_services_do_as_they_are_told_of_sharing(
         assert learner_process._run(learner_process._parse_arguments(), config, None, None) == 0
         assert asyncio.run(fraction_of_engine(*[True] * len(sharing))) == (0.6 if sharing else None)
     assert done == ["learns", "waits", "learns"]
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"}, {"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "a:b"}, {"PYTORCH_CUDA_ALLOC_CONF": "a:b"}),
+    ],
+)
+def test_the_learners_memory_does_not_fragment_unless_its_caller_has_chosen(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], chosen: dict[str, str]
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(given))
+    learner_process._prepare_torch()
+    assert os.environ == {"OMP_WAIT_POLICY": "PASSIVE"} | chosen
 
 
 def test_the_learner_is_held_to_its_share(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,9 +47,7 @@ _log = logging.getLogger("services.learner")
 
 
 def main() -> int:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads do not spin beside an engine's
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    _prepare_torch()
     arguments = _parse_arguments()
     set_up_logging("learner", run=arguments.run)
     ranks, code = None, 1
@@ -69,6 +67,14 @@ def main() -> int:
         if ranks is not None:
             ranks.end(code)
     return code
+
+
+def _prepare_torch() -> None:
+    """Before it is imported: threads that do not spin beside an engine's; GPU memory that does not fragment, since
+    micro-batches differ in length, unless the caller has chosen how it is allocated."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def _parse_arguments() -> argparse.Namespace:
