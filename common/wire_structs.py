@@ -172,3 +172,6 @@ class Heartbeat(msgspec.Struct, frozen=True):
     """Seconds without any group in flight, since the replica began to serve."""
     serving_s: Seconds
     schema: int = SCHEMA
+    shares_memory: bool = False
+    """It takes a version's file as it lies in the learner's memory-backed folder, and needs neither a delta nor a copy.
+    """

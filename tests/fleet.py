@@ -38,12 +38,17 @@ class Versions:
         self._bits = torch.randint(0, 2**14, (num_items,), dtype=torch.int16, generator=self._generator)
         root.mkdir(parents=True, exist_ok=True)
 
-    def publish(self) -> int:
+    def publish(self, memory: Path | None = None) -> int:
+        """`memory`: all that is published lies there."""
         version = len(self.manifests) + 1
         self._bits += (torch.rand(self._bits.shape, generator=self._generator) < self.share).to(torch.int16)
         self.tensors = {"w": self._bits.view(torch.bfloat16).clone(), "bias": torch.full((3,), float(version))}
-        weights = Snapshot(self.tensors)
-        self.manifests.append(self.writer.write(version_folder(self.root, version), version, version, weights))
+        weights, alone = Snapshot(self.tensors), memory is not None
+        memory = memory and version_folder(memory, version)
+        if memory is not None:
+            memory.mkdir()
+        folder = version_folder(self.root, version)
+        self.manifests.append(self.writer.write(folder, version, version, weights, memory, alone=alone))
         return version
 
     def published(self, url: str, version: int | None = None) -> Published:

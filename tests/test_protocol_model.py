@@ -98,7 +98,7 @@ HOMES = {"open": WORK, "queued": ANSWERS, "dead": ("dead", "dead")}
 KINDS = ["mixed", "mixed", "mixed", "uniform", "old", "future", "fail", "hand back"]
 """What a replica does with a ticket; a group of a future version is refused by the learner."""
 JUNK = [{"id": "9-99", "group": "?"}, {"id": "x", "ticket": "?"}, {"unheard": "of"}]
-NUM_COMMANDS = {"turn": 4, "step": 9, "publish": 2, "look": 4, "evaluate": 1, "checkpoint": 1, "write": 3}
+NUM_COMMANDS = {"turn": 4, "step": 9, "publish": 4, "look": 4, "evaluate": 1, "checkpoint": 1, "write": 3}
 """About how many a learner sends."""
 ANY_FAULT = faults(30, "before", "after", "twice", "full")
 LEARNER_FAULT = faults(12, "before", "after", "twice", "full", "frozen")

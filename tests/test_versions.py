@@ -140,6 +140,45 @@ def test_a_version_does_not_change_with_the_weights_that_it_was_made_of(
     assert manifest.delta is not None and manifest.delta.patches["a"].num_changed == 3
 
 
+def beat(client: redis.Redis, keys: Keys, name: str, *, shares_memory: bool) -> None:
+    heartbeat = Heartbeat(name, "http://127.0.0.1:1", "running", "", 1, 0, 0, 0, 0.0, 1.0, shares_memory=shares_memory)
+    client.set(keys.replica(name), encode(heartbeat))
+
+
+def test_a_version_lies_in_memory_for_replicas_that_share_it(
+    tmp_path: Path, client: redis.Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What only others need is made while there are others; whoever joins finds a way to the newest at any time."""
+    versions = make_versions(tmp_path, client, keys)
+    steps = small_steps(9)
+
+    def next_files() -> tuple[set[str], set[str]]:
+        manifest = publish(versions, next(steps), 0)
+        memory = version_folder(versions.memory, manifest.version)
+        assert manifest.has_model == (versions.file_of(manifest.version, MODEL_FILE) is not None)
+        assert len(list(versions.memory.glob("v*"))) <= 2
+        disk = {path.name for path in version_folder(versions.root, manifest.version).iterdir()}
+        return disk - {MANIFEST_FILE}, {path.name for path in memory.iterdir()} if memory.exists() else set()
+
+    assert next_files() == ({MODEL_FILE}, set()) and next_files() == ({DELTA_FILE}, set())
+    beat(client, keys, "a", shares_memory=True)
+    for _ in range(2):
+        assert next_files() == (set(), {MODEL_FILE}), "nothing for nobody"
+    loaded, expected = load_file(version_folder(versions.memory, 4) / MODEL_FILE), list(small_steps(4))[-1]
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+    beat(client, keys, "b", shares_memory=False)
+    assert next_files() == ({DELTA_FILE}, {MODEL_FILE})
+    client.delete(keys.replica("a"))
+    assert next_files() == ({DELTA_FILE, MODEL_FILE}, set()), "the chain of deltas begins with what is gone from memory"
+    assert next_files() == ({DELTA_FILE}, set()) and not list(versions.memory.glob("v*"))
+    beat(client, keys, "a", shares_memory=True)
+    client.delete(keys.replica("b"))
+    monkeypatch.setattr(versions, "_has_room", lambda _: False)
+    assert next_files() == ({DELTA_FILE}, set()), "a full memory is no reason to wait"
+    versions.close()
+    assert not versions.memory.exists()
+
+
 def test_replicas_form_a_tree_under_the_learner() -> None:
     assert [places_above(place) for place in range(8)] == [[], [0], [0], [1, 0], [1, 0], [2, 0], [2, 0], [3, 1, 0]]
 
@@ -218,7 +257,8 @@ def test_the_learner_serves_versions_and_obeys_only_with_the_token(
     manifest = publish(versions, tensors(1.0), 0)
     versions.close()
     switches, sock = Switches(), listen("127.0.0.1", 0)
-    app = make_app(versions.root, lambda: {"paused": switches.paused.is_set()}, switches, "secret")
+    in_memory = tmp_path / "in memory"
+    app = make_app(versions.root, lambda: {"paused": switches.paused.is_set()}, switches, "secret", in_memory)
     monkeypatch.setattr(orders_module, "WRITE_PATIENCE_S", 0.01)  # nobody writes them
     with serve_in_thread(app, sock), httpx.Client(base_url=url_of(sock)) as http:
         assert http.get("/healthz").json() == {"status": "ok"}
@@ -229,6 +269,10 @@ def test_the_learner_serves_versions_and_obeys_only_with_the_token(
         body = http.get(f"/weights/1/{MODEL_FILE}", headers=allowed).content
         assert body == (version_folder(versions.root, 1) / MODEL_FILE).read_bytes()
         assert len(body) == manifest.num_model_bytes
+        (version_folder(versions.root, 1) / MODEL_FILE).rename(tmp_path / MODEL_FILE)
+        assert http.get(f"/weights/1/{MODEL_FILE}", headers=allowed).status_code == 404
+        version_folder(in_memory, 1).mkdir(parents=True)
+        (tmp_path / MODEL_FILE).rename(version_folder(in_memory, 1) / MODEL_FILE)
         part = http.get(f"/weights/1/{MODEL_FILE}", headers=allowed | {"Range": "bytes=10-"})
         assert (part.status_code, part.content) == (206, body[10:])
         (version_folder(versions.root, 1) / DELTA_FILE).symlink_to("/etc/passwd")

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import random
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,16 @@ from safetensors.torch import load_file
 
 from common.device import machine_id
 from common.http_service import bearer
-from common.weights import DELTA_FILE, MANIFEST_FILE, MODEL_FILE, WeightsError, encode_manifest, sha256_of
+from common.memory_folder import LOCK_FILE, MemoryFolder, memory_backed
+from common.weights import (
+    DELTA_FILE,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    WeightsError,
+    encode_manifest,
+    sha256_of,
+    version_folder,
+)
 from services.generation import fetching, host_copy
 from services.generation.publication import Arrival, Published
 from services.learner import version_writer
@@ -423,12 +433,51 @@ def test_deltas_are_kept_for_others_within_bounds(
 def test_what_a_killed_replica_left_in_memory_is_cleared_away(
     versions: Versions, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host_copy, "_memory_backed", lambda: tmp_path)
+    monkeypatch.setattr(host_copy, "memory_backed", lambda: tmp_path)
     alive = host_copy.HostCopy(model)
     remains = tmp_path / f"{host_copy.PREFIX}dead"
     remains.mkdir()
-    (remains / host_copy.LOCK_FILE).touch()
+    (remains / LOCK_FILE).touch()
     host_copy.HostCopy(model).close()
     assert alive.root.exists() and not remains.exists()
     alive.close()
     assert list(tmp_path.glob(f"{host_copy.PREFIX}*")) == []
+
+
+def test_the_learners_own_file_in_memory_is_taken_without_a_copy(
+    versions: Versions, learner: Source, model: Path, tmp_path: Path
+) -> None:
+    """It stays whole whatever a replica does with it; wrong bytes are refused, and had elsewhere."""
+    memory = MemoryFolder("test-", memory_backed())
+
+    def publish() -> tuple[Published, Path]:
+        version = versions.publish(memory.root)
+        published = versions.published(learner.url)._replace(machine=machine_id(), memory=str(memory.root))
+        return published, version_folder(memory.root, version) / MODEL_FILE
+
+    async def scenario() -> None:
+        async with members(model, 2) as (one, other):
+            first, path = publish()
+            arrivals = [await member.take(first) for member in (one, other)]
+            assert [arrival.num_bytes for arrival in arrivals] == [0, 0] and all(
+                name != MODEL_FILE for name, _ in learner.requests
+            )
+            assert {(member.copy.folder / MODEL_FILE).stat().st_ino for member in (one, other)} == {path.stat().st_ino}
+            content = path.read_bytes()
+            shutil.rmtree(path.parent)
+            assert one.model == other.model == content, "for as long as it is served"
+
+            second, path = publish()
+            right = path.read_bytes()
+            wrong = right[:-1] + bytes([right[-1] ^ 1])
+            path.write_bytes(wrong)
+            with pytest.raises(WeightsError):
+                await one.take(second)
+            assert path.read_bytes() == wrong and one.model == content, "neither file was touched"
+            (version_folder(versions.root, 2) / MODEL_FILE).write_bytes(right)
+            assert (await one.take(second)).num_bytes == len(right) and one.model == right
+            assert not second._replace(machine="elsewhere").shares_memory_with(one.copy.root)
+            assert not second._replace(memory=str(tmp_path / "gone")).shares_memory_with(one.copy.root)
+
+    run(scenario)
+    memory.close()

@@ -6,11 +6,7 @@ and serve other replicas, too: the newest whole, earlier ones by their manifest 
 bytes. What processes that are gone have left behind is cleared away at the start.
 """
 
-import contextlib
-import fcntl
-import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +15,7 @@ import numpy as np
 from blake3 import blake3
 
 from common.delta import Bytes, DeltaError, apply, bits_of
+from common.memory_folder import MemoryFolder, memory_backed
 from common.weights import (
     DELTA_FILE,
     ITEM_BYTES,
@@ -35,7 +32,6 @@ from common.weights import (
 from services.generation.room import allocated
 
 PREFIX = "headrace-weights-"
-LOCK_FILE = "lock"
 KEPT_SHARE = 0.5
 """Of the model's bytes: so many bytes of earlier deltas are kept for other replicas."""
 
@@ -53,10 +49,8 @@ class HostCopy:
     def __init__(self, model_folder: Path) -> None:
         self.model_folder = model_folder
         self.held: Held | None = None
-        memory = _memory_backed()
-        _clear_remains(memory)
-        self.root = Path(tempfile.mkdtemp(prefix=PREFIX, dir=memory))
-        self._lock = _lock(self.root)
+        self._memory = MemoryFolder(PREFIX, memory_backed())
+        self.root = self._memory.root
 
     def folder_of(self, version: int) -> Path:
         return version_folder(self.root, version)
@@ -123,8 +117,7 @@ class HostCopy:
                 (folder / path.name).symlink_to(path.resolve())
 
     def close(self) -> None:
-        shutil.rmtree(self.root, ignore_errors=True)
-        os.close(self._lock)
+        self._memory.close()
 
 
 def check_model(path: Path, manifest: Manifest) -> None:
@@ -150,31 +143,3 @@ def _check_layout(path: Path, content: Bytes, manifest: Manifest, layout: Layout
 def _mapped(path: Path) -> Bytes:
     """The file's bytes, read as they are looked at."""
     return np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
-
-
-def _memory_backed() -> Path:
-    """A tmpfs where there is one; else the ordinary temporary folder."""
-    for folder in (Path("/dev/shm"), Path(tempfile.gettempdir())):
-        with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder):
-            return folder
-    raise WeightsError(f"no folder for the weights: neither /dev/shm nor {tempfile.gettempdir()} can be written")
-
-
-def _lock(folder: Path) -> int:
-    """Held until it is closed or the process ends. Raises `OSError` while somebody else holds it."""
-    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _clear_remains(parent: Path) -> None:
-    """Of replicas that were killed."""
-    for lock in parent.glob(f"{PREFIX}*/{LOCK_FILE}"):
-        with contextlib.suppress(OSError):
-            descriptor = _lock(lock.parent)
-            shutil.rmtree(lock.parent, ignore_errors=True)
-            os.close(descriptor)

@@ -102,6 +102,7 @@ class Replica:
             tokens_generated=self._answering.tokens_generated,
             waiting_s=self._in_flight.idle_s,
             serving_s=self._in_flight.serving_s,
+            shares_memory=self.weights.shares_memory,
         )
 
     @property

@@ -5,7 +5,9 @@ been fetched.
 """
 
 import asyncio
+import contextlib
 import logging
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +18,8 @@ from typing import NamedTuple
 import redis.asyncio
 
 from common.device import machine_id
-from common.weights import DELTA_FILE, MANIFEST_FILE, MODEL_FILE, Manifest, WeightsError
+from common.memory_folder import LOCK_FILE
+from common.weights import DELTA_FILE, MANIFEST_FILE, MODEL_FILE, Manifest, WeightsError, version_folder
 from services.generation.fetching import Fetcher, file_source
 from services.generation.host_copy import Held, HostCopy, check_delta, check_model
 from services.generation.room import check_free
@@ -25,7 +28,7 @@ from services.generation.route import Route, routes
 FETCH_DEADLINE_S = 600.0
 MAX_TOLD_CHARS = 500
 _log = logging.getLogger(__name__)
-_FIELDS = ("version", "sha256", "url", "machine", "folder")
+_FIELDS = ("version", "sha256", "url", "machine", "folder", "memory")
 
 
 class Published(NamedTuple):
@@ -37,12 +40,28 @@ class Published(NamedTuple):
     machine: str = ""
     """The learner's (`machine_id`), where `folder` has the files."""
     folder: str = ""
+    memory: str = ""
+    """The learner's memory-backed folder, which may have models' files."""
+
+    @property
+    def is_here(self) -> bool:
+        """The learner is on this machine."""
+        return bool(self.machine) and self.machine == machine_id()
+
+    def shares_memory_with(self, folder: Path) -> bool:
+        """A file in the learner's memory can be had under a name in `folder` as well, without a copy: it is tried."""
+        probe = folder / "probe"
+        with contextlib.suppress(OSError):
+            if self.is_here and self.memory:
+                os.link(Path(self.memory) / LOCK_FILE, probe)
+                probe.unlink()
+                return True
+        return False
 
     def sources(self, named: Sequence[str]) -> list[str]:
         """Where to ask for its files, in this order: the learner's folder if it is here, those who were named, the
         learner."""
-        is_here = self.machine and self.machine == machine_id() and Path(self.folder).is_dir()
-        here = [file_source(Path(self.folder))] if is_here else []
+        here = [file_source(Path(self.folder))] if self.is_here and Path(self.folder).is_dir() else []
         return list(dict.fromkeys([*here, *named, self.url]))
 
 
@@ -96,6 +115,8 @@ class _Journey:
 
     async def make(self) -> Arrival:
         newest = await self._manifest(self.published.version, self.published.sha256)
+        if newest.has_model and await self._link(newest):
+            return await self._follow(Route(newest, []), newest)
         problems = []
         for held in [self.copy.held, None] if self.copy.held else [None]:
             for route in await routes(newest, held, bool(self.named), self._manifest):
@@ -114,6 +135,23 @@ class _Journey:
         self.copy.link_rest(newest.version)
         held = Held(newest, self.published.sha256)
         return Arrival(self.num_bytes, fetched_s - started_s, time.monotonic() - fetched_s, held)
+
+    async def _link(self, newest: Manifest) -> bool:
+        """The learner's own file becomes ours as well, once its bytes are verified: nobody ever changes it."""
+        if not self.published.shares_memory_with(self.copy.root):
+            return False
+        self._begin(newest.version)
+        path = self.copy.folder_of(newest.version) / MODEL_FILE
+        try:
+            os.link(version_folder(Path(self.published.memory), newest.version) / MODEL_FILE, path)
+            await asyncio.to_thread(check_model, path, newest)
+        except FileNotFoundError:  # it goes by the disk
+            return False
+        except (OSError, WeightsError) as error:
+            _log.warning("version %d in the learner's memory: %s", newest.version, error)
+            path.unlink(missing_ok=True)
+            return False
+        return True
 
     def leave_nothing(self) -> None:
         for version in self.begun:

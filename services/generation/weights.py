@@ -61,6 +61,8 @@ class WeightFollower:
         self.problem = ""
         self.confirmed_life = 0
         """The life of the engine (`EngineKeeper.life`) that is known to serve `version`."""
+        self.shares_memory = False
+        """With the learner of the version that was taken last."""
         self.awaited: list[int] = []
         """The versions that callers of `at_least` wait for."""
         self._on_swap = on_swap
@@ -129,6 +131,7 @@ class WeightFollower:
 
     async def _take(self, published: Published, engine: Engine) -> None:
         """Returns, too, if the version cannot be had because a newer one has taken its place."""
+        self.shares_memory = published.shares_memory_with(self.copy.root)
         try:
             arrival = await bring(self.copy, self.fetcher, published, await self._sources(published.version))
         except WeightsError as error:

@@ -172,7 +172,7 @@ def _learn(
         loop.has_ended()
         return 0
     status = partial(_status, loop, folder.name)
-    app = make_app(loop.versions.root, status, switches, token)
+    app = make_app(loop.versions.root, status, switches, token, loop.versions.memory)
     mount_metrics(app, Exported(status, loop.telling.metrics.rows, loop.intake, loop.versions))
     with serve_in_thread(app, sock):
         try:

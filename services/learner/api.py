@@ -17,7 +17,14 @@ from common.weights import MANIFEST_FILE, file_of, stored_versions, version_fold
 from services.learner.orders import Switches
 
 
-def make_app(weights_root: Path, status: Callable[[], dict[str, Any]], switches: Switches, token: str) -> FastAPI:
+def make_app(
+    weights_root: Path,
+    status: Callable[[], dict[str, Any]],
+    switches: Switches,
+    token: str,
+    weights_in_memory: Path | None = None,
+) -> FastAPI:
+    """`weights_in_memory` has files of versions as well."""
     app = new_app("Headrace learner")
     guarded = [Depends(require_token(token))]
 
@@ -41,6 +48,8 @@ def make_app(weights_root: Path, status: Callable[[], dict[str, Any]], switches:
     def weights_file(version: int, name: str) -> FileResponse:
         """A file of a version, or a range of it."""
         path = file_of(weights_root, version, name)
+        if path is None and weights_in_memory is not None:
+            path = file_of(weights_in_memory, version, name)
         if path is None:
             raise HTTPException(404, f"weight version {version} has no file {name!r} here")
         return FileResponse(path)

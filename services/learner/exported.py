@@ -12,7 +12,7 @@ from common.metrics.families import Families
 from common.metrics.replicas import add_learner_waits, add_replica_states
 from common.metrics.run import GroupTotals, add_files, add_orders, add_position, add_queues
 from common.metrics.steps import StepTotals, add_latest_evaluation, add_latest_step
-from common.weights import DELTA_FILE, MODEL_FILE, version_folder
+from common.weights import DELTA_FILE, MODEL_FILE
 from services.learner.intake import Intake
 from services.learner.versions import Versions
 
@@ -65,8 +65,9 @@ class Exported:
 
     def _version_bytes(self) -> dict[str, int]:
         """Of the newest version; it may be deleted at any time."""
-        folder, found = version_folder(self._versions.root, self._versions.current), {}
+        found = {}
         for kind, name in (("delta", DELTA_FILE), ("model", MODEL_FILE)):
             with suppress(OSError):
-                found[kind] = (folder / name).stat().st_size
+                if path := self._versions.file_of(self._versions.current, name):
+                    found[kind] = path.stat().st_size
         return found

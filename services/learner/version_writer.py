@@ -59,33 +59,57 @@ class VersionWriter:
     def __init__(self, lineage: str, num_threads: int | None = None) -> None:
         self.lineage = lineage
         self.num_threads = num_threads or min(MAX_THREADS, max(1, len(os.sched_getaffinity(0)) // 2))
+        self.anchors: list[int] = []
+        """Versions that a joiner could start from when they were new, in their order."""
         self._newest: tuple[Manifest, Snapshot] | None = None
         self._chain_bytes: list[int] = []
         """Of each delta since the newest anchor."""
+        self._is_anchored = False
+        """That anchor is durable."""
 
-    def write(self, folder: Path, version: int, step: int, weights: Snapshot) -> Manifest:
+    def write(
+        self,
+        folder: Path,
+        version: int,
+        step: int,
+        weights: Snapshot,
+        memory: Path | None = None,
+        *,
+        alone: bool = False,
+    ) -> Manifest:
         """Returns when `folder` has the version, durably. Raises `OSError` if the disk refuses; the version before is
-        then the base of the next."""
+        then the base of the next.
+
+        With `memory`, a new folder in memory, the model's file is written there and never to the disk; `alone`: nobody
+        needs anything else, and no delta is made.
+        """
         aside = folder.with_name("aside")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-        entries, delta = self._write_delta(aside / DELTA_FILE, weights)
-        manifest = Manifest(version, step, self.lineage, entries, has_model=self._is_anchor_due(delta, entries))
+        base = None if alone else self._newest
+        entries, delta = self._write_delta(aside / DELTA_FILE, weights, base)
+        is_anchor = self._is_anchor_due(delta, entries, is_durable=memory is None)
+        manifest = Manifest(version, step, self.lineage, entries, has_model=is_anchor or memory is not None)
         if delta is not None and delta.num_bytes <= LARGEST_DELTA * manifest.num_model_bytes:
             manifest = Manifest(version, step, self.lineage, entries, manifest.has_model, delta)
         else:
             (aside / DELTA_FILE).unlink()
         if manifest.has_model:
-            _write_model(aside / MODEL_FILE, entries, weights)
+            _write_model((memory or aside) / MODEL_FILE, entries, weights)
         (aside / MANIFEST_FILE).write_bytes(encode_manifest(manifest))
         move_into_place(aside, folder)
-        self._chain_bytes = [] if manifest.has_model or delta is None else [*self._chain_bytes, delta.num_bytes]
+        if is_anchor or delta is None:
+            self.anchors, self._is_anchored, self._chain_bytes = [*self.anchors, version], memory is None, []
+        else:
+            self._chain_bytes.append(delta.num_bytes)
         self._newest = manifest, weights
         return manifest
 
-    def _write_delta(self, path: Path, weights: Snapshot) -> tuple[dict[str, TensorEntry], Delta | None]:
+    def _write_delta(
+        self, path: Path, weights: Snapshot, newest: tuple[Manifest, Snapshot] | None
+    ) -> tuple[dict[str, TensorEntry], Delta | None]:
         """Every tensor, described, and what changes the base into them in the file."""
-        base, base_weights = self._newest or (None, None)
+        base, base_weights = newest or (None, None)
         dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in weights.tensors.items()}
         entries: dict[str, TensorEntry] = {}
         patches: dict[str, Patch] = {}
@@ -111,8 +135,8 @@ class VersionWriter:
         num_bytes = sum(patch.num_bytes for patch in patches.values())
         return entries, Delta(base.version, sha256_of(encode_manifest(base)), num_bytes, digest.hexdigest(), patches)
 
-    def _is_anchor_due(self, delta: Delta | None, entries: Mapping[str, TensorEntry]) -> bool:
-        if delta is None or len(self._chain_bytes) >= MAX_CHAIN:
+    def _is_anchor_due(self, delta: Delta | None, entries: Mapping[str, TensorEntry], *, is_durable: bool) -> bool:
+        if delta is None or len(self._chain_bytes) >= MAX_CHAIN or (is_durable and not self._is_anchored):
             return True
         return sum(self._chain_bytes) + delta.num_bytes > sum(entry.num_bytes for entry in entries.values())
 

@@ -18,13 +18,17 @@ import redis
 from common.device import machine_id
 from common.durable import fsync_path
 from common.http_service import bearer
-from common.weights import Manifest, encode_manifest, is_anchor, sha256_of, stored_versions, version_folder
+from common.memory_folder import MemoryFolder, memory_backed
+from common.weights import Manifest, encode_manifest, file_of, sha256_of, stored_versions, version_folder
 from services.learner.snapshots import Snapshot, Snapshots, Weight
 from services.learner.store import LearnerStore
 from services.learner.version_writer import VersionWriter
 
 NOTIFY_TIMEOUT_S = 5.0
 COUNTER_FILE = "VERSION"
+PREFIX = "headrace-versions-"
+SPARE_BYTES = 1 << 24
+"""Of the memory-backed folder, beyond a model's tensors."""
 BRANCHES = 2
 """Replicas that fetch from each replica."""
 _log = logging.getLogger(__name__)
@@ -53,6 +57,9 @@ class Versions:
         self._writer = VersionWriter(f"epoch-{store.epoch}")
         self._snapshots = Snapshots()
         self._notifiers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="notify")
+        self._memory = MemoryFolder(PREFIX, memory_backed())
+        self.memory = self._memory.root
+        """Models' files, in versions' folders, for replicas that share it."""
         self._http = httpx.Client(timeout=NOTIFY_TIMEOUT_S, headers=bearer(token), trust_env=False)
 
     def copy(self, tensors: Mapping[str, Weight]) -> Snapshot:
@@ -62,22 +69,26 @@ class Versions:
     def publish(self, weights: Snapshot, step: int) -> Manifest:
         """Makes `weights` the next version, which `step` made; returns when replicas can find it. Raises `Fenced` also
         where a successor has deleted this learner's folder."""
+        sharing = [replica.shares_memory for replica in self.store.replicas()]
+        is_shared = any(sharing) and self._has_room(weights)
         try:
             version = self._take_number()
-            manifest = self._writer.write(version_folder(self.root, version), version, step, weights)
+            memory = self._new_folder_in_memory(version) if is_shared else None
+            place, alone = version_folder(self.root, version), is_shared and all(sharing)
+            manifest = self._writer.write(place, version, step, weights, memory, alone=alone)
         except OSError:
             self.store.check_fence()
             raise
         digest = sha256_of(encode_manifest(manifest))
         told = {"version": version, "step": step, "sha256": digest, "url": self.url}
-        told |= {"machine": machine_id(), "folder": self.root.resolve()}
+        told |= {"machine": machine_id(), "folder": self.root.resolve(), "memory": self.memory}
         fields = [str(part) for pair in told.items() for part in pair]
         keys = self.store.keys
         self.steps[version] = step  # before a group of this version can come back
         self.store.execute([("HSET", keys.versions, version, step), ("HSET", keys.weights, *fields)])
-        self.current = version
+        before, self.current = self.current, version
         _log.info("published, made by step %d", step, extra={"version": version})
-        self._delete_unneeded()
+        self._delete_unneeded(before)
         self._notifiers.submit(self._notify_replicas, version)
         return manifest
 
@@ -88,14 +99,34 @@ class Versions:
     def close(self) -> None:
         self._notifiers.shutdown()
         self._http.close()
+        self._memory.close()
 
-    def _delete_unneeded(self) -> None:
-        """Whoever serves an older version than the last anchor but one starts from an anchor."""
-        versions = sorted(stored_versions(self.root))
-        anchors = [version for version in versions if is_anchor(version_folder(self.root, version))]
-        for version in versions:
-            if version < anchors[-2:][0]:
+    def file_of(self, version: int, name: str) -> Path | None:
+        """The version's file of that name, on the disk or in memory; None if there is none."""
+        return file_of(self.root, version, name) or file_of(self.memory, version, name)
+
+    def _has_room(self, weights: Snapshot) -> bool:
+        num_bytes = sum(tensor.nbytes for tensor in weights.tensors.values())
+        return shutil.disk_usage(self.memory).free > num_bytes + SPARE_BYTES
+
+    def _new_folder_in_memory(self, version: int) -> Path:
+        """What a version that failed has left there goes."""
+        for path in self.memory.glob("v*"):
+            if path != version_folder(self.memory, self.current):
+                shutil.rmtree(path, ignore_errors=True)
+        folder = version_folder(self.memory, version)
+        folder.mkdir()
+        return folder
+
+    def _delete_unneeded(self, before: int) -> None:
+        """Whoever serves an older version than the last anchor but one starts from an anchor. In memory the version
+        `before` is left as well: a replica may just be taking it."""
+        for version in stored_versions(self.root):
+            if version < self._writer.anchors[-2:][0]:
                 shutil.rmtree(version_folder(self.root, version), ignore_errors=True)
+        for path in self.memory.glob("v*"):
+            if path not in (version_folder(self.memory, version) for version in (before, self.current)):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _notify_replicas(self, version: int) -> None:
         """A hint only: a replica that misses it looks by itself."""
