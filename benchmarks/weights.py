@@ -12,38 +12,34 @@ whichever encoding it has, is a row of its own. Rows go to benchmarks/results/we
 """
 
 import argparse
+import contextlib
 import json
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import zstandard
 from blake3 import blake3
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file
 
 from benchmarks.demo import RECIPE, headrace_up
-from common.delta import Bits, apply, bits_of, encode
-from common.weights import (
-    DELTA_FILE,
-    ITEM_BYTES,
-    MANIFEST_FILE,
-    MODEL_FILE,
-    Manifest,
-    decode_manifest,
-    model_layout,
-    sha256_of,
-    stored_versions,
-    version_folder,
-)
+from common.delta import Bits, apply, encode
+from common.memory_folder import MemoryFolder, memory_backed
+from common.weights import MODEL_FILE
+from services.learner.versions import PREFIX
 
 RESULTS = Path(__file__).parent / "results" / "weights.json"
 REPEATS = 5
+LOOK_S = 0.02
+"""Between two looks for a version, of which two lie in memory at a time."""
 RUN_SETTINGS = ["model.dtype=bfloat16", "optimizer.lr=1e-6", "learner.steps=12", "evaluation.num_prompts=16"]
 Row = dict[str, Any]
 Pair = tuple[Bits, Bits]
@@ -81,31 +77,31 @@ def random_pair(num_items: int, share: float) -> Pair:
 
 
 def real_versions(folder: Path) -> list[list[Bits]]:
-    """The tensors of each version of a short run."""
+    """The tensors of consecutive versions of a short run, whose files are kept as a replica of the machine keeps them."""
     settings = [part for setting in RUN_SETTINGS for part in ("--set", setting)]
     command = headrace_up(RECIPE, "real", "--runs-folder", str(folder), *settings)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    (root,) = (folder / "real" / "weights").glob("epoch-*")
-    found: list[list[Bits]] = []
-    for version in sorted(stored_versions(root)):
-        payload = (version_folder(root, version) / MANIFEST_FILE).read_bytes()
-        manifest = decode_manifest(payload, sha256_of(payload))
-        found.append(list(_tensors(version_folder(root, version), manifest, found[-1] if found else None)))
-    return found
+    files = f"{PREFIX}*/v*/{MODEL_FILE}"
+    others, kept = set(memory_backed().glob(files)), MemoryFolder("headrace-benchmark-", memory_backed())
+    with contextlib.closing(kept), subprocess.Popen(command, stdout=subprocess.DEVNULL) as run:
+        while run.poll() is None:
+            time.sleep(LOOK_S)
+            for path in memory_backed().glob(files):
+                place = kept.root / path.parent.name
+                if path not in others and not place.exists():
+                    with contextlib.suppress(FileNotFoundError):  # deleted just now
+                        place.hardlink_to(path)
+        if run.returncode:
+            raise RuntimeError(f"the run ended with {run.returncode}")
+        found = {int(path.name[1:]): load_file(path) for path in kept.root.glob("v*")}
+    versions = sorted(found)
+    if versions != list(range(versions[0], versions[-1] + 1)):
+        raise RuntimeError(f"expected consecutive versions, found {versions}")
+    return [[_bits(tensor) for tensor in found[version].values()] for version in versions]
 
 
-def _tensors(folder: Path, manifest: Manifest, before: Sequence[Bits] | None) -> Iterator[Bits]:
-    if manifest.has_model:
-        content = np.fromfile(folder / MODEL_FILE, np.uint8)
-        for name, place in model_layout(manifest.tensors).places.items():
-            yield bits_of(content[place], ITEM_BYTES[manifest.tensors[name].dtype])
-        return
-    assert manifest.delta is not None and before is not None
-    frames = memoryview((folder / DELTA_FILE).read_bytes())
-    for (name, place), bits in zip(manifest.delta.places().items(), before, strict=True):
-        after = bits.copy()
-        apply(manifest.delta.patches[name], frames[place], after, after)
-        yield after
+def _bits(tensor: torch.Tensor) -> Bits:
+    bits: Bits = tensor.flatten().view(torch.uint8).numpy().view(np.uint16)
+    return bits
 
 
 def measure(case: str, pairs: Sequence[Pair]) -> list[Row]:

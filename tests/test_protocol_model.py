@@ -310,6 +310,8 @@ class Protocol(RuleBasedStateMachine):
         self.groups: dict[tuple[str, str], tuple[str, Group]] = {}
         """Every group ever committed, with its kind, by ticket and entry: two streams may have an entry of one id."""
         self.planted: set[str] = set()
+        self.num_noted = 0
+        """Of the consumed groups that no checkpoint has recorded yet, during an act."""
         self.begun: dict[int, tuple[Line, set[str]]] = {}
         """Of each learner's latest checkpoint: what its weights had seen then, and what was unfinished."""
         self.announced = 0
@@ -529,11 +531,14 @@ class Protocol(RuleBasedStateMachine):
                 assert unfinished <= {*record.unfinished}
                 assert all(is_training(name) for name in record.unfinished)
 
-    def _note_begin(self, life: Life) -> None:
+    def _note_begin(self, life: Life, begin: Callable[..., None], *given: object) -> None:
         """What a checkpoint that begins now must hold, whenever it is written."""
+        self._note(life, self.num_noted)
+        self.num_noted = len(life.loop.intake.books.since_checkpoint)
         names = [name for name, mark in self._ledger().items() if mark.state in ("open", "queued")]
         unfinished = {name for name in names if name not in life.line.states and is_training(name)}
         self.begun[id(life.loop)] = copy.deepcopy(life.line), unfinished
+        begin(*given)
 
     def _take_up(self, fault: Fault | None = None) -> None:
         newest = self._loadable()[-1:]
@@ -551,6 +556,7 @@ class Protocol(RuleBasedStateMachine):
             return
         assert loop.progress.step == line.step
         self.life, self.is_lost = Life(loop, line), False
+        loop.checkpointer.begin = partial(self._note_begin, self.life, loop.checkpointer.begin)  # type: ignore[method-assign]
         self._note(self.life, 0)
 
     def _overtake(self) -> None:
@@ -565,10 +571,8 @@ class Protocol(RuleBasedStateMachine):
         """The learner does one thing, and lives on if it can."""
         life, was_lost = self.life, self.is_lost
         assert life is not None
-        taken, num_noted = life.loop.intake, len(life.loop.intake.books.since_checkpoint)
+        taken, self.num_noted = life.loop.intake, len(life.loop.intake.books.since_checkpoint)
         try:
-            if name == "checkpoint" and not life.loop.checkpointer.is_busy:
-                self._note_begin(life)
             with self.trap.armed(fault and fault._replace(at=fault.at % NUM_COMMANDS[name])):
                 self._do(life.loop, name)
         except (Crash, redis.OutOfMemoryError):
@@ -580,7 +584,7 @@ class Protocol(RuleBasedStateMachine):
             assert self.trap.sprung == "frozen"
         if self.trap.sprung == "frozen":
             assert self._everything() == self.as_overtaken, "a learner that was overtaken has changed something"
-        self._note(life, num_noted)
+        self._note(life, self.num_noted)
         self._note_checkpoint(life)
         is_full = len(taken._arrived) >= 2 * CONFIG.learner.max_outstanding_groups
         if name == "turn" and self.life is life and not self.is_lost and not is_full:
