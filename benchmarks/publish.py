@@ -48,6 +48,8 @@ SHARES = (0.005, 0.05, 0.25)
 LAYER: dict[str, tuple[int, ...]] = {"q": (1536, 1536), "k": (256, 1536), "v": (256, 1536), "o": (1536, 1536)}
 LAYER |= {"gate": (8960, 1536), "up": (8960, 1536), "down": (1536, 8960), "norm": (1536,)}
 EMBEDDINGS = (151_936, 1536)
+BLOCK = 1 << 24
+"""Random numbers; zstd does not see that they come again."""
 MEMCPY_REPEATS = 3
 TRAIN_S = 3.0
 """How long the thread that trains is timed alone."""
@@ -81,28 +83,32 @@ def main() -> None:
 
 
 def made_weights(num_items: int) -> dict[str, Tensor]:
-    """As many layers as it takes, and embeddings."""
-    generator, found, left = torch.Generator().manual_seed(0), dict[str, Tensor](), num_items
+    """As many layers as it takes, and embeddings; the same few million random numbers again and again."""
+    block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+    found, left = dict[str, Tensor](), num_items
     layers = {f"layers.{n}.{name}": shape for n in range(999) for name, shape in LAYER.items()}
     for name, shape in ({"embeddings": EMBEDDINGS} | layers).items():
         rows = min(shape[0], -(-left * shape[0] // int(np.prod(shape))))
         if rows <= 0:
             break
-        found[name] = torch.randn((rows, *shape[1:]), generator=generator).mul_(0.02).bfloat16()
+        found[name] = torch.empty((rows, *shape[1:]), dtype=torch.bfloat16)
+        for part in found[name].view(-1).split(BLOCK):
+            part.copy_(block[: len(part)])
         left -= found[name].numel()
     return found
 
 
 def change(weights: Mapping[str, Tensor], share: float) -> None:
     """A random `share` by one unit up or down, in place."""
+    chance = torch.empty(BLOCK, dtype=torch.int16).random_(0, 1 << 15)
+    block = ((chance < share * (1 << 15)) * (1 - 2 * (chance & 1))).to(torch.int16)
     for tensor in weights.values():
-        bits = tensor.view(torch.int16)
-        chance = torch.empty(tensor.shape, dtype=torch.int16).random_(0, 1 << 15)
-        bits += ((chance < share * (1 << 15)) * (1 - 2 * (chance & 1))).to(torch.int16)
+        for part in tensor.view(-1).view(torch.int16).split(BLOCK):
+            part.add_(block[: len(part)])
 
 
 def publications(folder: Path, url: str, num_items: int, num_threads: int) -> list[Row]:
-    """Each after the same first two, which ask for the memory that is then used again and again."""
+    """After two, which ask for the memory that is then used again and again."""
     weights, waits = made_weights(num_items), Waits()
     versions = Versions(folder / f"weights-{num_threads}", LearnerStore(connect(url), Keys("publish")), "", "")
     versions._writer = VersionWriter("benchmark", num_threads)

@@ -77,7 +77,7 @@ def random_pair(num_items: int, share: float) -> Pair:
 
 
 def real_versions(folder: Path) -> list[list[Bits]]:
-    """The tensors of consecutive versions of a short run, whose files are kept as a replica of the machine keeps them."""
+    """The tensors of consecutive versions of a short run, whose files are kept as a replica beside it keeps them."""
     settings = [part for setting in RUN_SETTINGS for part in ("--set", setting)]
     command = headrace_up(RECIPE, "real", "--runs-folder", str(folder), *settings)
     files = f"{PREFIX}*/v*/{MODEL_FILE}"
