@@ -47,9 +47,9 @@ def before_writing(loop: Loop, act: Callable[[int], None]) -> dict[int, Manifest
     """Does `act` with the step before its version is written; returns what is written, by step."""
     write, written = loop.versions._writer.write, dict[int, Manifest]()
 
-    def act_and_write(folder: Path, version: int, step: int, *weights: Any) -> Manifest:
+    def act_and_write(folder: Path, version: int, step: int, *given: Any, **options: Any) -> Manifest:
         act(step)
-        written[step] = write(folder, version, step, *weights)
+        written[step] = write(folder, version, step, *given, **options)
         return written[step]
 
     loop.versions._writer.write = act_and_write  # type: ignore[assignment,method-assign]
