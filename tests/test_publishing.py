@@ -52,7 +52,7 @@ def before_writing(loop: Loop, act: Callable[[int], None]) -> dict[int, Manifest
         written[step] = write(folder, version, step, *given, **options)
         return written[step]
 
-    loop.versions._writer.write = act_and_write  # type: ignore[assignment,method-assign]
+    loop.versions._writer.write = act_and_write  # type: ignore[method-assign]
     return written
 
 
