@@ -38,7 +38,7 @@ def test_a_result_is_of_the_version_that_was_asked_for() -> None:
     for ticket, rewards in zip(tickets[:2], ((1.0, 0.5), (0.0, 0.25)), strict=True):
         evaluation.collect(make_group(ticket.id, rewards, version=9), {9: 4})
     assert not evaluation.is_done
-    evaluation.give_up("eval-9-2")
+    evaluation.give_up("eval-9-2", "ValueError")
     assert evaluation.is_done
     assert evaluation.result() == {
         "step": 4,
@@ -50,6 +50,15 @@ def test_a_result_is_of_the_version_that_was_asked_for() -> None:
         "num_completions": 4,
         "num_dead": 1,
     }
+
+
+def test_an_evaluation_whose_tickets_all_died_says_of_what() -> None:
+    evaluation = Evaluation.of(0, 9, [make_ticket("eval-9-0", kind="eval")])
+    evaluation.give_up("eval-9-0", "completion 1 of 2: ValueError: no such answer")
+    with pytest.raises(
+        ValueError, match="all 1 evaluation tickets of step 0 are dead, the latest: completion 1 of 2: V"
+    ):
+        evaluation.result()
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, 1.0), (0.6, 0.6), (0, MIN_TEMPERATURE)])

@@ -318,6 +318,8 @@ def test_a_dead_ticket_is_issued_again_when_a_person_asks(client: redis.Redis, k
     harness.turn()
     harness.answer(keys.tickets, version=99)
     harness.turn()
+    (died,) = harness.store.marks(["0-3"])
+    assert died is not None and "from the future" in harness.store.dead_reason(died)
     assert retry(client, keys, ["0-3"]) == ["0-3"]
     client.sadd(keys.retries, "no such ticket")
     harness.intake.look_around()
@@ -326,6 +328,7 @@ def test_a_dead_ticket_is_issued_again_when_a_person_asks(client: redis.Redis, k
     assert mark is not None and mark.state == "open" and client.xlen(keys.dead) == 7
     with pytest.raises(ValueError, match="'0-3' is not dead"):
         retry(client, keys, ["0-3"])
+    assert harness.store.dead_reason(died) == "", "it is dead no more"
     assert len(purge(client, keys, [])) == 7 and client.xlen(keys.dead) == 0
 
 

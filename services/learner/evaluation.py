@@ -27,6 +27,8 @@ class Evaluation:
     version: int
     waiting_for: set[str]
     num_dead: int = 0
+    dead_reason: str = ""
+    """Of the latest."""
     rewards: list[list[float]] = field(default_factory=list)
     """Of each prompt's completions."""
     first_token_steps: list[int] = field(default_factory=list)
@@ -43,9 +45,10 @@ class Evaluation:
         for rollout in group.rollouts:
             self.first_token_steps.append(step_of(rollout.version_spans[0].version, version_steps))
 
-    def give_up(self, ticket_id: str) -> None:
+    def give_up(self, ticket_id: str, reason: str) -> None:
         self.waiting_for.discard(ticket_id)
         self.num_dead += 1
+        self.dead_reason = reason
 
     @property
     def is_done(self) -> bool:
@@ -54,7 +57,9 @@ class Evaluation:
     def result(self) -> dict[str, float]:
         """Raises `ValueError` if every ticket died."""
         if not self.rewards:
-            raise ValueError(f"all {self.num_dead} evaluation tickets of step {self.step} are dead")
+            raise ValueError(
+                f"all {self.num_dead} evaluation tickets of step {self.step} are dead, the latest: {self.dead_reason}"
+            )
         num_completions = len(self.first_token_steps)
         return {
             "step": self.step,

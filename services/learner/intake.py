@@ -418,7 +418,7 @@ class Intake:
                 return
             for name, mark in zip(names, self.store.marks(names), strict=True):
                 if mark is not None and mark.state == "dead":
-                    self._evaluation.give_up(name)
+                    self._evaluation.give_up(name, self.store.dead_reason(mark))
             self._changed.notify_all()
 
     def _raise_failure(self) -> None:

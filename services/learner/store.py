@@ -19,7 +19,17 @@ from common.keys import MAX_EVENTS, MAX_HISTORY, MAX_SHOWN, TICKET_GROUP, Keys
 from common.ledger import Mark, parse_mark
 from common.redis_client import entries_of
 from common.shown import ShownGroup
-from common.wire import Heartbeat, Ticket, TicketState, WireError, decode_group, decode_heartbeat, decode_ticket, encode
+from common.wire import (
+    Heartbeat,
+    Ticket,
+    TicketState,
+    WireError,
+    decode_group,
+    decode_heartbeat,
+    decode_ticket,
+    encode,
+    one_line,
+)
 from services.learner import scripts
 from services.learner.history import numbers_of
 
@@ -142,6 +152,11 @@ class LearnerStore:
             with contextlib.suppress(WireError):
                 return decode(payload)
         return None
+
+    def dead_reason(self, mark: Mark) -> str:
+        """Why the ticket of that mark died; empty if it was purged."""
+        entries: Any = self.client.xrange(self.keys.dead, mark.entry_id, mark.entry_id) if mark.entry_id else []
+        return one_line(entries[0][1].get(b"reason", b"").decode(errors="replace")) if entries else ""
 
     def asked_to_retry(self) -> list[str]:
         """Dead tickets that a person wants answered after all."""
