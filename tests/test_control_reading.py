@@ -160,9 +160,9 @@ def test_settings_tell_what_stands_and_hide_secrets(redis_url: str, client: redi
     config["task"]["settings"] = {"api_key": "sesame", "nested": [{"password": "sesame"}], "digits": 2}
     config["generation"]["engine"]["url"] = "http://user:sesame@engine:30000"
     config["generation"]["engine"]["extra_args"] = [
-        "--api-key",
+        "--ssl-keyfile-password",
         "sesame",
-        "--admin-api-key=sesame",
+        "--ssl-keyfile-password=sesame",
         "--log-level",
         "info",
     ]
