@@ -81,7 +81,7 @@ class Fakes:
         start = (
             f"import sys; sys.executable = {str(self.executable)!r}\n"
             "from services.launcher import __main__, health, kept, orders, supervise, up\n"
-            f"up.try_task = lambda config: None\n{settings}\n__main__.main()"  # it would start scripts too
+            f"up.notes_before = lambda config: []\n{settings}\n__main__.main()"  # it would start scripts too
         )
         process = subprocess.Popen(
             [sys.executable, "-c", start, *arguments, "--runs-folder", str(self.run.parent)],

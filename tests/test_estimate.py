@@ -15,9 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from common.config import OptimizerConfig, Recipe, RunConfig
 from common.delta import bits_of
 from common.delta import encode as encode_delta
+from common.gpus import Gpu
 from common.preflight import NotHere
 from common.wire import Group, Rollout, Sampling, Ticket, Timings, VersionSpan, encode
 from services.launcher import estimate as estimate_module
+from services.launcher import sections
 from services.launcher.estimate import (
     activation_bytes,
     engine_bytes,
@@ -29,6 +31,7 @@ from services.launcher.estimate import (
 from services.launcher.host_memory import STATE_BYTES, disk_rows, host_rows, shared_memory_problem
 from services.launcher.model_size import Shape, read_shape, shape_in
 from services.launcher.model_size import shape_of as shape_of_run
+from services.launcher.prompt_trial import Found
 from services.launcher.sections import readable
 from services.launcher.time_estimate import Speed, cpu_speed, estimate, measured_flops, readable_s, too_long
 from services.launcher.traffic import delta_share, full_length_group, moved_bytes
@@ -55,6 +58,14 @@ QWEN_1_5B: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 """Of Qwen2.5-1.5B-Instruct, which has 1,543,714,304 parameters."""
+QWEN_7B = QWEN_1_5B | {
+    "hidden_size": 3584,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "intermediate_size": 18944,
+    "vocab_size": 152064,
+    "tie_word_embeddings": False,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -254,6 +265,21 @@ def test_an_engine_takes_of_a_gpu_what_sglang_takes(mib: int, expected: float) -
     given = config_of(generation={"engine": {"memory_fraction": 0.5}})
     weights, cache, _ = engine_bytes(read_shape(QWEN_1_5B), given, None, gpu_bytes).values()
     assert weights + cache == gpu_bytes // 2
+
+
+def test_what_a_gpu_has_not_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A learner of 7B, which is no H100's on one rank, beside an engine that takes what SGLang takes."""
+    monkeypatch.setattr(sections, "visible_gpus", lambda: [Gpu("0", 80 << 30), Gpu("1", 80 << 30)])
+    on_gpu = {"learner": {"device": "cuda"}, "generation": {"engine": {"device": "cuda"}}}
+    facts = sections.Facts(config_of(**on_gpu), Found(), read_shape(QWEN_7B), [])
+    engine = sections.engine(facts)
+    assert sections.learner(facts) is not None and engine is not None
+    (note,) = facts.notes
+    assert "the learner needs 13" in note and "there are 80.0 GiB; expected more learner.ranks" in note
+    assert sum(engine.value.values()) == pytest.approx(80 << 30, rel=1e-6)
+    ranks = {"learner": {"device": "cuda", "ranks": 8}}
+    facts = sections.Facts(config_of(**ranks), Found(), read_shape(QWEN_7B), [])
+    assert sections.learner(facts) and facts.notes == []
 
 
 @pytest.mark.parametrize(

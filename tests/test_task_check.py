@@ -16,7 +16,8 @@ from common.preflight import NotHere
 from common.task_check import check_task
 from common.tasks import BadRow, Prompt, Split
 from common.wire import Ticket, decode_ticket
-from services.launcher import trial
+from services.launcher import before_start, trial
+from services.launcher.before_start import notes_before
 from services.launcher.prompt_trial import Found, SplitTrial, try_prompts
 from services.launcher.sections import Facts, prompts
 from services.launcher.trial import notes_of, try_task
@@ -254,6 +255,20 @@ def test_completions_that_no_prompt_leaves_room_for_are_refused(monkeypatch: pyt
     found.splits["train"].lengths.append(24)
     (note,) = notes_of(try_task(config), config)
     assert note.startswith("2 of the first 3 train prompts do not fit")
+
+
+def test_what_up_says_before_it_starts(demo_policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is passed over, and what takes long on a machine of a million multiplications a second."""
+    trials = {"train": SplitTrial([20], ["train prompt 1: no text"]), "held_out": SplitTrial([20])}
+    found = Found(context=1024, splits=trials, flops=1e6)
+    monkeypatch.setattr(before_start, "try_task", lambda config: found)
+    config = config_of({"name": "arithmetic"}, demo_policy, learner={"device": "cpu"})
+    passed, evaluation, step = notes_before(config)
+    assert passed.startswith("1 of the first 2 train prompts cannot become tickets")
+    assert "an evaluation of 256 prompts x 2 completions takes about" in evaluation
+    assert step.startswith("a step takes about") and "learner.groups_per_step" in step
+    elsewhere = config_of({"name": "arithmetic"}, demo_policy / "nowhere")
+    assert notes_before(elsewhere) == [passed]
 
 
 def test_the_real_children_agree_with_the_demo(demo_policy: Path) -> None:

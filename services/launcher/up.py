@@ -16,16 +16,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from common.config import Recipe, RunConfig
+from common.config import Recipe
 from common.http_service import free_port, url_at
 from common.keys import Keys
 from common.logs import logging_to
-from common.preflight import NotHere, check_run
+from common.preflight import check_run
 from common.run_token import token_at, token_given
+from services.launcher.before_start import notes_before
 from services.launcher.devices import Devices, device_lines, devices_of
-from services.launcher.host_memory import shared_memory_problem
 from services.launcher.kept import Failed, Kept
-from services.launcher.model_size import shape_of
 from services.launcher.open_run import REDIS_GRACE_S
 from services.launcher.orders import Orders
 from services.launcher.processes import (
@@ -39,7 +38,6 @@ from services.launcher.processes import (
 from services.launcher.replicas import Replicas
 from services.launcher.run_folder import CONTROL_URL_FILE, locked, noted_url, write_config
 from services.launcher.supervise import Supervisor
-from services.launcher.trial import try_task
 from services.launcher.watch import Watcher
 
 LEARNER_GRACE_S = 120.0
@@ -69,8 +67,7 @@ def up(
     keys, folder = Keys(run), runs_folder / run
     check_run(recipe.config)
     devices = devices_of(recipe.config)
-    _check_shared_memory(recipe.config)
-    try_task(recipe.config)
+    notes = notes_before(recipe.config)
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         lock = stack.enter_context(locked(folder))
@@ -95,6 +92,8 @@ def up(
         watcher.say(f"the page: {page}/#token={token}" if token else f"the page: {page}")
         for line in (*(device_lines(recipe.config, devices) if devices.gpus else ()), *devices.notes):
             watcher.say(line)
+        for note in notes:
+            watcher.say(f"note: {note}")
         signals: list[int] = []
         stack.enter_context(taking_signals(signals.append))
         settings = recipe.config.generation
@@ -119,16 +118,6 @@ def up(
         _tell_results(folder, console)
         if watcher.num_dead:
             console.print(Text(watcher.dead()), soft_wrap=True)
-
-
-def _check_shared_memory(config: RunConfig) -> None:
-    """As far as the model's size is known here."""
-    try:
-        shape = shape_of(config)
-    except ValueError:
-        return
-    if problem := shared_memory_problem(shape, config):
-        raise NotHere(problem)
 
 
 def _new_token(path: Path) -> str:
