@@ -9,7 +9,7 @@ it has its weights from; where that is gone nothing is known of what it held, an
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from blake3 import blake3
 from common.weights import MANIFEST_FILE, Manifest
 from services.generation.engine_calls import EngineCalls, EngineError
 from services.generation.held_weights import Comparison, Confirmed, Hashes, compare_changes, other_bytes, sample_of
-from services.generation.tensor_shapes import safetensors_entries
+from services.generation.tensor_shapes import StoredTensor, safetensors_entries
 
 SAMPLE_BYTES = 64 << 20
 """Of the tensors whose bytes are held against the file's at a swap on CUDA: a fraction of a second of one core."""
@@ -135,7 +135,11 @@ def _digests(folder: Path) -> dict[str, str]:
         except msgspec.MsgspecError as error:
             raise EngineError(f"{manifest} cannot be read: {error}") from error
         return {name: entry.blake3 for name, entry in tensors.items()}
-    return {entry.name: blake3(entry.read()).hexdigest() for entry in safetensors_entries(folder)}
+    return _hashed(safetensors_entries(folder))
+
+
+def _hashed(entries: Iterable[StoredTensor]) -> dict[str, str]:
+    return {entry.name: blake3(entry.read()).hexdigest() for entry in entries}
 
 
 def _comparable(begun: Path, folder: Path) -> dict[str, str]:
@@ -143,7 +147,10 @@ def _comparable(begun: Path, folder: Path) -> dict[str, str]:
     bytes. None if `begun` is not here, or is gone while it is read."""
     dtypes = {entry.name: entry.dtype for entry in safetensors_entries(folder)}
     try:
-        same = {entry.name for entry in safetensors_entries(begun) if dtypes.get(entry.name) == entry.dtype}
-        return {name: digest for name, digest in _digests(begun).items() if name in same}
+        same = [entry for entry in safetensors_entries(begun) if dtypes.get(entry.name) == entry.dtype]
+        if (begun / MANIFEST_FILE).is_file():
+            digests = _digests(begun)
+            return {entry.name: digests[entry.name] for entry in same if entry.name in digests}
+        return _hashed(same)
     except (OSError, ValueError):
         return {}
