@@ -29,8 +29,8 @@ MAX_UNIX_S = 2.5e11
 """In the year 9892: later ones have no calendar date."""
 MAX_SEQUENCE_TOKENS = 2**20
 MAX_COMPLETIONS = 4096
-MAX_STOPS, MAX_STOP_CHARS = 32, 200
-"""SGLang takes no more; and looks for each text after each token."""
+MAX_STOPS, MAX_STOP_CHARS = 32, 60
+"""SGLang takes 32 patterns of 256 bytes, and looks for each of them after each token."""
 
 Message = Annotated[dict[str, str], msgspec.Meta(max_length=64)]
 """A chat message: `{"role": ..., "content": ...}`."""

@@ -1,8 +1,5 @@
 """How long a sequence may be, by a model's configuration: what SGLang derives from the same one."""
 
-import ast
-import importlib.util
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +7,7 @@ import pytest
 from transformers import AutoConfig, PretrainedConfig
 
 from common.context import UNKNOWN_LENGTH, context_tokens, fits
+from tests.sglang_source import names_of
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -21,19 +19,7 @@ def config_of(kind: str, **settings: Any) -> PretrainedConfig:
 
 
 def by_sglang(config: Any) -> int:
-    """By its own function, without importing SGLang, which takes seconds and a torchvision."""
-    origin = importlib.util.find_spec("sglang")
-    assert origin is not None and origin.origin is not None
-    tree = ast.parse((Path(origin.origin).parent / "srt/utils/hf_transformers/common.py").read_text())
-    wanted = {"CONTEXT_LENGTH_KEYS", "get_context_length"}
-    found: list[ast.stmt] = [
-        node
-        for node in tree.body
-        if (isinstance(node, ast.FunctionDef) and node.name in wanted)
-        or (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in wanted)
-    ]
-    names: dict[str, Any] = {}
-    exec(compile(ast.Module(found, []), "sglang", "exec"), names)
+    names = names_of("srt/utils/hf_transformers/common.py", "CONTEXT_LENGTH_KEYS", "get_context_length")
     length: int = names["get_context_length"](config)
     return length
 

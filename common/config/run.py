@@ -75,8 +75,7 @@ class SamplingConfig(Section):
         [],
         max_length=MAX_STOPS,
         description="Texts that end a completion, besides the model's end tokens. The token that completes one is the "
-        "last that is trained on; the reward sees the text up to the end of it. SGLang looks at as many tokens as the "
-        "text itself has and one more, so that one spelled in smaller tokens is passed over.",
+        "last that is trained on, and of the text that the reward reads.",
     )
 
 

@@ -3,6 +3,7 @@ has a finite behaviour log-probability and belongs to one version span, as the e
 """
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, cast, get_args
 
@@ -60,10 +61,18 @@ def generate_body(ticket: Ticket, rids: list[str]) -> dict[str, Any]:
             "stop_token_ids": ticket.sampling.stop_token_ids,
             "top_p": 1.0,
             "top_k": -1,
-            **({"stop": stop, "no_stop_trim": True} if (stop := ticket.sampling.stop) else {}),
+            **({"stop_regex": [_pattern(text) for text in ticket.sampling.stop]} if ticket.sampling.stop else {}),
         },
         "return_logprob": True,
     }
+
+
+def _pattern(text: str) -> str:
+    """SGLang's `stop` would look at as many tokens as it makes of the text itself, and pass over one that is spelled in
+    smaller ones; and it cuts the completion's text at the first place where the text that stopped it stands. For a
+    pattern it looks at a token for each character, and cuts where the pattern stands, which this one does nowhere.
+    """
+    return f"(?:{re.escape(text)})"
 
 
 def to_completion(sample: Sample) -> Completion:
