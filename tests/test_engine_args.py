@@ -1,12 +1,16 @@
 """What `generation.engine.extra_args` may not have: the setting that is meant is named, or why there is none."""
 
-import argparse
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from common.config import EngineConfig
 from common.config.engine_args import CACHED, ONE_AT_MOST, OWN, QUANTIZED, SETTINGS
+from services.generation.engine_command import launch_command
 
 
 @pytest.mark.parametrize(
@@ -56,14 +60,27 @@ def test_in_place_goes_with_neither_tensor_parallelism_nor_a_cache() -> None:
         EngineConfig(swap_mode="in_place", extra_args=["--enable-hierarchical-cache"])
 
 
-def test_the_refused_flags_are_sglangs(sglang_options: set[str]) -> None:
-    """A flag that SGLang renames would no longer be refused."""
-    assert {*SETTINGS, *OWN, *ONE_AT_MOST, *QUANTIZED, *CACHED} <= sglang_options
-
-
-@pytest.fixture(scope="module")
 def sglang_options() -> set[str]:
-    parser = argparse.ArgumentParser()
-    server_args = pytest.importorskip("sglang.srt.server_args")
-    server_args.ServerArgs.add_cli_args(parser)
-    return {option for action in parser._actions for option in action.option_strings}
+    """Its fields are read, not imported, which takes seconds."""
+    sglang = importlib.util.find_spec("sglang")
+    assert sglang is not None and sglang.origin is not None
+    fields = Path(sglang.origin).parent / "srt" / "arg_groups" / "fields"
+    text = "\n".join(path.read_text() for path in fields.glob("*.py"))
+    names = {"--" + name.replace("_", "-") for name in re.findall(r"^    (\w+): A\[", text, re.M)}
+    assert len(names) > 500
+    return names | set(re.findall(r'"(--[\w-]+)"', text))
+
+
+def test_the_flags_that_are_refused_and_those_that_are_given_are_sglangs() -> None:
+    """A flag that SGLang renames would no longer be refused, or end the engine at its start."""
+    options = sglang_options()
+    assert {*SETTINGS, *OWN, *ONE_AT_MOST, *QUANTIZED, *CACHED} <= options
+    chosen: list[dict[str, Any]] = [
+        {"device": "cuda", "tp_size": 2, "context_tokens": 64, "max_total_tokens": 4096, "memory_fraction": 0.5},
+        {"device": "cuda", "swap_mode": "in_place", "extra_args": ["--chunked-prefill-size", "2048"]},
+        {"device": "cpu"},
+    ]
+    for settings in chosen:
+        command = launch_command(EngineConfig(**settings), "bfloat16", "model", 1, 1)
+        given = [word for word in command if word.startswith("--")]
+        assert set(given) <= options and len(given) == len(set(given)), given
