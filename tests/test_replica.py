@@ -18,7 +18,7 @@ from services.generation import loop
 from services.generation.api import make_app as make_replica_app
 from services.generation.engine_server import EngineServer
 from services.generation.loop import Replica
-from services.generation.reward_pool import RewardError
+from services.generation.reward_process import RewardError
 from tests.replicas import Learner, a_learner, beat, run, running_replica, until
 
 Start = Callable[..., contextlib.AbstractAsyncContextManager[Replica]]

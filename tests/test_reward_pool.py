@@ -14,7 +14,8 @@ import pytest
 
 from common.wire import Sampling, Ticket
 from services.generation import reward_pool
-from services.generation.reward_pool import RewardError, RewardPool, TaskError
+from services.generation.reward_pool import RewardPool, TaskError
+from services.generation.reward_process import RewardError
 
 REPOSITORY = Path(__file__).parents[1]
 TICKET = Ticket(

@@ -21,7 +21,8 @@ from services.generation.completions import Completion
 from services.generation.engine import EngineError
 from services.generation.engine_keeper import EngineDown, EngineKeeper
 from services.generation.passing import PASS_ON_S
-from services.generation.reward_pool import RewardError, RewardPool
+from services.generation.reward_pool import RewardPool
+from services.generation.reward_process import RewardError
 from services.generation.tickets import Lease, TicketStore
 from services.generation.weights import WeightFollower
 

@@ -14,7 +14,8 @@ import msgspec
 
 from common.config import RunConfig
 from common.wire import decode_ticket
-from services.generation.reward_pool import RewardError, RewardPool
+from services.generation.reward_pool import RewardPool
+from services.generation.reward_process import RewardError
 
 
 def main() -> int:
