@@ -116,7 +116,6 @@ def test_the_date_is_always_the_same(tokenizer: Any) -> None:
         (Prompt(USER, {1: "x"}), "keys that are no text"),  # type: ignore[dict-item]
         (Prompt(USER, None), "its reference is NoneType None, expected a dict"),  # type: ignore[arg-type]
     ],
-    ids=str,
 )
 def test_what_cannot_become_a_ticket_is_said(tokenizer: Any, prompt: Any, problem: str) -> None:
     with pytest.raises(PromptError, match=problem):
