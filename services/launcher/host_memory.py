@@ -22,14 +22,16 @@ SERVER_BYTES, SCHEDULER_BYTES, DETOKENIZER_BYTES = 635 * MIB, 577 * MIB, 460 * M
 """SGLang's three; the second and the third come out of the first."""
 TOKEN_BYTES = 2300
 """Of each token of the vocabulary, in whoever has a tokenizer: the learner and SGLang's three."""
-SAMPLED_BYTES = 128 * MIB
-"""Of the weights, at most, in a replica's own process while it verifies a version."""
+TENSOR_COPIES = 4
+"""Of the largest tensor, in a replica's own process, while a delta is applied to it."""
 WEIGHT_COPIES = 2
 """That the learner holds in host memory: what was published last, and what is being published."""
 STATE_BYTES = 12
 """Of a parameter's masters and moments: in a checkpoint, and in the copy that one is written from."""
 HELD_VERSIONS, KEPT_DELTAS = 2, 0.5
-"""Of a replica: the version that is served and the next one; and earlier deltas, as a share of the model's bytes."""
+"""Of a replica by itself: the version that is served, the next one; earlier deltas, as a share of the model's bytes."""
+SHARED_VERSIONS = 3
+"""In memory that learner and replicas of one machine share: the newest two, and the one that is being written."""
 NUM_CHECKPOINTS = 3
 """Two are kept, and one is being written."""
 ANCHORS, MAX_DELTAS = 2, 32
@@ -48,8 +50,9 @@ def host_rows(
         + copies,
         "launcher, control and Redis, without the groups that wait": LAUNCHER_BYTES + CONTROL_BYTES + REDIS_BYTES,
     }
+    largest = shape.vocab * shape.hidden * BYTES[config.model.dtype]
     replica = {
-        "a replica's own process": REPLICA_BYTES + min(SAMPLED_BYTES, weight_bytes(shape, config)),
+        "a replica's own process": REPLICA_BYTES + TENSOR_COPIES * largest,
         "its reward workers": REWARD_WORKER_BYTES * settings.reward_workers,
     }
     if settings.engine.url is None:
@@ -59,25 +62,25 @@ def host_rows(
 
 
 def shared_memory_bytes(shape: Shape, config: RunConfig) -> int:
-    """What one replica puts into /dev/shm, at most."""
+    """What a replica by itself puts into /dev/shm, at most."""
     return int(weight_bytes(shape, config) * (HELD_VERSIONS + KEPT_DELTAS))
 
 
 def shared_memory_problem(shape: Shape, config: RunConfig) -> str:
-    """Why the replicas' weights will not fit into this machine's /dev/shm; empty if they do, or go elsewhere.
+    """Why the weights will not fit into this machine's /dev/shm; empty if they do, or go elsewhere.
 
-    A version that finds no room is refused by its replica (services/generation/room.py), for ever.
+    A replica does not start where two versions have no room (services/generation/room.py).
     """
-    if not SHARED_MEMORY.is_dir():
+    replicas = config.generation.replicas
+    if not SHARED_MEMORY.is_dir() or not replicas:
         return ""
-    replicas, free = config.generation.replicas, shutil.disk_usage(SHARED_MEMORY).free
-    needed = replicas * HELD_VERSIONS * weight_bytes(shape, config)
+    free, versions = shutil.disk_usage(SHARED_MEMORY).free, min(SHARED_VERSIONS, HELD_VERSIONS * replicas)
+    needed = versions * weight_bytes(shape, config)
     if needed <= free:
         return ""
     return (
-        f"{SHARED_MEMORY} has {free / GIB:.1f} GiB free, and two versions of the weights for {replicas} "
-        f"replica{'s' * (replicas != 1)} take {needed / GIB:.1f} GiB; expected a larger one (mount -o "
-        "remount,size=...), or fewer generation.replicas"
+        f"{SHARED_MEMORY} has {free / GIB:.1f} GiB free, and {versions} versions of the weights take "
+        f"{needed / GIB:.1f} GiB; expected a larger one (mount -o remount,size=...), or a smaller model"
     )
 
 

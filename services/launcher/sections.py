@@ -19,10 +19,11 @@ from services.launcher.devices import plan_lines
 from services.launcher.estimate import TYPICAL_PROMPT_TOKENS, Rows, engine_bytes, learner_bytes
 from services.launcher.host_memory import (
     SHARED_MEMORY,
+    SHARED_VERSIONS,
     disk_rows,
     host_rows,
-    shared_memory_bytes,
     shared_memory_problem,
+    weight_bytes,
 )
 from services.launcher.model_size import Shape
 from services.launcher.prompt_trial import Found
@@ -138,8 +139,7 @@ def host(facts: Facts) -> Section | None:
     on_device = sum(learner_bytes(facts.shape, config).values()), sum(_engine_rows(facts, facts.shape).values())
     on_cpu = facts.device_of_learner == "cpu", facts.device_of_engine == "cpu"
     rows, of_replica = host_rows(facts.shape, config, *on_device, on_cpu)
-    shared = shared_memory_bytes(facts.shape, config)
-    of_replica |= {f"its weights in {SHARED_MEMORY}, at most": shared}
+    rows |= {f"weights in {SHARED_MEMORY}, for all replicas here": SHARED_VERSIONS * weight_bytes(facts.shape, config)}
     total = sum(rows.values()) + replicas * sum(of_replica.values())
     here = memory_here()
     if 0 < here < total:

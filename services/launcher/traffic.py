@@ -21,18 +21,18 @@ QUANTILES = 999
 
 
 def moved_bytes(shape: Shape, config: RunConfig) -> Rows:
-    """A version is what has changed; a replica that joins, or is far behind, takes all weights. A step's groups are
-    encoded, with every completion at full length."""
+    """A version is what has changed, to a replica on another machine; on the learner's nothing is moved. One that joins,
+    or is far behind, takes all weights. A step's groups are encoded, with every completion at full length."""
     whole = shape.num_parameters * BYTES[config.model.dtype]
-    share, replicas = delta_share(config), config.generation.replicas
+    share = delta_share(config)
     group = full_length_group(config, shape.vocab)
     groups = config.learner.groups_per_step
     num_tokens = config.actor.group_size * config.sampling.max_new_tokens
     per_group = len(encode(group))
     per_step = groups * (per_group + len(encode(group.ticket)))
-    what = f"per version, about {share:.1%} of the weights' bytes at lr {config.optimizer.lr:g}"
+    what = f"per version, to a replica elsewhere: about {share:.1%} of the weights' bytes at lr {config.optimizer.lr:g}"
     return {
-        f"{what}, to {replicas} replica{'s' * (replicas != 1)}": int(whole * share) * replicas,
+        what: int(whole * share),
         "to a replica that joins": whole,
         f"per step through Redis, at most ({groups} groups, {per_group / num_tokens:.1f} bytes a token)": per_step,
     }
