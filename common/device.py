@@ -86,3 +86,8 @@ def multiplies_bfloat16() -> bool:
     lines = _CPU_INFO.read_text().splitlines() if _CPU_INFO.exists() else []
     flags = next((line.split() for line in lines if line.startswith(("flags", "Features"))), [])
     return not _BFLOAT16_UNITS.isdisjoint(flags)
+
+
+def computed_in(dtype: Literal["float32", "bfloat16"], device: str) -> Literal["float32", "bfloat16"]:
+    """What a learner on `device` multiplies weights of `dtype` in."""
+    return "float32" if device == "cpu" and not multiplies_bfloat16() else dtype

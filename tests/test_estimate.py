@@ -12,13 +12,13 @@ from rich.console import Console
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from common import device as device_module
 from common.config import OptimizerConfig, Recipe, RunConfig
 from common.delta import bits_of
 from common.delta import encode as encode_delta
 from common.gpus import Gpu
 from common.preflight import NotHere
 from common.wire import Group, Rollout, Sampling, Ticket, Timings, VersionSpan, encode
-from services.launcher import estimate as estimate_module
 from services.launcher import sections
 from services.launcher.estimate import (
     activation_bytes,
@@ -71,7 +71,7 @@ QWEN_7B = QWEN_1_5B | {
 @pytest.fixture(autouse=True)
 def units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those for bfloat16, whatever machine this is."""
-    monkeypatch.setattr(estimate_module, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(device_module, "multiplies_bfloat16", lambda: True)
 
 
 def config_of(**sections: Any) -> RunConfig:
@@ -233,7 +233,7 @@ def test_a_cpu_without_units_for_bfloat16_has_weights_in_float32(monkeypatch: py
     shape = read_shape(QWEN_1_5B)
     on_cpu, on_cuda = (config_of(learner={"device": device}) for device in ("cpu", "cuda"))
     with_units = learner_bytes(shape, on_cpu)
-    monkeypatch.setattr(estimate_module, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(device_module, "multiplies_bfloat16", lambda: False)
     without = learner_bytes(shape, on_cpu)
     assert with_units["weights, bfloat16"] == 2 * shape.num_parameters
     assert without["weights, bfloat16 in float32"] == 4 * shape.num_parameters

@@ -6,7 +6,7 @@ do not).
 """
 
 from common.config import RunConfig
-from common.device import multiplies_bfloat16, resolve_device
+from common.device import computed_in, resolve_device
 from services.launcher.model_size import Shape
 
 TYPICAL_PROMPT_TOKENS = 256
@@ -35,8 +35,7 @@ def learner_bytes(shape: Shape, config: RunConfig) -> Rows:
 
 def compute_dtype(config: RunConfig) -> str:
     """Of the learner's multiplications (services/learner/loading.py): float32 on a CPU without units for bfloat16."""
-    is_emulated = resolve_device(config.learner.device) == "cpu" and not multiplies_bfloat16()
-    return "float32" if is_emulated else config.model.dtype
+    return computed_in(config.model.dtype, resolve_device(config.learner.device))
 
 
 def _whole(shape: Shape, config: RunConfig) -> Rows:

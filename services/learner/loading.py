@@ -14,7 +14,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from common.config import ModelConfig
 from common.context import load_model_config
-from common.device import multiplies_bfloat16
 from common.hub import loading
 from services.learner.published import Naming, UnchangedWeight, stored_tensors, unchanged_weights
 from services.learner.self_check import shares_prompts
@@ -33,12 +32,6 @@ class Loaded:
     """Of its checkpoint, what the policy does not have."""
     dtypes: Mapping[str, torch.dtype]
     """Of its parameters and persistent buffers, as they are published."""
-
-
-def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Of multiplications with weights in `dtype`."""
-    is_emulated = dtype == torch.bfloat16 and device.type == "cpu" and not multiplies_bfloat16()
-    return torch.float32 if is_emulated else dtype
 
 
 def load(settings: ModelConfig, device: torch.device, compute: torch.dtype) -> Loaded:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from common.config import LearnerConfig, ModelConfig
-from common.device import resolve_device
+from common.device import computed_in, resolve_device
 from common.weights import MODEL_FILE
-from services.learner.loading import DTYPES, Loaded, compute_dtype, load, load_without_values
+from services.learner.loading import DTYPES, Loaded, load, load_without_values
 from services.learner.logprobs import Scored, score_tokens
 from services.learner.packing import MicroBatch
 from services.learner.prompt_sharing import Places, hidden_states, places, use_shared_prompts
@@ -84,7 +84,7 @@ class Policy:
         self.ranks = ranks or Ranks()
         self.device = device_of(learner, self.ranks)
         self.dtype = DTYPES[model.dtype]
-        self.compute_dtype = compute_dtype(self.dtype, self.device)
+        self.compute_dtype = DTYPES[computed_in(model.dtype, self.device.type)]
         if self.ranks.rank == 0:
             self._loaded = loaded or load_model(model, learner, self.ranks)
             self.model, shares_prompts = self._loaded.model, self.ranks.agree(self._loaded.shares_prompts)
@@ -172,7 +172,9 @@ def device_of(learner: LearnerConfig, ranks: Ranks) -> torch.device:
 def load_model(model: ModelConfig, learner: LearnerConfig, ranks: Ranks) -> Loaded:
     """On rank 0; where there are others it stays in host memory, and its shards leave it one by one."""
     device = device_of(learner, ranks)
-    loaded = load(model, device if ranks.is_alone else torch.device("cpu"), compute_dtype(DTYPES[model.dtype], device))
+    loaded = load(
+        model, device if ranks.is_alone else torch.device("cpu"), DTYPES[computed_in(model.dtype, device.type)]
+    )
     dtypes = {str(loaded.dtypes[name]) for name, _ in loaded.model.named_parameters()}
     if not ranks.is_alone and len(dtypes) > 1:
         raise ValueError(f"model {model.path!r} has weights in {', '.join(sorted(dtypes))}: on several ranks one dtype")
