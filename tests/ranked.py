@@ -56,7 +56,7 @@ def do(job: Job, folder: Path, ranks: Ranks) -> None:
         score = trainer.policy.score
         if step == job.poisoned_step:
             trainer.policy.score = partial(poisoned, score)  # type: ignore[method-assign]
-        rows.append(trainer.train(groups, step, VERSION_STEPS))
+        rows.append(trainer.train(groups, step, VERSION_STEPS, lambda: groups[0]))
         trainer.policy.score = score  # type: ignore[method-assign]
         if step == job.first_step:
             save(trainer, folder / "first")

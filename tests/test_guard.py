@@ -17,7 +17,7 @@ from common.health import SMOOTHED_STEPS
 from common.keys import Keys
 from services.learner.guard import CALM_STEPS, PATIENCE_STEPS, Decision, GuardState, decide, ladder, tightened
 from services.learner.loop import Loop
-from services.learner.metrics import off_policy_metrics
+from services.learner.metrics import logprob_gaps, off_policy_metrics
 from services.learner.shares import NOTHING
 from tests.replaying import STEPS, end, state_of, take_up
 
@@ -126,7 +126,8 @@ def test_one_token_far_off_in_every_step_does_nothing(dtype: str) -> None:
     behaviour = np.random.default_rng(0).normal(-1.0, sigma, 4096).astype(np.float32)
     behaviour[7] -= 5.0 if dtype == "bfloat16" else 0.05
     batch = dataclasses.replace(NOTHING, behaviour_logprobs=behaviour, token_staleness=np.zeros(4096, np.int64))
-    row = off_policy_metrics([batch], [torch.full((4096,), -1.0)])
+    logprobs = [torch.full((4096,), -1.0)]
+    row = off_policy_metrics([batch], logprobs) | logprob_gaps([batch], logprobs)
     assert row["fresh_tokens"] == 4096 and row["fresh_logprob_gap_p999"] < 5 * sigma
     assert kinds(follow([row] * 200, config(dtype=dtype))) == [None] * 200
 
@@ -139,7 +140,8 @@ def test_one_in_a_thousand_far_off_does_nothing_and_a_batch_that_drifts_still_ac
         gap[:far] += 24.0
         behaviour = (-30.0 - gap).astype(np.float32)
         batch = dataclasses.replace(NOTHING, behaviour_logprobs=behaviour, token_staleness=np.ones(8000, np.int64))
-        row = off_policy_metrics([batch], [torch.full((8000,), -30.0)])
+        logprobs = [torch.full((8000,), -30.0)]
+        row = off_policy_metrics([batch], logprobs) | logprob_gaps([batch], logprobs)
         assert kinds(follow([row] * PATIENCE_STEPS, config(dtype="bfloat16")))[-1] == kind
         assert row["fresh_tokens"] == 0
 

@@ -205,6 +205,20 @@ def test_a_group_whose_only_other_reward_was_cut_off_is_uniform_where_that_is_ma
     assert (harness.intake.take_batch(0.0, never) is None) == (state == "uniform")
 
 
+def test_the_newest_group_is_told_as_long_as_it_is_of_the_learners_step(client: redis.Redis, keys: Keys) -> None:
+    """Uniform ones too: they are scored, not trained."""
+    harness = Harness(client, keys, make_config())
+    assert harness.intake.newest_if_fresh() is None
+    harness.turn()
+    names = harness.answer(keys.tickets, rewards=(1.0, 1.0))
+    harness.turn()
+    newest = harness.intake.newest_if_fresh()
+    assert newest is not None and newest.ticket.id == names[-1]
+    harness.versions[2] = 1
+    harness.intake.advance(1)
+    assert harness.intake.newest_if_fresh() is None
+
+
 def test_a_batch_has_its_reward_though_all_of_it_arrived_before_the_step_before(
     client: redis.Redis, keys: Keys
 ) -> None:

@@ -15,7 +15,7 @@ from common.wire import Group, WireError, decode_group, encode
 from services.learner.advantage import group_advantages, normalise_over_tokens, overlong_penalty
 from services.learner.evaluation import Evaluation
 from services.learner.loss import policy_loss
-from services.learner.metrics import group_metrics, off_policy_metrics, staleness_metrics
+from services.learner.metrics import group_metrics, logprob_gaps, off_policy_metrics, staleness_metrics
 from services.learner.packing import MicroBatch, Sample, pack, split_mini_batches, token_staleness
 from services.learner.refusal import Limits, Refused, refuse
 from services.learner.staleness import group_staleness
@@ -44,7 +44,7 @@ def use(group: Group) -> None:
     advantages = group_advantages(rewards, torch.zeros(len(rewards), dtype=torch.int64), actor)
     assert normalise_over_tokens(advantages, lengths).isfinite().all()
     samples = [
-        Sample(group, rollout, advantage, token_staleness(rollout, STEP, VERSION_STEPS))
+        Sample(group, rollout, advantage, token_staleness(rollout, STEP, VERSION_STEPS, None))
         for rollout, advantage in zip(group.rollouts, advantages.tolist(), strict=True)
     ]
     (mini_batch,) = split_mini_batches(samples, ActorConfig(mini_batches=1), "seed")
@@ -56,7 +56,8 @@ def use(group: Group) -> None:
     evaluation.collect(group, VERSION_STEPS)
     staleness = group_staleness(group, STEP, VERSION_STEPS)
     rows += [group_metrics([group]), evaluation.result(), staleness_metrics([staleness])]
-    rows += [off_policy_metrics(micro_batches, [torch.zeros(m.num_trained_tokens) for m in micro_batches])]
+    logprobs = [torch.zeros(m.num_trained_tokens) for m in micro_batches]
+    rows += [off_policy_metrics(micro_batches, logprobs), logprob_gaps(micro_batches, logprobs)]
     json.dumps(rows, allow_nan=False)
 
 

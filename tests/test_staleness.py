@@ -3,7 +3,7 @@
 import msgspec
 
 from common.wire import VersionSpan
-from services.learner.packing import token_staleness
+from services.learner.packing import current_version, token_staleness
 from services.learner.staleness import Staleness, group_staleness, step_of
 from tests.making import make_group, make_rollout
 
@@ -36,4 +36,15 @@ def test_a_version_that_the_map_has_forgotten_is_as_old_as_the_one_before_it() -
 
 def test_per_token() -> None:
     rollout = make_rollout(version_spans=[VersionSpan(1, 0, 1), VersionSpan(7, 1, 3)])
-    assert token_staleness(rollout, 4, STEPS).tolist() == [4, 1, 1]
+    assert token_staleness(rollout, 4, STEPS, None).tolist() == [4, 1, 1]
+    assert token_staleness(rollout, 3, STEPS, 7).tolist() == [3, 0, 0]
+
+
+def test_a_fresh_token_is_of_the_current_version_and_not_of_one_that_an_earlier_life_made_as_late() -> None:
+    """Version 7 was the third step's, or the fifth's, of a life that is lost; 9 is the third's of this one."""
+    rollout = make_rollout(version_spans=[VersionSpan(7, 0, 2), VersionSpan(9, 2, 3)])
+    for lost in (3, 5):
+        steps = {1: 0, 7: lost, 8: 2, 9: 3}
+        assert current_version(3, steps) == 9
+        assert token_staleness(rollout, 3, steps, 9).tolist() == [1, 1, 0]
+    assert current_version(4, {1: 0, 7: 5}) is None

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from common.config import RunConfig
-from common.wire import Group
+from common.wire import Group, VersionSpan
 from services.learner.logprobs import Scored
 from services.learner.packing import MicroBatch, Sample, pack
 from services.learner.policy import Policy
@@ -235,6 +235,39 @@ def test_staleness_splits_the_kl(demo_policy: Path) -> None:
     assert metrics["fresh_tokens"] == 0 and metrics["token_staleness_mean"] == 2.0
     assert "fresh_logprob_gap_rms" not in metrics
     assert metrics["stale_logprob_gap_rms"] == pytest.approx((2 * metrics["kl_behaviour_proximal"]) ** 0.5, rel=0.2)
+
+
+def test_a_batch_without_fresh_tokens_has_its_numerics_from_a_newer_group(demo_policy: Path) -> None:
+    """Of the weights before the first update, by the tokens of the current version alone, and nothing else is changed
+    by it: version 3 is of this step, the batch of the step before."""
+    config = make_config(demo_policy, actor={"group_size": 2, "mini_batches": 2})
+    versions, found = {1: 0, 3: 1}, []
+    for is_probed in (False, True):
+        trainer = make_trainer(config)
+        batch, newer = make_batch(trainer, drift=0.2), make_batch(trainer)[0]
+        offset = 0.25
+        for rollout in newer.rollouts:
+            half = rollout.num_trained_tokens // 2
+            rollout.version_spans[:] = [VersionSpan(1, 0, half), VersionSpan(3, half, rollout.num_trained_tokens)]
+            rollout.behaviour_logprobs[half:] -= offset
+            rollout.behaviour_logprobs[:half] -= 3
+        waiting = [newer] if is_probed else []
+        metrics = trainer.train(batch, 1, versions, partial(next, iter(waiting), None))
+        found.append((tensors_of(trainer), metrics))
+    (without, plain), (weights, probed) = found
+    assert all(torch.equal(weight, weights[name]) for name, weight in without.items())
+    assert plain["fresh_tokens"] == 0 and "fresh_logprob_gap_rms" not in plain
+    assert probed["fresh_tokens"] == sum(-(-one.num_trained_tokens // 2) for one in newer.rollouts)
+    for name in ("mean", "rms", "p999"):
+        assert probed[f"fresh_logprob_gap_{name}"] == pytest.approx(offset, abs=1e-4)
+    own = {name: value for name, value in plain.items() if not name.startswith("fresh") and not name.endswith("_s")}
+    assert own == {name: probed[name] for name in own}
+
+
+def test_a_batch_with_fresh_tokens_asks_for_no_other(demo_policy: Path) -> None:
+    trainer = make_trainer(make_config(demo_policy, actor={"group_size": 2}))
+    metrics = trainer.train(make_batch(trainer), 0, STEPS, lambda: pytest.fail("asked"))
+    assert metrics["fresh_tokens"] == metrics["trained_tokens"]
 
 
 def test_with_several_mini_batches_the_ratio_moves_and_the_clip_can_act(demo_policy: Path) -> None:

@@ -31,7 +31,7 @@ TEXTS = {
     "behaviour_weight_capped_mean": "Mean weight of proximal over behaviour, as it was applied.",
     "behaviour_mask_fraction": "Share of tokens whose behaviour weight was above the cap.",
     "behaviour_clip_fraction": "Share of tokens dropped because their sequence had drifted from behaviour.",
-    "fresh_tokens": "Tokens of the batch that the weights at the start of the step have sampled.",
+    "fresh_tokens": "Tokens of the batch, or else of a newer group, that the weights at the start of the step sampled.",
     "fresh_logprob_gap_mean": "Mean |engine - learner| log-probability of fresh tokens: numerics alone.",
     "fresh_logprob_gap_rms": "Root mean square of engine - learner log-probabilities of fresh tokens: numerics alone.",
     "fresh_logprob_gap_p999": "99.9th percentile of |engine - learner| log-probability of fresh tokens.",

@@ -25,7 +25,7 @@ from services.learner.orders import Switches
 from services.learner.refusal import Limits, Refused, refuse
 from services.learner.shown import Decided, DecidedSample
 from services.learner.source import Source
-from services.learner.staleness import Staleness, group_staleness
+from services.learner.staleness import Staleness, group_staleness, step_of
 from services.learner.store import Cursor, Entry, LearnerStore, Look, Settlement
 
 READ_COUNT = 64
@@ -97,6 +97,8 @@ class Intake:
         self._num_in_training = 0
         """Groups that are trained, and whose version is not announced yet."""
         self._decided_rewards: list[float] = []
+        self._newest: Group | None = None
+        """The training group that arrived last, whatever became of it."""
         self._arrived: deque[Arrived] = deque()
         self._evaluation: Evaluation | None = None
         self._sample = DecidedSample()
@@ -171,6 +173,13 @@ class Intake:
                 self._sample.add(arrived.group, "trained", self._step, arrived.staleness.total)
             self._dropped.train([arrived.group for arrived in batch])
             _tell("trained", [arrived.entry.ticket_id for arrived in batch], step=self._step)
+
+    def newest_if_fresh(self) -> Group | None:
+        """The group that arrived last, if some of its tokens are of the learner's step."""
+        with self._changed:
+            if self._newest is None or step_of(self._newest.newest_version, self.version_steps) != self._step:
+                return None
+            return self._newest
 
     def take_decided_rewards(self) -> list[float]:
         """Of all training completions that were decided since the last call: of the batch, and of uniform and stale
@@ -351,6 +360,7 @@ class Intake:
                 self.books.consume(entry, group, "evaluated")
                 self._sample.add(group, "evaluated", self._step, None)
             else:
+                self._newest = group
                 if self.config.actor.dynamic_sampling and group.is_uniform(self.config.actor.truncated):
                     self.books.consume(entry, group, "uniform")
                     self._decided_rewards += group.rewards

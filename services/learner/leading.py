@@ -19,10 +19,11 @@ from common.config import RunConfig
 from common.durable import FileEntry
 from common.wire import Group, decode_group, encode
 from services.learner.calls import Build, Copy, End, Gather, Load, Train, Write, Written
+from services.learner.packing import current_version
 from services.learner.policy import Policy, load_model, pick_device
 from services.learner.ranks import RankLost, Ranks
 from services.learner.staleness import step_of
-from services.learner.trainer import Trainer
+from services.learner.trainer import Probe, Trainer, nothing_fresh
 
 ASK_S = 0.2
 """Between two looks at whether the other ranks have written their part of a checkpoint."""
@@ -48,11 +49,15 @@ def lead(config: RunConfig, ranks: Ranks) -> Trainer:
 class Leader(Trainer):
     """Tells the other ranks to do as it does. Everything raises `RankLost` when one is gone."""
 
-    def train(self, groups: Sequence[Group], step: int, version_steps: Mapping[int, int]) -> dict[str, float]:
+    def train(
+        self, groups: Sequence[Group], step: int, version_steps: Mapping[int, int], probe: Probe = nothing_fresh
+    ) -> dict[str, float]:
         used = {span.version for group in groups for rollout in group.rollouts for span in rollout.version_spans}
+        if (current := current_version(step, version_steps)) is not None:
+            used.add(current)
         steps = {version: step_of(version, version_steps) for version in used}
         with self.ranks.told(Train(_to_json(self.config), [encode(group) for group in groups], step, steps)):
-            return super().train(groups, step, steps)
+            return super().train(groups, step, steps, probe)
 
     def copy_state(self) -> None:
         with self.ranks.told(Copy()):

@@ -26,7 +26,7 @@ from services.learner.progress import Progress
 from services.learner.publishing import Publisher
 from services.learner.store import LearnerStore
 from services.learner.telling import Telling
-from services.learner.trainer import Trainer
+from services.learner.trainer import Trainer, nothing_fresh
 from services.learner.versions import Versions
 
 SWITCH_POLL_S = 0.2
@@ -151,7 +151,9 @@ class Loop:
             return
         waited = time.monotonic()
         self.telling.phase("training")
-        row = self.trainer.train([arrived.group for arrived in batch], self.progress.step, self.intake.version_steps)
+        probe = nothing_fresh if self.intake.source.is_recording else self.intake.newest_if_fresh
+        groups = [arrived.group for arrived in batch]
+        row = self.trainer.train(groups, self.progress.step, self.intake.version_steps, probe)
         trained = time.monotonic()
         self.progress.step += 1
         self.intake.advance(self.progress.step)

@@ -42,10 +42,10 @@ def off_policy_metrics(micro_batches: Sequence[MicroBatch], proximal_logprobs: S
     """`ess`: effective sample size of the uncapped behaviour weights as a share of the tokens, in (0, 1].
 
     `kl_*`: KL(behaviour ‖ proximal) by the estimator exp(p - b) - 1 - (p - b), overall and at each staleness. Both
-    count p - b as `MAX_COUNTED_GAP` at most. Nothing but a count where no token is trained.
+    count p - b as `MAX_COUNTED_GAP` at most. Nothing where no token is trained.
     """
     if not micro_batches:
-        return _gaps(np.zeros(0), np.zeros(0))
+        return {}
     behaviour = torch.cat([torch.from_numpy(m.behaviour_logprobs.copy()) for m in micro_batches]).double()
     staleness = torch.cat([torch.from_numpy(m.token_staleness) for m in micro_batches])
     gap = torch.cat([p.detach().cpu() for p in proximal_logprobs]).double() - behaviour
@@ -59,12 +59,21 @@ def off_policy_metrics(micro_batches: Sequence[MicroBatch], proximal_logprobs: S
     }
     for level in staleness.unique().tolist():
         found[f"kl_at_staleness_{level}"] = kl[staleness == level].mean().item()
-    return found | _gaps(gap[staleness == 0].numpy(), gap[staleness > 0].numpy())
+    return found
 
 
-def _gaps(fresh: np.ndarray, stale: np.ndarray) -> dict[str, float]:
-    """`fresh_logprob_gap_*`: mean, root mean square and 99.9th percentile of |p - b|, over however many fresh tokens
-    there are; `stale_logprob_gap_rms`: of the others. Nothing of what has no token."""
+def logprob_gaps(
+    micro_batches: Sequence[MicroBatch],
+    proximal_logprobs: Sequence[Tensor],
+    probed: tuple[MicroBatch, Tensor] | None = None,
+) -> dict[str, float]:
+    """`fresh_logprob_gap_*`: mean, root mean square and 99.9th percentile of |p - b|, over however many `fresh_tokens`
+    there are in the batch, or among those `probed`; `stale_logprob_gap_rms`: of the batch's others. Nothing of what has
+    no token."""
+    batch = [_gap(one, logprobs) for one, logprobs in zip(micro_batches, proximal_logprobs, strict=True)]
+    scored = batch if probed is None else [_gap(*probed)]
+    fresh = np.concatenate([gap[staleness == 0] for gap, staleness in scored] or [np.zeros(0)])
+    stale = np.concatenate([gap[staleness > 0] for gap, staleness in batch] or [np.zeros(0)])
     found = {"fresh_tokens": float(len(fresh))}
     if len(fresh):
         found |= {
@@ -75,6 +84,11 @@ def _gaps(fresh: np.ndarray, stale: np.ndarray) -> dict[str, float]:
     if len(stale):
         found["stale_logprob_gap_rms"] = _rms(stale)
     return found
+
+
+def _gap(micro_batch: MicroBatch, logprobs: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    gap = logprobs.detach().cpu().double().numpy() - micro_batch.behaviour_logprobs
+    return gap, micro_batch.token_staleness
 
 
 def _rms(values: np.ndarray) -> float:

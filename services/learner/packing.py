@@ -64,12 +64,22 @@ class MicroBatch:
         return len(self.targets)
 
 
-def token_staleness(rollout: Rollout, step: int, version_steps: Mapping[int, int]) -> np.ndarray:
-    """Steps since the version that sampled each trained token was made, `(n,)` int64."""
-    parts = [
-        np.full(span.end - span.start, version_staleness(span.version, step, version_steps), np.int64)
-        for span in rollout.version_spans
-    ]
+def current_version(step: int, version_steps: Mapping[int, int]) -> int | None:
+    """Of the weights after `step` steps; None where the map has none. Versions only grow, over all lives."""
+    return max((version for version, made_by in list(version_steps.items()) if made_by == step), default=None)
+
+
+def token_staleness(rollout: Rollout, step: int, version_steps: Mapping[int, int], current: int | None) -> np.ndarray:
+    """Steps since the version that sampled each trained token was made, `(n,)` int64.
+
+    0 is a fresh token: of the version `current`, which the learner has after `step` steps. Versions of an earlier life
+    that had come as far, or farther, are of other weights: at least 1.
+    """
+    parts = []
+    for span in rollout.version_spans:
+        lowest = 0 if span.version == current else 1
+        staleness = max(lowest, version_staleness(span.version, step, version_steps))
+        parts.append(np.full(span.end - span.start, staleness, np.int64))
     return np.concatenate(parts)
 
 

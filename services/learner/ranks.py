@@ -75,6 +75,12 @@ class Ranks:
             pass
         return decode_call(content)
 
+    def share(self, content: bytes) -> bytes:
+        """What rank 0 has, on all ranks, in the middle of what it has told them to do. Raises `RankLost`."""
+        if self.is_alone:
+            return content
+        return self._broadcast(content if self.rank == 0 else None)
+
     def gather(self, content: bytes) -> list[bytes]:
         """What every rank has to say, in the order of ranks: on rank 0; nothing on the others. Raises `RankLost`."""
         if self.is_alone:

@@ -6,7 +6,7 @@ ranks each computes a share of every mini-batch, and rank 0 reports what all of 
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,17 +15,23 @@ from torch import Tensor
 
 from common.config import RunConfig
 from common.durable import FileEntry
-from common.wire import Group
+from common.wire import Group, decode_group, encode
 from services.learner.advantage import group_advantages, normalise_over_tokens, overlong_penalty
 from services.learner.loss import PolicyLoss, policy_loss, reference_kl
-from services.learner.metrics import combine, group_metrics, off_policy_metrics
+from services.learner.metrics import combine, group_metrics, logprob_gaps, off_policy_metrics
 from services.learner.optimizer import MasterAdamW, learning_rate
-from services.learner.packing import MicroBatch, Sample, split_mini_batches, token_staleness
+from services.learner.packing import MicroBatch, Sample, current_version, pack, split_mini_batches, token_staleness
 from services.learner.policy import Policy
 from services.learner.shares import MiniBatch, Outcome, combine_reports, report, share_out
 from services.learner.shown import TrainedRollout
 from services.learner.snapshots import Snapshot, Snapshots
 from services.learner.state_files import read_state, write_state
+
+Probe = Callable[[], Group | None]
+
+
+def nothing_fresh() -> None:
+    """No group to score."""
 
 
 class Trainer:
@@ -44,8 +50,11 @@ class Trainer:
         self._latest: list[tuple[MicroBatch, Tensor]] = []
         """What the latest step was made of, with its proximal log-probabilities."""
 
-    def train(self, groups: Sequence[Group], step: int, version_steps: Mapping[int, int]) -> dict[str, float]:
-        """Takes the step after `step` completed ones; returns its metrics, on rank 0."""
+    def train(
+        self, groups: Sequence[Group], step: int, version_steps: Mapping[int, int], probe: Probe = nothing_fresh
+    ) -> dict[str, float]:
+        """Takes the step after `step` completed ones; returns its metrics, on rank 0. There `probe` is asked, before
+        the first update and if no token of the batch is fresh, for a group that has some: it is scored, not trained."""
         started = time.monotonic()
         actor, learner = self.config.actor, self.config.learner
         samples = self._samples(groups, step, version_steps)
@@ -58,9 +67,12 @@ class Trainer:
 
         lr = learning_rate(step, learner.steps, self.config.optimizer)
         losses: list[list[PolicyLoss]] = []
-        norms = []
+        norms: list[float] = []
+        probed: tuple[MicroBatch, Tensor] | None = None
         for mini_batch, found in zip(mini_batches, proximal, strict=True):
             losses.append(self._accumulate(mini_batch, found))
+            if not norms:
+                probed = self._probe(mini_batches, step, version_steps, probe)
             norms.append(self.optimizer.update(lr))
         outcome = self._outcome(mini_batches, losses, proximal)
         if outcome is None:
@@ -74,6 +86,7 @@ class Trainer:
             "skipped_updates": float(sum(norm != norm or norm == float("inf") for norm in norms)),
             **combine([loss for part in outcome.losses for loss in part]),
             **off_policy_metrics(micro_batches, logprobs),
+            **logprob_gaps(micro_batches, logprobs, probed),
             **group_metrics(groups, actor.truncated),
             "padding_share": _padding_share(micro_batches),
             "proximal_s": proximal_done - started,
@@ -116,8 +129,9 @@ class Trainer:
         advantages = group_advantages(rewards, torch.tensor([index for index, _, _ in rollouts]), actor)
         if actor.batch_advantage_norm:
             advantages = normalise_over_tokens(advantages, lengths)
+        current = current_version(step, version_steps)
         return [
-            Sample(group, rollout, advantage, token_staleness(rollout, step, version_steps))
+            Sample(group, rollout, advantage, token_staleness(rollout, step, version_steps, current))
             for (_, group, rollout), advantage in zip(rollouts, advantages.tolist(), strict=True)
         ]
 
@@ -127,6 +141,27 @@ class Trainer:
         with torch.no_grad():
             later = [[self.policy.score(m).logprobs for m in part.of(self.ranks.rank)] for part in mini_batches[1:]]
         return [[], *later]
+
+    def _probe(
+        self, mini_batches: list[MiniBatch], step: int, version_steps: Mapping[int, int], probe: Probe
+    ) -> tuple[MicroBatch, Tensor] | None:
+        """A micro-batch of another group and its log-probabilities by the weights of the step's beginning, if the batch
+        has no fresh token: a learner that never waits has none, for its version is on its way while it trains. By now
+        replicas may have answered with it. All ranks compute the same."""
+        if any((m.token_staleness == 0).any() for mini_batch in mini_batches for m in mini_batch.micro_batches):
+            return None
+        group = probe() if self.ranks.rank == 0 else None
+        content = self.ranks.share(encode(group) if group is not None else b"")
+        if not content:
+            return None
+        group = group or decode_group(content)
+        current = current_version(step, version_steps)
+        samples = [
+            Sample(group, one, 0.0, token_staleness(one, step, version_steps, current)) for one in group.rollouts
+        ]
+        micro_batch, *_ = pack(samples, self.config.learner.micro_batch_tokens)
+        with torch.no_grad():
+            return micro_batch, self.policy.score(micro_batch).logprobs
 
     def _accumulate(self, mini_batch: MiniBatch, proximal: list[Tensor]) -> list[PolicyLoss]:
         """Adds the gradient of one mini-batch, of this rank's share; appends to an empty `proximal`."""
