@@ -151,7 +151,7 @@ def logprobs_once(kind: str) -> Row:
     temperature = torch.ones(NUM_TOKENS, device=DEVICE)
     chunk = LearnerConfig().chunk_tokens(DEVICE.type)
     if kind == "without entropy":
-        learner_logprobs._normaliser_and_entropy = normaliser_alone
+        learner_logprobs._sums = sums_alone
     before, started = held_bytes(), now()
     if kind == "whole":
         found = (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
@@ -162,10 +162,14 @@ def logprobs_once(kind: str) -> Row:
     return {"kind": "logprobs", "who": kind, "seconds": seconds, "peak_bytes": peak_bytes() - before}
 
 
-def normaliser_alone(logits: Tensor) -> tuple[Tensor, Tensor]:
+def sums_alone(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What log-probabilities alone need, in the same parts."""
-    parts = [part.logsumexp(dim=1) for part in logits.split(-(-len(logits) // learner_logprobs.NUM_PARTS))]
-    return torch.cat(parts), torch.zeros(len(logits), device=logits.device)
+    found = []
+    for rows in logits.split(-(-len(logits) // learner_logprobs.NUM_PARTS)):
+        top = rows.amax(dim=1, keepdim=True)
+        found.append((top.squeeze(1), rows.sub_(top).exp_().sum(dim=1)))
+    tops, totals = zip(*found, strict=True)
+    return torch.cat(tops), torch.cat(totals), torch.zeros(len(logits), device=logits.device)
 
 
 def held_bytes() -> int:

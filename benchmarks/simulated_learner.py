@@ -27,7 +27,7 @@ from services.learner import api, assembly, versions
 from services.learner.metrics import group_metrics
 from services.learner.policy import Policy
 from services.learner.staleness import group_staleness
-from services.learner.trainer import Trainer
+from services.learner.trainer import Probe, Trainer, nothing_fresh
 
 CHANGED_SHARE = 0.015
 _sent = Counter[str]()
@@ -51,7 +51,9 @@ class Steps(Trainer):
         self._pair = [torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16) for bits in both]
         policy.weights = self._pair[0]
 
-    def train(self, groups: Sequence[Group], step: int, version_steps: Mapping[int, int]) -> dict[str, Any]:
+    def train(
+        self, groups: Sequence[Group], step: int, version_steps: Mapping[int, int], probe: Probe = nothing_fresh
+    ) -> dict[str, Any]:
         time.sleep(self.step_s)
         self._pair.reverse()
         self.weights.weights = self._pair[0]

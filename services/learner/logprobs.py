@@ -39,15 +39,15 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, chunk_tokens: int
     ) -> tuple[Tensor, Tensor]:
-        logprobs, entropy, normaliser = (
-            hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32)) for _ in range(3)
+        logprobs, entropy, top, total = (
+            hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32)) for _ in range(4)
         )
         for chunk in _slices(len(hidden), chunk_tokens):
             logits = _logits(hidden[chunk], weight, temperature[chunk])
             logprobs[chunk] = logits.gather(1, targets[chunk, None]).squeeze(1)
-            normaliser[chunk], entropy[chunk] = _normaliser_and_entropy(logits)
-        logprobs -= normaliser
-        ctx.save_for_backward(hidden, weight, targets, temperature, normaliser)
+            top[chunk], total[chunk], entropy[chunk] = _sums(logits)
+        logprobs.sub_(top).sub_(total.log())
+        ctx.save_for_backward(hidden, weight, targets, temperature, top, total)
         ctx.chunk_tokens = chunk_tokens
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -55,13 +55,13 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad, _ = grad_outputs
-        hidden, weight, targets, temperature, normaliser = ctx.saved_tensors
+        hidden, weight, targets, temperature, top, total = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         for chunk in _slices(len(hidden), ctx.chunk_tokens):
             # d logp / d logits = onehot(target) - softmax, d logits / d raw = 1 / temperature
             logits = _logits(hidden[chunk], weight, temperature[chunk])
-            grad_logits = logits.sub_(normaliser[chunk, None]).exp_().neg_()
+            grad_logits = logits.sub_(top[chunk, None]).exp_().div_(total[chunk, None]).neg_()
             grad_logits.scatter_add_(1, targets[chunk, None], torch.ones_like(grad_logits[:, :1]))
             grad_logits.mul_((grad[chunk] / temperature[chunk]).to(grad_logits.dtype)[:, None])
             grad_hidden[chunk] = _add_gradients(grad_logits, hidden[chunk], weight, grad_weight)
@@ -82,17 +82,18 @@ def _logits(hidden: Tensor, weight: Tensor, temperature: Tensor) -> Tensor:
     return logits.div_(temperature.unsqueeze(1).to(logits.dtype))
 
 
-def _normaliser_and_entropy(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """log Σ exp(logits) and the softmax's entropy, `(C,)` each; `logits` are used up."""
+def _sums(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row: its largest logit, Σ exp(logits - largest), the softmax's entropy, `(C,)` each; uses `logits` up.
+    Largest and sum are kept apart, for their log's rounding would be in every probability."""
     found = []
     for rows in logits.split(max(1, -(-len(logits) // NUM_PARTS))):
         top = rows.amax(dim=1, keepdim=True)
         exponentials = rows.sub_(top).exp()
         total = exponentials.sum(dim=1)
         mean = exponentials.mul_(rows).sum(dim=1) / total
-        found.append((total.log() + top.squeeze(1), total.log() - mean))
-    normalisers, entropies = zip(*found, strict=True)
-    return torch.cat(normalisers), torch.cat(entropies)
+        found.append((top.squeeze(1), total, total.log() - mean))
+    tops, totals, entropies = zip(*found, strict=True)
+    return torch.cat(tops), torch.cat(totals), torch.cat(entropies)
 
 
 def _add_gradients(grad_logits: Tensor, hidden: Tensor, weight: Tensor, grad_weight: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class Ranks:
             pass
         return decode_call(content)
 
-    def share(self, content: bytes) -> bytes:
+    def hand_out(self, content: bytes) -> bytes:
         """What rank 0 has, on all ranks, in the middle of what it has told them to do. Raises `RankLost`."""
         if self.is_alone:
             return content

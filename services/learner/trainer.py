@@ -151,7 +151,7 @@ class Trainer:
         if any((m.token_staleness == 0).any() for mini_batch in mini_batches for m in mini_batch.micro_batches):
             return None
         group = probe() if self.ranks.rank == 0 else None
-        content = self.ranks.share(encode(group) if group is not None else b"")
+        content = self.ranks.hand_out(encode(group) if group is not None else b"")
         if not content:
             return None
         group = group or decode_group(content)
