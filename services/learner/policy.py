@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from common.config import LearnerConfig, ModelConfig
@@ -125,6 +126,12 @@ class Policy:
             self.to_device(micro_batch.temperature),
         )
         return scored
+
+    def let_go(self) -> None:
+        """After a pass without a gradient and before an update: the root's weights stay gathered on every rank until a
+        backward pass, and what comes next would compute with those of before."""
+        if isinstance(self.scorer, FSDPModule):
+            self.scorer.reshard()
 
     def to_device(self, array: Any) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)

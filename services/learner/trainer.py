@@ -161,7 +161,9 @@ class Trainer:
         ]
         micro_batch, *_ = pack(samples, self.config.learner.micro_batch_tokens)
         with torch.no_grad():
-            return micro_batch, self.policy.score(micro_batch).logprobs
+            logprobs = self.policy.score(micro_batch).logprobs
+        self.policy.let_go()
+        return micro_batch, logprobs
 
     def _accumulate(self, mini_batch: MiniBatch, proximal: list[Tensor]) -> list[PolicyLoss]:
         """Adds the gradient of one mini-batch, of this rank's share; appends to an empty `proximal`."""
