@@ -46,7 +46,9 @@ def tickets(draw: DrawFn) -> Ticket:
             st.dictionaries(st.text(max_size=3), st.none() | st.booleans() | st.integers(-9, 9), max_size=2)
         ),
         num_completions=LIMITS.group_size if kind == "train" else LIMITS.num_eval_samples,
-        sampling=Sampling(draw(st.sampled_from([0.1, 0.7, 1.0])), 16, draw(tokens(0, 2))),
+        sampling=Sampling(
+            draw(st.sampled_from([0.1, 0.7, 1.0])), 16, draw(tokens(0, 2)), draw(st.sampled_from([[], ["\n\n"]]))
+        ),
         issued_step=draw(st.integers(0, 9)),
         avoid=draw(st.sampled_from([[], ["a", "b"]])),
     )

@@ -165,6 +165,9 @@ class Policy:
     def save_frame(self, folder: Path, _: Any) -> None:
         folder.mkdir()
 
+    def save_unchanged(self, file: Path) -> None:
+        file.touch()
+
 
 class Tokenizer(PlainTokenizer):
     def __len__(self) -> int:
