@@ -9,6 +9,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+import weakref
 from pathlib import Path
 
 from common.weights import WeightsError
@@ -22,11 +23,10 @@ class MemoryFolder:
     def __init__(self, prefix: str, parent: Path) -> None:
         _clear_remains(parent, prefix)
         self.root = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-        self._lock = _lock(self.root)
+        self._end = weakref.finalize(self, _remove, self.root, _lock(self.root))  # also when the interpreter ends
 
     def close(self) -> None:
-        shutil.rmtree(self.root, ignore_errors=True)
-        os.close(self._lock)
+        self._end()
 
 
 def memory_backed() -> Path:
@@ -35,6 +35,11 @@ def memory_backed() -> Path:
         with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder):
             return folder
     raise WeightsError(f"no folder for the weights: neither /dev/shm nor {tempfile.gettempdir()} can be written")
+
+
+def _remove(folder: Path, lock: int) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
 
 
 def _lock(folder: Path) -> int:

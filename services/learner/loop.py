@@ -90,6 +90,7 @@ class Loop:
             else:
                 self._take_step()
         self.intake.is_admitting = False
+        self._wait_for_first_evaluation()
         if not self.switches.stop.is_set():
             self.publisher.wait()
         is_complete = not self.switches.stop.is_set() and self._evaluate_and_wait()
@@ -142,9 +143,8 @@ class Loop:
 
     def _take_step(self) -> None:
         started = time.monotonic()
-        if self.progress.step > 0 and self._is_first_evaluation_open():
-            self.telling.phase("evaluating")
-            self.evaluations.record(self._wait_for_evaluation())
+        if self.progress.step > 0:
+            self._wait_for_first_evaluation()
         self.telling.phase(self._waiting)
         batch = self._wait_for_batch()
         if batch is None:
@@ -313,6 +313,11 @@ class Loop:
             self.evaluations.begin()
             self.evaluations.record(self._wait_for_evaluation())
         return not self.intake.is_evaluating and not self.switches.stop.is_set()
+
+    def _wait_for_first_evaluation(self) -> None:
+        if self._is_first_evaluation_open():
+            self.telling.phase("evaluating")
+            self.evaluations.record(self._wait_for_evaluation())
 
     def _wait_for_evaluation(self) -> dict[str, float] | None:
         """None when stopped."""
