@@ -171,3 +171,13 @@ def test_memory_is_used_again_once_nobody_holds_it() -> None:
     assert third.tensors["a"].data_ptr() in places and second.tensors["a"].tolist() == [1.0] * 8
     changed = snapshots.take({"a": tensor, "b": torch.ones(2, dtype=torch.bfloat16)})
     assert changed.tensors["b"].dtype == torch.bfloat16 and third.tensors["a"].tolist() == [2.0] * 8
+
+
+def test_tensors_of_every_shape_and_layout_are_copied() -> None:
+    whole = torch.arange(24.0).reshape(4, 6)
+    tensors = {"turned": whole.T, "part": whole[:, 2:4], "number": torch.tensor(3.0), "none": torch.empty(0, 3)}
+    tensors |= {"half": whole.bfloat16(), "weight": torch.nn.Parameter(whole)}
+    copied = Snapshots().take(tensors).tensors
+    for name, tensor in tensors.items():
+        assert torch.equal(copied[name], tensor) and copied[name].dtype == tensor.dtype, name
+        assert copied[name].is_contiguous()

@@ -8,8 +8,11 @@ import weakref
 from collections.abc import Mapping
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from common.delta import Bytes
 
 
 class Weight(Protocol):
@@ -20,6 +23,12 @@ class Weight(Protocol):
     @property
     def shape(self) -> torch.Size: ...
     def detach(self) -> Tensor: ...
+
+
+def bytes_of(tensor: Tensor) -> Bytes:
+    """Of a contiguous one on the CPU, in the same memory."""
+    content: Bytes = tensor.reshape(-1).view(torch.uint8).numpy()
+    return content
 
 
 class Snapshot:
@@ -44,9 +53,17 @@ class Snapshots:
             is_on_gpu = is_on_gpu or tensor.is_cuda
             if name not in memory or (memory[name].shape, memory[name].dtype) != (tensor.shape, tensor.dtype):
                 memory[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            memory[name].copy_(tensor, non_blocking=True)
+            _copy(tensor, memory[name])
         if is_on_gpu:
             torch.cuda.current_stream().synchronize()
         snapshot = Snapshot({name: memory[name] for name in tensors})
         weakref.finalize(snapshot, self._free.append, memory).atexit = False
         return snapshot
+
+
+def _copy(tensor: Tensor, memory: Tensor) -> None:
+    """On the CPU by `memcpy`, which writes past the caches: torch's own copy takes half as long again."""
+    if tensor.is_cuda or not tensor.is_contiguous():
+        memory.copy_(tensor, non_blocking=True)
+    else:
+        np.copyto(bytes_of(memory), bytes_of(tensor))

@@ -13,11 +13,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import torch
 from blake3 import blake3
-from torch import Tensor
 
-from common.delta import Bytes, Patch, bits_of, encode
+from common.delta import Patch, bits_of, encode
 from common.durable import move_into_place
 from common.weights import (
     DELTA_FILE,
@@ -32,7 +30,7 @@ from common.weights import (
     model_layout,
     sha256_of,
 )
-from services.learner.snapshots import Snapshot
+from services.learner.snapshots import Snapshot, bytes_of
 
 MAX_CHAIN = 32
 """Deltas between two anchors."""
@@ -117,11 +115,11 @@ class VersionWriter:
 
         def encoded(name: str) -> _Encoded:
             tensor, item_bytes = weights.tensors[name], ITEM_BYTES[dtypes[name]]
-            content = _bytes_of(tensor)
+            content = bytes_of(tensor)
             entry = TensorEntry(dtypes[name], list(tensor.shape), blake3(content.data).hexdigest())
             if base_weights is None:
                 return _Encoded(name, entry, Patch("same"), [])
-            base_content = _bytes_of(base_weights.tensors[name])
+            base_content = bytes_of(base_weights.tensors[name])
             return _Encoded(name, entry, *encode(bits_of(content, item_bytes), bits_of(base_content, item_bytes)))
 
         with path.open("wb") as file:
@@ -152,13 +150,7 @@ def _write_model(path: Path, entries: Mapping[str, TensorEntry], weights: Snapsh
     with path.open("wb") as file:
         file.write(model_layout(entries).header)
         for name in entries:
-            file.write(_bytes_of(weights.tensors[name]).data)
-
-
-def _bytes_of(tensor: Tensor) -> Bytes:
-    """In the same memory."""
-    content: Bytes = tensor.reshape(-1).view(torch.uint8).numpy()
-    return content
+            file.write(bytes_of(weights.tensors[name]).data)
 
 
 def _in_order(act: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> Iterator[Result]:
