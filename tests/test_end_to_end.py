@@ -11,8 +11,15 @@ import psutil
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.fake_services import redis_of
+from common.config import load_recipe
+from common.device import CPU_MAX_TOTAL_TOKENS
+from services.launcher.estimate import engine_bytes, learner_bytes
+from services.launcher.host_memory import disk_rows, host_rows
+from services.launcher.model_size import shape_of
+from services.launcher.traffic import delta_share
+from tests.fake_services import ROOT, redis_of
 from tests.launching import Launched, is_alive, rows_of, steps_in
+from tests.memory_watch import MemoryWatch
 
 pytestmark = pytest.mark.timeout(600)
 """About two minutes on two idle cores, most of it three starts of SGLang."""
@@ -36,6 +43,8 @@ class Finished(NamedTuple):
     """From the Ctrl-C to the first launcher's end."""
     processes: set[psutil.Process]
     """Every process of the launchers that was seen."""
+    memory: dict[str, int]
+    """Of the second launcher and its processes: the most that was seen, by the rows of `headrace check`."""
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +66,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
         last = steps_in(first.run)[-1]
         assert 2 <= last < STEPS - 4, first_output
         second = Launched(runs, seen, SHORT)
+        watch = MemoryWatch(second.process.pid)
         second.wait_for(f"step {last + 1},")
         second.kill("services.learner", "services.generation")
         second.wait_for("held-out")
-        yield Finished(first.run, first_output, second.end(), stop_s, seen)
+        second_output = second.end()
+        yield Finished(first.run, first_output, second_output, stop_s, seen, watch.rows())
     finally:
         for launched in filter(None, (first, second)):
             launched.process.kill()
@@ -107,6 +118,36 @@ def test_the_engine_and_the_learner_agree(finished: Finished) -> None:
     """At staleness 0 the gap between their log-probabilities is numerics alone."""
     measured = [row for row in rows_of(finished.run, "step") if row["fresh_tokens"]]
     assert measured and max(row["fresh_logprob_gap_p999"] for row in measured) < 1e-4
+
+
+def test_its_memory_is_what_check_says(finished: Finished) -> None:
+    """Of every process, within 15 %."""
+    config = load_recipe(ROOT / "configs" / "tiny-cpu.yaml", SHORT).config
+    shape = shape_of(config)
+    tokens = config.generation.engine.max_total_tokens or CPU_MAX_TOTAL_TOKENS
+    on_device = sum(learner_bytes(shape, config).values()), sum(engine_bytes(shape, config, tokens).values())
+    run, replica = host_rows(shape, config, *on_device, (True, True))
+    expected = run | replica
+    found = finished.memory
+    print({what: f"{found[what] >> 20} MiB, expected {expected[what] >> 20}" for what in expected})
+    assert set(found) == set(expected)
+    for what, num_bytes in expected.items():
+        assert found[what] == pytest.approx(num_bytes, rel=0.15), what
+
+
+def test_its_disk_is_what_check_says(finished: Finished) -> None:
+    config = load_recipe(ROOT / "configs" / "tiny-cpu.yaml", SHORT).config
+    checkpoints, versions, policies = disk_rows(shape_of(config), config, delta_share(config)).values()
+    kept = [folder for folder in (finished.run / "checkpoints").iterdir() if folder.is_dir()]
+    assert len(kept) == 2
+    assert sum(map(num_bytes_in, kept)) == pytest.approx(2 / 3 * checkpoints, rel=0.1)
+    assert num_bytes_in(finished.run / "weights") <= versions
+    found = sum(num_bytes_in(finished.run / name) for name in ("best", "policy"))
+    assert found == pytest.approx(2 / 3 * policies, rel=0.1), "and one that is written"
+
+
+def num_bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def test_no_process_is_left(finished: Finished) -> None:
