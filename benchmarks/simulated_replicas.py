@@ -107,6 +107,7 @@ class Rewards:
 
     def __init__(self, *_: object, **__: object) -> None:
         self.seconds = Histogram(SHORT_S)
+        self.problem = ""
 
     async def start(self) -> None:
         pass
