@@ -18,10 +18,14 @@ from tests.making import make_group, make_rollout
 from tests.tiny_models import KINDS, VOCABULARY, make_checkpoint, make_model
 
 UNSHARED = [kind for kind in KINDS if kind != "qwen3_moe"]
+SLOW = ("rwkv", "mamba", "qwen3_5_moe_text")
+"""Token by token in plain torch, or much like another."""
 CPU = LearnerConfig(device="cpu", gradient_checkpointing=False, logprob_chunk_tokens=7)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(kind, marks=pytest.mark.slow) if kind in SLOW else kind for kind in KINDS]
+)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("models") / request.param, request.param)
 
