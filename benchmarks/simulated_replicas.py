@@ -46,6 +46,7 @@ class Engine:
     recorded: RecordedRun
     stretch: float
     is_loading = False
+    is_unsure = False
 
     def __init__(self, url: str, **_: object) -> None:
         self.url = url
