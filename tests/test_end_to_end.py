@@ -1,6 +1,7 @@
 """The whole stack by its one command: a short run with the real SGLang, stopped, taken up again, shot at, complete."""
 
 import json
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -23,7 +24,9 @@ from tests.memory_watch import MemoryWatch
 
 pytestmark = pytest.mark.timeout(600)
 """About two minutes on two idle cores, most of it three starts of SGLang."""
-STEPS = 12
+STEPS = 20
+STEPS_OF_AN_OUTAGE = 4
+"""That many may have been taken before it, and be told only after it."""
 SHORT = [
     f"learner.steps={STEPS}",
     "learner.groups_per_step=4",
@@ -49,14 +52,17 @@ class Finished(NamedTuple):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
-    """Its Redis is killed after step 1; a Ctrl-C after step 2; then the learner and the replica are killed."""
+    """Its Redis is killed after step 1; a Ctrl-C comes when steps are taken again; then the learner and the replica are
+    killed."""
     runs, seen = tmp_path_factory.mktemp("runs"), set[psutil.Process]()
     first = Launched(runs, seen, SHORT)
     second = None
     try:
         first.wait_for("step 1,")
         redis_of(first.run).kill()
-        first.wait_for("step 2,")
+        first.wait_for("redis was killed by SIGKILL: starting it again")
+        told = [int(number) for number in re.findall(r"] step (\d+),", first.output)]
+        first.wait_for(f"step {told[-1] + STEPS_OF_AN_OUTAGE},")
         first.process.send_signal(signal.SIGINT)
         interrupted = time.monotonic()
         first.wait_for("stopping")

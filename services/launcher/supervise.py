@@ -68,7 +68,6 @@ class Supervisor:
             self._keep_learner(health)
             self.watcher.look()
             time.sleep(LOOK_INTERVAL_S)
-        self.watcher.look()
 
     def _keep(self, kept: Kept | None) -> None:
         if kept is not None and (line := kept.keep()):
@@ -93,7 +92,10 @@ class Supervisor:
             self._keep(self.learner)
 
     def _stop(self) -> None:
-        """The learner and the replicas at the same time; control, which shows it, and Redis, which they need, after."""
+        """The learner and the replicas at the same time; control, which shows it, and Redis, which they need, after.
+
+        First a last look at what those that have ended by themselves have left."""
+        self.watcher.look()
         if self.signals and self.learner.is_running:
             self.watcher.say("stopping: the learner finishes its step and writes a checkpoint; once more kills it")
         self.replicas.orders.leave()
