@@ -114,12 +114,12 @@ def publications(folder: Path, url: str, num_items: int, num_threads: int) -> li
     versions._writer = VersionWriter("benchmark", num_threads)
     beside = Beside("publish", Patience(waits, None, None, None), Reason.PUBLISHING)  # type: ignore[arg-type]
     for step in range(2):
-        versions.publish(versions.copy(weights), step)
+        versions.publish(versions.copy(weights), step, versions.reserve())
     num_bytes = sum(tensor.nbytes for tensor in weights.values())
     alone, rows, announced_s = trained_alone(), list[Row](), list[float]()
 
     def publish(snapshot: Snapshot, step: int) -> None:
-        versions.publish(snapshot, step)
+        versions.publish(snapshot, step, versions.reserve())
         announced_s.append(time.perf_counter())
 
     for step, share in enumerate(SHARES, start=2):

@@ -46,7 +46,8 @@ class Learner:
     prompt_tokens: list[int]
 
     def publish(self, step: int) -> int:
-        return self.versions.publish(self.versions.copy(self.tensors), step).version  # type: ignore[arg-type]
+        weights = self.versions.copy(self.tensors)  # type: ignore[arg-type]
+        return self.versions.publish(weights, step, self.versions.reserve()).version
 
     def issue(self, *names: str, max_new_tokens: int = 24, **changes: object) -> None:
         sampling = Sampling(temperature=1.0, max_new_tokens=max_new_tokens, stop_token_ids=[1])

@@ -37,7 +37,7 @@ def make_versions(root: Path, client: redis.Redis, keys: Keys) -> Versions:
 
 
 def publish(versions: Versions, weights: Mapping[str, torch.Tensor], step: int) -> Manifest:
-    return versions.publish(versions.copy(weights), step)
+    return versions.publish(versions.copy(weights), step, versions.reserve())
 
 
 def tensors(value: float) -> dict[str, torch.Tensor]:

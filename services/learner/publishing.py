@@ -33,23 +33,24 @@ class Publisher:
         self.check, self.close = self._beside.check, self._beside.close
 
     def begin(self, tensors: Mapping[str, Weight], step: int, announced: Callable[[int], None]) -> None:
-        """Returns when `tensors`, which `step` made, are copied. `announced` is called with the number of the version
-        when replicas can find it, in another thread. Raises what the publication before has failed with."""
+        """Returns when `tensors`, which `step` made, are copied and have a version's number, which they keep however
+        often a full disk refuses them. `announced` is called with it when replicas can find the version, in another
+        thread. Raises what the publication before has failed with."""
         self.wait()
         weights = self._versions.copy(tensors)
         self._versions.is_publishing = True
-        self._beside.begin(partial(self._publish, weights, step, announced))
+        self._beside.begin(partial(self._publish, weights, step, self._versions.reserve(), announced))
 
     def wait(self) -> None:
         """Until nothing is being published. Raises what it has failed with, and `Starved` if it takes too long."""
         self._beside.wait(f"version {self._versions.highest}")
 
-    def _publish(self, weights: Snapshot, step: int, announced: Callable[[int], None]) -> None:
+    def _publish(self, weights: Snapshot, step: int, version: int, announced: Callable[[int], None]) -> None:
         while self._is_held() and not self._switches.stop.wait(HELD_POLL_S):
             pass
         while True:
             try:
-                version = self._versions.publish(weights, step).version
+                self._versions.publish(weights, step, version)
                 break
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -120,7 +120,7 @@ class Telling:
         rewards = self.intake.take_decided_rewards()
         return {
             "reward_mean": sum(rewards) / len(rewards),
-            "version": self.versions.current,
+            "version": self.versions.highest,  # that of this step, which is being published
             "generated_tokens": counts["generated_tokens"],
             "uniform_share": counts["uniform"] / decided,
             "stale_share": counts["stale"] / decided,

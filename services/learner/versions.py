@@ -66,13 +66,19 @@ class Versions:
         """What `publish` takes: the tensors may change as soon as this returns."""
         return self._snapshots.take(tensors)
 
-    def publish(self, weights: Snapshot, step: int) -> Manifest:
-        """Makes `weights` the next version, which `step` made; returns when replicas can find it. Raises `Fenced` also
-        where a successor has deleted this learner's folder."""
+    def reserve(self) -> int:
+        """The number of the next version, which is the highest from now on; `publish` notes it before a file has it."""
+        self.highest += 1
+        return self.highest
+
+    def publish(self, weights: Snapshot, step: int, version: int) -> Manifest:
+        """Makes `weights` the version of the reserved number, which `step` made; returns when replicas can find it.
+        Raises `Fenced` also where a successor has deleted this learner's folder; after another `OSError` it may be
+        called again."""
         sharing = [replica.shares_memory for replica in self.store.replicas()]
         is_shared = any(sharing) and self._has_room(weights)
         try:
-            version = self._take_number()
+            self._note_number()
             memory = self._new_folder_in_memory(version) if is_shared else None
             place, alone = version_folder(self.root, version), is_shared and all(sharing)
             manifest = self._writer.write(place, version, step, weights, memory, alone=alone)
@@ -150,11 +156,6 @@ class Versions:
         stored = [version for folder in parent.glob("epoch-*") for version in stored_versions(folder)]
         serving = [heartbeat.weight_version for heartbeat in self.store.replicas()]
         return max([0, *on_disk, *stored, *self.steps, *serving])
-
-    def _take_number(self) -> int:
-        self.highest += 1
-        self._note_number()
-        return self.highest
 
     def _note_number(self) -> None:
         aside = self.root / f"{COUNTER_FILE}.aside"
