@@ -28,7 +28,7 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 
 check-types: setup
-	$(VENV)/bin/mypy common services chaos benchmarks tests
+	$(VENV)/bin/mypy headrace chaos benchmarks tests
 
 setup: $(VENV)/installed
 

@@ -16,10 +16,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.learner import samples_of
-from common.config import LearnerConfig, ModelConfig
-from common.device import multiplies_bfloat16
-from services.learner.packing import MicroBatch, pack
-from services.learner.policy import Policy
+from headrace.common.config import LearnerConfig, ModelConfig
+from headrace.common.hardware.device import multiplies_bfloat16
+from headrace.learner.model.packing import MicroBatch, pack
+from headrace.learner.model.policy import Policy
 
 MODEL = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
 MODEL |= {"num_key_value_heads": 3, "vocab_size": 49_152}
@@ -53,7 +53,7 @@ def main() -> None:
 
 def policy_computing_in(dtype: str, folder: str, learner: LearnerConfig) -> Policy:
     """Of the same bfloat16 weights, whatever this CPU has."""
-    with patch("services.learner.policy.computed_in", lambda *_: dtype):
+    with patch("headrace.learner.model.policy.computed_in", lambda *_: dtype):
         return Policy(ModelConfig(path=folder, dtype="bfloat16"), learner)
 
 

@@ -31,11 +31,11 @@ import redis
 from rich.console import Console
 from rich.table import Table
 
-from common.http_service import free_port
-from common.keys import Keys
-from common.wire import encode
-from services.launcher.processes import REDIS_URL_VARIABLE, start_redis
-from tests.seeded_run import heartbeat, seed_run, step_rows
+from headrace.common.http.http_service import free_port
+from headrace.common.redis.keys import Keys
+from headrace.common.wire import encode
+from headrace.launcher.run.processes import REDIS_URL_VARIABLE, start_redis
+from tests.support.seeded_run import heartbeat, seed_run, step_rows
 
 RESULTS = Path(__file__).parent / "results" / "control_load.json"
 KEYS = Keys("control-load")
@@ -103,7 +103,7 @@ def a_control(redis_url: str, folder: Path) -> Iterator[tuple[str, psutil.Proces
     token, port = folder / "token", free_port()
     token.write_text("benchmark")
     place = ["--run", KEYS.run, "--token-file", str(token), "--port", str(port)]
-    command = [sys.executable, "-m", "services.control", *place]
+    command = [sys.executable, "-m", "headrace.control", *place]
     with (folder / "control.log").open("wb") as log:
         process = subprocess.Popen(command, env=os.environ | {REDIS_URL_VARIABLE: redis_url}, stderr=log)
     url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_TIMEOUT_S

@@ -45,7 +45,7 @@ def main() -> int:
 
 
 def headrace_up(recipe: str, run: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "services.launcher", "up", str(ROOT / recipe), "--run", run, *arguments]
+    return [sys.executable, "-m", "headrace.launcher", "up", str(ROOT / recipe), "--run", run, *arguments]
 
 
 def run_demo(seed: int, *setting: str) -> dict[str, Any]:

@@ -27,14 +27,14 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.demo import RECIPE
-from common.config import load_recipe
-from common.keys import Keys
-from common.redis_client import connect, connect_async
-from common.wire import Group, Rollout, Sampling, Ticket, Timings, VersionSpan, encode
-from services.generation.tickets import TicketStore
-from services.launcher.processes import start_redis
-from services.learner.recording import Header, RecordedGroup, RecordingWriter
-from services.learner.store import Cursor, LearnerStore, Settlement
+from headrace.common.config import load_recipe
+from headrace.common.redis.keys import Keys
+from headrace.common.redis.redis_client import connect, connect_async
+from headrace.common.wire import Group, Rollout, Sampling, Ticket, Timings, VersionSpan, encode
+from headrace.generation.tickets.tickets import TicketStore
+from headrace.launcher.run.processes import start_redis
+from headrace.learner.intake.recording import Header, RecordedGroup, RecordingWriter
+from headrace.learner.store.store import Cursor, LearnerStore, Settlement
 
 RESULTS = Path(__file__).parent / "results" / "durability.json"
 SHAPES = {"demo: 8 x 14 tokens": (8, 14), "16 x 1,000 tokens": (16, 1000)}
@@ -130,7 +130,7 @@ def replay(folder: Path, recording: Path, num_steps: int, is_durable: bool) -> R
     settings = [] if is_durable else ["durability=relaxed", "learner.checkpoint_interval_steps=1000000"]
     with redis_server(folder / f"replay-{is_durable}", is_durable) as url:
         run = folder / f"run-{is_durable}"
-        command = [sys.executable, "-m", "services.learner", "--replay", str(recording), "--run", run.name]
+        command = [sys.executable, "-m", "headrace.learner", "--replay", str(recording), "--run", run.name]
         chosen = [part for setting in settings for part in ("--set", setting)]
         subprocess.run(
             [*command, "--runs-folder", str(folder), *chosen],

@@ -25,18 +25,18 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.weights import random_pair
-from common.device import machine_id
-from common.http_service import listen, new_app, serve_in_loop, serve_in_thread, url_of
-from common.weights import encode_manifest, sha256_of, version_folder
-from services.generation.fetching import Fetcher
-from services.generation.host_copy import HostCopy
-from services.generation.publication import Published, bring
-from services.generation.sharing import Sharing, weights_router
-from services.learner.api import make_app
-from services.learner.orders import Switches
-from services.learner.snapshots import Snapshot
-from services.learner.version_writer import VersionWriter
-from services.learner.versions import places_above
+from headrace.common.hardware.device import machine_id
+from headrace.common.http.http_service import listen, new_app, serve_in_loop, serve_in_thread, url_of
+from headrace.common.weights.weights import encode_manifest, sha256_of, version_folder
+from headrace.generation.weights.fetching import Fetcher
+from headrace.generation.weights.host_copy import HostCopy
+from headrace.generation.weights.publication import Published, bring
+from headrace.generation.weights.sharing import Sharing, weights_router
+from headrace.learner.model.snapshots import Snapshot
+from headrace.learner.reporting.api import make_app
+from headrace.learner.steering.orders import Switches
+from headrace.learner.weights.version_writer import VersionWriter
+from headrace.learner.weights.versions import places_above
 
 RESULTS = Path(__file__).parent / "results" / "fan_out.json"
 TOKEN = "benchmark"

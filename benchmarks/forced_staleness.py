@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from common.chat import Chat, load_tokenizer, stop_token_ids
-from common.config import RunConfig
-from common.control import Settings
-from common.tasks import Task, load_task
-from common.wire import Group, Rollout, Ticket, Timings, VersionSpan
-from services.learner.guard import GuardState
-from services.learner.in_force import InForce
-from services.learner.policy import Policy
-from services.learner.prompts import TicketSource
-from services.learner.store import Cursor
-from services.learner.trainer import Trainer
+from headrace.common.config import RunConfig
+from headrace.common.models.chat import Chat, load_tokenizer, stop_token_ids
+from headrace.common.tasks import Task, load_task
+from headrace.common.wire import Group, Rollout, Ticket, Timings, VersionSpan
+from headrace.common.wire.control import Settings
+from headrace.learner.algorithm.guard import GuardState
+from headrace.learner.intake.prompts import TicketSource
+from headrace.learner.model.policy import Policy
+from headrace.learner.steering.in_force import InForce
+from headrace.learner.store.store import Cursor
+from headrace.learner.training.trainer import Trainer
 
 ROWS_AT_ONCE = 256
 NOW = Timings(0.0, 0.0, 0.0)

@@ -30,8 +30,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.demo import ROOT
-from common.wire import Group, Rollout, Sampling, Ticket, Timings, VersionSpan, encode
-from services.learner.recording import Header, RecordedGroup, RecordingWriter
+from headrace.common.wire import Group, Rollout, Sampling, Ticket, Timings, VersionSpan, encode
+from headrace.learner.intake.recording import Header, RecordedGroup, RecordingWriter
 
 Shape = dict[str, Any]
 TOKENIZER = ROOT / "assets" / "demo-policy"
@@ -171,7 +171,7 @@ def replay(folder: Path, dtype: str, name: str, steps: int) -> int:
     if steps == NUM_STEPS and name == dtype:
         shutil.rmtree(folder / "runs" / name, ignore_errors=True)
     settings = [f"model.dtype={dtype}", f"learner.steps={steps}"]
-    command = [sys.executable, "-m", "services.launcher", "replay", str(folder / "recording.msgpack")]
+    command = [sys.executable, "-m", "headrace.launcher", "replay", str(folder / "recording.msgpack")]
     command += ["--config", str(folder / "recipe.yaml"), "--run", name, "--runs-folder", str(folder / "runs")]
     before = used_on_gpu()
     process = subprocess.Popen([*command, *(part for one in settings for part in ("--set", one))], cwd=ROOT)

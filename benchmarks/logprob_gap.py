@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from services.generation.completions import Completion
+from headrace.generation.engine.completions import Completion
 
 Prompted = list[tuple[list[int], Completion]]
 """Prompt tokens and a completion of them, at temperature 1."""

@@ -9,8 +9,8 @@ from itertools import islice
 from pathlib import Path
 
 from benchmarks.drawn_task import DrawnTask, answered, supervised_demo_policy
-from common.tasks import Prompt
-from common.tasks.arithmetic import ANSWER_MARK, ITEMS, NAMES, is_held_out
+from headrace.common.tasks import Prompt
+from headrace.common.tasks.arithmetic import ANSWER_MARK, ITEMS, NAMES, is_held_out
 
 POLICY = Path("runs/long-policy")
 LENGTHS, OPERANDS, HIGHEST = (4, 5, 6), range(2, 21), 99
@@ -74,7 +74,7 @@ def is_easy(results: list[int]) -> bool:
 
 def make_policy(folder: Path, num_steps: int = NUM_STEPS) -> None:
     """Deterministic on one machine; about five minutes of one core."""
-    from services.learner.warm_start import save_policy
+    from headrace.learner.demo_policy.warm_start import save_policy
 
     pairs = answered(LongArithmetic().problems("train", "warm start"), SLIP_SHARE)
     batches = ([(chain.prompt, answer) for chain, answer in islice(pairs, BATCH_SIZE)] for _ in range(num_steps))

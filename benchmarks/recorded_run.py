@@ -19,9 +19,9 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.demo import cpu_model
-from common.wire import Group, decode_group
-from services.learner.recording import Recording
-from services.learner.report import METRICS_FILE, read_rows
+from headrace.common.wire import Group, decode_group
+from headrace.learner.intake.recording import Recording
+from headrace.learner.reporting.report import METRICS_FILE, read_rows
 
 RECORDED = Path(__file__).parent / "recorded" / "demo.json"
 NUM_GROUPS = 400

@@ -1,7 +1,7 @@
 """The learner's own program, but that a step takes the recorded time instead of computing, and changes 1.5 % of a
 bfloat16 model of `MILLIONS` of weights by one unit in the last place.
 
-    python -m benchmarks.simulated_learner STRETCH MILLIONS [arguments of services.learner]
+    python -m benchmarks.simulated_learner STRETCH MILLIONS [arguments of headrace.learner]
 
 `STRETCH` multiplies the recorded time. What it tells of a step has two things more: `group_staleness`, the staleness
 of each group, and `sent_bytes`, what its HTTP side had sent by then. Replicas on this machine fetch over HTTP as
@@ -18,16 +18,18 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-import services.learner.__main__ as program
+import headrace.learner.__main__ as program
 from benchmarks.recorded_run import read_recorded
 from benchmarks.weights import random_pair
-from common.config import RunConfig
-from common.wire import Group
-from services.learner import api, assembly, versions
-from services.learner.metrics import group_metrics
-from services.learner.policy import Policy
-from services.learner.staleness import group_staleness
-from services.learner.trainer import Probe, Trainer, nothing_fresh
+from headrace.common.config import RunConfig
+from headrace.common.wire import Group
+from headrace.learner import assembly
+from headrace.learner.algorithm.staleness import group_staleness
+from headrace.learner.model.policy import Policy
+from headrace.learner.reporting import api
+from headrace.learner.training.metrics import group_metrics
+from headrace.learner.training.trainer import Probe, Trainer, nothing_fresh
+from headrace.learner.weights import versions
 
 CHANGED_SHARE = 0.015
 _sent = Counter[str]()

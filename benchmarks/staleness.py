@@ -136,7 +136,7 @@ def run_in_a_process(run: Run) -> dict[str, Any]:
 def run_here(run: Run, on_row: Callable[[dict[str, Any]], None] = lambda row: None) -> dict[str, Any]:
     from benchmarks.forced_staleness import WATCHED
     from benchmarks.forced_staleness import run as forced
-    from common.config import load_recipe
+    from headrace.common.config import load_recipe
 
     config = load_recipe(ROOT / "configs" / "tiny-cpu.yaml", run.settings).config
     started, accuracy = time.process_time(), {}

@@ -24,8 +24,8 @@ from benchmarks.staleness_runs import (
     Run,
     guarded,
 )
-from common.config import load_recipe
-from services.learner.guard import GuardState, decide
+from headrace.common.config import load_recipe
+from headrace.learner.algorithm.guard import GuardState, decide
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

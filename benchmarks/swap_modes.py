@@ -34,14 +34,14 @@ from safetensors.torch import load_file, save_file
 from benchmarks.demo import ROOT, this_machine
 from benchmarks.logprob_gap import Prompted, gaps
 from benchmarks.swap_table import Row, report
-from common.chat import load_tokenizer
-from common.config import EngineConfig, ModelConfig
-from common.tasks.arithmetic import Arithmetic
-from common.wire import Sampling, Ticket
-from services.generation.completions import Completion, generate_body, to_completion
-from services.generation.engine import Engine, SwapTimings
-from services.generation.engine_server import EngineServer
-from services.generation.swapping import SwapMode
+from headrace.common.config import EngineConfig, ModelConfig
+from headrace.common.models.chat import load_tokenizer
+from headrace.common.tasks.arithmetic import Arithmetic
+from headrace.common.wire import Sampling, Ticket
+from headrace.generation.engine.completions import Completion, generate_body, to_completion
+from headrace.generation.engine.engine import Engine, SwapTimings
+from headrace.generation.engine.engine_server import EngineServer
+from headrace.generation.engine.swapping import SwapMode
 
 POLICY = ROOT / "assets" / "demo-policy"
 RESULTS = ROOT / "benchmarks" / "results" / "swap_modes.json"

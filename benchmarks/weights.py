@@ -3,9 +3,10 @@
     python -m benchmarks.weights [--millions 50]
 
 Bytes (share of the whole model's) and speeds (of the model's bytes, GB/s) of four exact encodings: full (nothing is
-encoded), raw sparse (a 32-bit place and a value for each change), xor + zstd, and ours (common/delta.py). On random
-bfloat16 weights of which none, 1.5 % or all differ by one unit in the last place, and on real consecutive versions: a
-run of the demo with the real engine, in bfloat16 with float32 masters, at lr 1e-6, that this command makes first.
+encoded), raw sparse (a 32-bit place and a value for each change), xor + zstd, and ours
+(headrace/common/weights/delta.py). On random bfloat16 weights of which none, 1.5 % or all differ by one unit in the
+last place, and on real consecutive versions: a run of the demo with the real engine, in bfloat16 with float32 masters,
+at lr 1e-6, that this command makes first.
 
 Speeds are the best of some repetitions, in memory, on one thread. BLAKE3 of the result, which every version needs
 whichever encoding it has, is a row of its own. Rows go to benchmarks/results/weights.json.
@@ -31,10 +32,10 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from benchmarks.demo import RECIPE, headrace_up
-from common.delta import Bits, apply, encode
-from common.memory_folder import MemoryFolder, memory_backed
-from common.weights import MODEL_FILE
-from services.learner.versions import PREFIX
+from headrace.common.weights.delta import Bits, apply, encode
+from headrace.common.weights.memory_folder import MemoryFolder, memory_backed
+from headrace.common.weights.weights import MODEL_FILE
+from headrace.learner.weights.versions import PREFIX
 
 RESULTS = Path(__file__).parent / "results" / "weights.json"
 REPEATS = 5

@@ -13,7 +13,7 @@ from chaos.ground import Ground, Strike
 from chaos.replacement import replace_learner
 from chaos.schedule import Fault, Kind
 from chaos.targets import engine_process, running_learner, running_replica
-from common.waiting import Reason
+from headrace.common.process.waiting import Reason
 
 CHECKPOINTS_TIMEOUT_S = 180.0
 

@@ -20,9 +20,9 @@ from chaos.observer import Observer
 from chaos.proxy import Proxy
 from chaos.redis_server import RedisServer
 from chaos.schedule import Fault
-from common.keys import Keys
-from services.launcher.processes import redis_url_at
-from services.launcher.run_folder import locked
+from headrace.common.redis.keys import Keys
+from headrace.launcher.run.processes import redis_url_at
+from headrace.launcher.run.run_folder import locked
 
 POLL_S = 0.1
 TAIL_LINES = 12

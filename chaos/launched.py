@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from services.launcher.processes import Service, python_service
+from headrace.launcher.run.processes import Service, python_service
 
 RECIPE = "configs/tiny-cpu.yaml"
 CHECKPOINT_EVERY = 2
@@ -59,7 +59,7 @@ class Launched:
         if self.redis_url is not None:
             settings.append(f"redis_url={self.redis_url}")
         chosen = [part for setting in settings for part in ("--set", setting)]
-        command = [sys.executable, "-m", "services.launcher", "up", RECIPE, "--run", self.run]
+        command = [sys.executable, "-m", "headrace.launcher", "up", RECIPE, "--run", self.run]
         self._service = Service("headrace up", [*command, "--runs-folder", str(self.runs_folder), *chosen], self.log)
 
     def ask_to_stop(self) -> None:
@@ -82,21 +82,23 @@ class Launched:
         psutil.wait_procs(left, timeout=STOP_TIMEOUT_S)
 
     def learner(self) -> psutil.Process | None:
-        found = [process for process in self._children() if "services.learner" in _words(process)]
+        found = [process for process in self._children() if "headrace.learner" in _words(process)]
         return found[0] if found else None
 
     def replica(self, index: int) -> psutil.Process | None:
         name = f"generation-{index}"
         for process in self._children():
             words = _words(process)
-            if "services.generation" in words and name in words:
+            if "headrace.generation" in words and name in words:
                 return process
         return None
 
     def engine(self, index: int) -> list[psutil.Process]:
         """The replica's SGLang: its HTTP server and its scheduler; empty until both are there."""
         replica = self.replica(index)
-        servers = [process for process in _children(replica) if "services.generation.sglang_cpu" in _words(process)]
+        servers = [
+            process for process in _children(replica) if "headrace.generation.engine.cpu.sglang_cpu" in _words(process)
+        ]
         if not servers:
             return []
         schedulers = [process for process in _children(servers[0]) if "scheduler" in " ".join(_words(process))]
@@ -107,7 +109,7 @@ class Launched:
         arguments = ["--config", str(self.folder / "config.yaml"), "--run", self.run]
         arguments += ["--runs-folder", str(self.runs_folder)]
         log = self.folder / "logs" / "another-learner.log"
-        return python_service("another learner", "services.learner", arguments, log, redis_url)
+        return python_service("another learner", "headrace.learner", arguments, log, redis_url)
 
     def logs(self) -> Sequence[Path]:
         return sorted((self.folder / "logs").glob("*.log"))

@@ -15,7 +15,7 @@ from chaos.ground import Ground, Strike
 from chaos.launched import CHECKPOINT_EVERY
 from chaos.replacement import STEPS_AHEAD
 from chaos.schedule import PARTS, Fault
-from services.learner.checkpoint_record import RECORD_FILE, read_record
+from headrace.learner.checkpoints.checkpoint_record import RECORD_FILE, read_record
 
 START_TIMEOUT_S = 300.0
 RECOVERY_TIMEOUT_S = 240.0

@@ -13,9 +13,9 @@ from typing import Any
 import msgspec
 import redis
 
-from common.keys import Keys
-from common.wire import WireError, decode_heartbeat
-from services.launcher.processes import look_up
+from headrace.common.redis.keys import Keys
+from headrace.common.wire import WireError, decode_heartbeat
+from headrace.launcher.run.processes import look_up
 
 LOOK_TIMEOUT_S = 1.0
 MAX_READ = 1000

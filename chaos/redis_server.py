@@ -9,10 +9,10 @@ from pathlib import Path
 
 import psutil
 
-from common.child_process import dies_with_parent
-from common.http_service import free_port
-from common.redis_client import DURABLE
-from services.launcher.processes import answers, redis_binary, redis_url_at
+from headrace.common.http.http_service import free_port
+from headrace.common.process.child_process import dies_with_parent
+from headrace.common.redis.redis_client import DURABLE
+from headrace.launcher.run.processes import answers, redis_binary, redis_url_at
 
 START_TIMEOUT_S = 60.0
 POLL_S = 0.05

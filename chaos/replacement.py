@@ -10,8 +10,8 @@ import time
 from chaos.ground import Ground, Strike
 from chaos.schedule import Fault
 from chaos.targets import running_learner
-from services.launcher.processes import Service
-from services.learner.checkpoint_record import checkpoint_folders
+from headrace.launcher.run.processes import Service
+from headrace.learner.checkpoints.checkpoint_record import checkpoint_folders
 
 RUNS_TIMEOUT_S = 120.0
 """For the replacement to take its first step."""

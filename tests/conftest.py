@@ -10,13 +10,13 @@ import psutil
 import pytest
 import redis
 
-from common.config import EngineConfig
-from common.device import is_gpu_here
-from common.keys import Keys
-from common.redis_client import connect
-from services.generation.engine_server import EngineServer
-from tests.fake_sglang import FakeSglang, a_fake_sglang, sample
-from tests.redis_servers import as_launched
+from headrace.common.config import EngineConfig
+from headrace.common.hardware.device import is_gpu_here
+from headrace.common.redis.keys import Keys
+from headrace.common.redis.redis_client import connect
+from headrace.generation.engine.engine_server import EngineServer
+from tests.support.fake_sglang import FakeSglang, a_fake_sglang, sample
+from tests.support.redis_servers import as_launched
 
 FIRST_VERSION = 1
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -69,7 +69,7 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.replaying import make_recording
+    from tests.support.replaying import make_recording
 
     return make_recording(tmp_path_factory.mktemp("recording") / "recording.msgpack")
 

@@ -24,20 +24,20 @@ import redis
 from benchmarks.compare.part import Part, Ratio
 from benchmarks.durability import redis_server
 from benchmarks.scale import seconds_of
-from common.chat import Chat, load_tokenizer, stop_token_ids
-from common.config import LearnerConfig, RunConfig, load_recipe
-from common.keys import Keys
-from common.redis_client import connect
-from common.run_token import TOKEN_VARIABLE
-from common.tasks import load_task
-from common.wire import Ticket, decode_group, decode_heartbeat
-from services.generation.completions import generate_body
-from services.generation.engine_server import EngineServer
-from services.launcher.processes import REDIS_URL_VARIABLE, Service
-from services.learner.policy import Policy
-from services.learner.prompts import TicketSource
-from services.learner.store import Cursor, LearnerStore
-from services.learner.versions import Versions
+from headrace.common.config import LearnerConfig, RunConfig, load_recipe
+from headrace.common.models.chat import Chat, load_tokenizer, stop_token_ids
+from headrace.common.process.run_token import TOKEN_VARIABLE
+from headrace.common.redis.keys import Keys
+from headrace.common.redis.redis_client import connect
+from headrace.common.tasks import load_task
+from headrace.common.wire import Ticket, decode_group, decode_heartbeat
+from headrace.generation.engine.completions import generate_body
+from headrace.generation.engine.engine_server import EngineServer
+from headrace.launcher.run.processes import REDIS_URL_VARIABLE, Service
+from headrace.learner.intake.prompts import TicketSource
+from headrace.learner.model.policy import Policy
+from headrace.learner.store.store import Cursor, LearnerStore
+from headrace.learner.weights.versions import Versions
 
 NUM_GROUPS, NUM_WARMING = 512, 64
 GOAL = 0.97
@@ -124,7 +124,7 @@ async def headrace(folder: Path, url: str, config: RunConfig, tickets: list[Tick
 
 @contextmanager
 def replica_of(folder: Path, url: str, keys: Keys) -> Iterator[Service]:
-    command = [sys.executable, "-m", "services.generation", "--run", keys.run, "--name", "generation-0"]
+    command = [sys.executable, "-m", "headrace.generation", "--run", keys.run, "--name", "generation-0"]
     environment = {REDIS_URL_VARIABLE: url, TOKEN_VARIABLE: TOKEN}
     log = folder / f"{keys.run}.log"
     service = Service("generation-0", [*command, "--log-folder", str(folder)], log, environment)

@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.forced_staleness import ROWS_AT_ONCE, sample
-from common.config import RunConfig
-from common.tasks import Prompt, load_task
-from common.tasks.arithmetic import score
+from headrace.common.config import RunConfig
+from headrace.common.tasks import Prompt, load_task
+from headrace.common.tasks.arithmetic import score
 
 
 def accuracy(policy: Path, config: RunConfig, num_problems: int) -> float:

@@ -21,12 +21,12 @@ from benchmarks.compare.part import Part, Ratio
 from benchmarks.compare.streams import SIZES, Learner, Row, groups_of
 from benchmarks.demo import RESULTS
 from benchmarks.durability import redis_server
-from common.keys import Keys
-from common.logs import logging_to
-from common.redis_client import connect, connect_async
-from common.wire import Group, encode
-from services.generation.tickets import TicketStore
-from services.learner.intake import READ_COUNT
+from headrace.common.process.logs import logging_to
+from headrace.common.redis.keys import Keys
+from headrace.common.redis.redis_client import connect, connect_async
+from headrace.common.wire import Group, encode
+from headrace.generation.tickets.tickets import TicketStore
+from headrace.learner.intake.intake import READ_COUNT
 
 SIZE = SIZES[0]
 PACED_S = 20.0

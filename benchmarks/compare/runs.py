@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.config import RunConfig
+from headrace.common.config import RunConfig
 
 
 class Workload(NamedTuple):

@@ -19,8 +19,8 @@ from rich.table import Table
 
 from benchmarks.compare.part import Part, Ratio
 from benchmarks.demo import headrace_up
-from common.logs import parse_line
-from services.launcher.processes import Service
+from headrace.common.process.logs import parse_line
+from headrace.launcher.run.processes import Service
 
 DEADLINE_S = 300.0
 POLL_S = 0.2

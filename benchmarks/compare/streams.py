@@ -20,17 +20,17 @@ import redis
 from benchmarks.compare.part import Part, Ratio
 from benchmarks.demo import RECIPE
 from benchmarks.durability import random_group, redis_server
-from common.config import RunConfig, load_recipe
-from common.keys import Keys
-from common.logs import logging_to
-from common.redis_client import connect, connect_async
-from common.wire import Group, Ticket, decode_group, encode
-from services.generation.tickets import TicketStore
-from services.learner.intake import READ_COUNT, Intake
-from services.learner.orders import Switches
-from services.learner.refusal import Limits
-from services.learner.source import Issued
-from services.learner.store import Cursor, LearnerStore
+from headrace.common.config import RunConfig, load_recipe
+from headrace.common.process.logs import logging_to
+from headrace.common.redis.keys import Keys
+from headrace.common.redis.redis_client import connect, connect_async
+from headrace.common.wire import Group, Ticket, decode_group, encode
+from headrace.generation.tickets.tickets import TicketStore
+from headrace.learner.intake.intake import READ_COUNT, Intake
+from headrace.learner.intake.refusal import Limits
+from headrace.learner.intake.source import Issued
+from headrace.learner.steering.orders import Switches
+from headrace.learner.store.store import Cursor, LearnerStore
 
 
 class Size(NamedTuple):

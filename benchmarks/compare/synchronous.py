@@ -24,8 +24,8 @@ from typing import Any
 
 from benchmarks.compare.part import Part, Ratio
 from benchmarks.demo import headrace_up
-from services.launcher.processes import Service
-from services.learner.report import METRICS_FILE, read_rows
+from headrace.launcher.run.processes import Service
+from headrace.learner.reporting.report import METRICS_FILE, read_rows
 
 NUM_STEPS, NUM_WARMING = 24, 4
 DEADLINE_S = 900.0

@@ -25,7 +25,7 @@ from benchmarks.compare.held_out import accuracy
 from benchmarks.compare.part import Part, Ratio
 from benchmarks.compare.runs import Outcome, Workload
 from benchmarks.demo import ROOT
-from common.config import RunConfig, load_recipe
+from headrace.common.config import RunConfig, load_recipe
 
 SHORT = Workload(
     name="demo",

@@ -17,8 +17,8 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from common.tasks import load_task
-from common.wire import Sampling, Ticket
+from headrace.common.tasks import load_task
+from headrace.common.wire import Sampling, Ticket
 
 LOGGED = {
     "reward_mean": "reward",

@@ -11,9 +11,9 @@ from typing import Any
 
 from benchmarks.compare.runs import Outcome, Workload, spec_of
 from benchmarks.demo import ROOT
-from common.config import RunConfig
-from common.device import resolve_device
-from common.tasks import Prompt, load_task
+from headrace.common.config import RunConfig
+from headrace.common.hardware.device import resolve_device
+from headrace.common.tasks import Prompt, load_task
 
 ENVIRONMENT = ROOT / "benchmarks" / ".trl-venv"
 REQUIREMENTS = ROOT / "benchmarks" / "compare" / "trl-requirements.txt"

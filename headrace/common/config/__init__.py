@@ -1,0 +1,38 @@
+"""Configuration: every setting of a run, typed, documented and checked before anything starts.
+
+`ActorConfig` is the algorithm, `RunConfig` the whole run, `load_recipe` reads one from YAML and says where
+each value came from. Only a service's `__main__` reads configuration; everything else is handed its section.
+"""
+
+from headrace.common.config.actor import ActorConfig
+from headrace.common.config.recipe import ConfigError, Recipe, load_recipe, resolve
+from headrace.common.config.run import (
+    ControlConfig,
+    EngineConfig,
+    EvaluationConfig,
+    GenerationConfig,
+    LearnerConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    SamplingConfig,
+    TaskConfig,
+)
+
+__all__ = [
+    "ActorConfig",
+    "ConfigError",
+    "ControlConfig",
+    "EngineConfig",
+    "EvaluationConfig",
+    "GenerationConfig",
+    "LearnerConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "Recipe",
+    "RunConfig",
+    "SamplingConfig",
+    "TaskConfig",
+    "load_recipe",
+    "resolve",
+]

@@ -1,0 +1,169 @@
+"""The algorithm's settings: advantages, ratios, clips, aggregation; and the presets that set several at once.
+
+Field names are those of the recipe this project started from (`preset: seed`). The defaults are the variant that
+stays alive on stale data: decoupled, a gradient per token, and the behaviour clip. A preset fills in only
+what is not given beside it.
+"""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from headrace.common.config.section import Section
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "seed": {
+        "group_size": 4,
+        "importance_sampling_level": "sequence",
+        "ratio_gradient": "sequence",
+        "use_decoupled_loss": True,
+        "behav_imp_weight_mode": "token_mask",
+        "behav_imp_weight_cap": 5.0,
+        "behaviour_clip": False,
+        "eps_clip": 0.4,
+        "eps_clip_higher": None,
+        "loss_aggregation": "token_mean",
+        "mini_batches": 1,
+        "reward_bias": -0.5,
+        "reward_scaling": 10.0,
+        "advantage_mean": "group",
+        "advantage_std": "group",
+        "batch_advantage_norm": True,
+        "guard": "warn",
+    },
+    "paper": {
+        "importance_sampling_level": "sequence",
+        "ratio_gradient": "sequence",
+        "use_decoupled_loss": True,
+        "behav_imp_weight_mode": "sequence_truncate",
+        "behav_imp_weight_cap": 5.0,
+        "behaviour_clip": False,
+        "eps_clip": 3e-4,
+        "eps_clip_higher": 4e-4,
+        "loss_aggregation": "sequence_mean",
+        "mini_batches": 4,
+    },
+    "token": {"importance_sampling_level": "token"},
+}
+
+
+class ActorConfig(Section):
+    """How rewards become advantages and advantages a loss. Equations: docs/algorithm.md."""
+
+    preset: Literal["seed", "paper", "token"] | None = Field(
+        None, description="Fill in a named set of the fields below; a field given beside it wins."
+    )
+
+    group_size: int = Field(8, ge=1, description="Completions per prompt.")
+    dynamic_sampling: bool = Field(
+        True, description="Replace groups whose raw rewards are all equal, so that the batch size is constant."
+    )
+
+    reward_bias: float = Field(0.0, description="Added to the raw reward.")
+    reward_scaling: float = Field(1.0, gt=0, description="Factor on the biased reward.")
+    reward_clip: float = Field(20.0, gt=0, description="Bound on the absolute value of the scaled reward.")
+    advantage_mean: Literal["group", "leave_one_out", "batch", "none"] = Field(
+        "group", description="What is subtracted from a reward."
+    )
+    advantage_std: Literal["group", "batch", "none"] = Field(
+        "group", description="Unbiased standard deviation that the difference is divided by."
+    )
+    batch_advantage_norm: bool = Field(
+        False, description="Normalise advantages once more over all loss tokens of the batch."
+    )
+    truncated: Literal["train", "mask"] = Field(
+        "train",
+        description="Completions that reached max_new_tokens. train: like any other, by the reward that they got. "
+        "mask: as if they had not been sampled, neither in the loss nor in their group's mean, deviation and "
+        "uniformity.",
+    )
+    overlong_tokens: int = Field(
+        0, ge=0, description="Completions within this many tokens of max_new_tokens are penalised (DAPO); 0: never."
+    )
+    overlong_penalty_factor: float = Field(1.0, ge=0, description="Penalty of a completion of max_new_tokens.")
+
+    importance_sampling_level: Literal["sequence", "token"] = Field(
+        "sequence", description="Importance ratio per sequence (GSPO) or per token (PPO, GRPO)."
+    )
+    ratio_gradient: Literal["sequence", "token"] = Field(
+        "token",
+        description="At sequence level: one gradient for all tokens of a sequence, or each token its own, with the "
+        "same ratio value (GSPO-token). Does nothing at token level.",
+    )
+    eps_clip: float = Field(0.067, gt=0, lt=1, description="Ratios below 1 - eps_clip are clipped.")
+    eps_clip_higher: float | None = Field(
+        0.093, gt=0, description="Ratios above 1 + eps_clip_higher are clipped; null: above 1 + eps_clip."
+    )
+    trust_region: Literal["clip", "soft", "second_moment"] = Field(
+        "clip",
+        description="What bounds the ratio. clip: to the range above, where that makes the objective worse (PPO). "
+        "soft: a sigmoid gate instead (SAPO). second_moment: in each sequence the tokens that have moved furthest with "
+        "their advantage are masked, until the mean squared log-ratio of the others is at most 0.04 (M2PO).",
+    )
+    c_clip: float | None = Field(
+        None, gt=1, description="Dual clip: bounds the loss where the advantage is negative. Only of trust_region clip."
+    )
+
+    use_decoupled_loss: bool = Field(
+        True, description="Ratio against the proximal policy, weighted by proximal/behaviour; else against behaviour."
+    )
+    behav_imp_weight_mode: Literal[
+        "token_mask", "token_truncate", "token_band", "sequence_mask", "sequence_truncate", "disabled"
+    ] = Field(
+        "token_mask",
+        description="How the behaviour weight is formed and what happens above the cap. token_band: masked above it "
+        "and below 0.5 (IcePop).",
+    )
+    behav_imp_weight_cap: float = Field(5.0, gt=0, description="The behaviour weight's cap.")
+    behaviour_clip: bool = Field(
+        True,
+        description="Drop sequences that have already moved from the behaviour policy beyond the clip range in the "
+        "direction of their advantage.",
+    )
+
+    loss_aggregation: Literal["token_mean", "sequence_mean"] = Field(
+        "sequence_mean", description="Mean over all loss tokens, or over sequences of their token means."
+    )
+    mini_batches: int = Field(
+        4,
+        ge=1,
+        description="Optimizer updates per step. With 1, and the decoupled loss, the policy equals the proximal "
+        "policy at the only update: the ratio is 1 and the clip never acts.",
+    )
+    mini_batch_split: Literal["groups", "completions"] = Field(
+        "groups",
+        description="What is dealt out to mini-batches: whole groups, or the completions of each group evenly, so that "
+        "every update sees every prompt; a prompt is then computed in every mini-batch.",
+    )
+    guard: Literal["act", "warn"] = Field(
+        "act",
+        description="When policy and behaviour drift far apart (KL, effective sample size): warn, or act as well: "
+        "lower max_staleness, then lr, until it is over. Where engine and learner disagree on the same weights: warn.",
+    )
+    kl_coef: float = Field(0.0, ge=0, description="Weight of the KL to the reference policy (the start); 0: none.")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="Estimator of that KL.")
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """Lowest and highest ratio that is not clipped."""
+        higher = self.eps_clip if self.eps_clip_higher is None else self.eps_clip_higher
+        return 1.0 - self.eps_clip, 1.0 + higher
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("preset") not in PRESETS:
+            return given
+        return PRESETS[given["preset"]] | given
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        if self.group_size == 1 and ("group" in (self.advantage_mean, self.advantage_std)):
+            raise ValueError(
+                "group_size 1 has no group mean or deviation: set advantage_mean and advantage_std to 'batch' or 'none'"
+            )
+        if self.group_size == 1 and self.advantage_mean == "leave_one_out":
+            raise ValueError("group_size 1 leaves nobody in for advantage_mean 'leave_one_out'")
+        if self.group_size == 1 and self.dynamic_sampling:
+            raise ValueError("group_size 1 makes every group uniform: set dynamic_sampling to false")
+        return self

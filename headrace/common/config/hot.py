@@ -1,0 +1,39 @@
+"""Settings that may change while a run goes on; they count from the learner's next step."""
+
+from collections.abc import Mapping
+
+from pydantic import ValidationError
+
+from headrace.common.config.recipe import describe
+from headrace.common.config.run import RunConfig
+
+HOT = (
+    "optimizer.lr",
+    "learner.max_staleness",
+    "learner.max_mean_staleness",
+    "sampling.temperature",
+    "actor.eps_clip",
+    "actor.eps_clip_higher",
+    "evaluation.interval_steps",
+)
+
+
+def with_settings(config: RunConfig, values: Mapping[str, int | float | None]) -> RunConfig:
+    """The configuration with `values` by their dotted names, validated anew. Raises `ValueError` naming the setting,
+    what it was given and what was expected."""
+    settings = config.model_dump()
+    for name, value in values.items():
+        if name not in HOT:
+            raise ValueError(f"{name[:60]} cannot change while the run goes on: expected one of {', '.join(HOT)}")
+        section, field = name.split(".")
+        settings[section][field] = value
+    try:
+        return RunConfig.model_validate(settings)
+    except ValidationError as error:
+        raise ValueError("; ".join(map(describe, error.errors()))) from error
+
+
+def hot_values(config: RunConfig) -> dict[str, int | float | None]:
+    """What stands of each."""
+    settings = config.model_dump()
+    return {name: settings[name.split(".")[0]][name.split(".")[1]] for name in HOT}

@@ -1,0 +1,51 @@
+"""Replicas as metrics, from what their heartbeats say: the replica's own at its endpoint, all of them at control's."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import get_args
+
+from headrace.common.metrics.families import Families
+from headrace.common.process.waiting import Reason
+from headrace.common.wire import Heartbeat, ReplicaState
+
+
+def add_replica_states(families: Families, heartbeats: Iterable[Heartbeat]) -> None:
+    counts = Counter(heartbeat.state for heartbeat in heartbeats)
+    for state in get_args(ReplicaState):
+        families.gauge("headrace_replicas", "Live replicas by state.", counts[state], state=state)
+
+
+def add_replica(families: Families, heartbeat: Heartbeat) -> None:
+    one = {"replica": heartbeat.replica}
+    families.states(
+        "headrace_replica_state", "1 for the replica's state.", "state", get_args(ReplicaState), heartbeat.state, **one
+    )
+    families.gauge(
+        "headrace_replica_weight_version", "The version its engine has confirmed.", heartbeat.weight_version, **one
+    )
+    families.gauge("headrace_replica_groups_in_flight", "Tickets that it works on.", heartbeat.groups_in_flight, **one)
+    families.counter("headrace_replica_groups_total", "Groups that it committed.", heartbeat.groups_committed, **one)
+    families.counter(
+        "headrace_replica_tokens_total", "Tokens of the groups that it committed.", heartbeat.tokens_generated, **one
+    )
+    families.counter(
+        "headrace_replica_waiting_seconds_total", "Time without any ticket since it serves.", heartbeat.waiting_s, **one
+    )
+    families.counter("headrace_replica_serving_seconds_total", "Time since it serves.", heartbeat.serving_s, **one)
+
+
+def add_learner_waits(families: Families, waits: Mapping[str, float]) -> None:
+    """`waits`: seconds by reason; every reason is there, 0 where it does not wait."""
+    for reason in Reason:
+        _add_wait(families, "learner", reason.value, waits.get(reason.value, 0.0))
+
+
+def add_replica_waits(families: Families, replica: str, waits: Mapping[str, float]) -> None:
+    """Those that there are: replicas may be many."""
+    for reason, seconds in waits.items():
+        _add_wait(families, replica, reason, seconds)
+
+
+def _add_wait(families: Families, who: str, reason: str, seconds: float) -> None:
+    text = "For how long the learner (who=learner) or a replica has been waiting, by reason."
+    families.gauge("headrace_waiting_seconds", text, seconds, who=who, reason=reason)

@@ -1,0 +1,74 @@
+"""Where a run is, as metrics: the learner says it of itself, control of the whole run."""
+
+from collections.abc import Mapping
+from typing import get_args
+
+from headrace.common.metrics.families import Families
+from headrace.common.wire import DecidedState
+
+PHASES = (
+    "starting",
+    "waiting for a replica",
+    "evaluating",
+    "waiting",
+    "training",
+    "paused",
+    "finished",
+    "stopped",
+    "starved",
+    "failed",
+)
+STATES = (*get_args(DecidedState), "dead")
+
+
+def add_position(families: Families, *, phase: str, step: int, steps: int, version: int, epoch: int) -> None:
+    families.states("headrace_phase", "1 for what the learner does.", "phase", PHASES, phase)
+    families.gauge("headrace_step", "Steps that are complete.", step)
+    families.gauge("headrace_last_step", "The step at which the run is complete.", steps)
+    families.gauge("headrace_weight_version", "The weight version that was published last.", version)
+    families.gauge("headrace_epoch", "Counts the run's learners.", epoch)
+
+
+def add_orders(families: Families, *, desired: int | None, advised: int | None, settings_version: int | None) -> None:
+    families.gauge("headrace_desired_replicas", "As ordered; not there where nobody has ordered any number.", desired)
+    families.gauge("headrace_advised_replicas", "Replicas that would keep the learner busy, as measured.", advised)
+    families.gauge("headrace_settings_version", "Of the hot settings that the learner works with.", settings_version)
+
+
+def add_queues(families: Families, *, open_tickets: int, groups: int) -> None:
+    families.gauge("headrace_open_tickets", "Training tickets not yet answered.", open_tickets)
+    families.gauge("headrace_groups_in_stream", "Groups waiting, in training, or kept for two checkpoints.", groups)
+
+
+class GroupTotals:
+    """Finished groups by state and generated tokens: of the run, and since this process began to look."""
+
+    def __init__(self, counts: Mapping[str, int] | None = None) -> None:
+        """`counts`: of the run so far; None: what is collected first."""
+        self._before = None if counts is None else dict(counts)
+        self._since: dict[str, int] = {}
+
+    def collect(self, families: Families, counts: Mapping[str, int]) -> None:
+        """What a learner that was taken up from an earlier checkpoint does again is counted again."""
+        before = counts if self._before is None else self._before
+        for name in (*STATES, "generated_tokens"):
+            grown = max(0, counts.get(name, 0) - before.get(name, 0))
+            self._since[name] = self._since.get(name, 0) + grown
+        self._before = dict(counts)
+        for state in STATES:
+            run, since = counts.get(state, 0), self._since[state]
+            families.gauge("headrace_run_groups", "Finished groups of the run so far, by state.", run, state=state)
+            families.counter("headrace_groups_total", "Finished groups, by state.", since, state=state)
+        tokens = self._since["generated_tokens"]
+        families.counter("headrace_generated_tokens_total", "Tokens of all groups that arrived.", tokens)
+
+
+def add_files(families: Families, checkpoint: Mapping[str, float], version_bytes: Mapping[str, int]) -> None:
+    """`checkpoint`: step, time_s, seconds, bytes of the latest; `version_bytes`: by file of the newest version."""
+    families.gauge("headrace_checkpoint_seconds", "Time to write the latest checkpoint.", checkpoint.get("seconds"))
+    families.gauge("headrace_checkpoint_bytes", "Size of the latest checkpoint.", checkpoint.get("bytes"))
+    at = checkpoint.get("time_s")
+    families.gauge("headrace_checkpoint_timestamp_seconds", "When the latest checkpoint was durable.", at)
+    families.gauge("headrace_checkpoint_step", "The step of the latest checkpoint.", checkpoint.get("step"))
+    for file, num_bytes in version_bytes.items():
+        families.gauge("headrace_version_bytes", "Size of the newest version's file.", num_bytes, file=file)

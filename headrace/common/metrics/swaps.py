@@ -1,0 +1,34 @@
+"""Where the time of a replica's weight versions went: counted by the replica, and by control from the run's events."""
+
+from collections.abc import Mapping
+
+from headrace.common.metrics.families import LONG_S, SHORT_S, Families, Histogram
+
+WITHIN = ("apply", "load", "confirm")
+
+
+class SwapTotals:
+    def __init__(self) -> None:
+        self._num_bytes = 0
+        self._pauses = Histogram(SHORT_S)
+        self._fetches = Histogram(LONG_S)
+        self._phases = {phase: Histogram(SHORT_S) for phase in WITHIN}
+
+    def add(self, num_bytes: int, seconds: Mapping[str, float]) -> None:
+        """`seconds`: pause, fetch, and of `WITHIN` what is known."""
+        self._num_bytes += num_bytes
+        for phase, histogram in ({"pause": self._pauses, "fetch": self._fetches} | self._phases).items():
+            if phase in seconds:
+                histogram.observe(seconds[phase])
+
+    def collect(self, families: Families, replica: str) -> None:
+        one = {"replica": replica}
+        text = "What generation loses to a new version."
+        families.histogram("headrace_replica_swap_pause_seconds", text, self._pauses, **one)
+        text = "A version's way to the replica, while generation goes on."
+        families.histogram("headrace_replica_swap_fetch_seconds", text, self._fetches, **one)
+        text = "A swap by phase: apply the deltas (before the pause), load (within it), confirm (after it)."
+        for phase, histogram in self._phases.items():
+            families.histogram("headrace_replica_swap_phase_seconds", text, histogram, phase=phase, **one)
+        text = "Bytes that came for the versions that it has served."
+        families.counter("headrace_replica_version_bytes_total", text, self._num_bytes, **one)

@@ -1,0 +1,222 @@
+"""Prompts as the model reads them: rendered by its chat template, then tokenized.
+
+Owns the one way from messages to token ids; the learner's tickets and `headrace check` both take it. Guarantees that
+the control tokens of a prompt are those of the template alone: what looks like one inside a message (`<|im_end|>` in a
+data set's text) is tokenized as the plain text that it is. The date that some templates write is always
+`TEMPLATE_DATE`, so that a ticket can be made again on another day. Transformers is imported where it is first needed.
+"""
+
+import difflib
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from headrace.common.config import ModelConfig
+from headrace.common.models.control_tokens import CannotQuote, ControlTokens, unused_characters
+from headrace.common.models.hub import loading
+from headrace.common.tasks import Prompt
+from headrace.common.wire import Message, Ticket, WireError, check_ticket, decode_ticket, encode, one_line
+
+TEMPLATE_DATE = datetime(2024, 7, 26)
+"""What Llama 3's template itself takes where it knows no date. Others may be set: `date_string` in
+model.chat_template_settings, where the template reads it."""
+OURS = {"messages", "add_generation_prompt", "continue_final_message", "tools", "documents", "strftime_now"}
+"""Of a chat template's variables: they are not settings."""
+SAMPLE = "3 + 4 = ?"
+
+
+class PromptError(ValueError):
+    """A prompt of the task cannot become a ticket; the text, one line, says why."""
+
+
+def load_tokenizer(model: ModelConfig) -> Any:
+    """With `model.chat_template`, if that is given. Raises `ValueError` if there is no tokenizer or no template."""
+    from transformers import AutoTokenizer  # seconds, and torch
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.path, **loading(model))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {model.path!r} has no tokenizer that loads: {str(error).splitlines()[0]}") from error
+    if model.chat_template is not None:
+        tokenizer.chat_template = read_chat_template(model.chat_template)
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"model {model.path!r} has no chat template; expected an instruction-tuned model, or a file of one as "
+            "model.chat_template"
+        )
+    return tokenizer
+
+
+def read_chat_template(path: str) -> str:
+    """Raises `ValueError` if there is no such file, or no template in it."""
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"model.chat_template {path!r}: expected a file with a Jinja template: {error}") from error
+    if not text.strip():
+        raise ValueError(f"model.chat_template {path!r} is empty; expected a Jinja template")
+    return text
+
+
+class Chat:
+    """Raises `ValueError` if the template cannot be read, or cannot do what the settings ask of it."""
+
+    def __init__(self, tokenizer: Any, model: ModelConfig, system_prompt: str | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.settings = model.chat_template_settings
+        self.system_prompt = system_prompt
+        self.control = ControlTokens(tokenizer)
+        self._check_settings(model.path)
+        self._check_system_prompt(model.path)
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The text of a prompt, up to where the answer begins. Raises `PromptError`."""
+        return self._apply(self._with_system_prompt(messages))
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """The token ids of a prompt, up to where the answer begins. Raises `PromptError`."""
+        whole = self._with_system_prompt(messages)
+        try:
+            if self.control.are_named_in(whole):
+                marked, quotes = self.control.quoted(whole)
+                tokens = self.control.encode(self._apply(marked), quotes)
+            else:
+                tokens = self.tokenizer.encode(self._apply(whole), add_special_tokens=False)
+        except CannotQuote as error:
+            raise PromptError(str(error)) from error
+        if not tokens:
+            raise PromptError("the chat template renders it to nothing")
+        return tokens
+
+    def ticket(self, prompt: Prompt, **fields: Any) -> Ticket:
+        """A ticket as the replicas accept it; `fields` are those that the prompt does not give.
+
+        Raises `PromptError` if the prompt is none (messages that are no list of texts by name), cannot be rendered or
+        tokenized, or has in its reference what JSON has not. Numpy's scalars become Python's.
+        """
+        if not isinstance(prompt, Prompt):
+            raise PromptError(f"expected a headrace.common.tasks.Prompt, found {_found(prompt)}")
+        try:
+            messages = msgspec.convert(prompt.messages, list[Message])
+        except msgspec.ValidationError as error:
+            raise PromptError(f"its messages are {_found(prompt.messages)}: {error}") from error
+        if not isinstance(prompt.reference, dict):
+            raise PromptError(f"its reference is {_found(prompt.reference)}, expected a dict")
+        try:
+            ticket = Ticket(
+                prompt_tokens=self.encode(messages), messages=messages, reference=plain(prompt.reference), **fields
+            )
+            check_ticket(ticket)  # names what cannot be encoded
+            return decode_ticket(encode(ticket))
+        except (WireError, UnicodeEncodeError, OverflowError, RecursionError) as error:
+            raise PromptError(_reason(error)) from error
+
+    def _with_system_prompt(self, messages: Sequence[Message]) -> list[Message]:
+        if self.system_prompt is None:
+            return list(messages)
+        if any(message.get("role") == "system" for message in messages):
+            raise PromptError("it has a system message of its own; expected no task.system_prompt")
+        return [{"role": "system", "content": self.system_prompt}, *messages]
+
+    def _apply(self, messages: list[Message], add_generation_prompt: bool = True) -> str:
+        import jinja2
+
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                strftime_now=TEMPLATE_DATE.strftime,
+                **self.settings,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            raise PromptError(f"the model's chat template refuses it: {one_line(str(error))}") from error
+        try:
+            text.encode()  # a tokenizer says less
+        except UnicodeEncodeError as error:
+            raise PromptError(_reason(error)) from error
+        return text
+
+    def end_of_turn(self) -> int | None:
+        """The control token by which the template ends an answer; None where it writes none, or refuses answers."""
+        answer, _ = unused_characters("")
+        turn: list[Message] = [{"role": "user", "content": SAMPLE}, {"role": "assistant", "content": answer}]
+        try:
+            text = self._apply(self._with_system_prompt(turn), add_generation_prompt=False)
+            parts = self.control.parts(text)
+        except (PromptError, CannotQuote):
+            return None
+        behind = [part.tokens[0] for part in parts if part.is_control and part.start > text.find(answer) >= 0]
+        return behind[0] if behind else None
+
+    def _check_settings(self, path: str) -> None:
+        import jinja2
+
+        try:
+            known = _variables(self.tokenizer.get_chat_template()) - OURS - set(self.tokenizer.special_tokens_map)
+        except (jinja2.TemplateError, ValueError) as error:
+            raise ValueError(f"the chat template of {path!r} cannot be read: {one_line(str(error))}") from error
+        for name in self.settings:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"it reads {sorted(known) or 'no settings'}"
+                raise ValueError(
+                    f"model.chat_template_settings: the chat template of {path!r} does not read {name!r}; {hint}"
+                )
+
+    def _check_system_prompt(self, path: str) -> None:
+        """A template may refuse a system message, or drop it without a word."""
+        if self.system_prompt is None:
+            return
+        instead = "expected the text in the task's own prompts, or a model.chat_template that takes it"
+        try:
+            rendered = self.render([{"role": "user", "content": SAMPLE}])
+        except PromptError as error:
+            raise ValueError(f"task.system_prompt: {path!r} takes no system message ({error}); {instead}") from error
+        if self.system_prompt.strip() not in rendered:
+            raise ValueError(f"task.system_prompt: the chat template of {path!r} leaves it out; {instead}")
+
+
+def stop_token_ids(chat: Chat, generation_config: Any) -> list[int]:
+    """What ends an answer: what the generation config says and the tokenizer's own end token, for the engine stops at
+    both; and the template's end of a turn, which neither names in some (Qwen2.5's base models)."""
+    given = getattr(generation_config, "eos_token_id", None)
+    every = [*(given if isinstance(given, list) else [given]), chat.tokenizer.eos_token_id, chat.end_of_turn()]
+    found = {token for token in every if token is not None}
+    if not found:
+        raise ValueError("neither the generation config nor the tokenizer nor the chat template names an end token")
+    return sorted(found)
+
+
+def plain(value: Any) -> Any:
+    """The same with Python's scalars in the place of numpy's."""
+    import numpy as np
+
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) is dict:
+        return {key: plain(inner) for key, inner in value.items()}
+    return [plain(inner) for inner in value] if type(value) in (list, tuple) else value
+
+
+def _variables(template: str) -> set[str]:
+    """What a chat template reads, but for the functions that every template has."""
+    from jinja2 import meta
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    environment = _compile_jinja_template(template).environment
+    return set(meta.find_undeclared_variables(environment.parse(template))) - set(environment.globals)
+
+
+def _found(value: object) -> str:
+    shown = repr(value)
+    return f"{type(value).__name__} {shown if len(shown) <= 80 else shown[:79] + '…'}"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeEncodeError):
+        return f"it has half of a character ({error.object[error.start]!r}, a surrogate by itself), which is no text"
+    return one_line(str(error))

@@ -1,0 +1,43 @@
+"""How long a sequence the engine takes, prompt and completion together.
+
+The same rule as SGLang's (`get_context_length` and `_validate_one_request`, 0.5.23), so that a prompt that it would
+refuse is known before it is issued.
+"""
+
+from typing import Any
+
+from headrace.common.config import ModelConfig
+from headrace.common.models.hub import loading
+
+LENGTH_KEYS = ("max_sequence_length", "seq_length", "max_seq_len", "model_max_length", "max_position_embeddings")
+"""The first that a configuration has counts."""
+UNKNOWN_LENGTH = 2048
+
+
+def load_model_config(model: ModelConfig) -> Any:
+    """As transformers reads it, which fills in what config.json leaves out; of a model of several kinds of input the
+    part that reads text. Raises `ValueError`."""
+    from transformers import AutoConfig  # seconds, and torch
+
+    try:
+        return AutoConfig.from_pretrained(model.path, **loading(model)).get_text_config()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {model.path!r}: no configuration that loads: {str(error).splitlines()[0]}") from error
+
+
+def context_tokens(model_config: Any, asked: int | None = None) -> int:
+    """`model_config` is as transformers reads it; `asked` is generation.engine.context_tokens."""
+    if asked is not None:
+        return asked
+    if hasattr(model_config, "get_text_config"):
+        model_config = model_config.get_text_config()
+    scaling = getattr(model_config, "rope_scaling", None) or {}
+    is_in_length = "original_max_position_embeddings" in scaling or scaling.get("rope_type") == "llama3"
+    factor = 1 if is_in_length else scaling.get("factor", 1)
+    lengths = (getattr(model_config, key, None) for key in LENGTH_KEYS)
+    return next((int(factor * length) for length in lengths if length is not None), UNKNOWN_LENGTH)
+
+
+def fits(num_prompt_tokens: int, max_new_tokens: int, context: int) -> bool:
+    """Whether the engine takes a request of so many tokens."""
+    return num_prompt_tokens + max_new_tokens <= context

@@ -1,0 +1,81 @@
+"""Tasks: where prompts come from and how completions are rewarded.
+
+A task has two methods and is chosen by name, or by import path (`package.module:Class`). The learner calls
+`prompts`, the replicas' reward workers call `reward`: nothing else of a task is known to anyone.
+"""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import msgspec
+
+from headrace.common.wire import Message, Ticket
+
+Split = Literal["train", "held_out"]
+
+BUILT_IN = {
+    "arithmetic": "headrace.common.tasks.arithmetic:Arithmetic",
+    "gsm8k": "headrace.common.tasks.gsm8k:Gsm8k",
+}
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    """Chat messages, and what the reward will need to judge an answer to them."""
+
+    messages: list[Message]
+    reference: dict[str, Any]
+
+
+class BadRow(msgspec.Struct, frozen=True):
+    """In the place of a prompt: a row of the data that makes none. It keeps its place, and the run passes it."""
+
+    reason: str
+
+
+class Task(Protocol):
+    def prompts(self, split: Split, *, seed: int, epoch: int) -> Iterator[Prompt | BadRow]:
+        """One epoch of prompts; the same arguments give the same prompts in the same order.
+
+        `held_out` ignores `epoch`, and never yields a prompt that `train` yields. What a message says is text: the name
+        of a control token (`<|im_end|>`) is none there. A prompt that cannot become a ticket is passed and named; an
+        exception ends the run.
+        """
+        ...
+
+    def reward(self, completion: str, ticket: Ticket) -> float:
+        """A finite number for one completion of the ticket's prompt. May raise: the group is then retried."""
+        ...
+
+
+def look_in(folder: Path) -> None:
+    """A task may be in a module of `folder` too, such as the recipe's; what is found elsewhere comes first."""
+    entry = str(folder.resolve())
+    if entry not in sys.path:
+        sys.path.append(entry)
+
+
+def load_task(name: str, settings: dict[str, Any]) -> Task:
+    """The task of that name or import path, constructed with `settings` as keyword arguments.
+
+    Raises `ValueError` if there is no such task or it refuses its settings.
+    """
+    path = BUILT_IN.get(name, name)
+    module_name, colon, class_name = path.partition(":")
+    if not colon:
+        close = difflib.get_close_matches(name, BUILT_IN, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"task {name!r}: expected one of {sorted(BUILT_IN)} or 'package.module:Class'{hint}")
+    try:
+        task_class = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        where = "; expected a module beside the recipe, installed, or on PYTHONPATH" * isinstance(error, ImportError)
+        raise ValueError(f"task {name!r} cannot be imported: {error}{where}") from error
+    try:
+        task: Task = task_class(**settings)
+    except TypeError as error:
+        raise ValueError(f"task {name!r} refuses its settings {settings}: {error}") from error
+    return task

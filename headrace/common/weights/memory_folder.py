@@ -1,0 +1,62 @@
+"""A process's own folder in memory, where there is a memory-backed file system: for weights on their way to an engine.
+
+It goes with the process; what one that was killed has left behind is cleared away by the next one that makes such a
+folder.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+
+from headrace.common.weights.weights import WeightsError
+
+LOCK_FILE = "lock"
+
+
+class MemoryFolder:
+    """`root` is a new folder in `parent`, whose name begins with `prefix`."""
+
+    def __init__(self, prefix: str, parent: Path) -> None:
+        _clear_remains(parent, prefix)
+        self.root = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        self._end = weakref.finalize(self, _remove, self.root, _lock(self.root))  # also when the interpreter ends
+
+    def close(self) -> None:
+        self._end()
+
+
+def memory_backed() -> Path:
+    """A tmpfs where there is one; else the ordinary temporary folder."""
+    for folder in (Path("/dev/shm"), Path(tempfile.gettempdir())):
+        with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder):
+            return folder
+    raise WeightsError(f"no folder for the weights: neither /dev/shm nor {tempfile.gettempdir()} can be written")
+
+
+def _remove(folder: Path, lock: int) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
+
+
+def _lock(folder: Path) -> int:
+    """Held until it is closed or the process ends. Raises `OSError` while somebody else holds it."""
+    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _clear_remains(parent: Path, prefix: str) -> None:
+    """Of processes that were killed."""
+    for lock in parent.glob(f"{prefix}*/{LOCK_FILE}"):
+        with contextlib.suppress(OSError):
+            descriptor = _lock(lock.parent)
+            shutil.rmtree(lock.parent, ignore_errors=True)
+            os.close(descriptor)

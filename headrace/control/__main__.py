@@ -1,0 +1,69 @@
+"""Control's process: the run's front door. A Redis URL and the run's token are all it needs, as for a replica.
+
+    python -m headrace.control --run demo --redis-url redis://127.0.0.1:6379 --token-file runs/demo/token --port 8080
+
+It may come, go and be started again at any time: the run does not depend on it, and its state is in Redis.
+Exit codes: 0 asked to end, 1 failed, 2 refused before anything started.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import signal
+import socket
+import sys
+
+import redis
+
+from headrace.common.http.http_service import listen_as, url_of
+from headrace.common.joining import Joined, join, joining_parser
+from headrace.common.process.logs import set_up_logging
+from headrace.common.process.waiting import Waits
+from headrace.control.assembly import assembled, document, serving
+
+_log = logging.getLogger("headrace.control")
+
+
+def main() -> int:
+    arguments = _parse_arguments()
+    if arguments.openapi:
+        print(json.dumps(document(), indent=2))
+        return 0
+    set_up_logging("control")
+    try:
+        joined = join(arguments.redis_url, arguments.run, arguments.token_file, Waits())
+        sock = listen_as(joined.config.control, arguments.host, arguments.port)
+    except KeyboardInterrupt:
+        return 0
+    except (ValueError, TimeoutError, redis.RedisError) as error:
+        print(f"headrace control: {error}", file=sys.stderr)
+        return 2
+    try:
+        asyncio.run(_serve(arguments, joined, sock))
+    except Exception:  # noqa: BLE001 - the process's top
+        _log.exception("control failed")
+        return 1
+    return 0
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = joining_parser("control")
+    parser.add_argument("--openapi", action="store_true", help="print the OpenAPI document, and end")
+    return parser.parse_args()
+
+
+async def _serve(arguments: argparse.Namespace, joined: Joined, sock: socket.socket) -> None:
+    """Until SIGTERM or SIGINT."""
+    asked_to_end, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked_to_end.set)
+    run = joined.keys.run
+    parts = assembled(run, joined.config, arguments.redis_url, joined.token, joined.config.control.protect_reads)
+    async with parts as (app, snapshot), serving(app, snapshot, sock):
+        _log.info("run %s at %s", run, url_of(sock))
+        await asked_to_end.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""Puts control together from its parts and takes it apart again."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+
+from headrace.common.config import ModelConfig, RunConfig, TaskConfig
+from headrace.common.http.http_service import serve_in_loop
+from headrace.common.redis.keys import Keys
+from headrace.common.redis.redis_client import connect_async
+from headrace.control.http.api import make_app
+from headrace.control.http.orders import Orders
+from headrace.control.polling.learner_probe import PROBE_TIMEOUT_S, LearnerProbe
+from headrace.control.polling.reading import RunReader
+from headrace.control.view.snapshot import Snapshot
+from headrace.control.view.stream import Hub
+
+ORDER_RETRY_S = 3.0
+"""An order is tried again for so long; a look is not, since the next one follows anyway."""
+
+
+@contextlib.asynccontextmanager
+async def assembled(
+    run: str, config: RunConfig, redis_url: str, token: str, protect_reads: bool
+) -> AsyncIterator[tuple[FastAPI, Snapshot]]:
+    """The app, and the snapshot behind it, kept fresh while the block runs. Redis need not answer yet.
+
+    Should what keeps it fresh fail, the block is cancelled and the failure raised: nothing old is served for ever.
+    """
+    keys = Keys(run)
+    async with contextlib.AsyncExitStack() as stack:
+        looking = connect_async(redis_url, deadline_s=0.0)
+        ordering = connect_async(redis_url, deadline_s=ORDER_RETRY_S)
+        for client in (looking, ordering):
+            stack.push_async_callback(client.aclose)
+        http = await stack.enter_async_context(httpx.AsyncClient(trust_env=False, timeout=PROBE_TIMEOUT_S))
+        hub, probe = Hub(), LearnerProbe(http)
+        stack.callback(hub.close)
+        snapshot = Snapshot(run, RunReader(looking, keys), probe, hub, config)
+        await snapshot.refresh()
+        group = await stack.enter_async_context(asyncio.TaskGroup())
+        for job in (snapshot.follow(), probe.run(), hub.keep_alive()):
+            stack.callback(group.create_task(job).cancel)
+        yield make_app(snapshot, Orders(ordering, keys), http, token, protect_reads), snapshot
+
+
+@contextlib.asynccontextmanager
+async def serving(app: FastAPI, snapshot: Snapshot, sock: socket.socket) -> AsyncIterator[None]:
+    """At that socket while the block runs; then every page's stream ends before the server does."""
+    async with serve_in_loop(app, sock):
+        try:
+            yield
+        finally:
+            snapshot.hub.close()
+
+
+def document() -> dict[str, Any]:
+    """The OpenAPI document, of an app that is never asked."""
+    config = RunConfig(model=ModelConfig(path="none"), task=TaskConfig(name="arithmetic"))
+    client, http = connect_async("redis://127.0.0.1"), httpx.AsyncClient(trust_env=False)
+    keys = Keys("none")
+    snapshot = Snapshot(keys.run, RunReader(client, keys), LearnerProbe(http), Hub(), config)
+    return make_app(snapshot, Orders(client, keys), http, "none", protect_reads=False).openapi()

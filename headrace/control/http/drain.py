@@ -1,0 +1,29 @@
+"""Asks a replica to leave: at its own address, with the run's token, and with a deadline."""
+
+import asyncio
+
+import httpx
+
+from headrace.common.http.http_service import bearer
+from headrace.common.wire.wire_checks import is_url
+
+DRAIN_DEADLINE_S = 5.0
+
+
+class NoAnswer(RuntimeError):
+    """Of the replica."""
+
+
+async def drain(client: httpx.AsyncClient, url: str, token: str) -> None:
+    if not is_url(url):
+        raise NoAnswer("the replica's address is none")
+    try:
+        async with (
+            asyncio.timeout(DRAIN_DEADLINE_S),
+            client.stream("POST", f"{url}/drain", headers=bearer(token)) as got,
+        ):
+            status = got.status_code
+    except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
+        raise NoAnswer(f"the replica does not answer ({type(error).__name__})") from error
+    if status != 200:
+        raise NoAnswer(f"the replica answers {status}")

@@ -1,0 +1,34 @@
+"""What `/settings` says: what may change, what stands, what was configured, with secrets left out. Pure."""
+
+from functools import cache
+
+from headrace.common.config import RunConfig
+from headrace.common.config.hot import HOT, hot_values, with_settings
+from headrace.control.http.redaction import without_secrets
+from headrace.control.models import Setting, SettingsAnswer
+from headrace.control.view.snapshot import Picture
+
+
+def settings_answer(picture: Picture) -> SettingsAnswer:
+    configured, standing = hot_values(picture.config), picture.orders.settings
+    try:
+        values = hot_values(with_settings(picture.config, standing.values))
+    except ValueError:  # a later life's configuration may not go together with what stands
+        values = configured | {name: value for name, value in standing.values.items() if name in configured}
+    return SettingsAnswer(
+        version=standing.version,
+        applied_version=picture.applied_version,
+        settings={
+            name: Setting(value=values[name], configured=configured[name], description=_description(name))
+            for name in HOT
+        },
+        config=without_secrets(picture.config.model_dump(mode="json", exclude={"redis_url"})),
+    )
+
+
+@cache
+def _description(name: str) -> str:
+    section, field = name.split(".")
+    annotation = RunConfig.model_fields[section].annotation
+    assert annotation is not None
+    return str(annotation.model_fields[field].description or "")

@@ -1,0 +1,1 @@
+"""Is the run well? Facts in, findings out, the worst as one sentence."""

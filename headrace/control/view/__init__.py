@@ -1,0 +1,1 @@
+"""The one picture of the run that each reader is answered from, and the stream that pages follow."""

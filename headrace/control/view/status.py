@@ -1,0 +1,170 @@
+"""What `/status` and `/replicas` say, from the facts. Pure."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from headrace.common.config import RunConfig
+from headrace.control.models import (
+    Counts,
+    Rates,
+    Replica,
+    ReplicaCounts,
+    Replicas,
+    Staleness,
+    Status,
+    Verdict,
+    Wait,
+)
+from headrace.control.polling.happenings import Happenings
+from headrace.control.polling.history import RunHistory
+from headrace.control.polling.learner_probe import LearnerProbe
+from headrace.control.polling.reading import Look
+from headrace.control.verdict.facts import ReplicaMemory, number_of
+from headrace.control.verdict.finding import FINAL_PHASES, Facts, Finding
+
+PACE_STEPS = 20
+
+
+class Judged(NamedTuple):
+    facts: Facts
+    findings: Sequence[Finding]
+    verdict: Verdict
+
+
+def status_of(
+    run: str,
+    look: Look,
+    judged: Judged,
+    replicas: Replicas,
+    config: RunConfig,
+    history: RunHistory,
+    probe: LearnerProbe,
+    now: float,
+) -> Status:
+    facts, evaluations = judged.facts, history.evaluations
+    rates = _rates(history, replicas)
+    return Status(
+        run=run,
+        at=now,
+        verdict=judged.verdict,
+        checks=[finding.check for finding in judged.findings],
+        phase=facts.phase or "loading the model",
+        reason=facts.reason,
+        is_paused=facts.is_paused,
+        is_stopping=facts.is_stopping,
+        step=facts.step,
+        steps=facts.steps,
+        version=number_of(look.learner, "version"),
+        epoch=look.epoch,
+        wall_s=_latest(history, "wall_s"),
+        remaining_s=_remaining_s(facts, rates),
+        reward_mean=_latest(history, "reward_mean"),
+        held_out=evaluations[-1] if evaluations else None,
+        staleness=Staleness(
+            mean=_latest(history, "staleness_mean"),
+            max=_latest(history, "staleness_max"),
+            in_flight=_latest(history, "staleness_in_flight_mean"),
+            in_queue=_latest(history, "staleness_in_queue_mean"),
+        ),
+        rates=rates,
+        queues=look.queues,
+        counts=_counts(look, config, history, probe),
+        replicas=replicas.counts,
+        waits=_waits(look, probe),
+        settings_version=look.orders.settings.version,
+    )
+
+
+def replicas_of(look: Look, memory: ReplicaMemory, happenings: Happenings) -> Replicas:
+    version = number_of(look.learner, "version")
+    found = []
+    for beat in look.heartbeats:
+        pace = memory.pace(beat.replica)
+        found.append(
+            Replica(
+                id=beat.replica,
+                url=beat.url,
+                state=beat.state,
+                reason=beat.reason,
+                weight_version=beat.weight_version,
+                versions_behind=max(0, version - beat.weight_version),
+                groups_in_flight=beat.groups_in_flight,
+                groups_committed=beat.groups_committed,
+                tokens_generated=beat.tokens_generated,
+                tokens_per_s=pace.tokens_per_s,
+                waiting_share=pace.waiting_share,
+                pauses=happenings.pauses(beat.replica),
+                seen_since_at=memory.seen_since_at.get(beat.replica, 0.0),
+            )
+        )
+    counts = ReplicaCounts(
+        live=len(found),
+        running=sum(replica.state == "running" for replica in found),
+        desired=look.orders.desired_replicas,
+        advised=number_of(look.learner, "advised_replicas") if "advised_replicas" in look.learner else None,
+        advice=look.learner.get("advice", ""),
+        launcher=look.launcher,
+    )
+    return Replicas(replicas=found, counts=counts)
+
+
+def _latest(history: RunHistory, name: str) -> float | None:
+    values = history.latest(name, 1)
+    return values[-1] if values else None
+
+
+def _rates(history: RunHistory, replicas: Replicas) -> Rates:
+    shares = [replica.waiting_share for replica in replicas.replicas if replica.waiting_share is not None]
+    waiting_share = sum(shares) / len(shares) if shares else None
+    wall_s, generated = history.latest("wall_s", PACE_STEPS), history.latest("generated_tokens", PACE_STEPS)
+    count = len(wall_s) - 1
+    if count < 1 or wall_s[-1] <= wall_s[0]:
+        return Rates(replicas_waiting_share=waiting_share)
+    took_s = wall_s[-1] - wall_s[0]
+    waited_s, trained = history.latest("wait_s", count), history.latest("trained_tokens", count)
+    return Rates(
+        generated_tokens_per_s=(generated[-1] - generated[0]) / took_s if len(generated) > 1 else None,
+        trained_tokens_per_s=sum(trained) / took_s if trained else None,
+        steps_per_hour=3600 * count / took_s,
+        learner_waiting_share=min(1.0, sum(waited_s) / took_s) if waited_s else None,
+        replicas_waiting_share=waiting_share,
+    )
+
+
+def _remaining_s(facts: Facts, rates: Rates) -> float | None:
+    if facts.phase in FINAL_PHASES:
+        return 0.0 if facts.phase == "finished" else None
+    if not rates.steps_per_hour:
+        return None
+    return max(0, facts.steps - facts.step) * 3600 / rates.steps_per_hour
+
+
+def _counts(look: Look, config: RunConfig, history: RunHistory, probe: LearnerProbe) -> Counts:
+    """As the learner counts; where none answers, as its last row implies."""
+    generated = int(_latest(history, "generated_tokens") or 0)
+    if probe.status is not None:
+        known = {name: max(0, count) for name, count in probe.status.counts.items() if name in Counts.model_fields}
+        return Counts(**({"generated_tokens": generated} | known | {"dead": look.queues.dead}))
+    trained = number_of(look.learner, "step") * config.learner.groups_per_step
+    uniform, stale = _latest(history, "uniform_share") or 0.0, _latest(history, "stale_share") or 0.0
+    decided = trained / (1 - uniform - stale) if uniform + stale < 1 else 0.0
+    return Counts(
+        trained=trained,
+        uniform=round(uniform * decided),
+        stale=round(stale * decided),
+        evaluated=0,
+        dead=look.queues.dead,
+        generated_tokens=generated,
+    )
+
+
+def _waits(look: Look, probe: LearnerProbe) -> list[Wait]:
+    if probe.is_answering and probe.status is not None:
+        told = [
+            f"{wait.reason}{': ' if wait.detail else ''}{wait.detail} for {wait.for_s:.0f} s"
+            for wait in probe.status.waits
+        ]
+    else:
+        told = [look.learner["reason"]] if look.learner.get("reason") else []
+    waits = [Wait(who="learner", detail=detail) for detail in told]
+    return waits + [Wait(who=beat.replica, detail=beat.reason) for beat in look.heartbeats if beat.reason]

@@ -1,0 +1,124 @@
+"""A replica's process. A Redis URL and the run's token are all it needs; everything else it reads from the run.
+
+    HEADRACE_REDIS_URL=redis://10.0.0.1:6379 HEADRACE_TOKEN=... python -m headrace.generation
+
+SIGTERM and SIGINT drain it: it has ended, with all its processes, `EXIT_DEADLINE_S` seconds later at the latest.
+Exit codes: 0 drained, 1 failed, 2 refused before anything started.
+"""
+
+import argparse
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import redis
+
+from headrace.common.http.http_service import listen_as, serve_in_loop, url_of
+from headrace.common.joining import Joined, joining_parser
+from headrace.common.preflight.preflight import check_engine_installed
+from headrace.common.process.logs import set_up_logging
+from headrace.common.process.waiting import Waits
+from headrace.common.wire import one_line
+from headrace.generation.api import make_app
+from headrace.generation.assembly import assembled
+from headrace.generation.joining import check_name, join
+from headrace.generation.rewards.reward_pool import TaskError
+from headrace.generation.weights.room import NoRoom
+
+EXIT_DEADLINE_S = 9.0
+_log = logging.getLogger("headrace.generation")
+
+
+def main() -> int:
+    arguments, waits = _parse_arguments(), Waits()
+    set_up_logging("generation", replica=arguments.name)
+    try:
+        check_name(arguments.name)
+        joined = join(arguments.redis_url, arguments.run, arguments.token_file, waits)
+        sock = listen_as(joined.config.generation, arguments.host, arguments.port)
+        if joined.config.generation.engine.url is None:
+            check_engine_installed()
+    except KeyboardInterrupt:
+        return 0
+    except (ValueError, TimeoutError, redis.RedisError) as error:
+        print(f"headrace generation: {error}", file=sys.stderr)
+        return 2
+    try:
+        asyncio.run(_serve(arguments, joined, sock, waits))
+    except asyncio.CancelledError:
+        pass  # asked to end before there was anything to drain
+    except Exception as error:  # noqa: BLE001 - the process's top
+        reason = _innermost(error)
+        if isinstance(reason, NoRoom | TaskError):
+            print(f"headrace generation: {one_line(str(reason))}", file=sys.stderr)
+            return 2
+        _log.exception("the replica failed: %s", f"{type(reason).__name__}: {reason}")
+        return 1
+    return 0
+
+
+def _innermost(error: Exception) -> Exception:
+    """The first that was raised in a group of tasks."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = joining_parser("generation")
+    parser.add_argument("--name", default=f"{socket.gethostname()}-{secrets.token_hex(4)}", help="of the replica")
+    parser.add_argument("--log-folder", type=Path, default=Path("runs/logs"), help="for the engine's log")
+    parser.add_argument(
+        "--shares-gpu", action="store_true", help="the engine has what learner.memory_fraction leaves of the one GPU"
+    )
+    return parser.parse_args()
+
+
+async def _serve(arguments: argparse.Namespace, joined: Joined, sock: socket.socket, waits: Waits) -> None:
+    task, url = asyncio.current_task(), url_of(sock)
+    assert task is not None
+    _on_signals(task.cancel)
+    try:
+        name, log_folder = arguments.name, arguments.log_folder
+        who = (joined.config, joined.keys, arguments.redis_url, joined.token, name, url, log_folder, waits)
+        parts = assembled(*who, arguments.shares_gpu)
+        async with parts as replica, serve_in_loop(make_app(replica, joined.token), sock):
+            _on_signals(replica.drain)
+            await replica.serve()
+    finally:
+        _end_in_time()  # a thread of a library may go on
+
+
+def _on_signals(end: Callable[[], object]) -> None:
+    """Not asyncio's own handlers: these hear nothing while the loop is blocked."""
+    loop = asyncio.get_running_loop()
+
+    def receive(*_: object) -> None:
+        _end_in_time()
+        loop.call_soon_threadsafe(end)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, receive)
+
+
+def _end_in_time() -> None:
+    """The process ends within `EXIT_DEADLINE_S`, whatever hangs; the engine and the reward workers die with it."""
+
+    def give_up() -> None:
+        _log.error("not ended within %g s of being asked to: exiting now", EXIT_DEADLINE_S)
+        os._exit(1)
+
+    timer = threading.Timer(EXIT_DEADLINE_S, give_up)
+    timer.daemon = True
+    timer.start()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Puts a replica together from its parts and takes it apart again, whichever of them could not be had."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from headrace.common.config import ModelConfig, RunConfig
+from headrace.common.process.waiting import Waits
+from headrace.common.redis.keys import Keys
+from headrace.common.redis.redis_client import OUTAGE_DEADLINE_S, connect_async
+from headrace.generation.engine.engine import Engine, SwapTimings
+from headrace.generation.engine.engine_keeper import EngineKeeper
+from headrace.generation.engine.engine_server import EngineServer
+from headrace.generation.loop import Replica
+from headrace.generation.rewards.reward_pool import RewardPool
+from headrace.generation.tickets.tickets import TicketStore
+from headrace.generation.weights.fetching import Fetcher
+from headrace.generation.weights.host_copy import HostCopy
+from headrace.generation.weights.publication import Arrival
+from headrace.generation.weights.room import check_room
+from headrace.generation.weights.turns import Turns
+from headrace.generation.weights.weights import WeightFollower, local_model_folder
+
+MODEL_DEADLINE_S = 3600.0
+_log = logging.getLogger(__name__)
+
+
+@contextlib.asynccontextmanager
+async def assembled(
+    config: RunConfig,
+    keys: Keys,
+    redis_url: str,
+    token: str,
+    name: str,
+    url: str,
+    log_folder: Path,
+    waits: Waits,
+    shares_gpu: bool = False,
+) -> AsyncIterator[Replica]:
+    """A replica that is ready to `serve`; when the block ends nothing of it is left. Raises `NoRoom` where its weights
+    would find none.
+
+    `shares_gpu`: its engine has what `learner.memory_fraction` leaves of the GPU.
+    """
+    settings = config.generation
+    async with contextlib.AsyncExitStack() as stack:
+        client = connect_async(redis_url, waits, deadline_s=OUTAGE_DEADLINE_S)
+        stack.push_async_callback(client.aclose)
+        tickets = TicketStore(client, keys, name)
+        await tickets.open()
+        rewards = RewardPool(
+            config.task.name,
+            config.task.settings,
+            num_workers=settings.reward_workers,
+            deadline_s=settings.reward_deadline_s,
+            memory_bytes=settings.reward_memory_bytes,
+        )
+        stack.push_async_callback(rewards.close)
+
+        async def announce(timings: SwapTimings, arrival: Arrival) -> None:
+            event = {"replica": name, "version": arrival.held.manifest.version, "bytes": arrival.num_bytes}
+            event |= {"fetch_ms": arrival.fetch_s * 1e3, "apply_ms": arrival.apply_s * 1e3}
+            await tickets.announce("swap", event | {"pause_ms": timings.pause_s * 1e3, "load_ms": timings.load_s * 1e3})
+
+        turns = Turns(client, keys, name, settings.max_swapping_share)
+        model = await _model_folder(config.model)
+        copy = HostCopy(model)
+        weights = WeightFollower(client, keys, copy, Fetcher(token), turns, announce)
+        stack.push_async_callback(weights.close)
+        check_room(copy.root, model, config.model.dtype)
+        server, engine_url = None, settings.engine.url
+        if engine_url is None:
+            log = log_folder / f"sglang-{name}.log"
+            learner_fraction = config.learner.memory_fraction if shares_gpu else None
+            trusted = config.model.trust_remote_code
+            server = EngineServer(settings.engine, config.model.dtype, log, learner_fraction, trusted)
+            stack.push_async_callback(server.stop)
+            engine_url = server.url
+        engine = Engine(engine_url, swap_mode=settings.engine.swap_mode, request_timeout_s=settings.request_timeout_s)
+        stack.push_async_callback(engine.aclose)
+        keeper = EngineKeeper(
+            engine,
+            server,
+            weights.engine_start,
+            silence_timeout_s=settings.engine.silence_timeout_s,
+            busy_timeout_s=settings.request_timeout_s,
+        )
+        yield Replica(name, url, settings, tickets, keeper, rewards, weights, waits, config.num_eval_slots)
+
+
+async def _model_folder(model: ModelConfig) -> Path:
+    """Raises `TimeoutError` if a hub does not deliver."""
+    _log.info("the model to start from: %s", model.path)
+    async with asyncio.timeout(MODEL_DEADLINE_S):
+        return await asyncio.to_thread(local_model_folder, model)

@@ -1,0 +1,30 @@
+"""What an engine is told of a GPU whose memory it shares with the learner.
+
+SGLang's fraction for weights and KV cache is of what is free when the engine starts (sglang 0.5.23,
+srt/mem_cache/kv_cache_configurator.py, `_profile_available_bytes`), and the learner may hold none of its share by then
+or all of it: so the fraction is reckoned at each start, from the bytes that are the engine's in any case.
+"""
+
+from headrace.common.config import EngineConfig
+from headrace.common.hardware.devices import SHARED_PREFILL_TOKENS, engine_static_bytes
+from headrace.common.hardware.gpus import visible_gpus
+from headrace.generation.engine.engine_calls import EngineError
+
+MIB = 1 << 20
+
+
+def beside_learner(settings: EngineConfig, learner_fraction: float) -> EngineConfig:
+    """The settings of an engine that starts now. Raises `EngineError` if the GPU has less free than is the engine's."""
+    gpus = visible_gpus()
+    if len(gpus) != 1 or not gpus[0].total_bytes:
+        raise EngineError(f"expected one GPU whose memory nvidia-smi tells, to share with the learner, found {gpus}")
+    gpu = gpus[0]
+    wanted = engine_static_bytes(gpu.total_bytes, learner_fraction, settings.max_running_requests)
+    if not 0 < wanted < gpu.free_bytes:
+        raise EngineError(
+            f"GPU {gpu.name} has {gpu.free_bytes // MIB} of {gpu.total_bytes // MIB} MiB free, and the engine's share "
+            f"beside learner.memory_fraction {learner_fraction} is {wanted // MIB} MiB: another process has taken of it"
+        )
+    fraction = round(wanted / gpu.free_bytes, 4)
+    prefill = ["--chunked-prefill-size", str(SHARED_PREFILL_TOKENS)]
+    return settings.model_copy(update={"memory_fraction": fraction, "extra_args": [*prefill, *settings.extra_args]})

@@ -1,0 +1,131 @@
+"""A reward worker: the program that `reward_pool` runs to score groups, one answer for each message of its parent.
+
+It loads the task once, limits its own memory, and dies with its parent, however that dies. A reward may raise
+anything: that is an answer too.
+"""
+
+import ctypes
+import math
+import numbers
+import os
+import reprlib
+import resource
+import signal
+import socket
+import traceback
+from io import BufferedRWPair
+from typing import Any, TypeVar
+
+import msgspec
+
+from headrace.common.process.child_process import PR_SET_PDEATHSIG
+from headrace.common.tasks import Task, load_task
+from headrace.common.wire import Ticket
+
+LENGTH_BYTES = 4
+MAX_PROBLEM_CHARS = 500
+NO_NUMBER = "expected a finite number for a reward, got {}"
+
+
+class Setup(msgspec.Struct, frozen=True):
+    """The first message to a worker."""
+
+    task_name: str
+    task_settings: dict[str, Any]
+    memory_bytes: int
+    parent_pid: int
+
+
+class Job(msgspec.Struct, frozen=True):
+    """Every later message to a worker."""
+
+    ticket: Ticket
+    completions: list[str]
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """To a `Setup`: no rewards; to a `Job`: one for each completion, None for one that has none."""
+
+    rewards: list[float | None] = []
+    problem: str = ""
+    """The first one; empty: there is none."""
+    is_sound: bool = True
+    """False: the worker is not to be used any more."""
+
+
+Received = TypeVar("Received", Setup, Job)
+
+
+def work() -> None:
+    """A worker's life, from its parent's first message to its last."""
+    assert ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) == 0
+    parent = claim_connection()
+    setup = receive(parent, Setup)
+    if setup is None or os.getppid() != setup.parent_pid:  # the parent died before prctl could notice
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (setup.memory_bytes, setup.memory_bytes))
+        task = load_task(setup.task_name, setup.task_settings)
+    except BaseException as error:  # noqa: BLE001 - a task is foreign code: it may raise anything
+        send(parent, Answer(problem=describe(error), is_sound=False))
+        return
+    send(parent, Answer())
+    while job := receive(parent, Job):
+        send(parent, judge(task, job))
+
+
+def claim_connection() -> BufferedRWPair:
+    """The connection to the parent, moved away from where a reward reads; a reward finds nothing to read there."""
+    connection = socket.socket(fileno=os.dup(0))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    return connection.makefile("rwb")
+
+
+def receive(parent: BufferedRWPair, kind: type[Received]) -> Received | None:
+    """The next message; `None` when the parent has closed the connection."""
+    length = parent.read(LENGTH_BYTES)
+    return msgspec.msgpack.decode(parent.read(int.from_bytes(length)), type=kind) if length else None
+
+
+def send(parent: BufferedRWPair, answer: Answer) -> None:
+    payload = msgspec.msgpack.encode(answer)
+    parent.write(len(payload).to_bytes(LENGTH_BYTES) + payload)
+    parent.flush()
+
+
+def judge(task: Task, job: Job) -> Answer:
+    """The rewards of one group. One that raises or is no finite number costs the others nothing."""
+    rewards: list[float | None] = []
+    problem = ""
+    for completion in job.completions:
+        reward = None
+        try:
+            given = task.reward(completion, job.ticket)
+            reward = finite_number(given)
+            problem = problem or (NO_NUMBER.format(reprlib.repr(given)) if reward is None else "")
+        except MemoryError as error:
+            return Answer(problem=describe(error), is_sound=False)
+        except Exception as error:  # noqa: BLE001 - as above
+            problem = problem or describe(error)
+        except BaseException as error:  # noqa: BLE001 - it wants to end the process
+            return Answer(problem=describe(error), is_sound=False)
+        rewards.append(reward)
+    return Answer(rewards, problem)
+
+
+def finite_number(given: Any) -> float | None:
+    """Also of numpy's and torch's scalars, truth values among them."""
+    if not isinstance(given, numbers.Real) and hasattr(given, "item"):
+        given = given.item()
+    return float(given) if isinstance(given, numbers.Real) and math.isfinite(given) else None
+
+
+def describe(error: BaseException) -> str:
+    """What was raised and where, in a form that any text survives."""
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    raised = "".join(traceback.format_exception_only(error)).strip()[:MAX_PROBLEM_CHARS]
+    return f"{raised} ({frame.f_code.co_filename}:{line})".encode(errors="backslashreplace").decode()
+
+
+if __name__ == "__main__":
+    work()

@@ -1,0 +1,133 @@
+"""Makes tickets of the first prompts of each split as the learner does, in a process of its own.
+
+    python -m headrace.launcher.check.prompt_trial OUTPUT NUM_PROMPTS < config.json
+    (headrace/launcher/check/trial.py)
+
+So the launcher loads neither the task, which is foreign code, nor the tokenizer. Torch is kept from transformers, whose
+tokenizers and settings need it no more: with it the import takes three times as long.
+"""
+
+import itertools
+import os
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from headrace.common.config import RunConfig
+from headrace.common.models.context import context_tokens, load_model_config
+from headrace.common.models.hub import is_hub_name
+from headrace.common.models.prompt_cost import unshared_prompts
+from headrace.common.preflight.preflight import NotHere, one_line
+from headrace.common.preflight.task_check import SPLITS, check_task, load_checked, prompts_of
+from headrace.common.tasks import BadRow, Prompt, Split
+from headrace.common.wire import Sampling, encode
+from headrace.launcher.estimates.time_estimate import measured_flops
+
+
+class SplitTrial(msgspec.Struct):
+    """What became of the first prompts of a split."""
+
+    lengths: list[int] = []
+    """Tokens of each prompt that became a ticket."""
+    refused: list[str] = []
+    """Those that did not, and why."""
+    ticket: bytes = b""
+    """Of the first one that did."""
+
+
+class Found(msgspec.Struct):
+    problem: str = ""
+    is_only_here: bool = False
+    """On another machine there may be none."""
+    context: int = 0
+    """Tokens of the longest sequence that the engine takes."""
+    splits: dict[str, SplitTrial] = {}
+    cost: str = ""
+    """What it costs that the model's prompts cannot be shared."""
+    flops: float = 0.0
+    """Of one thread of this machine, in float32."""
+
+
+def main() -> int:
+    output, num_prompts = sys.argv[1:]
+    try:
+        found = try_prompts(RunConfig.model_validate_json(sys.stdin.readline()), int(num_prompts))
+    except ValueError as problem:
+        found = Found(one_line(problem), is_only_here=isinstance(problem, NotHere))
+    Path(output).write_bytes(msgspec.msgpack.encode(found))
+    return 0
+
+
+def try_prompts(config: RunConfig, num_prompts: int) -> Found:
+    """Raises `ValueError`, or as that `NotHere`, if there are no prompts or none of a split can become a ticket. With
+    `num_prompts` 0 only the task is tried, for want of the model."""
+    if num_prompts == 0:
+        check_task(config)
+        return Found()
+    task = load_checked(config)
+    chat, model_config = _load(config)
+    context = context_tokens(model_config, config.generation.engine.context_tokens)
+    found = Found(context=context, flops=measured_flops())
+    for split in SPLITS:
+        count = num_prompts if split == "train" else min(num_prompts, config.evaluation.num_prompts)
+        prompts = itertools.islice(prompts_of(task, config, split), count)
+        trial = found.splits[split] = SplitTrial()
+        for row, prompt in enumerate(prompts):
+            _try(chat, config, split, row, prompt, trial)
+        if not trial.lengths:
+            why = trial.refused[0] if trial.refused else f"it has no {split} prompts"
+            raise ValueError(f"task {config.task.name!r}: {why}")
+    typical = int(statistics.median(found.splits["train"].lengths))
+    found.cost = unshared_prompts(model_config, config.actor.group_size, typical, config.learner.groups_per_step)
+    return found
+
+
+def _load(config: RunConfig) -> tuple[Any, Any]:
+    """What renders and tokenizes, and the model's configuration."""
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # it says that there is no torch
+    is_imported = not sys.modules.keys().isdisjoint({"torch", "transformers"})
+    is_kept_out = not is_imported and not config.model.trust_remote_code
+    if is_kept_out:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        from headrace.common.models.chat import Chat, load_tokenizer
+
+        chat = Chat(load_tokenizer(config.model), config.model, config.task.system_prompt)
+        return chat, load_model_config(config.model)
+    except ValueError as error:
+        if is_hub_name(config.model.path) and os.environ.get("HF_HUB_OFFLINE"):
+            raise NotHere(f"the prompts were not tried: {one_line(error)}") from error
+        raise
+    finally:
+        if is_kept_out:
+            del sys.modules["torch"]  # the task may want it
+
+
+def _try(chat: Any, config: RunConfig, split: Split, row: int, prompt: Prompt | BadRow, trial: SplitTrial) -> None:
+    from headrace.common.models.chat import PromptError
+
+    is_train = split == "train"
+    if isinstance(prompt, BadRow):
+        trial.refused.append(f"{split} prompt {row}: {prompt.reason}")
+        return
+    try:
+        ticket = chat.ticket(
+            prompt,
+            id=f"0-{row}" if is_train else f"eval-1-{row}",
+            kind="train" if is_train else "eval",
+            num_completions=config.actor.group_size if is_train else config.evaluation.num_samples,
+            sampling=Sampling(config.sampling.temperature, config.sampling.max_new_tokens, []),
+            min_weight_version=1,
+        )
+    except PromptError as error:
+        trial.refused.append(f"{split} prompt {row}: {error}")
+        return
+    trial.lengths.append(len(ticket.prompt_tokens))
+    trial.ticket = trial.ticket or encode(ticket)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""What `headrace check` says below the settings: sections, each of which one function here makes, or leaves out.
+
+A function may add a note where something does not fit this machine.
+"""
+
+import os
+import shutil
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from headrace.common.config import RunConfig
+from headrace.common.hardware.device import CPU_MAX_TOTAL_TOKENS, multiplies_bfloat16, resolve_device
+from headrace.common.hardware.gpus import visible_gpus
+from headrace.launcher.check.prompt_trial import Found
+from headrace.launcher.estimates.estimate import TYPICAL_PROMPT_TOKENS, Rows, engine_bytes, learner_bytes
+from headrace.launcher.estimates.host_memory import (
+    SHARED_MEMORY,
+    SHARED_VERSIONS,
+    disk_rows,
+    host_rows,
+    shared_memory_problem,
+    weight_bytes,
+)
+from headrace.launcher.estimates.model_size import Shape
+from headrace.launcher.estimates.time_estimate import START_S, cpu_speed, estimate, gpu_speed, readable_s, too_long
+from headrace.launcher.estimates.traffic import delta_share, moved_bytes
+from headrace.launcher.placement.devices import plan_lines
+
+KIB = 1024
+
+
+@dataclass
+class Facts:
+    config: RunConfig
+    found: Found
+    """Of the prompts that were tried."""
+    shape: Shape | None
+    """The model's, where it is known."""
+    notes: list[str]
+
+    @property
+    def device_of_learner(self) -> str:
+        return resolve_device(self.config.learner.device)
+
+    @property
+    def device_of_engine(self) -> str:
+        return resolve_device(self.config.generation.engine.device)
+
+    @property
+    def is_local_engine(self) -> bool:
+        return self.config.generation.engine.url is None
+
+    @cached_property
+    def gpu_bytes(self) -> int:
+        """Of the smallest GPU, if the run uses any; 0 where there is none, or its memory is unknown."""
+        if "cuda" not in (self.device_of_learner, self.device_of_engine):
+            return 0
+        return min((gpu.total_bytes for gpu in visible_gpus()), default=0)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of the prompt in the middle."""
+        lengths = self.found.splits["train"].lengths if "train" in self.found.splits else []
+        return int(statistics.median(lengths)) if lengths else TYPICAL_PROMPT_TOKENS
+
+
+class Section(NamedTuple):
+    title: str
+    lines: list[str]
+    value: Any
+    """The same for programs."""
+    is_estimate: bool = True
+
+
+def _rows(title: str, rows: Rows, total: str | None = None) -> Section:
+    shown = rows if total is None else rows | {total: sum(rows.values())}
+    return Section(title, [f"{readable(num_bytes):>10}  {what}" for what, num_bytes in shown.items()], rows)
+
+
+def prompts(facts: Facts) -> Section | None:
+    """How long they are, and what the context leaves."""
+    config, lines, value = facts.config, [], {}
+    for split, trial in facts.found.splits.items():
+        low, middle, high = min(trial.lengths), int(statistics.median(trial.lengths)), max(trial.lengths)
+        value[split] = {"tried": len(trial.lengths), "refused": trial.refused, "tokens": [low, middle, high]}
+        longest = high + config.sampling.max_new_tokens
+        lines.append(
+            f"{len(trial.lengths):>10,}  {split} prompts tried: {low:,} to {high:,} tokens, {middle:,} in the middle; "
+            f"{longest:,} with a completion, of a context of {facts.found.context:,}"
+        )
+    if facts.found.cost:
+        lines.append(f"{'':10}  {facts.found.cost}")
+    return Section("prompts", lines, value | {"cost": facts.found.cost}, is_estimate=False) if lines else None
+
+
+def devices(facts: Facts) -> Section | None:
+    """Who gets which."""
+    lines = plan_lines(facts.config, facts.notes)
+    return Section("devices", lines, lines, is_estimate=False)
+
+
+def learner(facts: Facts) -> Section | None:
+    if facts.shape is None:
+        return None
+    ranks = facts.config.learner.ranks
+    rows, gpu_bytes = learner_bytes(facts.shape, facts.config), facts.gpu_bytes
+    needed = sum(rows.values())
+    if facts.device_of_learner == "cuda" and 0 < gpu_bytes < needed:
+        facts.notes.append(
+            f"the learner needs {readable(needed)} of a GPU's memory by estimate, and there are {readable(gpu_bytes)}; "
+            "expected more learner.ranks, gradient_checkpointing, or less learner.micro_batch_tokens"
+        )
+    total = "together" if ranks == 1 else f"together, on each of {ranks} ranks' devices"
+    return _rows("learner", rows, total)
+
+
+def engine(facts: Facts) -> Section | None:
+    if facts.shape is None or not facts.is_local_engine:
+        return None
+    return _rows("engine", _engine_rows(facts, facts.shape), "together, per replica")
+
+
+def _engine_rows(facts: Facts, shape: Shape) -> Rows:
+    on_cpu = facts.device_of_engine == "cpu"
+    tokens = facts.config.generation.engine.max_total_tokens or (CPU_MAX_TOTAL_TOKENS if on_cpu else None)
+    is_alone = facts.config.learner.memory_fraction is None
+    return engine_bytes(shape, facts.config, tokens, facts.gpu_bytes if is_alone and not on_cpu else 0)
+
+
+def host(facts: Facts) -> Section | None:
+    """The machine's own memory, with all replicas on it."""
+    if facts.shape is None:
+        return None
+    config, replicas = facts.config, facts.config.generation.replicas
+    on_device = sum(learner_bytes(facts.shape, config).values()), sum(_engine_rows(facts, facts.shape).values())
+    on_cpu = facts.device_of_learner == "cpu", facts.device_of_engine == "cpu"
+    rows, of_replica = host_rows(facts.shape, config, *on_device, on_cpu)
+    rows |= {f"weights in {SHARED_MEMORY}, for all replicas here": SHARED_VERSIONS * weight_bytes(facts.shape, config)}
+    total = sum(rows.values()) + replicas * sum(of_replica.values())
+    here = memory_here()
+    if 0 < here < total:
+        facts.notes.append(
+            f"this machine has {readable(here)} of memory, and a run with {replicas} replica{'s' * (replicas != 1)} "
+            f"takes {readable(total)} by estimate"
+        )
+    if problem := shared_memory_problem(facts.shape, config):
+        facts.notes.append(problem)
+    section = _rows("host", rows | of_replica)
+    section.lines.append(f"{readable(total):>10}  together, with {replicas} replica{'s' * (replicas != 1)}")
+    return section
+
+
+def disk(facts: Facts) -> Section | None:
+    if facts.shape is None:
+        return None
+    rows = disk_rows(facts.shape, facts.config, delta_share(facts.config))
+    free = shutil.disk_usage(Path.cwd()).free
+    if free < sum(rows.values()):
+        facts.notes.append(
+            f"{readable(free)} are free on the disk of {Path.cwd()}, and a run's folder takes up to "
+            f"{readable(sum(rows.values()))} by estimate"
+        )
+    return _rows("disk", rows, "a run's folder, at most, without logs and Redis' file")
+
+
+def moved(facts: Facts) -> Section | None:
+    return None if facts.shape is None else _rows("moved", moved_bytes(facts.shape, facts.config))
+
+
+def times(facts: Facts) -> Section | None:
+    """On a CPU by its measured speed, else by an H100's."""
+    if facts.shape is None or (facts.device_of_learner == "cpu" and not facts.found.flops):
+        return None
+    config, flops = facts.config, facts.found.flops
+    on_cpu, on_gpu = cpu_speed(config, flops, multiplies_bfloat16(), os.cpu_count() or 1), gpu_speed(config)
+    of_learner = (on_cpu if facts.device_of_learner == "cpu" else on_gpu)[0]
+    of_engine = (on_cpu if facts.device_of_engine == "cpu" else on_gpu)[1]
+    prompt_tokens = facts.prompt_tokens * (config.actor.group_size if facts.found.cost else 1)
+    found = estimate(facts.shape, config, prompt_tokens, of_learner, of_engine, START_S[facts.device_of_engine])
+    if "cpu" in (facts.device_of_learner, facts.device_of_engine):
+        facts.notes.extend(too_long(found, config))
+    by = f"{flops / 1e9:.0f} GFLOP/s a thread, measured" if facts.device_of_learner == "cpu" else "an H100's speed"
+    rows = {
+        f"to the end of the first step, the first evaluation before it (by {by}; within a factor of two or three)": (
+            found.first_step
+        ),
+        "an evaluation": found.evaluation,
+        "a step: generating its groups": found.generation,
+        "a step: training on them, beside that": found.training,
+    }
+    lines = [f"{readable_s(seconds):>10}  {what}" for what, seconds in rows.items()]
+    return Section("time", lines, {what: round(seconds, 3) for what, seconds in rows.items()})
+
+
+SECTIONS: list[Callable[[Facts], Section | None]] = [prompts, devices, learner, engine, host, disk, moved, times]
+
+
+def memory_here() -> int:
+    """Of the machine, or of the container if that is less; 0 if unknown."""
+    found = []
+    for line in _read(Path("/proc/meminfo")).splitlines():
+        if line.startswith("MemTotal:"):
+            found.append(int(line.split()[1]) * KIB)
+    limit = _read(Path("/sys/fs/cgroup/memory.max")).strip()
+    return min([*found, *([int(limit)] if limit.isdecimal() else [])], default=0)
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def readable(num_bytes: int) -> str:
+    """Such as 2.9 GiB."""
+    amount = float(num_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if amount < KIB:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= KIB
+    return f"{amount:.1f} TiB"

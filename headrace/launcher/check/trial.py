@@ -1,0 +1,125 @@
+"""Tries a recipe's prompts and reward before anything starts, in processes of their own.
+
+The first hundred prompts of each split are rendered, tokenized and encoded as the learner does it, and held against the
+engine's context; then a reward worker scores an empty completion of each split. What no run could get over is raised;
+what it would pass over, prompt by prompt, is a note.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from headrace.common.config import RunConfig
+from headrace.common.models.context import fits
+from headrace.common.preflight.preflight import NotHere
+from headrace.common.process.child_process import dies_with_parent, import_path
+from headrace.launcher.check.prompt_trial import Found, SplitTrial
+
+NUM_PROMPTS = 100
+DEADLINE_S = 900.0
+"""Most of it is for a data set that has to be downloaded."""
+MISSING = "ModuleNotFoundError"
+"""What a reward worker says that lacks a library, which another machine may have."""
+
+
+def try_task(config: RunConfig, is_model_here: bool = True) -> Found:
+    """Without the model only the task's own part. Raises `ValueError`, or as that `NotHere`, in one line that names the
+    task, the split and the row."""
+    name, plain = config.task.name, config.model_copy(update={"redis_url": None}).model_dump_json()
+    with (
+        _child("headrace.generation.rewards.reward_trial", plain) as reward,
+        _child("headrace.launcher.check.prompt_trial", plain, str(NUM_PROMPTS * is_model_here)) as prompts,
+    ):
+        found = msgspec.msgpack.decode(prompts.answer(name), type=Found)
+        if found.problem:
+            raise (NotHere if found.is_only_here else ValueError)(found.problem)
+        for split, trial in found.splits.items():
+            if trial.lengths and not num_fitting(trial, config, found.context):
+                raise ValueError(_none_fits(split, trial, config, found.context))
+        tickets = [trial.ticket for trial in found.splits.values()]
+        problem = reward.answer(name, msgspec.msgpack.encode(tickets)).decode()
+    if problem:
+        text = f"task {name!r}: its reward of an empty completion: {problem}; expected a finite number"
+        raise (NotHere if MISSING in problem else ValueError)(text)
+    return found
+
+
+def notes_of(found: Found, config: RunConfig) -> Iterator[str]:
+    """What the run will pass over."""
+    for split, trial in found.splits.items():
+        tried = len(trial.lengths) + len(trial.refused)
+        if trial.refused:
+            yield (
+                f"{len(trial.refused)} of the first {tried} {split} prompts cannot become tickets and are passed over: "
+                f"{trial.refused[0]}"
+            )
+        skipped = len(trial.lengths) - num_fitting(trial, config, found.context)
+        if skipped:
+            longest = max(trial.lengths)
+            yield (
+                f"{skipped} of the first {tried} {split} prompts do not fit the context and are skipped: the longest "
+                f"has {longest:,} tokens, and of {found.context:,} that leaves {max(0, found.context - longest):,} for "
+                f"sampling.max_new_tokens {config.sampling.max_new_tokens:,}"
+            )
+
+
+def num_fitting(trial: SplitTrial, config: RunConfig, context: int) -> int:
+    """How many of the prompts leave the completion room in the context."""
+    return sum(fits(length, config.sampling.max_new_tokens, context) for length in trial.lengths)
+
+
+def _none_fits(split: str, trial: SplitTrial, config: RunConfig, context: int) -> str:
+    shortest = min(trial.lengths)
+    instead = f"at most {context - shortest:,}" if shortest < context else "shorter prompts"
+    return (
+        f"sampling.max_new_tokens is {config.sampling.max_new_tokens:,}, and none of the first {len(trial.lengths)} "
+        f"{split} prompts fits with it into the context of {context:,} tokens (the shortest has {shortest:,}); "
+        f"expected {instead}"
+    )
+
+
+class _Child:
+    """A module's process, which has begun to read; what it prints goes to our standard error."""
+
+    def __init__(self, process: subprocess.Popen[bytes], output: Path) -> None:
+        self._process = process
+        self._output = output
+
+    def answer(self, task: str, rest: bytes = b"") -> bytes:
+        """What it writes, having read the rest. Raises `ValueError`."""
+        try:
+            self._process.communicate(rest, timeout=DEADLINE_S)
+        except subprocess.TimeoutExpired as error:
+            raise ValueError(f"task {task!r}: not tried within {DEADLINE_S:g} s") from error
+        if self._process.returncode:
+            raise ValueError(f"task {task!r}: trying it ended with {self._process.returncode}")
+        return self._output.read_bytes()
+
+
+@contextmanager
+def _child(module: str, config: str, *arguments: str) -> Iterator[_Child]:
+    """Its first line is the configuration, and it can import what we can."""
+    with (
+        tempfile.NamedTemporaryFile(prefix="headrace-trial-") as output,
+        subprocess.Popen(
+            [sys.executable, "-m", module, output.name, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=2,
+            env=os.environ | {"PYTHONPATH": import_path(), "OPENBLAS_NUM_THREADS": "1"},
+            start_new_session=True,
+            preexec_fn=dies_with_parent(),
+        ) as process,
+    ):
+        try:
+            assert process.stdin is not None
+            process.stdin.write(config.encode() + b"\n")
+            process.stdin.flush()
+            yield _Child(process, Path(output.name))
+        finally:
+            process.kill()

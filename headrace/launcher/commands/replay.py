@@ -1,0 +1,26 @@
+"""`headrace replay`: trains again on a recording, with a Redis of its own and without any replica."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from headrace.common.config import Recipe
+from headrace.common.redis.keys import Keys
+from headrace.launcher.run.open_run import embedded_redis
+from headrace.launcher.run.processes import call_module
+from headrace.launcher.run.run_folder import locked, noted_url, write_config
+
+
+def replay(recording: Path, recipe: Recipe | None, overrides: Sequence[str], run: str, runs_folder: Path) -> int:
+    """The exit code of the learner's side; nothing is started again. Without a recipe the recording carries it."""
+    Keys(run)  # a name that is no folder's
+    if not recording.exists():
+        raise ValueError(f"{recording}: there is no such recording")
+    folder = runs_folder / run
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments = ["--replay", str(recording), "--run", run, "--runs-folder", str(runs_folder)]
+    with locked(folder) as lock, embedded_redis(folder, lock) as url, noted_url(folder, url):
+        if recipe is None:
+            arguments += [part for override in overrides for part in ("--set", override)]
+        else:
+            arguments += ["--config", str(write_config(folder, recipe))]
+        return call_module("headrace.learner", arguments, url)

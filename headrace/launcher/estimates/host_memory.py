@@ -1,0 +1,103 @@
+"""Memory of a machine and its disk: every process of a run, what it puts into /dev/shm, what its folder takes.
+
+A process's memory is what is resident of it and its own (anonymous, and mapped libraries), without what it maps of
+/dev/shm. The figures without a model are measured (`tests/whole/test_end_to_end.py` holds the sums against a real run);
+what a process has of the model follows from the code that keeps it. On a GPU the CUDA libraries of learner and
+scheduler come on top: 2 to 3 GiB each, an estimate that was not measured.
+"""
+
+import shutil
+from pathlib import Path
+
+from headrace.common.config import RunConfig
+from headrace.launcher.estimates.estimate import BYTES, MIB, Rows
+from headrace.launcher.estimates.model_size import Shape
+
+GIB = 1 << 30
+SHARED_MEMORY = Path("/dev/shm")
+LAUNCHER_BYTES, CONTROL_BYTES, REDIS_BYTES = 85 * MIB, 82 * MIB, 17 * MIB
+LEARNER_BYTES = 480 * MIB
+REPLICA_BYTES, REWARD_WORKER_BYTES = 95 * MIB, 30 * MIB
+SERVER_BYTES, SCHEDULER_BYTES, DETOKENIZER_BYTES = 635 * MIB, 577 * MIB, 460 * MIB
+"""SGLang's three; the second and the third come out of the first."""
+TOKEN_BYTES = 2300
+"""Of each token of the vocabulary, in whoever has a tokenizer: the learner and SGLang's three."""
+TENSOR_COPIES = 4
+"""Of the largest tensor, in a replica's own process, while a delta is applied to it."""
+WEIGHT_COPIES = 2
+"""That the learner holds in host memory: what was published last, and what is being published."""
+STATE_BYTES = 12
+"""Of a parameter's masters and moments: in a checkpoint, and in the copy that one is written from."""
+HELD_VERSIONS, KEPT_DELTAS = 2, 0.5
+"""Of a replica by itself: the version that is served, the next one; earlier deltas, as a share of the model's bytes."""
+SHARED_VERSIONS = 3
+"""In memory that learner and replicas of one machine share: the newest two, and the one that is being written."""
+NUM_CHECKPOINTS = 3
+"""Two are kept, and one is being written."""
+ANCHORS, MAX_DELTAS = 2, 32
+"""Of weight versions on disk: the whole ones that are kept, and deltas between two of them."""
+
+
+def host_rows(
+    shape: Shape, config: RunConfig, learner: int, engine: int, on_cpu: tuple[bool, bool]
+) -> tuple[Rows, Rows]:
+    """Of the run, and of each replica. `learner` and `engine`: bytes of their devices, which are in the host's memory
+    where `on_cpu` says so."""
+    copies = shape.num_parameters * (WEIGHT_COPIES * BYTES[config.model.dtype] + STATE_BYTES)
+    ranks, settings, tokens = config.learner.ranks, config.generation, shape.vocab * TOKEN_BYTES
+    run = {
+        "the learner, with copies of weights and state": ranks * (LEARNER_BYTES + tokens + learner * on_cpu[0])
+        + copies,
+        "launcher, control and Redis, without the groups that wait": LAUNCHER_BYTES + CONTROL_BYTES + REDIS_BYTES,
+    }
+    largest = shape.vocab * shape.hidden * BYTES[config.model.dtype]
+    replica = {
+        "a replica's own process": REPLICA_BYTES + TENSOR_COPIES * largest,
+        "its reward workers": REWARD_WORKER_BYTES * settings.reward_workers,
+    }
+    if settings.engine.url is None:
+        replica["its engine: the scheduler"] = SCHEDULER_BYTES + tokens + engine * on_cpu[1]
+        replica["its engine: server and detokenizer"] = SERVER_BYTES + DETOKENIZER_BYTES + 2 * tokens
+    return run, replica
+
+
+def shared_memory_bytes(shape: Shape, config: RunConfig) -> int:
+    """What a replica by itself puts into /dev/shm, at most."""
+    return int(weight_bytes(shape, config) * (HELD_VERSIONS + KEPT_DELTAS))
+
+
+def shared_memory_problem(shape: Shape, config: RunConfig) -> str:
+    """Why the weights will not fit into this machine's /dev/shm; empty if they do, or go elsewhere.
+
+    A replica does not start where two versions have no room (headrace/generation/weights/room.py).
+    """
+    replicas = config.generation.replicas
+    if not SHARED_MEMORY.is_dir() or not replicas:
+        return ""
+    free, versions = shutil.disk_usage(SHARED_MEMORY).free, min(SHARED_VERSIONS, HELD_VERSIONS * replicas)
+    needed = versions * weight_bytes(shape, config)
+    if needed <= free:
+        return ""
+    return (
+        f"{SHARED_MEMORY} has {free / GIB:.1f} GiB free, and {versions} versions of the weights take "
+        f"{needed / GIB:.1f} GiB; expected a larger one (mount -o remount,size=...), or a smaller model"
+    )
+
+
+def disk_rows(shape: Shape, config: RunConfig, share: float) -> Rows:
+    """A run's folder at its largest, but for logs, metrics and Redis' file. `share`: of the model's in a delta."""
+    weights = weight_bytes(shape, config)
+    chain = min(1.0, MAX_DELTAS * share)
+    return {
+        f"checkpoints: {NUM_CHECKPOINTS - 1} kept, one being written": NUM_CHECKPOINTS
+        * shape.num_parameters
+        * STATE_BYTES,
+        "weight versions: two whole ones and deltas, one being written": int(
+            weights * (ANCHORS + 1 + (ANCHORS + 1) * chain)
+        ),
+        "the best policy, the next best, the last": 3 * weights,
+    }
+
+
+def weight_bytes(shape: Shape, config: RunConfig) -> int:
+    return shape.num_parameters * BYTES[config.model.dtype]

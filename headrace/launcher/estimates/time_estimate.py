@@ -1,0 +1,125 @@
+"""Time, roughly: to the first step and of a step, from the multiplications that a run does and this machine's speed.
+
+On a CPU that speed is measured (a tenth of a second, one thread); of a GPU an H100's is taken. Half of it, or 0.35 on a
+GPU, is what real layers reach. Completions are taken to have half of sampling.max_new_tokens. A factor of two either
+way is usual, and a model that is so small that calls cost more than numbers takes longer.
+"""
+
+import time
+from typing import NamedTuple
+
+from headrace.common.config import RunConfig
+from headrace.launcher.estimates.model_size import Shape
+
+H100_FLOPS = {"float32": 4e14, "bfloat16": 9.9e14}
+"""Dense; float32 by TF32."""
+EFFICIENCY = {"cpu": 0.5, "cuda": 0.35}
+DECODING_SHARE = {"cpu": 0.5, "cuda": 0.1}
+"""Of that: decoding reads all weights for each token of the batch."""
+NO_UNITS = 5.0
+"""How much slower a CPU without them multiplies bfloat16."""
+START_S = {"cpu": 25.0, "cuda": 120.0}
+"""Until an engine answers and the learner has loaded; the first start on a GPU compiles kernels for minutes more."""
+LONG_S = 600.0
+SIZE = 512
+
+
+class Speed(NamedTuple):
+    """Multiplications and additions a second, as real layers do them."""
+
+    training: float
+    decoding: float
+
+
+class Times(NamedTuple):
+    """Seconds; of a step the longer of generating and training, which go on beside each other."""
+
+    evaluation: float
+    generation: float
+    training: float
+    start: float
+
+    @property
+    def step(self) -> float:
+        return max(self.generation, self.training)
+
+    @property
+    def first_step(self) -> float:
+        return self.start + self.evaluation + self.generation + self.training
+
+
+def estimate(shape: Shape, config: RunConfig, prompt_tokens: int, learner: Speed, engine: Speed, start: float) -> Times:
+    """`prompt_tokens`: that are computed for a group. `engine`: of all replicas together."""
+    tokens = config.sampling.max_new_tokens / 2
+    forward = 2 * shape.num_active_parameters
+    sequences = config.learner.groups_per_step * config.actor.group_size
+    evaluated = config.evaluation.num_prompts * config.evaluation.num_samples
+    trained = sequences * tokens + config.learner.groups_per_step * prompt_tokens
+    passes = 3 + config.learner.gradient_checkpointing + (1 - 1 / config.actor.mini_batches)
+    passes += config.actor.kl_coef > 0
+    return Times(
+        evaluation=evaluated * tokens * forward / engine.decoding,
+        generation=sequences * tokens * forward / engine.decoding,
+        training=trained * forward * passes / learner.training,
+        start=start,
+    )
+
+
+def too_long(times: Times, config: RunConfig) -> list[str]:
+    """For people: which sizes do not suit the machine."""
+    notes = []
+    evaluation = config.evaluation
+    if times.evaluation > LONG_S:
+        notes.append(
+            f"an evaluation of {evaluation.num_prompts:,} prompts x {evaluation.num_samples} completions takes about "
+            f"{readable_s(times.evaluation)} here, and the first one goes before the first step; expected fewer "
+            "evaluation.num_prompts, evaluation.num_samples or sampling.max_new_tokens"
+        )
+    if times.step > LONG_S:
+        which = "training" if times.training > times.generation else "generating"
+        notes.append(
+            f"a step takes about {readable_s(times.step)} here, which is {which} {config.learner.groups_per_step:,} "
+            f"groups x {config.actor.group_size} completions; expected fewer learner.groups_per_step, a smaller "
+            "actor.group_size or sampling.max_new_tokens, or a faster machine"
+        )
+    return notes
+
+
+def cpu_speed(config: RunConfig, flops: float, has_units: bool, num_cores: int) -> tuple[Speed, Speed]:
+    """The learner's, and of all engines together. `flops`: of one thread in float32."""
+    slow = NO_UNITS if config.model.dtype == "bfloat16" and not has_units else 1.0
+    threads = min(config.learner.num_threads or num_cores, num_cores)
+    engines = min(config.generation.replicas * config.generation.engine.num_threads, num_cores)
+    return _speed("cpu", flops * threads), _speed("cpu", flops * max(1, engines) / slow)
+
+
+def gpu_speed(config: RunConfig) -> tuple[Speed, Speed]:
+    flops = H100_FLOPS[config.model.dtype]
+    engines = max(1, config.generation.replicas) * config.generation.engine.tp_size
+    return _speed("cuda", flops * config.learner.ranks), _speed("cuda", flops * engines)
+
+
+def _speed(device: str, flops: float) -> Speed:
+    return Speed(flops * EFFICIENCY[device], flops * EFFICIENCY[device] * DECODING_SHARE[device])
+
+
+def measured_flops() -> float:
+    """Of this process's threads, in float32; `OPENBLAS_NUM_THREADS` says how many these are."""
+    import numpy as np
+
+    left = np.ones((SIZE, SIZE), np.float32)
+    right, out = np.full((SIZE, SIZE), 0.5, np.float32), np.empty((SIZE, SIZE), np.float32)
+    np.matmul(left, right, out=out)
+    best = 0.0
+    for _ in range(5):
+        started = time.perf_counter()
+        np.matmul(left, right, out=out)
+        best = max(best, 2 * SIZE**3 / (time.perf_counter() - started))
+    return best
+
+
+def readable_s(seconds: float) -> str:
+    """Such as 12 s, 5 min, 3.4 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 1 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

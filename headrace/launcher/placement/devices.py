@@ -1,0 +1,133 @@
+"""The devices of a run on this machine: which GPUs its services see, and what people are told of it.
+
+`devices_of` is asked before anything starts, and refuses what the machine's GPUs cannot serve. The names that
+CUDA_VISIBLE_DEVICES gives the launcher are handed on as they are. Whatever runs on the CPU is shown no GPU.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from headrace.common.config import RunConfig
+from headrace.common.hardware.device import (
+    VISIBLE_DEVICES,
+    is_gpu_visible,
+    missing_for_cuda,
+    resolve_device,
+    why_not_cuda,
+)
+from headrace.common.hardware.devices import Placement, place
+from headrace.common.hardware.gpus import Gpu, visible_gpus
+from headrace.common.preflight.preflight import NotHere
+from headrace.launcher.placement.split import check_split, proposed_split
+
+ORDER = "CUDA_DEVICE_ORDER"
+GIB = 1 << 30
+
+
+class Devices(NamedTuple):
+    placement: Placement
+    gpus: dict[str, Gpu]
+    """The visible ones, by name; empty where nothing of the run needs any."""
+    notes: list[str]
+    """For people: why a GPU that is here is not used."""
+
+    @property
+    def max_replicas(self) -> int:
+        return len(self.placement.engines)
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of the learner and of a replica alike."""
+        return ["--shares-gpu"] if self.placement.is_shared else []
+
+    def of_learner(self) -> dict[str, str]:
+        """What its environment has on top of ours."""
+        return self._showing(self.placement.learner)
+
+    def of_replica(self, index: int) -> dict[str, str]:
+        return self._showing(self.placement.engines[index])
+
+    def _showing(self, names: tuple[str, ...]) -> dict[str, str]:
+        shown = {VISIBLE_DEVICES: ",".join(names)}
+        if names and VISIBLE_DEVICES not in os.environ:  # the numbers are nvidia-smi's
+            shown[ORDER] = os.environ.get(ORDER, "PCI_BUS_ID")
+        return shown
+
+
+def devices_of(config: RunConfig) -> Devices:
+    """Raises `NotHere` where this machine lacks what its services need, `ValueError` for a split that cannot be."""
+    learner, engine = config.learner, config.generation.engine
+    ranks = learner.ranks if resolve_device(learner.device) == "cuda" else 0
+    tp_size = engine.tp_size if engine.url is None and resolve_device(engine.device) == "cuda" else 0
+    for name, device, is_engine in (("learner", learner.device, False), ("generation.engine", engine.device, True)):
+        is_wanted = device == "cuda" and (tp_size if is_engine else ranks)
+        if is_wanted and (missing := missing_for_cuda(is_engine)):
+            raise NotHere(
+                f"{name}.device is 'cuda', and {missing}; expected the installation for GPUs (docs/running.md)"
+            )
+    gpus = visible_gpus() if ranks or tp_size else []
+    is_split = learner.memory_fraction is not None
+    try:
+        names = [gpu.name for gpu in gpus]
+        placement = place(names, ranks=ranks, replicas=config.generation.replicas, tp_size=tp_size, is_split=is_split)
+    except ValueError as error:
+        raise NotHere(f"{error}{_proposal(config, gpus)}") from error
+    if placement.is_shared:
+        check_split(config, gpus[0])
+    return Devices(placement, {gpu.name: gpu for gpu in gpus}, list(_notes(config)))
+
+
+def _proposal(config: RunConfig, gpus: list[Gpu]) -> str:
+    learner, engine = config.learner, config.generation.engine
+    if len(gpus) == learner.ranks == engine.tp_size == 1 and config.generation.replicas == 1:
+        return f": {proposed_split(config, gpus[0])}"
+    return ""
+
+
+def _notes(config: RunConfig) -> Iterator[str]:
+    """Of a GPU that nothing uses."""
+    devices = (config.learner.device, config.generation.engine.device)
+    if not is_gpu_visible() or "cuda" in map(resolve_device, devices):
+        return
+    if "auto" in devices:
+        yield f"the GPU is not used: {why_not_cuda()} (docs/running.md, Install)"
+    else:
+        use = " ".join(f"--set {name}.device=auto" for name in ("learner", "generation.engine"))
+        yield f"the GPU is not used: the recipe's device is cpu, and {use} would use it"
+
+
+def plan_lines(config: RunConfig, missing: list[str]) -> list[str]:
+    """Who would get what, and notes; in `missing` what this machine lacks for it."""
+    try:
+        devices = devices_of(config)
+    except NotHere as problem:
+        missing.append(str(problem))
+        return []
+    return [*device_lines(config, devices), *devices.notes]
+
+
+def device_lines(config: RunConfig, devices: Devices) -> Iterator[str]:
+    """Who gets what."""
+    placement, replicas = devices.placement, config.generation.replicas
+    if placement.is_shared:
+        name, share = placement.learner[0], config.learner.memory_fraction or 0.0
+        yield f"{_shown(devices, (name,))}: the learner has {share:.0%} of its memory, generation-0 the rest"
+        return
+    yield f"{_shown(devices, placement.learner)}: the learner"
+    if config.generation.engine.url is not None:
+        yield "the engine is somebody else's (generation.engine.url)"
+        return
+    if not any(placement.engines):
+        yield "the CPU: the engines"
+        return
+    for index, names in enumerate(placement.engines):
+        yield f"{_shown(devices, names)}: {f'generation-{index}' if index < replicas else 'free for one more replica'}"
+
+
+def _shown(devices: Devices, names: tuple[str, ...]) -> str:
+    if not names:
+        return "the CPU"
+    total = devices.gpus[names[0]].total_bytes
+    memory = f" ({total / GIB:.0f} GiB{' each' * (len(names) > 1)})" if total else ""
+    return f"GPU{'s' * (len(names) > 1)} {', '.join(names)}{memory}"

@@ -1,0 +1,1 @@
+"""`headrace report`: one HTML file that says how a run went."""

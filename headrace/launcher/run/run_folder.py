@@ -1,0 +1,105 @@
+"""What the launcher keeps in a run's folder besides the run itself: the lock, the Redis URL, the configuration.
+
+One process at a time holds a run. The lock is the kernel's (flock), so that it is free however its holder died,
+but not before the Redis server that the holder started has ended as well: two servers on one append-only file
+would ruin it.
+"""
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from headrace.common.config import Recipe, yaml_text
+
+LOCK_FILE = "lock"
+REDIS_URL_FILE = "redis-url"
+CONTROL_URL_FILE = "control-url"
+ORPHAN_TIMEOUT_S = 10.0
+POLL_S = 0.05
+
+
+class InUse(ValueError):
+    """Another process holds the run."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[int]:
+    """Holds the run, and yields the lock's descriptor. Raises `InUse` naming the run and its holder's process id."""
+    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        _lock(descriptor, folder)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    """Waits a while if the holder is dead and only its server has not ended yet."""
+    deadline = time.monotonic() + ORPHAN_TIMEOUT_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            holder = os.pread(descriptor, 32, 0).decode(errors="replace")
+            if not _has_ended(holder) or time.monotonic() > deadline:
+                raise InUse(f"run {folder.name!r} in {folder} is in use by process {holder or '?'}") from error
+        time.sleep(POLL_S)
+
+
+def _has_ended(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, ValueError):
+        pass
+    return False
+
+
+@contextmanager
+def noted_url(folder: Path, url: str, file: str = REDIS_URL_FILE) -> Iterator[None]:
+    """While the block runs, those who may read our files find the run's Redis (by `noted_url_in`) or control."""
+    path = folder / file
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as note:
+        note.write(url)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def noted_url_in(folder: Path, file: str = REDIS_URL_FILE) -> str | None:
+    """Where the run's Redis, or control, answers while the run is going on."""
+    with suppress(FileNotFoundError):
+        return (folder / file).read_text() or None
+    return None
+
+
+def runs_with_control(runs_folder: Path) -> dict[str, str]:
+    """Where the control services of the runs that are kept there answer, by the run's name."""
+    notes = sorted(runs_folder.glob(f"*/{CONTROL_URL_FILE}"))
+    found = {note.parent.name: noted_url_in(note.parent, CONTROL_URL_FILE) for note in notes}
+    return {name: url for name, url in found.items() if url}
+
+
+def newest_run(runs_folder: Path) -> str:
+    """The run that was started last. Raises `ValueError` if none was."""
+    found = sorted(runs_folder.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise ValueError(f"there is no run in {runs_folder}")
+    return found[-1].parent.name
+
+
+def write_config(folder: Path, recipe: Recipe) -> Path:
+    """The resolved configuration, without the Redis URL, which may hold a password."""
+    path = folder / "config.yaml"
+    settings = recipe.config.model_dump(mode="json", exclude={"redis_url"})
+    path.write_text(yaml_text.dump(settings))
+    return path

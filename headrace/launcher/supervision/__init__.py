@@ -1,0 +1,1 @@
+"""Keeps the services of a run going until its learner has ended, then ends them in order."""

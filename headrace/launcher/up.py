@@ -1,0 +1,196 @@
+"""`headrace up`: runs the services of one run on this machine until the run is complete, and shows how it goes.
+
+Whatever ends unasked is started again (supervise.py); there are as many replicas as are ordered, also while the run
+goes on (replicas.py), and a number that was ordered outlives the launcher. Control, whose death ends nothing, has the
+page; its address is noted in the run's folder. Ctrl-C stops the learner, with a checkpoint, and the replicas, with
+their tickets handed back, at the same time, then control and Redis; a second one kills them. One launcher at a time
+has the run.
+"""
+
+import json
+import os
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from headrace.common.config import Recipe
+from headrace.common.http.http_service import free_port, url_at
+from headrace.common.preflight.preflight import check_run
+from headrace.common.process.logs import logging_to
+from headrace.common.process.run_token import token_at, token_given
+from headrace.common.redis.keys import Keys
+from headrace.launcher.check.before_start import notes_before
+from headrace.launcher.placement.devices import Devices, device_lines, devices_of
+from headrace.launcher.run.open_run import REDIS_GRACE_S
+from headrace.launcher.run.processes import (
+    Service,
+    launch_redis,
+    python_service,
+    redis_url_at,
+    taking_signals,
+    wait_for_redis,
+)
+from headrace.launcher.run.run_folder import CONTROL_URL_FILE, locked, noted_url, write_config
+from headrace.launcher.supervision.kept import Failed, Kept
+from headrace.launcher.supervision.orders import Orders
+from headrace.launcher.supervision.replicas import Replicas
+from headrace.launcher.supervision.supervise import Supervisor
+from headrace.launcher.terminal.watch import Watcher
+
+LEARNER_GRACE_S = 120.0
+REPLICA_GRACE_S = 15.0
+CONTROL_GRACE_S = 10.0
+SERVICE_UP_S = 60.0
+"""A replica, or control, that was up for longer has not been started in vain."""
+REFUSED, FENCED, STARVED = 2, 3, 4
+"""Exit codes of a learner that another start would not help."""
+
+
+def up(
+    recipe: Recipe,
+    run: str,
+    runs_folder: Path,
+    console: Console,
+    is_order_withdrawn: bool = False,
+    is_json: bool = False,
+    is_new_epoch: bool = False,
+) -> None:
+    """Returns when the run is complete or was stopped. Raises `ValueError` before anything starts, else `Failed`.
+
+    `is_order_withdrawn`: the recipe's number of replicas counts again, whatever was ordered of the run before.
+    `is_new_epoch`: data that are not those which the run began with begin with its next epoch; else they are refused.
+    `is_json`: what is said is an object a line, the last one the summary.
+    """
+    keys, folder = Keys(run), runs_folder / run
+    check_run(recipe.config)
+    devices = devices_of(recipe.config)
+    notes = notes_before(recipe.config)
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        lock = stack.enter_context(locked(folder))
+        stack.enter_context(logging_to(folder / "logs" / "launcher.log", "launcher", run=run))
+        write_config(folder, recipe)
+        token = _new_token(folder / "token")
+        port = free_port()
+        url = recipe.config.redis_url or redis_url_at(port)
+        watcher = Watcher(url, keys, recipe.config.learner.steps, console, is_json)
+        redis = None
+        if recipe.config.redis_url is None:
+            redis = _redis(folder, port, lock, watcher)
+            stack.callback(lambda kept: kept.service.stop(kept.grace_s), redis)  # should nobody come to supervise it
+            wait_for_redis(redis.service, url)
+        stack.enter_context(noted_url(folder, url))
+        host, page_port = recipe.config.control.host, recipe.config.control.port or free_port()
+        page = url_at(host, page_port)
+        stack.enter_context(noted_url(folder, page, CONTROL_URL_FILE))
+        stack.enter_context(watcher)
+        watcher.skip_to_now()
+        watcher.say(f"run {run} in {folder}: logs in {folder / 'logs'}")
+        watcher.say(f"the page: {page}/#token={token}" if token else f"the page: {page}")
+        for line in (*(device_lines(recipe.config, devices) if devices.gpus else ()), *devices.notes):
+            watcher.say(line)
+        for note in notes:
+            watcher.say(f"note: {note}")
+        signals: list[int] = []
+        stack.enter_context(taking_signals(signals.append))
+        settings = recipe.config.generation
+        max_advised = settings.max_replicas if settings.autoscale else 0
+        orders = Orders(url, keys, settings.replicas, max_advised, devices.max_replicas)
+        orders.begin()
+        if is_order_withdrawn:
+            orders.withdraw()
+        learner = _learner(folder, url, watcher, is_new_epoch, devices)
+        replicas = Replicas(lambda index: _replica(folder, index, url, devices), orders)
+        control = _control(folder, url, host, page_port)
+        try:
+            Supervisor(learner, replicas, control, redis, watcher, signals).run()
+        except Failed:
+            if watcher.num_dead:
+                watcher.say(watcher.dead())
+            raise
+    if is_json:
+        summary = folder / "summary.json"
+        print(json.dumps({"at": time.time(), "summary": json.loads(summary.read_text()) if summary.exists() else None}))
+    else:
+        _tell_results(folder, console)
+        if watcher.num_dead:
+            console.print(Text(watcher.dead()), soft_wrap=True)
+
+
+def _new_token(path: Path) -> str:
+    """Makes the run's token at its first start, which is when it may be shown; else empty."""
+    is_new = token_given() is None and not path.exists()
+    token = token_at(path)
+    return token if is_new else ""
+
+
+def _redis(folder: Path, port: int, lock: int, watcher: Watcher) -> Kept:
+    """Always on the same port; the append-only file brings everything back."""
+    return Kept(
+        lambda: launch_redis(folder / "redis", folder / "logs" / "redis.log", port, lock),
+        grace_s=REDIS_GRACE_S,
+        progress=watcher.latest_step,
+    )
+
+
+def _learner(folder: Path, url: str, watcher: Watcher, is_new_epoch: bool, devices: Devices) -> Kept:
+    arguments = ["--config", str(folder / "config.yaml"), "--run", folder.name, "--runs-folder", str(folder.parent)]
+    arguments += [*devices.arguments, *["--new-epoch"] * is_new_epoch]
+    log = folder / "logs" / "learner.log"
+
+    def start() -> Service:
+        watcher.forget_learner()
+        return python_service("learner", "headrace.learner", arguments, log, url, devices.of_learner())
+
+    return Kept(
+        start,
+        grace_s=LEARNER_GRACE_S,
+        progress=watcher.latest_step,
+        final={REFUSED, FENCED, STARVED},
+        reason=watcher.latest_reason,
+    )
+
+
+def _replica(folder: Path, index: int, url: str, devices: Devices) -> Kept:
+    """Always on the same devices, which are free again when it has ended."""
+    name, logs = f"generation-{index}", folder / "logs"
+    arguments = ["--run", folder.name, "--token-file", str(folder / "token"), "--name", name, "--log-folder", str(logs)]
+    arguments, environment = arguments + devices.arguments, devices.of_replica(index)
+    return Kept(
+        lambda: python_service(name, "headrace.generation", arguments, logs / f"{name}.log", url, environment),
+        grace_s=REPLICA_GRACE_S,
+        progress=time.monotonic,
+        enough_progress=SERVICE_UP_S,
+        final={REFUSED},
+    )
+
+
+def _control(folder: Path, url: str, host: str, port: int) -> Kept:
+    """Always at the same address, which pages come back to."""
+    arguments = ["--run", folder.name, "--token-file", str(folder / "token"), "--host", host, "--port", str(port)]
+    return Kept(
+        lambda: python_service("control", "headrace.control", arguments, folder / "logs" / "control.log", url),
+        grace_s=CONTROL_GRACE_S,
+        progress=time.monotonic,
+        enough_progress=SERVICE_UP_S,
+        final={REFUSED},
+    )
+
+
+def _tell_results(folder: Path, console: Console) -> None:
+    summary_path = folder / "summary.json"
+    if not summary_path.exists():
+        console.print(f"stopped before the end; go on with: headrace up … --run {folder.name}")
+        return
+    summary = json.loads(summary_path.read_text())
+    before, after = summary["held_out_before"], summary["held_out_after"]
+    console.print(
+        f"held-out pass@1 {before:.3f} → {after:.3f} in {summary['steps']} steps and {summary['wall_s']:.0f} s; "
+        f"{summary['tokens_per_s']:.0f} tokens/s; weight pause p50 {summary['weight_pause_ms']['p50']:.0f} ms",
+        soft_wrap=True,
+    )
+    for name in ("summary.json", "metrics.jsonl", "reward-curve.png", "policy", "config.yaml", "logs"):
+        console.print(f"  {os.path.relpath(folder / name)}", highlight=False)

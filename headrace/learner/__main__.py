@@ -1,0 +1,246 @@
+"""The learner's process: reads the configuration, takes up the run where it stands, serves, loops, reports.
+
+    python -m headrace.learner --config configs/tiny-cpu.yaml --run demo --redis-url redis://127.0.0.1:6379
+    torchrun --nproc-per-node 2 --max-restarts 3 -m -- headrace.learner --config ... --run demo
+
+With `--replay` it trains on a recording (headrace/learner/intake/recording.py) instead of what replicas send. On
+several devices there is a process for each, started by this one (`learner.ranks`) or by torchrun; only rank 0 speaks
+with Redis and listens. (Without the `--` torchrun takes `--run` for an option of its own.)
+
+Exit codes: 0 complete or stopped on request, 1 failed, 2 refused before anything started, 3 fenced off by a newer
+learner, 4 starved: nothing to do for learner.starvation_deadline_s.
+"""
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import redis
+
+from headrace.common.config import ConfigError, RunConfig, load_recipe, resolve
+from headrace.common.http.http_service import listen_as, serve_in_thread, url_of
+from headrace.common.metrics.endpoint import mount_metrics
+from headrace.common.preflight.preflight import check_model, check_trackers
+from headrace.common.preflight.task_check import check_task
+from headrace.common.process.durable import file_entry
+from headrace.common.process.logs import from_now_on, set_up_logging
+from headrace.common.process.run_token import token_at
+from headrace.common.process.waiting import Waits
+from headrace.common.redis.keys import Keys
+from headrace.common.redis.redis_client import OUTAGE_DEADLINE_S, connect, durability_problem
+from headrace.common.tasks import look_in
+from headrace.learner.distributed.local_ranks import run_ranks
+from headrace.learner.distributed.shared_gpu import wait_for_engine
+from headrace.learner.intake.recording import Recording
+from headrace.learner.reporting.api import make_app
+from headrace.learner.steering.orders import Switches
+
+_log = logging.getLogger("headrace.learner")
+
+
+def main() -> int:
+    _prepare_torch()
+    arguments = _parse_arguments()
+    set_up_logging("learner", run=arguments.run)
+    ranks, code = None, 1
+    try:
+        config, recording = _read(arguments)
+        if "WORLD_SIZE" not in os.environ and config.learner.ranks > 1:
+            return run_ranks(config.learner.ranks, [sys.executable, "-m", "headrace.learner", *sys.argv[1:]])
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            ranks = _join(config)
+        code = _run(arguments, config, recording, ranks)
+    except (ConfigError, ValueError) as error:
+        print(f"headrace learner: {error}", file=sys.stderr)
+        code = 2
+    except redis.RedisError as error:
+        print(f"headrace learner: Redis: {error}", file=sys.stderr)
+    finally:
+        if ranks is not None:
+            ranks.end(code)
+    return code
+
+
+def _prepare_torch() -> None:
+    """Before it is imported: threads that do not spin beside an engine's; GPU memory that does not fragment, since
+    micro-batches differ in length, unless the caller has chosen how it is allocated."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m headrace.learner")
+    parser.add_argument("--config", type=Path, help="a recipe; with --replay default to the recording's own")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], help="section.key=value")
+    parser.add_argument("--replay", type=Path, help="a recording to train on")
+    parser.add_argument("--run", default=os.environ.get("HEADRACE_RUN", "demo"))
+    parser.add_argument("--runs-folder", type=Path, default=Path("runs"))
+    parser.add_argument("--redis-url", default=os.environ.get("HEADRACE_REDIS_URL"))
+    parser.add_argument("--new-epoch", action="store_true", help="other data begin with the run's next epoch")
+    parser.add_argument("--host", default=None, help="overrides learner.host")
+    parser.add_argument("--port", type=int, default=None, help="overrides learner.port")
+    parser.add_argument(
+        "--shares-gpu", action="store_true", help="an engine is on the same GPU, and takes its share of it first"
+    )
+    return parser.parse_args()
+
+
+def _read(arguments: argparse.Namespace) -> tuple[RunConfig, Recording | None]:
+    recording = None if arguments.replay is None else Recording(arguments.replay)
+    if arguments.config is not None:
+        if arguments.config.parent.resolve() != (arguments.runs_folder / arguments.run).resolve():
+            look_in(arguments.config.parent)  # in the run's own folder lies no task
+        return load_recipe(arguments.config, arguments.overrides).config, recording
+    if recording is not None:
+        return resolve(recording.config, str(arguments.replay), arguments.overrides).config, recording
+    raise ValueError("no configuration: expected --config, or --replay with a recording that carries one")
+
+
+def _join(config: RunConfig) -> Any:
+    """This process among those of torchrun."""
+    from headrace.learner.distributed.ranks import join
+    from headrace.learner.model.policy import pick_device
+
+    return join(pick_device(config.learner.device).type, config.learner.rank_deadline_s)
+
+
+def _run(arguments: argparse.Namespace, config: RunConfig, recording: Recording | None, ranks: Any) -> int:
+    if ranks is not None and ranks.rank > 0:
+        from headrace.learner.training.leading import follow
+
+        return follow(ranks)
+    keys = Keys(arguments.run)
+    redis_url = arguments.redis_url or config.redis_url
+    if not redis_url:
+        raise ValueError("no Redis: expected --redis-url, HEADRACE_REDIS_URL or redis_url in the configuration")
+    check_model(config)
+    check_trackers(config)
+    task = check_task(config)
+    problem = durability_problem(connect(redis_url))
+    if problem and config.durability == "strict":
+        raise ValueError(f"the Redis may lose writes: {problem}; or set durability: relaxed")
+    waits, switches = Waits(), Switches()
+    stopping = switches.stop.is_set
+    client = connect(redis_url, waits, deadline_s=OUTAGE_DEADLINE_S, is_stopping=stopping, is_one_master=True)
+    client.set(keys.config, config.model_dump_json(exclude={"redis_url"}))
+    sock = listen_as(config.learner, arguments.host, arguments.port)
+    folder = arguments.runs_folder / arguments.run
+    folder.mkdir(parents=True, exist_ok=True)
+    token = token_at(folder / "token")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: switches.stop.set())
+    if arguments.shares_gpu:
+        wait_for_engine(client, keys, waits, switches.stop, config.generation.engine.startup_timeout_s)
+    is_new_epoch = arguments.new_epoch
+    return _learn(config, folder, token, client, keys, sock, task, switches, waits, recording, ranks, is_new_epoch)
+
+
+def _learn(
+    config: RunConfig,
+    folder: Path,
+    token: str,
+    client: Any,
+    keys: Keys,
+    sock: Any,
+    task: Any,
+    switches: Switches,
+    waits: Waits,
+    recording: Recording | None,
+    ranks: Any,
+    is_new_epoch: bool,
+) -> int:
+    from headrace.learner.assembly import assemble
+    from headrace.learner.reporting.exported import Exported
+    from headrace.learner.stages.patience import Starved
+    from headrace.learner.store.store import Fenced
+
+    _log.info("the libraries are imported")
+    arguments = (config, folder, token, client, keys, url_of(sock), task, switches, waits, recording, ranks)
+    loop, tokenizer = assemble(*arguments, is_new_epoch)
+    from_now_on(step=lambda: loop.progress.step)
+    if loop.is_at_last_step and (folder / "summary.json").exists():
+        _log.info("run %s is complete: more learner.steps would go on with it", folder.name)
+        loop.has_ended()
+        return 0
+    status = partial(_status, loop, folder.name)
+    app = make_app(loop.versions.root, status, switches, token, loop.versions.memory)
+    mount_metrics(app, Exported(status, loop.telling.metrics.rows, loop.intake, loop.versions))
+    with serve_in_thread(app, sock):
+        try:
+            is_complete = loop.run()
+        except Fenced as error:
+            _log.error("%s", error)
+            loop.switches.stop.set()  # nothing is retried any more
+            return 3
+        except Starved as error:
+            _log.error("%s", error)
+            _report_end(loop, "starved", str(error))
+            return 4
+        except Exception as error:  # noqa: BLE001 - the process's top
+            _log.exception("the learner failed")
+            _report_end(loop, "failed", str(error))
+            return 1
+        if is_complete:
+            _write_results(loop, folder, tokenizer)
+        loop.close()
+    return 0
+
+
+def _status(loop: Any, run: str) -> dict[str, Any]:
+    """From memory alone: answers at once, whatever the loop waits for."""
+    progress = loop.progress
+    return {
+        "service": "learner",
+        "run": run,
+        "phase": "paused" if loop.switches.paused.is_set() else progress.phase,
+        "reason": loop.waits.describe(),
+        "waits": loop.waits.status(),
+        "step": progress.step,
+        "steps": loop.config.learner.steps,
+        "version": loop.versions.current,
+        "epoch": loop.store.epoch,
+        "desired_replicas": loop.intake.sight.orders.desired_replicas,
+        "advised_replicas": loop.telling.adviser.advice.replicas,
+        "advice": loop.telling.adviser.advice.reason,
+        "settings_version": loop.in_force.settings.version,
+        "unwritten_orders": [" ".join(map(str, order)) for order in loop.switches.unwritten],
+        "counts": dict(loop.intake.books.counts),
+        "latest": progress.latest,
+    }
+
+
+def _report_end(loop: Any, phase: str, reason: str) -> None:
+    from headrace.learner.store.store import Fenced, RedisLost
+
+    loop.switches.stop.set()  # nothing is retried any more
+    with suppress(Fenced, RedisLost, redis.RedisError):
+        loop.store.report({"phase": phase, "reason": reason})
+
+
+def _write_results(loop: Any, folder: Path, tokenizer: Any) -> None:
+    from headrace.learner.reporting.report import draw_curve, summarise
+
+    replicas = loop.store.replicas()
+    lags = [replica.waiting_s / replica.serving_s for replica in replicas if replica.serving_s > 0]
+    counts = {**loop.intake.books.counts, "dead": loop.store.num_dead()}
+    summary = summarise(loop.telling.metrics.rows, counts, sum(lags) / max(1, len(lags)))
+    policy = folder / "policy"
+    shutil.rmtree(policy, ignore_errors=True)
+    loop.trainer.policy.save(policy, tokenizer)
+    for path in sorted(policy.glob("*.safetensors")):
+        _log.info("step %d, weights in %s with SHA-256 %s", loop.progress.step, path, file_entry(path).sha256)
+    draw_curve(loop.telling.metrics.rows, folder / "reward-curve.png")
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

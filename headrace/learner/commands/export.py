@@ -1,0 +1,124 @@
+"""`headrace export`: a policy of a run, in Hugging Face format, in a folder of its own. Needs the run's folder alone.
+
+    python -m headrace.learner.commands.export --run demo --runs-folder runs --best --output exported
+
+Without `--best` or `--step`: the finished run's policy, or what the newest checkpoint has if that is of a later step.
+Safe beside the run: what is replaced while it is read is looked for again. The output is whole or not there.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from headrace.common.process.durable import move_into_place
+from headrace.common.redis.keys import Keys
+from headrace.common.weights.weights import MODEL_FILE
+from headrace.learner.checkpoints.best import FRAME, UNCHANGED, best_folder, best_of
+from headrace.learner.checkpoints.checkpoint_record import Unreadable, checkpoint_folders, read_record
+
+NUM_TRIES = 3
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="headrace export")
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--runs-folder", type=Path, default=Path("runs"))
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--best", action="store_true", help="the best by held-out accuracy")
+    which.add_argument("--step", type=int, help="of a checkpoint that is still kept, or of the best")
+    parser.add_argument("--output", type=Path, required=True, help="a folder that is not there yet, or empty")
+    arguments = parser.parse_args()
+    try:
+        Keys(arguments.run)  # a name that is no folder's
+        print(export(arguments.runs_folder / arguments.run, arguments.output, arguments.best, arguments.step))
+    except (ValueError, OSError) as error:
+        print(f"headrace export: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def export(run: Path, output: Path, is_best: bool = False, step: int | None = None) -> str:
+    """What was exported, for people. Raises `ValueError` saying what there is instead."""
+    if not run.is_dir():
+        raise ValueError(f"run {run.name!r}: there is no folder {run}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} is there already; expected a folder that is not, or empty")
+    aside = output.with_name(f".{output.name}.aside")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for tries_left in reversed(range(NUM_TRIES)):
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            what = _write(run, aside, is_best, step)
+            break
+        except FileNotFoundError:  # replaced by the learner meanwhile
+            if not tries_left:
+                raise
+    move_into_place(aside, output)
+    return f"{what} is in {output}"
+
+
+def _write(run: Path, aside: Path, is_best: bool, step: int | None) -> str:
+    best, folder = best_of(run), best_folder(run)
+    checkpoints = list(_checkpoints(run))
+    if folder is not None and best is not None and (is_best or step == best.step):
+        shutil.copytree(folder, aside)
+        return f"step {best.step} of run {run.name}, the best (held-out {best.held_out:.4f})"
+    if is_best:
+        raise ValueError(f"run {run.name!r} has no best policy: no evaluation is complete")
+    newest = max((number for number, _ in checkpoints), default=-1)
+    finished = _finished_step(run)
+    if finished is not None and (step == finished or (step is None and finished >= newest)):
+        shutil.copytree(run / "policy", aside)
+        return f"step {finished} of run {run.name}, its last"
+    for number, checkpoint in checkpoints:
+        if step in (number, None):
+            _from_checkpoint(run, checkpoint, aside)
+            return f"step {number} of run {run.name}, from {checkpoint.name}"
+    others = (finished, None if best is None else best.step)
+    there = sorted({number for number, _ in checkpoints} | {number for number in others if number is not None})
+    wanted = "a policy" if step is None else f"step {step}"
+    raise ValueError(f"run {run.name!r} has not kept {wanted}; there are {there or 'no checkpoints yet'}")
+
+
+def _checkpoints(run: Path) -> Iterator[tuple[int, Path]]:
+    """Step and folder of those that can be read, the newest first."""
+    for folder in reversed(checkpoint_folders(run / "checkpoints")):
+        try:
+            yield read_record(folder).step, folder
+        except Unreadable:
+            continue
+
+
+def _finished_step(run: Path) -> int | None:
+    """The step of `policy/`, if the run was once complete."""
+    summary = run / "summary.json"
+    if not ((run / "policy").is_dir() and summary.is_file()):
+        return None
+    steps: int = json.loads(summary.read_text())["steps"]
+    return steps
+
+
+def _from_checkpoint(run: Path, checkpoint: Path, aside: Path) -> None:
+    """The masters, rounded to the policy's dtype and as the model's own checkpoint has them, beside the run's frame."""
+    import torch
+    from safetensors.torch import save_file
+
+    from headrace.learner.distributed.state_files import read_state
+    from headrace.learner.model.published import published_from
+
+    if not (run / FRAME).is_dir():
+        raise ValueError(f"run {run.name!r} has no folder {FRAME}: a learner of an earlier release wrote it")
+    shutil.copytree(run / FRAME, aside)
+    dtype = getattr(torch, json.loads((aside / "config.json").read_text())["dtype"])
+    state = read_state(checkpoint, list(read_record(checkpoint).files))
+    masters = {name: tensor for name, tensor in state.items() if name.startswith("master.")}
+    rounded = {name.removeprefix("master."): tensor.to(dtype) for name, tensor in masters.items()}
+    tensors = published_from(rounded, aside, run / UNCHANGED / MODEL_FILE)
+    save_file(tensors, aside / MODEL_FILE, metadata={"format": "pt"})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

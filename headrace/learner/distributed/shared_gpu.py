@@ -1,0 +1,43 @@
+"""A learner that shares its GPU touches it only when the engine has taken its share: imports no torch.
+
+An engine reckons its KV cache from what is free while it starts, so that a learner that grows meanwhile would make it
+smaller. Afterwards each has its own (headrace/generation/engine/shared_gpu.py), and either may be started again beside
+the other.
+"""
+
+import logging
+import threading
+from contextlib import suppress
+
+import redis
+
+from headrace.common.process.waiting import Reason, Waits, parse_waits
+from headrace.common.redis.keys import Keys
+from headrace.common.wire import Heartbeat, WireError, decode_heartbeat
+
+POLL_S = 0.25
+_log = logging.getLogger(__name__)
+
+
+def wait_for_engine(client: redis.Redis, keys: Keys, waits: Waits, stop: threading.Event, deadline_s: float) -> None:
+    """Until a replica's engine serves, or `stop` is set; after `deadline_s` it is done without, with a warning."""
+    while not _is_served(client, keys):
+        if waits.waiting(Reason.ENGINE_STARTING, "it takes its share of the GPU first", deadline_s) > deadline_s:
+            _log.warning("no engine within %.0f s: the learner takes its share of the GPU without one", deadline_s)
+            break
+        if stop.wait(POLL_S):
+            break
+    waits.over(Reason.ENGINE_STARTING)
+
+
+def _is_served(client: redis.Redis, keys: Keys) -> bool:
+    for name in client.scan_iter(match=keys.replicas + "*", count=1000):
+        with suppress(WireError):
+            if _has_engine(decode_heartbeat(client.get(name) or b"")):
+                return True
+    return False
+
+
+def _has_engine(replica: Heartbeat) -> bool:
+    """A replica whose engine is not yet up says so."""
+    return replica.state != "quarantined" and Reason.ENGINE_STARTING not in parse_waits(replica.reason)

@@ -1,0 +1,86 @@
+"""Held-out accuracy: evaluation tickets beside admission, collected while training goes on.
+
+An evaluation belongs to the step after which it was issued, and its tickets ask for at least that step's
+version. Each completion counts for the version of its first token, whose mean step is reported beside the mean
+reward. A dead evaluation ticket is left out, and counted.
+
+`held_out` is the mean reward of all completions. `pass_at_<k>` is the unbiased estimate (arXiv 2107.03374, section 2.1)
+of the chance that one of k completions of a prompt passes, where a completion passes whose reward is at least 1; with
+rewards of 0 and 1 `held_out` and `pass_at_1` are the same.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from headrace.common.wire import Group, Ticket
+from headrace.learner.algorithm.staleness import step_of
+
+PASSING_REWARD = 1.0
+
+
+@dataclass
+class Evaluation:
+    """One evaluation in progress."""
+
+    step: int
+    version: int
+    waiting_for: set[str]
+    num_dead: int = 0
+    dead_reason: str = ""
+    """Of the latest."""
+    rewards: list[list[float]] = field(default_factory=list)
+    """Of each prompt's completions."""
+    first_token_steps: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, step: int, version: int, tickets: Iterable[Ticket]) -> "Evaluation":
+        return cls(step, version, {ticket.id for ticket in tickets})
+
+    def collect(self, group: Group, version_steps: Mapping[int, int]) -> None:
+        if group.ticket.id not in self.waiting_for:
+            return
+        self.waiting_for.remove(group.ticket.id)
+        self.rewards.append(group.rewards)
+        for rollout in group.rollouts:
+            self.first_token_steps.append(step_of(rollout.version_spans[0].version, version_steps))
+
+    def give_up(self, ticket_id: str, reason: str) -> None:
+        self.waiting_for.discard(ticket_id)
+        self.num_dead += 1
+        self.dead_reason = reason
+
+    @property
+    def is_done(self) -> bool:
+        return not self.waiting_for
+
+    def result(self) -> dict[str, float]:
+        """Raises `ValueError` if every ticket died."""
+        if not self.rewards:
+            raise ValueError(
+                f"all {self.num_dead} evaluation tickets of step {self.step} are dead, the latest: {self.dead_reason}"
+            )
+        num_completions = len(self.first_token_steps)
+        return {
+            "step": self.step,
+            "version": self.version,
+            "held_out": sum(map(sum, self.rewards)) / num_completions,
+            **pass_at(self.rewards),
+            "first_token_step_mean": sum(self.first_token_steps) / num_completions,
+            "num_completions": num_completions,
+            "num_dead": self.num_dead,
+        }
+
+
+def pass_at(rewards: Sequence[Sequence[float]]) -> dict[str, float]:
+    """`pass_at_<k>` for k = 1, 2, 4, ... up to as many completions as every prompt has."""
+    num_samples = min(map(len, rewards))
+    passed = [sum(reward >= PASSING_REWARD for reward in prompt) for prompt in rewards]
+    found = {}
+    for k in (2**power for power in range(num_samples.bit_length())):
+        failing = [
+            math.comb(len(prompt) - num, k) / math.comb(len(prompt), k)
+            for prompt, num in zip(rewards, passed, strict=True)
+        ]
+        found[f"pass_at_{k}"] = 1 - sum(failing) / len(failing)
+    return found

@@ -1,0 +1,441 @@
+"""Between Redis and the step: keeps tickets topped up, takes groups in, retires what must not be trained.
+
+A thread of its own, so that admission and dynamic sampling go on while a step computes. Admission:
+open tickets + groups not yet consumed <= (max_mean_staleness + 1) * groups_per_step, where a group is consumed when
+it is trained (its step is over: its version is announced), uniform or stale. The check of max_staleness at packing is
+what bounds its maximum.
+A group is taken in only if the ledger points to its entry, so that no copy is ever trained.
+"""
+
+import logging
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+from headrace.common.config import RunConfig
+from headrace.common.wire import Group, Heartbeat, WireError, decode_group
+from headrace.common.wire.control import Orders
+from headrace.common.wire.ledger import Mark
+from headrace.learner.algorithm.staleness import Staleness, group_staleness, step_of
+from headrace.learner.intake.books import Books
+from headrace.learner.intake.dropped import Dropped
+from headrace.learner.intake.evaluation import Evaluation
+from headrace.learner.intake.refusal import Limits, Refused, refuse
+from headrace.learner.intake.shown import Decided, DecidedSample
+from headrace.learner.intake.source import Source
+from headrace.learner.steering.orders import Switches
+from headrace.learner.store.store import Cursor, Entry, LearnerStore, Look, Settlement
+
+READ_COUNT = 64
+READ_BLOCK_S = 0.2
+LOOK_INTERVAL_S = 1.0
+_log = logging.getLogger(__name__)
+
+
+class Arrived(NamedTuple):
+    """A group that waits to be trained, or was picked for a batch."""
+
+    entry: Entry
+    group: Group
+    staleness: Staleness
+    """At the step that the intake knows as the learner's."""
+
+
+class Consumed(NamedTuple):
+    """What a checkpoint must record, all of one moment."""
+
+    settlements: list[Settlement]
+    earlier: list[Settlement]
+    unfinished: list[str]
+    cursor: Cursor
+    counts: dict[str, int]
+    held_bytes: int
+    """Of the groups of `settlements`."""
+
+
+class Sight(NamedTuple):
+    """What the thread last saw of Redis, for those who must not wait for it."""
+
+    open_tickets: int = 0
+    in_stream: int = 0
+    replicas: tuple[Heartbeat, ...] = ()
+    orders: Orders = Orders()
+
+    @property
+    def is_generation_paused(self) -> bool:
+        """As ordered."""
+        return self.orders.desired_replicas == 0 and not self.replicas
+
+
+class Intake:
+    """Shared between its thread and the loop; every public method may be called from either."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        store: LearnerStore,
+        source: Source,
+        version_steps: dict[int, int],
+        limits: Callable[[], Limits],
+        recorded: list[Settlement],
+        switches: Switches,
+    ) -> None:
+        """`limits`: of this moment. `recorded`: by the checkpoint that the learner was taken up from."""
+        self.config = config
+        self.switches = switches
+        self.store = store
+        self.source = source
+        self.version_steps = version_steps
+        self.books = Books(recorded)
+        self.is_admitting = True
+        self.sight = Sight()
+        self._limits = limits
+        self._max_arrived = 0
+        self._step = self._version = 0
+        self._num_in_training = 0
+        """Groups that are trained, and whose version is not announced yet."""
+        self._decided_rewards: list[float] = []
+        self._newest: Group | None = None
+        """The training group that arrived last, whatever became of it."""
+        self._arrived: deque[Arrived] = deque()
+        self._evaluation: Evaluation | None = None
+        self._sample = DecidedSample()
+        self._dropped = Dropped()
+        self._looked = 0.0
+        self._failure: BaseException | None = None
+        self._is_all_here = False
+        """No ticket is open and none may be issued until the learner has consumed groups."""
+        self._changed = threading.Condition()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="intake", daemon=True)
+        self.configure(config)
+
+    def configure(self, config: RunConfig) -> None:
+        """From now on."""
+        with self._changed:
+            self.config = config
+            self.source.configure(config)
+            self._max_arrived = max(self._max_arrived, 2 * config.learner.max_outstanding_groups)
+
+    def start(self) -> None:
+        """Goes on where an earlier life has ended, in a thread of its own."""
+        self.take_up()
+        self._thread.start()
+
+    def take_up(self) -> None:
+        """Takes in what an earlier life had read beyond the checkpoint."""
+        entries = self.books.take_up(self.store, self.store.read_pending())
+        self._take_in(entries, self.store.marks([entry.ticket_id for entry in entries]))
+
+    def stop(self) -> None:
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def advance(self, step: int) -> None:
+        """The learner has trained `step` steps."""
+        with self._changed:
+            self._step = step
+            self._arrived = deque(one._replace(staleness=self._staleness(one.group)) for one in self._arrived)
+            self._sample.begin("trained", "uniform", "stale")
+
+    def announced(self, version: int, num_groups: int = 0) -> None:
+        """Replicas can find `version`; the step that made it is over, and with it the training of `num_groups`: further
+        tickets may be issued at once, and ask for it."""
+        with self._changed:
+            self._version = version
+            self._num_in_training -= num_groups
+            self._make_room()
+
+    def take_batch(self, timeout_s: float, is_interrupted: Callable[[], bool]) -> list[Arrived] | None:
+        """`groups_per_step` fresh groups, or None when interrupted or after `timeout_s` seconds."""
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while True:
+                self._raise_failure()
+                self._drop_stale()
+                if len(self._arrived) >= self.config.learner.groups_per_step:
+                    self.books.retired.clear()
+                    return [self._arrived.popleft() for _ in range(self.config.learner.groups_per_step)]
+                if is_interrupted() or time.monotonic() > deadline:
+                    return None
+                self._changed.wait(READ_BLOCK_S)
+
+    def mark_trained(self, batch: list[Arrived]) -> None:
+        """The weights have seen them; what is admitted in their place waits for `announced`."""
+        with self._changed:
+            self._num_in_training += len(batch)
+            for arrived in batch:
+                self.books.consume(arrived.entry, arrived.group, "trained")
+                self._decided_rewards += arrived.group.rewards
+                self._sample.add(arrived.group, "trained", self._step, arrived.staleness.total)
+            self._dropped.train([arrived.group for arrived in batch])
+            _tell("trained", [arrived.entry.ticket_id for arrived in batch], step=self._step)
+
+    def newest_if_fresh(self) -> Group | None:
+        """The group that arrived last, if some of its tokens are of the learner's step."""
+        with self._changed:
+            if self._newest is None or step_of(self._newest.newest_version, self.version_steps) != self._step:
+                return None
+            return self._newest
+
+    def take_decided_rewards(self) -> list[float]:
+        """Of all training completions that were decided since the last call: of the batch, and of uniform and stale
+        groups."""
+        with self._changed:
+            rewards, self._decided_rewards = self._decided_rewards, []
+            return rewards
+
+    def take_dropped(self) -> dict[str, float]:
+        """How what was dropped compares with what is trained (`Dropped`), up to the step that is over."""
+        with self._changed:
+            return self._dropped.end_step()
+
+    def take_sample(self) -> list[Decided]:
+        """Some of the groups that were decided since the last call."""
+        with self._changed:
+            return self._sample.take()
+
+    def consumed(self) -> Consumed:
+        """What the next checkpoint must record."""
+        with self._changed:
+            books = self.books
+            unfinished = books.unfinished(self.store) + self.source.to_issue()
+            settlements, counts = list(books.since_checkpoint), dict(books.counts)
+            return Consumed(settlements, books.recorded, unfinished, self.source.cursor, counts, books.held_bytes)
+
+    def checkpointed(self, consumed: Consumed) -> None:
+        """A durable checkpoint has recorded `consumed`: what the one before it recorded may leave Redis."""
+        with self._changed:
+            self.store.settle(self.books.recorded)
+            self.books.checkpointed(len(consumed.settlements), consumed.held_bytes)
+
+    def begin_evaluation(self, step: int, version: int) -> None:
+        """Issues the evaluation of `step`; one at a time."""
+        tickets = self.source.evaluation(step, version)
+        with self._changed:
+            assert self._evaluation is None
+            self._evaluation = Evaluation.of(step, version, tickets)
+            self._sample.begin("evaluated")
+        self.store.add_tickets(self.store.keys.eval, tickets)
+        _tell("issued for an evaluation", [ticket.id for ticket in tickets], version=version)
+
+    @property
+    def is_first_evaluation_open(self) -> bool:
+        """Of the weights that the run begins with: some completions are still to come."""
+        evaluation = self._evaluation
+        return evaluation is not None and evaluation.step == 0 and not evaluation.is_done
+
+    @property
+    def is_evaluating(self) -> bool:
+        return self._evaluation is not None
+
+    def finished_evaluation(
+        self, timeout_s: float = 0.0, is_interrupted: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
+        """The result once it is complete; None if there is none after `timeout_s` seconds, or when interrupted."""
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while self._evaluation is not None:
+                self._raise_failure()
+                if self._evaluation.is_done:
+                    result = self._evaluation.result()
+                    self._evaluation = None
+                    return result
+                remaining = deadline - time.monotonic()
+                if remaining <= 0 or is_interrupted():
+                    return None
+                self._changed.wait(min(remaining, READ_BLOCK_S))
+        return None
+
+    @property
+    def has_ended(self) -> bool:
+        """A recording has nothing more to give, not even for the batch that waits."""
+        with self._changed:
+            if not self.source.is_exhausted or len(self._arrived) >= self.config.learner.groups_per_step:
+                return False
+            return self.sight.in_stream == self.books.num_kept(self.store.keys.groups) + len(self._arrived)
+
+    def why_waiting(self) -> str:
+        """From what was last seen: never waits for Redis."""
+        if not self.source.is_recording and not self.sight.replicas:
+            return "no live replica"
+        if self.books.retired.total() >= 2 * self.config.learner.max_outstanding_groups:
+            return f"no group could be trained since the last step: {dict(self.books.retired)}"
+        states = ", ".join(f"{r.replica} {r.state}{f' ({r.reason})' if r.reason else ''}" for r in self.sight.replicas)
+        return (
+            f"{len(self._arrived)} of {self.config.learner.groups_per_step} groups, {self.sight.open_tickets} open "
+            f"tickets, {self.sight.in_stream} groups in the stream; replicas: {states or 'none'}; "
+            f"so far {dict(self.books.counts)}"
+        )
+
+    def turn(self) -> None:
+        """One turn of the thread: take in, admit, look around now and then."""
+        is_full = len(self._arrived) >= self._max_arrived
+        entries = [] if is_full else self.store.read(READ_COUNT, self._patience_s())
+        look = self.store.look([entry.ticket_id for entry in entries])
+        self._take_in(entries, look.marks)
+        self._top_up(look)
+        if self.switches.unwritten or time.monotonic() > self._looked + LOOK_INTERVAL_S:
+            self.look_around()
+
+    def look_at_orders(self) -> None:
+        """Writes what Redis does not know yet, then obeys what stands there."""
+        if unwritten := self.switches.unwritten:
+            self.store.order(unwritten)
+            self.switches.written(unwritten)
+        orders = self.store.orders()
+        self.sight = self.sight._replace(orders=orders)
+        self.switches.follow(orders)
+
+    def look_around(self) -> None:
+        """What is ordered, which replicas live, which evaluation tickets died, which dead ones to issue again."""
+        self._looked = time.monotonic()
+        self.look_at_orders()
+        self.sight = self.sight._replace(replicas=tuple(self.store.replicas()))
+        self._give_up_dead_evaluations()
+        for name in self.store.asked_to_retry():
+            self._retry_dead(name)
+
+    def _work(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                self.turn()
+        except BaseException as error:  # noqa: BLE001 - a thread's top: raised again where the loop waits
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+
+    def _top_up(self, look: Look) -> None:
+        """Only this thread issues tickets, so that there are at most as many now as when it looked."""
+        with self._changed:
+            self.sight = self.sight._replace(open_tickets=look.open_tickets, in_stream=look.in_stream)
+            room = (
+                self.config.learner.max_outstanding_groups
+                - look.open_tickets
+                - (look.in_stream - self.books.num_kept(self.store.keys.groups))
+                - self._num_in_training
+            )
+            self._is_all_here = room <= 0 and look.open_tickets == 0
+            if room > 0 and self.is_admitting and not self.switches.paused.is_set():
+                issued = self.source.issue(self.store, room, self._step, self._version)
+                self.books.issued(issued.ticket_ids)
+                self.books.counts.update(one.state for one in issued.passed)
+                _tell("issued", issued.ticket_ids, version=self._version)
+                for one in issued.passed:
+                    _log.warning("no ticket (%s): %s", one.state, one.reason, extra={"ticket": one.ticket_id})
+
+    def _take_in(self, entries: list[Entry], marks: list[Mark | None]) -> None:
+        limits = self._limits()
+        accepted: dict[str, list[str]] = defaultdict(list)
+        for entry, mark in zip(entries, marks, strict=True):
+            group = None
+            try:
+                if mark != Mark("queued", entry.entry_id):
+                    raise Refused(f"the ledger knows no such group: it says {mark or 'nothing'}")
+                group = decode_group(entry.payload)
+                refuse(group, entry.ticket_id, limits)
+            except (WireError, Refused) as error:
+                self._bury(entry, str(error), group)
+            else:
+                accepted[self._accept(entry, group)].append(entry.ticket_id)
+        for what, ticket_ids in accepted.items():
+            _tell(what, ticket_ids)
+
+    def _bury(self, entry: Entry, reason: str, group: Group | None) -> None:
+        self.store.bury(entry, reason)
+        with self._changed:
+            self.books.counts["dead"] += 1  # the ticket may live: this may have been a copy
+            if group is not None and group.ticket.kind == "train":
+                self._dropped.drop(group)
+
+    def _accept(self, entry: Entry, group: Group) -> str:
+        """What became of it, for the log."""
+        with self._changed:
+            if group.ticket.kind == "eval":
+                if self._evaluation is not None:
+                    self._evaluation.collect(group, self.version_steps)
+                self.books.consume(entry, group, "evaluated")
+                self._sample.add(group, "evaluated", self._step, None)
+            else:
+                self._newest = group
+                if self.config.actor.dynamic_sampling and group.is_uniform(self.config.actor.truncated):
+                    self.books.consume(entry, group, "uniform")
+                    self._decided_rewards += group.rewards
+                    self._sample.add(group, "uniform", self._step, self._staleness(group).total)
+                    return "arrived, uniform"
+                self._arrived.append(Arrived(entry, group, self._staleness(group)))
+            self._changed.notify_all()
+        return "arrived" if group.ticket.kind == "train" else "arrived, evaluated"
+
+    def _staleness(self, group: Group) -> Staleness:
+        """At the learner's step of this moment."""
+        return group_staleness(group, self._step, self.version_steps)
+
+    def _patience_s(self) -> float:
+        """How long to wait for groups in Redis. While none can come it waits here instead, for room, so that the next
+        tickets are issued as soon as there is some."""
+        with self._changed:
+            if not self._is_all_here or self.is_evaluating:
+                return READ_BLOCK_S
+            self._changed.wait_for(lambda: not self._is_all_here, READ_BLOCK_S)
+            return 0.0
+
+    def _make_room(self) -> None:
+        """Groups were consumed by the loop: further tickets may be issued at once."""
+        self._is_all_here = False
+        self._changed.notify_all()
+
+    def _drop_stale(self) -> None:
+        """What waits too long is replaced, once."""
+        learner, kept = self.config.learner, deque[Arrived]()
+        for arrived in self._arrived:
+            if arrived.staleness.total <= learner.max_staleness or learner.stale_policy == "train":
+                kept.append(arrived)
+                continue
+            entry, group, staleness = arrived
+            self.books.consume(entry, group, "stale")
+            self._decided_rewards += group.rewards
+            self._sample.add(group, "stale", self._step, staleness.total)
+            self._dropped.drop(group)
+            self.source.replace_stale(group.ticket)
+            _log.info("stale by %d steps, to be replaced", staleness.total, extra={"ticket": entry.ticket_id})
+        if len(kept) < len(self._arrived):
+            self._make_room()
+        self._arrived = kept
+
+    def _retry_dead(self, name: str) -> None:
+        try:
+            (ticket,) = self.source.rebuild([name], self._step, self._version)
+            died = self.store.dead_ticket(name)
+            if died is not None and (died.prompt_tokens, died.reference) != (ticket.prompt_tokens, ticket.reference):
+                raise ValueError(f"ticket {name}: the data have another prompt there now")
+        except ValueError as error:
+            _log.warning("not issued again: %s", error, extra={"ticket": name})
+            self.store.execute([("SREM", self.store.keys.retries, name)])
+            return
+        if self.store.revive(ticket):
+            with self._changed:
+                self.books.issued([name])
+            _tell("issued again, as asked", [name])
+
+    def _give_up_dead_evaluations(self) -> None:
+        with self._changed:
+            names = sorted(self._evaluation.waiting_for) if self._evaluation is not None else []
+            if self._evaluation is None or not names:
+                return
+            for name, mark in zip(names, self.store.marks(names), strict=True):
+                if mark is not None and mark.state == "dead":
+                    self._evaluation.give_up(name, self.store.dead_reason(mark))
+            self._changed.notify_all()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+
+def _tell(what: str, ticket_ids: list[str], **fields: int) -> None:
+    if ticket_ids:
+        _log.info(what, extra={"tickets": ticket_ids, **fields})

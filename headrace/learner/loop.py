@@ -1,0 +1,355 @@
+"""The learner's loop, top to bottom: take a batch, take a step, publish, checkpoint, evaluate.
+
+Guarantees: a group is trained once and counted in one state; versions are announced in their order, each only after
+its files are durable, while the next step runs; a stop leaves a checkpoint from which the next start goes on; every
+wait has a deadline and a typed reason, and while nothing can be done the learner keeps Redis small by a checkpoint.
+What is ordered is obeyed between steps and while the learner waits.
+"""
+
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from headrace.common.config import RunConfig
+from headrace.common.process.waiting import Reason, Waits
+from headrace.common.wire.control import Orders, Settings
+from headrace.learner.checkpoints.checkpoint import CheckpointError
+from headrace.learner.checkpoints.checkpoint_record import MAX_VERSION_STEPS, Record
+from headrace.learner.checkpoints.progress import Progress
+from headrace.learner.intake.intake import Arrived, Intake
+from headrace.learner.reporting.telling import Telling
+from headrace.learner.stages.checkpointing import Checkpointer
+from headrace.learner.stages.evaluations import Evaluations
+from headrace.learner.stages.patience import Patience
+from headrace.learner.stages.publishing import Publisher
+from headrace.learner.steering.in_force import InForce
+from headrace.learner.steering.orders import Switches
+from headrace.learner.store.store import LearnerStore
+from headrace.learner.training.trainer import Trainer, nothing_fresh
+from headrace.learner.weights.versions import Versions
+
+SWITCH_POLL_S = 0.2
+PATIENCE_S = 1.0
+"""Between two looks at why no batch is there."""
+IDLE_CHECKPOINT_S, IDLE_CHECKPOINT_SHARE = 10.0, 0.25
+"""A learner that has waited this long, and so long that the last checkpoint took at most such a share of it, uses the
+time for one, so that consumed groups can leave Redis."""
+MAX_HELD_BYTES = 256 << 20
+"""Of consumed groups in Redis; more, and a checkpoint is due."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Loop:
+    """Everything that a step touches."""
+
+    in_force: InForce
+    checkpoints: Path
+    store: LearnerStore
+    trainer: Trainer
+    intake: Intake
+    versions: Versions
+    switches: Switches
+    progress: Progress
+    waits: Waits
+    telling: Telling
+    evaluations: Evaluations
+    _is_checkpoint_ordered: bool = False
+    _obeyed: Orders = field(default_factory=Orders)
+
+    def __post_init__(self) -> None:
+        """What was asked for once before this start counts as obeyed."""
+        self._obeyed = self.intake.sight.orders
+        self.patience = Patience(self.waits, self.intake, self.switches, self.in_force)
+        parts = self.trainer, self.intake, self.telling, self.patience, self.store.check_fence
+        self.checkpointer = Checkpointer(self.checkpoints, *parts)
+        is_held = self._is_first_evaluation_open
+        self.publisher = Publisher(self.versions, self.patience, self.switches, is_held)
+
+    @property
+    def config(self) -> RunConfig:
+        """As it counts now."""
+        return self.in_force.config
+
+    def run(self) -> bool:
+        """Until the last step, or until told to stop; True if the run is complete."""
+        self.publish_first()
+        if not self.intake.source.is_recording:
+            self._wait_for_replica()
+        self.progress.started = time.monotonic()
+        self.intake.start()
+        if self.progress.step == 0 and not self.intake.source.is_recording:
+            self._wait_while_paused()
+            self.evaluations.begin()
+        while not self.is_at_last_step and not self.switches.stop.is_set():
+            if self.switches.paused.is_set():
+                self._wait_while_paused()
+            elif self.intake.has_ended:
+                break
+            else:
+                self._take_step()
+        self.intake.is_admitting = False
+        self._wait_for_first_evaluation()
+        if not self.switches.stop.is_set():
+            self.publisher.wait()
+        is_complete = not self.switches.stop.is_set() and self._evaluate_and_wait()
+        self._checkpoint_at_last()
+        self.has_ended()
+        self.telling.phase("finished" if is_complete else "stopped")
+        return is_complete
+
+    def publish_first(self) -> None:
+        """The weights that this life begins with; returns when replicas can find them."""
+        self.intake.advance(self.progress.step)
+        self._publish()
+        self.publisher.wait()
+
+    def has_ended(self) -> None:
+        """An order to stop has been obeyed, or is met by a run that is complete."""
+        self.intake.stop()
+        self.switches.has_ended()
+        self.intake.look_at_orders()
+
+    def _wait_for_replica(self) -> None:
+        """Nobody could answer the first ticket before one serves."""
+        self.telling.phase("waiting for a replica")
+        while not any(replica.state == "running" for replica in self.intake.sight.replicas):
+            self.patience.wait_for_groups(Reason.NO_REPLICA)
+            if self.switches.stop.wait(SWITCH_POLL_S):
+                break
+            self.intake.look_around()
+            self.telling.whether_paused()
+        self.patience.has_groups(Reason.NO_REPLICA)
+
+    @property
+    def _idle_s(self) -> float:
+        """How long a wait must last for a checkpoint."""
+        return max(IDLE_CHECKPOINT_S, self.checkpointer.last_s / IDLE_CHECKPOINT_SHARE)
+
+    @property
+    def is_at_last_step(self) -> bool:
+        return self.progress.step >= self.config.learner.steps
+
+    def _is_first_evaluation_open(self) -> bool:
+        """Beside it the first step is taken; its version, and the second step, wait, so that all completions are of the
+        weights that the run begins with."""
+        return self.intake.is_first_evaluation_open
+
+    @property
+    def _waiting(self) -> str:
+        """The phase: replicas that evaluate say nothing of how many are right."""
+        return "evaluating" if self._is_first_evaluation_open() else "waiting"
+
+    def _take_step(self) -> None:
+        started = time.monotonic()
+        if self.progress.step > 0:
+            self._wait_for_first_evaluation()
+        self.telling.phase(self._waiting)
+        batch = self._wait_for_batch()
+        if batch is None:
+            return
+        waited = time.monotonic()
+        self.telling.phase("training")
+        probe = nothing_fresh if self.intake.source.is_recording else self.intake.newest_if_fresh
+        groups = [arrived.group for arrived in batch]
+        row = self.trainer.train(groups, self.progress.step, self.intake.version_steps, probe)
+        trained = time.monotonic()
+        self.progress.step += 1
+        self.intake.advance(self.progress.step)
+        self.intake.mark_trained(batch)
+        self._publish(len(batch))
+        published = time.monotonic()
+        self.telling.groups()
+        timings = {"wait_s": waited - started, "publish_s": published - trained, "step_s": published - started}
+        timings["show_s"] = time.monotonic() - published
+        self.telling.step(row | timings, batch)
+        self._look_after(row)
+        is_due = self.progress.step % self.config.learner.checkpoint_interval_steps == 0
+        self._checkpoint_if_due(is_due, self._would_checkpoint_help())
+        self._obey()
+        interval = self.config.evaluation.interval_steps
+        if interval and self.progress.step % interval == 0 and not self.intake.is_evaluating:
+            self.evaluations.is_due = True
+        self._evaluate_if_due()
+
+    def _wait_for_batch(self) -> list[Arrived] | None:
+        """None when interrupted, or when a recording has ended. A long wait is used for one checkpoint."""
+        has_time, idle_s = True, self._idle_s
+        while not self._is_interrupted() and not self.intake.has_ended:
+            batch = self.intake.take_batch(PATIENCE_S, self._is_interrupted)
+            if batch is not None:
+                self.patience.has_groups(Reason.STARVED)
+                return batch
+            lasted_s = self.patience.wait_for_groups(Reason.STARVED)
+            self.telling.phase(self._waiting)
+            self.telling.groups()
+            self._obey()
+            self._evaluate_if_due()
+            would_help = self._would_checkpoint_help(has_time)
+            if lasted_s > idle_s and (would_help or self.checkpointer.is_due):
+                self._checkpoint_if_due(False, would_help)
+                has_time, idle_s = False, lasted_s + self._idle_s
+        self.patience.has_groups(Reason.STARVED)
+        return None
+
+    def _publish(self, num_groups: int = 0) -> None:
+        """Returns when the weights are copied, which the last `num_groups` trained."""
+
+        def announced(version: int) -> None:
+            self.intake.announced(version, num_groups)
+            self._begin_evaluation_if_due()
+
+        self.publisher.begin(self.trainer.policy.tensors(), self.progress.step, announced)
+
+    def _checkpoint(self) -> None:
+        """Begins one: returns when the state is copied."""
+        consumed = self.intake.consumed()
+        steps = dict(self.versions.steps)  # to which the publisher adds
+        record = Record(
+            epoch=self.store.epoch,
+            step=self.progress.step,
+            version=self.versions.current,
+            cursor=consumed.cursor,
+            version_steps={version: steps[version] for version in sorted(steps)[-MAX_VERSION_STEPS:]},
+            settlements=consumed.settlements,
+            earlier=consumed.earlier,
+            unfinished=consumed.unfinished,
+            counts=consumed.counts,
+            wall_s=self.progress.wall_s,
+            losses=self.progress.losses,
+            settings=self.in_force.settings,
+            guard=self.in_force.guard,
+            data=self.intake.source.data,
+        )
+        self.checkpointer.begin(record, consumed)
+
+    def _checkpoint_if_due(self, is_due: bool, would_help: bool) -> None:
+        """`would_help`, without being due. One that is due while another one is being written waits its turn."""
+        self.checkpointer.is_due |= is_due
+        if not self.checkpointer.is_busy and (self.checkpointer.is_due or would_help):
+            self._checkpoint()
+
+    def _would_checkpoint_help(self, has_time: bool = False) -> bool:
+        """Groups could leave Redis, and it is time for that: it is full, or has too many, or there is nothing to do."""
+        books = self.intake.books
+        if self.waits.is_waiting(Reason.REDIS_REFUSES):
+            return bool(books.held_bytes or books.recorded)
+        return books.held_bytes > (0 if has_time else MAX_HELD_BYTES)
+
+    def _checkpoint_at_last(self) -> None:
+        """The last one must succeed: tried again until the deadline, or once when told to stop."""
+        self.checkpointer.wait()
+        self._checkpoint()
+        self.checkpointer.wait()
+        while self.checkpointer.is_due and not self.switches.stop.wait(PATIENCE_S):
+            self._checkpoint()
+            self.checkpointer.wait()
+        if self.checkpointer.is_due:
+            raise CheckpointError(f"stopped without a checkpoint of step {self.progress.step}: {self.waits.describe()}")
+
+    def _obey(self) -> None:
+        """What is ordered beside pause and stop."""
+        orders, obeyed = self.intake.sight.orders, self._obeyed
+        self._obeyed = orders
+        if orders.settings != obeyed.settings:
+            self._change_settings(orders.settings)
+        self._is_checkpoint_ordered |= orders.checkpoints > obeyed.checkpoints
+        if self._is_checkpoint_ordered and not self.checkpointer.is_busy:
+            self._is_checkpoint_ordered = False
+            self._checkpoint()
+        self.evaluations.is_due |= orders.evaluations > obeyed.evaluations
+        self.telling.whether_paused()
+
+    def _change_settings(self, settings: Settings) -> None:
+        """From the next step on, and for tickets issued from now on; what is impossible changes nothing."""
+        change = {"version": settings.version, "step": self.progress.step, "values": settings.values}
+        try:
+            self.in_force.change(settings)
+        except ValueError as error:
+            _log.error("settings of version %d are refused: %s", settings.version, error)
+            self.store.announce("settings_refused", change | {"reason": str(error)})
+            return
+        self._configure()
+        _log.info("settings of version %d count after step %d: %s", *change.values())
+        self.store.announce("settings", change)
+        self.telling.phase(self.progress.phase)
+
+    def _configure(self) -> None:
+        self.trainer.config = self.config
+        self.intake.configure(self.config)
+
+    def _look_after(self, row: dict[str, float]) -> None:
+        state, kind, reason = self.in_force.look_after(row)
+        if kind in ("tighten", "loosen"):
+            self._configure()
+        if kind is not None:
+            self.telling.guard(kind, reason, state.notch)
+
+    def _evaluate_if_due(self) -> None:
+        self._check()
+        self.evaluations.collect()
+        self._begin_evaluation_if_due()
+
+    def _check(self) -> None:
+        """Raises what has gone wrong beside the loop."""
+        self.publisher.check()
+        self.checkpointer.check()
+
+    def _begin_evaluation_if_due(self) -> None:
+        is_ending = self.is_at_last_step or self.switches.stop.is_set()
+        if not is_ending and not self.intake.source.is_recording:
+            self.evaluations.begin_if_due()
+
+    def _evaluate_and_wait(self) -> bool:
+        """Nothing is published meanwhile, so that every completion is of this step's version. False when stopped."""
+        if self.intake.source.is_recording:
+            return True
+        self._wait_while_paused()
+        self.telling.phase("evaluating")
+        if self.intake.is_evaluating:
+            self.evaluations.record(self._wait_for_evaluation())
+        if not self.switches.stop.is_set():
+            self.evaluations.begin()
+            self.evaluations.record(self._wait_for_evaluation())
+        return not self.intake.is_evaluating and not self.switches.stop.is_set()
+
+    def _wait_for_first_evaluation(self) -> None:
+        if self._is_first_evaluation_open():
+            self.telling.phase("evaluating")
+            self.evaluations.record(self._wait_for_evaluation())
+
+    def _wait_for_evaluation(self) -> dict[str, float] | None:
+        """None when stopped."""
+        while (result := self.intake.finished_evaluation(PATIENCE_S, self.switches.stop.is_set)) is None:
+            if self.switches.stop.is_set():
+                break
+            self.patience.wait_for_groups(Reason.EVALUATING)
+            self.telling.groups()
+            self._obey()
+        self.patience.has_groups(Reason.EVALUATING)
+        return result
+
+    def _wait_while_paused(self) -> None:
+        """Neither steps nor tickets; an evaluation that runs is brought to its end."""
+        if not self.switches.paused.is_set():
+            return
+        self.telling.phase("paused")
+        while self.switches.paused.is_set() and not self.switches.stop.wait(SWITCH_POLL_S):
+            self.waits.waiting(Reason.PAUSED)
+            self.telling.groups()
+            self._obey()
+            self._check()
+            self.evaluations.collect()
+        self.waits.over(Reason.PAUSED)
+
+    def _is_interrupted(self) -> bool:
+        return self.switches.stop.is_set() or self.switches.paused.is_set()
+
+    def close(self) -> None:
+        self.intake.stop()
+        self.publisher.close()
+        self.checkpointer.close()
+        self.versions.close()
+        self.evaluations.best.close()
+        self.telling.close()

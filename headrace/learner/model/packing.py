@@ -1,0 +1,159 @@
+"""From a batch of groups to token-budgeted micro-batches: pure functions on numpy arrays.
+
+A mini-batch takes whole groups or a part of each, and a micro-batch keeps the rollouts of a group beside each other,
+behind one copy of their prompt (prompt_sharing.py); only attention sees padding.
+"""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+
+import numpy as np
+
+from headrace.common.config import ActorConfig
+from headrace.common.wire import Group, Rollout
+from headrace.learner.algorithm.staleness import version_staleness
+from headrace.learner.model.prompt_sharing import Layout
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One rollout in a batch. `advantage` is its sequence's; `token_staleness` `(n,)` int, in steps."""
+
+    group: Group
+    rollout: Rollout
+    advantage: float
+    token_staleness: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.group.ticket.prompt_tokens) + len(self.rollout.tokens)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """B rollouts in one row of T tokens, of which N are trained. What has length N is packed by `sequence_offsets`."""
+
+    input_ids: np.ndarray
+    """`(1, T)` int64."""
+    layout: Layout
+    """Whose prompts and completions they are."""
+    positions: np.ndarray
+    """`(N,)` int64: index into `(T,)` of the token that predicts each trained one: of a first one its prompt's last."""
+    targets: np.ndarray
+    """`(N,)` int64."""
+    behaviour_logprobs: np.ndarray
+    """`(N,)` float32."""
+    temperature: np.ndarray
+    """`(N,)` float32."""
+    token_staleness: np.ndarray
+    """`(N,)` int64, in steps."""
+    advantages: np.ndarray
+    """`(B,)` float32."""
+    sequence_offsets: np.ndarray
+    """`(B + 1,)` int64."""
+    rows: Sequence[Sample]
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.advantages)
+
+    @property
+    def num_trained_tokens(self) -> int:
+        return len(self.targets)
+
+
+def current_version(step: int, version_steps: Mapping[int, int]) -> int | None:
+    """Of the weights after `step` steps; None where the map has none. Versions only grow, over all lives."""
+    return max((version for version, made_by in list(version_steps.items()) if made_by == step), default=None)
+
+
+def token_staleness(rollout: Rollout, step: int, version_steps: Mapping[int, int], current: int | None) -> np.ndarray:
+    """Steps since the version that sampled each trained token was made, `(n,)` int64.
+
+    0 is a fresh token: of the version `current`, which the learner has after `step` steps. Versions of an earlier life
+    that had come as far, or farther, are of other weights: at least 1.
+    """
+    parts = []
+    for span in rollout.version_spans:
+        lowest = 0 if span.version == current else 1
+        staleness = max(lowest, version_staleness(span.version, step, version_steps))
+        parts.append(np.full(span.end - span.start, staleness, np.int64))
+    return np.concatenate(parts)
+
+
+def split_mini_batches(samples: Sequence[Sample], settings: ActorConfig, seed: str) -> list[list[Sample]]:
+    """Whole groups, shuffled by `seed`, in mini-batches whose numbers of groups differ by at most one; or with
+    `mini_batch_split: completions` each group's samples, shuffled and dealt out, so that numbers of samples do, and
+    those of each group as well."""
+    by_group: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_group.setdefault(sample.group.ticket.id, []).append(sample)
+    groups, num_mini_batches, rng = list(by_group.values()), settings.mini_batches, random.Random(seed)
+    rng.shuffle(groups)
+    if settings.mini_batch_split == "completions":
+        shuffled = [sample for group in groups for sample in rng.sample(group, len(group))]
+        return [shuffled[start::num_mini_batches] for start in range(num_mini_batches)]
+    bounds = [len(groups) * i // num_mini_batches for i in range(num_mini_batches + 1)]
+    return [[sample for group in groups[start:end] for sample in group] for start, end in pairwise(bounds)]
+
+
+def pack(samples: Sequence[Sample], max_tokens: int) -> list[MicroBatch]:
+    """Micro-batches of at most `max_tokens` tokens as attention sees them, with padding and each completion's prompt; a
+    longer sample gets one of its own."""
+    return [_build(rows) for rows in _fill(longest_groups_first(samples), max_tokens)]
+
+
+def longest_groups_first(samples: Sequence[Sample]) -> list[Sample]:
+    """The order of packing: what is about as long side by side, groups whole."""
+    longest: dict[str, int] = {}
+    for sample in samples:
+        name = sample.group.ticket.id
+        longest[name] = max(longest.get(name, 0), sample.num_tokens)
+    return sorted(samples, key=lambda sample: (-longest[sample.group.ticket.id], sample.group.ticket.id))
+
+
+def _fill(samples: list[Sample], max_tokens: int) -> Iterator[list[Sample]]:
+    rows: list[Sample] = []
+    width = 0
+    for sample in samples:
+        width_with = max(width, sample.num_tokens)
+        if rows and width_with * (len(rows) + 1) > max_tokens:
+            yield rows
+            rows, width_with = [], sample.num_tokens
+        rows.append(sample)
+        width = width_with
+    if rows:
+        yield rows
+
+
+def _build(rows: list[Sample]) -> MicroBatch:
+    groups = [list(one) for _, one in groupby(rows, lambda sample: sample.group.ticket.id)]
+    layout = Layout(
+        [len(one[0].group.ticket.prompt_tokens) for one in groups],
+        [[len(sample.rollout.tokens) for sample in one] for one in groups],
+    )
+    input_ids = np.concatenate(
+        [part for one in groups for part in (one[0].group.ticket.prompt_tokens, *(s.rollout.tokens for s in one))]
+    ).astype(np.int64)
+    positions, targets, counts = [], [], [0]
+    for sample, (prompt, completion) in zip(rows, layout.spans, strict=True):
+        trained = np.flatnonzero(np.frombuffer(sample.rollout.loss_mask, np.uint8))
+        positions.append(np.where(trained > 0, completion.start + trained - 1, prompt.stop - 1))
+        targets.append(input_ids[completion.start + trained])
+        counts.append(len(trained))
+    return MicroBatch(
+        input_ids=input_ids[None],
+        layout=layout,
+        positions=np.concatenate(positions),
+        targets=np.concatenate(targets),
+        behaviour_logprobs=np.concatenate([sample.rollout.behaviour_logprobs for sample in rows]),
+        temperature=np.repeat(
+            np.array([sample.group.ticket.sampling.temperature for sample in rows], np.float32), counts[1:]
+        ),
+        token_staleness=np.concatenate([sample.token_staleness for sample in rows]),
+        advantages=np.array([sample.advantage for sample in rows], np.float32),
+        sequence_offsets=np.cumsum(counts),
+        rows=rows,
+    )

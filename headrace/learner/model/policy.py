@@ -1,0 +1,189 @@
+"""The policy on its device: from a micro-batch to the log-probabilities of its trained tokens.
+
+Any causal language model that transformers loads (loading.py, self_check.py). The forward pass stops at the hidden
+states, and only those that predict a trained token meet the vocabulary. The same code runs on CPU and CUDA.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+
+from headrace.common.config import LearnerConfig, ModelConfig
+from headrace.common.hardware.device import computed_in, resolve_device
+from headrace.common.weights.weights import MODEL_FILE
+from headrace.learner.distributed.ranks import Ranks
+from headrace.learner.distributed.sharding import shard
+from headrace.learner.model.loading import DTYPES, Loaded, load, load_without_values
+from headrace.learner.model.logprobs import Scored, score_tokens
+from headrace.learner.model.packing import MicroBatch
+from headrace.learner.model.prompt_sharing import Places, hidden_states, places, use_shared_prompts
+from headrace.learner.model.published import stored_tensors
+from headrace.learner.model.snapshots import Weight
+
+
+def pick_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """As an engine would choose (headrace/common/hardware/device.py). Raises `ValueError` if that is CUDA, and torch
+    cannot use it."""
+    device = resolve_device(wanted)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"learner.device is {wanted!r}, but torch sees no GPU: it is torch {torch.__version__} for CUDA "
+            f"{torch.version.cuda}; expected that, with its driver, or learner.device: cpu"
+        )
+    return torch.device(device)
+
+
+class TokenScorer(nn.Module):
+    """All of the forward pass, so that it can be sharded as one: from token ids to log-probabilities and entropies."""
+
+    def __init__(self, model: PreTrainedModel, chunk_tokens: int, shares_prompts: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.chunk_tokens = chunk_tokens
+        self.shares_prompts = shares_prompts
+
+    def forward(
+        self, input_ids: Tensor, places: Places, positions: Tensor, targets: Tensor, temperature: Tensor
+    ) -> Scored:
+        hidden = hidden_states(self.model, input_ids, places, is_shared=self.shares_prompts)
+        weight = self.model.get_output_embeddings().weight
+        return score_tokens(hidden[positions], weight, targets, temperature, self.chunk_tokens)
+
+
+@dataclass(frozen=True)
+class RoundedWeight:
+    """A weight that is computed in another dtype than it is published in, which holds its values exactly."""
+
+    tensor: Tensor
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
+
+    def detach(self) -> Tensor:
+        return self.tensor.detach().to(self.dtype)
+
+
+class Policy:
+    """A model with weights in `dtype` on `device`, dropout off. Raises `ValueError` if it cannot be loaded or served.
+
+    On several ranks it is sharded, and whatever it computes is computed by all of them at the same time.
+    """
+
+    def __init__(
+        self, model: ModelConfig, learner: LearnerConfig, ranks: Ranks | None = None, loaded: Loaded | None = None
+    ) -> None:
+        """`loaded`: by `load_model` on rank 0, which the others need not wait for then."""
+        self.ranks = ranks or Ranks()
+        self.device = device_of(learner, self.ranks)
+        self.dtype = DTYPES[model.dtype]
+        self.compute_dtype = DTYPES[computed_in(model.dtype, self.device.type)]
+        if self.ranks.rank == 0:
+            self._loaded = loaded or load_model(model, learner, self.ranks)
+            self.model, shares_prompts = self._loaded.model, self.ranks.agree(self._loaded.shares_prompts)
+        else:
+            self.model, shares_prompts = load_without_values(model, self.compute_dtype), self.ranks.agree(False)
+            if shares_prompts:
+                use_shared_prompts(self.model)
+        if learner.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.train()
+        self.scorer = TokenScorer(self.model, learner.chunk_tokens(self.device.type), shares_prompts)
+        self.sharded = {}
+        """The parameters by name; empty on one rank."""
+        if not self.ranks.is_alone:
+            self.sharded = shard(self.model, self.scorer, self.ranks, self.device, self.dtype)
+
+    @property
+    def rounded_to(self) -> dict[str, torch.dtype]:
+        """Of parameters that are computed in another dtype than they are published in: the latter."""
+        dtypes = self._loaded.dtypes if self.ranks.rank == 0 else {}
+        return {
+            name: dtypes.get(name, self.dtype)
+            for name, parameter in self.model.named_parameters()
+            if self.compute_dtype != self.dtype and parameter.dtype != dtypes.get(name, self.dtype)
+        }
+
+    def logprobs(self, micro_batch: MicroBatch) -> Tensor:
+        """Log-probabilities `(N,)` of the trained tokens at their sampling temperature, float32."""
+        return self.score(micro_batch).logprobs
+
+    def score(self, micro_batch: MicroBatch) -> Scored:
+        """As `logprobs`, with the entropy of the distribution that each trained token is from."""
+        scored: Scored = self.scorer(
+            self.to_device(micro_batch.input_ids),
+            places(micro_batch.layout, self.device),
+            self.to_device(micro_batch.positions),
+            self.to_device(micro_batch.targets),
+            self.to_device(micro_batch.temperature),
+        )
+        return scored
+
+    def let_go(self) -> None:
+        """After a pass without a gradient and before an update: the root's weights stay gathered on every rank until a
+        backward pass, and what comes next would compute with those of before."""
+        if isinstance(self.scorer, FSDPModule):
+            self.scorer.reshard()
+
+    def to_device(self, array: Any) -> Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+    def tensors(self) -> Mapping[str, Weight]:
+        """What is published, on rank 0: the tensors of the checkpoint, under its names. To be read before the next
+        update; on several ranks each `detach` is a call to all of them."""
+        stored = stored_tensors(self.model)
+        own = {name: self._as_published(name, tensor) for name, tensor in stored.items()} | self.sharded
+        return {**self._loaded.naming.of(own), **self._loaded.unchanged}
+
+    def _as_published(self, name: str, tensor: Tensor) -> Weight:
+        dtype = self._loaded.dtypes[name]
+        return tensor if tensor.dtype == dtype else RoundedWeight(tensor, dtype)
+
+    def save_frame(self, folder: Path, tokenizer: Any) -> None:
+        """What `save` writes, but for the weights."""
+        self.model.config.save_pretrained(folder)
+        if self.model.generation_config is not None:
+            self.model.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    def save_unchanged(self, file: Path) -> None:
+        """What an export needs beside a checkpoint's masters, in safetensors: the published tensors that no update
+        changes, and under which name each parameter is published that becomes a tensor as it is."""
+        parameters = dict(self.model.named_parameters())
+        stored = stored_tensors(self.model)
+        buffers = {name: self._as_published(name, one) for name, one in stored.items() if name not in parameters}
+        unchanged = {**self._loaded.naming.of(buffers), **self._loaded.unchanged}
+        tensors = {name: weight.detach().cpu().contiguous() for name, weight in unchanged.items()}
+        save_file(tensors, file, metadata={"names": json.dumps(self._loaded.naming.names)})
+
+    def save(self, folder: Path, tokenizer: Any) -> None:
+        """In Hugging Face format: `AutoModelForCausalLM.from_pretrained(folder)` loads it."""
+        self.save_frame(folder, tokenizer)
+        whole = {name: weight.detach().cpu().contiguous() for name, weight in self.tensors().items()}
+        save_file(whole, folder / MODEL_FILE, metadata={"format": "pt"})
+
+
+def device_of(learner: LearnerConfig, ranks: Ranks) -> torch.device:
+    device = pick_device(learner.device)
+    return torch.device("cuda", ranks.local_rank) if device.type == "cuda" and not ranks.is_alone else device
+
+
+def load_model(model: ModelConfig, learner: LearnerConfig, ranks: Ranks) -> Loaded:
+    """On rank 0; where there are others it stays in host memory, and its shards leave it one by one."""
+    device = device_of(learner, ranks)
+    loaded = load(
+        model, device if ranks.is_alone else torch.device("cpu"), DTYPES[computed_in(model.dtype, device.type)]
+    )
+    dtypes = {str(loaded.dtypes[name]) for name, _ in loaded.model.named_parameters()}
+    if not ranks.is_alone and len(dtypes) > 1:
+        raise ValueError(f"model {model.path!r} has weights in {', '.join(sorted(dtypes))}: on several ranks one dtype")
+    return loaded

@@ -1,0 +1,293 @@
+"""The chat formats of six families of models, each by a template and a tokenizer of its kind made for this test.
+
+Held: the beginning-of-sequence token once where the family has one, the generation prompt, the system prompt, thinking
+off, the tokens that end an answer, and that no text of a message becomes a control token.
+"""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from headrace.common.config import ModelConfig
+from headrace.common.models.chat import Chat, stop_token_ids
+from headrace.common.wire import Message
+
+TEMPLATES = Path(__file__).parent / "chat_templates"
+TEXT = ["<|im end|> <| |> im_end start_of_turn the theory of a <i> tag: 3 + 4 = 7, user and assistant say so. "] * 20
+QUESTION: Message = {"role": "user", "content": "3 + 4 = ?"}
+SYSTEM = "Be brief."
+
+
+class Family(NamedTuple):
+    control: tuple[str, ...]
+    eos: str
+    generation_eos: tuple[str, ...] | None
+    """Of generation_config.json, if the family has one."""
+    prompt_ends: str
+    """With what the prompt ends, and the answer begins."""
+    with_system: str
+    """Somewhere in a prompt with a system prompt."""
+    ends: tuple[str, ...]
+    bos: str | None = None
+    words: tuple[str, ...] = ()
+    """Tokens of the model's that are no control tokens."""
+    is_byte_level: bool = True
+    unk: str | None = None
+
+
+LLAMA_ENDS, CALL = ("<|eot_id|>", "<|eom_id|>"), "<|call|>"
+CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+FAMILIES = {
+    "qwen2.5": Family(
+        CHATML,
+        "<|im_end|>",
+        ("<|im_end|>", "<|endoftext|>"),
+        "= ?<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n",
+        ("<|im_end|>", "<|endoftext|>"),
+    ),
+    "qwen3": Family(
+        CHATML,
+        "<|im_end|>",
+        ("<|im_end|>", "<|endoftext|>"),
+        "= ?<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n",
+        ("<|im_end|>", "<|endoftext|>"),
+        words=("<think>", "</think>"),
+    ),
+    "llama3": Family(
+        (
+            "<|begin_of_text|>",
+            "<|end_of_text|>",
+            "<|start_header_id|>",
+            "<|end_header_id|>",
+            "<|eot_id|>",
+            "<|eom_id|>",
+        ),
+        "<|eot_id|>",
+        ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
+        "= ?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "Today Date: 26 Jul 2024\n\nBe brief.<|eot_id|><|start_header_id|>user",
+        ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
+        bos="<|begin_of_text|>",
+    ),
+    "gemma3": Family(
+        ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"),
+        "<eos>",
+        ("<eos>", "<end_of_turn>"),
+        "= ?<end_of_turn>\n<start_of_turn>model\n",
+        "<bos><start_of_turn>user\nBe brief.\n\n3 + 4 = ?<end_of_turn>\n",
+        ("<eos>", "<end_of_turn>"),
+        bos="<bos>",
+        is_byte_level=False,
+        unk="<unk>",
+    ),
+    "smollm2": Family(
+        CHATML,
+        "<|im_end|>",
+        None,
+        "= ?<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n",
+        ("<|im_end|>",),
+        unk="<|endoftext|>",
+    ),
+    "gpt-oss": Family(
+        (
+            "<|startoftext|>",
+            "<|endoftext|>",
+            "<|return|>",
+            "<|start|>",
+            "<|end|>",
+            "<|message|>",
+            "<|channel|>",
+            "<|call|>",
+        ),
+        "<|return|>",
+        ("<|return|>", "<|endoftext|>", "<|call|>"),
+        "= ?<|end|><|start|>assistant",
+        "Current date: 2024-07-26\n\nReasoning: medium",
+        ("<|return|>", "<|endoftext|>", "<|call|>"),
+    ),
+}
+
+
+def byte_level() -> tuple[Tokenizer, list[str]]:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer, pre_tokenizers.ByteLevel.alphabet()
+
+
+def sentence_piece() -> tuple[Tokenizer, list[str]]:
+    """As Gemma's: spaces become a character, and what has no token is spelled in bytes."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer, []
+
+
+def make_tokenizer(name: str) -> Any:
+    family = FAMILIES[name]
+    tokenizer, alphabet = byte_level() if family.is_byte_level else sentence_piece()
+    control = list(family.control) if family.is_byte_level else [*family.control, "<unk>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, special_tokens=control, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    if not family.is_byte_level:
+        content = json.loads(tokenizer.to_str())
+        vocabulary = content["model"]["vocab"]
+        vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
+        tokenizer = Tokenizer.from_str(json.dumps(content))
+    tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in family.words])
+    if family.bos is not None:  # which a template must not double
+        bos = (family.bos, tokenizer.token_to_id(family.bos))
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{family.bos} $A", special_tokens=[bos])
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=family.bos,
+        eos_token=family.eos,
+        unk_token=family.unk,
+        additional_special_tokens=list(family.control),
+    )
+    made.chat_template = (TEMPLATES / f"{name}.jinja").read_text()
+    return made
+
+
+def renamed(name: str) -> Any:
+    """The same under names of one private character each."""
+    tokenizer, family = make_tokenizer(name), FAMILIES[name]
+    names = {token: chr(0xF000 + place) for place, token in enumerate(family.control)}
+    content, template = json.loads(tokenizer.backend_tokenizer.to_str()), tokenizer.chat_template
+    content["post_processor"] = None
+    for added in content["added_tokens"]:
+        added["content"] = names.get(added["content"], added["content"])
+    content["model"]["vocab"] = {names.get(token, token): id_ for token, id_ in content["model"]["vocab"].items()}
+    for token, other in names.items():
+        template = template.replace(token, other)
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
+        bos_token=names.get(family.bos or ""),
+        eos_token=names[family.eos],
+        unk_token=names.get(family.unk or "", family.unk),
+    )
+    made.chat_template = template
+    return made
+
+
+TOKENIZERS = {name: make_tokenizer(name) for name in FAMILIES}
+RENAMED = {name: renamed(name) for name in FAMILIES}
+every_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+def chat_of(name: str, system_prompt: str | None = None, **chat_settings: Any) -> Chat:
+    return Chat(TOKENIZERS[name], ModelConfig(path=name, chat_template_settings=chat_settings), system_prompt)
+
+
+def control_tokens(name: str, tokens: list[int]) -> list[str]:
+    found = [TOKENIZERS[name].convert_ids_to_tokens(token) for token in tokens]
+    return [token for token in found if token in FAMILIES[name].control]
+
+
+@every_family
+def test_a_prompt_ends_where_the_answer_begins(name: str) -> None:
+    chat = chat_of(name)
+    text = chat.render([QUESTION])
+    assert text.endswith(FAMILIES[name].prompt_ends)
+    assert TOKENIZERS[name].decode(chat.encode([QUESTION])) == text
+
+
+@every_family
+def test_a_sequence_begins_once(name: str) -> None:
+    tokens, bos = chat_of(name).encode([QUESTION]), FAMILIES[name].bos
+    assert control_tokens(name, tokens).count(bos or "") == (bos is not None)
+    assert bos is None or TOKENIZERS[name].convert_ids_to_tokens(tokens[0]) == bos
+
+
+@every_family
+def test_a_system_prompt_stands_where_the_family_has_it(name: str) -> None:
+    chat = chat_of(name, SYSTEM)
+    text = chat.render([QUESTION])
+    assert FAMILIES[name].with_system in text and text.count(SYSTEM) == 1
+    assert text.index(SYSTEM) < text.index(QUESTION["content"])
+    assert "You are Qwen" not in text and "named SmolLM" not in text, "the model's own gives way"
+
+
+@every_family
+def test_an_answer_ends_at_every_token_that_ends_one(name: str) -> None:
+    chat, family = chat_of(name, SYSTEM), FAMILIES[name]
+    ids = TOKENIZERS[name].convert_tokens_to_ids
+    given = None if family.generation_eos is None else list(map(ids, family.generation_eos))
+    assert stop_token_ids(chat, SimpleNamespace(eos_token_id=given)) == sorted(map(ids, family.ends))
+
+
+def test_the_end_of_a_turn_ends_an_answer_where_no_file_says_so() -> None:
+    """Qwen2.5's base models name the end of a document alone."""
+    tokenizer = make_tokenizer("qwen2.5")
+    tokenizer.eos_token = "<|endoftext|>"
+    document, turn = map(tokenizer.convert_tokens_to_ids, ("<|endoftext|>", "<|im_end|>"))
+    found = stop_token_ids(Chat(tokenizer, ModelConfig(path="base")), SimpleNamespace(eos_token_id=document))
+    assert found == sorted([document, turn])
+
+
+def test_what_gpt_oss_writes_between_its_channels_ends_no_answer() -> None:
+    chat = chat_of("gpt-oss")
+    assert chat.end_of_turn() == TOKENIZERS["gpt-oss"].convert_tokens_to_ids("<|return|>")
+
+
+def test_thinking_is_turned_off_where_the_template_can() -> None:
+    off = chat_of("qwen3", enable_thinking=False)
+    assert off.render([QUESTION]).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert chat_of("qwen3", enable_thinking=True).render([QUESTION]).endswith("<|im_start|>assistant\n")
+    words = TOKENIZERS["qwen3"].convert_tokens_to_ids(["<think>", "</think>"])
+    assert set(words) <= set(off.encode([QUESTION]))
+    with pytest.raises(ValueError, match=r"'qwen2\.5' does not read 'enable_thinking'; it reads no settings"):
+        chat_of("qwen2.5", enable_thinking=False)
+
+
+def test_settings_of_other_families() -> None:
+    assert "Today Date: 1 May 2025\n" in chat_of("llama3", date_string="1 May 2025").render([QUESTION])
+    assert "Reasoning: high\n" in chat_of("gpt-oss", reasoning_effort="high").render([QUESTION])
+    with pytest.raises(ValueError, match="does not read 'date_sting'; did you mean 'date_string'"):
+        chat_of("llama3", date_sting="1 May 2025")
+
+
+def test_a_word_of_the_model_in_a_message_is_that_word() -> None:
+    """`<think>` is no control token: prompts speak of it on purpose."""
+    tokens = chat_of("qwen3").encode([{"role": "user", "content": "put your reasoning into <think></think>"}])
+    assert set(TOKENIZERS["qwen3"].convert_tokens_to_ids(["<think>", "</think>"])) <= set(tokens)
+
+
+@every_family
+def test_no_text_of_a_message_becomes_a_control_token(name: str) -> None:
+    expected = control_tokens(name, chat_of(name, SYSTEM).encode([QUESTION]))
+    for token in FAMILIES[name].control:
+        chat = chat_of(name, f"Never write {token}!")
+        question: Message = {"role": "user", "content": f"{token}{token} ends\n{token}a turn: <{token}> \ue000 é"}
+        tokens = chat.encode([question])
+        assert control_tokens(name, tokens) == expected, token
+        assert TOKENIZERS[name].decode(tokens) == chat.render([question])
+
+
+@settings(max_examples=100, deadline=None)
+@given(name=st.sampled_from(list(FAMILIES)), data=st.data())
+def test_a_prompt_is_tokenized_as_if_control_tokens_had_names_that_nobody_writes(
+    name: str, data: st.DataObject
+) -> None:
+    """Held against the same tokenizer and template under such names: to it all of a message is plain text."""
+    pieces = st.sampled_from(
+        [*FAMILIES[name].control, "a", " ", "\n", "3 + 4", "<|", "|>", "<", ">", "é", "the theory"]
+    )
+    content = "".join(data.draw(st.lists(pieces, min_size=1, max_size=8)))
+    messages: list[Message] = [{"role": "user", "content": content}]
+    tokens = chat_of(name).encode(messages)
+    assert tokens == Chat(RENAMED[name], ModelConfig(path=name)).encode(messages)
+    assert TOKENIZERS[name].decode(tokens) == chat_of(name).render(messages)

@@ -1,0 +1,1 @@
+"""Control's tests, the page's among them."""

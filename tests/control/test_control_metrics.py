@@ -1,0 +1,171 @@
+"""Control's `/metrics`: the whole run from Redis, for whoever scrapes nothing else."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+
+import httpx
+import msgspec
+import pytest
+import redis
+from fastapi import FastAPI
+
+from headrace.common.config import load_recipe
+from headrace.common.http.http_service import bearer
+from headrace.common.metrics.steps import metric_name
+from headrace.common.redis.keys import Keys
+from headrace.common.wire import encode
+from headrace.control.assembly import assembled
+from headrace.control.view.snapshot import Snapshot
+from tests.support.scraping import Scrape, lint
+from tests.support.seeded_run import RECIPE, heartbeat, seed_run, step_rows
+
+Scenario = Callable[[FastAPI, Snapshot, httpx.AsyncClient], Awaitable[None]]
+
+
+@pytest.fixture
+def seeded(client: redis.Redis, keys: Keys) -> Keys:
+    seed_run(client, keys, num_steps=40, num_replicas=2, num_dead=3)
+    return keys
+
+
+def control(redis_url: str, keys: Keys, scenario: Scenario, protect_reads: bool = False) -> None:
+    async def serve() -> None:
+        parts = assembled(keys.run, load_recipe(RECIPE, []).config, redis_url, "secret", protect_reads)
+        async with asyncio.timeout(60), parts as (app, snapshot):
+            transport = httpx.ASGITransport(app=app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://control") as http:
+                await scenario(app, snapshot, http)
+
+    asyncio.run(serve())
+
+
+async def scraped(http: httpx.AsyncClient) -> Scrape:
+    return Scrape((await http.get("/metrics")).raise_for_status().text)
+
+
+def test_all_that_status_and_history_say_is_in_the_metrics(redis_url: str, seeded: Keys) -> None:
+    async def scenario(_: FastAPI, snapshot: Snapshot, http: httpx.AsyncClient) -> None:
+        await snapshot.refresh()  # replicas are known one look after they were found
+        scrape, status = await scraped(http), json.loads((await http.get("/status")).text)
+        said_elsewhere = ("step", "version", "time_s", "kl_at_staleness_0", "kl_at_staleness_1")
+        row = {name: value for name, value in step_rows(40, 0.0)[-1].items() if name not in said_elsewhere}
+        assert {name: scrape.value(metric_name(name)) for name in row} == row
+        assert scrape.value("headrace_kl_at_staleness", staleness="1") == 0.003
+        assert scrape.value("headrace_step", run=seeded.run) == status["step"] == 40
+        assert scrape.value("headrace_last_step") == status["steps"]
+        assert scrape.value("headrace_weight_version") == status["version"]
+        assert scrape.value("headrace_phase", phase=status["phase"]) == 1
+        assert scrape.value("headrace_advised_replicas") == status["replicas"]["advised"] == 3
+        assert scrape.value("headrace_dead_letters") == status["queues"]["dead"] == 3
+        assert scrape.value("headrace_open_tickets") == 8 and scrape.value("headrace_leased_tickets") == 5
+        assert scrape.value("headrace_held_out") == status["held_out"]["held_out"]
+        assert scrape.value("headrace_pass_at", k="2") == status["held_out"]["pass_at"]["2"]
+        assert scrape.value("headrace_checkpoint_step") == 40 and scrape.value("headrace_checkpoint_seconds") == 0.2
+        assert scrape.value("headrace_steps_per_hour") == status["rates"]["steps_per_hour"]
+        assert scrape.value("headrace_run_groups", state="trained") == status["counts"]["trained"] > 0
+        assert scrape.value("headrace_verdict", level=status["verdict"]["level"]) == 1
+        for check in status["checks"]:
+            values = scrape.values("headrace_check_value", check=check["name"])
+            assert values == ([] if check["value"] is None else [check["value"]])
+        assert scrape.value("headrace_check_alarm", check="ess") == 0.2
+        for index in range(2):
+            one = {"replica": f"generation-{index}"}
+            assert scrape.value("headrace_replica_state", state="running", **one) == 1
+            assert scrape.value("headrace_replica_groups_in_flight", **one) == 4 + index
+            assert scrape.value("headrace_replica_tokens_total", **one) == 120_000
+            assert scrape.value("headrace_replica_versions_behind", **one) == 0
+        assert scrape.value("headrace_replicas", state="running") == 2
+        assert lint(scrape) == ""
+
+    control(redis_url, seeded, scenario)
+
+
+def test_what_happens_while_control_looks_is_counted_and_nothing_from_before(
+    redis_url: str, seeded: Keys, client: redis.Redis
+) -> None:
+    async def scenario(_: FastAPI, snapshot: Snapshot, http: httpx.AsyncClient) -> None:
+        before = await scraped(http)
+        assert before.value("headrace_step_duration_seconds_count") == 0
+        assert before.value("headrace_groups_total", state="dead") == 0
+        row = step_rows(41, 0.0)[-1]
+        client.xadd(seeded.history, {"kind": "step", "row": msgspec.json.encode(row)})
+        swap = {"replica": "generation-0", "version": 42, "bytes": 7, "pause_ms": 50.0, "fetch_ms": "odd"}
+        for event in (swap, {"replica": ["odd"]}, {}):
+            client.xadd(seeded.events, {"kind": "swap", "event": msgspec.json.encode(event)})
+        client.xadd(seeded.dead, {"id": "0-1", "reason": "why"})
+        await snapshot.refresh()
+        after = await scraped(http)
+        assert after.value("headrace_trained_tokens_total") == 2000
+        assert after.value("headrace_step_phase_seconds_sum", phase="train") == 0.9
+        assert after.value("headrace_replica_swap_pause_seconds_sum", replica="generation-0") == 0.05
+        assert after.value("headrace_replica_swap_fetch_seconds_count", replica="generation-0") == 0
+        assert after.value("headrace_replica_version_bytes_total") == 7
+        assert after.value("headrace_groups_total", state="dead") == 1
+        assert after.value("headrace_control_looks_total") > before.value("headrace_control_looks_total")
+        assert after.value("headrace_control_look_seconds_count") == after.value("headrace_control_looks_total")
+
+    control(redis_url, seeded, scenario)
+
+
+def test_waits_are_read_from_what_everybody_writes(redis_url: str, seeded: Keys, client: redis.Redis) -> None:
+    reason = "starved: 0 of 16 groups; replicas: a starting (the engine is starting for 6 s) for 120 s"
+    client.hset(seeded.learner, mapping={"phase": "waiting", "reason": reason})
+    beat = heartbeat("generation-0", "http://127.0.0.1:9", 40)
+    ill = msgspec.structs.replace(beat, state="quarantined", reason="weights: refused for 30 s")
+    client.set(seeded.replica("generation-0"), encode(ill), ex=3600)
+
+    async def scenario(_: FastAPI, snapshot: Snapshot, http: httpx.AsyncClient) -> None:
+        await snapshot.refresh()
+        scrape = await scraped(http)
+        assert scrape.value("headrace_waiting_seconds", who="learner", reason="starved") == 120
+        assert scrape.value("headrace_waiting_seconds", who="learner", reason="paused") == 0
+        assert scrape.value("headrace_waiting_seconds", who="generation-0", reason="weights") == 30
+        assert scrape.value("headrace_replica_state", replica="generation-0", state="quarantined") == 1
+        assert scrape.value("headrace_check_level", check="quarantined") == 2
+
+    control(redis_url, seeded, scenario)
+
+
+def test_requests_are_counted_by_route(redis_url: str, seeded: Keys) -> None:
+    async def scenario(_: FastAPI, __: Snapshot, http: httpx.AsyncClient) -> None:
+        for path in ("/status", "/status", "/groups/0-0", "/groups/nobody", "/nowhere/1", "/nowhere/2"):
+            await http.get(path)
+        await http.post("/pause")
+        scrape = await scraped(http)
+        assert scrape.value("headrace_control_requests_total", route="/status", status="200", method="GET") == 2
+        assert scrape.value("headrace_control_requests_total", route="/groups/{id}", status="200") == 1
+        assert scrape.value("headrace_control_requests_total", route="/groups/{id}", status="404") == 1
+        assert scrape.value("headrace_control_requests_total", route="none", status="404") == 2
+        assert scrape.value("headrace_control_requests_total", route="/pause", status="401", method="POST") == 1
+        assert scrape.value("headrace_control_request_seconds_count", route="/status") == 2
+
+    control(redis_url, seeded, scenario)
+
+
+def test_a_run_that_is_not_there_yet_has_metrics_too(redis_url: str, keys: Keys) -> None:
+    async def scenario(_: FastAPI, snapshot: Snapshot, http: httpx.AsyncClient) -> None:
+        snapshot.picture = None
+        scrape = await scraped(http)
+        assert not scrape.values("headrace_step")
+        assert scrape.value("headrace_control_look_timestamp_seconds") > 1e9
+
+    control(redis_url, keys, scenario)
+
+
+def test_a_scrape_costs_redis_nothing(redis_url: str, seeded: Keys) -> None:
+    async def scenario(_: FastAPI, snapshot: Snapshot, http: httpx.AsyncClient) -> None:
+        async with snapshot._looking:  # nobody looks meanwhile
+            before = snapshot.reader.num_commands
+            assert [(await http.get("/metrics")).status_code for _ in range(20)] == [200] * 20
+            assert snapshot.reader.num_commands == before
+
+    control(redis_url, seeded, scenario)
+
+
+def test_metrics_need_the_token_where_reads_do(redis_url: str, seeded: Keys) -> None:
+    async def scenario(_: FastAPI, __: Snapshot, http: httpx.AsyncClient) -> None:
+        assert (await http.get("/metrics")).status_code == 401
+        assert (await http.get("/metrics", headers=bearer("secret"))).status_code == 200
+
+    control(redis_url, seeded, scenario, protect_reads=True)

@@ -1,0 +1,172 @@
+"""One sentence of what is wrong, the worst first, and since when."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from headrace.control.http.redaction import without_secrets
+from headrace.control.models import Verdict
+from headrace.control.verdict.facts import Lasting, ReplicaMemory
+from headrace.control.verdict.finding import Facts, ReplicaFact
+from headrace.control.verdict.verdict import Judge, findings_of
+from tests.support.making import make_ticket
+from tests.support.seeded_run import heartbeat
+
+SERVES = ReplicaFact("a", "running", "", 0)
+STARTS = ReplicaFact("a", "starting", "the engine is starting for 6 s", 0)
+ILL = ReplicaFact("b", "quarantined", "checksums differ for 7 s", 0)
+UNSCORED = ReplicaFact("a", "running", "rewards fail: ticket 0-1: ValueError: no for 9 s", 0)
+WELL = Facts(phase="training", step=9, steps=60, replicas=(SERVES,), is_exact=True)
+
+
+def judged(**changes: Any) -> Verdict:
+    return Judge().verdict(findings_of(replace(WELL, **changes)), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "level", "text"),
+    [
+        ({}, "healthy", "healthy"),
+        ({"phase": ""}, "waiting", "the learner is loading, or has not been started"),
+        ({"phase": "finished", "replicas": ()}, "ended", "the run is complete: 9 steps"),
+        ({"phase": "stopped", "learner_silent_s": 99.0}, "ended", "the run was stopped after step 9 of 60"),
+        ({"phase": "failed", "reason": "no space for 9 s"}, "failed", "the learner failed: no space"),
+        ({"phase": "starved", "reason": "x"}, "failed", "the learner gave up: x"),
+        ({"learner_silent_s": 4.9}, "healthy", "healthy"),
+        ({"learner_silent_s": 6.0}, "warning", "the learner has not answered lately"),
+        ({"learner_silent_s": 16.0}, "failed", "the learner does not answer"),
+        ({"redis_away_s": 0.001}, "failed", "Redis does not answer: what is shown is from before"),
+        ({"is_paused": True}, "waiting", "paused, as ordered"),
+        ({"is_stopping": True, "is_paused": True}, "waiting", "stopping, as ordered: the step in progress, then"),
+        ({"replicas": (), "no_replica_s": 59.0}, "waiting", "no live replica"),
+        ({"replicas": (), "no_replica_s": 61.0}, "failed", "the learner starves: no live replica"),
+        ({"replicas": (), "no_replica_s": 61.0, "desired_replicas": 0}, "waiting", "scaled to 0 replicas, as ordered"),
+        ({"replicas": (ILL,), "no_replica_s": 61.0}, "failed", "no replica serves"),
+        ({"replicas": (ILL, SERVES)}, "warning", "1 of 2 replicas quarantined: b: checksums differ"),
+        (
+            {"replicas": (SERVES._replace(state="starting", reason="the engine is starting for 6 s"),)},
+            "waiting",
+            "no rep",
+        ),
+        ({"replicas": (SERVES._replace(versions_behind=3),)}, "healthy", "healthy"),
+        ({"replicas": (SERVES._replace(versions_behind=4),)}, "warning", "a is 4 weight versions behind"),
+        ({"waiting_s": 30.0}, "healthy", "healthy"),
+        ({"waiting_s": 31.0}, "warning", "the learner starves: replicas serve, no batch comes"),
+        ({"waiting_s": 901.0}, "failed", "the learner starves: replicas serve, no batch comes"),
+        ({"waiting_s": 901.0, "is_paused": True}, "waiting", "paused, as ordered"),
+        ({"num_dead_lately": 1}, "warning", "1 ticket died in the last 10 minutes"),
+        (
+            {"num_dead_lately": 2, "dead_reason": "ValueError"},
+            "warning",
+            "2 tickets died in the last 10 minutes, the",
+        ),
+        ({"replicas": (UNSCORED,)}, "warning", "a: rewards fail: ticket 0-1: ValueError: no"),
+        ({"replicas": (UNSCORED,), "waiting_s": 31.0}, "failed", "a: rewards fail: ticket 0-1: ValueError: no"),
+        ({"replicas": (UNSCORED,), "phase": "finished"}, "ended", "the run is complete"),
+        ({"num_dead_lately": 20}, "failed", "20 tickets died in the last 10 minutes"),
+        ({"checkpoint_failing_s": 1.0}, "failed", "the checkpoint cannot be written"),
+        ({"unapplied_s": 61.0}, "waiting", "changed settings wait for the learner's next step"),
+        ({"held_back": "lr 1e-05 instead of 2e-05"}, "warning", "the guard holds the run back: lr 1e-05 instead of 2e"),
+        ({"recent": {"kl_behaviour_proximal": [0.06] * 3 + [0.0] * 2}}, "warning", "the policy is far from the one"),
+        ({"recent": {"kl_behaviour_proximal": [9.0] * 2 + [0.0] * 3}}, "healthy", "healthy"),
+        ({"recent": {"kl_behaviour_proximal": [0.3]}}, "failed", "the policy is far from the one that sampled"),
+        ({"recent": {"ess": [0.4] * 5}}, "warning", "few tokens carry the batch"),
+        ({"recent": {"ess": [0.1] * 5}}, "failed", "few tokens carry the batch"),
+        ({"recent": {"clip_fraction": [0.6] * 5}}, "warning", "most tokens are clipped"),
+        ({"recent": {"dropped_length_bias": [0.04] * 5}}, "healthy", "healthy"),
+        ({"recent": {"dropped_length_bias": [-0.3] * 5}}, "healthy", "healthy"),
+        ({"recent": {"dropped_length_bias": [0.1] * 5}}, "warning", "dropped are the long ones"),
+        ({"recent": {"dropped_length_bias": [0.3] * 5}}, "failed", "dropped are the long ones"),
+        ({"recent": {"fresh_logprob_gap_rms": [5e-3] * 5}}, "warning", "engine and learner disagree"),
+        ({"recent": {"fresh_logprob_gap_rms": [0.04] * 5}, "is_exact": False}, "healthy", "healthy"),
+        ({"recent": {"fresh_logprob_gap_rms": [0.2] * 5}, "is_exact": False}, "warning", "engine and learner disagree"),
+        ({"recent": {"skipped_updates": [0.0, 1.0, 0.0]}}, "warning", "1 of the last 3 steps had updates skipped"),
+        ({"recent": {"skipped_updates": [2.0] * 5}}, "failed", "5 of the last 5 steps had updates skipped"),
+    ],
+)
+def test_the_verdict_is_what_is_wrong(changes: dict[str, Any], level: str, text: str) -> None:
+    verdict = judged(**changes)
+    assert (verdict.level, verdict.text[: len(text)]) == (level, text)
+
+
+def test_who_starves_by_rewards_or_by_dead_tickets_is_sent_to_the_dead() -> None:
+    for changes in ({"replicas": (UNSCORED,)}, {"num_dead_lately": 1}):
+        assert judged(waiting_s=31.0, **changes).advice.startswith("headrace dead list tells why")
+    assert "headrace dead list" not in judged(waiting_s=31.0).advice
+
+
+def test_the_worst_is_told_first_and_others_are_counted() -> None:
+    verdict = judged(redis_away_s=1.0, checkpoint_failing_s=1.0, num_dead_lately=1, is_paused=True)
+    assert verdict.text == "Redis does not answer: what is shown is from before (and 1 more)"
+    levels = [finding.check.level for finding in findings_of(replace(WELL, redis_away_s=1.0, num_dead_lately=1))]
+    assert levels[:3] == ["failed", "warning", "healthy"] and len({f.check.name for f in findings_of(WELL)}) == len(
+        levels
+    )
+
+
+def test_since_when_is_kept_while_it_stays_the_same() -> None:
+    judge = Judge()
+    told = [
+        judge.verdict(findings_of(facts), now).since_at
+        for now, facts in enumerate(
+            [
+                WELL,
+                WELL,
+                replace(WELL, learner_silent_s=6.0),
+                replace(WELL, learner_silent_s=7.0),
+                replace(WELL, learner_silent_s=16.0),
+                replace(WELL, learner_silent_s=17.0, num_dead_lately=1),
+                WELL,
+            ]
+        )
+    ]
+    assert told == [0, 0, 2, 2, 4, 4, 6]
+
+
+def test_how_long_something_lasts() -> None:
+    lasting = Lasting()
+    assert lasting.for_s("x", False, 1.0) == 0
+    assert lasting.for_s("x", True, 2.0) > 0
+    assert lasting.for_s("x", True, 5.0) == 3
+    assert lasting.for_s("x", False, 6.0) == 0 and 0 < lasting.for_s("x", True, 7.0) < 1
+
+
+def test_the_pace_of_a_replica_is_of_the_last_half_minute_and_of_one_life() -> None:
+    memory = ReplicaMemory()
+    first = heartbeat("a", "http://a", 1)
+    fields = {name: getattr(first, name) for name in first.__struct_fields__}
+
+    def beat(now: float, tokens: int, waiting_s: float, serving_s: float) -> None:
+        changed = fields | {"tokens_generated": tokens, "waiting_s": waiting_s, "serving_s": serving_s}
+        memory.take([type(first)(**changed)], now)
+
+    beat(0, 1000, 0, 10)
+    assert memory.pace("a") == (None, None) == memory.pace("nobody")
+    beat(10, 2000, 5, 20)
+    assert memory.pace("a") == (100.0, 0.5)
+    beat(60, 2100, 5, 70)
+    beat(61, 2200, 5, 71)
+    assert memory.pace("a").tokens_per_s == pytest.approx(200 / 51)
+    beat(100, 10, 0, 1)
+    assert memory.pace("a") == (None, None) and memory.seen_since_at == {"a": 0}
+    memory.take([], 101)
+    assert memory.seen_since_at == {}
+
+
+def test_what_could_be_secret_is_hidden() -> None:
+    shown = without_secrets(
+        {
+            "api_key": "s",
+            "micro_batch_tokens": 7,
+            "token": "s",
+            "max_tokens": "2",
+            "list": ["--hf-token", "s", "--password=s", "--port", "1", "redis://:s@host:1/0"],
+            "deep": {"db": {"password": "s", "user": "u"}, "url": "https://u:s@host/path"},
+            "ticket": make_ticket().id,
+        }
+    )
+    assert shown["micro_batch_tokens"] == 7 and shown["deep"]["db"] == {"password": "***", "user": "u"}
+    assert shown["api_key"] == shown["token"] == "***" and shown["ticket"] == "0-0"
+    assert shown["list"] == ["--hf-token", "***", "--password=***", "--port", "1", "redis://***@host:1/0"]
+    assert shown["deep"]["url"] == "https://***@host/path"

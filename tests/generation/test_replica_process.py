@@ -1,0 +1,230 @@
+"""A replica as a process of its own: asked to end it has ended within 10 s, with all its processes, whatever hangs."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from headrace.common.config import RunConfig
+from headrace.common.redis.keys import Keys
+from headrace.common.redis.redis_client import connect
+from headrace.common.wire import decode_ticket
+from headrace.launcher.run.processes import Service, start_redis
+from tests.support.fake_sglang import FakeSglang
+from tests.support.replicas import Learner, a_learner
+
+ROOT = Path(__file__).parents[2]
+ALLOWED_S = 10.0
+
+
+class Process:
+    """`python -m headrace.generation` and its log."""
+
+    def __init__(self, redis_url: str, keys: Keys, folder: Path) -> None:
+        self.log = folder / "replica.log"
+        [run] = re.findall(r"\{(.*)\}", keys.config)
+        environment = os.environ | {"HEADRACE_REDIS_URL": redis_url, "HEADRACE_TOKEN": "token"}
+        command = [sys.executable, "-m", "headrace.generation", "--run", run, "--name", "a"]
+        with self.log.open("wb") as log:
+            self.popen = subprocess.Popen(
+                [*command, "--log-folder", str(folder)],
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )
+        self.psutil = psutil.Process(self.popen.pid)
+
+    def until(self, condition: Callable[[], Any], timeout_s: float = 60.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert self.popen.poll() is None and time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.02)
+
+    def until_logged(self, text: str) -> None:
+        self.until(lambda: text in self.log.read_text())
+
+    def family(self) -> list[Any]:
+        return list(self.psutil.children(recursive=True))
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Its exit code; it must come in time and leave no process behind."""
+        family, asked_at = self.family(), time.monotonic()
+        self.popen.send_signal(number)
+        code = self.popen.wait(ALLOWED_S)
+        print(f"ended after {time.monotonic() - asked_at:.1f} s")
+        _, left = psutil.wait_procs(family, timeout=1.0)
+        left = [process for process in left if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+        assert not left, f"{left}; {self.log.read_text()}"
+        return code
+
+
+def answers(process: Process) -> bool:
+    """Whether its event loop runs."""
+    [listening] = [socket for socket in process.psutil.net_connections() if socket.status == psutil.CONN_LISTEN]
+    try:
+        return httpx.get(f"http://127.0.0.1:{listening.laddr.port}/healthz", timeout=0.5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[tuple[Service, str]]:
+    service, url = start_redis(tmp_path / "redis", tmp_path / "redis.log")
+    yield service, url
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(service.process.pid, signal.SIGCONT)
+    service.stop(5.0)
+
+
+@contextlib.contextmanager
+def replica(
+    url: str,
+    keys: Keys,
+    folder: Path,
+    model: Path,
+    engine_url: str | None,
+    is_published: bool = True,
+    task: str = "arithmetic",
+) -> Iterator[tuple[Process, Learner]]:
+    """In a run whose learner has begun; killed at the latest when the block ends."""
+    with connect(url) as client, a_learner(client, keys, folder, model) as learner:
+        if is_published:
+            learner.publish(0)
+        config = {
+            "model": {"path": str(model), "dtype": "float32"},
+            "task": {"name": task},
+            "generation": {"engine": {"url": engine_url, "device": "cpu"}},
+        }
+        client.set(keys.config, RunConfig.model_validate(config).model_dump_json())
+        process = Process(url, keys, folder)
+        try:
+            yield process, learner
+        finally:
+            process.popen.kill()
+            process.popen.wait()
+
+
+def test_a_task_that_is_not_here_is_refused_in_one_line(
+    redis_url: str, keys: Keys, tmp_path: Path, demo_policy: Path, fake: FakeSglang
+) -> None:
+    with replica(redis_url, keys, tmp_path, demo_policy, fake.url, task="nowhere:Task") as (process, _):
+        assert process.popen.wait(120.0) == 2
+    last = process.log.read_text().splitlines()[-1]
+    assert last.startswith("headrace generation: ValueError: task 'nowhere:Task' cannot be imported: No module named")
+    assert "expected a module beside the recipe, installed, or on PYTHONPATH" in last
+
+
+def issue_one_in_flight(process: Process, learner: Learner, fake: FakeSglang) -> None:
+    fake.hanging.add("/generate")
+    learner.issue("0-0")
+    process.until(lambda: "/generate" in fake.paths)
+
+
+def test_what_is_in_flight_is_handed_back(
+    redis_url: str, keys: Keys, tmp_path: Path, demo_policy: Path, fake: FakeSglang
+) -> None:
+    with replica(redis_url, keys, tmp_path, demo_policy, fake.url) as (process, learner):
+        issue_one_in_flight(process, learner, fake)
+        client = learner.store.client
+        process.until(lambda: client.exists(keys.replica("a")))
+        assert process.end() == 0
+        assert client.xpending(keys.tickets, "generation")["pending"] == 0
+        [(_, fields)] = client.xrange(keys.tickets)
+        assert decode_ticket(fields[b"ticket"]).attempts == 0
+        assert not client.exists(keys.replica("a")), "a replica that left says so"
+
+
+@pytest.mark.parametrize("fault", ["killed", "frozen"])
+def test_a_redis_that_is_away_keeps_nobody(
+    fault: str, own_redis: tuple[Service, str], keys: Keys, tmp_path: Path, demo_policy: Path, fake: FakeSglang
+) -> None:
+    service, url = own_redis
+    with replica(url, keys, tmp_path, demo_policy, fake.url) as (process, learner):
+        issue_one_in_flight(process, learner, fake)
+        service.process.send_signal(signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
+        assert process.end() == 0
+        assert "ticket=0-0: cannot be handed back: its lease expires" in process.log.read_text()
+
+
+def test_a_swap_in_progress_is_left_with_generation_continued(
+    redis_url: str, keys: Keys, tmp_path: Path, demo_policy: Path, fake: FakeSglang
+) -> None:
+    fake.hanging.add("/update_weights_from_disk")
+    with replica(redis_url, keys, tmp_path, demo_policy, fake.url) as (process, _):
+        process.until(lambda: "/update_weights_from_disk" in fake.paths)
+        assert process.end(signal.SIGINT) == 0
+    assert fake.paths[-1] == "/continue_generation"
+
+
+def test_an_engine_that_hangs_in_a_swap_keeps_nobody(
+    redis_url: str, keys: Keys, tmp_path: Path, demo_policy: Path, fake: FakeSglang
+) -> None:
+    fake.hanging |= {"/update_weights_from_disk", "/continue_generation", "/abort_request", "/health"}
+    with replica(redis_url, keys, tmp_path, demo_policy, fake.url) as (process, _):
+        process.until(lambda: "/update_weights_from_disk" in fake.paths)
+        assert process.end() == 0
+
+
+def test_an_engine_that_is_still_starting_is_stopped(
+    redis_url: str, keys: Keys, tmp_path: Path, demo_policy: Path
+) -> None:
+    with replica(redis_url, keys, tmp_path, demo_policy, None) as (process, _):
+        process.until(lambda: any("sglang" in " ".join(child.cmdline()) for child in process.family()))
+        assert process.end() == 0
+
+
+def test_a_replica_that_cannot_end_is_ended(
+    redis_url: str, keys: Keys, tmp_path: Path, demo_policy: Path, fake: FakeSglang
+) -> None:
+    """A file that nobody ever writes blocks its event loop, as a network file system that is away would."""
+    fake.model_path = tmp_path / "model"
+    fake.model_path.mkdir()
+    os.mkfifo(fake.model_path / "model.safetensors")
+    fake.serve_version("default")
+    with replica(redis_url, keys, tmp_path, demo_policy, fake.url) as (process, _):
+        process.until(lambda: "/model_info" in fake.paths)
+        process.until(lambda: not answers(process))
+        assert process.end() == 1
+        assert "exiting now" in process.log.read_text()
+
+
+def test_a_replica_is_asked_to_end_before_it_is_put_together(
+    own_redis: tuple[Service, str], keys: Keys, tmp_path: Path, demo_policy: Path, fake: FakeSglang
+) -> None:
+    """Its Redis takes no writes: the first of its parts waits for that."""
+    _, url = own_redis
+    with replica(url, keys, tmp_path, demo_policy, fake.url) as (process, learner):
+        learner.store.client.config_set("maxmemory", 1)
+        process.until_logged("Redis refuses writes")
+        assert process.end() == 0
+
+
+def test_the_log_tells_of_the_first_waits_and_nothing_of_the_password(
+    own_redis: tuple[Service, str], keys: Keys, tmp_path: Path
+) -> None:
+    service, url = own_redis
+    with connect(url) as client:
+        client.config_set("requirepass", "sesame")
+    process = Process(url.replace("//", "//:sesame@"), keys, tmp_path)
+    try:
+        process.until_logged("has no configuration in Redis: no learner has begun it")
+        service.kill()
+        process.until_logged("Redis unreachable")
+        assert "sesame" not in " ".join(process.psutil.cmdline())
+        assert process.end(signal.SIGINT) == 0
+        assert "sesame" not in process.log.read_text()
+    finally:
+        process.popen.kill()
+        process.popen.wait()

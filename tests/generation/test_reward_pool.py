@@ -1,0 +1,278 @@
+"""The reward pool: whatever a reward does, it costs its own group and nothing else."""
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from headrace.common.wire import Sampling, Ticket
+from headrace.generation.rewards import reward_pool
+from headrace.generation.rewards.reward_pool import RewardPool, TaskError
+from headrace.generation.rewards.reward_process import RewardError
+
+REPOSITORY = Path(__file__).parents[2]
+TICKET = Ticket(
+    id="ticket-7",
+    kind="train",
+    prompt_tokens=[1],
+    messages=[{"role": "user", "content": "2 + 2?"}],
+    reference={"answer": "4"},
+    num_completions=1,
+    sampling=Sampling(temperature=1.0, max_new_tokens=8, stop_token_ids=[]),
+    min_weight_version=0,
+)
+ENOUGH_S = 60.0
+"""A deadline that no test is meant to reach."""
+
+
+@asynccontextmanager
+async def running_pool(task: str = "tests.support.faulty_tasks:Obedient", **settings: Any) -> AsyncIterator[RewardPool]:
+    options: dict[str, Any] = {"num_workers": 1, "deadline_s": ENOUGH_S, "memory_bytes": 1 << 30} | settings
+    pool = RewardPool(task, options.pop("task_settings", {}), **options)
+    await pool.start()
+    try:
+        yield pool
+    finally:
+        await pool.close()
+
+
+def children() -> set[int]:
+    return {process.pid for process in psutil.Process().children(recursive=True)}
+
+
+def test_rewards_come_in_order_and_settings_reach_the_task() -> None:
+    async def scenario() -> None:
+        async with running_pool(num_workers=2, task_settings={"factor": 0.5}) as pool:
+            groups = [[str(10 * group + member) for member in range(4)] for group in range(10)]
+            scored = await asyncio.gather(*(pool.score(TICKET, group) for group in groups))
+            assert scored == [[0.5 * float(completion) for completion in group] for group in groups]
+            assert await pool.score(TICKET, []) == []
+
+    asyncio.run(scenario())
+
+
+def test_a_task_may_lie_wherever_the_parent_can_import_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "far_away.py").write_text("from tests.support.faulty_tasks import Obedient")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    async def scenario() -> None:
+        async with running_pool("far_away:Obedient") as pool:
+            assert await pool.score(TICKET, ["2"]) == [2.0]
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_is_handed_neither_the_token_nor_redis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HEADRACE_TOKEN", "HEADRACE_REDIS_URL", "REDIS_PASSWORD"):
+        monkeypatch.setenv(name, "secret")
+    monkeypatch.setenv("JUDGE_API_KEY", "what a task may need")
+    with (tmp_path / "token").open("w") as held:
+        os.set_inheritable(held.fileno(), True)
+
+        async def scenario() -> None:
+            async with running_pool() as pool:
+                assert await pool.score(TICKET, [f"spy {tmp_path / 'found'}"]) == [1.0]
+
+        asyncio.run(scenario())
+    found = (tmp_path / "found").read_text()
+    assert "JUDGE_API_KEY=what a task may need" in found and "descriptor socket:" in found
+    assert "secret" not in found
+    assert str(tmp_path / "token") not in found
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reward_pool, "PAUSES_S", (0.0, 0.0))
+
+
+def test_a_reward_that_raises_or_is_no_number_costs_its_group_only(no_pauses: None) -> None:
+    faults = {
+        "raise": "completion 2 of 3: ValueError: .*is no text.*faulty_tasks.py:",
+        "return nan": "completion 2 of 3: expected a finite number.*nan",
+        "return inf": "finite number.*inf",
+        "return text": "finite number.*'1.0'",
+        "return none": "finite number.*None",
+        "return np.nan": "finite number.*nan",
+        "return complex": "finite number.*1j",
+        "return array": "ValueError: can only convert an array of size 1",
+        "fail 3": "not yet 3",
+        "\ud800": "UnicodeEncodeError",
+    }
+
+    async def scenario() -> None:
+        async with running_pool() as pool:
+            [pid] = await pool.score(TICKET, ["pid"])
+            for completion, reason in faults.items():
+                with pytest.raises(RewardError, match=f"(?s)ticket-7: .*{reason}") as caught:
+                    await pool.score(TICKET, ["1", completion, "2"])
+                if completion != "\ud800":
+                    assert caught.value.completions == [completion]
+                assert pool.problem == str(caught.value)
+                assert await pool.score(TICKET, ["pid"]) == [pid], f"the worker of {completion!r} was given up"
+                assert pool.problem == ""
+
+    asyncio.run(scenario())
+
+
+def test_what_was_generated_is_scored_again_and_no_more_of_it_than_failed(no_pauses: None) -> None:
+    async def scenario() -> None:
+        async with running_pool() as pool:
+            completions = ["fail 0 a", "fail 2 b", "7", "fail 1 c", "fail 0 a"]
+            assert await pool.score(TICKET, completions) == [1.0, 3.0, 7.0, 2.0, 2.0]
+            assert pool.problem == ""
+
+    asyncio.run(scenario())
+
+
+def test_numbers_of_numpy_are_rewards() -> None:
+    async def scenario() -> None:
+        async with running_pool() as pool:
+            names = ["true", "np.true", "np.float", "np.int", "0d"]
+            assert await pool.score(TICKET, [f"return {name}" for name in names]) == [1.0, 1.0, 0.5, 3.0, 2.0]
+
+    asyncio.run(scenario())
+
+
+def test_a_reward_that_ends_its_worker_costs_its_group_and_its_worker_only() -> None:
+    faults = {"eat": "MemoryError", "exit": "status 7", "leave": "SystemExit: enough", "oom_killed": "status -9"}
+
+    async def scenario() -> None:
+        async with running_pool() as pool:
+            [pid] = await pool.score(TICKET, ["pid"])
+            for completion, reason in faults.items():
+                with pytest.raises(RewardError, match=f"(?s)ticket-7: .*{reason}") as caught:
+                    await pool.score(TICKET, ["1", completion, "2"])
+                assert caught.value.completions == ["1", completion, "2"]
+                [next_pid] = await pool.score(TICKET, ["pid"])
+                assert next_pid != pid, f"the worker of {completion!r} was used again"
+                pid = next_pid
+
+    asyncio.run(scenario())
+
+
+def test_a_hanging_reward_is_killed_and_others_are_scored_meanwhile() -> None:
+    async def scenario() -> None:
+        async with running_pool(num_workers=2, deadline_s=1.5) as pool:
+            hanging = asyncio.create_task(pool.score(TICKET, ["1", "hang"]))
+            scored = await asyncio.gather(*(pool.score(TICKET, [str(number)]) for number in range(50)))
+            assert scored == [[float(number)] for number in range(50)]
+            assert not hanging.done()
+            with pytest.raises(RewardError, match=r"deadline of 1\.5 s"):
+                await hanging
+
+    asyncio.run(scenario())
+
+
+def test_the_deadline_counts_from_when_a_worker_starts_on_the_group() -> None:
+    async def scenario() -> None:
+        async with running_pool(deadline_s=1.0) as pool:
+            outcomes = await asyncio.gather(
+                pool.score(TICKET, ["hang"]), pool.score(TICKET, ["5"]), return_exceptions=True
+            )
+            assert isinstance(outcomes[0], RewardError)
+            assert outcomes[1] == [5.0]
+
+    asyncio.run(scenario())
+
+
+def test_what_a_reward_prints_or_reads_is_not_the_transport() -> None:
+    async def scenario() -> None:
+        async with running_pool() as pool:
+            assert await pool.score(TICKET, ["print", "3"]) == [0.0, 3.0]
+            assert await pool.score(TICKET, ["4"]) == [4.0]
+
+    asyncio.run(scenario())
+
+
+def test_a_child_of_a_hanging_reward_is_killed_with_it(tmp_path: Path) -> None:
+    fifo = tmp_path / "held_by_child"
+    os.mkfifo(fifo)
+
+    async def scenario() -> None:
+        async with running_pool(deadline_s=1.0) as pool:
+            end_of_file = asyncio.create_task(asyncio.to_thread(fifo.read_bytes))
+            with pytest.raises(RewardError, match="deadline"):
+                await pool.score(TICKET, [f"hang_with_child {fifo}"])
+            assert await asyncio.wait_for(end_of_file, ENOUGH_S) == b""
+
+    asyncio.run(scenario())
+
+
+def test_a_cancelled_caller_leaves_a_pool_that_works() -> None:
+    async def scenario() -> None:
+        async with running_pool() as pool:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(pool.score(TICKET, ["hang"]), timeout=0.2)
+            assert await pool.score(TICKET, ["6"]) == [6.0]
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_that_died_idle_costs_no_group() -> None:
+    async def scenario() -> None:
+        async with running_pool() as pool:
+            [pid] = await pool.score(TICKET, ["pid"])
+            [worker] = pool._running
+            psutil.Process(int(pid)).kill()
+            await asyncio.to_thread(worker.process.wait)
+            assert await pool.score(TICKET, ["8"]) == [8.0]
+
+    asyncio.run(scenario())
+
+
+def test_closing_ends_every_process_and_every_wait() -> None:
+    async def scenario() -> None:
+        async with running_pool(num_workers=2) as pool:
+            assert len(children()) >= 2
+            groups = [asyncio.create_task(pool.score(TICKET, ["hang"])) for _ in range(5)]
+            await asyncio.wait(groups, timeout=0.2)
+        outcomes = await asyncio.gather(*groups, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [RewardError] * 5
+
+    present = children()
+    asyncio.run(scenario())
+    assert children() == present
+
+
+@pytest.mark.parametrize(
+    ("task", "reason"), [("Unloadable", "rules are lost"), ("Greedy", "MemoryError"), ("Missing", "cannot be imported")]
+)
+def test_a_task_that_cannot_be_loaded_fails_the_start(task: str, reason: str) -> None:
+    async def scenario() -> None:
+        with pytest.raises(TaskError, match=reason):
+            async with running_pool(f"tests.support.faulty_tasks:{task}", num_workers=2):
+                pass
+
+    present = children()
+    asyncio.run(scenario())
+    assert children() == present
+
+
+def test_a_parent_killed_outright_leaves_no_worker() -> None:
+    program = """
+import asyncio
+from headrace.generation.rewards.reward_pool import RewardPool
+from tests.generation.test_reward_pool import TICKET
+
+async def run():
+    pool = RewardPool("tests.support.faulty_tasks:Obedient", {}, num_workers=2, deadline_s=60, memory_bytes=2 << 30)
+    await pool.start()
+    await pool.score(TICKET, ["hang"])
+
+asyncio.run(run())
+"""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=REPOSITORY, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": "."}
+    )
+    assert parent.stderr is not None
+    assert any(line == b"hanging\n" for line in parent.stderr), "the hanging reward never ran"
+    assert len(psutil.Process(parent.pid).children()) == 2
+    parent.kill()
+    parent.communicate(timeout=10)  # returns at the end of stderr, which each worker holds open until it ends

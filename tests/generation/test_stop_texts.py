@@ -1,0 +1,56 @@
+"""Stop texts as SGLang is asked for them: patterns that it takes, and that find the text however it is spelled."""
+
+import re
+import re._parser as sre_parse  # type: ignore[import-not-found]
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from headrace.common.wire.wire_structs import MAX_STOP_CHARS, MAX_STOPS
+from headrace.generation.engine.completions import generate_body
+from tests.support.making import SAMPLING, make_ticket
+from tests.support.sglang_source import names_of
+
+TEXTS = [
+    "\n\n",
+    "</answer>",
+    "###",
+    "a b",
+    "(?:x)",
+    "[.*]+$",
+    "é\\d",
+    "終",
+    "#" * MAX_STOP_CHARS,
+    "終" * MAX_STOP_CHARS,
+]
+
+
+def asked(*stop: str) -> dict[str, Any]:
+    ticket = make_ticket(sampling=replace(SAMPLING, stop=list(stop)))
+    found: dict[str, Any] = generate_body(ticket, ["r"])["sampling_params"]
+    return found
+
+
+def test_without_stop_texts_nothing_is_asked() -> None:
+    assert not [name for name in asked() if name.startswith("stop") and name != "stop_token_ids"]
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=ascii)
+def test_a_text_is_found_as_it_stands_and_nothing_else(text: str) -> None:
+    (pattern,) = asked(text)["stop_regex"]
+    assert re.search(pattern, f"before{text}after") and not re.search(pattern, f"before{text[:-1]}")
+    assert pattern not in text, "SGLang would cut the completion's text where it stands"
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=ascii)
+def test_sglang_takes_the_pattern_and_looks_at_a_token_for_each_character(text: str) -> None:
+    names = names_of(
+        "srt/sampling/sampling_params.py",
+        *("MAX_STOP_REGEX_LEN", "MAX_STOP_REGEX_COUNT", "MAX_LEN"),
+        *("get_max_seq_length", "_max_length_from_subpattern"),
+        sre_parse=sre_parse,
+    )
+    (pattern,) = asked(text)["stop_regex"]
+    assert len(pattern.encode()) <= names["MAX_STOP_REGEX_LEN"] and names["MAX_STOP_REGEX_COUNT"] >= MAX_STOPS
+    assert names["get_max_seq_length"](pattern) == len(text)

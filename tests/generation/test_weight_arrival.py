@@ -1,0 +1,483 @@
+"""A version's way into a replica's copy: the fewest bytes, the right bytes, whatever those who serve it do."""
+
+import asyncio
+import contextlib
+import random
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from safetensors.torch import load_file
+
+from headrace.common.hardware.device import machine_id
+from headrace.common.http.http_service import bearer
+from headrace.common.weights.memory_folder import LOCK_FILE, MemoryFolder, memory_backed
+from headrace.common.weights.weights import (
+    DELTA_FILE,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    WeightsError,
+    encode_manifest,
+    sha256_of,
+    version_folder,
+)
+from headrace.generation.weights import fetching, host_copy
+from headrace.generation.weights.publication import Arrival, Published
+from headrace.learner.weights import version_writer
+from headrace.learner.weights.versions import places_above
+from tests.support.fleet import TOKEN, Fault, Member, Source, Versions, a_source, members
+
+
+@pytest.fixture
+def versions(tmp_path: Path) -> Versions:
+    return Versions(tmp_path / "weights")
+
+
+@pytest.fixture
+def learner(versions: Versions) -> Iterator[Source]:
+    with a_source(versions.root) as source:
+        yield source
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """The configuration that an engine needs beside the weights."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"not to be linked")
+    return folder
+
+
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(60.0):
+            await scenario()
+
+    asyncio.run(bounded())
+
+
+def expect(member: Member, versions: Versions) -> None:
+    loaded = load_file(member.copy.folder / MODEL_FILE)
+    assert loaded.keys() == versions.tensors.keys()
+    for name, tensor in versions.tensors.items():
+        assert loaded[name].dtype == tensor.dtype and bool((loaded[name] == tensor).all())
+    assert (member.copy.folder / "config.json").read_text() == "{}"
+
+
+def test_who_is_up_to_date_fetches_the_delta_alone(versions: Versions, learner: Source, model: Path) -> None:
+    async def scenario() -> None:
+        async with members(model) as [member]:
+            versions.publish()
+            first = await member.take(versions.published(learner.url))
+            expect(member, versions)
+            assert first.num_bytes == versions.manifests[0].num_model_bytes
+            for _ in range(3):
+                learner.requests.clear()
+                versions.publish()
+                arrival = await member.take(versions.published(learner.url))
+                expect(member, versions)
+                assert [name for name, _ in learner.requests] == [MANIFEST_FILE, DELTA_FILE]
+                assert 0 < arrival.num_bytes < 0.02 * first.num_bytes
+
+    run(scenario)
+
+
+def test_who_is_behind_skips_to_the_newest(versions: Versions, learner: Source, model: Path) -> None:
+    async def scenario() -> None:
+        async with members(model) as [member]:
+            versions.publish()
+            await member.take(versions.published(learner.url))
+            for _ in range(4):
+                versions.publish()
+            learner.requests.clear()
+            await member.take(versions.published(learner.url))
+            expect(member, versions)
+            assert [name for name, _ in learner.requests].count(DELTA_FILE) == 4
+            assert MODEL_FILE not in [name for name, _ in learner.requests]
+
+    run(scenario)
+
+
+def test_who_joins_takes_an_anchor_and_the_deltas_after_it(
+    versions: Versions, learner: Source, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The anchor becomes the version where it lies: there is room for one beside the served one."""
+    monkeypatch.setattr(host_copy, "allocated", lambda *_: pytest.fail("a second copy"))
+
+    async def scenario() -> None:
+        async with members(model) as [member]:
+            for _ in range(4):
+                versions.publish()
+            await member.take(versions.published(learner.url))
+            expect(member, versions)
+            assert [name for name, _ in learner.requests].count(MODEL_FILE) == 1
+
+    run(scenario)
+
+
+def test_who_joins_takes_the_whole_of_any_version_from_a_replica(
+    versions: Versions, learner: Source, model: Path
+) -> None:
+    async def scenario() -> None:
+        async with members(model, 2) as [one, joiner]:
+            for _ in range(3):
+                versions.publish()
+                await one.take(versions.published(learner.url))
+            learner.requests.clear()
+            async with one.served() as url:
+                await joiner.take(versions.published(learner.url), url)
+            expect(joiner, versions)
+            assert learner.requests == []
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_way_leads_to_the_same_bytes(
+    versions: Versions, learner: Source, model: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replicas that look now and then, while the chain goes on over several anchors."""
+    monkeypatch.setattr(version_writer, "MAX_CHAIN", 3)
+    dice = random.Random(seed)
+
+    async def scenario() -> None:
+        async with members(model, 4) as fleet:
+            for _ in range(10):
+                versions.publish()
+                looking = [member for member in fleet if dice.random() < 0.5]
+                await asyncio.gather(*(member.take(versions.published(learner.url)) for member in looking))
+                for member in looking:
+                    expect(member, versions)
+                assert len({member.model for member in looking}) <= 1
+
+    run(scenario)
+
+
+FAULTS: tuple[Fault, ...] = ("absent", "garbage", "truncated", "stalls", "endless", "refuses ranges")
+
+
+@pytest.mark.parametrize("name", [MANIFEST_FILE, DELTA_FILE, MODEL_FILE])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_a_replica_serves_badly_is_had_elsewhere(
+    versions: Versions, learner: Source, model: Path, fault: Fault, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "STALL_TIMEOUT_S", 0.3)
+
+    async def scenario() -> None:
+        async with members(model) as [member]:
+            versions.publish()
+            if name == DELTA_FILE:
+                await member.take(versions.published(learner.url))
+                versions.publish()
+            with a_source(versions.root) as bad:
+                bad.faults[name] = fault
+                await member.take(versions.published(learner.url), bad.url)
+            expect(member, versions)
+            is_refused = fault in ("garbage", "endless")
+            expected = (0, 0) if fault == "refuses ranges" else (1, 0) if is_refused else (0, 1)
+            assert (member.fetcher.refusals[bad.url], member.fetcher.failures[bad.url]) == expected
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("fault", ["truncated", "stalls"])
+def test_what_one_leaves_unfinished_the_next_one_continues(
+    versions: Versions, learner: Source, model: Path, fault: Fault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "STALL_TIMEOUT_S", 0.3)
+
+    async def scenario() -> None:
+        async with members(model) as [member]:
+            versions.publish()
+            with a_source(versions.root) as bad:
+                bad.faults[MODEL_FILE] = fault
+                arrival = await member.take(versions.published(learner.url), bad.url)
+            expect(member, versions)
+            num_bytes = versions.manifests[0].num_model_bytes
+            assert learner.requests == [(MODEL_FILE, f"bytes={num_bytes // 2}-")]
+            assert arrival.num_bytes == num_bytes, "nothing came twice"
+
+    run(scenario)
+
+
+def test_a_source_that_cannot_continue_is_passed_over(versions: Versions, learner: Source, model: Path) -> None:
+    async def scenario() -> None:
+        async with members(model) as [member]:
+            versions.publish()
+            with a_source(versions.root) as first, a_source(versions.root) as second:
+                first.faults[MODEL_FILE], second.faults[MODEL_FILE] = "truncated", "refuses ranges"
+                await member.take(versions.published(learner.url), first.url, second.url)
+            expect(member, versions)
+            assert member.fetcher.failures[second.url] == 1
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("num_held", [1, 3])
+def test_a_copy_that_went_bad_is_replaced_by_an_anchor(
+    versions: Versions, learner: Source, model: Path, num_held: int
+) -> None:
+    """A bit of the host's memory has changed: the delta leads to what the digest does not know. The anchor is the
+    version that is served, or the one that is served is a delta on the way."""
+
+    async def scenario() -> None:
+        async with members(model) as [member]:
+            for _ in range(num_held):
+                versions.publish()
+                await member.take(versions.published(learner.url))
+            path = member.copy.folder / MODEL_FILE
+            content = bytearray(path.read_bytes())
+            content[-1] ^= 1
+            path.write_bytes(content)
+            versions.publish()
+            await member.take(versions.published(learner.url))
+            expect(member, versions)
+            assert not list(member.copy.root.glob("*/*.start"))
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("num_held", [0, 1])
+def test_a_version_that_nobody_has_rightly_leaves_what_is_served(
+    versions: Versions, learner: Source, model: Path, num_held: int
+) -> None:
+    async def scenario() -> None:
+        async with members(model) as [member]:
+            versions.publish()
+            if num_held:
+                await member.take(versions.published(learner.url))
+            versions.publish()
+            learner.faults = {DELTA_FILE: "garbage", MODEL_FILE: "garbage"}
+            before = member.copy.folder
+            with pytest.raises(WeightsError, match=r"BLAKE3|laid out"):
+                await member.take(versions.published(learner.url))
+            assert member.copy.folder == before
+            assert list(member.copy.root.glob("v*")) == ([before] if num_held else [])
+            learner.faults = {}
+            await member.take(versions.published(learner.url))
+            expect(member, versions)
+
+    run(scenario)
+
+
+def test_a_manifest_whose_digests_lie_is_found_before_the_swap(
+    versions: Versions, learner: Source, model: Path
+) -> None:
+    """As a learner with a broken memory would write it: everything matches but the tensors that result."""
+    versions.publish()
+    path = versions.root / "v00000001" / MANIFEST_FILE
+    payload = path.read_bytes()
+    digest = versions.manifests[0].tensors["w"].blake3
+    path.write_bytes(payload.replace(digest.encode(), b"0" * 64))
+
+    async def scenario() -> None:
+        async with members(model) as [member]:
+            with pytest.raises(WeightsError, match="tensor w: BLAKE3"):
+                await member.take(Published(1, sha256_of(path.read_bytes()), learner.url))
+
+    run(scenario)
+
+
+def test_a_manifest_of_another_version_is_refused(versions: Versions, learner: Source, model: Path) -> None:
+    versions.publish()
+
+    async def scenario() -> None:
+        async with members(model) as [member]:
+            published = versions.published(learner.url)._replace(version=7)
+            (versions.root / "v00000007").symlink_to(versions.root / "v00000001")
+            with pytest.raises(WeightsError, match="the manifest is of version 1"):
+                await member.take(published)
+
+    run(scenario)
+
+
+def test_the_learners_folder_is_read_where_it_is_on_this_machine(
+    versions: Versions, learner: Source, model: Path
+) -> None:
+    async def scenario() -> None:
+        async with members(model) as [member]:
+            here: dict[str, Any] = {"machine": machine_id(), "folder": str(versions.root)}
+            for _ in range(2):
+                versions.publish()
+                await member.take(versions.published(learner.url)._replace(**here))
+                expect(member, versions)
+            assert learner.requests == []
+            for elsewhere in (here | {"machine": "another"}, here | {"folder": "/nowhere"}):
+                versions.publish()
+                learner.requests.clear()
+                await member.take(versions.published(learner.url)._replace(**elsewhere))
+                assert len(learner.requests) == 2
+
+    run(scenario)
+
+
+def test_a_tree_of_replicas_costs_the_learner_one_copy(versions: Versions, learner: Source, model: Path) -> None:
+    """All at the same time; the learner's port is slow."""
+    num_members = 8
+
+    async def scenario() -> None:
+        async with members(model, num_members) as fleet:
+            urls: list[str] = []
+            async with contextlib.AsyncExitStack() as stack:
+                for member in fleet:
+                    urls.append(await stack.enter_async_context(member.served()))
+                for _ in range(2):
+                    versions.publish()
+                    learner.num_bytes, learner.bytes_per_s = 0, versions.manifests[0].num_model_bytes / 0.5
+                    published = versions.published(learner.url)
+                    await asyncio.gather(
+                        *(
+                            member.take(published, *(urls[above] for above in places_above(place)))
+                            for place, member in enumerate(fleet)
+                        )
+                    )
+                    newest = versions.manifests[-1]
+                    num_bytes = newest.delta.num_bytes if newest.delta else newest.num_model_bytes
+                    assert learner.num_bytes == num_bytes + len(encode_manifest(newest)), "one copy, nothing more"
+                    for member in fleet:
+                        expect(member, versions)
+
+    run(scenario)
+
+
+@contextlib.asynccontextmanager
+async def flowing(
+    versions: Versions, learner: Source, first: Member, second: Member
+) -> AsyncIterator[tuple[str, asyncio.Task[Arrival], asyncio.Task[Arrival]]]:
+    """The learner is slow, and the second has bytes of what is on its way to the first, at that URL."""
+    versions.publish()
+    published = versions.published(learner.url)
+    learner.bytes_per_s = versions.manifests[0].num_model_bytes / 1.0
+    async with first.served() as url:
+        taking = asyncio.create_task(first.take(published))
+        follow = asyncio.create_task(second.take(published, url))
+        while not second.fetcher.num_bytes[url]:
+            await asyncio.sleep(0.01)
+        yield url, taking, follow
+
+
+def test_a_file_on_its_way_is_passed_on(versions: Versions, learner: Source, model: Path) -> None:
+    """The second replica has its first bytes before the first one has its last."""
+
+    async def scenario() -> None:
+        async with members(model, 2) as [first, second]:
+            async with flowing(versions, learner, first, second) as (_, taking, follow):
+                assert not taking.done()
+                await asyncio.gather(taking, follow)
+            expect(second, versions)
+            assert second.fetcher.num_bytes[learner.url] == 0
+
+    run(scenario)
+
+
+def test_a_replica_that_vanishes_in_the_middle_is_replaced_by_the_learner(
+    versions: Versions, learner: Source, model: Path
+) -> None:
+    async def scenario() -> None:
+        async with members(model, 2) as [first, second]:
+            async with flowing(versions, learner, first, second) as (url, taking, follow):
+                taking.cancel()
+                await asyncio.gather(taking, return_exceptions=True)
+                arrival = await follow
+            expect(second, versions)
+            assert second.fetcher.num_bytes[url] > 0 and second.fetcher.num_bytes[learner.url] > 0
+            assert arrival.num_bytes == versions.manifests[0].num_model_bytes
+
+    run(scenario)
+
+
+def test_only_files_of_versions_are_shared_and_only_for_the_token(
+    versions: Versions, learner: Source, model: Path
+) -> None:
+    async def scenario() -> None:
+        async with members(model) as [member]:
+            versions.publish()
+            await member.take(versions.published(learner.url))
+            async with member.served() as url, httpx.AsyncClient(base_url=url, trust_env=False) as http:
+                path = f"/weights/1/{MODEL_FILE}"
+                assert (await http.get(path)).status_code == 401
+                http.headers.update(bearer(TOKEN))
+                whole = await http.get(path)
+                assert whole.content == member.model
+                part = await http.get(path, headers={"Range": "bytes=5-"})
+                assert (part.status_code, part.content) == (206, member.model[5:])
+                for absent in ("1/config.json", "1/..%2flock", "1/%2e%2e/lock", f"0/{MODEL_FILE}", f"1/{DELTA_FILE}"):
+                    assert (await http.get(f"/weights/{absent}")).status_code == 404, absent
+
+    run(scenario)
+
+
+def test_deltas_are_kept_for_others_within_bounds(
+    versions: Versions, learner: Source, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_copy, "KEPT_SHARE", 0.05)
+
+    async def scenario() -> None:
+        async with members(model) as [member]:
+            for _ in range(8):
+                versions.publish()
+                await member.take(versions.published(learner.url))
+            folders = sorted(member.copy.root.glob("v*"))
+            assert 2 < len(folders) < 8
+            assert [folder for folder in folders if (folder / MODEL_FILE).exists()] == [folders[-1]]
+            kept = sum(path.stat().st_size for path in member.copy.root.glob(f"v*/{DELTA_FILE}"))
+            assert kept <= host_copy.KEPT_SHARE * versions.manifests[0].num_model_bytes
+
+    run(scenario)
+
+
+def test_what_a_killed_replica_left_in_memory_is_cleared_away(
+    versions: Versions, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_copy, "memory_backed", lambda: tmp_path)
+    alive = host_copy.HostCopy(model)
+    remains = tmp_path / f"{host_copy.PREFIX}dead"
+    remains.mkdir()
+    (remains / LOCK_FILE).touch()
+    host_copy.HostCopy(model).close()
+    assert alive.root.exists() and not remains.exists()
+    alive.close()
+    assert list(tmp_path.glob(f"{host_copy.PREFIX}*")) == []
+
+
+def test_the_learners_own_file_in_memory_is_taken_without_a_copy(
+    versions: Versions, learner: Source, model: Path, tmp_path: Path
+) -> None:
+    """It stays whole whatever a replica does with it; wrong bytes are refused, and had elsewhere."""
+    memory = MemoryFolder("test-", memory_backed())
+
+    def publish() -> tuple[Published, Path]:
+        version = versions.publish(memory.root)
+        published = versions.published(learner.url)._replace(machine=machine_id(), memory=str(memory.root))
+        return published, version_folder(memory.root, version) / MODEL_FILE
+
+    async def scenario() -> None:
+        async with members(model, 2) as (one, other):
+            first, path = publish()
+            arrivals = [await member.take(first) for member in (one, other)]
+            assert [arrival.num_bytes for arrival in arrivals] == [0, 0] and all(
+                name != MODEL_FILE for name, _ in learner.requests
+            )
+            assert {(member.copy.folder / MODEL_FILE).stat().st_ino for member in (one, other)} == {path.stat().st_ino}
+            content = path.read_bytes()
+            shutil.rmtree(path.parent)
+            assert one.model == other.model == content, "for as long as it is served"
+
+            second, path = publish()
+            right = path.read_bytes()
+            wrong = right[:-1] + bytes([right[-1] ^ 1])
+            path.write_bytes(wrong)
+            with pytest.raises(WeightsError):
+                await one.take(second)
+            assert path.read_bytes() == wrong and one.model == content, "neither file was touched"
+            (version_folder(versions.root, 2) / MODEL_FILE).write_bytes(right)
+            assert (await one.take(second)).num_bytes == len(right) and one.model == right
+            assert not second._replace(machine="elsewhere").shares_memory_with(one.copy.root)
+            assert not second._replace(memory=str(tmp_path / "gone")).shares_memory_with(one.copy.root)
+
+    run(scenario)
+    memory.close()

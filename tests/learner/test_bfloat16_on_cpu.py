@@ -1,0 +1,67 @@
+"""bfloat16 weights on a CPU that multiplies them by emulation: computed in float32, published as they are."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from headrace.common.config import LearnerConfig, ModelConfig
+from headrace.common.hardware import device as device_module
+from headrace.learner.model.policy import Policy
+from headrace.learner.training.trainer import Trainer
+from tests.learner.test_trainer import STEPS, make_batch, make_config
+from tests.support.tiny_models import make_checkpoint
+
+CPU_INFO = {
+    "flags\t\t: fpu avx2 fma f16c": False,
+    "flags\t\t: fpu avx512f avx512vl avx512_bf16": True,
+    "flags\t\t: fpu avx512f amx_tile amx_bf16": True,
+    "Features\t: fp asimd bf16 i8mm": True,
+    "Features\t: fp asimd fphp": False,
+}
+
+
+@pytest.mark.parametrize("line", CPU_INFO)
+def test_units_are_told_by_the_kernel(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nbugs\t\t: bf16_of_no_use\n{line}\n\nprocessor\t: 1\n{line}\n")
+    monkeypatch.setattr(device_module, "_CPU_INFO", tmp_path / "cpuinfo")
+    assert device_module.multiplies_bfloat16() == CPU_INFO[line]
+    monkeypatch.setattr(device_module, "_CPU_INFO", tmp_path / "none")
+    assert not device_module.multiplies_bfloat16()
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+def test_weights_stay_numbers_that_bfloat16_has(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before and after a step: computed is with exactly what is published, and masters are rounded only to publish."""
+    monkeypatch.setattr(device_module, "multiplies_bfloat16", lambda: False)
+    folder = make_checkpoint(tmp_path / kind, kind)
+    config = make_config(folder, model={"path": str(folder), "dtype": "bfloat16"}, optimizer={"lr": 1e-3})
+    trainer = Trainer(config, Policy(config.model, config.learner))
+    for num_steps in range(2):
+        computed = {name: p.detach() for name, p in trainer.policy.model.named_parameters()}
+        named = trainer.policy._loaded.naming.of(computed)
+        for name, weight in trainer.policy.tensors().items():
+            published = weight.detach()
+            assert published.dtype == weight.dtype == torch.bfloat16
+            assert torch.equal(published.float(), named[name].detach()), name
+        is_between = [not torch.equal(m, m.bfloat16().float()) for m in trainer.optimizer.masters.values()]
+        assert all(p.dtype == torch.float32 for p in computed.values()) and any(is_between) == (num_steps > 0)
+        trainer.train(make_batch(trainer), num_steps, STEPS)
+
+
+def test_a_weight_that_is_kept_in_float32_is_published_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is not rounded: transformers keeps a router's bias as it is."""
+    monkeypatch.setattr(device_module, "multiplies_bfloat16", lambda: False)
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
+    folder = make_checkpoint(tmp_path / "glm", "glm4_moe", **experts, n_group=1)
+    tensors = Policy(ModelConfig(path=str(folder)), LearnerConfig(device="cpu")).tensors()
+    dtypes = {name: weight.detach().dtype for name, weight in tensors.items()}
+    assert {name: weight.dtype for name, weight in tensors.items()} == dtypes
+    kept = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+    assert kept == {name for name in dtypes if name.endswith("e_score_correction_bias")} != set()
+
+
+def test_with_units_bfloat16_is_what_is_computed_in(demo_policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_module, "multiplies_bfloat16", lambda: True)
+    policy = Policy(ModelConfig(path=str(demo_policy)), LearnerConfig(device="cpu"))
+    assert {p.dtype for p in policy.model.parameters()} == {torch.bfloat16} and not policy.rounded_to

@@ -1,0 +1,267 @@
+"""The guard's decisions: what is odd once does nothing, what lasts goes down the ladder, what is over comes back up."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import redis
+import torch
+
+from headrace.common.config import RunConfig
+from headrace.common.metrics.health import SMOOTHED_STEPS
+from headrace.common.redis.keys import Keys
+from headrace.common.wire.control import Settings
+from headrace.learner.algorithm.guard import CALM_STEPS, PATIENCE_STEPS, Decision, GuardState, decide, ladder, tightened
+from headrace.learner.loop import Loop
+from headrace.learner.training.metrics import logprob_gaps, off_policy_metrics
+from headrace.learner.training.shares import NOTHING
+from tests.support.replaying import STEPS, end, state_of, take_up
+
+CALM = {"kl_behaviour_proximal": 0.01, "ess": 0.95, "fresh_logprob_gap_rms": 1e-5}
+WORRYING = CALM | {"kl_behaviour_proximal": 0.1}
+ALARMING = CALM | {"kl_behaviour_proximal": 0.5}
+FRESH = GuardState()
+
+
+def config(guard: str = "act", max_staleness: int = 8, **model: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "model": {"path": "anywhere", "dtype": "float32"} | model,
+            "task": {"name": "arithmetic"},
+            "actor": {"guard": guard},
+            "optimizer": {"lr": 8e-5},
+            "learner": {"max_staleness": max_staleness},
+        }
+    )
+
+
+def follow(rows: Sequence[dict[str, float]], run: RunConfig, state: GuardState = FRESH) -> list[Decision]:
+    decisions = []
+    for row in rows:
+        decisions.append(decide(state, row, run))
+        state = decisions[-1].state
+    return decisions
+
+
+def kinds(decisions: Sequence[Decision]) -> list[str | None]:
+    return [decision.kind for decision in decisions]
+
+
+def test_healthy_steps_leave_the_run_alone() -> None:
+    run = config()
+    last = follow([CALM] * 200, run)[-1]
+    assert (last.kind, last.state.notch) == (None, 0)
+    assert tightened(run, last.state) == run
+
+
+def test_odd_batches_do_nothing() -> None:
+    rows = ([ALARMING] * (PATIENCE_STEPS - 1) + [CALM] * PATIENCE_STEPS) * 10
+    assert kinds(follow(rows, config())) == [None] * len(rows)
+
+
+def test_a_median_beyond_the_alarm_acts_though_a_step_between_is_calm() -> None:
+    assert kinds(follow([ALARMING, CALM, ALARMING, CALM, ALARMING], config())) == [None] * 4 + ["tighten"]
+
+
+def test_what_is_worrying_for_long_is_said_once_and_changes_nothing() -> None:
+    decisions = follow([WORRYING] * 30, config())
+    assert kinds(decisions) == [None] * (PATIENCE_STEPS - 1) + ["warn"] + [None] * (30 - PATIENCE_STEPS)
+    assert decisions[PATIENCE_STEPS - 1].reason == "trained_kl 0.1, above 0.05"
+    assert decisions[-1].state.notch == 0
+
+
+def test_what_is_alarming_goes_down_the_ladder_staleness_first() -> None:
+    run = config()
+    assert ladder(run) == [(8, 8e-5), (2, 8e-5), (1, 8e-5), (1, 4e-5), (1, 2e-5), (1, 1e-5)]
+    decisions = follow([ALARMING] * 30, run)
+    tightenings = [decision for decision in decisions if decision.kind == "tighten"]
+    assert kinds(decisions[:PATIENCE_STEPS]) == [None] * (PATIENCE_STEPS - 1) + ["tighten"]
+    settings = [tightened(run, decision.state) for decision in tightenings]
+    assert [(one.learner.max_staleness, one.optimizer.lr) for one in settings] == ladder(run)[1:]
+    assert kinds(decisions).count("warn") == 0, "what it does is said, no warning beside it"
+
+
+def test_a_long_calm_takes_back_one_notch_at_a_time() -> None:
+    run = config()
+    decisions = follow([CALM] * (3 * CALM_STEPS), run, GuardState(notch=2, is_warned=True))
+    loosened = [(place + 1, one.state.notch) for place, one in enumerate(decisions) if one.kind == "loosen"]
+    assert loosened == [(CALM_STEPS, 1), (2 * CALM_STEPS, 0)]
+    assert not decisions[-1].state.is_warned
+    assert decide(GuardState(notch=2, is_warned=True, calm_steps=CALM_STEPS - 1), WORRYING, run).state.calm_steps == 0
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        CALM | {"ess": 0.1},
+        CALM | {"kl_behaviour_proximal": float("nan")},
+        CALM | {"kl_behaviour_proximal": float("inf")},
+    ],
+)
+def test_each_of_the_signals_acts(row: dict[str, float]) -> None:
+    assert kinds(follow([row] * PATIENCE_STEPS, config()))[-1] == "tighten"
+
+
+def test_what_the_behaviour_clip_drops_is_not_held_against_the_run() -> None:
+    """Of a run of the default at staleness 32: the KL is high, and most of it is not trained."""
+    far = CALM | {"kl_behaviour_proximal": 0.15}
+    assert kinds(follow([far] * PATIENCE_STEPS, config()))[-1] == "tighten"
+    dropped = far | {"behaviour_clip_fraction": 0.7}
+    assert kinds(follow([dropped] * 30, config())) == [None] * 30
+
+
+def test_a_gap_that_bfloat16_explains_is_none() -> None:
+    rows = [CALM | {"fresh_logprob_gap_rms": 0.04}] * 10
+    assert kinds(follow(rows, config(dtype="bfloat16"))) == [None] * 10
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_token_far_off_in_every_step_does_nothing(dtype: str) -> None:
+    """Of 4,096 fresh tokens with bfloat16's noise, or float32's, one is 5 nats off: what others report of theirs."""
+    sigma = {"float32": 1e-5, "bfloat16": 0.03}[dtype]
+    behaviour = np.random.default_rng(0).normal(-1.0, sigma, 4096).astype(np.float32)
+    behaviour[7] -= 5.0 if dtype == "bfloat16" else 0.05
+    batch = dataclasses.replace(NOTHING, behaviour_logprobs=behaviour, token_staleness=np.zeros(4096, np.int64))
+    logprobs = [torch.full((4096,), -1.0)]
+    row = off_policy_metrics([batch], logprobs) | logprob_gaps([batch], logprobs)
+    assert row["fresh_tokens"] == 4096 and row["fresh_logprob_gap_p999"] < 5 * sigma
+    assert kinds(follow([row] * 200, config(dtype=dtype))) == [None] * 200
+
+
+def test_one_in_a_thousand_far_off_does_nothing_and_a_batch_that_drifts_still_acts() -> None:
+    """The largest gaps that others have seen, 24 nats; and a drift of all tokens of KL 0.125."""
+    noise = np.random.default_rng(1).normal(0.0, 0.03, 8000)
+    for shift, far, kind in ((0.0, 8, None), (0.5, 0, "tighten")):
+        gap = noise + shift * np.random.default_rng(2).normal(0.0, 1.0, 8000)
+        gap[:far] += 24.0
+        behaviour = (-30.0 - gap).astype(np.float32)
+        batch = dataclasses.replace(NOTHING, behaviour_logprobs=behaviour, token_staleness=np.ones(8000, np.int64))
+        logprobs = [torch.full((8000,), -30.0)]
+        row = off_policy_metrics([batch], logprobs) | logprob_gaps([batch], logprobs)
+        assert kinds(follow([row] * PATIENCE_STEPS, config(dtype="bfloat16")))[-1] == kind
+        assert row["fresh_tokens"] == 0
+
+
+def test_numerics_are_warned_of_once_with_the_advice_and_never_acted_on() -> None:
+    run = config()
+    rows = [CALM | {"fresh_logprob_gap_rms": 2.0}] * 60
+    decisions = follow(rows, run)
+    assert kinds(decisions) == [None] * (PATIENCE_STEPS - 1) + ["warn"] + [None] * (60 - PATIENCE_STEPS)
+    expected = "fresh_logprob_gap_rms 2, above 0.001: compare the engine's numerics with the learner's"
+    assert decisions[PATIENCE_STEPS - 1].reason.startswith(expected)
+    assert tightened(run, decisions[-1].state) == run
+    again = follow([CALM] * SMOOTHED_STEPS + rows, run, decisions[-1].state)
+    assert kinds(again).count("warn") == 1, "it was gone, and is back"
+
+
+def test_numerics_neither_hinder_nor_hasten_what_drift_asks_for() -> None:
+    """The same decisions, but for the warning of the numerics themselves."""
+    rows = [ALARMING] * 9 + [CALM] * (3 * CALM_STEPS) + [WORRYING] * 9
+    plain = follow(rows, config())
+    noisy = follow([row | {"fresh_logprob_gap_rms": 2.0} for row in rows], config())
+    assert [one.state.notch for one in noisy] == [one.state.notch for one in plain]
+    moves = [(place, one.kind) for place, one in enumerate(plain) if one.kind]
+    noisy_moves = [(place, one.kind) for place, one in enumerate(noisy) if one.kind and "fresh" not in one.reason]
+    assert noisy_moves == moves and len(moves) >= 5
+
+
+def test_steps_without_fresh_tokens_neither_count_nor_break_the_patience() -> None:
+    far, silent = CALM | {"fresh_logprob_gap_rms": 2.0}, {"kl_behaviour_proximal": 0.01, "ess": 0.95}
+    decisions = follow([far, silent, silent, silent, far, silent, silent, silent, far], config())
+    assert kinds(decisions) == [None] * 8 + ["warn"]
+
+
+def test_a_step_without_fresh_tokens_says_nothing_of_the_gap() -> None:
+    rows = [{"kl_behaviour_proximal": 0.01, "ess": 0.9}] * 10
+    assert kinds(follow(rows, config())) == [None] * 10
+
+
+def test_a_guard_that_only_warns_changes_nothing() -> None:
+    run = config("warn")
+    decisions = follow([ALARMING] * 30, run)
+    assert kinds(decisions).count("warn") == 1
+    assert {one.kind for one in decisions} == {"warn", None}
+    assert tightened(run, GuardState(notch=3)) == run, "not even a notch of a checkpoint from before"
+
+
+def test_an_order_below_the_ladder_counts_and_the_guard_does_not_loosen_it() -> None:
+    synchronous = config(max_staleness=0)
+    assert ladder(synchronous)[:2] == [(0, 8e-5), (0, 4e-5)]
+    deep = GuardState(notch=99, is_warned=True)
+    assert tightened(synchronous, deep).optimizer.lr == 1e-5
+    assert decide(deep, ALARMING, synchronous).state.notch == len(ladder(synchronous)) - 1
+
+
+# --- in the loop: a recording whose behaviour log-probabilities are made up, so that every step alarms ---
+
+ACTING = ("actor.guard=act", "learner.stale_policy=train")
+
+
+def test_the_loop_goes_on_tightened_and_says_so(
+    recording: Path, client: redis.Redis, keys: Keys, tmp_path: Path
+) -> None:
+    loop = take_up(tmp_path, client, keys, recording, *ACTING)
+    try:
+        assert loop.run()
+    finally:
+        end(loop)
+    assert (loop.in_force.ordered.learner.max_staleness, loop.in_force.ordered.optimizer.lr) == (2, 2e-4)
+    assert (loop.config.learner.max_staleness, loop.config.optimizer.lr) == (1, 1e-4)
+    assert loop.trainer.config is loop.config is loop.intake.config
+    events = [json.loads(f[b"event"]) for _, f in client.xrange(keys.events) if f[b"kind"] == b"guard"]
+    told = [(one["action"], one["step"], one["text"].rpartition("; ")[2]) for one in events]
+    assert told == [
+        ("tighten", PATIENCE_STEPS, "max_staleness 1 instead of 2"),
+        ("tighten", 2 * PATIENCE_STEPS, "max_staleness 1 instead of 2, lr 0.0001 instead of 0.0002"),
+    ]
+    assert events[0]["text"].startswith("the guard tightens: trained_kl ")
+    assert client.hget(keys.learner, "held_back").decode() == told[1][2]
+
+
+def test_an_order_does_not_undo_what_the_guard_has_tightened(
+    recording: Path, client: redis.Redis, keys: Keys, tmp_path: Path
+) -> None:
+    loop = take_up(tmp_path, client, keys, recording, *ACTING)
+    try:
+        loop.in_force.guard = GuardState(notch=3, is_warned=True)
+        loop._change_settings(Settings(1, {"optimizer.lr": 8e-5, "learner.max_staleness": 8}))
+        assert (loop.config.learner.max_staleness, loop.config.optimizer.lr) == (1, 4e-5)
+        loop._change_settings(Settings(2, {"optimizer.lr": 1.0, "learner.max_staleness": -1}))
+        assert (loop.in_force.ordered.learner.max_staleness, loop.in_force.ordered.optimizer.lr) == (8, 8e-5), "refused"
+    finally:
+        end(loop)
+
+
+def test_a_checkpoint_holds_the_guard(recording: Path, client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
+    """Stopped after the fourth step, one into the next alarm, and taken up: the same weights, at the same notch."""
+    lives = {"undisturbed": [STEPS], "stopped": [4, STEPS]}
+    loops = {}
+    for name, last_steps in lives.items():
+        folder = tmp_path / name
+        for last_step in last_steps:
+            loop = take_up(folder, client, Keys(f"{keys.run}-{name}"), recording, *ACTING)
+            stop_after(loop, last_step)
+            try:
+                loop.run()
+            finally:
+                end(loop)
+            loops[name, last_step] = loop
+    guards = {name: loop.in_force.guard for name, loop in loops.items()}
+    assert guards["stopped", 4] == GuardState(1, True, (True,) * 4, (True,), 0, (True,))
+    assert guards["stopped", STEPS] == guards["undisturbed", STEPS] == GuardState(2, True, (True,) * 5, (), 0, (True,))
+    assert state_of(tmp_path / "stopped") == state_of(tmp_path / "undisturbed")
+
+
+def stop_after(loop: Loop, step: int) -> None:
+    mark_trained = loop.intake.mark_trained
+
+    def mark_and_stop(batch: Any) -> None:
+        mark_trained(batch)
+        if loop.progress.step == step < STEPS:
+            loop.switches.stop.set()
+
+    loop.intake.mark_trained = mark_and_stop  # type: ignore[method-assign]

@@ -1,0 +1,1 @@
+"""What tests share: fakes at process boundaries, servers, fixtures."""

@@ -1,0 +1,110 @@
+"""Control as it serves, in a thread of the test's process, on whatever run stands in Redis."""
+
+import asyncio
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import httpx
+
+from headrace.common.config import load_recipe
+from headrace.common.http.http_service import bearer, listen, url_of
+from headrace.common.redis.keys import Keys
+from headrace.control.assembly import assembled, serving
+from headrace.control.view.snapshot import Snapshot
+from tests.support.fake_services import until
+from tests.support.seeded_run import RECIPE
+
+TOKEN = "the-run's-token"
+WAIT_S = 30.0
+
+
+class Control:
+    """`ask` comes with the token, `http` without."""
+
+    def __init__(self, url: str, snapshot: Snapshot, loop: asyncio.AbstractEventLoop) -> None:
+        self.url = url
+        self.snapshot = snapshot
+        self.loop = loop
+        self.http = httpx.Client(base_url=url, trust_env=False, timeout=WAIT_S)
+
+    def ask(self, method: str, path: str, headers: dict[str, str] | None = None, **arguments: Any) -> httpx.Response:
+        return self.http.request(method, path, headers=(headers or {}) | bearer(TOKEN), **arguments)
+
+    def look(self) -> None:
+        """At Redis, twice: a replica is known one look after its key was found."""
+        for _ in range(2):
+            asyncio.run_coroutine_threadsafe(self.snapshot.refresh(), self.loop).result(WAIT_S)
+
+    def status(self) -> dict[str, Any]:
+        self.look()
+        found: dict[str, Any] = self.http.get("/status").json()
+        return found
+
+    def wait_for(self, is_so: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
+        """Until the status is as expected."""
+        seen: list[dict[str, Any]] = [{}]
+
+        def look() -> bool:
+            seen[0] = self.status()
+            return is_so(seen[0])
+
+        until(look, what, lambda: seen[0].get("verdict"))
+        return seen[0]
+
+    @contextlib.contextmanager
+    def events(self) -> Iterator[Iterator[tuple[str, Any]]]:
+        """Name and decoded data of every server-sent event."""
+        with self.http.stream("GET", "/events") as response:
+            assert response.status_code == 200, response.read()
+            yield _events(response.iter_lines())
+
+
+def _events(lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
+    name = ""
+    for line in lines:
+        field, _, value = line.partition(": ")
+        if field == "event":
+            name = value
+        elif field == "data":
+            yield name, json.loads(value)
+
+
+@contextlib.contextmanager
+def a_control(redis_url: str, keys: Keys, protect_reads: bool = False) -> Iterator[Control]:
+    config, sock = load_recipe(RECIPE, []).config, listen("127.0.0.1", 0)
+    started: Future[Control] = Future()
+    ended: list[Callable[[], object]] = []
+
+    async def serve() -> None:
+        over, loop = asyncio.Event(), asyncio.get_running_loop()
+        ended.append(lambda: loop.call_soon_threadsafe(over.set))
+        parts = assembled(keys.run, config, redis_url, TOKEN, protect_reads)
+        async with parts as (app, snapshot), serving(app, snapshot, sock):
+            started.set_result(Control(url_of(sock), snapshot, loop))
+            await over.wait()
+
+    def run() -> None:
+        try:
+            asyncio.run(serve())
+        except BaseException as error:
+            if not started.done():
+                started.set_exception(error)
+            raise
+
+    thread = threading.Thread(target=run, name="control")
+    thread.start()
+    try:
+        control = started.result(WAIT_S)
+        control.look()
+        yield control
+        control.http.close()
+    finally:
+        for end in ended:
+            end()
+        thread.join(WAIT_S)
+        sock.close()
+        assert not thread.is_alive()

@@ -1,0 +1,161 @@
+"""The live page as a person has it: a real Chromium before a real control service before a real Redis."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+import redis
+
+from headrace.common.config import RunConfig
+from headrace.common.http.http_service import free_port, listen, url_of
+from headrace.common.process.run_token import TOKEN_VARIABLE
+from headrace.common.redis.keys import MAX_EVENTS, MAX_HISTORY, MAX_SHOWN, Keys
+from headrace.common.redis.redis_client import connect
+from headrace.common.wire.shown import ShownGroup
+from headrace.control.assembly import assembled, serving
+
+TOKEN = "the-run's-token"
+CHROMIUM = next((path for path in ("/usr/bin/chromium", "/usr/bin/chromium-browser") if Path(path).exists()), None)
+ARGUMENTS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+SHOTS_VARIABLE = "HEADRACE_PAGE_SHOTS"
+"""A folder where the screenshots are kept."""
+AXE = Path(__file__).parent / "vendor" / "axe.min.js"
+
+
+class ControlProcess:
+    """The control service of one run as its own process; the same address after every start."""
+
+    def __init__(self, redis_url: str, keys: Keys) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._command = [sys.executable, "-m", "headrace.control", "--run", keys.run, "--port", str(self.port)]
+        self._environment = {**os.environ, TOKEN_VARIABLE: TOKEN, "HEADRACE_REDIS_URL": redis_url}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(self._command, env=self._environment, cwd=Path(__file__).parents[2])
+        deadline = time.monotonic() + 30
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{self.url}/healthz").status_code == 200:
+                    return
+            assert self._process.poll() is None, "control has ended"
+            assert time.monotonic() < deadline, "control does not answer"
+            time.sleep(0.05)
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.send_signal(signal.SIGTERM)
+            self._process.wait(15)
+            self._process = None
+
+
+@contextlib.contextmanager
+def a_control(redis_url: str, keys: Keys) -> Iterator[str]:
+    """Control in a thread, which starts in a moment; its address."""
+    sock = listen("127.0.0.1", 0)
+    is_up, is_over = threading.Event(), threading.Event()
+
+    async def serve() -> None:
+        with connect(redis_url) as client:
+            config = RunConfig.model_validate_json(client.get(keys.config) or b"")
+        parts = assembled(keys.run, config, redis_url, TOKEN, config.control.protect_reads)
+        async with parts as (app, snapshot), serving(app, snapshot, sock):
+            is_up.set()
+            while not is_over.is_set():
+                await asyncio.sleep(0.05)
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),), name="control", daemon=True)
+    thread.start()
+    assert is_up.wait(30), "control does not start"
+    yield url_of(sock)
+    is_over.set()
+    thread.join(15)
+    assert not thread.is_alive(), "control does not end"
+
+
+@contextlib.contextmanager
+def a_browser() -> Iterator[Any]:
+    """While it is open, this thread has a running event loop: nothing else may start one."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@contextlib.contextmanager
+def a_page(browser: Any, width: int = 1280, height: int = 900, **settings: Any) -> Iterator[Any]:
+    """A tab of its own; at its end nothing may have gone wrong in it, the connection aside."""
+    context = browser.new_context(viewport={"width": width, "height": height}, **settings)
+    page = context.new_page()
+    page.set_default_timeout(15_000)
+    wrong: list[str] = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("dialog", lambda dialog: wrong.append(f"a dialog: {dialog.message}"))
+    page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
+    yield page
+    context.close()
+    unexpected = [text for text in wrong if "Failed to load resource" not in text and "ERR_" not in text]
+    assert not unexpected, unexpected
+
+
+def open_page(page: Any, url: str, token: str | None = TOKEN) -> None:
+    page.goto(f"{url}/#token={token}" if token else f"{url}/")
+    page.wait_for_selector("#link[data-state=live]")
+    page.wait_for_selector("#verdict:not([data-level=unknown])")
+
+
+def add_row(client: redis.Redis, keys: Keys, kind: str, row: dict[str, Any]) -> None:
+    """As the learner writes a step or an evaluation."""
+    client.xadd(keys.history, {"kind": kind, "row": json.dumps(row)}, maxlen=MAX_HISTORY, approximate=True)
+    client.hset(keys.learner, mapping={"step": row["step"], "version": row["step"] + 1})
+
+
+def add_event(client: redis.Redis, keys: Keys, kind: str, event: dict[str, Any]) -> None:
+    client.xadd(keys.events, {"kind": kind, "event": json.dumps(event)}, maxlen=MAX_EVENTS, approximate=True)
+
+
+def add_group(client: redis.Redis, keys: Keys, group: ShownGroup) -> None:
+    summary = {"id": group.id, "kind": group.kind, "state": group.state, "step": group.step}
+    fields = summary | {"group": msgspec.json.encode(group)}
+    client.xadd(keys.shown, fields, maxlen=MAX_SHOWN, approximate=True)
+
+
+def faults_of(page: Any) -> list[str]:
+    """What axe finds that is serious, each with the elements it is about."""
+    page.evaluate(f"() => {{ if (!window.axe) {{ {AXE.read_text()} }} }}")
+    found = page.evaluate("() => axe.run(document, {resultTypes: ['violations']}).then((all) => all.violations)")
+    return [
+        f"{one['id']}: {one['help']}: {[node['html'][:160] + str(node['any'][:1])[:300] for node in one['nodes'][:4]]}"
+        for one in found
+        if one["impact"] in ("serious", "critical")
+    ]
+
+
+def keep_shot(page: Any, folder: Path, name: str, full: bool = False) -> None:
+    kept = Path(os.environ.get(SHOTS_VARIABLE) or folder)
+    kept.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=kept / f"{name}.png", full_page=full)

@@ -1,0 +1,138 @@
+"""A replica in this process, on whatever engine, and the learner that it sees, for the tests of both."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import redis
+from safetensors.torch import load_file
+
+from headrace.common.config import GenerationConfig, ModelConfig
+from headrace.common.http.http_service import listen, serve_in_thread, url_of
+from headrace.common.models.chat import load_tokenizer
+from headrace.common.process.waiting import Waits
+from headrace.common.redis.keys import Keys
+from headrace.common.redis.redis_client import connect_async
+from headrace.common.wire import Sampling, decode_heartbeat
+from headrace.generation.engine.engine import Engine, SwapTimings
+from headrace.generation.engine.engine_keeper import EngineKeeper
+from headrace.generation.engine.engine_server import EngineServer
+from headrace.generation.loop import Replica
+from headrace.generation.rewards.reward_pool import RewardPool
+from headrace.generation.tickets.tickets import TicketStore
+from headrace.generation.weights.fetching import Fetcher
+from headrace.generation.weights.host_copy import HostCopy
+from headrace.generation.weights.publication import Arrival
+from headrace.generation.weights.turns import Turns
+from headrace.generation.weights.weights import WeightFollower
+from headrace.learner.reporting.api import make_app
+from headrace.learner.steering.orders import Switches
+from headrace.learner.store.store import LearnerStore
+from headrace.learner.weights.versions import Versions
+from tests.support.making import make_ticket
+
+DEADLINE_S = 60.0
+
+
+@dataclass
+class Learner:
+    """What a replica sees of a learner."""
+
+    store: LearnerStore
+    versions: Versions
+    tensors: dict[str, object]
+    prompt_tokens: list[int]
+
+    def publish(self, step: int) -> int:
+        weights = self.versions.copy(self.tensors)  # type: ignore[arg-type]
+        return self.versions.publish(weights, step, self.versions.reserve()).version
+
+    def issue(self, *names: str, max_new_tokens: int = 24, **changes: object) -> None:
+        sampling = Sampling(temperature=1.0, max_new_tokens=max_new_tokens, stop_token_ids=[1])
+        tickets = [make_ticket(name, prompt_tokens=self.prompt_tokens, sampling=sampling, **changes) for name in names]
+        kind = tickets[0].kind
+        self.store.add_tickets(self.store.keys.eval if kind == "eval" else self.store.keys.tickets, tickets)
+
+
+@contextlib.contextmanager
+def a_learner(client: redis.Redis, keys: Keys, folder: Path, demo_policy: Path) -> Iterator[Learner]:
+    """It has published nothing yet."""
+    tokenizer = load_tokenizer(ModelConfig(path=str(demo_policy)))
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Ann has 3 pens and buys 4. How many pens?"}],
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    store, sock = LearnerStore(client, keys), listen("127.0.0.1", 0)
+    versions = Versions(folder / "weights", store, url_of(sock), "token")
+    app = make_app(versions.root, dict, Switches(), "token")
+    with serve_in_thread(app, sock):
+        tensors = load_file(demo_policy / "model.safetensors")
+        yield Learner(store, versions, dict(tensors), tokenizer.encode(text, add_special_tokens=False))
+    versions.close()
+
+
+@contextlib.asynccontextmanager
+async def running_replica(
+    redis_url: str,
+    keys: Keys,
+    engine: str | EngineServer,
+    model: Path,
+    name: str = "a",
+    task: str = "arithmetic",
+    silence_timeout_s: float = 60.0,
+    **settings: object,
+) -> AsyncIterator[Replica]:
+    """Serves until the block ends, then drains. An engine that is a URL is somebody else's."""
+    config = GenerationConfig.model_validate({"lease_s": 1.0, "max_attempts": 2, **settings})
+    waits = Waits()
+    client = connect_async(redis_url, waits)
+    tickets = TicketStore(client, keys, name)
+    await tickets.open()
+    rewards = RewardPool(task, {}, num_workers=1, deadline_s=20.0, memory_bytes=4 << 30)
+
+    async def announce(timings: SwapTimings, arrival: Arrival) -> None:
+        event = {"version": arrival.held.manifest.version, "pause_ms": timings.pause_s * 1e3}
+        await tickets.announce("swap", event)
+
+    weights = WeightFollower(client, keys, HostCopy(model), Fetcher("token"), Turns(client, keys, name, 0.5), announce)
+    server = None if isinstance(engine, str) else engine
+    url = engine if isinstance(engine, str) else engine.url
+    http = Engine(url, swap_mode=config.engine.swap_mode, request_timeout_s=config.request_timeout_s)
+    timeouts = {"silence_timeout_s": silence_timeout_s, "busy_timeout_s": config.request_timeout_s}
+    keeper = EngineKeeper(http, server, weights.engine_start, **timeouts)
+    replica = Replica(
+        name, "http://127.0.0.1:1", config, tickets, keeper, rewards, weights, waits, config.max_eval_groups_in_flight
+    )
+    serving = asyncio.create_task(replica.serve(), name=f"replica {name}")
+    try:
+        yield replica
+        replica.drain()
+        await asyncio.wait_for(serving, DEADLINE_S)
+    finally:
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+        for closing in (http.aclose(), rewards.close(), weights.close(), client.aclose()):
+            await closing
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = DEADLINE_S) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+def beat(client: redis.Redis, keys: Keys, name: str = "a") -> tuple[str, int]:
+    """What a replica last said of itself."""
+    heartbeat = decode_heartbeat(client.get(keys.replica(name)))
+    return heartbeat.state, heartbeat.weight_version
+
+
+def run(scenario: Callable[[], Awaitable[None]], timeout_s: float = 3 * DEADLINE_S) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(timeout_s):
+            await scenario()
+
+    asyncio.run(bounded())

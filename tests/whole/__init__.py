@@ -1,0 +1,1 @@
+"""Tests of several services at once: whole runs, chaos, Compose, the protocol."""
