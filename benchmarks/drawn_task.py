@@ -1,7 +1,7 @@
 """What the benchmarks' own tasks share: problems drawn at random, and a policy that has seen mostly mistaken answers.
 
 A policy is the demo's, supervised for a while on worked answers of which most contain a slip, as in its own warm start
-(headrace/learner/demo_policy/warm_start.py). A problem is held out by a hash of its numbers.
+(headrace/learner/demo_policy/make.py). A problem is held out by a hash of its numbers.
 """
 
 import random
@@ -61,7 +61,7 @@ def supervised_demo_policy(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from headrace.learner.demo_policy.warm_start import supervised
+    from headrace.learner.demo_policy.make import supervised
 
     torch.set_num_threads(1)
     start = Path(__file__).parents[1] / "assets" / "demo-policy"

@@ -28,12 +28,12 @@ from rich.console import Console
 
 from benchmarks.demo import RECIPE
 from headrace.common.config import load_recipe
+from headrace.common.redis.client import connect, connect_async
 from headrace.common.redis.keys import Keys
-from headrace.common.redis.redis_client import connect, connect_async
 from headrace.common.wire import Group, Rollout, Sampling, Ticket, Timings, VersionSpan, encode
-from headrace.generation.tickets.tickets import TicketStore
+from headrace.generation.tickets.store import TicketStore
 from headrace.launcher.run.processes import start_redis
-from headrace.learner.intake.recording import Header, RecordedGroup, RecordingWriter
+from headrace.learner.intake.recordings import Header, RecordedGroup, RecordingWriter
 from headrace.learner.store.store import Cursor, LearnerStore, Settlement
 
 RESULTS = Path(__file__).parent / "results" / "durability.json"

@@ -26,17 +26,17 @@ from rich.table import Table
 
 from benchmarks.weights import random_pair
 from headrace.common.hardware.device import machine_id
-from headrace.common.http.http_service import listen, new_app, serve_in_loop, serve_in_thread, url_of
-from headrace.common.weights.weights import encode_manifest, sha256_of, version_folder
-from headrace.generation.weights.fetching import Fetcher
-from headrace.generation.weights.host_copy import HostCopy
-from headrace.generation.weights.publication import Published, bring
-from headrace.generation.weights.sharing import Sharing, weights_router
-from headrace.learner.model.snapshots import Snapshot
-from headrace.learner.reporting.api import make_app
-from headrace.learner.steering.orders import Switches
+from headrace.common.http.service import listen, new_app, serve_in_loop, serve_in_thread, url_of
+from headrace.common.weights.files import encode_manifest, sha256_of, version_folder
+from headrace.generation.weights.downloads import Fetcher
+from headrace.generation.weights.local_weights import HostCopy
+from headrace.generation.weights.peer_api import Sharing, weights_router
+from headrace.generation.weights.version_fetch import Published, bring
+from headrace.learner.model.host_snapshots import Snapshot
+from headrace.learner.reporting.http_api import make_app
+from headrace.learner.steering.switches import Switches
+from headrace.learner.weights.publisher import places_above
 from headrace.learner.weights.version_writer import VersionWriter
-from headrace.learner.weights.versions import places_above
 
 RESULTS = Path(__file__).parent / "results" / "fan_out.json"
 TOKEN = "benchmark"

@@ -21,11 +21,11 @@ from headrace.common.config import RunConfig
 from headrace.common.models.chat import Chat, load_tokenizer, stop_token_ids
 from headrace.common.tasks import Task, load_task
 from headrace.common.wire import Group, Rollout, Ticket, Timings, VersionSpan
-from headrace.common.wire.control import Settings
+from headrace.common.wire.desired_state import Settings
 from headrace.learner.algorithm.guard import GuardState
-from headrace.learner.intake.prompts import TicketSource
+from headrace.learner.intake.ticket_source import TicketSource
 from headrace.learner.model.policy import Policy
-from headrace.learner.steering.in_force import InForce
+from headrace.learner.steering.live_config import InForce
 from headrace.learner.store.store import Cursor
 from headrace.learner.training.trainer import Trainer
 

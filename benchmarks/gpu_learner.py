@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.demo import ROOT
 from headrace.common.wire import Group, Rollout, Sampling, Ticket, Timings, VersionSpan, encode
-from headrace.learner.intake.recording import Header, RecordedGroup, RecordingWriter
+from headrace.learner.intake.recordings import Header, RecordedGroup, RecordingWriter
 
 Shape = dict[str, Any]
 TOKENIZER = ROOT / "assets" / "demo-policy"

@@ -64,7 +64,7 @@ class HeavyTail(DrawnTask[Selling]):
 def make_policy(folder: Path, num_steps: int = NUM_STEPS) -> None:
     """Deterministic on one machine; some minutes of one core."""
     from benchmarks.growth import grown
-    from headrace.learner.demo_policy.warm_start import save_policy
+    from headrace.learner.demo_policy.make import save_policy
 
     model, tokenizer = supervised_demo_policy(_batches(), num_steps, LEARNING_RATE)
     model.generation_config.max_new_tokens = MAX_NEW_TOKENS

@@ -74,7 +74,7 @@ def is_easy(results: list[int]) -> bool:
 
 def make_policy(folder: Path, num_steps: int = NUM_STEPS) -> None:
     """Deterministic on one machine; about five minutes of one core."""
-    from headrace.learner.demo_policy.warm_start import save_policy
+    from headrace.learner.demo_policy.make import save_policy
 
     pairs = answered(LongArithmetic().problems("train", "warm start"), SLIP_SHARE)
     batches = ([(chain.prompt, answer) for chain, answer in islice(pairs, BATCH_SIZE)] for _ in range(num_steps))

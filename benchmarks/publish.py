@@ -29,19 +29,19 @@ from torch import Tensor, nn
 
 from benchmarks.demo import ROOT, this_machine
 from headrace.common.process.waiting import Reason, Waits
+from headrace.common.redis.client import connect
 from headrace.common.redis.keys import Keys
-from headrace.common.redis.redis_client import connect
-from headrace.common.weights.weights import DELTA_FILE, MODEL_FILE, version_folder
+from headrace.common.weights.files import DELTA_FILE, MODEL_FILE, version_folder
 from headrace.launcher.run.processes import start_redis
 from headrace.learner.checkpoints.checkpoint import num_bytes_in, save_checkpoint
-from headrace.learner.checkpoints.checkpoint_record import Record
+from headrace.learner.checkpoints.record import Record
 from headrace.learner.distributed.state_files import write_state
-from headrace.learner.model.snapshots import Snapshot, Snapshots
-from headrace.learner.stages.beside import Beside
-from headrace.learner.stages.patience import Patience
+from headrace.learner.model.host_snapshots import Snapshot, Snapshots
+from headrace.learner.stages.background import Beside
+from headrace.learner.stages.wait_deadlines import Patience
 from headrace.learner.store.store import Cursor, LearnerStore
+from headrace.learner.weights.publisher import Versions
 from headrace.learner.weights.version_writer import VersionWriter
-from headrace.learner.weights.versions import Versions
 
 RESULTS = ROOT / "benchmarks" / "results" / "publish.json"
 SHARES = (0.005, 0.05, 0.25)

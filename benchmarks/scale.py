@@ -31,11 +31,11 @@ from benchmarks.demo import cpu_model
 from benchmarks.recorded_run import RecordedRun, read_recorded
 from benchmarks.scale_limits import Row, judge, report
 from headrace.common.process.run_token import TOKEN_VARIABLE
+from headrace.common.redis.client import connect
 from headrace.common.redis.keys import Keys
-from headrace.common.redis.redis_client import connect
-from headrace.common.weights.weights import DELTA_FILE, stored_versions, version_folder
+from headrace.common.weights.files import DELTA_FILE, stored_versions, version_folder
 from headrace.launcher.run.processes import REDIS_URL_VARIABLE, Service, start_redis
-from headrace.learner.reporting.report import METRICS_FILE, read_rows
+from headrace.learner.reporting.summary import METRICS_FILE, read_rows
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 RECIPE = Path(__file__).parents[1] / "configs" / "tiny-cpu.yaml"

@@ -26,10 +26,10 @@ from headrace.common.wire import Group
 from headrace.learner import assembly
 from headrace.learner.algorithm.staleness import group_staleness
 from headrace.learner.model.policy import Policy
-from headrace.learner.reporting import api
-from headrace.learner.training.metrics import group_metrics
+from headrace.learner.reporting import http_api as api
+from headrace.learner.training.step_metrics import group_metrics
 from headrace.learner.training.trainer import Probe, Trainer, nothing_fresh
-from headrace.learner.weights import versions
+from headrace.learner.weights import publisher as versions
 
 CHANGED_SHARE = 0.015
 _sent = Counter[str]()

@@ -23,15 +23,15 @@ from unittest.mock import patch
 import numpy as np
 
 from benchmarks.recorded_run import RecordedGroup, RecordedRun, read_recorded
-from headrace.common.http.http_service import listen, serve_in_loop, url_of
-from headrace.common.joining import Joined, join
+from headrace.common.bootstrap import Joined, join
+from headrace.common.http.service import listen, serve_in_loop, url_of
 from headrace.common.metrics.families import SHORT_S, Histogram
 from headrace.common.process.waiting import Waits
 from headrace.common.wire import Ticket, VersionSpan
 from headrace.generation import assembly
-from headrace.generation.api import make_app
 from headrace.generation.engine.completions import Completion
 from headrace.generation.engine.swapping import SwapTimings
+from headrace.generation.http_api import make_app
 
 NUM_REMEMBERED = 64
 """Of the versions that an engine has served."""
@@ -41,7 +41,7 @@ LOGPROBS = -RANDOM.random(1 << 16, np.float32)
 
 
 class Engine:
-    """In the place of `headrace.generation.engine.engine.Engine`, as its keeper and the follower of weights use it."""
+    """In the place of `headrace.generation.engine.client.Engine`, as its keeper and the follower of weights use it."""
 
     recorded: RecordedRun
     stretch: float

@@ -38,9 +38,9 @@ from headrace.common.config import EngineConfig, ModelConfig
 from headrace.common.models.chat import load_tokenizer
 from headrace.common.tasks.arithmetic import Arithmetic
 from headrace.common.wire import Sampling, Ticket
+from headrace.generation.engine.client import Engine, SwapTimings
 from headrace.generation.engine.completions import Completion, generate_body, to_completion
-from headrace.generation.engine.engine import Engine, SwapTimings
-from headrace.generation.engine.engine_server import EngineServer
+from headrace.generation.engine.server import EngineServer
 from headrace.generation.engine.swapping import SwapMode
 
 POLICY = ROOT / "assets" / "demo-policy"

@@ -33,9 +33,9 @@ from safetensors.torch import load_file
 
 from benchmarks.demo import RECIPE, headrace_up
 from headrace.common.weights.delta import Bits, apply, encode
+from headrace.common.weights.files import MODEL_FILE
 from headrace.common.weights.memory_folder import MemoryFolder, memory_backed
-from headrace.common.weights.weights import MODEL_FILE
-from headrace.learner.weights.versions import PREFIX
+from headrace.learner.weights.publisher import PREFIX
 
 RESULTS = Path(__file__).parent / "results" / "weights.json"
 REPEATS = 5

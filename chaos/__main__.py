@@ -19,11 +19,11 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from chaos.ground import Ground, clear
 from chaos.launched import Launched
 from chaos.matrix import Matrix
 from chaos.report import print_table, problems, summarise, write_summary
 from chaos.schedule import Kind, schedule
+from chaos.test_bed import Ground, clear
 
 UNDISTURBED_START_S = 600.0
 UNDISTURBED_STEP_S = 30.0

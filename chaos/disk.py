@@ -9,8 +9,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from headrace.common.process.durable import file_entry
-from headrace.learner.checkpoints.checkpoint_record import Unreadable, checkpoint_folders, read_record
+from headrace.common.process.atomic_files import file_entry
+from headrace.learner.checkpoints.record import Unreadable, checkpoint_folders, read_record
 
 SIZE_BYTES = 64 << 20
 """Of a checkpoint of the demo's policy about eight times."""

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import psutil
 
 from chaos.disk import readable_checkpoints, truncate
-from chaos.ground import Ground, Strike
 from chaos.replacement import replace_learner
 from chaos.schedule import Fault, Kind
 from chaos.targets import engine_process, running_learner, running_replica
+from chaos.test_bed import Ground, Strike
 from headrace.common.process.waiting import Reason
 
 CHECKPOINTS_TIMEOUT_S = 180.0

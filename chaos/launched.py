@@ -97,7 +97,9 @@ class Launched:
         """The replica's SGLang: its HTTP server and its scheduler; empty until both are there."""
         replica = self.replica(index)
         servers = [
-            process for process in _children(replica) if "headrace.generation.engine.cpu.sglang_cpu" in _words(process)
+            process
+            for process in _children(replica)
+            if "headrace.generation.engine.cpu.launch_server" in _words(process)
         ]
         if not servers:
             return []

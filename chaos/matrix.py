@@ -1,6 +1,6 @@
 """The loop over the schedule: inject, wait until the run works again, ask the audit, go on; then let the run end.
 
-One line for every fault as it happens, and one for its recovery. Every wait has a deadline (ground.py).
+One line for every fault as it happens, and one for its recovery. Every wait has a deadline (test_bed.py).
 """
 
 import subprocess
@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from chaos.accounting import STUCK_AFTER_STEPS, Violation, check, dead_tickets, gather, run_audit, stuck_groups
 from chaos.disk import readable_checkpoints
 from chaos.faults import inject
-from chaos.ground import Ground, Strike
 from chaos.launched import CHECKPOINT_EVERY
 from chaos.replacement import STEPS_AHEAD
 from chaos.schedule import PARTS, Fault
-from headrace.learner.checkpoints.checkpoint_record import RECORD_FILE, read_record
+from chaos.test_bed import Ground, Strike
+from headrace.learner.checkpoints.record import RECORD_FILE, read_record
 
 START_TIMEOUT_S = 300.0
 RECOVERY_TIMEOUT_S = 240.0

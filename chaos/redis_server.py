@@ -9,9 +9,9 @@ from pathlib import Path
 
 import psutil
 
-from headrace.common.http.http_service import free_port
+from headrace.common.http.service import free_port
 from headrace.common.process.child_process import dies_with_parent
-from headrace.common.redis.redis_client import DURABLE
+from headrace.common.redis.client import DURABLE
 from headrace.launcher.run.processes import answers, redis_binary, redis_url_at
 
 START_TIMEOUT_S = 60.0

@@ -7,11 +7,11 @@ checkpoint, and the launcher started again.
 
 import time
 
-from chaos.ground import Ground, Strike
 from chaos.schedule import Fault
 from chaos.targets import running_learner
+from chaos.test_bed import Ground, Strike
 from headrace.launcher.run.processes import Service
-from headrace.learner.checkpoints.checkpoint_record import checkpoint_folders
+from headrace.learner.checkpoints.record import checkpoint_folders
 
 RUNS_TIMEOUT_S = 120.0
 """For the replacement to take its first step."""

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from chaos.accounting import LOST, TWICE, Violation
-from chaos.ground import Strike
 from chaos.matrix import Results
+from chaos.test_bed import Strike
 
 MAX_LOSS_OF_ACCURACY = 0.08
 COUNTED = ("lost", "trained_twice", "violations")

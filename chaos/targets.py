@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import psutil
 
-from chaos.ground import Ground
 from chaos.schedule import Fault
+from chaos.test_bed import Ground
 
 TARGET_TIMEOUT_S = 120.0
 

@@ -12,9 +12,9 @@ import redis
 
 from headrace.common.config import EngineConfig
 from headrace.common.hardware.device import is_gpu_here
+from headrace.common.redis.client import connect
 from headrace.common.redis.keys import Keys
-from headrace.common.redis.redis_client import connect
-from headrace.generation.engine.engine_server import EngineServer
+from headrace.generation.engine.server import EngineServer
 from tests.support.fake_sglang import FakeSglang, a_fake_sglang, sample
 from tests.support.redis_servers import as_launched
 

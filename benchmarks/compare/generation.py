@@ -27,17 +27,17 @@ from benchmarks.scale import seconds_of
 from headrace.common.config import LearnerConfig, RunConfig, load_recipe
 from headrace.common.models.chat import Chat, load_tokenizer, stop_token_ids
 from headrace.common.process.run_token import TOKEN_VARIABLE
+from headrace.common.redis.client import connect
 from headrace.common.redis.keys import Keys
-from headrace.common.redis.redis_client import connect
 from headrace.common.tasks import load_task
 from headrace.common.wire import Ticket, decode_group, decode_heartbeat
 from headrace.generation.engine.completions import generate_body
-from headrace.generation.engine.engine_server import EngineServer
+from headrace.generation.engine.server import EngineServer
 from headrace.launcher.run.processes import REDIS_URL_VARIABLE, Service
-from headrace.learner.intake.prompts import TicketSource
+from headrace.learner.intake.ticket_source import TicketSource
 from headrace.learner.model.policy import Policy
 from headrace.learner.store.store import Cursor, LearnerStore
-from headrace.learner.weights.versions import Versions
+from headrace.learner.weights.publisher import Versions
 
 NUM_GROUPS, NUM_WARMING = 512, 64
 GOAL = 0.97

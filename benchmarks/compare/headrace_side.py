@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from benchmarks.compare.runs import Outcome, Workload
 from benchmarks.demo import ROOT, headrace_up
 from headrace.common.config import RunConfig
-from headrace.learner.checkpoints.checkpoint_record import read_record
-from headrace.learner.reporting.report import METRICS_FILE, read_rows
+from headrace.learner.checkpoints.record import read_record
+from headrace.learner.reporting.summary import METRICS_FILE, read_rows
 
 MASTER = "master."
 POLL_S = 0.3

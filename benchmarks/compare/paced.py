@@ -22,10 +22,10 @@ from benchmarks.compare.streams import SIZES, Learner, Row, groups_of
 from benchmarks.demo import RESULTS
 from benchmarks.durability import redis_server
 from headrace.common.process.logs import logging_to
+from headrace.common.redis.client import connect, connect_async
 from headrace.common.redis.keys import Keys
-from headrace.common.redis.redis_client import connect, connect_async
 from headrace.common.wire import Group, encode
-from headrace.generation.tickets.tickets import TicketStore
+from headrace.generation.tickets.store import TicketStore
 from headrace.learner.intake.intake import READ_COUNT
 
 SIZE = SIZES[0]

@@ -22,14 +22,14 @@ from benchmarks.demo import RECIPE
 from benchmarks.durability import random_group, redis_server
 from headrace.common.config import RunConfig, load_recipe
 from headrace.common.process.logs import logging_to
+from headrace.common.redis.client import connect, connect_async
 from headrace.common.redis.keys import Keys
-from headrace.common.redis.redis_client import connect, connect_async
 from headrace.common.wire import Group, Ticket, decode_group, encode
-from headrace.generation.tickets.tickets import TicketStore
+from headrace.generation.tickets.store import TicketStore
+from headrace.learner.intake.group_source import Issued
 from headrace.learner.intake.intake import READ_COUNT, Intake
-from headrace.learner.intake.refusal import Limits
-from headrace.learner.intake.source import Issued
-from headrace.learner.steering.orders import Switches
+from headrace.learner.intake.validation import Limits
+from headrace.learner.steering.switches import Switches
 from headrace.learner.store.store import Cursor, LearnerStore
 
 

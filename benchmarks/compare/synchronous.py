@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks.compare.part import Part, Ratio
 from benchmarks.demo import headrace_up
 from headrace.launcher.run.processes import Service
-from headrace.learner.reporting.report import METRICS_FILE, read_rows
+from headrace.learner.reporting.summary import METRICS_FILE, read_rows
 
 NUM_STEPS, NUM_WARMING = 24, 4
 DEADLINE_S = 900.0

@@ -16,8 +16,8 @@ import sys
 
 import redis
 
-from headrace.common.http.http_service import listen_as, url_of
-from headrace.common.joining import Joined, join, joining_parser
+from headrace.common.bootstrap import Joined, join, joining_parser
+from headrace.common.http.service import listen_as, url_of
 from headrace.common.process.logs import set_up_logging
 from headrace.common.process.waiting import Waits
 from headrace.control.assembly import assembled, document, serving

@@ -10,15 +10,15 @@ import httpx
 from fastapi import FastAPI
 
 from headrace.common.config import ModelConfig, RunConfig, TaskConfig
-from headrace.common.http.http_service import serve_in_loop
+from headrace.common.http.service import serve_in_loop
+from headrace.common.redis.client import connect_async
 from headrace.common.redis.keys import Keys
-from headrace.common.redis.redis_client import connect_async
 from headrace.control.http.api import make_app
-from headrace.control.http.orders import Orders
+from headrace.control.http.command_writer import Orders
 from headrace.control.polling.learner_probe import PROBE_TIMEOUT_S, LearnerProbe
-from headrace.control.polling.reading import RunReader
-from headrace.control.view.snapshot import Snapshot
-from headrace.control.view.stream import Hub
+from headrace.control.polling.redis_poll import RunReader
+from headrace.control.view.event_stream import Hub
+from headrace.control.view.run_monitor import Snapshot
 
 ORDER_RETRY_S = 3.0
 """An order is tried again for so long; a look is not, since the next one follows anyway."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictFloat, StrictInt
 
 from headrace.common.wire import DecidedState, FinishReason, ReplicaState, TicketKind
-from headrace.common.wire.control import MAX_REPLICAS
+from headrace.common.wire.desired_state import MAX_REPLICAS
 
 Level = Literal["healthy", "waiting", "warning", "failed", "ended"]
 

@@ -20,17 +20,17 @@ from pathlib import Path
 
 import redis
 
-from headrace.common.http.http_service import listen_as, serve_in_loop, url_of
-from headrace.common.joining import Joined, joining_parser
-from headrace.common.preflight.preflight import check_engine_installed
+from headrace.common.bootstrap import Joined, joining_parser
+from headrace.common.http.service import listen_as, serve_in_loop, url_of
+from headrace.common.preflight.recipe import check_engine_installed
 from headrace.common.process.logs import set_up_logging
 from headrace.common.process.waiting import Waits
 from headrace.common.wire import one_line
-from headrace.generation.api import make_app
 from headrace.generation.assembly import assembled
-from headrace.generation.joining import check_name, join
-from headrace.generation.rewards.reward_pool import TaskError
-from headrace.generation.weights.room import NoRoom
+from headrace.generation.bootstrap import check_name, join
+from headrace.generation.http_api import make_app
+from headrace.generation.rewards.pool import TaskError
+from headrace.generation.weights.free_space import NoRoom
 
 EXIT_DEADLINE_S = 9.0
 _log = logging.getLogger("headrace.generation")

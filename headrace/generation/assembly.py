@@ -8,20 +8,20 @@ from pathlib import Path
 
 from headrace.common.config import ModelConfig, RunConfig
 from headrace.common.process.waiting import Waits
+from headrace.common.redis.client import OUTAGE_DEADLINE_S, connect_async
 from headrace.common.redis.keys import Keys
-from headrace.common.redis.redis_client import OUTAGE_DEADLINE_S, connect_async
-from headrace.generation.engine.engine import Engine, SwapTimings
-from headrace.generation.engine.engine_keeper import EngineKeeper
-from headrace.generation.engine.engine_server import EngineServer
+from headrace.generation.engine.client import Engine, SwapTimings
+from headrace.generation.engine.server import EngineServer
+from headrace.generation.engine.supervisor import EngineKeeper
 from headrace.generation.loop import Replica
-from headrace.generation.rewards.reward_pool import RewardPool
-from headrace.generation.tickets.tickets import TicketStore
-from headrace.generation.weights.fetching import Fetcher
-from headrace.generation.weights.host_copy import HostCopy
-from headrace.generation.weights.publication import Arrival
-from headrace.generation.weights.room import check_room
-from headrace.generation.weights.turns import Turns
-from headrace.generation.weights.weights import WeightFollower, local_model_folder
+from headrace.generation.rewards.pool import RewardPool
+from headrace.generation.tickets.store import TicketStore
+from headrace.generation.weights.downloads import Fetcher
+from headrace.generation.weights.free_space import check_room
+from headrace.generation.weights.local_weights import HostCopy
+from headrace.generation.weights.swap_slots import Turns
+from headrace.generation.weights.updater import WeightFollower, local_model_folder
+from headrace.generation.weights.version_fetch import Arrival
 
 MODEL_DEADLINE_S = 3600.0
 _log = logging.getLogger(__name__)

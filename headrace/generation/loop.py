@@ -14,13 +14,13 @@ from collections.abc import Awaitable, Callable
 from headrace.common.config import GenerationConfig
 from headrace.common.process.waiting import Reason, Waits
 from headrace.common.wire import Heartbeat, ReplicaState
-from headrace.generation.answer import Answering, RedisGrace
-from headrace.generation.engine.engine_keeper import EngineKeeper
-from headrace.generation.rewards.reward_pool import RewardPool
+from headrace.generation.engine.supervisor import EngineKeeper
+from headrace.generation.rewards.pool import RewardPool
+from headrace.generation.ticket_processor import Answering, RedisGrace
 from headrace.generation.tickets.in_flight import InFlight
-from headrace.generation.tickets.passing import Passing
-from headrace.generation.tickets.tickets import Lease, TicketStore
-from headrace.generation.weights.weights import WeightFollower
+from headrace.generation.tickets.retry_elsewhere import Passing
+from headrace.generation.tickets.store import Lease, TicketStore
+from headrace.generation.weights.updater import WeightFollower
 
 LEASE_BLOCK_S = 1.0
 BEAT_INTERVAL_S = 1.0

@@ -43,7 +43,7 @@ def up(
     """Run everything on this machine until the run is complete."""
     from redis import RedisError
 
-    from headrace.launcher.supervision.kept import Failed
+    from headrace.launcher.supervision.restarts import Failed
     from headrace.launcher.up import up as run_everything
 
     with one_line_errors(Failed, RedisError):
@@ -61,7 +61,7 @@ def check(
     as_json: JsonOption = False,
 ) -> None:
     """Validate a recipe without starting anything; print its settings with their sources, and estimates."""
-    from headrace.launcher.check.check import check_recipe
+    from headrace.launcher.check.command import check_recipe
 
     with one_line_errors():
         check_recipe(_load(config, seed, overrides), Console(highlight=False), as_json)
@@ -92,7 +92,7 @@ def replay(
 )
 def warm_start(context: typer.Context) -> None:
     """Make the demo's warm-started policy (about five minutes on one core); options: warm-start --help."""
-    raise typer.Exit(subprocess.call([sys.executable, "-m", "headrace.learner.demo_policy.warm_start", *context.args]))
+    raise typer.Exit(subprocess.call([sys.executable, "-m", "headrace.learner.demo_policy.make", *context.args]))
 
 
 for part in (look, steer, records):

@@ -1,10 +1,10 @@
 """`headrace up`: runs the services of one run on this machine until the run is complete, and shows how it goes.
 
-Whatever ends unasked is started again (supervise.py); there are as many replicas as are ordered, also while the run
-goes on (replicas.py), and a number that was ordered outlives the launcher. Control, whose death ends nothing, has the
-page; its address is noted in the run's folder. Ctrl-C stops the learner, with a checkpoint, and the replicas, with
-their tickets handed back, at the same time, then control and Redis; a second one kills them. One launcher at a time
-has the run.
+Whatever ends unasked is started again (supervision/supervisor.py); there are as many replicas as are ordered, also
+while the run goes on (replicas.py), and a number that was ordered outlives the launcher. Control, whose death ends
+nothing, has the page; its address is noted in the run's folder. Ctrl-C stops the learner, with a checkpoint, and the
+replicas, with their tickets handed back, at the same time, then control and Redis; a second one kills them. One
+launcher at a time has the run.
 """
 
 import json
@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.text import Text
 
 from headrace.common.config import Recipe
-from headrace.common.http.http_service import free_port, url_at
-from headrace.common.preflight.preflight import check_run
+from headrace.common.http.service import free_port, url_at
+from headrace.common.preflight.recipe import check_run
 from headrace.common.process.logs import logging_to
 from headrace.common.process.run_token import token_at, token_given
 from headrace.common.redis.keys import Keys
@@ -34,11 +34,11 @@ from headrace.launcher.run.processes import (
     wait_for_redis,
 )
 from headrace.launcher.run.run_folder import CONTROL_URL_FILE, locked, noted_url, write_config
-from headrace.launcher.supervision.kept import Failed, Kept
-from headrace.launcher.supervision.orders import Orders
+from headrace.launcher.supervision.replica_target import Orders
 from headrace.launcher.supervision.replicas import Replicas
-from headrace.launcher.supervision.supervise import Supervisor
-from headrace.launcher.terminal.watch import Watcher
+from headrace.launcher.supervision.restarts import Failed, Kept
+from headrace.launcher.supervision.supervisor import Supervisor
+from headrace.launcher.terminal.progress_view import Watcher
 
 LEARNER_GRACE_S = 120.0
 REPLICA_GRACE_S = 15.0

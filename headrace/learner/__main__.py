@@ -3,7 +3,7 @@
     python -m headrace.learner --config configs/tiny-cpu.yaml --run demo --redis-url redis://127.0.0.1:6379
     torchrun --nproc-per-node 2 --max-restarts 3 -m -- headrace.learner --config ... --run demo
 
-With `--replay` it trains on a recording (headrace/learner/intake/recording.py) instead of what replicas send. On
+With `--replay` it trains on a recording (headrace/learner/intake/recordings.py) instead of what replicas send. On
 several devices there is a process for each, started by this one (`learner.ranks`) or by torchrun; only rank 0 speaks
 with Redis and listens. (Without the `--` torchrun takes `--run` for an option of its own.)
 
@@ -26,22 +26,22 @@ from typing import Any
 import redis
 
 from headrace.common.config import ConfigError, RunConfig, load_recipe, resolve
-from headrace.common.http.http_service import listen_as, serve_in_thread, url_of
+from headrace.common.http.service import listen_as, serve_in_thread, url_of
 from headrace.common.metrics.endpoint import mount_metrics
-from headrace.common.preflight.preflight import check_model, check_trackers
-from headrace.common.preflight.task_check import check_task
-from headrace.common.process.durable import file_entry
+from headrace.common.preflight.recipe import check_model, check_trackers
+from headrace.common.preflight.task import check_task
+from headrace.common.process.atomic_files import file_entry
 from headrace.common.process.logs import from_now_on, set_up_logging
 from headrace.common.process.run_token import token_at
 from headrace.common.process.waiting import Waits
+from headrace.common.redis.client import OUTAGE_DEADLINE_S, connect, durability_problem
 from headrace.common.redis.keys import Keys
-from headrace.common.redis.redis_client import OUTAGE_DEADLINE_S, connect, durability_problem
 from headrace.common.tasks import look_in
-from headrace.learner.distributed.local_ranks import run_ranks
-from headrace.learner.distributed.shared_gpu import wait_for_engine
-from headrace.learner.intake.recording import Recording
-from headrace.learner.reporting.api import make_app
-from headrace.learner.steering.orders import Switches
+from headrace.learner.distributed.gpu_turn import wait_for_engine
+from headrace.learner.distributed.launch import run_ranks
+from headrace.learner.intake.recordings import Recording
+from headrace.learner.reporting.http_api import make_app
+from headrace.learner.steering.switches import Switches
 
 _log = logging.getLogger("headrace.learner")
 
@@ -115,7 +115,7 @@ def _join(config: RunConfig) -> Any:
 
 def _run(arguments: argparse.Namespace, config: RunConfig, recording: Recording | None, ranks: Any) -> int:
     if ranks is not None and ranks.rank > 0:
-        from headrace.learner.training.leading import follow
+        from headrace.learner.training.leader import follow
 
         return follow(ranks)
     keys = Keys(arguments.run)
@@ -159,8 +159,8 @@ def _learn(
     is_new_epoch: bool,
 ) -> int:
     from headrace.learner.assembly import assemble
-    from headrace.learner.reporting.exported import Exported
-    from headrace.learner.stages.patience import Starved
+    from headrace.learner.reporting.prometheus import Exported
+    from headrace.learner.stages.wait_deadlines import Starved
     from headrace.learner.store.store import Fenced
 
     _log.info("the libraries are imported")
@@ -227,7 +227,7 @@ def _report_end(loop: Any, phase: str, reason: str) -> None:
 
 
 def _write_results(loop: Any, folder: Path, tokenizer: Any) -> None:
-    from headrace.learner.reporting.report import draw_curve, summarise
+    from headrace.learner.reporting.summary import draw_curve, summarise
 
     replicas = loop.store.replicas()
     lags = [replica.waiting_s / replica.serving_s for replica in replicas if replica.serving_s > 0]

@@ -15,40 +15,40 @@ import redis
 
 from headrace.common.config import RunConfig
 from headrace.common.models.chat import Chat, load_tokenizer, stop_token_ids
-from headrace.common.models.context import context_tokens
-from headrace.common.preflight.preflight import check_vocabulary
-from headrace.common.process.durable import move_into_place
+from headrace.common.models.context_length import context_tokens
+from headrace.common.preflight.recipe import check_vocabulary
+from headrace.common.process.atomic_files import move_into_place
 from headrace.common.process.waiting import Waits
 from headrace.common.redis.keys import Keys
 from headrace.common.tasks import Task
-from headrace.common.weights.weights import MODEL_FILE
-from headrace.common.wire.control import SETTINGS, Settings
+from headrace.common.weights.files import MODEL_FILE
+from headrace.common.wire.desired_state import SETTINGS, Settings
 from headrace.learner.algorithm.guard import GuardState
 from headrace.learner.checkpoints.best import FRAME, UNCHANGED, Best
 from headrace.learner.checkpoints.checkpoint import newest
-from headrace.learner.checkpoints.checkpoint_record import Loss, Record, checkpoint_folders
-from headrace.learner.checkpoints.data import begin, data_of, known_data
+from headrace.learner.checkpoints.data_check import begin, data_of, known_data
 from headrace.learner.checkpoints.progress import Progress
+from headrace.learner.checkpoints.record import Loss, Record, checkpoint_folders
 from headrace.learner.commands.audit import losses_so_far
 from headrace.learner.distributed.ranks import Ranks
+from headrace.learner.intake.group_source import Source
 from headrace.learner.intake.intake import Intake
-from headrace.learner.intake.prompts import TicketSource
-from headrace.learner.intake.recording import Recording, RecordingSource
-from headrace.learner.intake.refusal import Limits
-from headrace.learner.intake.shown import TokenTexts
-from headrace.learner.intake.source import Source
+from headrace.learner.intake.recordings import Recording, RecordingSource
+from headrace.learner.intake.samples import TokenTexts
+from headrace.learner.intake.ticket_source import TicketSource
+from headrace.learner.intake.validation import Limits
 from headrace.learner.loop import Loop
 from headrace.learner.model.policy import Policy
-from headrace.learner.reporting.report import METRICS_FILE, MetricsFile
-from headrace.learner.reporting.telling import Telling
+from headrace.learner.reporting.reporter import Telling
+from headrace.learner.reporting.summary import METRICS_FILE, MetricsFile
 from headrace.learner.reporting.trackers import Trackers
 from headrace.learner.scaling.advice import Adviser
-from headrace.learner.stages.evaluations import Evaluations
-from headrace.learner.steering.in_force import take_up
-from headrace.learner.steering.orders import Switches
+from headrace.learner.stages.evaluation import Evaluations
+from headrace.learner.steering.live_config import take_up
+from headrace.learner.steering.switches import Switches
 from headrace.learner.store.store import Cursor, LearnerStore
-from headrace.learner.training.leading import lead, set_up_torch
-from headrace.learner.weights.versions import Versions
+from headrace.learner.training.leader import lead, set_up_torch
+from headrace.learner.weights.publisher import Versions
 
 _log = logging.getLogger(__name__)
 

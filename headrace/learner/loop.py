@@ -13,21 +13,21 @@ from pathlib import Path
 
 from headrace.common.config import RunConfig
 from headrace.common.process.waiting import Reason, Waits
-from headrace.common.wire.control import Orders, Settings
+from headrace.common.wire.desired_state import Orders, Settings
 from headrace.learner.checkpoints.checkpoint import CheckpointError
-from headrace.learner.checkpoints.checkpoint_record import MAX_VERSION_STEPS, Record
 from headrace.learner.checkpoints.progress import Progress
+from headrace.learner.checkpoints.record import MAX_VERSION_STEPS, Record
 from headrace.learner.intake.intake import Arrived, Intake
-from headrace.learner.reporting.telling import Telling
+from headrace.learner.reporting.reporter import Telling
 from headrace.learner.stages.checkpointing import Checkpointer
-from headrace.learner.stages.evaluations import Evaluations
-from headrace.learner.stages.patience import Patience
+from headrace.learner.stages.evaluation import Evaluations
 from headrace.learner.stages.publishing import Publisher
-from headrace.learner.steering.in_force import InForce
-from headrace.learner.steering.orders import Switches
+from headrace.learner.stages.wait_deadlines import Patience
+from headrace.learner.steering.live_config import InForce
+from headrace.learner.steering.switches import Switches
 from headrace.learner.store.store import LearnerStore
 from headrace.learner.training.trainer import Trainer, nothing_fresh
-from headrace.learner.weights.versions import Versions
+from headrace.learner.weights.publisher import Versions
 
 SWITCH_POLL_S = 0.2
 PATIENCE_S = 1.0

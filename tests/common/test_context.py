@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, PretrainedConfig
 
-from headrace.common.models.context import UNKNOWN_LENGTH, context_tokens, fits
+from headrace.common.models.context_length import UNKNOWN_LENGTH, context_tokens, fits
 from tests.support.sglang_source import names_of
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}

@@ -10,9 +10,9 @@ import pytest
 
 from headrace.common.hardware import device
 from headrace.common.hardware.device import resolve_device, why_not_cuda
-from headrace.common.hardware.devices import MIB, engine_static_bytes, place
 from headrace.common.hardware.gpus import Gpu, visible_gpus
-from headrace.common.wire.control import MAX_REPLICAS
+from headrace.common.hardware.placement import MIB, engine_static_bytes, place
+from headrace.common.wire.desired_state import MAX_REPLICAS
 from tests.support.fake_gpus import GIB, FakeGpus
 
 EIGHT = [str(index) for index in range(8)]

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from headrace.common.config import EngineConfig
 from headrace.common.config.engine_args import CACHED, ONE_AT_MOST, OWN, QUANTIZED, SETTINGS
-from headrace.generation.engine.engine_command import launch_command
+from headrace.generation.engine.command import launch_command
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,14 @@ import pytest
 import redis
 
 from headrace.common.config import load_recipe
-from headrace.common.http import http_limits
-from headrace.common.http.http_service import listen, serve_in_loop, serve_in_thread, url_of
+from headrace.common.http import limits as http_limits
+from headrace.common.http.service import listen, serve_in_loop, serve_in_thread, url_of
 from headrace.common.process.waiting import Waits
 from headrace.common.redis.keys import Keys
-from headrace.generation.api import make_app as replica_app
 from headrace.generation.assembly import assembled
-from headrace.learner.reporting.api import make_app as learner_app
-from headrace.learner.steering.orders import Switches
+from headrace.generation.http_api import make_app as replica_app
+from headrace.learner.reporting.http_api import make_app as learner_app
+from headrace.learner.steering.switches import Switches
 from tests.support.controls import TOKEN, a_control
 from tests.support.seeded_run import RECIPE, seed_run
 

@@ -14,7 +14,7 @@ import pytest
 
 from headrace.common.process.logs import LineFormatter, about, as_json, from_now_on, parse_line, shown_line
 from headrace.common.process.run_token import token_at
-from headrace.common.redis.redis_client import connect
+from headrace.common.redis.client import connect
 from tests.support.fake_services import Faking, ended, faking
 
 __all__ = ["faking"]

@@ -13,10 +13,10 @@ import pytest
 from huggingface_hub import errors
 
 from headrace.common.config import RunConfig
-from headrace.common.http.http_service import listen
+from headrace.common.http.service import listen
 from headrace.common.models.hub import is_hub_name
-from headrace.common.preflight import preflight
-from headrace.common.preflight.preflight import NotHere, check_model_folder, check_run
+from headrace.common.preflight import recipe as preflight
+from headrace.common.preflight.recipe import NotHere, check_model_folder, check_run
 
 HUB_MODEL = "acme/tiny-instruct"
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import redis
 
-from headrace.common.http.http_service import free_port
+from headrace.common.http.service import free_port
 from headrace.common.process.waiting import Waits
+from headrace.common.redis.address import parse_address
+from headrace.common.redis.client import connect, connect_async
 from headrace.common.redis.keys import Keys
-from headrace.common.redis.redis_address import parse_address
-from headrace.common.redis.redis_client import connect, connect_async
 from tests.support.redis_servers import Start, asked, servers, until
 
 PASSWORD = "se%40cret"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from headrace.common.joining import join
+from headrace.common.bootstrap import join
 from headrace.common.process.run_token import TOKEN_VARIABLE, token_at, token_given, token_in
 from headrace.common.process.waiting import Waits
 from headrace.launcher.run.control_client import find_control

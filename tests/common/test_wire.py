@@ -19,7 +19,7 @@ from headrace.common.wire import (
     decode_ticket,
     encode,
 )
-from headrace.common.wire.wire_checks import is_url
+from headrace.common.wire.checks import is_url
 from tests.support.making import make_group, make_rollout, make_ticket
 from tests.support.poisons import altered
 

@@ -13,7 +13,7 @@ import pytest
 import redis
 
 from headrace.common.config import load_recipe
-from headrace.common.http.http_service import bearer, free_port
+from headrace.common.http.service import bearer, free_port
 from headrace.common.redis.keys import Keys
 from headrace.control.assembly import assembled
 from headrace.control.polling import learner_probe
@@ -56,8 +56,8 @@ def test_while_redis_is_away_the_last_good_picture_stands(tmp_path: Path) -> Non
 
 
 def test_a_redis_that_is_frozen_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from headrace.control.http import orders
-    from headrace.control.view import snapshot
+    from headrace.control.http import command_writer as orders
+    from headrace.control.view import run_monitor as snapshot
 
     monkeypatch.setattr(snapshot, "LOOK_DEADLINE_S", 0.3)
     monkeypatch.setattr(orders, "ORDER_DEADLINE_S", 0.3)

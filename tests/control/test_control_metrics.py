@@ -11,12 +11,12 @@ import redis
 from fastapi import FastAPI
 
 from headrace.common.config import load_recipe
-from headrace.common.http.http_service import bearer
+from headrace.common.http.service import bearer
 from headrace.common.metrics.steps import metric_name
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import encode
 from headrace.control.assembly import assembled
-from headrace.control.view.snapshot import Snapshot
+from headrace.control.view.run_monitor import Snapshot
 from tests.support.scraping import Scrape, lint
 from tests.support.seeded_run import RECIPE, heartbeat, seed_run, step_rows
 

@@ -11,7 +11,7 @@ import redis
 
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import encode
-from headrace.common.wire.control import Launcher, Orders, Settings, parse_orders
+from headrace.common.wire.desired_state import Launcher, Orders, Settings, parse_orders
 from headrace.control.http import drain
 from headrace.control.models import Done, SettingsAnswer
 from tests.support.controls import TOKEN, Control, a_control

@@ -11,12 +11,12 @@ import msgspec
 import pytest
 import redis
 
-from headrace.common.http import http_limits
+from headrace.common.http import limits as http_limits
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import encode
 from headrace.control.models import Event, GroupSummary, Replicas, Status
-from headrace.control.view import stream
-from headrace.control.view.stream import Full, Hub
+from headrace.control.view import event_stream as stream
+from headrace.control.view.event_stream import Full, Hub
 from tests.support.controls import Control, a_control
 from tests.support.fake_services import until
 from tests.support.seeded_run import heartbeat, seed_run, shown_group, step_rows

@@ -13,10 +13,10 @@ import httpx
 import pytest
 import redis
 
-from headrace.common.http.http_service import bearer
+from headrace.common.http.service import bearer
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import encode
-from headrace.common.wire.control import CHECKPOINTS, DESIRED_REPLICAS, EVALUATIONS, PAUSED, SETTINGS, STOP
+from headrace.common.wire.desired_state import CHECKPOINTS, DESIRED_REPLICAS, EVALUATIONS, PAUSED, SETTINGS, STOP
 from tests.support.fake_services import until
 from tests.support.page_in_chromium import (
     TOKEN,

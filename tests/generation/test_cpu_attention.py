@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from headrace.generation.engine.cpu.cpu_attention import MAX_SCORES, _of_about_one_length, decode, extend
+from headrace.generation.engine.cpu.attention import MAX_SCORES, _of_about_one_length, decode, extend
 
 HEADS, KV_HEADS, DIM, SLOTS = 4, 2, 8, 512
 
@@ -79,7 +79,7 @@ def test_a_few_long_sequences_do_not_make_all_of_them_long() -> None:
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(0, 100))
 def test_decode_in_parts_equals_decode_at_once(seq_lens: list[int], seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("headrace.generation.engine.cpu.cpu_attention.MIN_SAVED_TOKENS", 0)
+        patch.setattr("headrace.generation.engine.cpu.attention.MIN_SAVED_TOKENS", 0)
         test_decode_equals_one_sequence_at_a_time.hypothesis.inner_test(seq_lens, seed)  # type: ignore[attr-defined]
 
 
@@ -119,7 +119,7 @@ def test_what_is_not_covered_goes_to_the_original() -> None:
 
 def test_a_prefill_too_long_to_pad_goes_to_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
     assert MAX_SCORES > 256 * 256
-    monkeypatch.setattr("headrace.generation.engine.cpu.cpu_attention.MAX_SCORES", 0)
+    monkeypatch.setattr("headrace.generation.engine.cpu.attention.MAX_SCORES", 0)
     query, lens = torch.randn(1, HEADS, DIM), torch.tensor([1])
     keys, values, table, rows = make_cache([1])
     sentinel = torch.zeros(0)

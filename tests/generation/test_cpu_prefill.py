@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from headrace.generation.engine.cpu.cpu_attention import BACKEND, extend
-from headrace.generation.engine.cpu.cpu_prefill import NOT_PLAIN, attention, logits, prefill, share
+from headrace.generation.engine.cpu.attention import BACKEND, extend
+from headrace.generation.engine.cpu.prefill import NOT_PLAIN, attention, logits, prefill, share
 from tests.generation.test_cpu_attention import DIM, HEADS, KV_HEADS, OPTIONS, SLOTS, refuse
 
 VOCABULARY, LAYERS = 4, 2

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from headrace.generation.engine.cpu.cpu_sampling import sample
+from headrace.generation.engine.cpu.sampling import sample
 from tests.generation.test_cpu_attention import refuse
 
 

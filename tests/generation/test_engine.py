@@ -22,10 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from headrace.common.config import EngineConfig
 from headrace.common.wire import Sampling, Ticket
+from headrace.generation.engine.client import Engine, EngineError, UnconfirmedWeights
 from headrace.generation.engine.completions import Completion
-from headrace.generation.engine.engine import Engine, EngineError, UnconfirmedWeights
-from headrace.generation.engine.engine_server import EngineServer
-from headrace.generation.tensors.held_weights import made_of
+from headrace.generation.engine.server import EngineServer
+from headrace.generation.tensors.verification import made_of
 
 Result = TypeVar("Result")
 

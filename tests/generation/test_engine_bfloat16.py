@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from headrace.common.config import EngineConfig
-from headrace.generation.engine.engine_server import EngineServer
+from headrace.generation.engine.server import EngineServer
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, token] for token in range(20, 28)]
 STEP = 1 / 64

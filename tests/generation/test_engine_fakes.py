@@ -14,8 +14,8 @@ import pytest
 import safetensors.numpy
 
 from headrace.common.wire import Sampling, Ticket
-from headrace.generation.engine import confirming
-from headrace.generation.engine.engine import Engine, EngineError, UnconfirmedWeights
+from headrace.generation.engine import confirmation as confirming
+from headrace.generation.engine.client import Engine, EngineError, UnconfirmedWeights
 from tests.support.fake_sglang import FakeSglang, a_fake_sglang, sample, server_info, sha256
 
 

@@ -13,7 +13,7 @@ import redis
 from headrace.common.process.waiting import Reason
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import decode_group
-from headrace.generation.engine.engine_server import EngineServer
+from headrace.generation.engine.server import EngineServer
 from tests.support.replicas import Learner, a_learner, run, running_replica, until
 
 SILENCE_S = 5.0

@@ -16,11 +16,11 @@ import psutil
 import pytest
 
 from headrace.common.config import EngineConfig
-from headrace.common.preflight.preflight import check_engine_installed
-from headrace.generation.engine import engine_server
-from headrace.generation.engine.engine import EngineError
-from headrace.generation.engine.engine_command import launch_command, launch_environment
-from headrace.generation.engine.engine_server import EngineServer
+from headrace.common.preflight.recipe import check_engine_installed
+from headrace.generation.engine import server as engine_server
+from headrace.generation.engine.client import EngineError
+from headrace.generation.engine.command import launch_command, launch_environment
+from headrace.generation.engine.server import EngineServer
 
 STUBBORN = """
 import signal, subprocess, sys, time
@@ -34,7 +34,7 @@ REPLICA = """
 import asyncio, sys
 from pathlib import Path
 from headrace.common.config import EngineConfig
-from headrace.generation.engine.engine_server import EngineServer
+from headrace.generation.engine.server import EngineServer
 server = EngineServer(EngineConfig(device="cpu"), "float32", Path(sys.argv[2]))
 asyncio.run(server.start(sys.argv[1], 1))
 """

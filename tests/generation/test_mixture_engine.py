@@ -10,9 +10,9 @@ import torch
 from headrace.common.config import EngineConfig
 from headrace.common.models.chat import load_tokenizer
 from headrace.common.wire import Sampling
+from headrace.generation.engine.client import Engine
 from headrace.generation.engine.completions import Completion
-from headrace.generation.engine.engine import Engine
-from headrace.generation.engine.engine_server import EngineServer
+from headrace.generation.engine.server import EngineServer
 from headrace.learner.model.packing import pack
 from headrace.learner.model.policy import Policy
 from headrace.learner.training.trainer import Trainer

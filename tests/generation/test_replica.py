@@ -10,15 +10,15 @@ import httpx
 import pytest
 import redis
 
-from headrace.common.http.http_service import bearer
+from headrace.common.http.service import bearer
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import decode_group, decode_ticket
 from headrace.common.wire.ledger import parse_mark
 from headrace.generation import loop
-from headrace.generation.api import make_app as make_replica_app
-from headrace.generation.engine.engine_server import EngineServer
+from headrace.generation.engine.server import EngineServer
+from headrace.generation.http_api import make_app as make_replica_app
 from headrace.generation.loop import Replica
-from headrace.generation.rewards.reward_process import RewardError
+from headrace.generation.rewards.process import RewardError
 from tests.support.replicas import Learner, a_learner, beat, run, running_replica, until
 
 Start = Callable[..., contextlib.AbstractAsyncContextManager[Replica]]

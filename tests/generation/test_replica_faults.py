@@ -11,14 +11,14 @@ import pytest
 import redis
 
 from headrace.common.process.waiting import Reason
+from headrace.common.redis.client import connect
 from headrace.common.redis.keys import Keys
-from headrace.common.redis.redis_client import connect
 from headrace.common.wire import Heartbeat, decode_group, decode_heartbeat, decode_ticket, encode
-from headrace.generation import answer
-from headrace.generation.api import make_app
+from headrace.generation import ticket_processor as answer
+from headrace.generation.http_api import make_app
 from headrace.generation.loop import Replica
-from headrace.generation.tickets.passing import MAX_PASSES
-from headrace.generation.tickets.tickets import Lease, TicketStore
+from headrace.generation.tickets.retry_elsewhere import MAX_PASSES
+from headrace.generation.tickets.store import Lease, TicketStore
 from headrace.launcher.run.processes import launch_redis, start_redis, wait_for_redis
 from headrace.learner.store.store import LearnerStore
 from tests.support.fake_sglang import FakeSglang

@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from headrace.common.config import RunConfig
+from headrace.common.redis.client import connect
 from headrace.common.redis.keys import Keys
-from headrace.common.redis.redis_client import connect
 from headrace.common.wire import decode_ticket
 from headrace.launcher.run.processes import Service, start_redis
 from tests.support.fake_sglang import FakeSglang

@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 from headrace.common.wire import Sampling, Ticket
-from headrace.generation.rewards import reward_pool
-from headrace.generation.rewards.reward_pool import RewardPool, TaskError
-from headrace.generation.rewards.reward_process import RewardError
+from headrace.generation.rewards import pool as reward_pool
+from headrace.generation.rewards.pool import RewardPool, TaskError
+from headrace.generation.rewards.process import RewardError
 
 REPOSITORY = Path(__file__).parents[2]
 TICKET = Ticket(
@@ -258,7 +258,7 @@ def test_a_task_that_cannot_be_loaded_fails_the_start(task: str, reason: str) ->
 def test_a_parent_killed_outright_leaves_no_worker() -> None:
     program = """
 import asyncio
-from headrace.generation.rewards.reward_pool import RewardPool
+from headrace.generation.rewards.pool import RewardPool
 from tests.generation.test_reward_pool import TICKET
 
 async def run():

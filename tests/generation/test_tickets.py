@@ -7,18 +7,18 @@ from typing import TypeVar
 import pytest
 import redis
 
+from headrace.common.redis.client import connect_async
 from headrace.common.redis.keys import Keys
-from headrace.common.redis.redis_client import connect_async
 from headrace.common.wire import decode_group, decode_ticket, encode
 from headrace.common.wire.ledger import parse_mark
-from headrace.generation.tickets.tickets import (
+from headrace.generation.tickets.store import (
     MAX_DEAD_CHARS,
     MAX_DEAD_COMPLETIONS,
     MAX_INTERRUPTIONS,
     Lease,
     TicketStore,
 )
-from headrace.learner.commands.dead import dead_entries, kept_of
+from headrace.learner.commands.dead_letters import dead_entries, kept_of
 from headrace.learner.store.store import LearnerStore
 from tests.support.making import make_group, make_ticket
 

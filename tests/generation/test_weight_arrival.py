@@ -13,9 +13,8 @@ import pytest
 from safetensors.torch import load_file
 
 from headrace.common.hardware.device import machine_id
-from headrace.common.http.http_service import bearer
-from headrace.common.weights.memory_folder import LOCK_FILE, MemoryFolder, memory_backed
-from headrace.common.weights.weights import (
+from headrace.common.http.service import bearer
+from headrace.common.weights.files import (
     DELTA_FILE,
     MANIFEST_FILE,
     MODEL_FILE,
@@ -24,10 +23,12 @@ from headrace.common.weights.weights import (
     sha256_of,
     version_folder,
 )
-from headrace.generation.weights import fetching, host_copy
-from headrace.generation.weights.publication import Arrival, Published
+from headrace.common.weights.memory_folder import LOCK_FILE, MemoryFolder, memory_backed
+from headrace.generation.weights import downloads as fetching
+from headrace.generation.weights import local_weights as host_copy
+from headrace.generation.weights.version_fetch import Arrival, Published
 from headrace.learner.weights import version_writer
-from headrace.learner.weights.versions import places_above
+from headrace.learner.weights.publisher import places_above
 from tests.support.fleet import TOKEN, Fault, Member, Source, Versions, a_source, members
 
 

@@ -10,13 +10,13 @@ import pytest
 import redis
 from typer.testing import CliRunner
 
-from headrace.common.http.http_service import free_port
+from headrace.common.http.service import free_port
 from headrace.common.redis.keys import Keys
-from headrace.common.wire.control import parse_orders
+from headrace.common.wire.desired_state import parse_orders
 from headrace.launcher.__main__ import app
 from headrace.launcher.run.control_client import Control as ControlClient
 from headrace.launcher.run.control_client import NothingRuns
-from headrace.launcher.terminal.shown_run import GAPS, group_text, spans
+from headrace.launcher.terminal.render import GAPS, group_text, spans
 from tests.support.controls import TOKEN, Control, a_control
 from tests.support.fake_sglang import FakeSglang
 from tests.support.seeded_run import seed_run
@@ -102,7 +102,7 @@ def test_watching_tells_what_changes_until_the_run_ends(
         raise NothingRuns("control does not answer")
 
     get = ControlClient.get
-    monkeypatch.setattr("headrace.launcher.commands.look.time", SimpleNamespace(sleep=next_look))
+    monkeypatch.setattr("headrace.launcher.commands.observe.time", SimpleNamespace(sleep=next_look))
     assert here.exists()
     first, gone, last = headrace("status", "--watch").stdout.splitlines()
     assert "step 40 of 60, training; " in first and "healthy" in first

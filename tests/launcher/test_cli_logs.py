@@ -133,7 +133,7 @@ def test_following_prints_the_last_lines_first(runs: Path, monkeypatch: pytest.M
             file.write("2026-11-23T01:01:00.000Z INFO learner run=demo: new\n")
 
     sleeping: Callable[..., None] = write_then_interrupt
-    monkeypatch.setattr("headrace.launcher.commands.records.time.sleep", sleeping)
+    monkeypatch.setattr("headrace.launcher.commands.results.time.sleep", sleeping)
     lines = headrace(runs, "-f", "-n", "1").stdout.splitlines()
     assert [line.rpartition(": ")[2] for line in lines] == ["trained", "new"]
 

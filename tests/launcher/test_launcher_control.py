@@ -10,7 +10,7 @@ from headrace.launcher.run.run_folder import CONTROL_URL_FILE
 from tests.support.fake_services import SERVES, Faking, ended, faking, read_until
 
 __all__ = ["faking"]
-QUICK = "supervise.LOOK_INTERVAL_S = 0.02; kept.PAUSES_S = (0, 0.1)"
+QUICK = "supervisor.LOOK_INTERVAL_S = 0.02; restarts.PAUSES_S = (0, 0.1)"
 NOTES_PLACE = "note(' '.join(arguments))\n" + SERVES
 
 
@@ -55,7 +55,7 @@ def controls_of(launcher: int) -> list[psutil.Process]:
 
 def test_control_is_started_again_and_the_run_goes_on_without_it(faking: Faking) -> None:
     fakes = faking(learner=SERVES, control="note('serves')\nif num_notes('serves') < 3: signal.pause()\nsys.exit(1)")
-    process = fakes.up(settings=f"{QUICK}; kept.MAX_RESTARTS = 3")
+    process = fakes.up(settings=f"{QUICK}; restarts.MAX_RESTARTS = 3")
     for times in (1, 2):
         fakes.wait_for("learner serves", "generation serves")
         fakes.wait_for("control serves", times=times)

@@ -14,14 +14,14 @@ from rich.console import Console
 from headrace.common.config import load_recipe
 from headrace.common.hardware import device
 from headrace.common.redis.keys import Keys
-from headrace.common.wire.control import Launcher, parse_launcher
-from headrace.launcher.check.check import check_recipe
+from headrace.common.wire.desired_state import Launcher, parse_launcher
+from headrace.launcher.check.command import check_recipe
 from headrace.launcher.placement import devices
 from tests.support.fake_gpus import FakeGpus
 from tests.support.fake_services import RECIPE, Fakes, Faking, ended, faking, until
 
 __all__ = ["faking"]
-QUICK = "supervise.LOOK_INTERVAL_S = 0.02; kept.PAUSES_S = (0, 0.05)"
+QUICK = "supervisor.LOOK_INTERVAL_S = 0.02; restarts.PAUSES_S = (0, 0.05)"
 SEES = "shown = os.environ.get('CUDA_VISIBLE_DEVICES', 'all') + ' ' + os.environ.get('CUDA_DEVICE_ORDER', '-')\n"
 LEARNER = f"{SEES}note('sees ' + shown + ' --shares-gpu' * ('--shares-gpu' in arguments))\nsignal.pause()"
 REPLICA = f"""

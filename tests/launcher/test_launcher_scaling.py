@@ -10,12 +10,12 @@ import pytest
 import redis
 
 from headrace.common.redis.keys import Keys
-from headrace.common.wire.control import desired_replicas
+from headrace.common.wire.desired_state import desired_replicas
 from tests.support.fake_services import RECIPE, SERVES, Fakes, Faking, ended, faking, processes_of, until
 from tests.support.redis_servers import as_launched
 
 __all__ = ["faking"]
-QUICK = "supervise.LOOK_INTERVAL_S = 0.02; kept.PAUSES_S = (0, 0.05)"
+QUICK = "supervisor.LOOK_INTERVAL_S = 0.02; restarts.PAUSES_S = (0, 0.05)"
 DRAINS = """
 name = option("--name")
 on(signal.SIGTERM, lambda: (note("drains " + name), sys.exit(0)))
@@ -262,7 +262,7 @@ def test_a_launcher_that_was_killed_is_soon_known_to_be_gone(faking: Faking, red
     """Beside a Redis that is not its own, where nothing else says so."""
     fakes = faking(learner=SERVES)
     keys = Keys("faked")
-    process = fakes.up("--set", f"redis_url={redis_url}", settings="orders.PRESENCE_TTL_S = 0.5")
+    process = fakes.up("--set", f"redis_url={redis_url}", settings="replica_target.PRESENCE_TTL_S = 0.5")
     with redis.Redis.from_url(redis_url) as client:
         until(lambda: bool(client.exists(keys.launcher)), "the launcher's key")
         assert "2 replicas ordered" in scaled(fakes, "2", "--redis-url", redis_url)

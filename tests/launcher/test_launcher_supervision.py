@@ -10,7 +10,7 @@ import pytest
 from tests.support.fake_services import SERVES, TIMEOUT_S, Faking, ended, faking, processes_of, redis_of
 
 __all__ = ["faking"]
-QUICK = "supervise.LOOK_INTERVAL_S = 0.02; kept.PAUSES_S = (0, 0.1, 0.2, 0.4)"
+QUICK = "supervisor.LOOK_INTERVAL_S = 0.02; restarts.PAUSES_S = (0, 0.1, 0.2, 0.4)"
 
 
 def test_a_learner_that_gets_somewhere_is_started_again_each_time(faking: Faking) -> None:
@@ -82,7 +82,9 @@ while num_notes("asked") < 5:
 os.kill(os.getpid(), signal.SIGSTOP)
 """
     )
-    hang = "supervise.HANG_TIMEOUT_S = 1.0; health.PROBE_INTERVAL_S = 0.4; health.PROBE_TIMEOUT_S = 0.3"
+    hang = (
+        "supervisor.HANG_TIMEOUT_S = 1.0; liveness_probe.PROBE_INTERVAL_S = 0.4; liveness_probe.PROBE_TIMEOUT_S = 0.3"
+    )
     output = ended(fakes.up(settings=f"{QUICK}; {hang}"), 0)
     assert (fakes.lines().count("learner asked"), fakes.lines().count("learner starts")) == (5, 2)
     assert re.search(r"the learner has not answered at http://127.0.0.1:\d+ for 1 s: killing it\n", output), output

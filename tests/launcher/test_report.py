@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from headrace.common.config import load_recipe
 from headrace.common.redis.keys import Keys
-from headrace.common.wire.shown import ShownRollout
+from headrace.common.wire.group_samples import ShownRollout
 from headrace.launcher.__main__ import app
 from headrace.launcher.report.curves import MAX_POINTS, Series, draw, thinned, ticks_between
-from headrace.launcher.report.report_facts import incidents, settings, spells
+from headrace.launcher.report.report_data import incidents, settings, spells
 from tests.launcher.test_cli_logs import LEARNER
 from tests.support.seeded_run import evaluation_row, seed_run, shown_group, step_rows
 

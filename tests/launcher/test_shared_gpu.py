@@ -16,20 +16,20 @@ import torch
 
 from headrace.common.config import EngineConfig, load_recipe
 from headrace.common.hardware import device
-from headrace.common.hardware.devices import MIB, engine_static_bytes
+from headrace.common.hardware.placement import MIB, engine_static_bytes
 from headrace.common.process.waiting import Reason, Waits
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import Heartbeat, ReplicaState, encode
 from headrace.generation.assembly import assembled
-from headrace.generation.engine import engine_server
-from headrace.generation.engine.engine import EngineError
-from headrace.generation.engine.engine_server import EngineServer
+from headrace.generation.engine import server as engine_server
+from headrace.generation.engine.client import EngineError
+from headrace.generation.engine.server import EngineServer
 from headrace.generation.engine.shared_gpu import beside_learner
 from headrace.learner import __main__ as learner_process
-from headrace.learner.distributed import shared_gpu
+from headrace.learner.distributed import gpu_turn as shared_gpu
 from headrace.learner.distributed.ranks import Ranks
-from headrace.learner.training import leading
-from headrace.learner.training.leading import set_up_torch
+from headrace.learner.training import leader as leading
+from headrace.learner.training.leader import set_up_torch
 from tests.support.fake_gpus import GIB, FakeGpus
 from tests.support.fake_services import until
 

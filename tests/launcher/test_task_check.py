@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from headrace.common.config import RunConfig
-from headrace.common.preflight.preflight import NotHere
-from headrace.common.preflight.task_check import check_task
+from headrace.common.preflight.recipe import NotHere
+from headrace.common.preflight.task import check_task
 from headrace.common.tasks import BadRow, Prompt, Split
 from headrace.common.wire import Ticket, decode_ticket
 from headrace.launcher.check import before_start, trial

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from headrace.common.redis.keys import Keys
 from headrace.learner.checkpoints.best import BEST, FRAME, NEXT, Best, best_folder, best_of
 from headrace.learner.commands.export import export
-from headrace.learner.model.snapshots import Snapshots
+from headrace.learner.model.host_snapshots import Snapshots
 from headrace.learner.store.store import Fenced
 from headrace.learner.weights.version_writer import VersionWriter
 from tests.support.replaying import STEPS, end, make_recording, take_up

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from headrace.learner.checkpoints.checkpoint import CheckpointError, newest, save_checkpoint
-from headrace.learner.checkpoints.checkpoint_record import Record, checkpoint_folders, read_record
+from headrace.learner.checkpoints.record import Record, checkpoint_folders, read_record
 from headrace.learner.distributed.state_files import read_state, write_state
-from headrace.learner.reporting.report import MetricsFile, percentile, summarise
+from headrace.learner.reporting.summary import MetricsFile, percentile, summarise
 from headrace.learner.store.store import Cursor, Fenced, Settlement
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import redis
 
-from headrace.common.process.durable import FileEntry
+from headrace.common.process.atomic_files import FileEntry
 from headrace.common.process.waiting import Reason
 from headrace.common.redis.keys import Keys
 from headrace.learner.checkpoints.checkpoint import newest
-from headrace.learner.checkpoints.checkpoint_record import checkpoint_folders, read_record
+from headrace.learner.checkpoints.record import checkpoint_folders, read_record
 from headrace.learner.commands.audit import audit
 from headrace.learner.distributed.state_files import read_state
 from headrace.learner.loop import Loop

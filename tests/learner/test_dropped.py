@@ -2,7 +2,7 @@
 
 import pytest
 
-from headrace.common.metrics.health import THRESHOLDS
+from headrace.common.metrics.thresholds import THRESHOLDS
 from headrace.common.wire import Group
 from headrace.learner.intake.dropped import MIN_DROPPED, WINDOW_STEPS, Dropped
 from tests.support.making import make_group, make_rollout

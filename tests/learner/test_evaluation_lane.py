@@ -11,8 +11,8 @@ import pytest
 import redis
 
 from headrace.common.process.waiting import Reason
+from headrace.common.redis.client import connect
 from headrace.common.redis.keys import Keys
-from headrace.common.redis.redis_client import connect
 from headrace.common.wire import Group, Heartbeat, Ticket, Timings, encode
 from headrace.learner.checkpoints.best import best_of
 from headrace.learner.loop import Loop

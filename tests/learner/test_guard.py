@@ -12,13 +12,13 @@ import redis
 import torch
 
 from headrace.common.config import RunConfig
-from headrace.common.metrics.health import SMOOTHED_STEPS
+from headrace.common.metrics.thresholds import SMOOTHED_STEPS
 from headrace.common.redis.keys import Keys
-from headrace.common.wire.control import Settings
+from headrace.common.wire.desired_state import Settings
 from headrace.learner.algorithm.guard import CALM_STEPS, PATIENCE_STEPS, Decision, GuardState, decide, ladder, tightened
 from headrace.learner.loop import Loop
-from headrace.learner.training.metrics import logprob_gaps, off_policy_metrics
-from headrace.learner.training.shares import NOTHING
+from headrace.learner.training.rank_batches import NOTHING
+from headrace.learner.training.step_metrics import logprob_gaps, off_policy_metrics
 from tests.support.replaying import STEPS, end, state_of, take_up
 
 CALM = {"kl_behaviour_proximal": 0.01, "ess": 0.95, "fresh_logprob_gap_rms": 1e-5}

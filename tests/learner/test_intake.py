@@ -9,16 +9,16 @@ import pytest
 import redis
 
 from headrace.common.config import ModelConfig, RunConfig
-from headrace.common.config.hot import with_settings
+from headrace.common.config.hot_reload import with_settings
 from headrace.common.models.chat import Chat
 from headrace.common.redis.keys import Keys
 from headrace.common.tasks import Prompt
 from headrace.common.wire import Group, Ticket, Timings, decode_ticket
-from headrace.learner.commands.dead import purge, retry
+from headrace.learner.commands.dead_letters import purge, retry
 from headrace.learner.intake.intake import Intake
-from headrace.learner.intake.prompts import TicketSource
-from headrace.learner.intake.refusal import Limits
-from headrace.learner.steering.orders import Switches
+from headrace.learner.intake.ticket_source import TicketSource
+from headrace.learner.intake.validation import Limits
+from headrace.learner.steering.switches import Switches
 from headrace.learner.store.store import Cursor, LearnerStore, Settlement
 from tests.support.committing import answer_all, queue
 from tests.support.making import make_rollout

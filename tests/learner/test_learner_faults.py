@@ -12,16 +12,16 @@ import pytest
 import redis
 
 from headrace.common.process.waiting import Reason
+from headrace.common.redis.client import connect
 from headrace.common.redis.keys import Keys
-from headrace.common.redis.redis_client import connect
 from headrace.learner import loop as loop_module
 from headrace.learner.checkpoints.checkpoint import CheckpointError, newest, save_checkpoint
 from headrace.learner.commands.audit import audit
 from headrace.learner.intake import intake as intake_module
-from headrace.learner.intake.source import Issued
+from headrace.learner.intake.group_source import Issued
 from headrace.learner.loop import Loop
 from headrace.learner.stages import checkpointing
-from headrace.learner.stages.patience import Starved
+from headrace.learner.stages.wait_deadlines import Starved
 from headrace.learner.store.store import Fenced, LearnerStore, RedisLost
 from tests.support.fake_services import until
 from tests.support.launching import rows_of

@@ -13,9 +13,9 @@ from headrace.common.config import LearnerConfig, ModelConfig
 from headrace.common.hardware import device
 from headrace.common.models.chat import load_tokenizer
 from headrace.common.wire import Group, Rollout, Sampling, Timings, VersionSpan
+from headrace.generation.engine.client import Engine
 from headrace.generation.engine.completions import Completion
-from headrace.generation.engine.engine import Engine
-from headrace.generation.engine.engine_server import EngineServer
+from headrace.generation.engine.server import EngineServer
 from headrace.learner.model.packing import Sample, pack
 from headrace.learner.model.policy import Policy, pick_device
 from tests.support.making import make_rollout, make_ticket

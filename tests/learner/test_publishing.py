@@ -13,12 +13,12 @@ from blake3 import blake3
 
 from headrace.common.process.waiting import Reason
 from headrace.common.redis.keys import Keys
-from headrace.common.weights.weights import Manifest
-from headrace.learner.intake.source import Issued
+from headrace.common.weights.files import Manifest
+from headrace.learner.intake.group_source import Issued
 from headrace.learner.loop import Loop
-from headrace.learner.model.snapshots import Snapshots
+from headrace.learner.model.host_snapshots import Snapshots
 from headrace.learner.stages import publishing
-from headrace.learner.stages.patience import Starved
+from headrace.learner.stages.wait_deadlines import Starved
 from headrace.learner.weights.version_writer import VersionWriter
 from tests.support.fake_services import until
 from tests.support.launching import rows_of

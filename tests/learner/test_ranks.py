@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from headrace.common.config import RunConfig
 from headrace.common.wire import encode
-from headrace.launcher.estimates.estimate import learner_bytes
+from headrace.launcher.estimates.device_memory import learner_bytes
 from headrace.launcher.estimates.model_size import shape_in
 from headrace.learner.distributed.ranks import Ranks
 from headrace.learner.distributed.state_files import read_state

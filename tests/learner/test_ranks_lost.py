@@ -13,9 +13,9 @@ import pytest
 import redis
 from safetensors.torch import load_file
 
-from headrace.common.http.http_service import free_port
+from headrace.common.http.service import free_port
 from headrace.common.redis.keys import Keys
-from headrace.learner.checkpoints.checkpoint_record import checkpoint_folders, read_record
+from headrace.learner.checkpoints.record import checkpoint_folders, read_record
 from headrace.learner.commands.audit import audit
 from tests.support.replaying import ROOT, STEPS, make_recording, state_of, trained
 

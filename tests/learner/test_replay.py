@@ -13,12 +13,12 @@ import pytest
 import redis
 from safetensors.torch import load_file
 
+from headrace.common.redis.client import connect
 from headrace.common.redis.keys import Keys
-from headrace.common.redis.redis_client import connect
 from headrace.common.wire import encode
 from headrace.learner.commands.audit import audit
 from headrace.learner.commands.record import follow
-from headrace.learner.intake.recording import Recording
+from headrace.learner.intake.recordings import Recording
 from headrace.learner.store.store import Cursor, LearnerStore
 from tests.support.committing import queue
 from tests.support.making import make_group

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from headrace.common.config import RunConfig
-from headrace.common.preflight.preflight import NotHere, check_trackers
+from headrace.common.preflight.recipe import NotHere, check_trackers
 from headrace.learner.reporting import trackers as trackers_module
 from headrace.learner.reporting.trackers import Trackers
 

@@ -15,7 +15,7 @@ from headrace.common.wire import Group, VersionSpan
 from headrace.learner.model.logprobs import Scored
 from headrace.learner.model.packing import MicroBatch, Sample, pack
 from headrace.learner.model.policy import Policy
-from headrace.learner.training.shares import share_out
+from headrace.learner.training.rank_batches import share_out
 from headrace.learner.training.trainer import Trainer
 from tests.support.making import make_group, make_rollout
 

@@ -13,7 +13,7 @@ import yaml
 from headrace.common.config import load_recipe
 from headrace.launcher.estimates.host_memory import shared_memory_bytes
 from headrace.launcher.estimates.model_size import read_shape
-from tests.launcher.test_estimate import QWEN_1_5B
+from tests.launcher.test_estimates import QWEN_1_5B
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"

@@ -15,7 +15,7 @@ from headrace.common.config import load_recipe
 from headrace.launcher.estimates.host_memory import disk_rows, shared_memory_bytes
 from headrace.launcher.estimates.model_size import read_shape
 from headrace.launcher.estimates.traffic import delta_share
-from tests.launcher.test_estimate import QWEN_1_5B
+from tests.launcher.test_estimates import QWEN_1_5B
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy" / "kubernetes"

@@ -11,10 +11,10 @@ from typing import Any
 import httpx
 
 from headrace.common.config import load_recipe
-from headrace.common.http.http_service import bearer, listen, url_of
+from headrace.common.http.service import bearer, listen, url_of
 from headrace.common.redis.keys import Keys
 from headrace.control.assembly import assembled, serving
-from headrace.control.view.snapshot import Snapshot
+from headrace.control.view.run_monitor import Snapshot
 from tests.support.fake_services import until
 from tests.support.seeded_run import RECIPE
 

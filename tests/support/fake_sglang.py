@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import safetensors
 
-from headrace.generation.tensors.tensor_hash import cuda_checksum
+from headrace.generation.tensors.checksum import cuda_checksum
 
 Json = dict[str, Any] | list[Any]
 

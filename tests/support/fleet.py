@@ -11,13 +11,13 @@ from typing import Literal
 
 import torch
 
-from headrace.common.http.http_service import listen, new_app, serve_in_loop, url_of
-from headrace.common.weights.weights import MODEL_FILE, Manifest, encode_manifest, file_of, sha256_of, version_folder
-from headrace.generation.weights.fetching import Fetcher
-from headrace.generation.weights.host_copy import HostCopy
-from headrace.generation.weights.publication import Arrival, Published, bring
-from headrace.generation.weights.sharing import Sharing, weights_router
-from headrace.learner.model.snapshots import Snapshot
+from headrace.common.http.service import listen, new_app, serve_in_loop, url_of
+from headrace.common.weights.files import MODEL_FILE, Manifest, encode_manifest, file_of, sha256_of, version_folder
+from headrace.generation.weights.downloads import Fetcher
+from headrace.generation.weights.local_weights import HostCopy
+from headrace.generation.weights.peer_api import Sharing, weights_router
+from headrace.generation.weights.version_fetch import Arrival, Published, bring
+from headrace.learner.model.host_snapshots import Snapshot
 from headrace.learner.weights.version_writer import VersionWriter
 from tests.support.fake_sglang import ScriptedServer, in_a_thread
 

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 
-from headrace.learner.distributed.calls import End, Gather
+from headrace.learner.distributed.rank_calls import End, Gather
 from headrace.learner.distributed.ranks import RankLost, join
 
 

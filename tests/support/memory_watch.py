@@ -10,8 +10,8 @@ import psutil
 KINDS = {
     "sglang::scheduler": "its engine: the scheduler",
     "sglang::detokenizer": "its engine: server and detokenizer",
-    "headrace.generation.engine.cpu.sglang_cpu": "its engine: server and detokenizer",
-    "headrace.generation.rewards.reward_worker": "its reward workers",
+    "headrace.generation.engine.cpu.launch_server": "its engine: server and detokenizer",
+    "headrace.generation.rewards.worker": "its reward workers",
     "headrace.generation": "a replica's own process",
     "headrace.learner": "the learner, with copies of weights and state",
     "headrace.control": "launcher, control and Redis, without the groups that wait",

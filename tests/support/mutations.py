@@ -14,7 +14,7 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from msgspec.structs import replace
 
 from headrace.common.wire import Group, Heartbeat, Rollout, Sampling, Ticket, VersionSpan, encode
-from headrace.learner.intake.refusal import Limits
+from headrace.learner.intake.validation import Limits
 from tests.support.making import make_group, make_rollout, make_ticket
 from tests.support.poisons import SURROGATE, Poison, poisons
 

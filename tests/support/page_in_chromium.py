@@ -19,11 +19,11 @@ import pytest
 import redis
 
 from headrace.common.config import RunConfig
-from headrace.common.http.http_service import free_port, listen, url_of
+from headrace.common.http.service import free_port, listen, url_of
 from headrace.common.process.run_token import TOKEN_VARIABLE
+from headrace.common.redis.client import connect
 from headrace.common.redis.keys import MAX_EVENTS, MAX_HISTORY, MAX_SHOWN, Keys
-from headrace.common.redis.redis_client import connect
-from headrace.common.wire.shown import ShownGroup
+from headrace.common.wire.group_samples import ShownGroup
 from headrace.control.assembly import assembled, serving
 
 TOKEN = "the-run's-token"

@@ -20,7 +20,7 @@ from headrace.common.wire import decode_group
 from headrace.learner.distributed.ranks import Ranks, join
 from headrace.learner.model.logprobs import Scored
 from headrace.learner.model.packing import MicroBatch
-from headrace.learner.training.leading import follow, lead
+from headrace.learner.training.leader import follow, lead
 from headrace.learner.training.trainer import Trainer
 from tests.support.replaying import ROOT
 

@@ -15,9 +15,9 @@ from headrace.common.wire import Group, Rollout, Timings, VersionSpan, encode
 from headrace.learner.assembly import assemble
 from headrace.learner.checkpoints.checkpoint import newest
 from headrace.learner.distributed.state_files import read_state
-from headrace.learner.intake.recording import Header, RecordedGroup, Recording, RecordingWriter
+from headrace.learner.intake.recordings import Header, RecordedGroup, Recording, RecordingWriter
 from headrace.learner.loop import Loop
-from headrace.learner.steering.orders import Switches
+from headrace.learner.steering.switches import Switches
 from tests.support.making import make_ticket
 
 ROOT = Path(__file__).parents[2]

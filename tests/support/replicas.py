@@ -10,27 +10,27 @@ import redis
 from safetensors.torch import load_file
 
 from headrace.common.config import GenerationConfig, ModelConfig
-from headrace.common.http.http_service import listen, serve_in_thread, url_of
+from headrace.common.http.service import listen, serve_in_thread, url_of
 from headrace.common.models.chat import load_tokenizer
 from headrace.common.process.waiting import Waits
+from headrace.common.redis.client import connect_async
 from headrace.common.redis.keys import Keys
-from headrace.common.redis.redis_client import connect_async
 from headrace.common.wire import Sampling, decode_heartbeat
-from headrace.generation.engine.engine import Engine, SwapTimings
-from headrace.generation.engine.engine_keeper import EngineKeeper
-from headrace.generation.engine.engine_server import EngineServer
+from headrace.generation.engine.client import Engine, SwapTimings
+from headrace.generation.engine.server import EngineServer
+from headrace.generation.engine.supervisor import EngineKeeper
 from headrace.generation.loop import Replica
-from headrace.generation.rewards.reward_pool import RewardPool
-from headrace.generation.tickets.tickets import TicketStore
-from headrace.generation.weights.fetching import Fetcher
-from headrace.generation.weights.host_copy import HostCopy
-from headrace.generation.weights.publication import Arrival
-from headrace.generation.weights.turns import Turns
-from headrace.generation.weights.weights import WeightFollower
-from headrace.learner.reporting.api import make_app
-from headrace.learner.steering.orders import Switches
+from headrace.generation.rewards.pool import RewardPool
+from headrace.generation.tickets.store import TicketStore
+from headrace.generation.weights.downloads import Fetcher
+from headrace.generation.weights.local_weights import HostCopy
+from headrace.generation.weights.swap_slots import Turns
+from headrace.generation.weights.updater import WeightFollower
+from headrace.generation.weights.version_fetch import Arrival
+from headrace.learner.reporting.http_api import make_app
+from headrace.learner.steering.switches import Switches
 from headrace.learner.store.store import LearnerStore
-from headrace.learner.weights.versions import Versions
+from headrace.learner.weights.publisher import Versions
 from tests.support.making import make_ticket
 
 DEADLINE_S = 60.0

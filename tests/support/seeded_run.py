@@ -16,7 +16,7 @@ import redis
 from headrace.common.config import load_recipe
 from headrace.common.redis.keys import MAX_EVENTS, MAX_HISTORY, MAX_SHOWN, TICKET_GROUP, Keys
 from headrace.common.wire import Heartbeat, encode
-from headrace.common.wire.shown import ShownGroup, ShownRollout
+from headrace.common.wire.group_samples import ShownGroup, ShownRollout
 from tests.support.making import make_ticket
 
 RECIPE = "configs/tiny-cpu.yaml"

@@ -18,17 +18,17 @@ import redis
 
 from chaos.accounting import STUCK_AFTER_STEPS, Evidence, Violation, check, stuck_groups
 from chaos.disk import is_readable, readable_checkpoints, truncate
-from chaos.ground import Strike
 from chaos.launched import Launched
 from chaos.matrix import Results
 from chaos.observer import Observer
 from chaos.proxy import Proxy
 from chaos.report import problems, summarise
 from chaos.schedule import HOLD_S, PARTS, Fault, Kind, schedule
-from headrace.common.process.durable import file_entry
+from chaos.test_bed import Strike
+from headrace.common.process.atomic_files import file_entry
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import Heartbeat, encode
-from headrace.learner.checkpoints.checkpoint_record import Record, write_record
+from headrace.learner.checkpoints.record import Record, write_record
 from headrace.learner.store.store import Cursor, Settlement
 
 LONG = 44

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from headrace.common.config import load_recipe
 from headrace.common.hardware.device import CPU_MAX_TOTAL_TOKENS
-from headrace.launcher.estimates.estimate import engine_bytes, learner_bytes
+from headrace.launcher.estimates.device_memory import engine_bytes, learner_bytes
 from headrace.launcher.estimates.host_memory import disk_rows, host_rows
 from headrace.launcher.estimates.model_size import shape_of
 from headrace.launcher.estimates.traffic import delta_share

@@ -8,9 +8,9 @@ import pytest
 import redis
 
 from headrace.common.process.run_token import TOKEN_VARIABLE
+from headrace.common.redis.address import MasterChanged
+from headrace.common.redis.client import OUTAGE_DEADLINE_S, connect
 from headrace.common.redis.keys import Keys
-from headrace.common.redis.redis_address import MasterChanged
-from headrace.common.redis.redis_client import OUTAGE_DEADLINE_S, connect
 from headrace.launcher.run.processes import REDIS_URL_VARIABLE, Service
 from headrace.learner.commands.audit import audit
 from tests.learner.test_learner_faults import after_step

@@ -18,15 +18,15 @@ import redis
 import yaml
 
 from headrace.common.config import load_recipe
-from headrace.common.http.http_service import free_port, listen, new_app, serve_in_loop, serve_in_thread, url_of
+from headrace.common.http.service import free_port, listen, new_app, serve_in_loop, serve_in_thread, url_of
 from headrace.common.metrics.endpoint import mount_metrics
+from headrace.common.redis.client import connect
 from headrace.common.redis.keys import Keys
-from headrace.common.redis.redis_client import connect
 from headrace.common.wire import encode
 from headrace.control.assembly import assembled, serving
-from headrace.generation.api import make_app as make_replica_app
+from headrace.generation.http_api import make_app as make_replica_app
 from headrace.learner.__main__ import _status
-from headrace.learner.reporting.exported import Exported
+from headrace.learner.reporting.prometheus import Exported
 from tests.support.fake_sglang import a_fake_sglang, sample
 from tests.support.replaying import end, make_recording, take_up
 from tests.support.replicas import a_learner, running_replica, until

@@ -45,34 +45,34 @@ from hypothesis.stateful import (
 )
 
 from headrace.common.config import RunConfig
-from headrace.common.process import durable
-from headrace.common.process.durable import FileEntry
+from headrace.common.process import atomic_files as durable
+from headrace.common.process.atomic_files import FileEntry
 from headrace.common.process.waiting import Waits
+from headrace.common.redis.client import connect, connect_async
 from headrace.common.redis.keys import TICKET_GROUP, Keys
-from headrace.common.redis.redis_client import connect, connect_async
 from headrace.common.tasks import BadRow, Prompt
-from headrace.common.weights.weights import MANIFEST_FILE, decode_manifest, version_folder
+from headrace.common.weights.files import MANIFEST_FILE, decode_manifest, version_folder
 from headrace.common.wire import Group, TicketState, Timings, decode_ticket, encode
 from headrace.common.wire.ledger import Mark, TicketName, parse_mark, parse_name
-from headrace.generation.tickets import tickets
-from headrace.generation.tickets.tickets import Lease, TicketStore
+from headrace.generation.tickets import store as tickets
+from headrace.generation.tickets.store import Lease, TicketStore
 from headrace.learner import assembly
 from headrace.learner.algorithm.staleness import group_staleness
 from headrace.learner.checkpoints.checkpoint import NUM_KEPT
-from headrace.learner.checkpoints.checkpoint_record import RECORD_FILE, checkpoint_folders, read_record
+from headrace.learner.checkpoints.record import RECORD_FILE, checkpoint_folders, read_record
 from headrace.learner.commands.audit import audit
-from headrace.learner.commands.dead import dead_entries, purge, retry
+from headrace.learner.commands.dead_letters import dead_entries, purge, retry
 from headrace.learner.distributed import state_files
 from headrace.learner.distributed.state_files import STATE_FILE, read_state, write_state
 from headrace.learner.intake import intake
-from headrace.learner.intake.shown import TrainedRollout
+from headrace.learner.intake.samples import TrainedRollout
 from headrace.learner.loop import Loop
-from headrace.learner.stages import beside
-from headrace.learner.steering.orders import Switches
+from headrace.learner.stages import background as beside
+from headrace.learner.steering.switches import Switches
 from headrace.learner.store import scripts
 from headrace.learner.store.store import Fenced, RedisLost
-from headrace.learner.training import leading
-from headrace.learner.weights import versions
+from headrace.learner.training import leader as leading
+from headrace.learner.weights import publisher as versions
 from tests.learner.test_intake import Counting, PlainTokenizer
 from tests.support.crashing_redis import Crash, Fault, Trap, faults
 from tests.support.making import make_rollout

@@ -16,7 +16,7 @@ from benchmarks.staleness_results import Results
 from benchmarks.staleness_runs import GUARDED, GUARDED_LONG, LOSSES, Run
 from headrace.common.config import load_recipe
 from headrace.common.tasks.arithmetic import score
-from headrace.learner.training import metrics
+from headrace.learner.training import step_metrics as metrics
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,8 +12,8 @@ from pydantic import Field, model_validator
 from headrace.common.config.actor import ActorConfig
 from headrace.common.config.engine_args import check_extra_args
 from headrace.common.config.section import Section
-from headrace.common.wire.control import MAX_REPLICAS
-from headrace.common.wire.wire_structs import MAX_STOP_CHARS, MAX_STOPS
+from headrace.common.wire.desired_state import MAX_REPLICAS
+from headrace.common.wire.structs import MAX_STOP_CHARS, MAX_STOPS
 
 AUTO_DEVICE = (
     "auto: CUDA where a GPU is visible and what uses it is installed, a CUDA build of torch and SGLang's kernels."

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from headrace.common.process.passwords import without_password
+from headrace.common.process.redaction import without_password
 
 FIELDS = ("run", "step", "replica", "version", "ticket", "tickets")
 """In this order; `tickets` are many, separated by commas."""

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from fractions import Fraction
 
-from headrace.common.tasks.answer_text import plain
+from headrace.common.tasks.answer_markup import plain
 
 MAX_ANSWER_CHARS = 100
 MAX_MARKS = 64

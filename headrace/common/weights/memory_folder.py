@@ -12,7 +12,7 @@ import tempfile
 import weakref
 from pathlib import Path
 
-from headrace.common.weights.weights import WeightsError
+from headrace.common.weights.files import WeightsError
 
 LOCK_FILE = "lock"
 

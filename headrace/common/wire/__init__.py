@@ -2,7 +2,7 @@
 
 `decode_*` either returns a value of which every later use is safe, or raises `WireError`, whatever the bytes: no
 other exception, and no more memory or time than a valid payload of the largest size takes. The structs are in
-`headrace.common.wire.wire_structs`, what they must satisfy is in `headrace.common.wire.wire_checks`, and everybody
+`headrace.common.wire.structs`, what they must satisfy is in `headrace.common.wire.checks`, and everybody
 imports both from here.
 """
 
@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 import numpy as np
 
-from headrace.common.wire.wire_checks import (
+from headrace.common.wire.checks import (
     MIN_TEMPERATURE,
     WireError,
     check_group,
@@ -22,7 +22,7 @@ from headrace.common.wire.wire_checks import (
     name_problem,
     one_line,
 )
-from headrace.common.wire.wire_structs import (
+from headrace.common.wire.structs import (
     GROUP_SCHEMA,
     MAX_COMPLETIONS,
     MAX_SEQUENCE_TOKENS,

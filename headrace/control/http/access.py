@@ -6,7 +6,7 @@ from fastapi import Request
 from starlette.exceptions import HTTPException
 
 from headrace.common.wire import one_line
-from headrace.control.view.snapshot import Picture, Snapshot
+from headrace.control.view.run_monitor import Picture, Snapshot
 
 MAX_AGENT_CHARS = 60
 

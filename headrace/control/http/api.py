@@ -6,16 +6,16 @@ import httpx
 from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
 from starlette.exceptions import HTTPException
 
-from headrace.common.http.http_service import new_app, require_token
+from headrace.common.http.service import new_app, require_token
 from headrace.common.metrics.endpoint import mount_metrics
 from headrace.common.wire import DecidedState, TicketKind
 from headrace.control.http.access import drawn, not_now, problems
-from headrace.control.http.metrics import Exported
+from headrace.control.http.command_routes import ReplicaName, order_router
+from headrace.control.http.command_writer import Orders
 from headrace.control.http.openapi import openapi_of
-from headrace.control.http.order_routes import ReplicaName, order_router
-from headrace.control.http.orders import Orders
 from headrace.control.http.page import page_router
-from headrace.control.http.requests import CountRequests, RequestTotals
+from headrace.control.http.prometheus import Exported
+from headrace.control.http.request_counts import CountRequests, RequestTotals
 from headrace.control.http.settings import settings_answer
 from headrace.control.models import (
     Evaluation,
@@ -29,8 +29,8 @@ from headrace.control.models import (
     SettingsAnswer,
     Status,
 )
-from headrace.control.view.snapshot import Snapshot
-from headrace.control.view.stream import EventStream, Full
+from headrace.control.view.event_stream import EventStream, Full
+from headrace.control.view.run_monitor import Snapshot
 
 Cursor = Annotated[str, Query(pattern=r"^([0-9]{1,15}-[0-9]{1,15})?$", description="`cursor` of an earlier answer.")]
 GroupName = Annotated[str, Path(min_length=1, max_length=200, examples=["0-17", "eval-41-3"])]

@@ -4,8 +4,8 @@ import asyncio
 
 import httpx
 
-from headrace.common.http.http_service import bearer
-from headrace.common.wire.wire_checks import is_url
+from headrace.common.http.service import bearer
+from headrace.common.wire.checks import is_url
 
 DRAIN_DEADLINE_S = 5.0
 

@@ -3,10 +3,10 @@
 from functools import cache
 
 from headrace.common.config import RunConfig
-from headrace.common.config.hot import HOT, hot_values, with_settings
+from headrace.common.config.hot_reload import HOT, hot_values, with_settings
 from headrace.control.http.redaction import without_secrets
 from headrace.control.models import Setting, SettingsAnswer
-from headrace.control.view.snapshot import Picture
+from headrace.control.view.run_monitor import Picture
 
 
 def settings_answer(picture: Picture) -> SettingsAnswer:

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from headrace.control.models import Evaluation
-from headrace.control.polling.reading import Entry, id_order
+from headrace.control.polling.redis_poll import Entry, id_order
 
 MAX_COLUMNS = 200
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")

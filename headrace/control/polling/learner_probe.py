@@ -11,7 +11,7 @@ import time
 import httpx
 import msgspec
 
-from headrace.common.wire.wire_checks import is_url
+from headrace.common.wire.checks import is_url
 
 PROBE_INTERVAL_S = 1.0
 PROBE_TIMEOUT_S = 3.0

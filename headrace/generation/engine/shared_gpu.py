@@ -6,9 +6,9 @@ or all of it: so the fraction is reckoned at each start, from the bytes that are
 """
 
 from headrace.common.config import EngineConfig
-from headrace.common.hardware.devices import SHARED_PREFILL_TOKENS, engine_static_bytes
 from headrace.common.hardware.gpus import visible_gpus
-from headrace.generation.engine.engine_calls import EngineError
+from headrace.common.hardware.placement import SHARED_PREFILL_TOKENS, engine_static_bytes
+from headrace.generation.engine.http_calls import EngineError
 
 MIB = 1 << 20
 

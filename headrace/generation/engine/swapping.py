@@ -23,9 +23,9 @@ from typing import Literal
 import msgspec
 
 from headrace.generation.engine.completions import to_version
-from headrace.generation.engine.confirming import Confirming, Expected
-from headrace.generation.engine.engine_calls import CONTROL_TIMEOUT_S, EngineCalls, EngineError
-from headrace.generation.tensors.tensor_shapes import Shapes, expected_shapes, safetensors_shapes
+from headrace.generation.engine.confirmation import Confirming, Expected
+from headrace.generation.engine.http_calls import CONTROL_TIMEOUT_S, EngineCalls, EngineError
+from headrace.generation.tensors.shapes import Shapes, expected_shapes, safetensors_shapes
 
 SwapMode = Literal["retract", "in_place"]
 LAST_CONTINUE_TIMEOUT_S = 2.0

@@ -5,7 +5,7 @@ import time
 from collections.abc import Coroutine
 from typing import Any, NamedTuple
 
-from headrace.generation.tickets.tickets import Lease
+from headrace.generation.tickets.store import Lease
 
 
 class _Held(NamedTuple):

@@ -1,7 +1,7 @@
 """What `headrace up` tries before it starts anything: prompts, reward, and whether the sizes suit this machine."""
 
 from headrace.common.config import RunConfig
-from headrace.common.preflight.preflight import NotHere
+from headrace.common.preflight.recipe import NotHere
 from headrace.launcher.check.sections import Facts, disk, host, learner, times
 from headrace.launcher.check.trial import notes_of, try_task
 from headrace.launcher.estimates.host_memory import shared_memory_problem

@@ -17,14 +17,14 @@ from typing import Any
 import msgspec
 
 from headrace.common.config import RunConfig
-from headrace.common.models.context import context_tokens, load_model_config
+from headrace.common.models.context_length import context_tokens, load_model_config
 from headrace.common.models.hub import is_hub_name
 from headrace.common.models.prompt_cost import unshared_prompts
-from headrace.common.preflight.preflight import NotHere, one_line
-from headrace.common.preflight.task_check import SPLITS, check_task, load_checked, prompts_of
+from headrace.common.preflight.recipe import NotHere, one_line
+from headrace.common.preflight.task import SPLITS, check_task, load_checked, prompts_of
 from headrace.common.tasks import BadRow, Prompt, Split
 from headrace.common.wire import Sampling, encode
-from headrace.launcher.estimates.time_estimate import measured_flops
+from headrace.launcher.estimates.duration import measured_flops
 
 
 class SplitTrial(msgspec.Struct):

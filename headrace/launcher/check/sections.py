@@ -16,7 +16,8 @@ from headrace.common.config import RunConfig
 from headrace.common.hardware.device import CPU_MAX_TOTAL_TOKENS, multiplies_bfloat16, resolve_device
 from headrace.common.hardware.gpus import visible_gpus
 from headrace.launcher.check.prompt_trial import Found
-from headrace.launcher.estimates.estimate import TYPICAL_PROMPT_TOKENS, Rows, engine_bytes, learner_bytes
+from headrace.launcher.estimates.device_memory import TYPICAL_PROMPT_TOKENS, Rows, engine_bytes, learner_bytes
+from headrace.launcher.estimates.duration import START_S, cpu_speed, estimate, gpu_speed, readable_s, too_long
 from headrace.launcher.estimates.host_memory import (
     SHARED_MEMORY,
     SHARED_VERSIONS,
@@ -26,7 +27,6 @@ from headrace.launcher.estimates.host_memory import (
     weight_bytes,
 )
 from headrace.launcher.estimates.model_size import Shape
-from headrace.launcher.estimates.time_estimate import START_S, cpu_speed, estimate, gpu_speed, readable_s, too_long
 from headrace.launcher.estimates.traffic import delta_share, moved_bytes
 from headrace.launcher.placement.devices import plan_lines
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import msgspec
 
 from headrace.common.config import RunConfig
-from headrace.common.models.context import fits
-from headrace.common.preflight.preflight import NotHere
+from headrace.common.models.context_length import fits
+from headrace.common.preflight.recipe import NotHere
 from headrace.common.process.child_process import dies_with_parent, import_path
 from headrace.launcher.check.prompt_trial import Found, SplitTrial
 
@@ -33,7 +33,7 @@ def try_task(config: RunConfig, is_model_here: bool = True) -> Found:
     task, the split and the row."""
     name, plain = config.task.name, config.model_copy(update={"redis_url": None}).model_dump_json()
     with (
-        _child("headrace.generation.rewards.reward_trial", plain) as reward,
+        _child("headrace.generation.rewards.trial", plain) as reward,
         _child("headrace.launcher.check.prompt_trial", plain, str(NUM_PROMPTS * is_model_here)) as prompts,
     ):
         found = msgspec.msgpack.decode(prompts.answer(name), type=Found)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import redis
 
 from headrace.common.redis.keys import Keys, of_every_run, run_of
-from headrace.common.wire.control import DESIRED_REPLICAS, desired_replicas, parse_launcher
+from headrace.common.wire.desired_state import DESIRED_REPLICAS, desired_replicas, parse_launcher
 from headrace.launcher.run.control_client import ControlFailed, NothingRuns, find_control
 from headrace.launcher.run.processes import look_up
 from headrace.launcher.run.run_folder import REDIS_URL_FILE, noted_url_in

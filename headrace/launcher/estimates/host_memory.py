@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from headrace.common.config import RunConfig
-from headrace.launcher.estimates.estimate import BYTES, MIB, Rows
+from headrace.launcher.estimates.device_memory import BYTES, MIB, Rows
 from headrace.launcher.estimates.model_size import Shape
 
 GIB = 1 << 30
@@ -69,7 +69,7 @@ def shared_memory_bytes(shape: Shape, config: RunConfig) -> int:
 def shared_memory_problem(shape: Shape, config: RunConfig) -> str:
     """Why the weights will not fit into this machine's /dev/shm; empty if they do, or go elsewhere.
 
-    A replica does not start where two versions have no room (headrace/generation/weights/room.py).
+    A replica does not start where two versions have no room (headrace/generation/weights/free_space.py).
     """
     replicas = config.generation.replicas
     if not SHARED_MEMORY.is_dir() or not replicas:

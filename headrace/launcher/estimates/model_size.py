@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.common.config import RunConfig
-from headrace.common.preflight.preflight import model_files, read_model_file
+from headrace.common.preflight.recipe import model_files, read_model_file
 
 DENSE = ("llama", "qwen2", "qwen3")
 INDEX_FILE = "model.safetensors.index.json"

@@ -6,7 +6,7 @@ import numpy as np
 
 from headrace.common.config import RunConfig
 from headrace.common.wire import Group, Rollout, Sampling, Ticket, Timings, VersionSpan, encode
-from headrace.launcher.estimates.estimate import BYTES, TYPICAL_PROMPT_TOKENS, Rows
+from headrace.launcher.estimates.device_memory import BYTES, TYPICAL_PROMPT_TOKENS, Rows
 from headrace.launcher.estimates.model_size import Shape
 
 CHARS_PER_TOKEN = 4
@@ -14,7 +14,7 @@ TYPICAL_WEIGHT = 0.04
 """Standard deviation of a weight."""
 UPDATE_SHARE = 0.05
 """Of lr: how far AdamW moves a weight at one update. Calibrated on SmolLM2-135M's deltas
-(tests/launcher/test_estimate.py)."""
+(tests/launcher/test_estimates.py)."""
 MANTISSA_BITS = {"float32": 23, "bfloat16": 7}
 CODING = 1.15
 """What is sent, over the entropy of the differences."""

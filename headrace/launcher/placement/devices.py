@@ -16,10 +16,10 @@ from headrace.common.hardware.device import (
     resolve_device,
     why_not_cuda,
 )
-from headrace.common.hardware.devices import Placement, place
 from headrace.common.hardware.gpus import Gpu, visible_gpus
-from headrace.common.preflight.preflight import NotHere
-from headrace.launcher.placement.split import check_split, proposed_split
+from headrace.common.hardware.placement import Placement, place
+from headrace.common.preflight.recipe import NotHere
+from headrace.launcher.placement.shared_gpu import check_split, proposed_split
 
 ORDER = "CUDA_DEVICE_ORDER"
 GIB = 1 << 30

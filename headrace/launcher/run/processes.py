@@ -19,11 +19,11 @@ from typing import Any
 
 import redis
 
-from headrace.common.http.http_service import free_port
+from headrace.common.http.service import free_port
 from headrace.common.process.child_process import dies_with_parent, import_path
 from headrace.common.process.logs import parse_line
-from headrace.common.redis.redis_address import client_of
-from headrace.common.redis.redis_client import DURABLE
+from headrace.common.redis.address import client_of
+from headrace.common.redis.client import DURABLE
 from headrace.common.wire import one_line
 
 REDIS_URL_VARIABLE = "HEADRACE_REDIS_URL"

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from headrace.launcher.supervision.kept import Failed, Kept
-from headrace.launcher.supervision.orders import Order, Orders
+from headrace.launcher.supervision.replica_target import Order, Orders
+from headrace.launcher.supervision.restarts import Failed, Kept
 
 
 class _Leaving(NamedTuple):

@@ -1,14 +1,14 @@
 """From raw rewards to advantages: pure functions, grouped by id and never by position.
 
 Equations: docs/algorithm.md, section 1. Everything is computed in float64 and returned in the dtype of the input. A
-group whose rewards are all equal but for rounding (headrace/common/wire/uniform.py) gives exactly 0.
+group whose rewards are all equal but for rounding (headrace/common/wire/uniform_rewards.py) gives exactly 0.
 """
 
 import torch
 from torch import Tensor
 
 from headrace.common.config import ActorConfig
-from headrace.common.wire.uniform import are_equal
+from headrace.common.wire.uniform_rewards import are_equal
 
 EPSILON = 1e-5
 """Added to every standard deviation."""

@@ -3,8 +3,8 @@
 Beyond a warning it warns; beyond an alarm it goes down a ladder, notch by notch: first `learner.max_staleness` to a
 quarter, down to 1, then `optimizer.lr` to a half. A notch is taken back after a long calm. Nothing happens for one odd
 batch. It watches the KL of what is trained, by an alarm that comes early (docs/staleness.md), and the effective sample
-size by the verdict's threshold (headrace/common/metrics/health.py). Of numerics, how far engine and learner disagree on
-fresh tokens, it only warns: neither less staleness nor a lower rate makes two engines agree. The state is a
+size by the verdict's threshold (headrace/common/metrics/thresholds.py). Of numerics, how far engine and learner
+disagree on fresh tokens, it only warns: neither less staleness nor a lower rate makes two engines agree. The state is a
 checkpoint's.
 """
 
@@ -15,7 +15,7 @@ import msgspec
 from msgspec.structs import replace
 
 from headrace.common.config import RunConfig
-from headrace.common.metrics.health import (
+from headrace.common.metrics.thresholds import (
     NUMERICS,
     OFF_POLICY,
     SMOOTHED_STEPS,

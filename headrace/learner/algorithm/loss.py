@@ -2,8 +2,8 @@
 
 Three policies (docs/algorithm.md): *behaviour* sampled the tokens, *proximal* is the learner at the start of the
 step, *policy* is being optimised. Sections 2, 3 and 3b of that document give the equations; GSPO is
-arXiv 2507.18071, the decoupled objective arXiv 2110.00641. What bounds ratios and weights is in `trust.py`. Padded and
-packed layouts give the same numbers.
+arXiv 2507.18071, the decoupled objective arXiv 2110.00641. What bounds ratios and weights is in `trust_region.py`.
+Padded and packed layouts give the same numbers.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,13 @@ from torch import Tensor
 
 from headrace.common.config import ActorConfig
 from headrace.learner.algorithm.token_layout import Tokens, flatten, select
-from headrace.learner.algorithm.trust import behaviour_weight, bounded_exp, in_range, inside_behaviour_clip, objective
+from headrace.learner.algorithm.trust_region import (
+    behaviour_weight,
+    bounded_exp,
+    in_range,
+    inside_behaviour_clip,
+    objective,
+)
 
 
 @dataclass(frozen=True)

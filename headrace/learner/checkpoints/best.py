@@ -15,8 +15,8 @@ from pathlib import Path
 
 import msgspec
 
-from headrace.common.process.durable import fsync_path
-from headrace.common.weights.weights import MODEL_FILE
+from headrace.common.process.atomic_files import fsync_path
+from headrace.common.weights.files import MODEL_FILE
 
 BEST, NEXT, ASIDE = "best", "best-next", "best-aside"
 FRAME = "model"

@@ -14,8 +14,8 @@ from pathlib import Path
 import msgspec
 from safetensors import SafetensorError
 
-from headrace.common.process.durable import FileEntry, file_entry, move_into_place
-from headrace.learner.checkpoints.checkpoint_record import (
+from headrace.common.process.atomic_files import FileEntry, file_entry, move_into_place
+from headrace.learner.checkpoints.record import (
     Record,
     Unreadable,
     checkpoint_folders,

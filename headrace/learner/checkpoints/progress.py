@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from headrace.learner.checkpoints.checkpoint_record import Loss
+from headrace.learner.checkpoints.record import Loss
 
 
 @dataclass

@@ -20,12 +20,12 @@ from typing import Any, get_args
 
 import redis
 
+from headrace.common.redis.client import connect
 from headrace.common.redis.keys import Keys
-from headrace.common.redis.redis_client import connect
 from headrace.common.wire import DecidedState, TicketState
 from headrace.common.wire.ledger import Mark, parse_mark, parse_name
-from headrace.learner.checkpoints.checkpoint_record import Loss, Record, newest_record
-from headrace.learner.reporting.report import METRICS_FILE, read_rows
+from headrace.learner.checkpoints.record import Loss, Record, newest_record
+from headrace.learner.reporting.summary import METRICS_FILE, read_rows
 
 STATES: tuple[TicketState, ...] = get_args(TicketState)
 FINISHED = get_args(DecidedState)

@@ -13,11 +13,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from headrace.common.process.durable import move_into_place
+from headrace.common.process.atomic_files import move_into_place
 from headrace.common.redis.keys import Keys
-from headrace.common.weights.weights import MODEL_FILE
+from headrace.common.weights.files import MODEL_FILE
 from headrace.learner.checkpoints.best import FRAME, UNCHANGED, best_folder, best_of
-from headrace.learner.checkpoints.checkpoint_record import Unreadable, checkpoint_folders, read_record
+from headrace.learner.checkpoints.record import Unreadable, checkpoint_folders, read_record
 
 NUM_TRIES = 3
 
@@ -107,7 +107,7 @@ def _from_checkpoint(run: Path, checkpoint: Path, aside: Path) -> None:
     from safetensors.torch import save_file
 
     from headrace.learner.distributed.state_files import read_state
-    from headrace.learner.model.published import published_from
+    from headrace.learner.model.checkpoint_layout import published_from
 
     if not (run / FRAME).is_dir():
         raise ValueError(f"run {run.name!r} has no folder {FRAME}: a learner of an earlier release wrote it")

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from headrace.common.config import RunConfig, yaml_text
 from headrace.common.wire import Heartbeat
-from headrace.learner.reporting.report import METRICS_FILE, Row, read_rows
+from headrace.learner.reporting.summary import METRICS_FILE, Row, read_rows
 from headrace.learner.scaling.advice import MAX_FACTOR, WINDOW_S, Advice, Adviser
 from headrace.learner.scaling.simulation import Measured, Simulation
 

@@ -18,9 +18,9 @@ import msgspec
 import redis
 
 from headrace.common.process.logs import set_up_logging
+from headrace.common.redis.client import connect, entries_of
 from headrace.common.redis.keys import Keys
-from headrace.common.redis.redis_client import connect, entries_of
-from headrace.learner.intake.recording import Header, RecordedGroup, RecordingWriter
+from headrace.learner.intake.recordings import Header, RecordedGroup, RecordingWriter
 
 ENDED = (b"finished", b"stopped", b"failed", b"starved")
 READ_COUNT = 64

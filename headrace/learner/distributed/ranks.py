@@ -1,6 +1,6 @@
 """Which of the learner's processes this is, and how they speak with each other.
 
-One process is all there is, or torchrun or local_ranks.py has started several. Then rank 0 tells the others what to do
+One process is all there is, or torchrun or launch.py has started several. Then rank 0 tells the others what to do
 and they hear it, as bytes over a process group of their own on the CPU, beside the one in which they compute.
 Guarantees: rank 0 says something at least every `MAX_SILENCE_S`, if only a beat, so that a rank may wait for hours and
 still notices within `learner.rank_deadline_s` that rank 0 is gone; a rank whose connection is gone is noticed by the
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from headrace.learner.distributed.calls import Call, End, decode_call, encode_call
+from headrace.learner.distributed.rank_calls import Call, End, decode_call, encode_call
 
 MAX_SILENCE_S = 5.0
 JOIN_POLL_S = 0.05

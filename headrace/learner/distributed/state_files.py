@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from headrace.common.process.durable import FileEntry, file_entry, fsync_path
+from headrace.common.process.atomic_files import FileEntry, file_entry, fsync_path
 
 STATE_FILE = "state.safetensors"
 RANDOM_STATE = "random."

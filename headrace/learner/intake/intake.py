@@ -16,16 +16,16 @@ from typing import NamedTuple
 
 from headrace.common.config import RunConfig
 from headrace.common.wire import Group, Heartbeat, WireError, decode_group
-from headrace.common.wire.control import Orders
+from headrace.common.wire.desired_state import Orders
 from headrace.common.wire.ledger import Mark
 from headrace.learner.algorithm.staleness import Staleness, group_staleness, step_of
-from headrace.learner.intake.books import Books
 from headrace.learner.intake.dropped import Dropped
-from headrace.learner.intake.evaluation import Evaluation
-from headrace.learner.intake.refusal import Limits, Refused, refuse
-from headrace.learner.intake.shown import Decided, DecidedSample
-from headrace.learner.intake.source import Source
-from headrace.learner.steering.orders import Switches
+from headrace.learner.intake.group_source import Source
+from headrace.learner.intake.held_out import Evaluation
+from headrace.learner.intake.samples import Decided, DecidedSample
+from headrace.learner.intake.settlements import Books
+from headrace.learner.intake.validation import Limits, Refused, refuse
+from headrace.learner.steering.switches import Switches
 from headrace.learner.store.store import Cursor, Entry, LearnerStore, Look, Settlement
 
 READ_COUNT = 64

@@ -1,8 +1,8 @@
 """The model from its checkpoint: whole on rank 0, which alone reads it, and without values on the others.
 
-Those are given their rows when it is sharded (sharding.py), so that a machine's memory holds the model once whole,
-whatever the number of its ranks. Computed is in the weights' dtype, but on a CPU that multiplies bfloat16 by emulation
-in float32: the weights then are float32 numbers that bfloat16 has.
+Those are given their rows when it is sharded (distributed/fsdp.py), so that a machine's memory holds the model once
+whole, whatever the number of its ranks. Computed is in the weights' dtype, but on a CPU that multiplies bfloat16 by
+emulation in float32: the weights then are float32 numbers that bfloat16 has.
 """
 
 from collections.abc import Mapping
@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from headrace.common.config import ModelConfig
-from headrace.common.models.context import load_model_config
+from headrace.common.models.context_length import load_model_config
 from headrace.common.models.hub import loading
-from headrace.learner.model.published import Naming, UnchangedWeight, stored_tensors, unchanged_weights
+from headrace.learner.model.checkpoint_layout import Naming, UnchangedWeight, stored_tensors, unchanged_weights
 from headrace.learner.model.self_check import shares_prompts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

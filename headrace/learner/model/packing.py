@@ -1,7 +1,7 @@
 """From a batch of groups to token-budgeted micro-batches: pure functions on numpy arrays.
 
 A mini-batch takes whole groups or a part of each, and a micro-batch keeps the rollouts of a group beside each other,
-behind one copy of their prompt (prompt_sharing.py); only attention sees padding.
+behind one copy of their prompt (shared_prefix.py); only attention sees padding.
 """
 
 import random
@@ -14,7 +14,7 @@ import numpy as np
 from headrace.common.config import ActorConfig
 from headrace.common.wire import Group, Rollout
 from headrace.learner.algorithm.staleness import version_staleness
-from headrace.learner.model.prompt_sharing import Layout
+from headrace.learner.model.shared_prefix import Layout
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,15 @@ from transformers import PreTrainedModel
 
 from headrace.common.config import LearnerConfig, ModelConfig
 from headrace.common.hardware.device import computed_in, resolve_device
-from headrace.common.weights.weights import MODEL_FILE
+from headrace.common.weights.files import MODEL_FILE
+from headrace.learner.distributed.fsdp import shard
 from headrace.learner.distributed.ranks import Ranks
-from headrace.learner.distributed.sharding import shard
+from headrace.learner.model.checkpoint_layout import stored_tensors
+from headrace.learner.model.host_snapshots import Weight
 from headrace.learner.model.loading import DTYPES, Loaded, load, load_without_values
 from headrace.learner.model.logprobs import Scored, score_tokens
 from headrace.learner.model.packing import MicroBatch
-from headrace.learner.model.prompt_sharing import Places, hidden_states, places, use_shared_prompts
-from headrace.learner.model.published import stored_tensors
-from headrace.learner.model.snapshots import Weight
+from headrace.learner.model.shared_prefix import Places, hidden_states, places, use_shared_prompts
 
 
 def pick_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:

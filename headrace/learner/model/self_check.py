@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from headrace.learner.model.prompt_sharing import Layout, hidden_states, places, use_shared_prompts
+from headrace.learner.model.shared_prefix import Layout, hidden_states, places, use_shared_prompts
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15}
 """Relative. bfloat16 alone makes about 0.01, and more where it makes a router choose another expert."""

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from headrace.learner.store.history import Number, numbers_of
+from headrace.learner.store.row_numbers import Number, numbers_of
 
 MAX_QUEUED_ROWS = 1000
 CLOSE_TIMEOUT_S = 30.0

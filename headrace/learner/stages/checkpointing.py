@@ -13,11 +13,11 @@ from pathlib import Path
 
 from headrace.common.process.waiting import Reason
 from headrace.learner.checkpoints.checkpoint import CheckpointError, save_checkpoint
-from headrace.learner.checkpoints.checkpoint_record import Record
+from headrace.learner.checkpoints.record import Record
 from headrace.learner.intake.intake import Consumed, Intake
-from headrace.learner.reporting.telling import Telling
-from headrace.learner.stages.beside import Beside
-from headrace.learner.stages.patience import Patience
+from headrace.learner.reporting.reporter import Telling
+from headrace.learner.stages.background import Beside
+from headrace.learner.stages.wait_deadlines import Patience
 from headrace.learner.training.trainer import Trainer
 
 _log = logging.getLogger(__name__)

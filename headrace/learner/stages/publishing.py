@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from headrace.common.process.waiting import Reason
-from headrace.learner.model.snapshots import Snapshot, Weight
-from headrace.learner.stages.beside import Beside
-from headrace.learner.stages.patience import Patience
-from headrace.learner.steering.orders import Switches
-from headrace.learner.weights.versions import Versions
+from headrace.learner.model.host_snapshots import Snapshot, Weight
+from headrace.learner.stages.background import Beside
+from headrace.learner.stages.wait_deadlines import Patience
+from headrace.learner.steering.switches import Switches
+from headrace.learner.weights.publisher import Versions
 
 RETRY_S = 1.0
 HELD_POLL_S = 0.1

@@ -14,8 +14,8 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import redis
 
+from headrace.common.redis.client import entries_of
 from headrace.common.redis.keys import MAX_EVENTS, MAX_HISTORY, MAX_SHOWN, TICKET_GROUP, Keys
-from headrace.common.redis.redis_client import entries_of
 from headrace.common.wire import (
     Heartbeat,
     Ticket,
@@ -27,11 +27,11 @@ from headrace.common.wire import (
     encode,
     one_line,
 )
-from headrace.common.wire.control import Orders, desired_replicas, parse_orders
+from headrace.common.wire.desired_state import Orders, desired_replicas, parse_orders
+from headrace.common.wire.group_samples import ShownGroup
 from headrace.common.wire.ledger import Mark, parse_mark
-from headrace.common.wire.shown import ShownGroup
 from headrace.learner.store import scripts
-from headrace.learner.store.history import numbers_of
+from headrace.learner.store.row_numbers import numbers_of
 
 DEAD_PAYLOAD_BYTES = 1 << 16
 """How much of a payload that cannot be used is kept in `dead`."""
@@ -210,7 +210,7 @@ class LearnerStore:
         return None if epoch is None or place is None else Cursor(int(epoch), int(place))
 
     def set_data(self, data: bytes, cursor: Cursor) -> None:
-        """The cursor is at that place of those data (headrace/learner/intake/fingerprint.py)."""
+        """The cursor is at that place of those data (headrace/learner/intake/data_fingerprint.py)."""
         place = ("epoch", cursor.epoch, "place", cursor.place)
         self.execute([("HSET", self.keys.cursor, *place, "data", data)])
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from headrace.common.config import OptimizerConfig
+from headrace.learner.distributed.fsdp import local_part
 from headrace.learner.distributed.ranks import Ranks
-from headrace.learner.distributed.sharding import local_part
 
 
 def learning_rate(step: int, num_steps: int, settings: OptimizerConfig) -> float:

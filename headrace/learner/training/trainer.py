@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from headrace.common.config import RunConfig
-from headrace.common.process.durable import FileEntry
+from headrace.common.process.atomic_files import FileEntry
 from headrace.common.wire import Group, decode_group, encode
 from headrace.learner.algorithm.advantage import group_advantages, normalise_over_tokens, overlong_penalty
 from headrace.learner.algorithm.loss import PolicyLoss, policy_loss, reference_kl
 from headrace.learner.distributed.state_files import read_state, write_state
-from headrace.learner.intake.shown import TrainedRollout
+from headrace.learner.intake.samples import TrainedRollout
+from headrace.learner.model.host_snapshots import Snapshot, Snapshots
 from headrace.learner.model.packing import (
     MicroBatch,
     Sample,
@@ -29,10 +30,9 @@ from headrace.learner.model.packing import (
     token_staleness,
 )
 from headrace.learner.model.policy import Policy
-from headrace.learner.model.snapshots import Snapshot, Snapshots
-from headrace.learner.training.metrics import combine, group_metrics, logprob_gaps, off_policy_metrics
 from headrace.learner.training.optimizer import MasterAdamW, learning_rate
-from headrace.learner.training.shares import MiniBatch, Outcome, combine_reports, report, share_out
+from headrace.learner.training.rank_batches import MiniBatch, Outcome, combine_reports, report, share_out
+from headrace.learner.training.step_metrics import combine, group_metrics, logprob_gaps, off_policy_metrics
 
 Probe = Callable[[], Group | None]
 

@@ -15,9 +15,9 @@ from typing import NamedTuple, TypeVar
 
 from blake3 import blake3
 
-from headrace.common.process.durable import move_into_place
+from headrace.common.process.atomic_files import move_into_place
 from headrace.common.weights.delta import Patch, bits_of, encode
-from headrace.common.weights.weights import (
+from headrace.common.weights.files import (
     DELTA_FILE,
     ITEM_BYTES,
     MANIFEST_FILE,
@@ -30,7 +30,7 @@ from headrace.common.weights.weights import (
     model_layout,
     sha256_of,
 )
-from headrace.learner.model.snapshots import Snapshot, bytes_of
+from headrace.learner.model.host_snapshots import Snapshot, bytes_of
 
 MAX_CHAIN = 32
 """Deltas between two anchors."""

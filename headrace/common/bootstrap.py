@@ -1,0 +1,94 @@
+"""What a service that joins a run must know before it begins: its run, the run's configuration, the run's token.
+
+A Redis URL and the token are enough: the run is found if Redis has only one, and everything else stands in Redis.
+What may still come (a learner that begins the run, the token's file) is waited for; what is wrong is a `ValueError`
+of one line.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import redis
+from pydantic import ValidationError
+
+from headrace.common.config import ConfigError, RunConfig
+from headrace.common.process.logs import from_now_on
+from headrace.common.process.run_token import TOKEN_VARIABLE, token_given, token_in
+from headrace.common.process.waiting import Reason, Waits
+from headrace.common.redis.client import connect
+from headrace.common.redis.keys import Keys, of_every_run, run_of
+
+JOIN_TIMEOUT_S = 600.0
+POLL_S = 0.5
+Found = TypeVar("Found")
+
+
+class Joined(NamedTuple):
+    """A run that a service can begin to work for."""
+
+    keys: Keys
+    config: RunConfig
+    token: str
+
+
+def joining_parser(service: str) -> argparse.ArgumentParser:
+    """The arguments that every service takes which joins a run: `join`'s, and where it listens."""
+    parser = argparse.ArgumentParser(prog=f"python -m services.{service}")
+    parser.add_argument("--run", default=os.environ.get("HEADRACE_RUN"), help="default: the only one in this Redis")
+    parser.add_argument(
+        "--redis-url",
+        default=os.environ.get("HEADRACE_REDIS_URL", ""),
+        help="better given as HEADRACE_REDIS_URL where it has a password: a command line is for everybody to see",
+    )
+    parser.add_argument("--token-file", type=Path, default=None, help=f"unless the variable {TOKEN_VARIABLE} is set")
+    parser.add_argument("--host", default=None, help=f"overrides {service}.host")
+    parser.add_argument("--port", type=int, default=None, help=f"overrides {service}.port")
+    return parser
+
+
+def join(redis_url: str, run: str | None, token_file: Path | None, waits: Waits) -> Joined:
+    """Waits `JOIN_TIMEOUT_S` for each, then raises `TimeoutError`; `ValueError` for what no wait would mend."""
+    if not redis_url:
+        raise ValueError("no Redis: expected the variable HEADRACE_REDIS_URL or --redis-url")
+    token = token_given()
+    if token is None and token_file is None:
+        raise ValueError(f"no token: expected the variable {TOKEN_VARIABLE} or --token-file")
+    with connect(redis_url, waits, deadline_s=JOIN_TIMEOUT_S) as client:
+        keys = Keys(run) if run else _wait_for(lambda: _only_run(client), "no learner has begun any run", waits)
+        what = f"run {run!r} has no configuration in Redis: no learner has begun it"
+        config = _read_config(_wait_for(lambda: client.get(keys.config), what, waits))
+    if token is None:
+        assert token_file is not None
+        token = _wait_for(lambda: token_in(token_file), f"no token in {token_file}", waits)
+    from_now_on(run=keys.run)
+    return Joined(keys, config, token)
+
+
+def _only_run(client: redis.Redis) -> Keys | None:
+    runs = sorted(run_of(key) for key in client.scan_iter(match=of_every_run("config"), count=1000))
+    if len(runs) > 1:
+        shown = ", ".join(runs[:5]) + ", …" * (len(runs) > 5)
+        raise ValueError(f"this Redis has {len(runs)} runs ({shown}): expected HEADRACE_RUN or --run")
+    return Keys(runs[0]) if runs else None
+
+
+def _read_config(found: bytes) -> RunConfig:
+    try:
+        return RunConfig.model_validate_json(found)
+    except ValidationError as error:  # whose own text repeats what it was given, which may be secret
+        problems = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
+        raise ConfigError(f"the run's configuration in Redis: {problems}") from None
+
+
+def _wait_for(look: Callable[[], Found | None], what: str, waits: Waits) -> Found:
+    """The first look that finds something; raises `TimeoutError` after `JOIN_TIMEOUT_S`."""
+    while not (found := look()):
+        if waits.waiting(Reason.NO_TICKETS, what, JOIN_TIMEOUT_S) > JOIN_TIMEOUT_S:
+            raise TimeoutError(f"{what} within {JOIN_TIMEOUT_S:.0f} s")
+        time.sleep(POLL_S)
+    waits.over(Reason.NO_TICKETS)
+    return found

@@ -1,0 +1,40 @@
+"""Refuses requests for other names than this machine's loopback, where a service listens on nothing else.
+
+A website that has its own name resolve to 127.0.0.1 could otherwise read the run through its visitor's browser.
+"""
+
+import ipaddress
+import re
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from headrace.common.http.problems import problem
+
+_HOST = re.compile(rb"(\[[0-9a-fA-F:.]+\]|[^:]*)(:[0-9]{1,5})?")
+
+
+class LocalHost:
+    """ASGI."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not all(_is_local(host) for name, host in scope["headers"] if name == b"host"):
+            await problem(421, "this service listens on loopback: ask for it by localhost or 127.0.0.1")(
+                scope, receive, send
+            )
+            return
+        await self.app(scope, receive, send)
+
+
+def is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address.lower() == "localhost"
+
+
+def _is_local(host: bytes) -> bool:
+    found = _HOST.fullmatch(host)
+    return found is not None and is_loopback(found[1].decode("latin-1").strip("[]"))

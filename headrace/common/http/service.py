@@ -1,0 +1,149 @@
+"""What the services' HTTP sides share: who may change something, and a server for a thread or a loop.
+
+Reading is open on the address the service binds to (loopback unless told otherwise); everything that changes
+state depends on `require_token`.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import os
+import socket
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any, Protocol
+
+import uvicorn
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+
+from headrace.common.http.host_header import LocalHost, is_loopback
+from headrace.common.http.limits import KEEP_ALIVE_S, MAX_CONNECTIONS, Bounded, BoundedBody
+from headrace.common.http.problems import answer_by_problems
+
+ADVERTISED_HOST_VARIABLE = "HEADRACE_ADVERTISED_HOST"
+"""Where host names do not resolve everywhere, as those of Kubernetes' pods."""
+STARTUP_TIMEOUT_S = 30.0
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+def require_token(token: str) -> Callable[[Request], Awaitable[None]]:
+    """A FastAPI dependency that answers 401 without the run's token."""
+    assert token, "an empty token would let everybody in"
+    expected = f"Bearer {token}".encode()
+
+    async def check(request: Request) -> None:
+        given = request.headers.get("authorization", "").encode()
+        if not hmac.compare_digest(given, expected):
+            raise HTTPException(401, "this call needs the run's token: Authorization: Bearer …")
+
+    return check
+
+
+def new_app(title: str, **settings: Any) -> FastAPI:
+    """Its errors are problems, and its requests bounded."""
+    app = FastAPI(title=title, **settings)
+    app.add_middleware(BoundedBody)
+    answer_by_problems(app)
+    return app
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises `ValueError` if the address cannot be had."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+        sock.listen(128)
+    except OSError as error:
+        sock.close()
+        raise ValueError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    return sock
+
+
+class Place(Protocol):
+    """Where a service listens, as configured."""
+
+    @property
+    def host(self) -> str: ...
+    @property
+    def port(self) -> int: ...
+
+
+def listen_as(configured: Place, host: str | None, port: int | None) -> socket.socket:
+    """The same as configured, but for what is not None."""
+    return listen(configured.host if host is None else host, configured.port if port is None else port)
+
+
+def free_port() -> int:
+    """On loopback, for a server that cannot be handed a socket."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def url_of(sock: socket.socket) -> str:
+    """How others reach the socket: its address; where it listens on all of them, what HEADRACE_ADVERTISED_HOST says,
+    else this host's name."""
+    return url_at(*sock.getsockname()[:2])
+
+
+def url_at(host: str, port: int) -> str:
+    if host == "0.0.0.0":
+        host = os.environ.get(ADVERTISED_HOST_VARIABLE) or socket.gethostname()
+    return f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """Any service's: with the limits of `headrace.common.http.limits`, and on loopback for loopback's own names
+    alone.
+
+    It leaves signals to the process that it is a part of. Callers are who they are, whatever their headers say.
+    """
+
+    def __init__(self, app: FastAPI, sock: socket.socket) -> None:
+        config = uvicorn.Config(
+            LocalHost(app) if is_loopback(sock.getsockname()[0]) else app,
+            http=Bounded,
+            limit_concurrency=MAX_CONNECTIONS,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=5,
+            log_level="warning",
+            log_config=None,
+            proxy_headers=False,
+            server_header=False,
+        )
+        super().__init__(config)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextlib.asynccontextmanager
+async def serve_in_loop(app: FastAPI, sock: socket.socket) -> AsyncIterator[None]:
+    """Serves in this event loop until the block ends."""
+    server = Server(app, sock)
+    serving = asyncio.create_task(server.serve(sockets=[sock]))
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await serving
+
+
+@contextlib.contextmanager
+def serve_in_thread(app: FastAPI, sock: socket.socket) -> Iterator[None]:
+    """Serves until the block ends."""
+    server = Server(app, sock)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, name="http", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join(STARTUP_TIMEOUT_S)
+        sock.close()

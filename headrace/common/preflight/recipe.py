@@ -1,0 +1,214 @@
+"""What can be known to be wrong before anything starts, read from files without torch or transformers.
+
+Every check raises `ValueError` with one line that names the value and what was expected: as its subclass
+`NotHere` if the configuration may be right and only this machine cannot run it now. Of a model on the hub the
+small files are downloaded; without a way to the hub, its local cache is all there is.
+"""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from headrace.common.config import ModelConfig, RunConfig
+from headrace.common.models.chat import read_chat_template
+from headrace.common.models.hub import download, is_hub_name
+from headrace.common.process.redaction import without_password
+
+HUB_TASKS = {"gsm8k"}
+"""The built-in tasks whose prompts may come from the hub."""
+HUB_TIMEOUT_S = 3.0
+REDIS_TIMEOUT_S = 3.0
+
+
+class NotHere(ValueError):
+    """Something is missing on this machine, busy, or out of its reach; elsewhere the configuration may run."""
+
+
+class _Vocabulary(msgspec.Struct):
+    vocab: dict[str, int] | list[tuple[str, float]]
+
+
+class _AddedToken(msgspec.Struct):
+    id: int
+
+
+class _TokenizerFile(msgspec.Struct):
+    model: _Vocabulary
+    added_tokens: list[_AddedToken] = []
+
+    @property
+    def num_rows(self) -> int:
+        """One above the highest token id."""
+        vocab = self.model.vocab
+        ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
+        return 1 + max([*ids, *(token.id for token in self.added_tokens)], default=-1)
+
+
+def check_run(config: RunConfig, missing: list[str] | None = None) -> None:
+    """Raises the first problem; given `missing`, collects there what is only not here, and raises only the rest.
+
+    The task and its prompts are `headrace.common.preflight.task`'s.
+    """
+    prepare_hub(config)
+    for check in (check_addresses, check_redis, check_model, check_engine, check_trackers):
+        try:
+            check(config)
+        except NotHere as problem:
+            if missing is None:
+                raise
+            missing.append(str(problem))
+
+
+def prepare_hub(config: RunConfig) -> None:
+    """Without a way to the hub, the libraries are told to use their caches: they would retry for half a minute.
+
+    Sets variables of this process and its children; to be called before the libraries are imported.
+    """
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # what goes wrong is raised as well
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not (is_hub_name(config.model.path) or config.task.name in HUB_TASKS) or "HF_HUB_OFFLINE" in os.environ:
+        return
+    import httpx
+
+    try:
+        httpx.head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=HUB_TIMEOUT_S)
+    except (httpx.HTTPError, httpx.InvalidURL):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def check_addresses(config: RunConfig) -> None:
+    """The ports that are not left to chance."""
+    learner, generation = config.learner, config.generation
+    if generation.port and generation.replicas > 1:
+        raise ValueError(
+            f"generation.port {generation.port} is one port for {generation.replicas} replicas; expected 0"
+        )
+    if learner.port and (learner.host, learner.port) == (generation.host, generation.port):
+        raise ValueError(f"learner.port and generation.port are both {learner.port}, expected two ports")
+    for name, section in (("learner", learner), ("generation", generation)):
+        if section.port:
+            from headrace.common.http.service import listen  # 0.4 s, that few need
+
+            try:
+                listen(section.host, section.port).close()
+            except ValueError as error:
+                raise NotHere(f"{name}.port {section.port}: {error}") from error
+
+
+def check_redis(config: RunConfig) -> None:
+    """Asks it once; whether it keeps what it is given, the learner checks."""
+    if config.redis_url is None:
+        return
+    import redis
+
+    from headrace.common.redis.address import client_of
+
+    address = without_password(config.redis_url)
+    try:
+        client = client_of(config.redis_url, socket_connect_timeout=REDIS_TIMEOUT_S, socket_timeout=REDIS_TIMEOUT_S)
+        client.ping()
+        client.close()
+    except redis.RedisError as error:
+        raise NotHere(f"redis_url {address!r} does not answer: {one_line(error)}") from error
+    except ValueError as error:
+        raise ValueError(f"redis_url {address!r}: {one_line(error)}") from error
+
+
+def check_engine(config: RunConfig) -> None:
+    if config.generation.engine.url is None:
+        check_engine_installed()
+
+
+def check_engine_installed() -> None:
+    if importlib.util.find_spec("sglang") is None:
+        raise NotHere("SGLang is not installed here; expected `make setup`, or generation.engine.url of a server")
+
+
+def check_trackers(config: RunConfig) -> None:
+    for name in config.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise NotHere(f"trackers: {name} is not installed here; expected `pip install {name}`, or no such tracker")
+
+
+def check_model(config: RunConfig) -> None:
+    model = config.model
+    if model.chat_template is not None:
+        read_chat_template(model.chat_template)
+    check_model_folder(model.path, model.revision, has_template=model.chat_template is not None)
+
+
+def check_model_folder(path: str, revision: str | None = None, has_template: bool = False) -> None:
+    """A chat template, and no token without a row; of a model on the hub, as far as its files are here.
+    `has_template`: there is one besides the model's."""
+    folder = model_files(path, revision)
+    is_partial = is_hub_name(path)
+    has_tokenizer = (folder / "tokenizer.json").is_file()
+    if not has_tokenizer and not is_partial:
+        raise ValueError(f"model.path {path!r}: expected a tokenizer.json")
+    if (folder / "tokenizer_config.json").is_file() or not is_partial:
+        in_config = read_model_file(path, folder / "tokenizer_config.json").get("chat_template")
+        if not in_config and not (folder / "chat_template.jinja").is_file() and not has_template:
+            raise ValueError(
+                f"model.path {path!r} has no chat template; expected an instruction-tuned model, or a file of one as "
+                "model.chat_template"
+            )
+    num_rows = read_model_file(path, folder / "config.json").get("vocab_size")
+    if has_tokenizer and num_rows is not None:
+        tokenizer = _decode(path, folder / "tokenizer.json", _TokenizerFile)
+        check_vocabulary(path, tokenizer.num_rows, num_rows)
+
+
+def check_vocabulary(path: str, num_tokens: int, num_rows: int) -> None:
+    """The tokenizer may not produce an id that the model has no row for."""
+    if num_tokens > num_rows:
+        raise ValueError(
+            f"model.path {path!r}: its tokenizer has {num_tokens} tokens, but the model has {num_rows} rows"
+        )
+
+
+def model_files(path: str, revision: str | None = None) -> Path:
+    """A folder with the model's config.json: its own, or the hub's cache on this machine."""
+    if not is_hub_name(path):
+        if revision is not None:
+            raise ValueError(f"model.revision {revision!r}: model.path {path!r} is no model on the hub; expected none")
+        if not (Path(path) / "config.json").is_file():
+            raise ValueError(f"model.path {path!r}: expected a folder with a config.json, or a hub name")
+        return Path(path)
+    import httpx
+    from huggingface_hub import errors
+
+    try:
+        folder = download(ModelConfig(path=path, revision=revision), has_weights=False)
+    except errors.RevisionNotFoundError as error:
+        raise ValueError(f"model.revision {revision!r}: {path!r} has no such branch, tag or commit") from error
+    except errors.GatedRepoError as error:
+        raise ValueError(f"model.path {path!r}: the hub gives it only to those it knows; expected HF_TOKEN") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ValueError(f"model.path {path!r}: neither a folder here nor a model that the hub shows") from error
+    except (OSError, errors.HfHubHTTPError, httpx.HTTPError) as error:
+        where = "no folder here, and of a model of the hub the files are not on this machine: it is out of reach"
+        raise NotHere(f"model.path {path!r}: {where}") from error
+    if not (folder / "config.json").is_file():
+        raise NotHere(f"model.path {path!r}: the hub's cache on this machine has no config.json of it")
+    return folder
+
+
+def read_model_file(path: str, file: Path) -> dict[str, Any]:
+    """A JSON file of the model at `path`; empty if there is none."""
+    content: dict[str, Any] = _decode(path, file, dict) if file.is_file() else {}
+    return content
+
+
+def _decode(path: str, file: Path, expected: type) -> Any:
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=expected)
+    except (msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"model.path {path!r}: {file.name} cannot be read: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

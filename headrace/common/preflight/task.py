@@ -1,0 +1,121 @@
+"""What a task must be before anything starts: its two methods, and prompts in every split.
+
+Every check raises `ValueError` with one line that names the task, the split and what was expected, or `NotHere` if only
+this machine lacks the data. A task is foreign code: whatever it raises is told with the line that raised it.
+"""
+
+import inspect
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from headrace.common.config import RunConfig
+from headrace.common.models.hub import is_hub_name
+from headrace.common.preflight.recipe import NotHere, one_line
+from headrace.common.tasks import BadRow, Prompt, Split, Task, load_task
+
+DATA_SUFFIXES = {".csv", ".json", ".jsonl", ".parquet"}
+SPLITS: tuple[Split, Split] = ("train", "held_out")
+PROMPTS = "def prompts(self, split, *, seed, epoch)"
+REWARD = "def reward(self, completion, ticket)"
+
+
+def check_task(config: RunConfig) -> Task:
+    """Loads the task and looks at the first prompt of each split."""
+    name = config.task.name
+    task = load_checked(config)
+    for split in SPLITS:
+        if next(prompts_of(task, config, split), None) is None:
+            raise ValueError(f"task {name!r} has no {split} prompts")
+    return task
+
+
+def load_checked(config: RunConfig) -> Task:
+    """The task, whose methods can be called as the services call them."""
+    name = config.task.name
+    try:
+        task = load_task(name, config.task.settings)
+    except ValueError as error:
+        raise ValueError(_of_task(name, _with_cause(error))) from error
+    except Exception as error:
+        raise ValueError(f"task {name!r} with its settings {config.task.settings}: {raised(error)}") from error
+    for method, arguments, keywords, expected in (
+        ("prompts", ["train"], {"seed": 0, "epoch": 0}, PROMPTS),
+        ("reward", ["", None], {}, REWARD),
+    ):
+        if problem := _call_problem(getattr(task, method, None), arguments, keywords):
+            raise ValueError(f"task {name!r}: its {method!r} {problem}; expected `{expected}`")
+    return task
+
+
+def prompts_of(task: Task, config: RunConfig, split: Split) -> Iterator[Prompt | BadRow]:
+    """The prompts of the first epoch, one after another."""
+    name = config.task.name
+    prompts: Any = _told(config, lambda: task.prompts(split, seed=config.seed, epoch=0), f"its {split} prompts")
+    if not isinstance(prompts, Iterator):
+        raise ValueError(
+            f"task {name!r}: its {split} prompts are a {type(prompts).__name__}; expected an iterator: "
+            f"`yield` each headrace.common.tasks.Prompt, or return iter(...) of them"
+        )
+    row = 0
+    while True:
+        prompt = _told(config, lambda: next(prompts, None), f"its {split} prompt {row}")
+        if prompt is None:
+            return
+        yield prompt
+        row += 1
+
+
+def _told(config: RunConfig, ask: Any, what: str) -> Any:
+    """What `ask` returns. What it raises is told as the task's, or as missing from this machine."""
+    name = config.task.name
+    try:
+        return ask()
+    except ConnectionError as error:
+        _check_file_exists(name, config.task.settings.get("path"))
+        raise NotHere(
+            f"task {name!r}: its data set is not on this machine and not to be had: {one_line(error)}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(_of_task(name, _with_cause(error))) from error
+    except Exception as error:
+        raise ValueError(f"task {name!r}: {what}: {raised(error)}") from error
+
+
+def _call_problem(method: Any, arguments: list[Any], keywords: dict[str, Any]) -> str:
+    """Why the method cannot be called so; empty if it can."""
+    if not callable(method):
+        return "is missing"
+    try:
+        inspect.signature(method).bind(*arguments, **keywords)
+    except TypeError as error:
+        return f"cannot be called: {error}"
+    return ""
+
+
+def raised(error: BaseException) -> str:
+    """What foreign code raised, and where, in one line."""
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    text = one_line(error)
+    return f"{type(error).__name__}{': ' * bool(text)}{text} ({frame.f_code.co_filename}:{line})"
+
+
+def _check_file_exists(task: str, path: Any) -> None:
+    """A mistyped file may pass for a hub name."""
+    if isinstance(path, str) and not Path(path).exists():
+        is_path = "/" in path and not is_hub_name(path)
+        if is_path or Path(path).suffix in DATA_SUFFIXES:
+            raise ValueError(f"task {task!r}: path {path!r} does not exist; expected a folder, a file or a hub name")
+
+
+def _of_task(name: str, text: str) -> str:
+    return text if text.startswith("task ") else f"task {name!r}: {text}"
+
+
+def _with_cause(error: Exception) -> str:
+    """`datasets` says only in the innermost cause what is wrong with a file."""
+    text, cause = one_line(error), error.__cause__
+    while cause is not None and cause.__cause__ is not None:
+        cause = cause.__cause__
+    return text if cause is None or one_line(cause) in text else f"{text}: {one_line(cause)}"

@@ -1,0 +1,186 @@
+"""Weight versions as files: what a manifest says, and how a model's file is laid out.
+
+A version is a folder with `manifest.json` and, beside it, `model.safetensors` (an anchor: all of it), `delta.bin` (what
+changes its base into it) or both. The manifest has the BLAKE3 digest of every tensor that results, so that a receiver
+knows what it holds whichever way it came, and the SHA-256 of its base's manifest, so that the digest of the newest one
+vouches for the whole chain. A model's file is laid out by the manifest's tensors alone: the same bytes everywhere.
+Imports no torch.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import msgspec
+from blake3 import blake3
+
+from headrace.common.weights.delta import Patch
+from headrace.common.wire.structs import NonNegative
+
+MANIFEST_FILE = "manifest.json"
+MODEL_FILE = "model.safetensors"
+DELTA_FILE = "delta.bin"
+FILES = (MANIFEST_FILE, MODEL_FILE, DELTA_FILE)
+MAX_MANIFEST_BYTES = 1 << 26
+MAX_MODEL_BYTES = 1 << 43
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "uint8": 1}
+_SAFETENSORS_DTYPES = {
+    "float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64", "int32": "I32",
+    "uint8": "U8",
+}  # fmt: skip
+
+Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class WeightsError(RuntimeError):
+    """A version's bytes are not what its manifest says, or the manifest cannot be one."""
+
+
+class TensorEntry(msgspec.Struct, frozen=True):
+    dtype: str
+    shape: Annotated[list[NonNegative], msgspec.Meta(max_length=32)]
+    blake3: Digest
+    """Of the tensor's bytes, row-major and little-endian."""
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+class Delta(msgspec.Struct, frozen=True):
+    """What changes the version `base` into this one: a patch for every tensor, whose frames follow one another in
+    `DELTA_FILE` in the order of the manifest's tensors."""
+
+    base: NonNegative
+    base_sha256: Digest
+    """Of the base's manifest."""
+    num_bytes: NonNegative
+    blake3: Digest
+    """Of the file."""
+    patches: dict[str, Patch]
+
+    def places(self) -> dict[str, slice]:
+        """Where each patch's frames are in the file."""
+        ends = itertools.accumulate(patch.num_bytes for patch in self.patches.values())
+        sizes = {name: patch.num_bytes for name, patch in self.patches.items()}
+        return {name: slice(end - sizes[name], end) for name, end in zip(sizes, ends, strict=True)}
+
+
+class Layout(NamedTuple):
+    """How the model's file is laid out: its first bytes, where each tensor's bytes are, how many bytes in all."""
+
+    header: bytes
+    places: dict[str, slice]
+    num_bytes: int
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """What a version consists of. `step` made it; `lineage` names the learner's epoch."""
+
+    version: NonNegative
+    step: NonNegative
+    lineage: str
+    tensors: dict[str, TensorEntry]
+    """In the order in which they lie in the model's file."""
+    has_model: bool
+    """It is an anchor."""
+    delta: Delta | None = None
+    schema: int = 2
+
+    @property
+    def num_model_bytes(self) -> int:
+        """Of the whole model's file."""
+        return model_layout(self.tensors).num_bytes
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    return msgspec.json.encode(manifest)
+
+
+def sha256_of(payload: bytes) -> str:
+    return hashlib.sha256(payload).hexdigest()
+
+
+def decode_manifest(payload: bytes, sha256: str) -> Manifest:
+    """Raises `WeightsError` unless the bytes have that SHA-256 and are a manifest that a learner can have written."""
+    found = sha256_of(payload)
+    if found != sha256:
+        raise WeightsError(f"manifest has SHA-256 {found[:12]}…, expected {sha256[:12]}…")
+    try:
+        manifest = msgspec.json.decode(payload, type=Manifest)
+    except msgspec.MsgspecError as error:
+        raise WeightsError(f"manifest cannot be read: {error}") from error
+    if problem := _problem(manifest):
+        raise WeightsError(f"manifest of version {manifest.version}: {problem}")
+    return manifest
+
+
+def _problem(manifest: Manifest) -> str:
+    for name, entry in manifest.tensors.items():
+        if entry.dtype not in ITEM_BYTES:
+            return f"tensor {name!r} is of dtype {entry.dtype!r}, expected one of {', '.join(ITEM_BYTES)}"
+        if entry.num_bytes > MAX_MODEL_BYTES:
+            return f"tensor {name!r} has shape {entry.shape}, expected at most {MAX_MODEL_BYTES} bytes"
+    delta = manifest.delta
+    if delta is None:
+        return "" if manifest.has_model else "expected an anchor or a delta"
+    if delta.base >= manifest.version:
+        return f"a delta against version {delta.base}, expected an earlier one"
+    if list(delta.patches) != list(manifest.tensors):
+        return "expected a patch for every tensor, in their order"
+    if any(length < 0 for patch in delta.patches.values() for length in patch.frame_bytes):
+        return "a frame of negative length"
+    num_bytes = sum(patch.num_bytes for patch in delta.patches.values())
+    return "" if num_bytes == delta.num_bytes else f"patches of {num_bytes} bytes in {delta.num_bytes}"
+
+
+def file_order(dtypes: Mapping[str, str]) -> list[str]:
+    """Names in the order in which the tensors lie in a file: the widest first, so that all of them are aligned."""
+    return sorted(dtypes, key=lambda name: (-ITEM_BYTES[dtypes[name]], name))
+
+
+def model_layout(tensors: Mapping[str, TensorEntry]) -> Layout:
+    """A safetensors file with the tensors in their order, no gaps."""
+    ends = list(itertools.accumulate((entry.num_bytes for entry in tensors.values()), initial=0))
+    spans = dict(zip(tensors, itertools.pairwise(ends), strict=True))
+    described: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    for name, entry in tensors.items():
+        dtype = _SAFETENSORS_DTYPES[entry.dtype]
+        described[name] = {"dtype": dtype, "shape": entry.shape, "data_offsets": spans[name]}
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    places = {name: slice(len(header) + begin, len(header) + end) for name, (begin, end) in spans.items()}
+    return Layout(header, places, len(header) + ends[-1])
+
+
+def check_tensor(name: str, entry: TensorEntry, content: memoryview) -> None:
+    """Raises `WeightsError` unless these are the tensor's bytes."""
+    found = blake3(content).hexdigest()
+    if found != entry.blake3:
+        raise WeightsError(f"tensor {name}: BLAKE3 {found[:12]}…, expected {entry.blake3[:12]}…")
+
+
+def version_folder(root: Path, version: int) -> Path:
+    return root / f"v{version:08d}"
+
+
+def file_of(root: Path, version: int, name: str) -> Path | None:
+    """The version's file of that name; None if there is none. Nothing else under or beside `root` can be asked for."""
+    path = version_folder(root, version) / name
+    return path if name in FILES and path.is_file() and not path.is_symlink() else None
+
+
+def is_anchor(folder: Path) -> bool:
+    return (folder / MODEL_FILE).is_file()
+
+
+def stored_versions(root: Path) -> Iterator[int]:
+    """The whole versions under `root`, in no order."""
+    for folder in root.glob("v*"):
+        if folder.name[1:].isdigit() and (folder / MANIFEST_FILE).is_file():
+            yield int(folder.name[1:])

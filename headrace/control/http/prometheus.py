@@ -1,0 +1,126 @@
+"""What control's `/metrics` says: the whole run, from the snapshot, and control itself.
+
+To scrape control alone is enough for the alerts and the dashboard under deploy/. A scrape reads memory only: it costs
+Redis nothing, and answers while Redis is away.
+"""
+
+from headrace.common.metrics.families import Families
+from headrace.common.metrics.replicas import add_learner_waits, add_replica, add_replica_states, add_replica_waits
+from headrace.common.metrics.run import add_files, add_orders, add_position, add_queues
+from headrace.common.metrics.steps import add_latest_evaluation, add_latest_step
+from headrace.common.process.waiting import parse_waits
+from headrace.control.http.request_counts import RequestTotals
+from headrace.control.models import Queues, Replicas, Status
+from headrace.control.polling.redis_poll import Look
+from headrace.control.verdict.checks import FINAL_PHASES
+from headrace.control.view.run_monitor import Snapshot
+
+LEVELS = {"healthy": 0, "ended": 0, "waiting": 1, "warning": 2, "failed": 3}
+
+
+class Exported:
+    """Call it at each scrape, in control's event loop."""
+
+    def __init__(self, snapshot: Snapshot, requests: RequestTotals) -> None:
+        self._snapshot = snapshot
+        self._requests = requests
+
+    def __call__(self) -> Families:
+        snapshot, families = self._snapshot, Families(run=self._snapshot.run)
+        if snapshot.picture is not None and snapshot.look is not None:
+            status = snapshot.picture.status
+            self._add_run(families, status, snapshot.look)
+            _add_verdict(families, status)
+            _add_rates(families, status)
+            _add_queues(families, status.queues)
+            _add_replicas(families, snapshot.look, snapshot.picture.replicas)
+            snapshot.tally.groups.collect(families, dict(status.counts))
+        snapshot.tally.collect(families)
+        self._requests.collect(families)
+        self._add_control(families)
+        return families
+
+    def _add_run(self, families: Families, status: Status, look: Look) -> None:
+        history, probe = self._snapshot.history, self._snapshot.probe
+        position = {name: getattr(status, name) for name in ("phase", "step", "steps", "version", "epoch")}
+        add_position(families, **position)
+        replicas = status.replicas
+        applied = self._snapshot.picture.applied_version if self._snapshot.picture else None
+        add_orders(families, desired=replicas.desired, advised=replicas.advised, settings_version=applied)
+        families.gauge("headrace_paused", "1: as ordered, no steps and no tickets.", status.is_paused)
+        families.gauge("headrace_stopping", "1: as ordered, the run ends after its step.", status.is_stopping)
+        if len(history):
+            add_latest_step(families, history.row(len(history) - 1))
+        if status.held_out is not None:
+            found = status.held_out
+            row = found.model_dump(exclude={"pass_at"}) | {f"pass_at_{k}": share for k, share in found.pass_at.items()}
+            add_latest_evaluation(families, row)
+            best = max(evaluation.held_out for evaluation in history.evaluations)
+            families.gauge("headrace_held_out_best", "pass@1 of the best evaluation.", best)
+        fields = {name: look.learner.get(f"checkpoint_{name}") for name in ("step", "time_s", "seconds", "bytes")}
+        add_files(families, {name: float(text) for name, text in fields.items() if text and _is_number(text)}, {})
+        is_answering = probe.is_answering and probe.status is not None
+        waits = {wait.reason: wait.for_s for wait in probe.status.waits} if is_answering and probe.status else {}
+        add_learner_waits(families, waits or parse_waits(status.reason))
+        silent_s = 0.0 if status.phase in FINAL_PHASES else probe.silent_s
+        families.gauge("headrace_learner_silent_seconds", "Since the learner last answered control.", silent_s)
+
+    def _add_control(self, families: Families) -> None:
+        snapshot, hub = self._snapshot, self._snapshot.hub
+        families.gauge("headrace_control_subscribers", "Pages that follow.", hub.num_subscribers)
+        text = "Pages that fell behind and were dropped."
+        families.counter("headrace_control_dropped_subscribers_total", text, hub.num_dropped)
+        text = "Bytes published to the pages, each counted once."
+        families.counter("headrace_control_published_bytes_total", text, hub.num_messages_bytes)
+        families.counter("headrace_control_looks_total", "Looks at Redis.", snapshot.num_looks)
+        text = "Commands sent to Redis for looks."
+        families.counter("headrace_control_redis_commands_total", text, snapshot.reader.num_commands)
+
+
+def _add_verdict(families: Families, status: Status) -> None:
+    text = "1 for how the run is."
+    families.states("headrace_verdict", text, "level", LEVELS, status.verdict.level)
+    families.gauge("headrace_verdict_since_timestamp_seconds", "Since when it is so.", status.verdict.since_at)
+    for check in status.checks:
+        text = "How bad one thing is: 0 healthy, 1 waiting, 2 warning, 3 failed."
+        families.gauge("headrace_check_level", text, LEVELS[check.level], check=check.name)
+        text = "What the check is about; of a metric the median of the last 5 steps."
+        families.gauge("headrace_check_value", text, check.value, check=check.name)
+        families.gauge("headrace_check_warning", "The value from which it is a warning.", check.warn, check=check.name)
+        families.gauge("headrace_check_alarm", "The value from which it has failed.", check.alarm, check=check.name)
+
+
+def _add_rates(families: Families, status: Status) -> None:
+    """Over the last steps, as the page shows them; rates of other windows are made of the counters."""
+    rates = status.rates
+    families.gauge("headrace_steps_per_hour", "Pace of the last steps.", rates.steps_per_hour)
+    text = "Share of its time that the learner waited for groups, over the last steps."
+    families.gauge("headrace_learner_waiting_share", text, rates.learner_waiting_share)
+    text = "Share of their time that replicas waited for tickets, over the last half minute."
+    families.gauge("headrace_replicas_waiting_share", text, rates.replicas_waiting_share)
+    text = "Tokens of groups per second, over the last steps."
+    families.gauge("headrace_generated_tokens_per_second", text, rates.generated_tokens_per_s)
+    text = "Trained tokens per second, over the last steps."
+    families.gauge("headrace_trained_tokens_per_second", text, rates.trained_tokens_per_s)
+    families.gauge("headrace_remaining_seconds", "Until the last step, at that pace.", status.remaining_s)
+
+
+def _add_queues(families: Families, queues: Queues) -> None:
+    add_queues(families, open_tickets=queues.open_tickets, groups=queues.groups)
+    families.gauge("headrace_leased_tickets", "Open training tickets that a replica holds.", queues.leased_tickets)
+    families.gauge("headrace_evaluation_tickets", "Evaluation tickets not yet answered.", queues.evaluation_tickets)
+    families.gauge("headrace_dead_letters", "Tickets and groups in the stream of the dead.", queues.dead)
+
+
+def _add_replicas(families: Families, look: Look, shown: Replicas) -> None:
+    add_replica_states(families, look.heartbeats)
+    for beat in look.heartbeats:
+        add_replica(families, beat)
+        add_replica_waits(families, beat.replica, parse_waits(beat.reason))
+    for replica in shown.replicas:
+        text = "Published versions that it does not serve yet."
+        families.gauge("headrace_replica_versions_behind", text, replica.versions_behind, replica=replica.id)
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(".", "", 1).isdigit()

@@ -1,0 +1,95 @@
+"""The groups that the learner has shown, for people to read: the newest of them in memory, as they came.
+
+A group is decoded whole only when somebody opens it; what they take in memory is bounded, the oldest go first.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import msgspec
+
+from headrace.common.redis.keys import MAX_SHOWN
+from headrace.common.wire import name_problem
+from headrace.common.wire.group_samples import MAX_SHOWN_BYTES, ShownGroup
+from headrace.control.models import GroupDetail, GroupSummary, Rollout
+from headrace.control.polling.redis_poll import Entry
+
+MAX_KEPT_BYTES = 64 << 20
+MAX_PROMPT_CHARS = 200
+
+
+class _Kept(NamedTuple):
+    summary: GroupSummary
+    payload: bytes
+
+
+class RunGroups:
+    def __init__(self, max_bytes: int = MAX_KEPT_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        """By id, the newest last."""
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def take(self, entry: Entry) -> GroupSummary | None:
+        payload = entry[1].get(b"group", b"")
+        group = _decode(payload)
+        if group is None:
+            return None
+        if (before := self._kept.pop(group.id, None)) is not None:
+            self._num_bytes -= len(before.payload)
+        self._kept[group.id] = _Kept(_summary(group), payload)
+        self._num_bytes += len(payload)
+        while len(self._kept) > MAX_SHOWN or (self._num_bytes > self._max_bytes and len(self._kept) > 1):
+            self._num_bytes -= len(self._kept.popitem(last=False)[1].payload)
+        return self._kept[group.id].summary
+
+    def newest(self, is_wanted: Callable[[GroupSummary], bool]) -> Iterator[GroupSummary]:
+        return (kept.summary for kept in reversed(self._kept.values()) if is_wanted(kept.summary))
+
+    def detail(self, name: str) -> GroupDetail | None:
+        kept = self._kept.get(name)
+        group = None if kept is None else _decode(kept.payload)
+        return None if kept is None or group is None else _detail(kept.summary, group)
+
+
+def _decode(payload: bytes) -> ShownGroup | None:
+    if len(payload) > 2 * MAX_SHOWN_BYTES:
+        return None
+    try:
+        group = msgspec.json.decode(payload, type=ShownGroup)
+    except (ValueError, RecursionError):
+        return None
+    return None if name_problem(group.id) else group
+
+
+def _summary(group: ShownGroup) -> GroupSummary:
+    question = group.prompt[-1].get("content", "") if group.prompt else ""
+    return GroupSummary(
+        id=group.id,
+        kind=group.kind,
+        state=group.state,
+        step=group.step,
+        staleness=group.staleness,
+        replica=group.replica,
+        rewards=[rollout.reward for rollout in group.rollouts],
+        num_tokens=sum(len(rollout.tokens) for rollout in group.rollouts),
+        prompt=question[-MAX_PROMPT_CHARS:],
+        decided_at=group.decided_s,
+    )
+
+
+def _detail(summary: GroupSummary, group: ShownGroup) -> GroupDetail:
+    return GroupDetail(
+        **summary.model_dump(),
+        messages=group.prompt,
+        rollouts=[Rollout(**msgspec.structs.asdict(rollout)) for rollout in group.rollouts],
+        issued_step=group.issued_step,
+        leased_at=group.leased_s,
+        sampled_at=group.sampled_s,
+        scored_at=group.scored_s,
+        num_left_out=group.num_left_out,
+    )

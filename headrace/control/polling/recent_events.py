@@ -1,0 +1,105 @@
+"""What has happened lately, in words: the newest entries of the stream `events`, and what swaps say of a replica.
+
+Steps are not among them: they are in the history. Swaps are many, and kept apart, so that they push nothing else out.
+"""
+
+import statistics
+from collections import deque
+from typing import Any
+
+import msgspec
+
+from headrace.common.wire import one_line
+from headrace.control.models import Event, Pauses
+from headrace.control.polling.redis_poll import Entry, id_order
+
+MAX_SWAPS = 200
+MAX_OTHERS = 500
+MAX_EVENT_BYTES = 1 << 16
+MAX_REPLICAS = 1000
+"""Whose swaps are remembered."""
+
+
+class _Swaps:
+    """Of one replica."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.pauses_ms: deque[float] = deque(maxlen=100)
+        self.fetched_bytes = 0
+
+    def take(self, event: dict[str, Any]) -> None:
+        self.count += 1
+        if isinstance(pause := event.get("pause_ms"), int | float):
+            self.pauses_ms.append(float(pause))
+        if isinstance(num_bytes := event.get("bytes"), int):
+            self.fetched_bytes = num_bytes
+
+    def pauses(self) -> Pauses:
+        known = sorted(self.pauses_ms)
+        return Pauses(
+            count=self.count,
+            p50_ms=statistics.median(known) if known else None,
+            p95_ms=known[min(len(known) - 1, int(0.95 * len(known)))] if known else None,
+            latest_ms=self.pauses_ms[-1] if known else None,
+            fetched_bytes=self.fetched_bytes,
+        )
+
+
+class Happenings:
+    def __init__(self) -> None:
+        self._swaps: deque[Event] = deque(maxlen=MAX_SWAPS)
+        self._others: deque[Event] = deque(maxlen=MAX_OTHERS)
+        self._by_replica: dict[str, _Swaps] = {}
+
+    def take(self, entry: Entry) -> Event | None:
+        """The event, if it is one to be told."""
+        entry_id, fields = entry
+        kind, payload = fields.get(b"kind", b"").decode(errors="replace"), fields.get(b"event", b"")
+        if kind == "step" or len(payload) > MAX_EVENT_BYTES:
+            return None
+        try:
+            found = msgspec.json.decode(payload, type=dict[str, Any])
+        except (ValueError, RecursionError):
+            return None
+        at = id_order(entry_id)[0] / 1000
+        event = Event(id=entry_id, at=at, kind=one_line(kind), text=one_line(describe(kind, found)), event=found)
+        if kind == "swap":
+            self._note_swap(found)
+        (self._swaps if kind == "swap" else self._others).append(event)
+        return event
+
+    def newest(self, limit: int) -> list[Event]:
+        merged = sorted([*self._swaps, *self._others], key=lambda event: id_order(event.id), reverse=True)
+        return merged[:limit]
+
+    def pauses(self, replica: str) -> Pauses:
+        return self._by_replica.get(replica, _Swaps()).pauses()
+
+    def _note_swap(self, event: dict[str, Any]) -> None:
+        replica = event.get("replica")
+        if isinstance(replica, str) and (replica in self._by_replica or len(self._by_replica) < MAX_REPLICAS):
+            self._by_replica.setdefault(replica, _Swaps()).take(event)
+
+
+def describe(kind: str, event: dict[str, Any]) -> str:
+    """One line for people, whatever is missing."""
+
+    def number(name: str, form: str) -> str:
+        value = event.get(name)
+        return format(value, form) if isinstance(value, int | float) else "?"
+
+    if isinstance(text := event.get("text"), str):
+        return text
+    if kind == "swap":
+        return (
+            f"{event.get('replica')} works with version {event.get('version')}; paused {number('pause_ms', '.0f')} ms"
+        )
+    if kind == "evaluation":
+        return f"held-out pass@1 {number('held_out', '.3f')} after step {event.get('step')}"
+    if kind == "redis_lost":
+        return f"Redis had lost what came after step {event.get('step')}; {event.get('num_reissued')} tickets again"
+    shown = ", ".join(
+        f"{name} {value}" for name, value in list(event.items())[:8] if not isinstance(value, list | dict)
+    )
+    return f"{kind}: {shown}" if shown else kind

@@ -1,0 +1,150 @@
+"""One look at a run in Redis: the same few commands in one round trip, however many readers control has.
+
+Streams are read on from where the last look ended, a bounded part at a time; what is no heartbeat or no number is
+passed over, so that nothing in Redis can stop the looking.
+"""
+
+import contextlib
+from typing import Any, NamedTuple
+
+import redis
+import redis.asyncio
+
+from headrace.common.redis.keys import TICKET_GROUP, Keys
+from headrace.common.wire import Heartbeat, WireError, decode_heartbeat, one_line
+from headrace.common.wire.desired_state import Orders, parse_orders
+from headrace.control.models import Queues
+
+MAX_ROWS = 2000
+"""Of a stream in one look."""
+MAX_FIRST_EVENTS = 2000
+"""Events and shown groups from before control began are read from the newest."""
+MAX_SHOWN_ROWS = 32
+"""Of up to a megabyte each."""
+SCAN_COUNT = 1000
+MAX_TEXT_CHARS = 500
+
+Entry = tuple[str, dict[bytes, bytes]]
+"""A stream's entry: its id and fields."""
+
+
+class Look(NamedTuple):
+    """What stood in Redis at one time; of the streams what had come since the look before."""
+
+    learner: dict[str, str]
+    orders: Orders
+    config: bytes | None
+    epoch: int
+    launcher: str | None
+    queues: Queues
+    heartbeats: list[Heartbeat]
+    events: list[Entry]
+    history: list[Entry]
+    shown: list[Entry]
+    dead_reason: str
+    """Of the ticket that died last; empty: none is dead."""
+    is_behind: bool
+    """There is more of a stream to be read at once."""
+
+
+class RunReader:
+    """Remembers which replicas there are, and how far it has read each stream."""
+
+    def __init__(self, client: redis.asyncio.Redis, keys: Keys) -> None:
+        self._client = client
+        self._keys = keys
+        self._events_after: str | None = None
+        self._history_after = self._shown_after = "0-0"
+        self._scan_cursor = 0
+        self._replica_keys: list[bytes] = []
+        self.num_commands = 0
+        """Sent to Redis by this reader, ever."""
+
+    async def look(self) -> Look:
+        """Raises `redis.RedisError`."""
+        names = self._replica_keys
+        async with self._client.pipeline(transaction=False) as pipe:
+            self._ask(pipe, names)
+            self.num_commands += len(pipe)
+            found: list[Any] = await pipe.execute(raise_on_error=False)
+        pending = found.pop(0)  # an error where no ticket was ever issued
+        for answer in found:
+            if isinstance(answer, Exception):
+                raise answer
+        learner, control, config, epoch, launcher, *lengths = found[:9]
+        newest_dead, events, history, shown, (cursor, scanned), beats = found[9:]
+        self._events_after, is_first = _last_id(events, self._events_after), self._events_after is None
+        self._history_after = _last_id(history, self._history_after)
+        self._shown_after = _last_id(shown, self._shown_after)
+        heartbeats = self._take_replicas(names, beats, cursor, scanned)
+        tickets, groups, evaluations, dead = lengths
+        leased = pending.get("pending", 0) if isinstance(pending, dict) else 0
+        return Look(
+            learner={_text(name): _text(value) for name, value in learner.items()},
+            orders=parse_orders(control),
+            config=config,
+            epoch=int(epoch) if epoch is not None and epoch.isdigit() else 0,
+            launcher=None if launcher is None else _text(launcher),
+            queues=Queues(
+                open_tickets=tickets, leased_tickets=leased, groups=groups, evaluation_tickets=evaluations, dead=dead
+            ),
+            heartbeats=heartbeats,
+            events=_entries(reversed(events) if is_first else events),
+            history=_entries(history),
+            shown=_entries(shown),
+            dead_reason=one_line(_text(newest_dead[0][1].get(b"reason", b""))) if newest_dead else "",
+            is_behind=len(history) == MAX_ROWS or len(shown) == MAX_SHOWN_ROWS or (len(events) >= MAX_ROWS),
+        )
+
+    def _ask(self, pipe: Any, names: list[bytes]) -> None:
+        keys = self._keys
+        pipe.xpending(keys.tickets, TICKET_GROUP)
+        pipe.hgetall(keys.learner)
+        pipe.hgetall(keys.control)
+        pipe.get(keys.config)
+        pipe.get(keys.epoch)
+        pipe.get(keys.launcher)
+        for stream in (keys.tickets, keys.groups, keys.eval, keys.dead):
+            pipe.xlen(stream)
+        pipe.xrevrange(keys.dead, count=1)
+        if self._events_after is None:
+            pipe.xrevrange(keys.events, count=MAX_FIRST_EVENTS)
+        else:
+            pipe.xrange(keys.events, min=f"({self._events_after}", count=MAX_ROWS)
+        pipe.xrange(keys.history, min=f"({self._history_after}", count=MAX_ROWS)
+        pipe.xrange(keys.shown, min=f"({self._shown_after}", count=MAX_SHOWN_ROWS)
+        pipe.scan(self._scan_cursor, match=keys.replicas + "*", count=SCAN_COUNT)
+        pipe.mget(names or [keys.replicas.encode()])
+
+    def _take_replicas(
+        self, names: list[bytes], beats: list[bytes | None], cursor: int, scanned: list[bytes]
+    ) -> list[Heartbeat]:
+        """A replica is known one look after its key was found; a large Redis is scanned over several looks."""
+        self._scan_cursor = cursor
+        live = {name for name, beat in zip(names, beats, strict=False) if beat is not None}
+        self._replica_keys = sorted(live | set(scanned))
+        heartbeats = {}
+        for beat in beats:
+            with contextlib.suppress(WireError):
+                if beat is not None:
+                    heartbeat = decode_heartbeat(beat)
+                    heartbeats[heartbeat.replica] = heartbeat
+        return [heartbeats[name] for name in sorted(heartbeats)]
+
+
+def _last_id(rows: list[Any], before: str | None) -> str:
+    return max((row[0].decode() for row in rows), key=id_order, default=before or "0-0")
+
+
+def id_order(entry_id: str) -> tuple[int, int]:
+    """Of a stream's entry ids, as they follow each other."""
+    milliseconds, _, sequence = entry_id.partition("-")
+    return int(milliseconds), int(sequence or 0)
+
+
+def _entries(rows: Any) -> list[Entry]:
+    return [(entry_id.decode(), fields or {}) for entry_id, fields in rows]
+
+
+def _text(value: bytes) -> str:
+    return value[:MAX_TEXT_CHARS].decode(errors="replace")

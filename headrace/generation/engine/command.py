@@ -1,0 +1,76 @@
+"""The command line and the environment of an SGLang server.
+
+On a CPU the server is the real SGLang too, through `headrace.generation.engine.cpu.launch_server`; on CUDA it is the
+plain one.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from headrace.common.config import EngineConfig
+from headrace.common.hardware.device import CPU_MAX_TOTAL_TOKENS, VISIBLE_DEVICES, resolve_device
+from headrace.common.process.child_process import environment_of_foreign_code
+
+HOST = "127.0.0.1"
+CPU_MEMORY_FRACTION = 0.3
+REPOSITORY = Path(__file__).resolve().parents[3]
+CPU_PACKAGES = Path(sys.prefix) / "sglang-cpu"
+"""Where `make setup` puts torchvision for SGLang alone: it is a CUDA build, with which no other process can import
+transformers beside CPU torch."""
+
+
+def launch_command(
+    settings: EngineConfig, dtype: str, model_path: str | Path, weight_version: int | None, port: int
+) -> list[str]:
+    on_cpu = resolve_device(settings.device) == "cpu"
+    max_total_tokens, memory_fraction = settings.max_total_tokens, settings.memory_fraction
+    module = "sglang.launch_server"
+    args = ["--model-path", str(model_path), "--host", HOST, "--port", str(port), "--log-level", "warning"]
+    if on_cpu:
+        module = "headrace.generation.engine.cpu.launch_server"
+        args += ["--device", "cpu", "--skip-server-warmup", "--sleep-on-idle"]  # idle, it would spin on a core
+        # What a prefix cache saves is less than its bookkeeping costs; and four decode steps between two looks for
+        # prefills make these fewer and larger: together about 1.4 times the tokens per second.
+        args += ["--disable-radix-cache", "--num-continuous-decode-steps", "4"]
+        max_total_tokens = max_total_tokens or CPU_MAX_TOTAL_TOKENS
+        memory_fraction = memory_fraction or CPU_MEMORY_FRACTION
+    else:
+        # SGLang's own limit for CUDA graphs is 32 to 512 requests, by the GPU's memory; larger batches decode without.
+        args += ["--cuda-graph-max-bs-decode", str(settings.max_running_requests)]
+        args += ["--tp-size", str(settings.tp_size)]
+    if settings.swap_mode == "in_place":
+        # With the overlap schedule one token per request would be told of the wrong version; a radix cache would hand
+        # KV of earlier weights to later requests, and cannot be flushed while others are in flight.
+        args += ["--disable-overlap-schedule", "--disable-radix-cache"]
+    args += ["--dtype", dtype, "--max-running-requests", str(settings.max_running_requests)]
+    if dtype == "bfloat16":
+        args += ["--enable-fp32-lm-head"]  # as in the learner: logits rounded to bfloat16 are 0.125 apart at 16
+    if settings.context_tokens is not None:
+        args += ["--context-length", str(settings.context_tokens)]
+    if max_total_tokens is not None:
+        args += ["--max-total-tokens", str(max_total_tokens)]
+    if memory_fraction is not None:
+        args += ["--mem-fraction-static", str(memory_fraction)]
+    if weight_version is not None:
+        args += ["--weight-version", str(weight_version)]
+    return [sys.executable, "-m", module, *args, *settings.extra_args]
+
+
+def launch_environment(settings: EngineConfig) -> dict[str, str]:
+    """Ours without the run's secrets, with log-probabilities of what is sampled from, after the temperature; on a CPU
+    with what makes SGLang use it, whatever GPU is there, by few threads that do not spin beside the learner's."""
+    environment = environment_of_foreign_code() | {"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"}
+    if resolve_device(settings.device) == "cpu":
+        search_path = [str(REPOSITORY), str(CPU_PACKAGES), *filter(None, [environment.get("PYTHONPATH")])]
+        environment |= {
+            VISIBLE_DEVICES: "",
+            "SGLANG_USE_CPU_ENGINE": "1",
+            "OMP_NUM_THREADS": str(settings.num_threads),
+            "MKL_NUM_THREADS": str(settings.num_threads),
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONPATH": os.pathsep.join(search_path),
+        }
+    return environment

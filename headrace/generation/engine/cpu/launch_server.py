@@ -1,0 +1,140 @@
+"""The real SGLang server on an ordinary CPU: `python -m headrace.generation.engine.cpu.launch_server
+<sglang.launch_server args>`.
+
+SGLang's Python code runs on CPU torch, but two things it imports exist only as compiled CUDA or AMX builds.
+This module puts stand-ins for them in place, hooks in what makes it faster on a CPU without changing what it computes
+(`cpu_attention`, `cpu_prefill`, `cpu_sampling`), lets SGLang fork its scheduler and detokenizer instead of spawning
+them, and then runs `sglang.launch_server` unchanged.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import multiprocessing
+import os
+import runpy
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from headrace.common.process.child_process import dies_with_parent
+
+if TYPE_CHECKING:
+    import torch
+
+
+def assign_req_to_token_pool_cpu(
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    start: torch.Tensor,
+    end: torch.Tensor,
+    out_cache_loc: torch.Tensor,
+    stride: int,
+) -> None:
+    """Writes each request's new KV slots into its row: `req_to_token[row, start:end] = next end - start slots`.
+
+    The only kernel of `sgl_kernel` that serving a dense model on a CPU calls (`mem_cache/allocation.py`).
+    `stride` is the length of a row, which the tensor knows itself.
+    """
+    taken = 0
+    rows = zip(req_pool_indices.tolist(), start.tolist(), end.tolist(), strict=True)
+    for row, first, last in rows:
+        req_to_token[row, first:last] = out_cache_loc[taken : taken + last - first]
+        taken += last - first
+
+
+def _absent_kernel(name: str) -> Any:
+    """What any other name of `sgl_kernel` stands for: SGLang imports dozens, for features that nobody uses here."""
+    if name.startswith("__"):
+        raise AttributeError(name)  # the import machinery probes for `__path__` and the like
+
+    def absent(*_args: object, **_kwargs: object) -> NoReturn:
+        raise NotImplementedError(f"sgl_kernel.{name} is not available: this SGLang runs without compiled kernels")
+
+    return absent
+
+
+def install_sgl_kernel() -> None:
+    """A module `sgl_kernel`: with its CPU engine on, SGLang imports names from it unconditionally."""
+    stand_in = ModuleType("sgl_kernel", "Headrace's stand-in for SGLang's compiled kernels on a CPU.")
+    stand_in.assign_req_to_token_pool_cpu = assign_req_to_token_pool_cpu  # type: ignore[attr-defined]
+    stand_in.__getattr__ = _absent_kernel  # type: ignore[method-assign]
+    sys.modules.setdefault("sgl_kernel", stand_in)
+
+
+def declare_torchvision_ops() -> None:
+    """Declares two operators that PyPI's torchvision, a CUDA build, cannot load beside CPU torch.
+
+    Without them `import torchvision`, which SGLang does, dies with "operator torchvision::nms does not exist".
+    """
+    import torch.library
+
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def hook_in_what_is_faster() -> None:
+    """Registers the hooks around SGLang's functions; its processes apply them when they load plugins."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from headrace.generation.engine.cpu import attention as cpu_attention
+    from headrace.generation.engine.cpu import prefill as cpu_prefill
+    from headrace.generation.engine.cpu import sampling as cpu_sampling
+
+    for target, hook in (cpu_attention.HOOKS | cpu_prefill.HOOKS | cpu_sampling.HOOKS).items():
+        HookRegistry.register(target, hook, HookType.AROUND)
+
+
+class HeldBack(logging.Filter):
+    """Keeps to itself which models SGLang cannot import here: a dozen that need compiled kernels, at every start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        is_told = not record.getMessage().startswith("Ignore import error")
+        if not is_told:
+            self.lines.append(record.getMessage())
+        return is_told
+
+    def tell(self, *_args: object, **_kwargs: object) -> None:
+        """Where the model that is asked for is none that could be imported."""
+        print(*self.lines, sep="\n", file=sys.stderr, flush=True)
+
+
+def hold_back_failed_imports() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    held_back = HeldBack()
+    logging.getLogger("sglang.srt.models.registry").addFilter(held_back)
+    unsupported = "sglang.srt.models.registry._ModelRegistry._raise_for_unsupported"
+    HookRegistry.register(unsupported, held_back.tell, HookType.BEFORE)
+
+
+def fork_children() -> None:
+    """Has the scheduler and the detokenizer forked from the server, which has imported all that they need.
+
+    SGLang spawns them, as CUDA asks for, and each spends 12 s of a core on the same imports again. When they start,
+    the server has one thread and has computed nothing: no lock is held and no thread pool is lost.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    def choose_fork(*_: object) -> None:
+        multiprocessing.set_start_method("fork", force=True)
+
+    HookRegistry.register("sglang.srt.entrypoints.engine._set_envs_and_config", choose_fork, HookType.AFTER)
+    os.register_at_fork(after_in_child=dies_with_parent())  # SGLang asks for it too, but a moment later
+
+
+if __name__ == "__main__":
+    install_sgl_kernel()
+    declare_torchvision_ops()
+    hook_in_what_is_faster()
+    hold_back_failed_imports()
+    fork_children()
+    runpy.run_module("sglang.launch_server", run_name="__main__")

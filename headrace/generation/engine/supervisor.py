@@ -1,0 +1,197 @@
+"""Keeps a replica's engine answering: starts it, notices that it has died or hangs, starts it again.
+
+A sign of life is whatever SGLang cannot answer without its scheduler: completions, loaded weights, or the token of a
+probe, which is sent when nothing else has been heard for a while. An engine of our own that gives none for
+`silence_timeout_s` is killed, all its processes at once, and started on the verified weights. Of somebody else's the
+replica says so, and waits until it answers. An engine on a CPU that is busy computing is given `busy_timeout_s`;
+others do not show it, and are left alone while they load or hash weights, which has its own deadline. Whoever has a
+request in an engine that dies or falls silent gets `EngineDown`, before anything is killed: it was not the request's
+fault.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from headrace.common.wire import Ticket
+from headrace.generation.engine.client import Engine, EngineError, UnconfirmedWeights
+from headrace.generation.engine.completions import Completion
+from headrace.generation.engine.server import POLL_S, EngineServer
+
+START_PAUSES_S = (2.0, 10.0)
+"""Before the second start and the third, after which the replica gives up."""
+PROBE_AFTER = 0.25
+"""Share of the silence timeout without a sign of life after which the engine is asked for one."""
+MIN_PROBE_S = 5.0
+PROBE_PAUSE_S = 1.0
+BUSY_SHARE = 0.2
+"""Of one core, over a probe: less is no long prefill."""
+_log = logging.getLogger(__name__)
+
+
+class EngineDown(RuntimeError):
+    """The engine died, fell silent, was started again, or swapped to weights that it may not hold, under a request."""
+
+
+class EngineKeeper:
+    """`serving` is set while the engine may be used; `problem` says why it may not, if it is more than its start."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        server: EngineServer | None,
+        where: Callable[[], tuple[Path, int | None]],
+        *,
+        silence_timeout_s: float,
+        busy_timeout_s: float,
+    ) -> None:
+        self.engine = engine
+        self.server = server
+        """None: the engine is somebody else's."""
+        self.silence_timeout_s = silence_timeout_s
+        self.serving = asyncio.Event()
+        self.problem = ""
+        self.life = 0
+        """Counts the engine's starts, and the ends of somebody else's silences."""
+        self._where = where
+        self._busy_timeout_s = busy_timeout_s
+        self._life_began_at = time.monotonic()
+        self._condemned = ""
+        self._is_asked = False
+        self._num_failed_probes = 0
+        self._next_probe_at = 0.0
+        self._requests: set[asyncio.Task[list[Completion]]] = set()
+
+    @property
+    def silent_s(self) -> float:
+        return time.monotonic() - max(self.engine.heard_at, self._life_began_at)
+
+    @property
+    def is_doubtful(self) -> bool:
+        """It has been silent for so long that it should have answered a probe."""
+        return self.serving.is_set() and not self.engine.is_loading and self.silent_s > self.silence_timeout_s / 2
+
+    async def keep(self) -> None:
+        """Until cancelled. Raises the last `EngineError`, with the end of the log, if the engine cannot be started."""
+        while True:
+            if self.server is not None:
+                await self._start(self.server)
+            self._begin_life()
+            self.problem = await self._trouble()
+            _log.error("%s", self.problem)
+            self.serving.clear()
+            for request in self._requests:
+                request.cancel()
+            if self.server is not None:
+                await self.server.kill()
+            else:
+                await self._until_it_answers()
+
+    async def generate(self, ticket: Ticket) -> list[Completion]:
+        """As `Engine.generate`; an `EngineError` is the ticket's, `EngineDown` is not."""
+        if not self.serving.is_set():
+            raise EngineDown(self.problem or "the engine is starting")
+        task, life = asyncio.current_task(), self.life
+        assert task is not None
+        request = asyncio.create_task(self.engine.generate(ticket))
+        self._requests.add(request)
+        try:
+            return await request
+        except asyncio.CancelledError:
+            if task.cancelling():
+                raise
+            raise EngineDown(self.problem) from None
+        except UnconfirmedWeights as error:
+            raise EngineDown(str(error)) from error
+        except EngineError as error:
+            if await self.answers(life):
+                raise
+            raise EngineDown(f"{error}; {self.problem}") from error
+        finally:
+            self._requests.discard(request)
+
+    async def answers(self, life: int) -> bool:
+        """Whether the engine of this life gives a sign of life before the next failed probe; one is sent at once, or
+        when weights are loaded."""
+        asked_at, num_failed = time.monotonic(), self._num_failed_probes
+        self._is_asked = True
+        while self.life == life and self.serving.is_set() and self._num_failed_probes == num_failed:
+            if self.engine.heard_at > asked_at:
+                return True
+            await asyncio.sleep(POLL_S)
+        return False
+
+    def condemn(self, life: int, reason: str) -> None:
+        """In this life of it the engine may hold any weights: one of our own is started again, on the verified ones."""
+        if self.server is not None and self.life == life:
+            self._condemned = reason
+            self.serving.clear()
+
+    async def _start(self, server: EngineServer) -> None:
+        for pause_s in (*START_PAUSES_S, None):
+            try:
+                _log.info("the engine is started")
+                await server.start(*self._where())
+                return
+            except (EngineError, OSError) as error:
+                if pause_s is None:
+                    raise
+                _log.error("the engine does not start, trying again in %g s: %s", pause_s, error)
+                self.problem = f"the engine does not start: {str(error).splitlines()[0]}"
+                await asyncio.sleep(pause_s)
+
+    def _begin_life(self) -> None:
+        self.life += 1
+        if self.problem:
+            _log.warning("the engine answers again")
+        self.problem = ""
+        if self.server is not None:
+            self._condemned = ""
+            self.engine.start_anew()
+        self._life_began_at = time.monotonic()
+        self.serving.set()
+        _log.info("the engine serves")
+
+    async def _trouble(self) -> str:
+        """What is wrong with the engine, once something is."""
+        while True:
+            await asyncio.sleep(POLL_S)
+            if self.server is not None and not self.server.is_alive:
+                return f"the engine exited with {self.server.returncode}: restarting it"
+            if self._condemned:
+                return f"{self._condemned}: restarting it"
+            is_due = self._is_asked or self.silent_s > PROBE_AFTER * self.silence_timeout_s
+            if not is_due or self._is_excused or time.monotonic() < self._next_probe_at:
+                continue
+            if await self._is_silent():
+                what_next = "waiting until it does" if self.server is None else "restarting it"
+                return f"the engine has not answered for {self.silent_s:.0f} s: {what_next}"
+
+    async def _is_silent(self) -> bool:
+        """Probes; whether there has been no sign of life for too long, and no excuse for it."""
+        began_at, busy_s = time.monotonic(), self._busy_s()
+        probe_s = min(max(self.silence_timeout_s - self.silent_s, MIN_PROBE_S), self.silence_timeout_s)
+        if await self.engine.health(probe_s):
+            self._is_asked = False
+            return False
+        now = time.monotonic()
+        if now - began_at > probe_s + MIN_PROBE_S:
+            return False  # it is we who were stopped
+        self._num_failed_probes += 1
+        self._next_probe_at = now + PROBE_PAUSE_S
+        is_busy = (self._busy_s() or 0.0) - (busy_s or 0.0) > BUSY_SHARE * max(now - began_at, 1.0)
+        timeout_s = max(self.silence_timeout_s, self._busy_timeout_s) if is_busy else self.silence_timeout_s
+        return self.silent_s >= timeout_s and not self._is_excused
+
+    @property
+    def _is_excused(self) -> bool:
+        return self.engine.is_loading and self._busy_s() is None
+
+    def _busy_s(self) -> float | None:
+        return self.server.busy_s() if self.server is not None else None
+
+    async def _until_it_answers(self) -> None:
+        while not await self.engine.health(self.silence_timeout_s):
+            await asyncio.sleep(PROBE_PAUSE_S)

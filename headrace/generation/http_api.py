@@ -1,0 +1,65 @@
+"""A replica's HTTP side: health, status, the hint that a version is out, and its switches."""
+
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import Depends, FastAPI
+from pydantic import BaseModel, Field
+
+from headrace.common.http.service import new_app, require_token
+from headrace.common.metrics.endpoint import mount_metrics
+from headrace.generation.loop import Replica
+from headrace.generation.prometheus import Exported
+from headrace.generation.weights.peer_api import weights_router
+
+Source = Annotated[str, Field(max_length=2000, pattern="^https?://")]
+
+
+class WeightsHint(BaseModel):
+    version: int = Field(ge=1, description="The version that was published; the replica takes the newest it finds.")
+    sources: list[Source] = Field([], max_length=64, description="Replicas that can be asked for it, in this order.")
+
+
+def make_app(replica: Replica, token: str) -> FastAPI:
+    app = new_app("Headrace generation replica")
+    parts = (replica.waits, replica.keeper, replica.weights, replica.tickets, replica.rewards)
+    mount_metrics(app, Exported(replica.heartbeat, *parts))
+    app.include_router(weights_router(replica.weights.shared, token))
+    guarded = [Depends(require_token(token))]
+
+    def status() -> dict[str, Any]:
+        return {"service": "generation", **msgspec.to_builtins(replica.heartbeat()), "waits": replica.waits.status()}
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/status")
+    async def get_status() -> dict[str, Any]:
+        return status()
+
+    @app.post("/weights", dependencies=guarded, status_code=202)
+    async def weights(hint: WeightsHint) -> dict[str, int]:
+        """A hint: the replica looks for a newer version now rather than at its next look."""
+        if hint.version > replica.weights.version:
+            replica.weights.hint(hint.version, hint.sources)
+        return {"serving": replica.weights.version}
+
+    @app.post("/pause", dependencies=guarded)
+    async def pause() -> dict[str, Any]:
+        """No new tickets; what is in flight is finished."""
+        replica.is_paused = True
+        return status()
+
+    @app.post("/resume", dependencies=guarded)
+    async def resume() -> dict[str, Any]:
+        replica.is_paused = False
+        return status()
+
+    @app.post("/drain", dependencies=guarded)
+    async def drain() -> dict[str, Any]:
+        """Finishes or hands back what is in flight, then ends the replica."""
+        replica.drain()
+        return status()
+
+    return app

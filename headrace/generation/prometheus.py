@@ -1,0 +1,96 @@
+"""What a replica's `/metrics` says: its heartbeat and waits, and what its parts have counted since it began."""
+
+from collections import Counter
+from collections.abc import Callable
+
+from headrace.common.metrics.families import Families
+from headrace.common.metrics.replicas import add_replica, add_replica_waits
+from headrace.common.process.waiting import Waits
+from headrace.common.wire import Heartbeat
+from headrace.generation.engine.supervisor import EngineKeeper
+from headrace.generation.rewards.pool import RewardPool
+from headrace.generation.tickets.store import TicketStore
+from headrace.generation.weights.downloads import Fetcher
+from headrace.generation.weights.updater import WeightFollower
+
+OUTCOMES = ("committed", "late", "failed", "dead", "handed_back", "interrupted")
+
+
+class Exported:
+    """Call it at each scrape, in the replica's event loop."""
+
+    def __init__(
+        self,
+        heartbeat: Callable[[], Heartbeat],
+        waits: Waits,
+        keeper: EngineKeeper,
+        weights: WeightFollower,
+        tickets: TicketStore,
+        rewards: RewardPool,
+    ) -> None:
+        self._heartbeat = heartbeat
+        self._waits = waits
+        self._keeper = keeper
+        self._weights = weights
+        self._tickets = tickets
+        self._rewards = rewards
+
+    def __call__(self) -> Families:
+        heartbeat, families = self._heartbeat(), Families(run=self._tickets.keys.run)
+        name, keeper = heartbeat.replica, self._keeper
+        add_replica(families, heartbeat)
+        add_replica_waits(families, name, {wait["reason"]: wait["for_s"] for wait in self._waits.status()})
+        self._weights.totals.collect(families, name)
+        _add_sources(families, self._weights.fetcher, name)
+        families.counter(
+            "headrace_replica_engine_restarts_total",
+            "How often its engine was started again, or answered again.",
+            max(0, keeper.life - 1),
+            replica=name,
+        )
+        families.gauge(
+            "headrace_replica_engine_silent_seconds",
+            "Since the engine's last sign of life.",
+            keeper.silent_s,
+            replica=name,
+        )
+        for outcome in OUTCOMES:
+            families.counter(
+                "headrace_replica_tickets_total",
+                "What became of the tickets that it leased.",
+                self._tickets.outcomes[outcome],
+                replica=name,
+                outcome=outcome,
+            )
+        families.histogram(
+            "headrace_replica_reward_seconds", "A group's rewards on a worker.", self._rewards.seconds, replica=name
+        )
+        return families
+
+
+def _add_sources(families: Families, fetcher: Fetcher, replica: str) -> None:
+    """By kind of source: whose URL it is would be a series for each replica that ever was."""
+    for source in ("folder", "http"):
+        labels = {"replica": replica, "source": source}
+        families.counter(
+            "headrace_replica_fetched_bytes_total",
+            "Bytes of weights by source.",
+            _of(fetcher.num_bytes, source),
+            **labels,
+        )
+        families.counter(
+            "headrace_replica_fetch_failures_total",
+            "Sources that could not serve what they were asked for.",
+            _of(fetcher.failures, source),
+            **labels,
+        )
+        families.counter(
+            "headrace_replica_fetch_refusals_total",
+            "Sources whose bytes were the wrong ones.",
+            _of(fetcher.refusals, source),
+            **labels,
+        )
+
+
+def _of(counts: Counter[str], kind: str) -> int:
+    return sum(count for source, count in counts.items() if source.startswith("file:") == (kind == "folder"))

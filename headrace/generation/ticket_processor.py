@@ -1,0 +1,143 @@
+"""What becomes of one leased ticket: a scored group, a failed attempt, or a hand-back.
+
+What the ticket, its reward or the engine's answer to it is to blame for costs an attempt. What this replica is to
+blame for costs none: weights that did not come in time, a drain. An engine that goes down costs an interruption, of
+which a ticket has more.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable
+
+import numpy as np
+import redis
+
+from headrace.common.config import GenerationConfig
+from headrace.common.process.logs import about
+from headrace.common.wire import Group, Rollout, Timings, WireError, check_group
+from headrace.generation.engine.client import EngineError
+from headrace.generation.engine.completions import Completion
+from headrace.generation.engine.supervisor import EngineDown, EngineKeeper
+from headrace.generation.rewards.pool import RewardPool
+from headrace.generation.rewards.process import RewardError
+from headrace.generation.tickets.retry_elsewhere import PASS_ON_S
+from headrace.generation.tickets.store import Lease, TicketStore
+from headrace.generation.weights.updater import WeightFollower
+
+REDIS_GRACE_S = 1.0
+SPENT_GRACE_S = 0.1
+_log = logging.getLogger(__name__)
+
+
+class RedisGrace:
+    """The patience of a replica that ends: a second for Redis, and hardly any once that was in vain."""
+
+    def __init__(self) -> None:
+        self._timeout_s = REDIS_GRACE_S
+
+    async def allows(self, call: Awaitable[None]) -> bool:
+        """Whether Redis has taken the call."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await call
+        except (TimeoutError, redis.RedisError):
+            self._timeout_s = SPENT_GRACE_S
+            return False
+        return True
+
+
+class Answering:
+    """Answers leases; `groups_committed` and `tokens_generated` count what became groups."""
+
+    def __init__(
+        self,
+        config: GenerationConfig,
+        tickets: TicketStore,
+        keeper: EngineKeeper,
+        rewards: RewardPool,
+        weights: WeightFollower,
+        grace: RedisGrace,
+    ) -> None:
+        self.groups_committed = 0
+        self.tokens_generated = 0
+        self._config = config
+        self._tickets = tickets
+        self._keeper = keeper
+        self._rewards = rewards
+        self._weights = weights
+        self._grace = grace
+
+    async def answer(self, lease: Lease) -> None:
+        """Cancelled, it hands the ticket back."""
+        max_attempts = self._config.max_attempts
+        if lease.num_deliveries > max_attempts:
+            reason = f"delivered {lease.num_deliveries} times, never answered"
+            await self._tickets.fail(lease, reason, max_attempts)
+            return
+        with about(ticket=lease.ticket.id):
+            _log.info("leased, for version %d or later", lease.ticket.min_weight_version)
+            async with self._handed_back_if_cancelled(lease):
+                await self._answer(lease, max_attempts)
+
+    async def pass_on(self, lease: Lease) -> None:
+        """Hands the ticket back after a moment, for another replica to take it."""
+        with about(ticket=lease.ticket.id):
+            _log.info("leased, to be passed on: it failed here")
+        async with self._handed_back_if_cancelled(lease):
+            await asyncio.sleep(PASS_ON_S)
+            await self._tickets.hand_back(lease)
+
+    @contextlib.asynccontextmanager
+    async def _handed_back_if_cancelled(self, lease: Lease) -> AsyncIterator[None]:
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not await self._grace.allows(self._tickets.hand_back(lease)):
+                _log.warning("cannot be handed back: its lease expires", extra={"ticket": lease.ticket.id})
+            raise
+
+    async def _answer(self, lease: Lease, max_attempts: int) -> None:
+        ticket, leased_s = lease.ticket, time.time()
+        try:
+            await self._weights.at_least(ticket.min_weight_version, self._config.request_timeout_s)
+            completions = await self._keeper.generate(ticket)
+            group = await self._score(lease, completions, leased_s)
+        except EngineDown as error:
+            await self._tickets.interrupted(lease, str(error))
+        except TimeoutError:
+            _log.warning("no weights in time")
+            await self._tickets.hand_back(lease)
+        except RewardError as error:
+            await self._tickets.fail(lease, str(error), max_attempts, error.completions)
+        except (EngineError, WireError) as error:
+            await self._tickets.fail(lease, str(error), max_attempts)
+        else:
+            if not await self._tickets.commit(lease, group):
+                _log.info("not committed: it is no longer ours")
+                return
+            self.groups_committed += 1
+            self.tokens_generated += group.num_trained_tokens
+            versions = f"{group.oldest_version} to {group.newest_version}"
+            _log.info("committed, sampled by versions %s", versions, extra={"version": group.newest_version})
+
+    async def _score(self, lease: Lease, completions: list[Completion], leased_s: float) -> Group:
+        sampled_s = time.time()
+        rewards = await self._rewards.score(lease.ticket, [completion.text for completion in completions])
+        rollouts = [_rollout(completion, reward) for completion, reward in zip(completions, rewards, strict=True)]
+        group = Group(lease.ticket, rollouts, self._tickets.replica, Timings(leased_s, sampled_s, time.time()))
+        check_group(group)
+        return group
+
+
+def _rollout(completion: Completion, reward: float) -> Rollout:
+    return Rollout(
+        tokens=np.array(completion.tokens, np.int32),
+        loss_mask=b"\1" * len(completion.tokens),
+        behaviour_logprobs=completion.behaviour_logprobs,
+        version_spans=completion.version_spans,
+        reward=reward,
+        finish_reason=completion.finish_reason,
+        text=completion.text,
+    )

@@ -1,0 +1,184 @@
+"""Fetches the files of a weight version, from wherever they can be had.
+
+A file is asked of one source after the other: the learner's folder if it is on this machine, then whoever the learner
+names, the learner last. What one source leaves unfinished the next one continues (a range request); what does not
+match its digest is refused, counted against who served it, and asked for anew elsewhere. A file that is still on its
+way here can be read by others already (`Download`), so that a version flows through a tree of replicas at the speed
+of its slowest link rather than hop by hop.
+"""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import httpx
+
+from headrace.common.http.service import bearer
+from headrace.common.weights.files import (
+    MANIFEST_FILE,
+    MAX_MANIFEST_BYTES,
+    Manifest,
+    WeightsError,
+    decode_manifest,
+    version_folder,
+)
+
+STALL_TIMEOUT_S = 10.0
+"""Without a byte; then the next source is asked."""
+CONNECT_TIMEOUT_S = 3.0
+CHUNK_BYTES = 1 << 20
+_log = logging.getLogger(__name__)
+
+
+class Download:
+    """A file of a known length on its way to `path`; whoever reads it sees it grow."""
+
+    def __init__(self, path: Path, num_bytes: int) -> None:
+        self.path = path
+        self.num_bytes = num_bytes
+        self.num_arrived = 0
+        self.is_over = False
+        self._grown = asyncio.Condition()
+
+    async def arrived(self, num_bytes: int, is_over: bool = False) -> None:
+        """It has `num_bytes` now; fewer than before if it begins anew, which ends those who read it."""
+        async with self._grown:
+            self.is_over = self.is_over or is_over or num_bytes < self.num_arrived
+            self.num_arrived = num_bytes
+            self._grown.notify_all()
+
+    async def read(self, first: int) -> AsyncIterator[bytes]:
+        """From byte `first` on, as it arrives. Ends early if the download does."""
+        with self.path.open("rb") as file:
+            file.seek(first)
+            while file.tell() < self.num_bytes:
+                async with self._grown:
+                    await self._grown.wait_for(lambda: self.is_over or self.num_arrived > file.tell())
+                if not (chunk := file.read(max(0, min(CHUNK_BYTES, self.num_arrived - file.tell())))):
+                    return
+                yield chunk
+
+
+class Fetcher:
+    """`failures` and `refusals` count by source what it could not serve, and what it served wrongly."""
+
+    def __init__(self, token: str) -> None:
+        self.failures: Counter[str] = Counter()
+        self.refusals: Counter[str] = Counter()
+        self.num_bytes: Counter[str] = Counter()
+        """That came from each source."""
+        self.downloads: dict[tuple[int, str], Download] = {}
+        timeout = httpx.Timeout(STALL_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+        self._http = httpx.AsyncClient(timeout=timeout, headers=bearer(token), trust_env=False)
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def manifest(self, sources: Sequence[str], version: int, sha256: str) -> tuple[Manifest, bytes]:
+        """The manifest with that SHA-256 and its bytes. Raises `WeightsError` if nobody has it."""
+        problems = []
+        for source in sources:
+            try:
+                payload = b"".join(
+                    [chunk async for chunk in self._chunks(source, version, MANIFEST_FILE, 0, MAX_MANIFEST_BYTES)]
+                )
+                manifest = decode_manifest(payload, sha256)
+                if manifest.version != version:
+                    raise WeightsError(f"the manifest is of version {manifest.version}")
+                return manifest, payload
+            except (WeightsError, httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+                problems.append(self._blame(source, error))
+        raise WeightsError(f"version {version}: {'; '.join(problems)}")
+
+    async def file(
+        self,
+        sources: Sequence[str],
+        version: int,
+        name: str,
+        path: Path,
+        num_bytes: int,
+        check: Callable[[Path], None],
+    ) -> int:
+        """The version's file `name`, of that length, at `path`; returns how many bytes came for it.
+
+        `check` raises `WeightsError` if they are the wrong ones. Raises it, too, if nobody has the right ones. Nothing
+        is left then, nor when it is cancelled.
+        """
+        problems: list[str] = []
+        num_fetched = 0
+        download = self.downloads[version, name] = Download(path, num_bytes)
+        path.unlink(missing_ok=True)
+        path.touch()
+        try:
+            for source in sources:
+                begun_at = download.num_arrived
+                try:
+                    await self._continue(download, source, version, name)
+                    await asyncio.to_thread(check, path)
+                    return num_fetched + num_bytes - begun_at
+                except (WeightsError, httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+                    problems.append(self._blame(source, error))
+                    num_fetched += download.num_arrived - begun_at
+                    if isinstance(error, WeightsError):  # whose bytes are wrong nobody knows: all of them anew
+                        path.write_bytes(b"")
+                        await download.arrived(0)
+            raise WeightsError(f"version {version}, {name}: {'; '.join(problems)}")
+        except BaseException:
+            path.unlink()
+            raise
+        finally:
+            await download.arrived(download.num_arrived, is_over=True)
+            del self.downloads[version, name]
+
+    async def _continue(self, download: Download, source: str, version: int, name: str) -> None:
+        with download.path.open("ab") as file:
+            async for chunk in self._chunks(source, version, name, download.num_arrived, download.num_bytes):
+                file.write(chunk)
+                file.flush()
+                self.num_bytes[source] += len(chunk)
+                await download.arrived(download.num_arrived + len(chunk))
+        if download.num_arrived != download.num_bytes:
+            raise OSError(f"ended after {download.num_arrived} of {download.num_bytes} bytes")
+
+    async def _chunks(self, source: str, version: int, name: str, first: int, most: int) -> AsyncIterator[bytes]:
+        """The file's bytes from `first` on; raises `WeightsError` rather than go beyond `most`."""
+        if source.startswith("file:"):
+            folder = Path(unquote(urlsplit(source).path))
+            chunks = _read(version_folder(folder, version) / name, first)
+        else:
+            chunks = self._get(f"{source}/weights/{version}/{name}", first)
+        async for chunk in chunks:
+            first += len(chunk)
+            if first > most:
+                raise WeightsError(f"more than {most} bytes")
+            yield chunk
+
+    async def _get(self, url: str, first: int) -> AsyncIterator[bytes]:
+        async with self._http.stream("GET", url, headers={"Range": f"bytes={first}-"} if first else {}) as response:
+            if response.status_code != (httpx.codes.PARTIAL_CONTENT if first else httpx.codes.OK):
+                response.raise_for_status()
+                raise OSError(f"{url} answered {response.status_code}")
+            async for chunk in response.aiter_raw():
+                yield chunk
+
+    def _blame(self, source: str, error: Exception) -> str:
+        (self.refusals if isinstance(error, WeightsError) else self.failures)[source] += 1
+        kind = "" if isinstance(error, WeightsError) else f"{type(error).__name__}: "
+        problem = f"{source}: {kind}{str(error).partition(chr(10))[0]}"
+        _log.warning("weights: %s", problem)
+        return problem
+
+
+async def _read(path: Path, first: int) -> AsyncIterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(first)
+        while chunk := await asyncio.to_thread(file.read, 8 * CHUNK_BYTES):
+            yield chunk
+
+
+def file_source(folder: Path) -> str:
+    """A learner's folder of versions on this machine, as a source."""
+    return folder.resolve().as_uri()

@@ -1,0 +1,63 @@
+"""Room for the weights in the folder that holds them: what is missing is told before a byte is written.
+
+A memory-backed folder has the size that somebody has set. Writing through a map of a file into a full one would end
+the process by SIGBUS, without a word: a file is given its bytes first.
+"""
+
+import math
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from headrace.common.weights.delta import Bytes
+from headrace.common.weights.files import ITEM_BYTES, WeightsError
+from headrace.generation.tensors.shapes import expected_shapes
+
+NUM_VERSIONS = 2
+"""That lie there at a time: the one that is served, and the next one."""
+NEXT_STEP = (
+    "make it larger (Compose: HEADRACE_SHM; docker run: --shm-size; Kubernetes: the sizeLimit of the volume at "
+    "/dev/shm; elsewhere: mount -o remount,size=... /dev/shm)"
+)
+
+
+class NoRoom(WeightsError):
+    """The folder of the weights is too small for them."""
+
+
+def check_room(folder: Path, model_folder: Path, dtype: str) -> None:
+    """Raises `NoRoom` unless `folder` has room for the versions of the model that lie there at a time, each in `dtype`.
+
+    A model whose folder has no safetensors files is not measured.
+    """
+    num_items = sum(math.prod(shape) for shape in expected_shapes(model_folder).values())
+    needed, free = NUM_VERSIONS * num_items * ITEM_BYTES[dtype], shutil.disk_usage(folder).free
+    if free < needed:
+        raise NoRoom(
+            f"{folder} has {_gib(free)} free, {NUM_VERSIONS} versions of {model_folder} in {dtype} need "
+            f"{_gib(needed)}: {NEXT_STEP}"
+        )
+
+
+def check_free(folder: Path, num_bytes: int) -> None:
+    """Raises `NoRoom` if so many bytes do not fit into `folder`."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise NoRoom(f"{folder} has {_gib(free)} free, {_gib(num_bytes)} are to come: {NEXT_STEP}")
+
+
+def allocated(path: Path, num_bytes: int) -> Bytes:
+    """A new file of that length, to be written through; raises `NoRoom` if it does not fit, and leaves nothing then."""
+    with path.open("wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+        except OSError as error:
+            path.unlink()
+            raise NoRoom(f"{path}: {_gib(num_bytes)} cannot be allocated ({error.strerror}): {NEXT_STEP}") from error
+    return np.memmap(path, np.uint8, "r+")
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 30):.3g} GiB"

@@ -1,0 +1,61 @@
+"""What a replica serves to others of the weights that it has, and of those that are on their way to it.
+
+The learner sends only a few replicas to itself and the others to those; a replica that is asked for a version before
+it has begun to fetch it lets the other wait a moment, since the learner has told them at the same time.
+"""
+
+import asyncio
+import re
+import time
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import FileResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from headrace.common.http.service import require_token
+from headrace.common.weights.files import file_of
+from headrace.generation.weights.downloads import Download, Fetcher
+from headrace.generation.weights.local_weights import HostCopy
+
+WAIT_S = 2.0
+POLL_S = 0.02
+
+
+class Sharing:
+    def __init__(self, copy: HostCopy, fetcher: Fetcher) -> None:
+        self._copy = copy
+        self._fetcher = fetcher
+
+    async def response(self, version: int, name: str, byte_range: str) -> Response:
+        """Raises `HTTPException` 404 if the file is not here and not about to be, 416 for a range beyond it."""
+        held = self._copy.held.manifest.version if self._copy.held else 0
+        deadline_s = time.monotonic() + (WAIT_S if version > held else 0.0)
+        while True:
+            if download := self._fetcher.downloads.get((version, name)):
+                return self._stream(download, byte_range)
+            if path := file_of(self._copy.root, version, name):
+                return FileResponse(path)
+            if time.monotonic() >= deadline_s:
+                raise HTTPException(404, f"weight version {version} has no file {name!r} here")
+            await asyncio.sleep(POLL_S)
+
+    def _stream(self, download: Download, byte_range: str) -> Response:
+        asked = re.fullmatch(r"bytes=([0-9]{1,15})-", byte_range)
+        first = int(asked[1]) if asked else 0
+        if first > download.num_bytes:
+            raise HTTPException(416, f"the file has {download.num_bytes} bytes")
+        headers = {"Content-Length": str(download.num_bytes - first)}
+        if asked:
+            headers["Content-Range"] = f"bytes {first}-{download.num_bytes - 1}/{download.num_bytes}"
+        return StreamingResponse(download.read(first), 206 if asked else 200, headers, "application/octet-stream")
+
+
+def weights_router(sharing: Sharing, token: str) -> APIRouter:
+    router = APIRouter(dependencies=[Depends(require_token(token))])
+
+    @router.get("/weights/{version}/{name}")
+    async def weights_file(version: int, name: str, request: Request) -> Response:
+        """A file of a version, or a range of it, for other replicas; also one that is still on its way here."""
+        return await sharing.response(version, name, request.headers.get("range", ""))
+
+    return router

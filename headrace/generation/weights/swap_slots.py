@@ -1,0 +1,60 @@
+"""Turns at swapping, so that no more than a share of the run's replicas stand still at the same time.
+
+A turn is an entry with an expiry in a sorted set of the run: who dies in his turn holds the others up for no longer
+than `TURN_S`. Nobody is kept waiting for more than that either.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator
+
+import redis.asyncio
+
+from headrace.common.redis.keys import Keys
+from headrace.generation.tickets.peers import others
+
+TURN_S = 30.0
+POLL_S = 0.02
+_TAKE = """
+local time = redis.call('TIME')
+local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now_ms)
+if redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[2]) then return 0 end
+redis.call('ZADD', KEYS[1], now_ms + ARGV[3], ARGV[1])
+return 1
+"""
+"""KEYS: swapping. ARGV: replica, how many may swap, milliseconds of a turn."""
+_log = logging.getLogger(__name__)
+
+
+class Turns:
+    """One replica's. `share` of all that live may swap at the same time, and one in any case."""
+
+    def __init__(self, client: redis.asyncio.Redis, keys: Keys, replica: str, share: float) -> None:
+        self._client = client
+        self._keys = keys
+        self._replica = replica
+        self._share = share
+        self._take = client.register_script(_TAKE)
+
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """From when it is this replica's turn."""
+        if self._share >= 1.0:
+            yield
+            return
+        num_live = len(await others(self._client, self._keys))
+        arguments = [self._replica, max(1, int(self._share * num_live)), int(TURN_S * 1000)]
+        deadline_s = time.monotonic() + TURN_S
+        while not await self._take(keys=[self._keys.swapping], args=arguments):
+            if time.monotonic() > deadline_s:
+                _log.warning("no turn to swap within %g s: swapping out of turn", TURN_S)
+                break
+            await asyncio.sleep(POLL_S)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(redis.RedisError):  # it expires
+                await self._client.zrem(self._keys.swapping, self._replica)

@@ -1,0 +1,186 @@
+"""Keeps the engine on the newest weight version: fetch, verify, swap, in that order, while generation goes on.
+
+A version is fetched and built in host memory while generation goes on; the pause is the swap alone. It is reported
+only after the engine has confirmed it. A replica whose swap fails says why and takes no work until a later attempt
+succeeds; nothing is swapped into an engine that is down, and an engine that has been away must confirm its version
+before it is used again.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+import redis
+import redis.asyncio
+
+from headrace.common.config import ModelConfig
+from headrace.common.metrics.swaps import SwapTotals
+from headrace.common.models.hub import download
+from headrace.common.redis.keys import Keys
+from headrace.common.weights.files import WeightsError
+from headrace.generation.engine.client import Engine, EngineError, SwapTimings
+from headrace.generation.engine.supervisor import EngineKeeper
+from headrace.generation.tickets.peers import others
+from headrace.generation.weights.downloads import Fetcher
+from headrace.generation.weights.local_weights import HostCopy
+from headrace.generation.weights.peer_api import Sharing
+from headrace.generation.weights.swap_slots import Turns
+from headrace.generation.weights.version_fetch import Arrival, Published, bring, newest_version
+
+LOOK_INTERVAL_S = 1.0
+HINT_GRACE_S = 0.3
+"""Who finds a version by himself waits so long for the learner's word on whom to ask for it."""
+MAX_ASKED = 3
+"""Replicas, by one that has not been told whom to ask."""
+_log = logging.getLogger(__name__)
+
+
+class WeightFollower:
+    """`version` is what the engine has confirmed, 0 before the first swap; its files are in `copy.folder`."""
+
+    def __init__(
+        self,
+        client: redis.asyncio.Redis,
+        keys: Keys,
+        copy: HostCopy,
+        fetcher: Fetcher,
+        turns: Turns,
+        on_swap: Callable[[SwapTimings, Arrival], Awaitable[None]],
+    ) -> None:
+        self.client = client
+        self.keys = keys
+        self.copy = copy
+        self.fetcher = fetcher
+        self.turns = turns
+        self.shared = Sharing(copy, fetcher)
+        self.totals = SwapTotals()
+        self.version = 0
+        self.problem = ""
+        self.confirmed_life = 0
+        """The life of the engine (`EngineKeeper.life`) that is known to serve `version`."""
+        self.shares_memory = False
+        """With the learner of the version that was taken last."""
+        self.awaited: list[int] = []
+        """The versions that callers of `at_least` wait for."""
+        self._on_swap = on_swap
+        self._hint = asyncio.Event()
+        self._hinted: tuple[int, list[str]] = (0, [])
+        """A version, and who can be asked for it."""
+        self._swapped = asyncio.Condition()
+
+    def engine_start(self) -> tuple[Path, int | None]:
+        """What an engine starts on: the verified version, or the base model before there is one."""
+        return self.copy.folder, self.version or None
+
+    def hint(self, version: int, sources: Sequence[str] = ()) -> None:
+        """There is a newer version; those are on their way to have it."""
+        if version > self._hinted[0]:
+            self._hinted = version, list(sources)
+        self._hint.set()
+
+    async def at_least(self, version: int, timeout_s: float) -> None:
+        """Raises `TimeoutError` if the version is not served in time."""
+        self.awaited.append(version)
+        try:
+            async with asyncio.timeout(timeout_s), self._swapped:
+                await self._swapped.wait_for(lambda: self.version >= version and not self.problem)
+        finally:
+            self.awaited.remove(version)
+
+    async def follow(self, keeper: EngineKeeper) -> None:
+        """Until cancelled. Skips to the newest; a failure is kept in `problem` and tried again."""
+        while True:
+            await keeper.serving.wait()
+            life = keeper.life
+            try:
+                await self._catch_up(keeper.engine, life)
+            except (WeightsError, EngineError, redis.RedisError, OSError) as error:
+                self.problem = str(error)
+                _log.error("weights: %s", self.problem)
+                if keeper.engine.is_unsure:
+                    keeper.condemn(life, "the engine may hold other weights than it says, after a swap that failed")
+                if isinstance(error, EngineError):
+                    await keeper.answers(life)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_INTERVAL_S):
+                    await self._hint.wait()
+            self._hint.clear()
+
+    async def close(self) -> None:
+        await self.fetcher.aclose()
+        self.copy.close()
+
+    async def _catch_up(self, engine: Engine, life: int) -> None:
+        """Returns when the engine, in this life of it, serves the newest version that there is."""
+        if life != self.confirmed_life and self.version and await engine.weight_version() != self.version:
+            await engine.swap(self.copy.folder, self.version)  # somebody else has started it again
+        self.confirmed_life = life
+        while (published := await self._published()) is not None and published.version > self.version:
+            await self._take(published, engine)
+        if engine.is_unsure:  # of somebody else's: an own one has been started again
+            if not self.version:
+                raise WeightsError("the engine may hold other weights than it says, and there is no version to give it")
+            await engine.swap(self.copy.folder, self.version)
+        await self._are_well()
+
+    async def _published(self) -> Published | None:
+        return await newest_version(self.client, self.keys.weights)
+
+    async def _take(self, published: Published, engine: Engine) -> None:
+        """Returns, too, if the version cannot be had because a newer one has taken its place."""
+        self.shares_memory = published.shares_memory_with(self.copy.root)
+        try:
+            arrival = await bring(self.copy, self.fetcher, published, await self._sources(published.version))
+        except WeightsError as error:
+            newest = await self._published()
+            if newest is None or newest.version <= published.version:
+                raise
+            _log.warning("%s; going on to version %d", error, newest.version)
+            return
+        try:
+            async with self.turns.turn():
+                timings = await engine.swap(self.copy.folder_of(published.version), published.version)
+        except BaseException:
+            self.copy.drop(published.version)
+            raise
+        self.copy.serve(arrival.held)
+        self.version = published.version
+        await self._are_well()
+        _log.info(
+            "serving: %d bytes in %.3f s, applied in %.3f s, paused %.3f s",
+            arrival.num_bytes, arrival.fetch_s, arrival.apply_s, timings.pause_s, extra={"version": self.version},
+        )  # fmt: skip
+        spent_s = {"pause": timings.pause_s, "load": timings.load_s, "confirm": timings.confirm_s}
+        self.totals.add(arrival.num_bytes, spent_s | {"fetch": arrival.fetch_s, "apply": arrival.apply_s})
+        await self._on_swap(timings, arrival)
+        await engine.let_generate(timings)
+
+    async def _sources(self, version: int) -> list[str]:
+        """Replicas to ask: whom the learner has named, else whoever serves the version."""
+        if self._hinted[0] < version:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(HINT_GRACE_S):
+                    await self._hint.wait()
+        if self._hinted[0] >= version:
+            return self._hinted[1]
+        serving = [one.url for one in await others(self.client, self.keys) if one.weight_version == version]
+        return random.sample(serving, min(len(serving), MAX_ASKED))
+
+    async def _are_well(self) -> None:
+        async with self._swapped:
+            self.problem = ""
+            self._swapped.notify_all()
+
+
+def local_model_folder(model: ModelConfig) -> Path:
+    """The folder itself, or where the hub's files are on this machine (downloaded if they are not yet). Raises
+    `ValueError` if the model there has no safetensors."""
+    if Path(model.path).is_dir():
+        return Path(model.path)
+    folder = download(model)
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"model.path {model.path!r}: expected weights as *.safetensors on the hub, found none")
+    return folder

@@ -1,0 +1,120 @@
+"""`headrace check`: says whether a recipe is right, what it comes to, and what it will need; starts nothing that stays.
+
+Guarantees: every setting stands on one line of its own with its value and source, under its full name, also in a
+pipe. What only this machine lacks (SGLang, a free port, a way to the hub, memory) is a note; what is wrong is raised.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from headrace.common.config import Recipe, RunConfig
+from headrace.common.preflight.recipe import NotHere, check_run, model_files
+from headrace.common.process.redaction import without_password
+from headrace.launcher.check.prompt_trial import Found
+from headrace.launcher.check.sections import SECTIONS, Facts, Section
+from headrace.launcher.check.trial import notes_of, try_task
+from headrace.launcher.estimates.model_size import Shape, shape_of
+
+VALUE_WIDTH = 36
+"""Longer values push their source to the right."""
+
+
+def check_recipe(recipe: Recipe, console: Console, as_json: bool) -> None:
+    """Prints the settings, notes and estimates. Raises `ValueError` with one line if the recipe cannot run anywhere."""
+    config = recipe.config
+    notes: list[str] = []
+    check_run(config, notes)
+    shape, problem = _shape(config)
+    found = _try(config, notes)
+    if problem:
+        suffix = "; its shape is unknown, so that estimates are left out"
+        notes = [f"{note}{suffix}" if note == problem else note for note in notes]
+        if not any(note.startswith(problem) for note in notes):
+            notes.append(f"no estimates: {problem}")
+    facts = Facts(config, found, shape, notes)
+    sections = [section for make in SECTIONS if (section := make(facts)) is not None]
+    if as_json:
+        print(json.dumps(_as_json(recipe, facts, sections), indent=2, ensure_ascii=False))
+        return
+    _print(console, settings_lines(recipe))
+    _print(console, (f"note: {note}" for note in notes))
+    _print(console, (line for section in sections if not section.is_estimate for line in _lines(section)))
+    if shape is not None:
+        _print(console, [f"estimates, for {shape.num_parameters:,} parameters"])
+    _print(console, (line for section in sections if section.is_estimate for line in _lines(section)))
+
+
+def _try(config: RunConfig, notes: list[str]) -> Found:
+    """The prompts and the reward; without the model, the task alone."""
+    try:
+        model_files(config.model.path, config.model.revision)
+        is_model_here = True
+    except NotHere:
+        is_model_here = False
+    try:
+        found = try_task(config, is_model_here)
+    except NotHere as problem:
+        notes.append(str(problem))
+        return Found()
+    notes += notes_of(found, config)
+    return found
+
+
+def _shape(config: RunConfig) -> tuple[Shape | None, str]:
+    """The model's; or none, and why."""
+    try:
+        return shape_of(config), ""
+    except ValueError as reason:
+        return None, str(reason)
+
+
+def _as_json(recipe: Recipe, facts: Facts, sections: Iterable[Section]) -> dict[str, Any]:
+    """`estimates`: bytes or seconds by title and by what; null where the model's shape is unknown."""
+    shown: dict[str, Any] = {"settings": {}, "notes": facts.notes, "estimates": None}
+    for name, source in recipe.sources.items():
+        value = json.loads(without_password(json.dumps(_value(recipe.config, name))))
+        shown["settings"][name] = {"value": value, "source": without_password(source)}
+    shown |= {section.title: section.value for section in sections if not section.is_estimate}
+    if facts.shape is not None:
+        estimates = {section.title: section.value for section in sections if section.is_estimate}
+        shown["estimates"] = {"parameters": facts.shape.num_parameters} | estimates
+    return shown
+
+
+def settings_lines(recipe: Recipe) -> Iterator[str]:
+    """`key value source` of every setting, an empty line after each section."""
+    names = list(recipe.sources)
+    width = max(len(name) for name in names)
+    sections: dict[str, list[str]] = {}
+    for name in names:
+        sections.setdefault(name.rpartition(".")[0].partition(".")[0], []).append(name)
+    for section in sections.values():
+        for name in section:
+            value = without_password(_shown(_value(recipe.config, name)))
+            yield f"{name:{width}}  {value:{VALUE_WIDTH}}  {without_password(recipe.sources[name])}"
+        yield ""
+
+
+def _value(config: RunConfig, name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) and value.isprintable() else json.dumps(value, ensure_ascii=False)
+
+
+def _lines(section: Section) -> Iterator[str]:
+    for index, line in enumerate(section.lines):
+        yield f"{section.title if index == 0 else '':8}  {line}"
+
+
+def _print(console: Console, lines: Iterable[str]) -> None:
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)

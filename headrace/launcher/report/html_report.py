@@ -1,0 +1,159 @@
+"""`headrace report`: one HTML file that says how a run went; it needs nothing beside itself, and starts no training.
+
+From the run's folder: metrics, configuration, summary, logs. Where its Redis runs, or left an append-only file, also
+the ledger's account and examples of what was written. All of it is anybody's text, and escaped.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import msgspec
+import redis
+
+from headrace.common.config import yaml_text
+from headrace.common.metrics.thresholds import are_exact
+from headrace.common.redis.keys import Keys
+from headrace.common.wire.group_samples import ShownGroup, ShownRollout
+from headrace.launcher.report import curves
+from headrace.launcher.report.report_data import Row, headline, incidents, panels, settings, spells
+from headrace.launcher.run.log_files import Wanted, log_files, read_logs
+from headrace.launcher.run.open_run import open_run
+from headrace.launcher.run.processes import REDIS_URL_VARIABLE, look_up
+from headrace.launcher.terminal.render import duration, spans
+
+REPORT_FILE = "report.html"
+AUDIT_TIMEOUT_S = 300.0
+WANTED_EXAMPLES = {"trained": 4, "uniform": 2, "stale": 1, "evaluated": 2}
+MAX_ROLLOUTS, MAX_TOKENS = 4, 600
+"""Of an example."""
+GAPS = (0.01, 0.05, 0.2, 1.0)
+"""Between learner and engine, of a token's log-probability: the classes g1 to g4 of the page."""
+
+
+class Token(NamedTuple):
+    text: str
+    level: int
+    title: str
+
+
+class Held(NamedTuple):
+    """What only Redis knows."""
+
+    audit: dict[str, Any] | None = None
+    groups: Sequence[ShownGroup] = ()
+    problem: str = ""
+
+
+def write_report(run: str, runs_folder: Path, output: Path | None, redis_url: str | None) -> Path:
+    """Returns the file. Raises `ValueError` if there is no such run."""
+    Keys(run)  # a name that is no folder's
+    folder = runs_folder / run
+    rows = _rows(folder / "metrics.jsonl")
+    if not folder.is_dir() or not (rows or (folder / "config.yaml").exists()):
+        raise ValueError(f"run {run!r}: there is nothing to report in {folder}")
+    config = _read(folder / "config.yaml", yaml_text.load) or {}
+    held = _held(run, runs_folder, redis_url)
+    path = output or folder / REPORT_FILE
+    path.write_text(render(run, rows, config, _read(folder / "summary.json", json.loads), held, folder / "logs"))
+    return path
+
+
+def render(run: str, rows: Sequence[Row], config: Row, summary: Row | None, held: Held, logs: Path) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"clock": _clock, "duration": duration, "spans": spans, "readable": curves.readable}
+    told, num_left_out = incidents(read_logs(logs, Wanted(level="WARNING")) if log_files(logs) else [])
+    dtype = (config.get("model") or {}).get("dtype")
+    engine = (config.get("generation") or {}).get("engine") or {}
+    is_exact = are_exact(dtype, engine.get("swap_mode"))
+    return environment.get_template("report.html.jinja").render(
+        run=run,
+        now=datetime.now(UTC).timestamp(),
+        headline=headline(rows, (config.get("learner") or {}).get("steps"), summary),
+        is_complete=summary is not None,
+        panels=[(panel, curves.draw(panel.series, panel.is_share)) for panel in panels(rows)],
+        evaluations=[row for row in rows if row.get("kind") == "evaluation"],
+        spells=spells(rows, is_exact),
+        incidents=told,
+        num_left_out=num_left_out,
+        settings=settings(config),
+        held=held,
+        examples=[(group, [(one, _tokens(one)) for one in group.rollouts[:MAX_ROLLOUTS]]) for group in held.groups],
+    )
+
+
+def _held(run: str, runs_folder: Path, redis_url: str | None) -> Held:
+    try:
+        with open_run(run, runs_folder, redis_url) as opened:
+            return Held(_audit(run, runs_folder, opened.url), _examples(opened.url, Keys(run)))
+    except (ValueError, redis.RedisError) as error:
+        return Held(problem=str(error))
+
+
+def _audit(run: str, runs_folder: Path, url: str) -> dict[str, Any] | None:
+    place = ["--run", run, "--runs-folder", str(runs_folder), "--json"]
+    command = [sys.executable, "-m", "headrace.learner.commands.audit", *place]
+    with suppress(subprocess.TimeoutExpired, ValueError):
+        environment = os.environ | {REDIS_URL_VARIABLE: url}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=AUDIT_TIMEOUT_S)
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+    return None
+
+
+def _examples(url: str, keys: Keys) -> list[ShownGroup]:
+    """The newest of each state; of the trained those in which completions differ."""
+    left = dict(WANTED_EXAMPLES)
+    found = []
+    with look_up(url, 10.0) as client:
+        rows: Any = client.xrevrange(keys.shown)
+    for _, fields in rows:
+        with suppress(msgspec.MsgspecError):
+            group = msgspec.json.decode(fields.get(b"group", b""), type=ShownGroup)
+            if left.get(group.state, 0) > 0:
+                left[group.state] -= 1
+                found.append(group)
+    return sorted(found, key=lambda group: (list(WANTED_EXAMPLES).index(group.state), -group.step))
+
+
+def _tokens(rollout: ShownRollout) -> list[Token]:
+    learner = rollout.proximal_logprobs or rollout.behaviour_logprobs
+    parts = zip(rollout.tokens, rollout.versions, learner, rollout.behaviour_logprobs, strict=False)
+    return [
+        Token(
+            text,
+            sum(abs(proximal - behaviour) > gap for gap in GAPS),
+            f"version {version}, engine {behaviour:.3f}, learner {proximal:.3f}",
+        )
+        for text, version, proximal, behaviour in list(parts)[:MAX_TOKENS]
+    ]
+
+
+def _rows(path: Path) -> list[Row]:
+    """Whole rows only: a killed writer may have left half a line."""
+    rows: list[Row] = []
+    if path.exists():
+        for line in path.read_text(errors="replace").splitlines():
+            with suppress(ValueError):
+                rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
+
+
+def _read(path: Path, parse: Callable[[str], Any]) -> Row | None:
+    with suppress(OSError, ValueError):
+        found = parse(path.read_text())
+        return found if isinstance(found, dict) else None
+    return None
+
+
+def _clock(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S")

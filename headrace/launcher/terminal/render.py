@@ -1,0 +1,201 @@
+"""What control says of a run, as people read it in a terminal: pure, from its answers to what rich prints."""
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from headrace.common.process.redaction import clean
+
+Answer = dict[str, Any]
+
+COLOURS = {"healthy": "green", "waiting": "cyan", "warning": "yellow", "failed": "bold red", "ended": "blue"}
+GAPS = ((0.01, ""), (0.05, "on grey19"), (0.2, "black on yellow"), (1.0, "black on dark_orange"), (9e9, "white on red"))
+"""|log-probability of the learner - of the engine| of a token, up to: its colour."""
+MINUTE_S, HOUR_S = 60, 3600
+
+
+def verdict_line(status: Answer) -> Text:
+    verdict = status["verdict"]
+    since = f" (for {duration(status['at'] - verdict['since_at'])})" if verdict["level"] != "ended" else ""
+    text = Text.assemble((f"{status['run']}: {verdict['text']}", COLOURS.get(verdict["level"], "")), (since, "dim"))
+    return text.append(f"\n  → {verdict['advice']}") if verdict["advice"] else text
+
+
+def status_lines(status: Answer) -> Text:
+    """The verdict first."""
+    held_out, replicas, queues = status["held_out"], status["replicas"], status["queues"]
+    staleness, rates, counts = status["staleness"], status["rates"], status["counts"]
+    left = f", about {duration(status['remaining_s'])} left" if status["remaining_s"] is not None else ""
+    ordered = f"{replicas['desired']} ordered" if replicas["desired"] is not None else "no number ordered"
+    best = ", the best so far" if held_out and held_out["is_best"] else ""
+    rows = {
+        "step": f"{status['step']} of {status['steps']}, version {status['version']}, {_phase(status)}",
+        "time": f"{duration(status['wall_s'])}{left}",
+        "reward": f"{number(status['reward_mean'], 3)}, staleness {number(staleness['mean'])} mean, "
+        f"{number(staleness['max'], 0)} max",
+        "held-out": f"{number(held_out['held_out'], 3)} after step {held_out['step']}{best}" if held_out else "–",
+        "rates": f"{number(rates['generated_tokens_per_s'], 0)} tokens/s generated, "
+        f"{number(rates['trained_tokens_per_s'], 0)} trained, {number(rates['steps_per_hour'], 0)} steps/hour",
+        "waiting": f"learner {share(rates['learner_waiting_share'])}, "
+        f"replicas {share(rates['replicas_waiting_share'])}",
+        "queues": f"{queues['open_tickets']} tickets open ({queues['leased_tickets']} leased), {queues['groups']} "
+        f"groups, {queues['evaluation_tickets']} of an evaluation, {queues['dead']} dead",
+        "groups": ", ".join(f"{counts[name]} {name}" for name in ("trained", "uniform", "stale", "evaluated", "dead")),
+        "replicas": f"{replicas['running']} of {replicas['live']} running, {ordered}, {replicas['advised'] or '?'} "
+        f"advised{': ' if replicas['advice'] else ''}{replicas['advice']}",
+    }
+    rows |= {f"{wait['who']} waits": wait["detail"] for wait in status["waits"]}
+    text = verdict_line(status)
+    for check in status["checks"]:
+        if check["level"] not in ("healthy", "ended") and check["text"] != status["verdict"]["text"]:
+            text.append(f"\n  {check['name']}: {check['text']}", COLOURS.get(check["level"], ""))
+    for name, value in rows.items():
+        text.append(f"\n{name:9} ", "dim").append(value)
+    return text
+
+
+def replicas_table(answer: Answer) -> Table:
+    columns = (
+        "replica",
+        "state",
+        "version",
+        "behind",
+        "in flight",
+        "committed",
+        "tokens/s",
+        "idle",
+        "pause p50",
+        "p95",
+    )
+    rows = [
+        (
+            one["id"],
+            Text(f"{one['state']} {one['reason']}".rstrip(), "" if one["state"] == "running" else "yellow"),
+            str(one["weight_version"]),
+            str(one["versions_behind"]),
+            str(one["groups_in_flight"]),
+            str(one["groups_committed"]),
+            number(one["tokens_per_s"], 0),
+            share(one["waiting_share"]),
+            f"{number(one['pauses']['p50_ms'], 0)} ms",
+            f"{number(one['pauses']['p95_ms'], 0)} ms",
+        )
+        for one in answer["replicas"]
+    ]
+    return table(columns, rows)
+
+
+def groups_table(answer: Answer) -> Table:
+    columns = ("ticket", "kind", "state", "step", "stale", "replica", "reward", "tokens", "prompt")
+    rows = [
+        (
+            one["id"],
+            one["kind"],
+            one["state"],
+            str(one["step"]),
+            "–" if one["staleness"] is None else str(one["staleness"]),
+            one["replica"],
+            number(sum(one["rewards"]) / max(1, len(one["rewards"]))),
+            str(one["num_tokens"]),
+            Text(clean(one["prompt"]).replace("\n", " "), overflow="ellipsis", no_wrap=True),
+        )
+        for one in answer["groups"]
+    ]
+    return table(columns, rows)
+
+
+def evaluations_table(evaluations: Sequence[Answer]) -> Table:
+    ks = sorted({k for one in evaluations for k in one["pass_at"]} - {"1"}, key=int)
+    columns = ("step", "version", "pass@1", *(f"pass@{k}" for k in ks), "completions", "dead", "at", "")
+    rows = [
+        (
+            str(one["step"]),
+            "–" if one["version"] is None else str(one["version"]),
+            number(one["held_out"], 3),
+            *(number(one["pass_at"].get(k), 3) for k in ks),
+            str(one["num_completions"]),
+            str(one["num_dead"]),
+            clock(one["at"]),
+            "best" if one["is_best"] else "",
+        )
+        for one in evaluations
+    ]
+    return table(columns, rows)
+
+
+def group_text(group: Answer) -> Text:
+    """Prompt and completions; a token is the darker the more learner and engine disagree about it."""
+    text = Text(f"ticket {group['id']}, {group['kind']}, {group['state']} at step {group['step']}")
+    text.append(f", asked for at step {group['issued_step']}, answered by {clean(group['replica'])}")
+    if group["staleness"] is not None:
+        text.append(f", {group['staleness']} steps stale")
+    for message in group["messages"]:
+        text.append(f"\n{clean(message.get('role', '?'))}: ", "bold").append(clean(message.get("content", "")))
+    for place, rollout in enumerate(group["rollouts"], start=1):
+        text.append(f"\n{place}. reward {number(rollout['reward'])}", "bold")
+        if rollout["advantage"] is not None:
+            text.append(f", advantage {rollout['advantage']:+.2f}")
+        text.append(f", versions {spans(rollout['versions'])}, {len(rollout['versions'])} tokens")
+        text.append(", cut off" if rollout["finish_reason"] == "length" else "").append("\n   ")
+        text.append_text(_tokens(rollout))
+    if group["num_left_out"]:
+        text.append(f"\n{group['num_left_out']} more completions were left out", "dim")
+    return text
+
+
+def _tokens(rollout: Answer) -> Text:
+    text = Text()
+    proximal = rollout["proximal_logprobs"] or rollout["behaviour_logprobs"]
+    for token, learner, engine in zip(rollout["tokens"], proximal, rollout["behaviour_logprobs"], strict=False):
+        gap = abs(learner - engine)
+        text.append(clean(token).replace("\n", "\n   "), next((style for most, style in GAPS if gap <= most), ""))
+    return text
+
+
+def spans(versions: Sequence[int]) -> str:
+    """Such as `12 (5 tokens), 13 (8)`."""
+    counted = [(version, versions.count(version)) for version in dict.fromkeys(versions)]
+    if len(counted) == 1:
+        return str(counted[0][0])
+    return ", ".join(f"{version} ({count}{' tokens' if i == 0 else ''})" for i, (version, count) in enumerate(counted))
+
+
+def table(columns: Iterable[str], rows: Iterable[Sequence[str | Text]]) -> Table:
+    made = Table(box=None, header_style="dim", pad_edge=False)
+    for column in columns:
+        made.add_column(column)
+    for row in rows:
+        made.add_row(*(cell if isinstance(cell, Text) else Text(clean(cell)) for cell in row))
+    return made
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
+
+
+def clock(at: float) -> str:
+    return datetime.fromtimestamp(at).strftime("%m-%d %H:%M:%S")
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    if seconds < 2 * MINUTE_S:
+        return f"{max(0, seconds):.0f} s"
+    if seconds < 2 * HOUR_S:
+        return f"{seconds / MINUTE_S:.0f} min"
+    return f"{seconds / HOUR_S:.1f} h"
+
+
+def _phase(status: Answer) -> str:
+    ordered = [word for word, is_so in (("paused", status["is_paused"]), ("stopping", status["is_stopping"])) if is_so]
+    asked = [word for word in ordered if word != status["phase"]]
+    told = f" (asked: {', '.join(asked)})" if asked else ""
+    return f"{status['phase']}{told}" + (f": {status['reason']}" if status["reason"] else "")

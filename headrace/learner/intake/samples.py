@@ -1,0 +1,141 @@
+"""A sample of decided groups, written down for people to read (headrace/common/wire/group_samples.py).
+
+Bounded: the first few of each state in every step, and of every evaluation. The tokens of a completion, joined, read as
+its text: a token that ends in the middle of a character shows nothing, the one that completes it shows the character.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from headrace.common.wire import DecidedState, Group, Rollout
+from headrace.common.wire.group_samples import MAX_SHOWN_BYTES, ShownGroup, ShownRollout
+
+MAX_SAMPLED = {"trained": 4, "uniform": 1, "stale": 1, "evaluated": 8}
+LONGEST_CHARACTER_TOKENS = 4
+"""Of UTF-8, which has at most so many bytes."""
+_HALF = "\N{REPLACEMENT CHARACTER}"
+
+
+class Decided(NamedTuple):
+    group: Group
+    state: DecidedState
+    step: int
+    staleness: int | None
+    decided_s: float
+
+
+class TrainedRollout(NamedTuple):
+    """What the trainer knows of a rollout of its latest step."""
+
+    advantage: float
+    proximal_logprobs: np.ndarray
+
+
+class DecidedSample:
+    """Not for use by two threads without a lock around it."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Decided] = []
+        self._taken: Counter[str] = Counter()
+
+    def add(self, group: Group, state: DecidedState, step: int, staleness: int | None) -> None:
+        if self._taken[state] < MAX_SAMPLED[state]:
+            self._taken[state] += 1
+            self._waiting.append(Decided(group, state, step, staleness, time.time()))
+
+    def begin(self, *states: DecidedState) -> None:
+        """A step, or an evaluation: some of these states are wanted again."""
+        for state in states:
+            self._taken[state] = 0
+
+    def take(self) -> list[Decided]:
+        waiting, self._waiting = self._waiting, []
+        return waiting
+
+
+class TokenTexts:
+    """What each token of a completion reads as, by the tokenizer of a model."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._alone: dict[int, str] = {}
+
+    def __call__(self, tokens: Sequence[int]) -> list[str]:
+        texts = [self._text_alone(token) for token in tokens]
+        return texts if "".join(texts) == self._decode(tokens) else self._in_context(tokens)
+
+    def _text_alone(self, token: int) -> str:
+        if token not in self._alone:
+            self._alone[token] = self._decode([token])
+        return self._alone[token]
+
+    def _in_context(self, tokens: Sequence[int]) -> list[str]:
+        """Each as what it adds to the token before it."""
+        texts = []
+        first = shown = 0
+        for end in range(1, len(tokens) + 1):
+            before, text = self._decode(tokens[first:shown]), self._decode(tokens[first:end])
+            if text.endswith(_HALF) and end < len(tokens) and end - shown < LONGEST_CHARACTER_TOKENS:
+                texts.append("")
+                continue
+            texts.append(text[len(before) :])
+            first, shown = shown, end
+        return texts
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+
+def shown_group(decided: Decided, trained: Sequence[TrainedRollout | None], texts: TokenTexts) -> ShownGroup:
+    """`trained`: of each rollout, or empty. Completions that would make it too large are left out, from the last."""
+    group, state, step, staleness, decided_s = decided
+    ticket, timings = group.ticket, group.timings
+    rollouts = []
+    num_bytes = len(msgspec.json.encode(ticket.messages))
+    for index, rollout in enumerate(group.rollouts):
+        shown = _shown_rollout(rollout, trained[index] if trained else None, texts)
+        num_bytes += len(msgspec.json.encode(shown))
+        if num_bytes > MAX_SHOWN_BYTES - 4096:  # what stands beside the prompt and the rollouts
+            break
+        rollouts.append(shown)
+    return ShownGroup(
+        id=ticket.id,
+        kind=ticket.kind,
+        state=state,
+        step=step,
+        issued_step=ticket.issued_step,
+        staleness=staleness,
+        replica=group.replica,
+        prompt=ticket.messages,
+        rollouts=rollouts,
+        leased_s=timings.leased_s,
+        sampled_s=timings.sampled_s,
+        scored_s=timings.scored_s,
+        decided_s=decided_s,
+        num_left_out=len(group.rollouts) - len(rollouts),
+    )
+
+
+def _shown_rollout(rollout: Rollout, trained: TrainedRollout | None, texts: TokenTexts) -> ShownRollout:
+    is_trained = zip(texts(rollout.tokens.tolist()), rollout.loss_mask, strict=True)
+    return ShownRollout(
+        text=rollout.text,
+        reward=rollout.reward,
+        advantage=None if trained is None else round(trained.advantage, 4),
+        finish_reason=rollout.finish_reason,
+        tokens=[text for text, mask in is_trained if mask],
+        versions=[span.version for span in rollout.version_spans for _ in range(span.start, span.end)],
+        behaviour_logprobs=_rounded(rollout.behaviour_logprobs),
+        proximal_logprobs=None if trained is None else _rounded(trained.proximal_logprobs),
+    )
+
+
+def _rounded(logprobs: np.ndarray) -> list[float]:
+    found: list[float] = np.round(logprobs.astype(np.float64), 4).tolist()
+    return found

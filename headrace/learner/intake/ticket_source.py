@@ -1,0 +1,235 @@
+"""Tickets from a task's prompts: rendered by the model's chat template, tokenized, numbered by the data cursor.
+
+Ticket ids name the data: `epoch-place` for training, with `.n` behind it for the n-th replacement of a stale group,
+and `eval-version-place` for evaluation. The same id is never issued twice, whatever restarts; and since a task gives
+the same prompts for the same epoch, a ticket can be made again from its id alone. A place of the data that makes no
+ticket is passed, and marked: `dead`, with the reason, or `skipped`, where a prompt is too long for the engine.
+"""
+
+import itertools
+import logging
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from headrace.common.config import RunConfig
+from headrace.common.models.chat import Chat, PromptError
+from headrace.common.models.context_length import fits
+from headrace.common.tasks import BadRow, Prompt, Task
+from headrace.common.wire import MIN_TEMPERATURE, Sampling, Ticket
+from headrace.common.wire.ledger import TicketName, parse_name
+from headrace.learner.intake.data_fingerprint import Fingerprint
+from headrace.learner.intake.group_source import Issued
+from headrace.learner.store.store import Cursor, LearnerStore, Passed
+
+GREEDY = MIN_TEMPERATURE
+"""At this temperature the likeliest token is sampled, or any that is within about 1e-5 nats of it. SGLang's own greedy
+mode would send the other completions of the batch through its top-k sampler."""
+MAX_PASSED = 256
+"""Places in one call of `issue`; the next call goes on behind them."""
+_log = logging.getLogger(__name__)
+
+
+class TooLong(ValueError):
+    """A prompt that the engine would refuse: it and the longest completion exceed the context."""
+
+
+class _Data(NamedTuple):
+    """The next of the data, whatever it is."""
+
+    name: TicketName
+    prompt: Prompt | BadRow
+
+
+class TicketSource:
+    """Raises `ValueError` if the task has no prompts, or a whole epoch of them makes no ticket."""
+
+    is_recording = False
+    is_exhausted = False
+
+    def __init__(
+        self,
+        config: RunConfig,
+        task: Task,
+        chat: Chat,
+        stop_token_ids: list[int],
+        cursor: Cursor,
+        max_sequence_tokens: int | None = None,
+        data: Fingerprint | None = None,
+    ) -> None:
+        """`max_sequence_tokens`: of a prompt with its completion, as the engine takes it. `data`: what the cursor is
+        a place of."""
+        self.task = task
+        self.chat = chat
+        self.stop_token_ids = stop_token_ids
+        self.max_sequence_tokens = max_sequence_tokens
+        self.data = data
+        self.configure(config)
+        self.cursor = cursor
+        self._prompts = self._from(cursor)
+        self._again: deque[Ticket] = deque()
+        self._gone: list[Passed] = []
+        """Were to be issued again and cannot be."""
+        self._has_issued = cursor.place > 0
+        """Anything of this epoch, as far as is known."""
+
+    def configure(self, config: RunConfig) -> None:
+        self.config = config
+        sampling = config.sampling
+        self.sampling = Sampling(sampling.temperature, sampling.max_new_tokens, self.stop_token_ids, sampling.stop)
+
+    def issue(self, store: LearnerStore, count: int, step: int, version: int) -> Issued:
+        """Adds `count` tickets, those to be issued again first; fewer where many places of the data are passed."""
+        again = [self._again.popleft() for _ in range(min(count, len(self._again)))]
+        gone, self._gone = self._gone, []
+        now = {"min_weight_version": version, "issued_step": step, "sampling": self.sampling}
+        tickets = [msgspec.structs.replace(ticket, **now) for ticket in again]
+        new, passed = self._draw(count - len(again), step, version)
+        store.add_tickets(store.keys.tickets, [*tickets, *new], self.cursor, [*gone, *passed])
+        return Issued([ticket.id for ticket in (*tickets, *new)], [*gone, *passed])
+
+    def replace_stale(self, ticket: Ticket) -> None:
+        """The same prompt once more, in place of a stale group; what replaced one already is not replaced again."""
+        if ticket.reissues == 0:
+            name = str(parse_name(ticket.id)._replace(reissue=1))
+            self._again.append(
+                msgspec.structs.replace(ticket, id=name, reissues=1, attempts=0, avoid=[], interruptions=0)
+            )
+
+    def issue_again(self, ticket_ids: Sequence[str]) -> None:
+        """Tickets that Redis has lost, or that were still to be issued. Of which the data are gone is dead."""
+        for found in self._find(ticket_ids, 0, 0).values():
+            if isinstance(found, Ticket):
+                self._again.append(found)
+            else:
+                self._gone.append(found)
+
+    def to_issue(self) -> list[str]:
+        return [*(ticket.id for ticket in self._again), *(one.ticket_id for one in self._gone)]
+
+    def next_train(self, count: int, step: int, version: int) -> list[Ticket]:
+        """The next tickets of the data, `count` unless many are passed; moves the cursor, across epochs."""
+        return self._draw(count, step, version)[0]
+
+    def rebuild(self, ticket_ids: Sequence[str], step: int, version: int) -> list[Ticket]:
+        """Training tickets from their ids. Raises `ValueError` naming one that the data do not have."""
+        tickets = []
+        for found in self._find(ticket_ids, step, version).values():
+            if not isinstance(found, Ticket):
+                raise ValueError(f"ticket {found.ticket_id}: {found.reason}")
+            tickets.append(found)
+        return tickets
+
+    def evaluation(self, step: int, version: int) -> list[Ticket]:
+        """The held-out prompts of the evaluation after `step`; those that make no ticket are left out."""
+        settings = self.config.evaluation
+        prompts = self.task.prompts("held_out", seed=self.config.seed, epoch=0)
+        sampling = self.sampling
+        if settings.temperature is not None:
+            sampling = msgspec.structs.replace(sampling, temperature=max(settings.temperature, GREEDY))
+        tickets, problem = [], ""
+        for place, prompt in enumerate(itertools.islice(prompts, settings.num_prompts)):
+            name = f"eval-{version}-{place}"
+            try:
+                ticket = self._ticket(prompt, name, "eval", settings.num_samples, step, version)
+            except (PromptError, TooLong) as error:
+                problem = f"; held-out prompt {place}: {error}"
+                _log.warning("held-out prompt %d is left out: %s", place, error, extra={"ticket": name})
+            else:
+                tickets.append(msgspec.structs.replace(ticket, sampling=sampling))
+        if not tickets:
+            raise ValueError(f"task {self.config.task.name!r} has no held-out prompts{problem}")
+        return tickets
+
+    def _draw(self, count: int, step: int, version: int) -> tuple[list[Ticket], list[Passed]]:
+        tickets: list[Ticket] = []
+        passed: list[Passed] = []
+        while len(tickets) < count and len(passed) < MAX_PASSED:
+            name, prompt = self._next(passed)
+            try:
+                tickets.append(self._train(prompt, name, step, version))
+                self._has_issued = True
+            except TooLong as error:
+                passed.append(Passed(str(name), "skipped", str(error)))
+            except PromptError as error:
+                passed.append(Passed(str(name), "dead", f"prompt {name.place} of epoch {name.epoch}: {error}"))
+        return tickets, passed
+
+    def _next(self, passed: Sequence[Passed]) -> _Data:
+        try:
+            prompt = next(self._prompts, None)
+        except Exception as error:
+            where = f"prompt {self.cursor.place} of epoch {self.cursor.epoch}"
+            raise ValueError(f"task {self.config.task.name!r}, {where}: {type(error).__name__}: {error}") from error
+        if prompt is None:
+            self._begin_next_epoch(passed)
+            return self._next(passed)
+        epoch, place = self.cursor
+        self.cursor = Cursor(epoch, place + 1)
+        return _Data(TicketName("train", epoch, place), prompt)
+
+    def _begin_next_epoch(self, passed: Sequence[Passed]) -> None:
+        """Raises `ValueError` where that would go on for ever."""
+        task, (epoch, place) = self.config.task.name, self.cursor
+        if place == 0:
+            raise ValueError(f"task {task!r} has no training prompts")
+        if not self._has_issued:
+            last = f"; the last: {passed[-1].reason}" if passed else ""
+            raise ValueError(f"task {task!r}: none of the {place} training prompts of epoch {epoch} can be used{last}")
+        self.cursor = Cursor(epoch + 1, 0)
+        self._has_issued = False
+        self._prompts = self._from(self.cursor)
+
+    def _find(self, ticket_ids: Sequence[str], step: int, version: int) -> dict[str, Ticket | Passed]:
+        """Training tickets from their ids, or why there is none, in the order of `ticket_ids`."""
+        by_epoch: dict[int, list[TicketName]] = defaultdict(list)
+        for ticket_id in ticket_ids:
+            name = parse_name(ticket_id)
+            if name.kind != "train":
+                raise ValueError(f"ticket {ticket_id}: expected a training ticket; its evaluation is over")
+            by_epoch[name.epoch].append(name)
+        tickets: dict[str, Ticket | Passed] = {}
+        for epoch, names in by_epoch.items():
+            wanted = {name.place for name in names}
+            prompts = itertools.islice(self._from(Cursor(epoch, 0)), max(wanted) + 1)
+            found = {place: prompt for place, prompt in enumerate(prompts) if place in wanted}
+            tickets |= {str(name): self._again_of(name, found.get(name.place), step, version) for name in names}
+        return {ticket_id: tickets[ticket_id] for ticket_id in ticket_ids}
+
+    def _again_of(self, name: TicketName, prompt: Prompt | BadRow | None, step: int, version: int) -> Ticket | Passed:
+        problem = f"epoch {name.epoch} of the data has no such prompt"
+        if self.data is not None and name.epoch < self.data.first_epoch:
+            problem = f"the data of epoch {name.epoch} are gone: the run has others since epoch {self.data.first_epoch}"
+        elif prompt is not None:
+            try:
+                return self._train(prompt, name, step, version)
+            except (PromptError, TooLong) as error:
+                problem = str(error)
+        return Passed(str(name), "dead", problem)
+
+    def _from(self, cursor: Cursor) -> Iterator[Prompt | BadRow]:
+        prompts = self.task.prompts("train", seed=self.config.seed, epoch=cursor.epoch)
+        return itertools.islice(prompts, cursor.place, None)
+
+    def _train(self, prompt: Prompt | BadRow, name: TicketName, step: int, version: int) -> Ticket:
+        ticket = self._ticket(prompt, str(name), "train", self.config.actor.group_size, step, version)
+        return msgspec.structs.replace(ticket, reissues=name.reissue)
+
+    def _ticket(self, prompt: Prompt | BadRow, name: str, kind: Any, count: int, step: int, version: int) -> Ticket:
+        if isinstance(prompt, BadRow):
+            raise PromptError(prompt.reason)
+        ticket = self.chat.ticket(
+            prompt,
+            id=name,
+            kind=kind,
+            num_completions=count,
+            sampling=self.sampling,
+            min_weight_version=version,
+            issued_step=step,
+        )
+        limit, longest, length = self.max_sequence_tokens, self.sampling.max_new_tokens, len(ticket.prompt_tokens)
+        if limit is not None and not fits(length, longest, limit):
+            raise TooLong(f"{length} tokens and {longest} new ones do not fit the context of {limit}")
+        return ticket

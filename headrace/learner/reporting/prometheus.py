@@ -1,0 +1,73 @@
+"""What the learner's `/metrics` says: all that `/status` says, and what its parts know beside it.
+
+Read at each scrape from memory (and the sizes of two files), so that no scrape waits for Redis, torch or the loop.
+Counters count from the start of this process; what stands for the whole run is a gauge.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from headrace.common.metrics.families import Families
+from headrace.common.metrics.replicas import add_learner_waits, add_replica_states
+from headrace.common.metrics.run import GroupTotals, add_files, add_orders, add_position, add_queues
+from headrace.common.metrics.steps import StepTotals, add_latest_evaluation, add_latest_step
+from headrace.common.weights.files import DELTA_FILE, MODEL_FILE
+from headrace.learner.intake.intake import Intake
+from headrace.learner.weights.publisher import Versions
+
+
+class Exported:
+    """Call it at each scrape."""
+
+    def __init__(
+        self,
+        status: Callable[[], dict[str, Any]],
+        rows: Sequence[Mapping[str, Any]],
+        intake: Intake,
+        versions: Versions,
+    ) -> None:
+        """`rows` grows by one a step and one an evaluation; what is in it now is of earlier lives."""
+        self._status = status
+        self._rows = rows
+        self._intake = intake
+        self._versions = versions
+        self._groups = GroupTotals(intake.books.counts)
+        self._steps = StepTotals()
+        self._num_seen = len(rows)
+
+    def __call__(self) -> Families:
+        status, sight, books = self._status(), self._intake.sight, self._intake.books
+        families, latest = Families(run=status["run"]), status["latest"]
+        add_position(families, **{name: status[name] for name in ("phase", "step", "steps", "version", "epoch")})
+        add_learner_waits(families, {wait["reason"]: wait["for_s"] for wait in status["waits"]})
+        add_orders(
+            families,
+            desired=status["desired_replicas"],
+            advised=status["advised_replicas"],
+            settings_version=status.get("settings_version"),
+        )
+        add_latest_step(families, latest.get("step", {}))
+        add_latest_evaluation(families, latest.get("evaluation", {}))
+        self._add_new_rows()
+        self._steps.collect(families)
+        self._groups.collect(families, status["counts"])
+        add_queues(families, open_tickets=sight.open_tickets, groups=sight.in_stream)
+        families.gauge("headrace_held_bytes", "Of groups that only the next checkpoint will record.", books.held_bytes)
+        add_replica_states(families, sight.replicas)
+        add_files(families, latest.get("checkpoint", {}), self._version_bytes())
+        return families
+
+    def _add_new_rows(self) -> None:
+        while self._num_seen < len(self._rows):
+            self._steps.add(self._rows[self._num_seen])
+            self._num_seen += 1
+
+    def _version_bytes(self) -> dict[str, int]:
+        """Of the newest version; it may be deleted at any time."""
+        found = {}
+        for kind, name in (("delta", DELTA_FILE), ("model", MODEL_FILE)):
+            with suppress(OSError):
+                if path := self._versions.file_of(self._versions.current, name):
+                    found[kind] = path.stat().st_size
+        return found

@@ -1,0 +1,70 @@
+"""No more than a share of the replicas swaps at the same time, and nobody waits for ever."""
+
+import asyncio
+import time
+
+import pytest
+import redis
+
+from headrace.common.redis.client import connect_async
+from headrace.common.redis.keys import Keys
+from headrace.common.wire import Heartbeat, encode
+from headrace.generation.weights import swap_slots as turns
+from headrace.generation.weights.swap_slots import Turns
+
+CASES = [(0.5, 8, 4), (0.3, 8, 2), (0.01, 8, 1), (0.5, 0, 1), (1.0, 8, 8)]
+
+
+def live(client: redis.Redis, keys: Keys, count: int) -> None:
+    for index in range(count):
+        beat = Heartbeat(f"r{index}", "http://h:1", "running", "", 1, 0, 0, 0, 0.0, 1.0)
+        client.set(keys.replica(f"r{index}"), encode(beat))
+
+
+@pytest.mark.parametrize(("share", "num_live", "most"), CASES)
+def test_at_most_a_share_swaps_at_the_same_time(
+    redis_url: str, client: redis.Redis, keys: Keys, share: float, num_live: int, most: int
+) -> None:
+    """Each holds on until as many as may have come together, or nobody else is left."""
+    live(client, keys, num_live)
+    swapping: set[int] = set()
+    seen: list[int] = []
+    full = asyncio.Event()
+
+    async def swap(client: redis.asyncio.Redis, index: int) -> None:
+        async with Turns(client, keys, f"r{index}", share).turn():
+            swapping.add(index)
+            seen.append(len(swapping))
+            if len(swapping) >= most:
+                full.set()
+            await full.wait()
+            await asyncio.sleep(0)
+            swapping.discard(index)
+
+    async def scenario() -> None:
+        client = connect_async(redis_url)
+        async with asyncio.timeout(20.0):
+            await asyncio.gather(*(swap(client, index) for index in range(8)))
+        await client.aclose()
+
+    asyncio.run(scenario())
+    assert len(seen) == 8 and max(seen) == most
+    assert client.zcard(keys.swapping) == 0
+
+
+def test_who_dies_in_his_turn_does_not_hold_up_the_others_for_long(
+    redis_url: str, client: redis.Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "TURN_S", 0.3)
+    seconds, microseconds = client.time()
+    client.zadd(keys.swapping, {"dead": seconds * 1000 + microseconds // 1000 + 300})
+
+    async def scenario() -> None:
+        client = connect_async(redis_url)
+        async with Turns(client, keys, "a", 0.5).turn():
+            pass
+        await client.aclose()
+
+    began_s = time.monotonic()
+    asyncio.run(scenario())
+    assert 0.2 < time.monotonic() - began_s < 5.0

@@ -1,0 +1,147 @@
+"""A run is taken up with the data that it began with, or refused with what differs; others begin an epoch of theirs."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import redis
+
+from headrace.common.config import RunConfig
+from headrace.common.redis.keys import Keys
+from headrace.common.tasks import BadRow
+from headrace.learner.checkpoints.checkpoint import save_checkpoint
+from headrace.learner.checkpoints.data_check import begin, data_of, known_data
+from headrace.learner.checkpoints.record import Record
+from headrace.learner.commands.dead_letters import dead_entries
+from headrace.learner.intake import data_fingerprint as fingerprint
+from headrace.learner.intake.data_fingerprint import Fingerprint, fingerprint_of
+from headrace.learner.intake.ticket_source import TicketSource
+from headrace.learner.store.store import Cursor, LearnerStore
+from tests.learner.test_intake import PlainTokenizer, make_config, plain_chat
+from tests.learner.test_skipped_prompts import BAD, GOOD, Rows, prompt
+from tests.support.replaying import take_up as taken_up_by_process
+
+
+def config_with(**changes: Any) -> RunConfig:
+    given = make_config().model_dump()
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        if key:
+            given[section][key] = value
+        else:
+            given[section] = value
+    return RunConfig.model_validate(given)
+
+
+def taken_up(known: Fingerprint | None, task: Rows, config: RunConfig | None = None, new: bool = False) -> Fingerprint:
+    return data_of(config or make_config(), task, PlainTokenizer(), known, new)
+
+
+ROWS = tuple(prompt(str(index), index) for index in range(9))
+
+
+@pytest.mark.parametrize("row", [row for row, _ in BAD.values()], ids=BAD)
+def test_the_same_data_are_the_same(row: Any) -> None:
+    """Also where a row cannot be encoded."""
+    known = taken_up(None, Rows(*ROWS, row, held_out=(row, GOOD)))
+    assert known.train.count == 10 and known.train.is_all
+    assert taken_up(known, Rows(*ROWS, row, held_out=(row, GOOD))) == known
+
+
+@pytest.mark.parametrize(
+    ("task", "config", "problem"),
+    [
+        (Rows(*ROWS[:8]), {}, "9 train prompts were there and 8 are"),
+        (Rows(*ROWS, GOOD), {}, "9 train prompts were there and more than 9 are"),
+        (Rows(*ROWS[:8], prompt("8", 9)), {}, "the train prompts are others"),
+        (Rows(*ROWS[:8], BadRow("8")), {}, "the train prompts are others"),
+        (Rows(*ROWS, held_out=(ROWS[0],)), {}, "the held-out prompts are others"),
+        (Rows(*ROWS), {"seed": 7}, "seed was 0 and is 7"),
+        (Rows(*ROWS), {"task__name": "gsm8k"}, "task.name was 'arithmetic' and is 'gsm8k'"),
+        (Rows(*ROWS), {"task__settings": {"path": "p"}}, "task.settings was {} and is {'path': 'p'}"),
+        (Rows(*ROWS), {"task__system_prompt": "Be brief."}, "task.system_prompt was None and is 'Be brief.'"),
+    ],
+)
+def test_other_data_are_refused_with_what_differs(task: Rows, config: dict[str, Any], problem: str) -> None:
+    known = taken_up(None, Rows(*ROWS))
+    with pytest.raises(
+        ValueError, match=f"the run began with other data: {problem}. Expected what was, or .*--new-epo"
+    ):
+        taken_up(known, task, config_with(**config))
+    assert taken_up(known, task, config_with(**config), new=True).train.is_all
+
+
+def test_another_chat_template_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = taken_up(None, Rows(*ROWS))
+    monkeypatch.setattr(PlainTokenizer, "chat_template", "!{{ messages[0]['content'] }}")
+    with pytest.raises(ValueError, match="the model's chat template is another"):
+        taken_up(known, Rows(*ROWS))
+
+
+def test_a_long_or_slow_task_is_hashed_in_part_and_the_next_start_hashes_as_much(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fingerprint, "BUDGET_S", -1.0)
+    monkeypatch.setattr(fingerprint, "MIN_ROWS", 5)
+    known = taken_up(None, Rows(*ROWS))
+    assert (known.train.count, known.train.is_all) == (5, False)
+    monkeypatch.setattr(fingerprint, "MIN_ROWS", 2)
+    assert taken_up(known, Rows(*ROWS)) == known
+
+
+def test_numpys_numbers_count_as_numbers() -> None:
+    rows = [prompt("x", value) for value in (np.int64(3), np.float64(0.5), np.True_)]
+    known = fingerprint_of(make_config(), Rows(*rows), "t")
+    assert known == fingerprint_of(make_config(), Rows(prompt("x", 3), prompt("x", 0.5), prompt("x", True)), "t")
+    assert known != fingerprint_of(make_config(), Rows(*rows[:2], prompt("x", np.False_)), "t")
+
+
+def test_it_is_kept_beside_the_cursor_and_in_checkpoints(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
+    assert known_data(client, keys, tmp_path) is None
+    store = LearnerStore(client, keys)
+    cursor, data = begin(store, Cursor(2, 3), None, taken_up(None, Rows(*ROWS)))
+    assert (cursor, store.cursor(), known_data(client, keys, tmp_path)) == (Cursor(2, 3), Cursor(2, 3), data)
+    record = Record(1, 10, 1, Cursor(2, 3), {}, [], [], [], {}, 0.0, data=data)
+    save_checkpoint(tmp_path, record, lambda folder: {})
+    client.delete(keys.cursor)
+    assert known_data(client, keys, tmp_path) == data
+
+
+def test_other_data_begin_with_the_next_epoch_once(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
+    store = LearnerStore(client, keys)
+    begin(store, Cursor(2, 3), None, taken_up(None, Rows(*ROWS)))
+    cursor = Cursor(2, 3)
+    for _ in range(2):  # a learner that is started again is told the same
+        known = known_data(client, keys, tmp_path)
+        cursor, data = begin(store, cursor, known, taken_up(known, Rows(GOOD), new=True))
+        assert store.cursor() == cursor
+        assert (cursor, data.first_epoch) == (Cursor(3, 0), 3)
+    source = TicketSource(make_config(), Rows(GOOD), plain_chat(), [1], cursor, None, data)
+    assert [ticket.id for ticket in source.next_train(2, 0, 1)] == ["3-0", "4-0"]
+    with pytest.raises(ValueError, match="ticket 2-0: the data of epoch 2 are gone: the run has others since epoch 3"):
+        source.rebuild(["2-0"], 0, 1)
+    source.issue_again(["2-1", "3-0"])  # by a checkpoint, after a loss of Redis
+    assert sorted(source.to_issue()) == ["2-1", "3-0"]
+    assert source.issue(store, 1, 0, 1).ticket_ids == ["3-0"]
+    assert [dead.ticket_id for dead in dead_entries(client, keys)] == ["2-1"] and not source.to_issue()
+
+
+def test_a_learner_with_other_data_is_refused_before_it_takes_over(
+    client: redis.Redis, keys: Keys, tmp_path: Path
+) -> None:
+    taken_up_by_process(tmp_path, client, keys, None)
+    epoch = client.get(keys.epoch)
+    with pytest.raises(ValueError, match=r"began with other data: seed was 0 and is 7; the train prompts are others\."):
+        taken_up_by_process(tmp_path, client, keys, None, "seed=7")
+    assert client.get(keys.epoch) == epoch, "the learner that runs is not fenced off"
+    loop = taken_up_by_process(tmp_path, client, keys, None, "seed=7", is_new_epoch=True)
+    assert loop.intake.source.cursor == Cursor(1, 0)
+    assert known_data(client, keys, tmp_path) == loop.intake.source.data
+
+
+def test_a_checkpoint_of_before_has_no_fingerprint() -> None:
+    old = msgspec.to_builtins(Record(1, 10, 1, Cursor(2, 3), {}, [], [], [], {}, 0.0))
+    del old["data"]
+    assert msgspec.convert(old, Record).data is None

@@ -1,0 +1,158 @@
+"""The demo policy: its tokenizer, what its training counts, and that the committed one is what `made.json` says."""
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from headrace.common.tasks.arithmetic import Problem, train_problems
+from headrace.learner.demo_policy import make as warm_start
+from headrace.learner.demo_policy.evaluation import evaluate_policy
+from headrace.learner.demo_policy.tokenizer import VOCAB_SIZE, make_tokenizer
+
+POLICY = Path(__file__).parents[2] / "assets" / "demo-policy"
+PREFIX_TOLERANCE = 1e-3
+"""Relative, of a loss in the first 30 steps: other kernels and threads sum in another order."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((POLICY / "made.json").read_text())
+    return content
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(POLICY)
+
+
+def test_the_committed_folder_is_small_and_loads(tokenizer: Any) -> None:
+    assert sum(path.stat().st_size for path in POLICY.iterdir()) < 3_000_000
+    model = AutoModelForCausalLM.from_pretrained(POLICY)
+    assert model.config.model_type == "qwen3"
+    assert model.num_parameters() == 656_448
+    assert model.dtype == torch.float32
+    assert len(tokenizer) == model.get_input_embeddings().num_embeddings == VOCAB_SIZE == 512
+    assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|end|>") == tokenizer.eos_token_id
+    assert model.generation_config.pad_token_id == tokenizer.convert_tokens_to_ids("<|pad|>") == tokenizer.pad_token_id
+
+
+def test_the_committed_tokenizer_is_the_made_one(tokenizer: Any) -> None:
+    assert make_tokenizer().get_vocab() == tokenizer.get_vocab()
+    question = next(train_problems(seed=3, epoch=0)).question
+    assert make_tokenizer()(question).input_ids == tokenizer(question).input_ids
+
+
+def test_a_digit_is_a_token(tokenizer: Any) -> None:
+    for text in ("12345", "13 + 15 = 28", "has 20 pens,7 books"):
+        digits = [token for token in tokenizer.tokenize(text) if any(character.isdigit() for character in token)]
+        assert digits == [character for character in text if character.isdigit()]
+
+
+def test_every_text_survives_the_tokenizer(tokenizer: Any) -> None:
+    for problem in islice(train_problems(seed=1, epoch=0), 300):
+        for text in (problem.question, problem.demonstration, *problem.slips):
+            assert tokenizer.decode(tokenizer(text).input_ids) == text
+    strange = "  Zoë’s 漢字\t\r\n\n... ####16 , 'x' "
+    assert tokenizer.decode(tokenizer(strange).input_ids) == strange
+
+
+def test_chat_template(tokenizer: Any) -> None:
+    messages = [{"role": "user", "content": "How many?"}]
+    chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert chat == "<|user|>How many?<|end|><|assistant|>"
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert tokenizer.convert_ids_to_tokens(ids)[-2:] == ["<|end|>", "<|assistant|>"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "How many?"
+    answered = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": "3"}], tokenize=False)
+    assert answered == chat + "3<|end|>"
+
+
+def test_only_completion_tokens_are_labelled() -> None:
+    tokenizer = make_tokenizer()
+    short = Problem("+", (13, 5), name="Ada", item="pens")
+    long = Problem("+-", (13, 15, 12), name="Ada", item="pens")
+    pairs = [(short, short.demonstration), (long, long.slips[0])]
+    ids, labels = warm_start.encode(tokenizer, [(problem.prompt, answer) for problem, answer in pairs])
+    for row, (problem, worked_answer) in enumerate(pairs):
+        assert tokenizer.decode(labels[row][labels[row] >= 0]) == worked_answer + "<|end|>"
+        chat = f"<|user|>{problem.question}<|end|><|assistant|>{worked_answer}<|end|>"
+        assert tokenizer.decode(ids[row]).replace("<|pad|>", "") == chat
+
+
+def test_the_loss_is_the_mean_over_completion_tokens_whatever_the_padding() -> None:
+    tokenizer = make_tokenizer()
+    model = warm_start.make_model(tokenizer, seed=0)
+    batch = [(problem.prompt, problem.demonstration) for problem in islice(train_problems(seed=0, epoch=0), 5)]
+    total, count = 0.0, 0
+    for row in batch:
+        ids, labels = warm_start.encode(tokenizer, [row])
+        logprobs = model(input_ids=ids).logits.log_softmax(dim=-1)
+        for position in range(1, ids.shape[1]):
+            if labels[0, position] >= 0:
+                total -= logprobs[0, position - 1, ids[0, position]].item()
+                count += 1
+    loss = warm_start.completion_loss(model, *warm_start.encode(tokenizer, batch))
+    assert loss.item() == pytest.approx(total / count)
+
+
+def test_a_prefix_of_the_making_gives_the_recorded_losses(made: dict[str, Any], tmp_path: Path) -> None:
+    random_state = torch.random.get_rng_state()
+    told: list[tuple[int, float]] = []
+    prefix = warm_start.make_policy(
+        tmp_path, seed=made["seed"], steps=30, on_progress=lambda step, loss: told.append((step, loss))
+    )
+    assert [step for step, _ in told] == list(range(1, 31))
+    assert prefix.early_losses == {
+        int(step): pytest.approx(loss, rel=PREFIX_TOLERANCE) for step, loss in made["early_losses"].items()
+    }
+    assert prefix.evaluation is None
+    assert torch.equal(torch.random.get_rng_state(), random_state)
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_more_steps_than_the_recipe_has_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="steps is 100000, expected 1 to"):
+        warm_start.make_policy(tmp_path, seed=0, steps=100_000)
+
+
+def test_the_committed_policy_is_what_made_json_says(made: dict[str, Any]) -> None:
+    """Three and a half standard errors of 256 problems with 4 samples each."""
+    assert made["num_steps"] == warm_start.NUM_STEPS
+    claimed = made["evaluation"]
+    assert claimed["num_problems"] >= 1024
+    measured = evaluate_policy(POLICY, num_problems=256, samples=4, seed=1)
+    assert measured.pass_at_1 == pytest.approx(claimed["pass_at_1"], abs=0.08)
+    assert measured.greedy_accuracy == pytest.approx(claimed["greedy_accuracy"], abs=0.11)
+    assert measured.mixed_share == pytest.approx(claimed["mixed_share"], abs=0.11)
+
+
+def test_the_committed_policy_has_something_to_learn(made: dict[str, Any]) -> None:
+    claimed = made["evaluation"]
+    assert 0.25 < claimed["pass_at_1"] < 0.37
+    assert claimed["greedy_accuracy"] > 0.5
+    assert claimed["mixed_share"] > 0.5
+
+
+@pytest.mark.slow
+def test_making_it_again_gives_a_policy_as_good(made: dict[str, Any], tmp_path: Path) -> None:
+    """Another machine's rounding leads to another policy, as another seed does."""
+    claimed = made["evaluation"]
+    again = warm_start.make_policy(tmp_path, seed=made["seed"]).evaluation
+    assert again is not None
+    assert again.pass_at_1 == pytest.approx(claimed["pass_at_1"], abs=0.05)
+    assert again.greedy_accuracy == pytest.approx(claimed["greedy_accuracy"], abs=0.1)
+    assert again.mixed_share == pytest.approx(claimed["mixed_share"], abs=0.08)

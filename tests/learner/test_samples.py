@@ -1,0 +1,157 @@
+"""The groups that people may read: token by token, bounded, and what the trainer knows of them."""
+
+import json
+import random
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import redis
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from headrace.common.config import ModelConfig
+from headrace.common.models.chat import load_tokenizer
+from headrace.common.redis.keys import Keys
+from headrace.common.wire import VersionSpan
+from headrace.common.wire.group_samples import MAX_SHOWN_BYTES, ShownGroup
+from headrace.learner.intake.samples import MAX_SAMPLED, Decided, DecidedSample, TokenTexts, TrainedRollout, shown_group
+from tests.learner.test_trainer import STEPS as VERSION_STEPS
+from tests.learner.test_trainer import make_batch, make_config, make_trainer
+from tests.support.making import make_group, make_rollout
+from tests.support.replaying import STEPS, end, make_recording, take_up
+
+TEXT = "Anna zählt 3 Äpfel 🍎, 日本 — fertig."
+
+
+@pytest.fixture(scope="module")
+def byte_level() -> PreTrainedTokenizerFast:
+    """A token per byte."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: place for place, symbol in enumerate(alphabet)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def test_tokens_joined_read_as_the_text(byte_level: PreTrainedTokenizerFast) -> None:
+    tokens = byte_level.encode(TEXT)
+    texts = TokenTexts(byte_level)(tokens)
+    assert len(texts) == len(tokens) == len(TEXT.encode()) and "".join(texts) == TEXT
+    place = TEXT.encode().index("ä".encode())
+    assert texts[place : place + 2] == ["", "ä"], "half a character shows nothing, its end all of it"
+
+
+def test_bytes_that_are_no_text_are_shown_as_such(byte_level: PreTrainedTokenizerFast) -> None:
+    rng = random.Random(3)
+    texts = TokenTexts(byte_level)
+    for _ in range(50):
+        tokens = [rng.randrange(256) for _ in range(40)]
+        assert len(texts(tokens)) == 40
+    half = byte_level.encode("ä")[:1]
+    assert texts([*byte_level.encode("a"), *half]) == ["a", "\N{REPLACEMENT CHARACTER}"]
+
+
+def test_a_tokenizer_whose_words_begin_with_a_space_is_read_in_context() -> None:
+    """Alone, such a token is read without it."""
+    vocabulary = {"▁": 0, "▁the": 1, "▁cat": 2, "s": 3, "<unk>": 4}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram([(word, -1.0) for word in vocabulary], unk_id=4))
+    tokenizer.decoder = tokenizers.decoders.Metaspace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    assert TokenTexts(fast)([1, 2, 3]) == ["the", " cat", "s"]
+
+
+def test_special_tokens_are_shown(demo_policy: Path) -> None:
+    tokenizer = load_tokenizer(ModelConfig(path=str(demo_policy)))
+    tokens = [*tokenizer.encode("12 + 3 = 15"), tokenizer.eos_token_id]
+    texts = TokenTexts(tokenizer)(tokens)
+    assert texts[-1] == tokenizer.eos_token and "".join(texts) == tokenizer.decode(tokens)
+
+
+def test_a_group_as_it_is_shown(byte_level: PreTrainedTokenizerFast) -> None:
+    tokens = byte_level.encode("ab\n")
+    rollout = make_rollout(
+        0.5,
+        tokens=tuple(tokens),
+        loss_mask=bytes([1, 0, 1]),
+        behaviour_logprobs=np.array([-0.123456, -1.5], np.float32),
+        version_spans=[VersionSpan(3, 0, 1), VersionSpan(4, 1, 2)],
+    )
+    group = msgspec.structs.replace(make_group(rewards=(0.5,), issued_step=6), rollouts=[rollout])
+    trained = [TrainedRollout(0.33333, np.array([-0.2, -1.25], np.float32))]
+    shown = shown_group(Decided(group, "trained", 7, 1, 9.0), trained, TokenTexts(byte_level))
+    (one,) = shown.rollouts
+    assert (one.tokens, one.versions, one.advantage, one.reward) == (["a", "\n"], [3, 4], 0.3333, 0.5)
+    assert (one.behaviour_logprobs, one.proximal_logprobs) == ([-0.1235, -1.5], [-0.2, -1.25])
+    assert (shown.id, shown.state, shown.step, shown.issued_step, shown.staleness) == ("0-0", "trained", 7, 6, 1)
+    assert (shown.prompt, shown.decided_s, shown.num_left_out) == ([{"role": "user", "content": "1 + 1?"}], 9.0, 0)
+    (stale,) = shown_group(Decided(group, "stale", 7, 3, 9.0), [], TokenTexts(byte_level)).rollouts
+    assert stale.advantage is None and stale.proximal_logprobs is None
+
+
+def test_completions_that_would_make_a_group_too_large_are_left_out(byte_level: PreTrainedTokenizerFast) -> None:
+    rollouts = [make_rollout(1.0, tokens=(70,) * 20_000) for _ in range(8)]
+    group = msgspec.structs.replace(make_group(rewards=(1.0,) * 8), rollouts=rollouts)
+    shown = shown_group(Decided(group, "uniform", 1, 0, 0.0), [], TokenTexts(byte_level))
+    assert 0 < len(shown.rollouts) < 8 and len(shown.rollouts) + shown.num_left_out == 8
+    size = len(msgspec.json.encode(shown))
+    assert MAX_SHOWN_BYTES * 0.7 < size < MAX_SHOWN_BYTES
+
+
+def test_a_sample_is_the_first_of_each_state_until_the_next_step() -> None:
+    sample = DecidedSample()
+    for _ in range(2):
+        for index in range(20):
+            sample.add(make_group(f"0-{index}"), "uniform", 1, 0)
+            sample.add(make_group(f"0-{index}"), "trained", 1, 0)
+            sample.add(make_group(f"eval-1-{index}"), "evaluated", 1, None)
+    found = [one.state for one in sample.take()]
+    assert {state: found.count(state) for state in set(found)} == {"uniform": 1, "trained": 4, "evaluated": 8}
+    sample.add(make_group(), "uniform", 1, 0)
+    assert sample.take() == [], "taking them away is no new step"
+    sample.begin("uniform")
+    sample.add(make_group(), "uniform", 2, 0)
+    sample.add(make_group(), "trained", 2, 0)
+    assert [one.state for one in sample.take()] == ["uniform"] and MAX_SAMPLED["stale"] == 1
+
+
+@pytest.mark.parametrize("mini_batches", [1, 2])
+def test_the_trainer_knows_what_it_trained(demo_policy: Path, mini_batches: int) -> None:
+    """With a drift of 0 the proximal log-probabilities are those that the completions were sampled with."""
+    sections = {"actor": {"group_size": 2, "mini_batches": mini_batches}, "learner": {"micro_batch_tokens": 32}}
+    trainer = make_trainer(make_config(demo_policy, **sections))
+    groups = make_batch(trainer)
+    trainer.train(groups, 0, VERSION_STEPS)
+    assert len(trainer._latest) > 2
+    for group in groups:
+        found = [one for one in trainer.as_trained(group) if one is not None]
+        assert [one.advantage for one in found] == pytest.approx([-0.7071, 0.7071], abs=1e-3)
+        for one, rollout in zip(found, group.rollouts, strict=True):
+            assert one.proximal_logprobs == pytest.approx(rollout.behaviour_logprobs, abs=1e-4)
+    assert trainer.as_trained(make_group("0-99", rewards=(0.0, 1.0))) == [None, None]
+
+
+def test_a_run_shows_some_groups_of_every_step(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
+    recording = make_recording(tmp_path / "recording.msgpack")
+    loop = take_up(tmp_path, client, keys, recording)
+    assert loop.run()
+    end(loop)
+    entries = [fields for _, fields in client.xrange(keys.shown)]
+    groups = [msgspec.json.decode(fields[b"group"], type=ShownGroup) for fields in entries]
+    for fields, group in zip(entries, groups, strict=True):
+        named = {name: fields[name.encode()].decode() for name in ("id", "kind", "state", "step")}
+        assert named == {"id": group.id, "kind": "train", "state": group.state, "step": str(group.step)}
+    trained = [group for group in groups if group.state == "trained"]
+    assert [group.step for group in trained] == [step for step in range(1, STEPS + 1) for _ in range(4)]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [group.id for group in trained] == [name for row in rows for name in row["tickets"]]
+    for group in trained:
+        advantages = [rollout.advantage for rollout in group.rollouts]
+        assert len(advantages) == 4 and sum(a or 0 for a in advantages) == pytest.approx(0, abs=1e-3)
+        for rollout in group.rollouts:
+            assert rollout.proximal_logprobs is not None
+            lengths = {len(rollout.tokens), len(rollout.versions), len(rollout.behaviour_logprobs)}
+            assert lengths == {len(rollout.proximal_logprobs)}
+    assert {group.state for group in groups} >= {"uniform"}
