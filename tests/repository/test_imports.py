@@ -43,8 +43,32 @@ IO_MODULES = {
     "pathlib",
 }
 PRIVATE_WORDS = set(
-    "telling books shown exported patience in_force happenings others turns together passing refusal route held_weights "
-    "joining kept finding facts tally leading calls sight look shown_run".split()
+    [
+        "telling",
+        "books",
+        "shown",
+        "exported",
+        "patience",
+        "in_force",
+        "happenings",
+        "others",
+        "turns",
+        "together",
+        "passing",
+        "refusal",
+        "route",
+        "held_weights",
+        "joining",
+        "kept",
+        "finding",
+        "facts",
+        "tally",
+        "leading",
+        "calls",
+        "sight",
+        "look",
+        "shown_run",
+    ]
 )
 """Names that files of this project once had, where the field has a word of its own."""
 ABOVE = {"__main__": {"loop", "assembly", "http_api"}, "assembly": {"loop"}, "http_api": {"loop"}}
