@@ -20,8 +20,8 @@ import msgspec
 
 from benchmarks.demo import cpu_model
 from headrace.common.wire import Group, decode_group
-from headrace.learner.intake.recording import Recording
-from headrace.learner.reporting.report import METRICS_FILE, read_rows
+from headrace.learner.intake.recordings import Recording
+from headrace.learner.reporting.summary import METRICS_FILE, read_rows
 
 RECORDED = Path(__file__).parent / "recorded" / "demo.json"
 NUM_GROUPS = 400
