@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from headrace.common.config import Recipe, load_recipe
-from headrace.launcher.commands import look, records, steer
+from headrace.launcher.commands import observe, results, steer
 from headrace.launcher.commands.options import RUNS, JsonOption, RunsFolderOption, one_line_errors
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
@@ -95,7 +95,7 @@ def warm_start(context: typer.Context) -> None:
     raise typer.Exit(subprocess.call([sys.executable, "-m", "headrace.learner.demo_policy.make", *context.args]))
 
 
-for part in (look, steer, records):
+for part in (observe, steer, results):
     app.add_typer(part.app)
 
 
