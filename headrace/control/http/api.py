@@ -16,7 +16,7 @@ from headrace.control.http.openapi import openapi_of
 from headrace.control.http.page import page_router
 from headrace.control.http.prometheus import Exported
 from headrace.control.http.request_counts import CountRequests, RequestTotals
-from headrace.control.http.settings import settings_answer
+from headrace.control.http.settings_response import settings_answer
 from headrace.control.models import (
     Evaluation,
     Events,

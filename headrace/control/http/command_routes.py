@@ -12,7 +12,7 @@ from headrace.common.wire.desired_state import parse_launcher
 from headrace.control.http.access import drawn, not_now, problems, who
 from headrace.control.http.command_writer import Orders, Overtaken, Unreachable
 from headrace.control.http.drain import NoAnswer, drain
-from headrace.control.http.settings import settings_answer
+from headrace.control.http.settings_response import settings_answer
 from headrace.control.models import DesiredReplicas, Done, SettingsAnswer, SettingsChange
 from headrace.control.view.run_monitor import Snapshot
 

@@ -12,7 +12,7 @@ from headrace.common.process.waiting import parse_waits
 from headrace.control.http.request_counts import RequestTotals
 from headrace.control.models import Queues, Replicas, Status
 from headrace.control.polling.redis_poll import Look
-from headrace.control.verdict.checks import FINAL_PHASES
+from headrace.control.verdict.check_inputs import FINAL_PHASES
 from headrace.control.view.run_monitor import Snapshot
 
 LEVELS = {"healthy": 0, "ended": 0, "waiting": 1, "warning": 2, "failed": 3}

@@ -1,7 +1,7 @@
 /* One chart: lines over steps or time on a canvas (uPlot), thresholds as dashed lines, a legend with the numbers under
    the pointer, and the same in words and as a table for who does not see it. Only what is on the screen is drawn. */
 
-import { asTable, inWords } from "./chart_words.js";
+import { asTable, inWords } from "./chart_text.js";
 import { el, setText } from "./dom.js";
 import { NONE, count, duration } from "./format.js";
 import { drawThresholds, powersOfTen, rangeOf, thresholdsOf } from "./thresholds.js";

@@ -4,7 +4,7 @@
 import { Refused, get } from "./api.js";
 import { byId, el, keep, setHidden, setText } from "./dom.js";
 import { clock, fixed, plural } from "./format.js";
-import { openGroup } from "./reader.js";
+import { openGroup } from "./group_view.js";
 
 const MOST = 60;
 const STATE_SAYS = { trained: "trained", uniform: "uniform: no signal", stale: "too stale", evaluated: "evaluated" };

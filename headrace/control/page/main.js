@@ -2,21 +2,21 @@
    part of the page paints from the board and knows nothing of the others. */
 
 import { Refused, get, takeTokenFromAddress, token } from "./api.js";
-import { Board } from "./board.js";
-import { startCharts } from "./charts.js";
+import { Board } from "./store.js";
+import { startCharts } from "./chart_specs.js";
 import { byId, setText } from "./dom.js";
 import { startEvaluations } from "./evaluations.js";
 import { startEvents } from "./events.js";
-import { startFigures } from "./figures.js";
-import { startFlow } from "./flow.js";
+import { startFigures } from "./key_figures.js";
+import { startFlow } from "./pipeline.js";
 import { clock } from "./format.js";
 import { startGroups } from "./groups.js";
-import { startOrders } from "./orders.js";
+import { startOrders } from "./command_buttons.js";
 import { startReplicas, startScale } from "./replicas.js";
 import { startSettings } from "./settings.js";
 import { Steering } from "./steering.js";
 import { Steps } from "./steps.js";
-import { follow } from "./stream.js";
+import { follow } from "./event_stream.js";
 import { startVerdict } from "./verdict.js";
 
 const MAX_POINTS = 2000;

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from headrace.common.process.waiting import Reason
 from headrace.control.models import Level, Verdict
-from headrace.control.verdict.checks import FINAL_PHASES, Facts, Finding, finding, plain
+from headrace.control.verdict.check_inputs import FINAL_PHASES, Facts, Finding, finding, plain
 from headrace.control.verdict.learning_checks import learning_findings
 
 LEARNER_SLOW_S, LEARNER_SILENT_S = 5.0, 15.0

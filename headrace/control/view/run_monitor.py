@@ -17,16 +17,16 @@ from headrace.common.config import RunConfig
 from headrace.common.redis.retry import words_of
 from headrace.common.wire.desired_state import Orders
 from headrace.control.models import Replicas, Status
-from headrace.control.polling.counters import Tally
+from headrace.control.polling.event_log import Happenings
 from headrace.control.polling.group_samples import RunGroups
 from headrace.control.polling.history import RunHistory
 from headrace.control.polling.learner_probe import LearnerProbe
-from headrace.control.polling.recent_events import Happenings
 from headrace.control.polling.redis_poll import Look, RunReader
-from headrace.control.verdict.run_state import FactFinder, number_of
+from headrace.control.polling.run_counters import Tally
+from headrace.control.verdict.input_collector import FactFinder, number_of
 from headrace.control.verdict.verdict import Judge, findings_of
 from headrace.control.view.event_stream import Hub, message
-from headrace.control.view.status import Judged, replicas_of, status_of
+from headrace.control.view.status_response import Judged, replicas_of, status_of
 
 LOOK_INTERVAL_S = 0.5
 LOOK_DEADLINE_S = 2.0

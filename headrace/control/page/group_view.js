@@ -5,7 +5,7 @@ import { Refused, get } from "./api.js";
 import { Completion } from "./completion.js";
 import { byId, el, setText } from "./dom.js";
 import { clock, duration, plural } from "./format.js";
-import { TONES, toneOf } from "./tones.js";
+import { TONES, toneOf } from "./token_colours.js";
 
 let tone = TONES[0];
 let asked = 0;

@@ -14,7 +14,7 @@ from headrace.common.wire import Heartbeat
 from headrace.control.polling.history import RunHistory
 from headrace.control.polling.learner_probe import LearnerProbe
 from headrace.control.polling.redis_poll import Look
-from headrace.control.verdict.checks import FINAL_PHASES, Facts, ReplicaFact
+from headrace.control.verdict.check_inputs import FINAL_PHASES, Facts, ReplicaFact
 from headrace.control.verdict.verdict import DEAD_WINDOW_S
 
 PACE_WINDOW_S = 30.0

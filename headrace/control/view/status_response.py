@@ -15,12 +15,12 @@ from headrace.control.models import (
     Verdict,
     Wait,
 )
+from headrace.control.polling.event_log import Happenings
 from headrace.control.polling.history import RunHistory
 from headrace.control.polling.learner_probe import LearnerProbe
-from headrace.control.polling.recent_events import Happenings
 from headrace.control.polling.redis_poll import Look
-from headrace.control.verdict.checks import FINAL_PHASES, Facts, Finding
-from headrace.control.verdict.run_state import ReplicaMemory, number_of
+from headrace.control.verdict.check_inputs import FINAL_PHASES, Facts, Finding
+from headrace.control.verdict.input_collector import ReplicaMemory, number_of
 
 PACE_STEPS = 20
 

@@ -7,8 +7,8 @@ import pytest
 
 from headrace.control.http.redaction import without_secrets
 from headrace.control.models import Verdict
-from headrace.control.verdict.checks import Facts, ReplicaFact
-from headrace.control.verdict.run_state import Lasting, ReplicaMemory
+from headrace.control.verdict.check_inputs import Facts, ReplicaFact
+from headrace.control.verdict.input_collector import Lasting, ReplicaMemory
 from headrace.control.verdict.verdict import Judge, findings_of
 from tests.support.making import make_ticket
 from tests.support.seeded_run import heartbeat
