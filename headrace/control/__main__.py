@@ -20,7 +20,7 @@ from headrace.common.bootstrap import Joined, join, joining_parser
 from headrace.common.http.service import listen_as, url_of
 from headrace.common.process.logs import set_up_logging
 from headrace.common.process.waiting import Waits
-from headrace.control.assembly import assembled, document, serving
+from headrace.control.assembly import openapi_document, running_app, serving
 
 _log = logging.getLogger("headrace.control")
 
@@ -28,7 +28,7 @@ _log = logging.getLogger("headrace.control")
 def main() -> int:
     arguments = _parse_arguments()
     if arguments.openapi:
-        print(json.dumps(document(), indent=2))
+        print(json.dumps(openapi_document(), indent=2))
         return 0
     set_up_logging("control")
     try:
@@ -59,8 +59,8 @@ async def _serve(arguments: argparse.Namespace, joined: Joined, sock: socket.soc
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked_to_end.set)
     run = joined.keys.run
-    parts = assembled(run, joined.config, arguments.redis_url, joined.token, joined.config.control.protect_reads)
-    async with parts as (app, snapshot), serving(app, snapshot, sock):
+    parts = running_app(run, joined.config, arguments.redis_url, joined.token, joined.config.control.protect_reads)
+    async with parts as (app, monitor), serving(app, monitor, sock):
         _log.info("run %s at %s", run, url_of(sock))
         await asked_to_end.wait()
 

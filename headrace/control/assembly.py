@@ -14,55 +14,55 @@ from headrace.common.http.service import serve_in_loop
 from headrace.common.redis.client import connect_async
 from headrace.common.redis.keys import Keys
 from headrace.control.http.api import make_app
-from headrace.control.http.command_writer import Orders
+from headrace.control.http.command_writer import CommandWriter
 from headrace.control.polling.learner_probe import PROBE_TIMEOUT_S, LearnerProbe
-from headrace.control.polling.redis_poll import RunReader
+from headrace.control.polling.redis_poll import RedisPoller
 from headrace.control.view.event_stream import Hub
-from headrace.control.view.run_monitor import Snapshot
+from headrace.control.view.run_monitor import RunMonitor
 
-ORDER_RETRY_S = 3.0
+COMMAND_RETRY_S = 3.0
 """An order is tried again for so long; a look is not, since the next one follows anyway."""
 
 
 @contextlib.asynccontextmanager
-async def assembled(
+async def running_app(
     run: str, config: RunConfig, redis_url: str, token: str, protect_reads: bool
-) -> AsyncIterator[tuple[FastAPI, Snapshot]]:
+) -> AsyncIterator[tuple[FastAPI, RunMonitor]]:
     """The app, and the snapshot behind it, kept fresh while the block runs. Redis need not answer yet.
 
     Should what keeps it fresh fail, the block is cancelled and the failure raised: nothing old is served for ever.
     """
     keys = Keys(run)
     async with contextlib.AsyncExitStack() as stack:
-        looking = connect_async(redis_url, deadline_s=0.0)
-        ordering = connect_async(redis_url, deadline_s=ORDER_RETRY_S)
-        for client in (looking, ordering):
+        poll_client = connect_async(redis_url, deadline_s=0.0)
+        command_client = connect_async(redis_url, deadline_s=COMMAND_RETRY_S)
+        for client in (poll_client, command_client):
             stack.push_async_callback(client.aclose)
         http = await stack.enter_async_context(httpx.AsyncClient(trust_env=False, timeout=PROBE_TIMEOUT_S))
         hub, probe = Hub(), LearnerProbe(http)
         stack.callback(hub.close)
-        snapshot = Snapshot(run, RunReader(looking, keys), probe, hub, config)
-        await snapshot.refresh()
+        monitor = RunMonitor(run, RedisPoller(poll_client, keys), probe, hub, config)
+        await monitor.refresh()
         group = await stack.enter_async_context(asyncio.TaskGroup())
-        for job in (snapshot.follow(), probe.run(), hub.keep_alive()):
+        for job in (monitor.follow(), probe.run(), hub.keep_alive()):
             stack.callback(group.create_task(job).cancel)
-        yield make_app(snapshot, Orders(ordering, keys), http, token, protect_reads), snapshot
+        yield make_app(monitor, CommandWriter(command_client, keys), http, token, protect_reads), monitor
 
 
 @contextlib.asynccontextmanager
-async def serving(app: FastAPI, snapshot: Snapshot, sock: socket.socket) -> AsyncIterator[None]:
+async def serving(app: FastAPI, monitor: RunMonitor, sock: socket.socket) -> AsyncIterator[None]:
     """At that socket while the block runs; then every page's stream ends before the server does."""
     async with serve_in_loop(app, sock):
         try:
             yield
         finally:
-            snapshot.hub.close()
+            monitor.hub.close()
 
 
-def document() -> dict[str, Any]:
+def openapi_document() -> dict[str, Any]:
     """The OpenAPI document, of an app that is never asked."""
     config = RunConfig(model=ModelConfig(path="none"), task=TaskConfig(name="arithmetic"))
     client, http = connect_async("redis://127.0.0.1"), httpx.AsyncClient(trust_env=False)
     keys = Keys("none")
-    snapshot = Snapshot(keys.run, RunReader(client, keys), LearnerProbe(http), Hub(), config)
-    return make_app(snapshot, Orders(client, keys), http, "none", protect_reads=False).openapi()
+    monitor = RunMonitor(keys.run, RedisPoller(client, keys), LearnerProbe(http), Hub(), config)
+    return make_app(monitor, CommandWriter(client, keys), http, "none", protect_reads=False).openapi()

@@ -21,17 +21,17 @@ def _whole(value: Any) -> Any:
 Whole = Annotated[int, BeforeValidator(_whole)]
 
 
-class Answer(BaseModel):
+class ResponseBody(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-class Demand(BaseModel):
+class RequestBody(BaseModel):
     """What a caller sends: nothing beside what is known."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Verdict(Answer):
+class Verdict(ResponseBody):
     """Is the run well, and if not, what is wrong, since when, and what to do."""
 
     level: Level
@@ -40,7 +40,7 @@ class Verdict(Answer):
     since_at: float = Field(description="When this became so.")
 
 
-class Check(Answer):
+class Check(ResponseBody):
     """One thing that can be wrong, whether it is or not."""
 
     name: str = Field(examples=["kl_behaviour_proximal", "replicas", "dead"])
@@ -51,19 +51,19 @@ class Check(Answer):
     alarm: float | None = Field(None, description="The threshold of an alarm.")
 
 
-class Wait(Answer):
-    who: str = Field(description="`learner` or a replica's name.")
+class Wait(ResponseBody):
+    component: str = Field(description="`learner` or a replica's name.")
     detail: str
 
 
-class Staleness(Answer):
+class Staleness(ResponseBody):
     mean: float | None = None
     max: float | None = None
     in_flight: float | None = None
     in_queue: float | None = None
 
 
-class Queues(Answer):
+class Queues(ResponseBody):
     open_tickets: int = Field(description="Not yet answered, those in flight included.")
     leased_tickets: int = Field(description="Of these, held by a replica.")
     groups: int = Field(description="In the stream: waiting, in training, or waiting for two checkpoints.")
@@ -71,7 +71,7 @@ class Queues(Answer):
     dead: int
 
 
-class Counts(Answer):
+class Counts(ResponseBody):
     """Finished groups of the whole run, by state."""
 
     trained: int = 0
@@ -83,7 +83,7 @@ class Counts(Answer):
     generated_tokens: int = 0
 
 
-class Evaluation(Answer):
+class Evaluation(ResponseBody):
     step: int
     held_out: float = Field(description="pass@1: mean reward over all completions.")
     pass_at: dict[str, float] = Field({}, description="pass@k by k.", examples=[{"1": 0.81, "2": 0.9}])
@@ -95,7 +95,7 @@ class Evaluation(Answer):
     at: float
 
 
-class ReplicaCounts(Answer):
+class ReplicaCounts(ResponseBody):
     live: int
     running: int
     desired: int | None = Field(description="What is ordered; null if nobody has ordered any number.")
@@ -104,7 +104,7 @@ class ReplicaCounts(Answer):
     launcher: str | None = Field(description="Who keeps as many as are ordered; null: nobody does.")
 
 
-class Rates(Answer):
+class Rates(ResponseBody):
     """Of the last steps."""
 
     generated_tokens_per_s: float | None = None
@@ -114,7 +114,7 @@ class Rates(Answer):
     replicas_waiting_share: float | None = None
 
 
-class Status(Answer):
+class Status(ResponseBody):
     """The whole run at a glance."""
 
     run: str
@@ -142,7 +142,7 @@ class Status(Answer):
     settings_version: int
 
 
-class Pauses(Answer):
+class Pauses(ResponseBody):
     """Weight swaps of a replica."""
 
     count: int
@@ -152,7 +152,7 @@ class Pauses(Answer):
     fetched_bytes: int = Field(description="Of the latest version.")
 
 
-class Replica(Answer):
+class Replica(ResponseBody):
     id: str
     url: str
     state: ReplicaState
@@ -168,12 +168,12 @@ class Replica(Answer):
     seen_since_at: float = Field(description="When control first saw its heartbeat.")
 
 
-class Replicas(Answer):
+class Replicas(ResponseBody):
     replicas: list[Replica]
     counts: ReplicaCounts
 
 
-class GroupSummary(Answer):
+class GroupSummary(ResponseBody):
     id: str
     kind: TicketKind
     state: DecidedState
@@ -186,14 +186,14 @@ class GroupSummary(Answer):
     decided_at: float
 
 
-class Groups(Answer):
+class Groups(ResponseBody):
     """The newest first."""
 
     groups: list[GroupSummary]
     num_kept: int = Field(description="Of how many recent groups, whatever the filter.")
 
 
-class Rollout(Answer):
+class Rollout(ResponseBody):
     """`tokens`, `versions` and the log-probabilities have one entry per trained token."""
 
     text: str
@@ -216,7 +216,7 @@ class GroupDetail(GroupSummary):
     num_left_out: int
 
 
-class History(Answer):
+class History(ResponseBody):
     """Steps as columns of equal length, beside them evaluations; thinned evenly to at most `max_points` steps."""
 
     cursor: str = Field(description="Pass as `after` for the rows that came since.")
@@ -227,7 +227,7 @@ class History(Answer):
     num_steps: int = Field(description="Before thinning.")
 
 
-class Event(Answer):
+class Event(ResponseBody):
     """One thing that happened; `kind` says how to read `event`."""
 
     id: str
@@ -237,46 +237,46 @@ class Event(Answer):
     event: dict[str, Any]
 
 
-class Events(Answer):
+class Events(ResponseBody):
     """The newest first."""
 
     events: list[Event]
 
 
-class Setting(Answer):
+class Setting(ResponseBody):
     value: int | float | None
     configured: int | float | None
     description: str
 
 
-class SettingsAnswer(Answer):
+class SettingsResponse(ResponseBody):
     version: int = Field(description="Grows by one with every change; 0: as configured.")
     applied_version: int = Field(description="What the learner works with.")
     settings: dict[str, Setting] = Field(description="By dotted name, as in a recipe.")
     config: dict[str, Any] = Field(description="The whole configuration as it started, without secrets.")
 
 
-class SettingsChange(Demand):
+class SettingsChange(RequestBody):
     version: Whole | None = Field(None, description="Refused with 409 if another change has come in between.")
     settings: dict[str, StrictInt | StrictFloat | None] = Field(
         min_length=1, max_length=16, description="null: as configured again.", examples=[{"optimizer.lr": 1e-5}]
     )
 
 
-class DesiredReplicas(Demand):
+class DesiredReplicas(RequestBody):
     replicas: Annotated[int, Field(ge=0, le=MAX_REPLICAS), BeforeValidator(_whole)] | None = Field(
         description="null: no number is ordered any more."
     )
 
 
-class Done(Answer):
+class CommandAccepted(ResponseBody):
     """An order stands; `text` says what will follow from it."""
 
     text: str
     status: Status | None = None
 
 
-class Problem(Answer):
+class Problem(ResponseBody):
     """RFC 9457."""
 
     type: str = "about:blank"

@@ -13,7 +13,7 @@ from headrace.common.redis.keys import Keys
 from headrace.common.wire import encode
 from headrace.common.wire.desired_state import Launcher, Orders, Settings, parse_orders
 from headrace.control.http import drain
-from headrace.control.models import Done, SettingsAnswer
+from headrace.control.models import CommandAccepted, SettingsResponse
 from tests.support.controls import TOKEN, Control, a_control
 from tests.support.fake_sglang import FakeSglang
 from tests.support.seeded_run import heartbeat, seed_run
@@ -33,13 +33,13 @@ def orders(client: redis.Redis, keys: Keys) -> Orders:
 
 
 def latest_event(control: Control) -> dict[str, Any]:
-    control.look()
+    control.refresh()
     found: dict[str, Any] = control.http.get("/events/recent", params={"limit": 1}).json()["events"][0]
     return found
 
 
 def test_orders_stand_until_they_are_withdrawn(control: Control, client: redis.Redis, keys: Keys) -> None:
-    done = Done.model_validate(control.ask("POST", "/pause").json())
+    done = CommandAccepted.model_validate(control.ask("POST", "/pause").json())
     assert done.status and done.status.is_paused and done.status.verdict.text == "paused, as ordered"
     assert orders(client, keys).is_paused
     assert control.ask("POST", "/resume").json()["status"]["is_paused"] is False
@@ -68,12 +68,12 @@ def test_replicas_are_ordered_of_a_launcher_that_is_there(control: Control, clie
     for refused in (-1, 65, "x", 1.5, True):
         assert control.ask("PUT", "/replicas/desired", json={"replicas": refused}).status_code == 422
     client.set(keys.launcher, str(Launcher("machine process 1", 3)))
-    control.look()
+    control.refresh()
     refusal = control.ask("PUT", "/replicas/desired", json={"replicas": 4})
     assert refusal.status_code == 422 and "4 replicas: the run's launcher has GPUs for 3" in refusal.json()["detail"]
     assert orders(client, keys).desired_replicas == 3
     client.delete(keys.launcher)
-    control.look()
+    control.refresh()
     refusal = control.ask("PUT", "/replicas/desired", json={"replicas": 2})
     assert refusal.status_code == 409 and "no launcher" in refusal.json()["detail"]
     assert control.ask("PUT", "/replicas/desired", json={"replicas": None}).status_code == 200
@@ -81,14 +81,14 @@ def test_replicas_are_ordered_of_a_launcher_that_is_there(control: Control, clie
 
 
 def test_settings_are_validated_versioned_and_recorded(control: Control, client: redis.Redis, keys: Keys) -> None:
-    answer = SettingsAnswer.model_validate(control.ask("PATCH", "/settings", json=LR | {"version": 0}).json())
+    answer = SettingsResponse.model_validate(control.ask("PATCH", "/settings", json=LR | {"version": 0}).json())
     assert answer.version == 1 and answer.settings["optimizer.lr"].value == 1e-5
     assert answer.applied_version == 0 and answer.settings["optimizer.lr"].configured == 2e-4
     assert latest_event(control)["event"]["changes"] == {"optimizer.lr": 1e-5}
     assert latest_event(control)["kind"] == "settings"
     client.hset(keys.learner, "settings_version", 1)
     change = {"settings": {"learner.max_staleness": 1, "optimizer.lr": None}}
-    answer = SettingsAnswer.model_validate(control.ask("PATCH", "/settings", json=change).json())
+    answer = SettingsResponse.model_validate(control.ask("PATCH", "/settings", json=change).json())
     assert (answer.version, answer.applied_version) == (2, 1)
     assert orders(client, keys).settings == Settings(2, {"learner.max_staleness": 1})
     overtaken = control.ask("PATCH", "/settings", json=LR | {"version": 1})
@@ -140,7 +140,7 @@ def test_a_replica_is_drained_at_its_own_address(
 ) -> None:
     fake.replies["/drain"] = 200, {}
     client.set(keys.replica("generation-1"), encode(heartbeat("generation-1", fake.url, 40)), ex=60)
-    control.look()
+    control.refresh()
     assert control.ask("POST", "/replicas/generation-1/drain").status_code == 200
     assert fake.paths == ["/drain"]
     assert latest_event(control)["event"] == latest_event(control)["event"] | {
@@ -160,7 +160,7 @@ def test_a_replica_that_does_not_answer_is_waited_for_with_a_deadline(
     monkeypatch.setattr(drain, "DRAIN_DEADLINE_S", 0.1)
     fake.hanging.add("/drain")
     client.set(keys.replica("generation-1"), encode(heartbeat("generation-1", fake.url, 40)), ex=60)
-    control.look()
+    control.refresh()
     refusal = control.ask("POST", "/replicas/generation-1/drain")
     assert refusal.status_code == 503 and refusal.headers["retry-after"] == "1"
     assert TOKEN not in refusal.text

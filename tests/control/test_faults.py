@@ -15,7 +15,7 @@ import redis
 from headrace.common.config import load_recipe
 from headrace.common.http.service import bearer, free_port
 from headrace.common.redis.keys import Keys
-from headrace.control.assembly import assembled
+from headrace.control.assembly import running_app
 from headrace.control.polling import learner_probe
 from headrace.launcher.run.processes import launch_redis, redis_url_at, start_redis, wait_for_redis
 from tests.support.controls import TOKEN, WAIT_S, a_control
@@ -49,18 +49,18 @@ def test_while_redis_is_away_the_last_good_picture_stands(tmp_path: Path) -> Non
             with redis.Redis.from_url(url) as client:
                 client.xadd(KEYS.history, {"kind": "step", "row": json.dumps(step_rows(41, 1.0)[-1])})
             assert control.ask("POST", "/pause").status_code == 200
-            control.look()
+            control.refresh()
             assert control.http.get("/history").json()["num_steps"] == 41
     finally:
         service.kill()
 
 
 def test_a_redis_that_is_frozen_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from headrace.control.http import command_writer as orders
-    from headrace.control.view import run_monitor as snapshot
+    from headrace.control.http import command_writer
+    from headrace.control.view import run_monitor
 
-    monkeypatch.setattr(snapshot, "LOOK_DEADLINE_S", 0.3)
-    monkeypatch.setattr(orders, "ORDER_DEADLINE_S", 0.3)
+    monkeypatch.setattr(run_monitor, "POLL_DEADLINE_S", 0.3)
+    monkeypatch.setattr(command_writer, "COMMAND_DEADLINE_S", 0.3)
     service, url = start_redis(tmp_path, tmp_path / "redis.log")
     try:
         with redis.Redis.from_url(url) as client:
@@ -106,13 +106,13 @@ def test_control_ends_rather_than_serve_an_old_picture_for_ever(
 ) -> None:
     seed_run(client, keys)
 
-    async def look() -> None:
+    async def poll() -> None:
         raise RuntimeError("a bug of ours")
 
     async def scenario() -> None:
         config = load_recipe(RECIPE, []).config
-        async with assembled(keys.run, config, redis_url, TOKEN, protect_reads=False) as (_, snapshot):
-            monkeypatch.setattr(snapshot.reader, "look", look)
+        async with running_app(keys.run, config, redis_url, TOKEN, protect_reads=False) as (_, monitor):
+            monkeypatch.setattr(monitor.poller, "poll", poll)
             await asyncio.wait_for(asyncio.Event().wait(), WAIT_S)
 
     with pytest.raises(ExceptionGroup) as raised:
@@ -124,8 +124,8 @@ def test_control_ends_rather_than_serve_an_old_picture_for_ever(
 def test_a_learner_at_no_address_is_silent(redis_url: str, client: redis.Redis, keys: Keys, url: str) -> None:
     seed_run(client, keys, learner_url=url)
     with a_control(redis_url, keys) as control:
-        until(lambda: control.snapshot.probe.silent_s > 1.5, "a probe")
-        assert not control.snapshot.probe.is_answering and control.http.get("/status").status_code == 200
+        until(lambda: control.monitor.probe.silent_s > 1.5, "a probe")
+        assert not control.monitor.probe.is_answering and control.http.get("/status").status_code == 200
 
 
 def test_the_process_serves_a_run_and_ends_when_asked(

@@ -15,12 +15,12 @@ from headrace.common.http.service import bearer
 from headrace.common.metrics.steps import metric_name
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import encode
-from headrace.control.assembly import assembled
-from headrace.control.view.run_monitor import Snapshot
+from headrace.control.assembly import running_app
+from headrace.control.view.run_monitor import RunMonitor
 from tests.support.scraping import Scrape, lint
 from tests.support.seeded_run import RECIPE, heartbeat, seed_run, step_rows
 
-Scenario = Callable[[FastAPI, Snapshot, httpx.AsyncClient], Awaitable[None]]
+Scenario = Callable[[FastAPI, RunMonitor, httpx.AsyncClient], Awaitable[None]]
 
 
 @pytest.fixture
@@ -31,11 +31,11 @@ def seeded(client: redis.Redis, keys: Keys) -> Keys:
 
 def control(redis_url: str, keys: Keys, scenario: Scenario, protect_reads: bool = False) -> None:
     async def serve() -> None:
-        parts = assembled(keys.run, load_recipe(RECIPE, []).config, redis_url, "secret", protect_reads)
-        async with asyncio.timeout(60), parts as (app, snapshot):
+        parts = running_app(keys.run, load_recipe(RECIPE, []).config, redis_url, "secret", protect_reads)
+        async with asyncio.timeout(60), parts as (app, monitor):
             transport = httpx.ASGITransport(app=app)
             async with httpx.AsyncClient(transport=transport, base_url="http://control") as http:
-                await scenario(app, snapshot, http)
+                await scenario(app, monitor, http)
 
     asyncio.run(serve())
 
@@ -45,8 +45,8 @@ async def scraped(http: httpx.AsyncClient) -> Scrape:
 
 
 def test_all_that_status_and_history_say_is_in_the_metrics(redis_url: str, seeded: Keys) -> None:
-    async def scenario(_: FastAPI, snapshot: Snapshot, http: httpx.AsyncClient) -> None:
-        await snapshot.refresh()  # replicas are known one look after they were found
+    async def scenario(_: FastAPI, monitor: RunMonitor, http: httpx.AsyncClient) -> None:
+        await monitor.refresh()  # replicas are known one look after they were found
         scrape, status = await scraped(http), json.loads((await http.get("/status")).text)
         said_elsewhere = ("step", "version", "time_s", "kl_at_staleness_0", "kl_at_staleness_1")
         row = {name: value for name, value in step_rows(40, 0.0)[-1].items() if name not in said_elsewhere}
@@ -84,7 +84,7 @@ def test_all_that_status_and_history_say_is_in_the_metrics(redis_url: str, seede
 def test_what_happens_while_control_looks_is_counted_and_nothing_from_before(
     redis_url: str, seeded: Keys, client: redis.Redis
 ) -> None:
-    async def scenario(_: FastAPI, snapshot: Snapshot, http: httpx.AsyncClient) -> None:
+    async def scenario(_: FastAPI, monitor: RunMonitor, http: httpx.AsyncClient) -> None:
         before = await scraped(http)
         assert before.value("headrace_step_duration_seconds_count") == 0
         assert before.value("headrace_groups_total", state="dead") == 0
@@ -94,7 +94,7 @@ def test_what_happens_while_control_looks_is_counted_and_nothing_from_before(
         for event in (swap, {"replica": ["odd"]}, {}):
             client.xadd(seeded.events, {"kind": "swap", "event": msgspec.json.encode(event)})
         client.xadd(seeded.dead, {"id": "0-1", "reason": "why"})
-        await snapshot.refresh()
+        await monitor.refresh()
         after = await scraped(http)
         assert after.value("headrace_trained_tokens_total") == 2000
         assert after.value("headrace_step_phase_seconds_sum", phase="train") == 0.9
@@ -115,8 +115,8 @@ def test_waits_are_read_from_what_everybody_writes(redis_url: str, seeded: Keys,
     ill = msgspec.structs.replace(beat, state="quarantined", reason="weights: refused for 30 s")
     client.set(seeded.replica("generation-0"), encode(ill), ex=3600)
 
-    async def scenario(_: FastAPI, snapshot: Snapshot, http: httpx.AsyncClient) -> None:
-        await snapshot.refresh()
+    async def scenario(_: FastAPI, monitor: RunMonitor, http: httpx.AsyncClient) -> None:
+        await monitor.refresh()
         scrape = await scraped(http)
         assert scrape.value("headrace_waiting_seconds", who="learner", reason="starved") == 120
         assert scrape.value("headrace_waiting_seconds", who="learner", reason="paused") == 0
@@ -128,7 +128,7 @@ def test_waits_are_read_from_what_everybody_writes(redis_url: str, seeded: Keys,
 
 
 def test_requests_are_counted_by_route(redis_url: str, seeded: Keys) -> None:
-    async def scenario(_: FastAPI, __: Snapshot, http: httpx.AsyncClient) -> None:
+    async def scenario(_: FastAPI, __: RunMonitor, http: httpx.AsyncClient) -> None:
         for path in ("/status", "/status", "/groups/0-0", "/groups/nobody", "/nowhere/1", "/nowhere/2"):
             await http.get(path)
         await http.post("/pause")
@@ -144,8 +144,8 @@ def test_requests_are_counted_by_route(redis_url: str, seeded: Keys) -> None:
 
 
 def test_a_run_that_is_not_there_yet_has_metrics_too(redis_url: str, keys: Keys) -> None:
-    async def scenario(_: FastAPI, snapshot: Snapshot, http: httpx.AsyncClient) -> None:
-        snapshot.picture = None
+    async def scenario(_: FastAPI, monitor: RunMonitor, http: httpx.AsyncClient) -> None:
+        monitor.view = None
         scrape = await scraped(http)
         assert not scrape.values("headrace_step")
         assert scrape.value("headrace_control_look_timestamp_seconds") > 1e9
@@ -154,17 +154,17 @@ def test_a_run_that_is_not_there_yet_has_metrics_too(redis_url: str, keys: Keys)
 
 
 def test_a_scrape_costs_redis_nothing(redis_url: str, seeded: Keys) -> None:
-    async def scenario(_: FastAPI, snapshot: Snapshot, http: httpx.AsyncClient) -> None:
-        async with snapshot._looking:  # nobody looks meanwhile
-            before = snapshot.reader.num_commands
+    async def scenario(_: FastAPI, monitor: RunMonitor, http: httpx.AsyncClient) -> None:
+        async with monitor._polling:  # nobody looks meanwhile
+            before = monitor.poller.num_commands
             assert [(await http.get("/metrics")).status_code for _ in range(20)] == [200] * 20
-            assert snapshot.reader.num_commands == before
+            assert monitor.poller.num_commands == before
 
     control(redis_url, seeded, scenario)
 
 
 def test_metrics_need_the_token_where_reads_do(redis_url: str, seeded: Keys) -> None:
-    async def scenario(_: FastAPI, __: Snapshot, http: httpx.AsyncClient) -> None:
+    async def scenario(_: FastAPI, __: RunMonitor, http: httpx.AsyncClient) -> None:
         assert (await http.get("/metrics")).status_code == 401
         assert (await http.get("/metrics", headers=bearer("secret"))).status_code == 200
 

@@ -37,16 +37,16 @@ def control(redis_url: str) -> Iterator[Control]:
 
 
 @pytest.fixture(scope="module")
-def document(control: Control) -> dict[str, Any]:
+def openapi_document(control: Control) -> dict[str, Any]:
     found: dict[str, Any] = control.http.get("/openapi.json").json()
     return found
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode))
 def test_schemathesis_finds_no_5xx_and_no_undocumented_answer(
-    control: Control, document: dict[str, Any], mode: GenerationMode
+    control: Control, openapi_document: dict[str, Any], mode: GenerationMode
 ) -> None:
-    schema = schemathesis.openapi.from_dict(document)
+    schema = schemathesis.openapi.from_dict(openapi_document)
     tried = set()
     for found in schema.get_all_operations():
         operation: Any = found.ok()  # type: ignore[union-attr]
@@ -69,14 +69,14 @@ def _try(operation: Any, mode: GenerationMode, url: str, excluded: list[Any]) ->
     every_answer_is_documented()
 
 
-def operations(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    for path, methods in document["paths"].items():
+def operations(openapi_document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for path, methods in openapi_document["paths"].items():
         for method, operation in methods.items():
             yield method, path, operation
 
 
-def test_every_operation_is_named_told_and_says_what_can_go_wrong(document: dict[str, Any]) -> None:
-    found = list(operations(document))
+def test_every_operation_is_named_told_and_says_what_can_go_wrong(openapi_document: dict[str, Any]) -> None:
+    found = list(operations(openapi_document))
     assert len(found) >= 20
     names = [operation["operationId"] for _, _, operation in found]
     assert len(set(names)) == len(names) and "change_settings" in names
@@ -91,14 +91,14 @@ def test_every_operation_is_named_told_and_says_what_can_go_wrong(document: dict
         assert bool(operation["security"]) == (method != "get" or path == "/auth"), path
 
 
-def test_every_reference_of_the_document_is_there(document: dict[str, Any]) -> None:
-    schemas = document["components"]["schemas"]
-    text = json.dumps(document)
+def test_every_reference_of_the_document_is_there(openapi_document: dict[str, Any]) -> None:
+    schemas = openapi_document["components"]["schemas"]
+    text = json.dumps(openapi_document)
     used = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}
     assert used <= schemas.keys() and "Problem" in used and "HTTPValidationError" not in text
 
 
-def test_the_document_is_printed_without_a_run(document: dict[str, Any]) -> None:
+def test_the_document_is_printed_without_a_run(openapi_document: dict[str, Any]) -> None:
     command = [sys.executable, "-m", "headrace.control", "--openapi"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
-    assert json.loads(printed.stdout) == document
+    assert json.loads(printed.stdout) == openapi_document

@@ -10,7 +10,7 @@ import redis
 from headrace.common.metrics.thresholds import SMOOTHED_STEPS
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import encode
-from headrace.control.models import Evaluation, Events, GroupDetail, Groups, History, Replicas, SettingsAnswer, Status
+from headrace.control.models import Evaluation, Events, GroupDetail, Groups, History, Replicas, SettingsResponse, Status
 from tests.support.controls import Control, a_control
 from tests.support.fake_sglang import FakeSglang
 from tests.support.seeded_run import heartbeat, seed_run, shown_group, step_rows
@@ -49,12 +49,12 @@ def test_counts_are_the_learners_where_it_answers(
     fake.replies["/status"] = 200, {"counts": {"trained": 7, "odd": 1}, "waits": [{"reason": "starved", "for_s": 2.0}]}
     client.hset(keys.learner, "url", fake.url)
     status = control.wait_for(lambda found: found["counts"]["trained"] == 7, "the learner's counts")
-    assert {"who": "learner", "detail": "starved for 2 s"} in status["waits"]
+    assert {"component": "learner", "detail": "starved for 2 s"} in status["waits"]
 
 
 def test_replicas(control: Control, client: redis.Redis, keys: Keys) -> None:
     client.set(keys.replica("odd"), b"\x00not a heartbeat", ex=60)
-    control.look()
+    control.refresh()
     found = Replicas.model_validate(control.http.get("/replicas").json())
     assert [replica.id for replica in found.replicas] == ["generation-0", "generation-1"]
     first = control.http.get("/replicas/generation-1").json()
@@ -64,7 +64,7 @@ def test_replicas(control: Control, client: redis.Redis, keys: Keys) -> None:
     moved = msgspec.structs.replace(heartbeat("generation-1", "http://127.0.0.1:9", 40), tokens_generated=10**6)
     client.set(keys.replica("generation-1"), encode(moved), ex=60)
     client.delete(keys.replica("generation-0"))
-    control.look()
+    control.refresh()
     found = Replicas.model_validate(control.http.get("/replicas").json())
     assert [replica.id for replica in found.replicas] == ["generation-1"] and found.counts.live == 1
     assert found.replicas[0].versions_behind == 3 and (found.replicas[0].tokens_per_s or 0) > 0
@@ -81,7 +81,7 @@ def test_history_is_columns_thinned_and_continued(control: Control, client: redi
     assert control.http.get("/history", params={"max_points": 1}).json()["steps"]["step"] == [40]
     row = step_rows(41, 1.0)[-1] | {"new_metric": 2.5, "text": "no number", "ess": None}
     announce(client, keys, "step", row)
-    control.look()
+    control.refresh()
     news = control.http.get("/history", params={"after": whole.cursor}).json()
     assert news["steps"]["step"] == [41] and news["steps"]["new_metric"] == [2.5] and news["steps"]["ess"] == [None]
     assert "text" not in news["steps"] and news["evaluations"] == []
@@ -93,7 +93,7 @@ def test_numerics_stay_what_they_were_until_tokens_are_fresh_again(
     control: Control, client: redis.Redis, keys: Keys
 ) -> None:
     def check() -> tuple[str, float]:
-        control.look()
+        control.refresh()
         checks = control.http.get("/status").json()["checks"]
         (found,) = [one for one in checks if one["name"] == "fresh_logprob_gap_rms"]
         return found["level"], found["value"]
@@ -110,7 +110,7 @@ def test_numerics_stay_what_they_were_until_tokens_are_fresh_again(
 
 def test_a_step_that_is_taken_again_makes_later_ones_void(control: Control, client: redis.Redis, keys: Keys) -> None:
     announce(client, keys, "step", {"step": 31, "reward_mean": 0.1})
-    control.look()
+    control.refresh()
     found = control.http.get("/history").json()
     assert found["steps"]["step"] == list(range(1, 32)) and found["steps"]["reward_mean"][-1] == 0.1
     assert [evaluation["step"] for evaluation in found["evaluations"]] == [20]
@@ -119,7 +119,7 @@ def test_a_step_that_is_taken_again_makes_later_ones_void(control: Control, clie
 
 def test_evaluations(control: Control, client: redis.Redis, keys: Keys) -> None:
     announce(client, keys, "evaluation", {"step": 40, "held_out": 0.9, "pass_at_4": 0.95, "time_s": 5.0})
-    control.look()
+    control.refresh()
     found = [Evaluation.model_validate(one) for one in control.http.get("/evals").json()]
     assert [(one.step, one.is_best) for one in found] == [(20, True), (40, False)]
     assert found[-1].held_out == 0.9 and found[-1].pass_at == {"4": 0.95} and found[-1].at == 5.0
@@ -140,14 +140,14 @@ def test_groups_are_listed_and_read_token_by_token(control: Control, client: red
     assert control.http.get("/groups/0-999").status_code == 404
     again = msgspec.structs.replace(shown_group(1, 40, 1.0), state="stale")
     client.xadd(keys.shown, {"group": msgspec.json.encode(again)})
-    control.look()
+    control.refresh()
     assert control.http.get("/groups", params={"state": "stale"}).json()["groups"][0]["id"] == "0-1"
     assert control.http.get("/groups").json()["num_kept"] == 24
 
 
 def test_recent_events_are_told_in_words(control: Control, client: redis.Redis, keys: Keys) -> None:
     client.xadd(keys.events, {"kind": "redis_lost", "event": b'{"step": 3, "num_reissued": 4}'})
-    control.look()
+    control.refresh()
     found = Events.model_validate(control.http.get("/events/recent").json()).events
     assert found[0].text == "Redis had lost what came after step 3; 4 tickets again"
     assert found[1].text == "generation-1 works with version 41; paused 51 ms"
@@ -170,7 +170,7 @@ def test_settings_tell_what_stands_and_hide_secrets(redis_url: str, client: redi
     with a_control(redis_url, keys) as control:
         text = control.http.get("/settings").text
     assert "sesame" not in text
-    found = SettingsAnswer.model_validate_json(text)
+    found = SettingsResponse.model_validate_json(text)
     assert found.settings["optimizer.lr"].value == found.settings["optimizer.lr"].configured == 2e-4
     assert found.settings["optimizer.lr"].description == "Highest learning rate."
     assert found.config["task"]["settings"]["digits"] == 2 and "redis_url" not in found.config
@@ -202,7 +202,7 @@ def test_rubbish_in_redis_is_passed_over(
     client.set(keys.epoch, "x")
     client.set(keys.config, b'{"model": 1}')
     announce(client, keys, "step", {"step": 41})
-    control.look()
+    control.refresh()
     assert control.http.get("/status").json()["settings_version"] == 0
     assert control.http.get("/history").json()["steps"]["step"][-1] == 41
     for path in ("/replicas", "/groups", "/events/recent", "/settings", "/evals"):

@@ -16,7 +16,7 @@ from headrace.common.redis.keys import Keys
 from headrace.common.wire import encode
 from headrace.control.models import Event, GroupSummary, Replicas, Status
 from headrace.control.view import event_stream as stream
-from headrace.control.view.event_stream import Full, Hub
+from headrace.control.view.event_stream import Hub, TooManySubscribers
 from tests.support.controls import Control, a_control
 from tests.support.fake_services import until
 from tests.support.seeded_run import heartbeat, seed_run, shown_group, step_rows
@@ -63,37 +63,37 @@ def test_what_was_there_before_is_not_news(control: Control) -> None:
 def test_a_status_that_stays_the_same_is_not_sent_again(redis_url: str, client: redis.Redis, keys: Keys) -> None:
     seed_run(client, keys)
     with a_control(redis_url, keys) as control:
-        hub, told = control.snapshot.hub, {"looks": 0, "bytes": 0}
+        hub, told = control.monitor.hub, {"looks": 0, "bytes": 0}
 
         def is_quiet() -> bool:
-            if hub.num_messages_bytes != told["bytes"]:
-                told.update(looks=control.snapshot.num_looks, bytes=hub.num_messages_bytes)
-            return control.snapshot.num_looks > told["looks"] + 4
+            if hub.num_published_bytes != told["bytes"]:
+                told.update(looks=control.monitor.num_polls, bytes=hub.num_published_bytes)
+            return control.monitor.num_polls > told["looks"] + 4
 
         until(is_quiet, "four looks, two seconds, of which nothing is told")
 
 
 def test_pages_beyond_the_limit_are_told_to_come_back(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control.snapshot.hub, "_max_subscribers", 1)
+    monkeypatch.setattr(control.monitor.hub, "_max_subscribers", 1)
     with control.events() as events:
         take(events, "status")
         refusal = control.http.get("/events")
         assert refusal.status_code == 503 and refusal.headers["retry-after"] == "30"
         assert refusal.headers["content-type"] == "application/problem+json"
-    until(lambda: control.http.get("/status").is_success and control.snapshot.hub.num_subscribers == 0, "it to leave")
+    until(lambda: control.http.get("/status").is_success and control.monitor.hub.num_subscribers == 0, "it to leave")
 
 
 def test_a_page_that_leaves_is_forgotten(control: Control) -> None:
     with control.events() as events:
         take(events, "status")
-        assert control.snapshot.hub.num_subscribers == 1
-    until(lambda: control.snapshot.hub.num_subscribers == 0, "nobody to follow")
+        assert control.monitor.hub.num_subscribers == 1
+    until(lambda: control.monitor.hub.num_subscribers == 0, "nobody to follow")
 
 
 def test_a_page_that_never_reads_is_dropped_and_disconnected(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
     """While it is there it costs its buffer, and the others are told everything."""
     monkeypatch.setattr(http_limits, "STALL_TIMEOUT_S", 0.5)
-    hub, address = control.snapshot.hub, urlsplit(control.url)
+    hub, address = control.monitor.hub, urlsplit(control.url)
     part = stream.message("event", b'"' + b"x" * 60_000 + b'"')
     with socket.create_connection((address.hostname, address.port)) as silent, control.events() as events:
         take(events, "status")
@@ -123,7 +123,7 @@ def test_what_waits_for_a_page_is_bounded() -> None:
     assert slow.is_closed and other.is_closed and hub.num_dropped == 2 and hub.num_subscribers == 0
     hub.subscribe()
     hub.subscribe()
-    with pytest.raises(Full, match="2 pages"):
+    with pytest.raises(TooManySubscribers, match="2 pages"):
         hub.subscribe()
 
 

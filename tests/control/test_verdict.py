@@ -5,23 +5,23 @@ from typing import Any
 
 import pytest
 
-from headrace.control.http.redaction import without_secrets
+from headrace.control.http.redaction import redact_secrets
 from headrace.control.models import Verdict
-from headrace.control.verdict.check_inputs import Facts, ReplicaFact
-from headrace.control.verdict.input_collector import Lasting, ReplicaMemory
-from headrace.control.verdict.verdict import Judge, findings_of
+from headrace.control.verdict.check_inputs import CheckInputs, ReplicaInput
+from headrace.control.verdict.input_collector import ConditionTimer, ReplicaTracker
+from headrace.control.verdict.verdict import VerdictTracker, run_checks
 from tests.support.making import make_ticket
 from tests.support.seeded_run import heartbeat
 
-SERVES = ReplicaFact("a", "running", "", 0)
-STARTS = ReplicaFact("a", "starting", "the engine is starting for 6 s", 0)
-ILL = ReplicaFact("b", "quarantined", "checksums differ for 7 s", 0)
-UNSCORED = ReplicaFact("a", "running", "rewards fail: ticket 0-1: ValueError: no for 9 s", 0)
-WELL = Facts(phase="training", step=9, steps=60, replicas=(SERVES,), is_exact=True)
+SERVES = ReplicaInput("a", "running", "", 0)
+STARTS = ReplicaInput("a", "starting", "the engine is starting for 6 s", 0)
+ILL = ReplicaInput("b", "quarantined", "checksums differ for 7 s", 0)
+UNSCORED = ReplicaInput("a", "running", "rewards fail: ticket 0-1: ValueError: no for 9 s", 0)
+WELL = CheckInputs(phase="training", step=9, steps=60, replicas=(SERVES,), is_exact=True)
 
 
-def judged(**changes: Any) -> Verdict:
-    return Judge().verdict(findings_of(replace(WELL, **changes)), 1.0)
+def verdict_of(**changes: Any) -> Verdict:
+    return VerdictTracker().verdict(run_checks(replace(WELL, **changes)), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -86,37 +86,40 @@ def judged(**changes: Any) -> Verdict:
     ],
 )
 def test_the_verdict_is_what_is_wrong(changes: dict[str, Any], level: str, text: str) -> None:
-    verdict = judged(**changes)
+    verdict = verdict_of(**changes)
     assert (verdict.level, verdict.text[: len(text)]) == (level, text)
 
 
 def test_who_starves_by_rewards_or_by_dead_tickets_is_sent_to_the_dead() -> None:
     for changes in ({"replicas": (UNSCORED,)}, {"num_dead_lately": 1}):
-        assert judged(waiting_s=31.0, **changes).advice.startswith("headrace dead list tells why")
-    assert "headrace dead list" not in judged(waiting_s=31.0).advice
+        assert verdict_of(waiting_s=31.0, **changes).advice.startswith("headrace dead list tells why")
+    assert "headrace dead list" not in verdict_of(waiting_s=31.0).advice
 
 
 def test_the_worst_is_told_first_and_others_are_counted() -> None:
-    verdict = judged(redis_away_s=1.0, checkpoint_failing_s=1.0, num_dead_lately=1, is_paused=True)
+    verdict = verdict_of(redis_unavailable_s=1.0, checkpoint_failing_s=1.0, num_recent_dead=1, is_paused=True)
     assert verdict.text == "Redis does not answer: what is shown is from before (and 1 more)"
-    levels = [finding.check.level for finding in findings_of(replace(WELL, redis_away_s=1.0, num_dead_lately=1))]
-    assert levels[:3] == ["failed", "warning", "healthy"] and len({f.check.name for f in findings_of(WELL)}) == len(
+    levels = [
+        check_result.check.level
+        for check_result in run_checks(replace(WELL, redis_unavailable_s=1.0, num_recent_dead=1))
+    ]
+    assert levels[:3] == ["failed", "warning", "healthy"] and len({f.check.name for f in run_checks(WELL)}) == len(
         levels
     )
 
 
 def test_since_when_is_kept_while_it_stays_the_same() -> None:
-    judge = Judge()
+    tracker = VerdictTracker()
     told = [
-        judge.verdict(findings_of(facts), now).since_at
-        for now, facts in enumerate(
+        tracker.verdict(run_checks(inputs), now).since_at
+        for now, inputs in enumerate(
             [
                 WELL,
                 WELL,
                 replace(WELL, learner_silent_s=6.0),
                 replace(WELL, learner_silent_s=7.0),
                 replace(WELL, learner_silent_s=16.0),
-                replace(WELL, learner_silent_s=17.0, num_dead_lately=1),
+                replace(WELL, learner_silent_s=17.0, num_recent_dead=1),
                 WELL,
             ]
         )
@@ -125,37 +128,37 @@ def test_since_when_is_kept_while_it_stays_the_same() -> None:
 
 
 def test_how_long_something_lasts() -> None:
-    lasting = Lasting()
-    assert lasting.for_s("x", False, 1.0) == 0
-    assert lasting.for_s("x", True, 2.0) > 0
-    assert lasting.for_s("x", True, 5.0) == 3
-    assert lasting.for_s("x", False, 6.0) == 0 and 0 < lasting.for_s("x", True, 7.0) < 1
+    timer = ConditionTimer()
+    assert timer.duration_s("x", False, 1.0) == 0
+    assert timer.duration_s("x", True, 2.0) > 0
+    assert timer.duration_s("x", True, 5.0) == 3
+    assert timer.duration_s("x", False, 6.0) == 0 and 0 < timer.duration_s("x", True, 7.0) < 1
 
 
 def test_the_pace_of_a_replica_is_of_the_last_half_minute_and_of_one_life() -> None:
-    memory = ReplicaMemory()
+    tracker = ReplicaTracker()
     first = heartbeat("a", "http://a", 1)
     fields = {name: getattr(first, name) for name in first.__struct_fields__}
 
     def beat(now: float, tokens: int, waiting_s: float, serving_s: float) -> None:
         changed = fields | {"tokens_generated": tokens, "waiting_s": waiting_s, "serving_s": serving_s}
-        memory.take([type(first)(**changed)], now)
+        tracker.add([type(first)(**changed)], now)
 
     beat(0, 1000, 0, 10)
-    assert memory.pace("a") == (None, None) == memory.pace("nobody")
+    assert tracker.rates("a") == (None, None) == tracker.rates("nobody")
     beat(10, 2000, 5, 20)
-    assert memory.pace("a") == (100.0, 0.5)
+    assert tracker.rates("a") == (100.0, 0.5)
     beat(60, 2100, 5, 70)
     beat(61, 2200, 5, 71)
-    assert memory.pace("a").tokens_per_s == pytest.approx(200 / 51)
+    assert tracker.rates("a").tokens_per_s == pytest.approx(200 / 51)
     beat(100, 10, 0, 1)
-    assert memory.pace("a") == (None, None) and memory.seen_since_at == {"a": 0}
-    memory.take([], 101)
-    assert memory.seen_since_at == {}
+    assert tracker.rates("a") == (None, None) and tracker.seen_since_at == {"a": 0}
+    tracker.add([], 101)
+    assert tracker.seen_since_at == {}
 
 
 def test_what_could_be_secret_is_hidden() -> None:
-    shown = without_secrets(
+    shown = redact_secrets(
         {
             "api_key": "s",
             "micro_batch_tokens": 7,

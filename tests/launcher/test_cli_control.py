@@ -96,7 +96,7 @@ def test_watching_tells_what_changes_until_the_run_ends(
             case 2:
                 monkeypatch.setattr(ControlClient, "get", get)
                 client.hset(keys.learner, mapping={"phase": "finished", "step": 60})
-                control.look()
+                control.refresh()
 
     def away(*_: object) -> Any:
         raise NothingRuns("control does not answer")

@@ -13,8 +13,8 @@ import httpx
 from headrace.common.config import load_recipe
 from headrace.common.http.service import bearer, listen, url_of
 from headrace.common.redis.keys import Keys
-from headrace.control.assembly import assembled, serving
-from headrace.control.view.run_monitor import Snapshot
+from headrace.control.assembly import running_app, serving
+from headrace.control.view.run_monitor import RunMonitor
 from tests.support.fake_services import until
 from tests.support.seeded_run import RECIPE
 
@@ -25,22 +25,22 @@ WAIT_S = 30.0
 class Control:
     """`ask` comes with the token, `http` without."""
 
-    def __init__(self, url: str, snapshot: Snapshot, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, url: str, monitor: RunMonitor, loop: asyncio.AbstractEventLoop) -> None:
         self.url = url
-        self.snapshot = snapshot
+        self.monitor = monitor
         self.loop = loop
         self.http = httpx.Client(base_url=url, trust_env=False, timeout=WAIT_S)
 
     def ask(self, method: str, path: str, headers: dict[str, str] | None = None, **arguments: Any) -> httpx.Response:
         return self.http.request(method, path, headers=(headers or {}) | bearer(TOKEN), **arguments)
 
-    def look(self) -> None:
+    def refresh(self) -> None:
         """At Redis, twice: a replica is known one look after its key was found."""
         for _ in range(2):
-            asyncio.run_coroutine_threadsafe(self.snapshot.refresh(), self.loop).result(WAIT_S)
+            asyncio.run_coroutine_threadsafe(self.monitor.refresh(), self.loop).result(WAIT_S)
 
     def status(self) -> dict[str, Any]:
-        self.look()
+        self.refresh()
         found: dict[str, Any] = self.http.get("/status").json()
         return found
 
@@ -48,11 +48,11 @@ class Control:
         """Until the status is as expected."""
         seen: list[dict[str, Any]] = [{}]
 
-        def look() -> bool:
+        def poll() -> bool:
             seen[0] = self.status()
             return is_so(seen[0])
 
-        until(look, what, lambda: seen[0].get("verdict"))
+        until(poll, what, lambda: seen[0].get("verdict"))
         return seen[0]
 
     @contextlib.contextmanager
@@ -82,9 +82,9 @@ def a_control(redis_url: str, keys: Keys, protect_reads: bool = False) -> Iterat
     async def serve() -> None:
         over, loop = asyncio.Event(), asyncio.get_running_loop()
         ended.append(lambda: loop.call_soon_threadsafe(over.set))
-        parts = assembled(keys.run, config, redis_url, TOKEN, protect_reads)
-        async with parts as (app, snapshot), serving(app, snapshot, sock):
-            started.set_result(Control(url_of(sock), snapshot, loop))
+        parts = running_app(keys.run, config, redis_url, TOKEN, protect_reads)
+        async with parts as (app, monitor), serving(app, monitor, sock):
+            started.set_result(Control(url_of(sock), monitor, loop))
             await over.wait()
 
     def run() -> None:
@@ -99,7 +99,7 @@ def a_control(redis_url: str, keys: Keys, protect_reads: bool = False) -> Iterat
     thread.start()
     try:
         control = started.result(WAIT_S)
-        control.look()
+        control.refresh()
         yield control
         control.http.close()
     finally:

@@ -24,7 +24,7 @@ from headrace.common.process.run_token import TOKEN_VARIABLE
 from headrace.common.redis.client import connect
 from headrace.common.redis.keys import MAX_EVENTS, MAX_HISTORY, MAX_SHOWN, Keys
 from headrace.common.wire.group_samples import ShownGroup
-from headrace.control.assembly import assembled, serving
+from headrace.control.assembly import running_app, serving
 
 TOKEN = "the-run's-token"
 CHROMIUM = next((path for path in ("/usr/bin/chromium", "/usr/bin/chromium-browser") if Path(path).exists()), None)
@@ -79,8 +79,8 @@ def a_control(redis_url: str, keys: Keys) -> Iterator[str]:
     async def serve() -> None:
         with connect(redis_url) as client:
             config = RunConfig.model_validate_json(client.get(keys.config) or b"")
-        parts = assembled(keys.run, config, redis_url, TOKEN, config.control.protect_reads)
-        async with parts as (app, snapshot), serving(app, snapshot, sock):
+        parts = running_app(keys.run, config, redis_url, TOKEN, config.control.protect_reads)
+        async with parts as (app, monitor), serving(app, monitor, sock):
             is_up.set()
             while not is_over.is_set():
                 await asyncio.sleep(0.05)

@@ -13,7 +13,7 @@ from headrace.common.http.problems import problem
 _HOST = re.compile(rb"(\[[0-9a-fA-F:.]+\]|[^:]*)(:[0-9]{1,5})?")
 
 
-class LocalHost:
+class HostHeaderCheck:
     """ASGI."""
 
     def __init__(self, app: ASGIApp) -> None:

@@ -17,7 +17,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 
-from headrace.common.http.host_header import LocalHost, is_loopback
+from headrace.common.http.host_header import HostHeaderCheck, is_loopback
 from headrace.common.http.limits import KEEP_ALIVE_S, MAX_CONNECTIONS, Bounded, BoundedBody
 from headrace.common.http.problems import answer_by_problems
 
@@ -106,7 +106,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, sock: socket.socket) -> None:
         config = uvicorn.Config(
-            LocalHost(app) if is_loopback(sock.getsockname()[0]) else app,
+            HostHeaderCheck(app) if is_loopback(sock.getsockname()[0]) else app,
             http=Bounded,
             limit_concurrency=MAX_CONNECTIONS,
             timeout_keep_alive=KEEP_ALIVE_S,

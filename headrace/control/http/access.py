@@ -6,7 +6,7 @@ from fastapi import Request
 from starlette.exceptions import HTTPException
 
 from headrace.common.wire import one_line
-from headrace.control.view.run_monitor import Picture, Snapshot
+from headrace.control.view.run_monitor import RunMonitor, RunView
 
 MAX_AGENT_CHARS = 60
 
@@ -22,26 +22,26 @@ _TEXTS = {
 }
 
 
-def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Documents error answers of a route."""
     schema = {"$ref": "#/components/schemas/Problem"}
     content = {"application/problem+json": {"schema": schema}}
     return {status: {"description": _TEXTS[status], "content": content} for status in statuses}
 
 
-def who(request: Request) -> str:
+def caller_of(request: Request) -> str:
     """The caller as an event tells of it: its address, and what it calls itself."""
     address = request.client.host if request.client else "?"
     agent = request.headers.get("user-agent", "")[:MAX_AGENT_CHARS]
     return one_line(f"{address} ({agent})" if agent else address)
 
 
-def not_now(why: str, after_s: int = 1) -> HTTPException:
+def service_unavailable(why: str, after_s: int = 1) -> HTTPException:
     return HTTPException(503, why, headers={"Retry-After": str(after_s)})
 
 
-def drawn(snapshot: Snapshot) -> Picture:
+def require_view(monitor: RunMonitor) -> RunView:
     """The newest one; not now, where Redis has not answered since control began."""
-    if snapshot.picture is None:
-        raise not_now("Redis has not answered yet")
-    return snapshot.picture
+    if monitor.view is None:
+        raise service_unavailable("Redis has not answered yet")
+    return monitor.view

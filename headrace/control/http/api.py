@@ -9,14 +9,14 @@ from starlette.exceptions import HTTPException
 from headrace.common.http.service import new_app, require_token
 from headrace.common.metrics.endpoint import mount_metrics
 from headrace.common.wire import DecidedState, TicketKind
-from headrace.control.http.access import drawn, not_now, problems
-from headrace.control.http.command_routes import ReplicaName, order_router
-from headrace.control.http.command_writer import Orders
+from headrace.control.http.access import error_responses, require_view, service_unavailable
+from headrace.control.http.command_routes import ReplicaName, command_router
+from headrace.control.http.command_writer import CommandWriter
 from headrace.control.http.openapi import openapi_of
 from headrace.control.http.page import page_router
-from headrace.control.http.prometheus import Exported
+from headrace.control.http.prometheus import ControlMetrics
 from headrace.control.http.request_counts import CountRequests, RequestTotals
-from headrace.control.http.settings_response import settings_answer
+from headrace.control.http.settings_response import settings_response_of
 from headrace.control.models import (
     Evaluation,
     Events,
@@ -26,17 +26,19 @@ from headrace.control.models import (
     History,
     Replica,
     Replicas,
-    SettingsAnswer,
+    SettingsResponse,
     Status,
 )
-from headrace.control.view.event_stream import EventStream, Full
-from headrace.control.view.run_monitor import Snapshot
+from headrace.control.view.event_stream import EventStream, TooManySubscribers
+from headrace.control.view.run_monitor import RunMonitor
 
 Cursor = Annotated[str, Query(pattern=r"^([0-9]{1,15}-[0-9]{1,15})?$", description="`cursor` of an earlier answer.")]
 GroupName = Annotated[str, Path(min_length=1, max_length=200, examples=["0-17", "eval-41-3"])]
 
 
-def make_app(snapshot: Snapshot, orders: Orders, http: httpx.AsyncClient, token: str, protect_reads: bool) -> FastAPI:
+def make_app(
+    monitor: RunMonitor, commands: CommandWriter, http: httpx.AsyncClient, token: str, protect_reads: bool
+) -> FastAPI:
     app = new_app("Headrace control", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.openapi = lambda: openapi_of(app, protect_reads)  # type: ignore[method-assign]
     guard = require_token(token)
@@ -47,7 +49,7 @@ def make_app(snapshot: Snapshot, orders: Orders, http: httpx.AsyncClient, token:
         """Control itself answers; open to everybody."""
         return {"status": "ok"}
 
-    @app.get("/auth", operation_id="check_token", tags=["status"], status_code=204, responses=problems(401))
+    @app.get("/auth", operation_id="check_token", tags=["status"], status_code=204, responses=error_responses(401))
     async def check_token(request: Request) -> Response:
         """Whether the token that comes with this call is the run's."""
         await guard(request)
@@ -56,44 +58,46 @@ def make_app(snapshot: Snapshot, orders: Orders, http: httpx.AsyncClient, token:
     reading = [Depends(guard)] if protect_reads else []
     requests = RequestTotals()
     app.add_middleware(CountRequests, totals=requests)
-    mount_metrics(app, Exported(snapshot, requests), tags=["status"], dependencies=reading, responses=problems(401))
-    app.include_router(_status_router(snapshot), dependencies=reading, responses=problems(401, 503))
-    app.include_router(_rows_router(snapshot), dependencies=reading, responses=problems(401, 503))
-    app.include_router(order_router(snapshot, orders, http, token, guard))
+    mount_metrics(
+        app, ControlMetrics(monitor, requests), tags=["status"], dependencies=reading, responses=error_responses(401)
+    )
+    app.include_router(_status_router(monitor), dependencies=reading, responses=error_responses(401, 503))
+    app.include_router(_rows_router(monitor), dependencies=reading, responses=error_responses(401, 503))
+    app.include_router(command_router(monitor, commands, http, token, guard))
     return app
 
 
-def _status_router(snapshot: Snapshot) -> APIRouter:
+def _status_router(monitor: RunMonitor) -> APIRouter:
     router = APIRouter(tags=["status"])
 
     @router.get("/status", operation_id="status", response_model=Status)
     async def status() -> Response:
         """The whole run at a glance, from at most half a second ago."""
-        return _json(drawn(snapshot).status_json)
+        return _json(require_view(monitor).status_json)
 
     @router.get("/replicas", operation_id="replicas", response_model=Replicas)
     async def replicas() -> Response:
         """Those that live, and how many are ordered and advised."""
-        return _json(drawn(snapshot).replicas_json)
+        return _json(require_view(monitor).replicas_json)
 
-    @router.get("/replicas/{id}", operation_id="replica", responses=problems(404, 422))
+    @router.get("/replicas/{id}", operation_id="replica", responses=error_responses(404, 422))
     async def replica(id: ReplicaName) -> Replica:
-        for one in drawn(snapshot).replicas.replicas:
+        for one in require_view(monitor).replicas.replicas:
             if one.id == id:
                 return one
         raise HTTPException(404, "no live replica has that name")
 
     @router.get("/settings", operation_id="settings", tags=["settings"])
-    async def settings() -> SettingsAnswer:
-        return settings_answer(drawn(snapshot))
+    async def settings() -> SettingsResponse:
+        return settings_response_of(require_view(monitor))
 
     @router.get("/events", operation_id="events", response_class=Response, responses=_EVENT_STREAM)
     async def events() -> Response:
         """Server-sent events: `status`, `replicas`, `step`, `evaluation`, `group`, `event`, each with JSON."""
         try:
-            return EventStream(snapshot.hub, snapshot.hub.subscribe(*snapshot.first_messages()))
-        except Full as error:
-            raise not_now(str(error), after_s=30) from error
+            return EventStream(monitor.hub, monitor.hub.subscribe(*monitor.initial_messages()))
+        except TooManySubscribers as error:
+            raise service_unavailable(str(error), after_s=30) from error
 
     return router
 
@@ -110,28 +114,28 @@ _EVENT_STREAM: dict[int | str, dict[str, Any]] = {
 }
 
 
-def _rows_router(snapshot: Snapshot) -> APIRouter:
+def _rows_router(monitor: RunMonitor) -> APIRouter:
     router = APIRouter(tags=["rows"])
 
-    @router.get("/history", operation_id="history", response_model=History, responses=problems(422))
+    @router.get("/history", operation_id="history", response_model=History, responses=error_responses(422))
     async def history(after: Cursor = "", max_points: Annotated[int, Query(ge=1, le=5000)] = 1000) -> Response:
         """Every step's numbers, or those that came after a cursor."""
-        drawn(snapshot)
-        return _json(snapshot.history.answer(after, max_points))
+        require_view(monitor)
+        return _json(monitor.history.answer(after, max_points))
 
     @router.get("/evals", operation_id="evaluations")
     async def evaluations() -> list[Evaluation]:
         """In the order of their steps."""
-        drawn(snapshot)
-        return snapshot.history.evaluations
+        require_view(monitor)
+        return monitor.history.evaluations
 
-    @router.get("/events/recent", operation_id="recent_events", response_model=Events, responses=problems(422))
+    @router.get("/events/recent", operation_id="recent_events", response_model=Events, responses=error_responses(422))
     async def recent_events(limit: Annotated[int, Query(ge=1, le=700)] = 100) -> Events:
         """What has happened lately, steps aside."""
-        drawn(snapshot)
-        return Events(events=snapshot.happenings.newest(limit))
+        require_view(monitor)
+        return Events(events=monitor.event_log.newest(limit))
 
-    @router.get("/groups", operation_id="groups", responses=problems(422))
+    @router.get("/groups", operation_id="groups", responses=error_responses(422))
     async def groups(
         kind: TicketKind | None = None,
         state: DecidedState | None = None,
@@ -140,21 +144,21 @@ def _rows_router(snapshot: Snapshot) -> APIRouter:
         limit: Annotated[int, Query(ge=1, le=256)] = 50,
     ) -> Groups:
         """A sample of what the model has written lately."""
-        drawn(snapshot)
+        require_view(monitor)
         wanted = {"kind": kind, "state": state, "step": step, "replica": replica}
         asked = {name: value for name, value in wanted.items() if value is not None}
 
         def is_wanted(summary: GroupSummary) -> bool:
             return all(getattr(summary, name) == value for name, value in asked.items())
 
-        found = [summary for summary, _ in zip(snapshot.groups.newest(is_wanted), range(limit), strict=False)]
-        return Groups(groups=found, num_kept=len(snapshot.groups))
+        found = [summary for summary, _ in zip(monitor.groups.newest(is_wanted), range(limit), strict=False)]
+        return Groups(groups=found, num_kept=len(monitor.groups))
 
-    @router.get("/groups/{id}", operation_id="group", responses=problems(404, 422))
+    @router.get("/groups/{id}", operation_id="group", responses=error_responses(404, 422))
     async def group(id: GroupName) -> GroupDetail:
         """Token by token: which weights sampled it, and what learner and engine thought of it."""
-        drawn(snapshot)
-        if (detail := snapshot.groups.detail(id)) is None:
+        require_view(monitor)
+        if (detail := monitor.groups.detail(id)) is None:
             raise HTTPException(404, "no such group among the recent ones that are kept")
         return detail
 

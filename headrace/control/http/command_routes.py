@@ -9,53 +9,57 @@ from starlette.exceptions import HTTPException
 
 from headrace.common.config import RunConfig
 from headrace.common.wire.desired_state import parse_launcher
-from headrace.control.http.access import drawn, not_now, problems, who
-from headrace.control.http.command_writer import Orders, Overtaken, Unreachable
-from headrace.control.http.drain import NoAnswer, drain
-from headrace.control.http.settings_response import settings_answer
-from headrace.control.models import DesiredReplicas, Done, SettingsAnswer, SettingsChange
-from headrace.control.view.run_monitor import Snapshot
+from headrace.control.http.access import caller_of, error_responses, require_view, service_unavailable
+from headrace.control.http.command_writer import CommandWriter, RedisUnavailable, VersionConflict
+from headrace.control.http.drain import DrainFailed, drain
+from headrace.control.http.settings_response import settings_response_of
+from headrace.control.models import CommandAccepted, DesiredReplicas, SettingsChange, SettingsResponse
+from headrace.control.view.run_monitor import RunMonitor
 
-_WITH_BODY = problems(400, 408, 409, 413, 422)
+_WITH_BODY = error_responses(400, 408, 409, 413, 422)
 ReplicaName = Annotated[str, Path(min_length=1, max_length=200, examples=["generation-0"])]
 
 
-def order_router(snapshot: Snapshot, orders: Orders, http: httpx.AsyncClient, token: str, guard: object) -> APIRouter:
-    router = APIRouter(dependencies=[Depends(guard)], responses=problems(401, 503), tags=["orders"])  # type: ignore[arg-type]
+def command_router(
+    monitor: RunMonitor, commands: CommandWriter, http: httpx.AsyncClient, token: str, guard: object
+) -> APIRouter:
+    router = APIRouter(dependencies=[Depends(guard)], responses=error_responses(401, 503), tags=["orders"])  # type: ignore[arg-type]
 
-    async def obeyed(writing: Awaitable[object], text: str) -> Done:
+    async def accepted(writing: Awaitable[object], text: str) -> CommandAccepted:
         """Writes an order and looks again."""
-        await _written(writing)
-        await snapshot.refresh()
-        return Done(text=text, status=None if snapshot.picture is None else snapshot.picture.status)
+        await _write_or_503(writing)
+        await monitor.refresh()
+        return CommandAccepted(text=text, status=None if monitor.view is None else monitor.view.status)
 
     @router.post("/pause", operation_id="pause")
-    async def pause(request: Request) -> Done:
+    async def pause(request: Request) -> CommandAccepted:
         """No steps and no tickets, after the step in progress, until resumed."""
-        return await obeyed(orders.pause(who(request)), "paused after the step in progress")
+        return await accepted(commands.pause(caller_of(request)), "paused after the step in progress")
 
     @router.post("/resume", operation_id="resume")
-    async def resume(request: Request) -> Done:
-        return await obeyed(orders.resume(who(request)), "steps and tickets go on")
+    async def resume(request: Request) -> CommandAccepted:
+        return await accepted(commands.resume(caller_of(request)), "steps and tickets go on")
 
     @router.post("/checkpoint", operation_id="checkpoint")
-    async def checkpoint(request: Request) -> Done:
-        return await obeyed(orders.checkpoint(who(request)), "a checkpoint follows the step in progress")
+    async def checkpoint(request: Request) -> CommandAccepted:
+        return await accepted(commands.checkpoint(caller_of(request)), "a checkpoint follows the step in progress")
 
     @router.post("/evaluate", operation_id="evaluate")
-    async def evaluate(request: Request) -> Done:
+    async def evaluate(request: Request) -> CommandAccepted:
         """Held-out accuracy of the newest weights, beside training."""
-        return await obeyed(orders.evaluate(who(request)), "an evaluation follows the step in progress")
+        return await accepted(commands.evaluate(caller_of(request)), "an evaluation follows the step in progress")
 
     @router.post("/stop", operation_id="stop")
-    async def stop(request: Request) -> Done:
+    async def stop(request: Request) -> CommandAccepted:
         """Ends the run after the step in progress, with a checkpoint; started again, it goes on from there."""
-        return await obeyed(orders.stop(who(request)), "the run stops after the step in progress, with a checkpoint")
+        return await accepted(
+            commands.stop(caller_of(request)), "the run stops after the step in progress, with a checkpoint"
+        )
 
     @router.put("/replicas/desired", operation_id="order_replicas", responses=_WITH_BODY)
-    async def order_replicas(request: Request, demand: DesiredReplicas) -> Done:
+    async def set_desired_replicas(request: Request, demand: DesiredReplicas) -> CommandAccepted:
         """How many replicas the run's launcher keeps; 409 where none would obey, 422 where it lacks the GPUs."""
-        number, launcher = demand.replicas, drawn(snapshot).status.replicas.launcher
+        number, launcher = demand.replicas, require_view(monitor).status.replicas.launcher
         if number is not None and launcher is None:
             raise HTTPException(409, "no launcher keeps this run's replicas: nobody would obey")
         try:
@@ -63,38 +67,40 @@ def order_router(snapshot: Snapshot, orders: Orders, http: httpx.AsyncClient, to
         except ValueError as error:
             raise HTTPException(422, str(error)) from error
         text = "no number is ordered any more" if number is None else f"{number} replicas ordered"
-        return await obeyed(orders.scale(number, who(request)), text)
+        return await accepted(commands.scale(number, caller_of(request)), text)
 
-    @router.post("/replicas/{id}/drain", operation_id="drain_replica", responses=problems(404, 422))
-    async def drain_replica(request: Request, id: ReplicaName) -> Done:
+    @router.post("/replicas/{id}/drain", operation_id="drain_replica", responses=error_responses(404, 422))
+    async def drain_replica(request: Request, id: ReplicaName) -> CommandAccepted:
         """It finishes or hands back its tickets, then ends. A launcher starts another unless fewer are ordered."""
-        found = [replica for replica in drawn(snapshot).replicas.replicas if replica.id == id]
+        found = [replica for replica in require_view(monitor).replicas.replicas if replica.id == id]
         if not found:
             raise HTTPException(404, "no live replica has that name")
         try:
             await drain(http, found[0].url, token)
-        except NoAnswer as error:
-            raise not_now(str(error)) from error
-        return await obeyed(orders.note_drain(id, who(request)), "it finishes or hands back its tickets, then ends")
+        except DrainFailed as error:
+            raise service_unavailable(str(error)) from error
+        return await accepted(
+            commands.record_drain(id, caller_of(request)), "it finishes or hands back its tickets, then ends"
+        )
 
     @router.patch("/settings", operation_id="change_settings", responses=_WITH_BODY, tags=["settings"])
-    async def change_settings(request: Request, change: SettingsChange) -> SettingsAnswer:
+    async def change_settings(request: Request, change: SettingsChange) -> SettingsResponse:
         """Settings count from the learner's next step; all of a change or none of it."""
-        config: RunConfig = drawn(snapshot).config
+        config: RunConfig = require_view(monitor).config
         try:
-            await _written(orders.change_settings(config, change.settings, change.version, who(request)))
-        except Overtaken as error:
+            await _write_or_503(commands.change_settings(config, change.settings, change.version, caller_of(request)))
+        except VersionConflict as error:
             raise HTTPException(409, str(error)) from error
         except ValueError as error:
             raise HTTPException(422, str(error)) from error
-        await snapshot.refresh()
-        return settings_answer(drawn(snapshot))
+        await monitor.refresh()
+        return settings_response_of(require_view(monitor))
 
     return router
 
 
-async def _written(writing: Awaitable[object]) -> None:
+async def _write_or_503(writing: Awaitable[object]) -> None:
     try:
         await writing
-    except Unreachable as error:
-        raise not_now(str(error)) from error
+    except RedisUnavailable as error:
+        raise service_unavailable(str(error)) from error

@@ -10,13 +10,13 @@ from headrace.common.wire.checks import is_url
 DRAIN_DEADLINE_S = 5.0
 
 
-class NoAnswer(RuntimeError):
+class DrainFailed(RuntimeError):
     """Of the replica."""
 
 
 async def drain(client: httpx.AsyncClient, url: str, token: str) -> None:
     if not is_url(url):
-        raise NoAnswer("the replica's address is none")
+        raise DrainFailed("the replica's address is none")
     try:
         async with (
             asyncio.timeout(DRAIN_DEADLINE_S),
@@ -24,6 +24,6 @@ async def drain(client: httpx.AsyncClient, url: str, token: str) -> None:
         ):
             status = got.status_code
     except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
-        raise NoAnswer(f"the replica does not answer ({type(error).__name__})") from error
+        raise DrainFailed(f"the replica does not answer ({type(error).__name__})") from error
     if status != 200:
-        raise NoAnswer(f"the replica answers {status}")
+        raise DrainFailed(f"the replica answers {status}")

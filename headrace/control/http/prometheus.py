@@ -11,41 +11,41 @@ from headrace.common.metrics.steps import add_latest_evaluation, add_latest_step
 from headrace.common.process.waiting import parse_waits
 from headrace.control.http.request_counts import RequestTotals
 from headrace.control.models import Queues, Replicas, Status
-from headrace.control.polling.redis_poll import Look
+from headrace.control.polling.redis_poll import PollResult
 from headrace.control.verdict.check_inputs import FINAL_PHASES
-from headrace.control.view.run_monitor import Snapshot
+from headrace.control.view.run_monitor import RunMonitor
 
 LEVELS = {"healthy": 0, "ended": 0, "waiting": 1, "warning": 2, "failed": 3}
 
 
-class Exported:
+class ControlMetrics:
     """Call it at each scrape, in control's event loop."""
 
-    def __init__(self, snapshot: Snapshot, requests: RequestTotals) -> None:
-        self._snapshot = snapshot
+    def __init__(self, monitor: RunMonitor, requests: RequestTotals) -> None:
+        self._monitor = monitor
         self._requests = requests
 
     def __call__(self) -> Families:
-        snapshot, families = self._snapshot, Families(run=self._snapshot.run)
-        if snapshot.picture is not None and snapshot.look is not None:
-            status = snapshot.picture.status
-            self._add_run(families, status, snapshot.look)
+        monitor, families = self._monitor, Families(run=self._monitor.run)
+        if monitor.view is not None and monitor.latest_poll is not None:
+            status = monitor.view.status
+            self._add_run(families, status, monitor.latest_poll)
             _add_verdict(families, status)
             _add_rates(families, status)
             _add_queues(families, status.queues)
-            _add_replicas(families, snapshot.look, snapshot.picture.replicas)
-            snapshot.tally.groups.collect(families, dict(status.counts))
-        snapshot.tally.collect(families)
+            _add_replicas(families, monitor.latest_poll, monitor.view.replicas)
+            monitor.counters.groups.collect(families, dict(status.counts))
+        monitor.counters.collect(families)
         self._requests.collect(families)
         self._add_control(families)
         return families
 
-    def _add_run(self, families: Families, status: Status, look: Look) -> None:
-        history, probe = self._snapshot.history, self._snapshot.probe
+    def _add_run(self, families: Families, status: Status, poll: PollResult) -> None:
+        history, probe = self._monitor.history, self._monitor.probe
         position = {name: getattr(status, name) for name in ("phase", "step", "steps", "version", "epoch")}
         add_position(families, **position)
         replicas = status.replicas
-        applied = self._snapshot.picture.applied_version if self._snapshot.picture else None
+        applied = self._monitor.view.applied_version if self._monitor.view else None
         add_orders(families, desired=replicas.desired, advised=replicas.advised, settings_version=applied)
         families.gauge("headrace_paused", "1: as ordered, no steps and no tickets.", status.is_paused)
         families.gauge("headrace_stopping", "1: as ordered, the run ends after its step.", status.is_stopping)
@@ -57,7 +57,7 @@ class Exported:
             add_latest_evaluation(families, row)
             best = max(evaluation.held_out for evaluation in history.evaluations)
             families.gauge("headrace_held_out_best", "pass@1 of the best evaluation.", best)
-        fields = {name: look.learner.get(f"checkpoint_{name}") for name in ("step", "time_s", "seconds", "bytes")}
+        fields = {name: poll.learner.get(f"checkpoint_{name}") for name in ("step", "time_s", "seconds", "bytes")}
         add_files(families, {name: float(text) for name, text in fields.items() if text and _is_number(text)}, {})
         is_answering = probe.is_answering and probe.status is not None
         waits = {wait.reason: wait.for_s for wait in probe.status.waits} if is_answering and probe.status else {}
@@ -66,15 +66,15 @@ class Exported:
         families.gauge("headrace_learner_silent_seconds", "Since the learner last answered control.", silent_s)
 
     def _add_control(self, families: Families) -> None:
-        snapshot, hub = self._snapshot, self._snapshot.hub
+        monitor, hub = self._monitor, self._monitor.hub
         families.gauge("headrace_control_subscribers", "Pages that follow.", hub.num_subscribers)
         text = "Pages that fell behind and were dropped."
         families.counter("headrace_control_dropped_subscribers_total", text, hub.num_dropped)
         text = "Bytes published to the pages, each counted once."
-        families.counter("headrace_control_published_bytes_total", text, hub.num_messages_bytes)
-        families.counter("headrace_control_looks_total", "Looks at Redis.", snapshot.num_looks)
+        families.counter("headrace_control_published_bytes_total", text, hub.num_published_bytes)
+        families.counter("headrace_control_looks_total", "Looks at Redis.", monitor.num_polls)
         text = "Commands sent to Redis for looks."
-        families.counter("headrace_control_redis_commands_total", text, snapshot.reader.num_commands)
+        families.counter("headrace_control_redis_commands_total", text, monitor.poller.num_commands)
 
 
 def _add_verdict(families: Families, status: Status) -> None:
@@ -112,9 +112,9 @@ def _add_queues(families: Families, queues: Queues) -> None:
     families.gauge("headrace_dead_letters", "Tickets and groups in the stream of the dead.", queues.dead)
 
 
-def _add_replicas(families: Families, look: Look, shown: Replicas) -> None:
-    add_replica_states(families, look.heartbeats)
-    for beat in look.heartbeats:
+def _add_replicas(families: Families, poll: PollResult, shown: Replicas) -> None:
+    add_replica_states(families, poll.heartbeats)
+    for beat in poll.heartbeats:
         add_replica(families, beat)
         add_replica_waits(families, beat.replica, parse_waits(beat.reason))
     for replica in shown.replicas:

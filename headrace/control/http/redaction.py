@@ -10,10 +10,10 @@ _NAMES = re.compile(
 _IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
 
 
-def without_secrets(settings: Any, name: str = "") -> Any:
+def redact_secrets(settings: Any, name: str = "") -> Any:
     """Text under a name that says secret is hidden, and so is who signs in within a URL."""
     if isinstance(settings, dict):
-        return {key: without_secrets(value, str(key)) for key, value in settings.items()}
+        return {key: redact_secrets(value, str(key)) for key, value in settings.items()}
     if isinstance(settings, list):
         return [_of_list(settings, place, name) for place in range(len(settings))]
     if isinstance(settings, str):
@@ -26,6 +26,6 @@ def _of_list(values: list[Any], place: int, name: str) -> Any:
     value, before = values[place], values[place - 1] if place else ""
     if isinstance(value, str) and value.startswith("-"):
         flag, is_assigned, assigned = value.partition("=")
-        return f"{flag}={without_secrets(assigned, flag)}" if is_assigned else value
+        return f"{flag}={redact_secrets(assigned, flag)}" if is_assigned else value
     is_flag = isinstance(before, str) and before.startswith("-") and "=" not in before
-    return without_secrets(value, before if is_flag else name)
+    return redact_secrets(value, before if is_flag else name)

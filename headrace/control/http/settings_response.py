@@ -4,25 +4,25 @@ from functools import cache
 
 from headrace.common.config import RunConfig
 from headrace.common.config.hot_reload import HOT, hot_values, with_settings
-from headrace.control.http.redaction import without_secrets
-from headrace.control.models import Setting, SettingsAnswer
-from headrace.control.view.run_monitor import Picture
+from headrace.control.http.redaction import redact_secrets
+from headrace.control.models import Setting, SettingsResponse
+from headrace.control.view.run_monitor import RunView
 
 
-def settings_answer(picture: Picture) -> SettingsAnswer:
-    configured, standing = hot_values(picture.config), picture.orders.settings
+def settings_response_of(view: RunView) -> SettingsResponse:
+    configured, standing = hot_values(view.config), view.orders.settings
     try:
-        values = hot_values(with_settings(picture.config, standing.values))
+        values = hot_values(with_settings(view.config, standing.values))
     except ValueError:  # a later life's configuration may not go together with what stands
         values = configured | {name: value for name, value in standing.values.items() if name in configured}
-    return SettingsAnswer(
+    return SettingsResponse(
         version=standing.version,
-        applied_version=picture.applied_version,
+        applied_version=view.applied_version,
         settings={
             name: Setting(value=values[name], configured=configured[name], description=_description(name))
             for name in HOT
         },
-        config=without_secrets(picture.config.model_dump(mode="json", exclude={"redis_url"})),
+        config=redact_secrets(view.config.model_dump(mode="json", exclude={"redis_url"})),
     )
 
 

@@ -72,9 +72,9 @@ function whoWaits({ rates }) {
 /** One line each; many replicas that wait for the same are one. */
 function told({ waits: standing, reason }) {
   const byDetail = new Map();
-  const isKnown = !reason || standing.some((one) => one.who === "learner");
-  for (const { who, detail } of isKnown ? standing : [{ who: "learner", detail: reason }, ...standing])
-    byDetail.set(detail, [...(byDetail.get(detail) ?? []), who]);
+  const isKnown = !reason || standing.some((one) => one.component === "learner");
+  for (const { component, detail } of isKnown ? standing : [{ component: "learner", detail: reason }, ...standing])
+    byDetail.set(detail, [...(byDetail.get(detail) ?? []), component]);
   return [...byDetail]
     .map(([detail, who]) => ({ who: who.length > 3 ? plural(who.length, "replica") : who.join(", "), detail }))
     .slice(0, 8);

@@ -11,10 +11,10 @@ import msgspec
 
 from headrace.common.wire import one_line
 from headrace.control.models import Event, Pauses
-from headrace.control.polling.redis_poll import Entry, id_order
+from headrace.control.polling.redis_poll import Entry, parse_entry_id
 
 MAX_SWAPS = 200
-MAX_OTHERS = 500
+MAX_OTHER_EVENTS = 500
 MAX_EVENT_BYTES = 1 << 16
 MAX_REPLICAS = 1000
 """Whose swaps are remembered."""
@@ -28,7 +28,7 @@ class _Swaps:
         self.pauses_ms: deque[float] = deque(maxlen=100)
         self.fetched_bytes = 0
 
-    def take(self, event: dict[str, Any]) -> None:
+    def add(self, event: dict[str, Any]) -> None:
         self.count += 1
         if isinstance(pause := event.get("pause_ms"), int | float):
             self.pauses_ms.append(float(pause))
@@ -46,13 +46,13 @@ class _Swaps:
         )
 
 
-class Happenings:
+class EventLog:
     def __init__(self) -> None:
         self._swaps: deque[Event] = deque(maxlen=MAX_SWAPS)
-        self._others: deque[Event] = deque(maxlen=MAX_OTHERS)
+        self._others: deque[Event] = deque(maxlen=MAX_OTHER_EVENTS)
         self._by_replica: dict[str, _Swaps] = {}
 
-    def take(self, entry: Entry) -> Event | None:
+    def add(self, entry: Entry) -> Event | None:
         """The event, if it is one to be told."""
         entry_id, fields = entry
         kind, payload = fields.get(b"kind", b"").decode(errors="replace"), fields.get(b"event", b"")
@@ -62,7 +62,7 @@ class Happenings:
             found = msgspec.json.decode(payload, type=dict[str, Any])
         except (ValueError, RecursionError):
             return None
-        at = id_order(entry_id)[0] / 1000
+        at = parse_entry_id(entry_id)[0] / 1000
         event = Event(id=entry_id, at=at, kind=one_line(kind), text=one_line(describe(kind, found)), event=found)
         if kind == "swap":
             self._note_swap(found)
@@ -70,7 +70,7 @@ class Happenings:
         return event
 
     def newest(self, limit: int) -> list[Event]:
-        merged = sorted([*self._swaps, *self._others], key=lambda event: id_order(event.id), reverse=True)
+        merged = sorted([*self._swaps, *self._others], key=lambda event: parse_entry_id(event.id), reverse=True)
         return merged[:limit]
 
     def pauses(self, replica: str) -> Pauses:
@@ -79,7 +79,7 @@ class Happenings:
     def _note_swap(self, event: dict[str, Any]) -> None:
         replica = event.get("replica")
         if isinstance(replica, str) and (replica in self._by_replica or len(self._by_replica) < MAX_REPLICAS):
-            self._by_replica.setdefault(replica, _Swaps()).take(event)
+            self._by_replica.setdefault(replica, _Swaps()).add(event)
 
 
 def describe(kind: str, event: dict[str, Any]) -> str:

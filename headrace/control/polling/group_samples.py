@@ -24,7 +24,7 @@ class _Kept(NamedTuple):
     payload: bytes
 
 
-class RunGroups:
+class GroupSamples:
     def __init__(self, max_bytes: int = MAX_KEPT_BYTES) -> None:
         self._max_bytes = max_bytes
         self._num_bytes = 0
@@ -34,7 +34,7 @@ class RunGroups:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def take(self, entry: Entry) -> GroupSummary | None:
+    def add(self, entry: Entry) -> GroupSummary | None:
         payload = entry[1].get(b"group", b"")
         group = _decode(payload)
         if group is None:

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from headrace.control.models import Evaluation
-from headrace.control.polling.redis_poll import Entry, id_order
+from headrace.control.polling.redis_poll import Entry, parse_entry_id
 
 MAX_COLUMNS = 200
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -40,7 +40,7 @@ class RunHistory:
     def evaluations(self) -> list[Evaluation]:
         return [self._evaluations[step][1] for step in sorted(self._evaluations)]
 
-    def take(self, entry: Entry) -> tuple[str, Any] | None:
+    def add(self, entry: Entry) -> tuple[str, Any] | None:
         """Adds a row; what readers are told of it: its kind, and the step's numbers or the evaluation."""
         entry_id, fields = entry
         kind = fields.get(b"kind")
@@ -57,7 +57,7 @@ class RunHistory:
             self._add_step(entry_id, numbers)
             return "step", self.row(len(self) - 1)
         if kind == b"evaluation" and (evaluation := _evaluation(row, numbers)):
-            self._evaluations[evaluation.step] = (id_order(entry_id), evaluation)
+            self._evaluations[evaluation.step] = (parse_entry_id(entry_id), evaluation)
             return "evaluation", evaluation
         return None
 
@@ -74,7 +74,7 @@ class RunHistory:
         for name in numbers:
             if name not in self._columns and len(self._columns) < MAX_COLUMNS:
                 self._columns[name] = array("d", [math.nan] * len(self._ids))
-        self._ids.append(id_order(entry_id))
+        self._ids.append(parse_entry_id(entry_id))
         for name, column in self._columns.items():
             column.append(numbers.get(name, math.nan))
 
@@ -86,7 +86,7 @@ class RunHistory:
         column = self._columns.get(name)
         return [] if column is None else [value for value in column[-count:] if not math.isnan(value)]
 
-    def last_said(self, name: str, count: int) -> list[float]:
+    def latest_reported(self, name: str, count: int) -> list[float]:
         """The last `count` values of `name`, however many steps ago, the newest last."""
         said = (value for value in reversed(self._columns.get(name, ())) if not math.isnan(value))
         return list(islice(said, count))[::-1]
@@ -95,7 +95,7 @@ class RunHistory:
         """`History` as JSON."""
         asked = (self._last_id, after, max_points)
         if asked not in self._answers:
-            self._answers[asked] = self._encode(id_order(after) if after else (0, 0), max_points)
+            self._answers[asked] = self._encode(parse_entry_id(after) if after else (0, 0), max_points)
             while len(self._answers) > MAX_ANSWERS:
                 self._answers.popitem(last=False)
         return self._answers[asked]

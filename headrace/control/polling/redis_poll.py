@@ -28,7 +28,7 @@ Entry = tuple[str, dict[bytes, bytes]]
 """A stream's entry: its id and fields."""
 
 
-class Look(NamedTuple):
+class PollResult(NamedTuple):
     """What stood in Redis at one time; of the streams what had come since the look before."""
 
     learner: dict[str, str]
@@ -47,7 +47,7 @@ class Look(NamedTuple):
     """There is more of a stream to be read at once."""
 
 
-class RunReader:
+class RedisPoller:
     """Remembers which replicas there are, and how far it has read each stream."""
 
     def __init__(self, client: redis.asyncio.Redis, keys: Keys) -> None:
@@ -60,7 +60,7 @@ class RunReader:
         self.num_commands = 0
         """Sent to Redis by this reader, ever."""
 
-    async def look(self) -> Look:
+    async def poll(self) -> PollResult:
         """Raises `redis.RedisError`."""
         names = self._replica_keys
         async with self._client.pipeline(transaction=False) as pipe:
@@ -79,7 +79,7 @@ class RunReader:
         heartbeats = self._take_replicas(names, beats, cursor, scanned)
         tickets, groups, evaluations, dead = lengths
         leased = pending.get("pending", 0) if isinstance(pending, dict) else 0
-        return Look(
+        return PollResult(
             learner={_text(name): _text(value) for name, value in learner.items()},
             orders=parse_orders(control),
             config=config,
@@ -133,10 +133,10 @@ class RunReader:
 
 
 def _last_id(rows: list[Any], before: str | None) -> str:
-    return max((row[0].decode() for row in rows), key=id_order, default=before or "0-0")
+    return max((row[0].decode() for row in rows), key=parse_entry_id, default=before or "0-0")
 
 
-def id_order(entry_id: str) -> tuple[int, int]:
+def parse_entry_id(entry_id: str) -> tuple[int, int]:
     """Of a stream's entry ids, as they follow each other."""
     milliseconds, _, sequence = entry_id.partition("-")
     return int(milliseconds), int(sequence or 0)

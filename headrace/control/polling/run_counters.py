@@ -14,7 +14,7 @@ MAX_REPLICAS = 1000
 """Whose swaps are counted."""
 
 
-class Tally:
+class RunCounters:
     def __init__(self) -> None:
         self.groups = GroupTotals()
         self._looked_at = time.time()
@@ -22,11 +22,11 @@ class Tally:
         self._steps = StepTotals()
         self._swaps: dict[str, SwapTotals] = {}
 
-    def looked(self, seconds: float) -> None:
+    def observe_poll(self, seconds: float) -> None:
         self._looks.observe(seconds)
         self._looked_at = time.time()
 
-    def take(self, rows: Iterable[tuple[str, Any]], events: Iterable[Event]) -> None:
+    def add(self, rows: Iterable[tuple[str, Any]], events: Iterable[Event]) -> None:
         for kind, row in rows:
             if kind == "step":
                 self._steps.add(row)

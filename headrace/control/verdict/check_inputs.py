@@ -10,7 +10,7 @@ from headrace.control.models import Check, Level
 FINAL_PHASES = ("finished", "stopped", "starved", "failed")
 
 
-class ReplicaFact(NamedTuple):
+class ReplicaInput(NamedTuple):
     name: str
     state: str
     reason: str
@@ -18,7 +18,7 @@ class ReplicaFact(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Facts:
+class CheckInputs:
     """What the findings are made of; durations in seconds, up to now."""
 
     phase: str = ""
@@ -29,7 +29,7 @@ class Facts:
     is_paused: bool = False
     is_stopping: bool = False
     desired_replicas: int | None = None
-    replicas: Sequence[ReplicaFact] = ()
+    replicas: Sequence[ReplicaInput] = ()
     no_replica_s: float = 0.0
     """Since a replica was last running."""
     learner_silent_s: float = 0.0
@@ -37,13 +37,13 @@ class Facts:
     waiting_s: float = 0.0
     """For how long the learner has had nothing to train on."""
     checkpoint_failing_s: float = 0.0
-    redis_away_s: float = 0.0
-    num_dead_lately: int = 0
+    redis_unavailable_s: float = 0.0
+    num_recent_dead: int = 0
     dead_reason: str = ""
     """Of the ticket that died last."""
     held_back: str = ""
     """What the learner's guard has tightened; empty: nothing."""
-    unapplied_s: float = 0.0
+    settings_unapplied_s: float = 0.0
     """How long settings have waited for the learner."""
     recent: dict[str, list[float]] = field(default_factory=dict)
     """Of each watched metric the last steps' values."""
@@ -52,12 +52,12 @@ class Facts:
     max_staleness: int = 2
 
 
-class Finding(NamedTuple):
+class CheckResult(NamedTuple):
     check: Check
     advice: str = ""
 
 
-def finding(
+def check_result(
     name: str,
     level: Level,
     text: str,
@@ -65,10 +65,10 @@ def finding(
     value: float | None = None,
     warn: float | None = None,
     alarm: float | None = None,
-) -> Finding:
-    return Finding(Check(name=name, level=level, text=text, value=value, warn=warn, alarm=alarm), advice)
+) -> CheckResult:
+    return CheckResult(Check(name=name, level=level, text=text, value=value, warn=warn, alarm=alarm), advice)
 
 
-def plain(reason: str) -> str:
+def without_duration(reason: str) -> str:
     """Without how long it has lasted: a sentence that stands says since when beside it."""
     return re.sub(r" for \d+ s\b", "", reason).strip()

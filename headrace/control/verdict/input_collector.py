@@ -13,26 +13,26 @@ from headrace.common.metrics.thresholds import SMOOTHED_STEPS, THRESHOLDS, are_e
 from headrace.common.wire import Heartbeat
 from headrace.control.polling.history import RunHistory
 from headrace.control.polling.learner_probe import LearnerProbe
-from headrace.control.polling.redis_poll import Look
-from headrace.control.verdict.check_inputs import FINAL_PHASES, Facts, ReplicaFact
-from headrace.control.verdict.verdict import DEAD_WINDOW_S
+from headrace.control.polling.redis_poll import PollResult
+from headrace.control.verdict.check_inputs import FINAL_PHASES, CheckInputs, ReplicaInput
+from headrace.control.verdict.verdict import RECENT_DEAD_WINDOW_S
 
-PACE_WINDOW_S = 30.0
+RATE_WINDOW_S = 30.0
 DEAD_SAMPLE_S = 10.0
-WATCHED = (*(one.name for one in THRESHOLDS), "skipped_updates")
-NUMERICS = numeric_gap(is_exact=True).name
+WATCHED_METRICS = (*(one.name for one in THRESHOLDS), "skipped_updates")
+LOGPROB_GAP = numeric_gap(is_exact=True).name
 """Only some steps say it, those with fresh tokens; it stays what it was until another does."""
 STARVED = re.compile(r"(?:starved|no live replica): .*? for (\d+) s(?:;|$)")
 CHECKPOINT = "the checkpoint cannot be written"
 
 
-class Lasting:
+class ConditionTimer:
     """Since when things have been so."""
 
     def __init__(self) -> None:
         self._since: dict[str, float] = {}
 
-    def for_s(self, what: str, is_so: bool, now: float) -> float:
+    def duration_s(self, what: str, is_so: bool, now: float) -> float:
         """How long `what` has been so; 0 if it is not."""
         if not is_so:
             self._since.pop(what, None)
@@ -40,21 +40,21 @@ class Lasting:
         return max(now - self._since.setdefault(what, now), 1e-3)
 
 
-class Pace(NamedTuple):
+class ReplicaRates(NamedTuple):
     """Of a replica over the last half minute; None before it can be told."""
 
     tokens_per_s: float | None = None
     waiting_share: float | None = None
 
 
-class ReplicaMemory:
+class ReplicaTracker:
     """What is remembered of the replicas that are there."""
 
     def __init__(self) -> None:
         self._samples: dict[str, deque[tuple[float, Heartbeat]]] = {}
         self.seen_since_at: dict[str, float] = {}
 
-    def take(self, heartbeats: list[Heartbeat], now: float) -> None:
+    def add(self, heartbeats: list[Heartbeat], now: float) -> None:
         live = {beat.replica for beat in heartbeats}
         for gone in self._samples.keys() - live:
             del self._samples[gone], self.seen_since_at[gone]
@@ -65,75 +65,81 @@ class ReplicaMemory:
                 samples.clear()  # it was started again under its name
             if not samples or beat != samples[-1][1]:
                 samples.append((now, beat))
-            while len(samples) > 2 and now - samples[1][0] > PACE_WINDOW_S:
+            while len(samples) > 2 and now - samples[1][0] > RATE_WINDOW_S:
                 samples.popleft()
 
-    def pace(self, replica: str) -> Pace:
+    def rates(self, replica: str) -> ReplicaRates:
         samples = self._samples.get(replica)
         if not samples or len(samples) < 2:
-            return Pace()
+            return ReplicaRates()
         (first_at, first), (last_at, last) = samples[0], samples[-1]
         served_s = last.serving_s - first.serving_s
-        return Pace(
+        return ReplicaRates(
             tokens_per_s=max(0, last.tokens_generated - first.tokens_generated) / max(last_at - first_at, 1e-3),
             waiting_share=min(1.0, max(0.0, (last.waiting_s - first.waiting_s) / served_s)) if served_s > 0 else None,
         )
 
 
-class FactFinder:
+class CheckInputCollector:
     """One for the life of control; call `facts` after every look, and after every one that failed."""
 
     def __init__(self) -> None:
-        self.replicas = ReplicaMemory()
-        self._lasting = Lasting()
-        self._dead: deque[tuple[float, int]] = deque()
+        self.replicas = ReplicaTracker()
+        self._timer = ConditionTimer()
+        self._dead_letters: deque[tuple[float, int]] = deque()
 
-    def facts(
-        self, look: Look, config: RunConfig, probe: LearnerProbe, history: RunHistory, is_redis_away: bool, now: float
-    ) -> Facts:
-        phase, reason = look.learner.get("phase", ""), look.learner.get("reason", "")
-        version = number_of(look.learner, "version")
+    def inputs(
+        self,
+        poll: PollResult,
+        config: RunConfig,
+        probe: LearnerProbe,
+        history: RunHistory,
+        is_redis_unavailable: bool,
+        now: float,
+    ) -> CheckInputs:
+        phase, reason = poll.learner.get("phase", ""), poll.learner.get("reason", "")
+        version = int_field(poll.learner, "version")
         replicas = [
-            ReplicaFact(beat.replica, beat.state, beat.reason, max(0, version - beat.weight_version))
-            for beat in look.heartbeats
+            ReplicaInput(beat.replica, beat.state, beat.reason, max(0, version - beat.weight_version))
+            for beat in poll.heartbeats
         ]
         is_any_running = any(replica.state in ("running", "paused") for replica in replicas)
         starved = STARVED.search(reason) if phase in ("waiting", "waiting for a replica") else None
-        is_unapplied = number_of(look.learner, "settings_version") != look.orders.settings.version
-        return Facts(
+        is_unapplied = int_field(poll.learner, "settings_version") != poll.orders.settings.version
+        return CheckInputs(
             phase=phase,
             reason=reason,
-            step=number_of(look.learner, "step"),
+            step=int_field(poll.learner, "step"),
             steps=config.learner.steps,
-            is_paused=look.orders.is_paused,
-            is_stopping=look.orders.is_stopping,
-            desired_replicas=look.orders.desired_replicas,
+            is_paused=poll.orders.is_paused,
+            is_stopping=poll.orders.is_stopping,
+            desired_replicas=poll.orders.desired_replicas,
             replicas=replicas,
-            no_replica_s=self._lasting.for_s("no replica", not is_any_running, now),
+            no_replica_s=self._timer.duration_s("no replica", not is_any_running, now),
             learner_silent_s=0.0 if phase in FINAL_PHASES else probe.silent_s,
             waiting_s=float(starved[1]) if starved else 0.0,
-            checkpoint_failing_s=self._lasting.for_s("checkpoint", CHECKPOINT in reason, now),
-            redis_away_s=self._lasting.for_s("redis", is_redis_away, now),
-            num_dead_lately=self._num_dead_lately(look.queues.dead, now),
-            dead_reason=look.dead_reason,
-            held_back=look.learner.get("held_back", ""),
-            unapplied_s=self._lasting.for_s("settings", is_unapplied, now),
-            recent={name: history.latest(name, SMOOTHED_STEPS) for name in WATCHED}
-            | {NUMERICS: history.last_said(NUMERICS, SMOOTHED_STEPS)},
+            checkpoint_failing_s=self._timer.duration_s("checkpoint", CHECKPOINT in reason, now),
+            redis_unavailable_s=self._timer.duration_s("redis", is_redis_unavailable, now),
+            num_recent_dead=self._num_recent_dead(poll.queues.dead, now),
+            dead_reason=poll.dead_reason,
+            held_back=poll.learner.get("held_back", ""),
+            settings_unapplied_s=self._timer.duration_s("settings", is_unapplied, now),
+            recent={name: history.latest(name, SMOOTHED_STEPS) for name in WATCHED_METRICS}
+            | {LOGPROB_GAP: history.latest_reported(LOGPROB_GAP, SMOOTHED_STEPS)},
             is_exact=are_exact(config.model.dtype, config.generation.engine.swap_mode),
             starvation_deadline_s=config.learner.starvation_deadline_s,
             max_staleness=config.learner.max_staleness,
         )
 
-    def _num_dead_lately(self, count: int, now: float) -> int:
+    def _num_recent_dead(self, count: int, now: float) -> int:
         """By how many the dead letters have grown; retried and purged ones make it less."""
-        if not self._dead or now - self._dead[-1][0] >= DEAD_SAMPLE_S:
-            self._dead.append((now, count))
-        while len(self._dead) > 1 and now - self._dead[0][0] > DEAD_WINDOW_S:
-            self._dead.popleft()
-        return max(0, count - min(sample for _, sample in self._dead))
+        if not self._dead_letters or now - self._dead_letters[-1][0] >= DEAD_SAMPLE_S:
+            self._dead_letters.append((now, count))
+        while len(self._dead_letters) > 1 and now - self._dead_letters[0][0] > RECENT_DEAD_WINDOW_S:
+            self._dead_letters.popleft()
+        return max(0, count - min(sample for _, sample in self._dead_letters))
 
 
-def number_of(fields: dict[str, str], name: str) -> int:
+def int_field(fields: dict[str, str], name: str) -> int:
     text = fields.get(name, "")
     return int(text) if re.fullmatch("[0-9]{1,15}", text) else 0

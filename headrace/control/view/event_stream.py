@@ -16,7 +16,7 @@ COMMENT_INTERVAL_S = 15.0
 RETRY = b"retry: 2000\n\n"
 
 
-class Full(RuntimeError):
+class TooManySubscribers(RuntimeError):
     """As many pages as are served already follow."""
 
 
@@ -68,7 +68,7 @@ class Hub:
         self._subscribers: set[Subscriber] = set()
         self.num_dropped = 0
         """Pages that fell behind, ever."""
-        self.num_messages_bytes = 0
+        self.num_published_bytes = 0
         """Published, ever; each counted once, however many pages there are."""
 
     @property
@@ -78,7 +78,7 @@ class Hub:
     def subscribe(self, *first: bytes) -> Subscriber:
         """Who is told `first`, and then whatever is published. Raises `Full`."""
         if len(self._subscribers) >= self._max_subscribers:
-            raise Full(f"{self._max_subscribers} pages follow already")
+            raise TooManySubscribers(f"{self._max_subscribers} pages follow already")
         subscriber = Subscriber()
         subscriber.put(b"".join([RETRY, *first]))
         self._subscribers.add(subscriber)
@@ -90,7 +90,7 @@ class Hub:
 
     def publish(self, part: bytes) -> None:
         """One or more messages, to everybody."""
-        self.num_messages_bytes += len(part)
+        self.num_published_bytes += len(part)
         for subscriber in list(self._subscribers):
             if not subscriber.put(part):
                 self._subscribers.discard(subscriber)

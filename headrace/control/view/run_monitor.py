@@ -17,25 +17,25 @@ from headrace.common.config import RunConfig
 from headrace.common.redis.retry import words_of
 from headrace.common.wire.desired_state import Orders
 from headrace.control.models import Replicas, Status
-from headrace.control.polling.event_log import Happenings
-from headrace.control.polling.group_samples import RunGroups
+from headrace.control.polling.event_log import EventLog
+from headrace.control.polling.group_samples import GroupSamples
 from headrace.control.polling.history import RunHistory
 from headrace.control.polling.learner_probe import LearnerProbe
-from headrace.control.polling.redis_poll import Look, RunReader
-from headrace.control.polling.run_counters import Tally
-from headrace.control.verdict.input_collector import FactFinder, number_of
-from headrace.control.verdict.verdict import Judge, findings_of
+from headrace.control.polling.redis_poll import PollResult, RedisPoller
+from headrace.control.polling.run_counters import RunCounters
+from headrace.control.verdict.input_collector import CheckInputCollector, int_field
+from headrace.control.verdict.verdict import VerdictTracker, run_checks
 from headrace.control.view.event_stream import Hub, message
-from headrace.control.view.status_response import Judged, replicas_of, status_of
+from headrace.control.view.status_response import Assessment, replicas_response, status_response
 
-LOOK_INTERVAL_S = 0.5
-LOOK_DEADLINE_S = 2.0
+POLL_INTERVAL_S = 0.5
+POLL_DEADLINE_S = 2.0
 PUBLISH_INTERVAL_S = 0.95
 """At most one status a second, by looks twice a second that are never quite on time."""
 _log = logging.getLogger(__name__)
 
 
-class Picture(NamedTuple):
+class RunView(NamedTuple):
     status: Status
     replicas: Replicas
     config: RunConfig
@@ -47,29 +47,29 @@ class Picture(NamedTuple):
     replicas_json: bytes
 
 
-class Snapshot:
+class RunMonitor:
     """`picture` is None until Redis has answered once; the rest only grows."""
 
-    def __init__(self, run: str, reader: RunReader, probe: LearnerProbe, hub: Hub, config: RunConfig) -> None:
+    def __init__(self, run: str, poller: RedisPoller, probe: LearnerProbe, hub: Hub, config: RunConfig) -> None:
         self.run = run
-        self.reader = reader
+        self.poller = poller
         self.probe = probe
         self.hub = hub
         self.history = RunHistory()
-        self.groups = RunGroups()
-        self.happenings = Happenings()
-        self.picture: Picture | None = None
-        self.num_looks = 0
+        self.groups = GroupSamples()
+        self.event_log = EventLog()
+        self.view: RunView | None = None
+        self.num_polls = 0
         """At Redis, ever."""
         self._config, self._config_json = config, b""
-        self.look: Look | None = None
+        self.latest_poll: PollResult | None = None
         """The newest that Redis has answered."""
-        self.tally = Tally()
+        self.counters = RunCounters()
         """Of what is new since `picture` was first drawn."""
-        self._finder = FactFinder()
-        self._judge = Judge()
-        self._looking = asyncio.Lock()
-        self._is_away_told = False
+        self._collector = CheckInputCollector()
+        self._verdict_tracker = VerdictTracker()
+        self._polling = asyncio.Lock()
+        self._was_unavailable = False
         self._published: dict[str, BaseModel] = {}
         self._published_at = 0.0
 
@@ -78,23 +78,23 @@ class Snapshot:
         while True:
             started = time.monotonic()
             await self.refresh()
-            await asyncio.sleep(max(0.0, LOOK_INTERVAL_S - (time.monotonic() - started)))
+            await asyncio.sleep(max(0.0, POLL_INTERVAL_S - (time.monotonic() - started)))
 
     async def refresh(self) -> None:
         """Looks now. Who comes while somebody looks waits for a look that begins after."""
-        async with self._looking:
+        async with self._polling:
             is_away = False
             try:
                 news = await self._read()
             except (redis.RedisError, OSError, TimeoutError) as error:
                 news, is_away = [], True
-                if not self._is_away_told:
+                if not self._was_unavailable:
                     _log.warning("Redis does not answer: %s", words_of(error))
             else:
-                if self._is_away_told:
+                if self._was_unavailable:
                     _log.warning("Redis answers again")
-            self._is_away_told = is_away
-            self._draw(is_away)
+            self._was_unavailable = is_away
+            self._update_view(is_away)
             self._publish(news)
 
     async def _read(self) -> list[bytes]:
@@ -103,24 +103,24 @@ class Snapshot:
         is_behind = True
         while is_behind:
             started = time.monotonic()
-            async with asyncio.timeout(LOOK_DEADLINE_S):
-                self.look = look = await self.reader.look()
-            self.num_looks += 1
-            self.tally.looked(time.monotonic() - started)
-            news += self._take(look)
-            is_behind = look.is_behind
-        return news if self.picture is not None else []
+            async with asyncio.timeout(POLL_DEADLINE_S):
+                self.latest_poll = poll = await self.poller.poll()
+            self.num_polls += 1
+            self.counters.observe_poll(time.monotonic() - started)
+            news += self._apply(poll)
+            is_behind = poll.is_behind
+        return news if self.view is not None else []
 
-    def _take(self, look: Look) -> list[bytes]:
-        if look.config is not None and look.config != self._config_json:
-            self._take_config(look.config)
-        self.probe.follow(look.learner.get("url", ""))
-        rows = [told for entry in look.history if (told := self.history.take(entry))]
-        events = [event for entry in look.events if (event := self.happenings.take(entry))]
-        if self.picture is not None:
-            self.tally.take(rows, events)
+    def _apply(self, poll: PollResult) -> list[bytes]:
+        if poll.config is not None and poll.config != self._config_json:
+            self._take_config(poll.config)
+        self.probe.follow(poll.learner.get("url", ""))
+        rows = [told for entry in poll.history if (told := self.history.add(entry))]
+        events = [event for entry in poll.events if (event := self.event_log.add(entry))]
+        if self.view is not None:
+            self.counters.add(rows, events)
         news = [message(kind, _json(row)) for kind, row in rows]
-        news += [message("group", _json(summary)) for entry in look.shown if (summary := self.groups.take(entry))]
+        news += [message("group", _json(summary)) for entry in poll.shown if (summary := self.groups.add(entry))]
         return news + [message("event", _json(event)) for event in events]
 
     def _take_config(self, found: bytes) -> None:
@@ -131,33 +131,33 @@ class Snapshot:
         except ValidationError as error:
             _log.warning("the run's configuration in Redis cannot be read: %d problems", error.error_count())
 
-    def _draw(self, is_away: bool) -> None:
-        look, now = self.look, time.time()
-        if look is None:
+    def _update_view(self, is_away: bool) -> None:
+        poll, now = self.latest_poll, time.time()
+        if poll is None:
             return
-        self._finder.replicas.take(look.heartbeats, now)
-        facts = self._finder.facts(look, self._config, self.probe, self.history, is_away, now)
-        findings = findings_of(facts)
-        judged = Judged(facts, findings, self._judge.verdict(findings, now))
-        replicas = replicas_of(look, self._finder.replicas, self.happenings)
-        status = status_of(self.run, look, judged, replicas, self._config, self.history, self.probe, now)
-        self.picture = Picture(
+        self._collector.replicas.add(poll.heartbeats, now)
+        inputs = self._collector.inputs(poll, self._config, self.probe, self.history, is_away, now)
+        findings = run_checks(inputs)
+        verdict_of = Assessment(inputs, findings, self._verdict_tracker.verdict(findings, now))
+        replicas = replicas_response(poll, self._collector.replicas, self.event_log)
+        status = status_response(self.run, poll, verdict_of, replicas, self._config, self.history, self.probe, now)
+        self.view = RunView(
             status=status,
             replicas=replicas,
             config=self._config,
-            orders=look.orders,
-            applied_version=number_of(look.learner, "settings_version"),
+            orders=poll.orders,
+            applied_version=int_field(poll.learner, "settings_version"),
             status_json=_json(status),
             replicas_json=_json(replicas),
         )
 
     def _publish(self, news: list[bytes]) -> None:
         """What is new at once; status and replicas when they have changed, at most once a second."""
-        picture, now = self.picture, time.monotonic()
-        if picture is not None and now - self._published_at >= PUBLISH_INTERVAL_S:
+        view, now = self.view, time.monotonic()
+        if view is not None and now - self._published_at >= PUBLISH_INTERVAL_S:
             told: dict[str, tuple[BaseModel, bytes]] = {
-                "status": (picture.status.model_copy(update={"at": 0.0}), picture.status_json),
-                "replicas": (picture.replicas, picture.replicas_json),
+                "status": (view.status.model_copy(update={"at": 0.0}), view.status_json),
+                "replicas": (view.replicas, view.replicas_json),
             }
             for name, (model, payload) in told.items():
                 if model != self._published.get(name):
@@ -166,11 +166,11 @@ class Snapshot:
         if news:
             self.hub.publish(b"".join(news))
 
-    def first_messages(self) -> list[bytes]:
+    def initial_messages(self) -> list[bytes]:
         """What a page is told when it comes."""
-        if self.picture is None:
+        if self.view is None:
             return []
-        return [message("status", self.picture.status_json), message("replicas", self.picture.replicas_json)]
+        return [message("status", self.view.status_json), message("replicas", self.view.replicas_json)]
 
 
 def _json(told: BaseModel | dict[str, float | None]) -> bytes:

@@ -15,49 +15,49 @@ from headrace.control.models import (
     Verdict,
     Wait,
 )
-from headrace.control.polling.event_log import Happenings
+from headrace.control.polling.event_log import EventLog
 from headrace.control.polling.history import RunHistory
 from headrace.control.polling.learner_probe import LearnerProbe
-from headrace.control.polling.redis_poll import Look
-from headrace.control.verdict.check_inputs import FINAL_PHASES, Facts, Finding
-from headrace.control.verdict.input_collector import ReplicaMemory, number_of
+from headrace.control.polling.redis_poll import PollResult
+from headrace.control.verdict.check_inputs import FINAL_PHASES, CheckInputs, CheckResult
+from headrace.control.verdict.input_collector import ReplicaTracker, int_field
 
-PACE_STEPS = 20
+RATE_STEPS = 20
 
 
-class Judged(NamedTuple):
-    facts: Facts
-    findings: Sequence[Finding]
+class Assessment(NamedTuple):
+    inputs: CheckInputs
+    findings: Sequence[CheckResult]
     verdict: Verdict
 
 
-def status_of(
+def status_response(
     run: str,
-    look: Look,
-    judged: Judged,
+    poll: PollResult,
+    verdict_of: Assessment,
     replicas: Replicas,
     config: RunConfig,
     history: RunHistory,
     probe: LearnerProbe,
     now: float,
 ) -> Status:
-    facts, evaluations = judged.facts, history.evaluations
+    inputs, evaluations = verdict_of.inputs, history.evaluations
     rates = _rates(history, replicas)
     return Status(
         run=run,
         at=now,
-        verdict=judged.verdict,
-        checks=[finding.check for finding in judged.findings],
-        phase=facts.phase or "loading the model",
-        reason=facts.reason,
-        is_paused=facts.is_paused,
-        is_stopping=facts.is_stopping,
-        step=facts.step,
-        steps=facts.steps,
-        version=number_of(look.learner, "version"),
-        epoch=look.epoch,
+        verdict=verdict_of.verdict,
+        checks=[check_result.check for check_result in verdict_of.findings],
+        phase=inputs.phase or "loading the model",
+        reason=inputs.reason,
+        is_paused=inputs.is_paused,
+        is_stopping=inputs.is_stopping,
+        step=inputs.step,
+        steps=inputs.steps,
+        version=int_field(poll.learner, "version"),
+        epoch=poll.epoch,
         wall_s=_latest(history, "wall_s"),
-        remaining_s=_remaining_s(facts, rates),
+        remaining_s=_remaining_s(inputs, rates),
         reward_mean=_latest(history, "reward_mean"),
         held_out=evaluations[-1] if evaluations else None,
         staleness=Staleness(
@@ -67,19 +67,19 @@ def status_of(
             in_queue=_latest(history, "staleness_in_queue_mean"),
         ),
         rates=rates,
-        queues=look.queues,
-        counts=_counts(look, config, history, probe),
+        queues=poll.queues,
+        counts=_counts(poll, config, history, probe),
         replicas=replicas.counts,
-        waits=_waits(look, probe),
-        settings_version=look.orders.settings.version,
+        waits=_waits(poll, probe),
+        settings_version=poll.orders.settings.version,
     )
 
 
-def replicas_of(look: Look, memory: ReplicaMemory, happenings: Happenings) -> Replicas:
-    version = number_of(look.learner, "version")
+def replicas_response(poll: PollResult, tracker: ReplicaTracker, event_log: EventLog) -> Replicas:
+    version = int_field(poll.learner, "version")
     found = []
-    for beat in look.heartbeats:
-        pace = memory.pace(beat.replica)
+    for beat in poll.heartbeats:
+        rates = tracker.rates(beat.replica)
         found.append(
             Replica(
                 id=beat.replica,
@@ -91,19 +91,19 @@ def replicas_of(look: Look, memory: ReplicaMemory, happenings: Happenings) -> Re
                 groups_in_flight=beat.groups_in_flight,
                 groups_committed=beat.groups_committed,
                 tokens_generated=beat.tokens_generated,
-                tokens_per_s=pace.tokens_per_s,
-                waiting_share=pace.waiting_share,
-                pauses=happenings.pauses(beat.replica),
-                seen_since_at=memory.seen_since_at.get(beat.replica, 0.0),
+                tokens_per_s=rates.tokens_per_s,
+                waiting_share=rates.waiting_share,
+                pauses=event_log.pauses(beat.replica),
+                seen_since_at=tracker.seen_since_at.get(beat.replica, 0.0),
             )
         )
     counts = ReplicaCounts(
         live=len(found),
         running=sum(replica.state == "running" for replica in found),
-        desired=look.orders.desired_replicas,
-        advised=number_of(look.learner, "advised_replicas") if "advised_replicas" in look.learner else None,
-        advice=look.learner.get("advice", ""),
-        launcher=look.launcher,
+        desired=poll.orders.desired_replicas,
+        advised=int_field(poll.learner, "advised_replicas") if "advised_replicas" in poll.learner else None,
+        advice=poll.learner.get("advice", ""),
+        launcher=poll.launcher,
     )
     return Replicas(replicas=found, counts=counts)
 
@@ -116,7 +116,7 @@ def _latest(history: RunHistory, name: str) -> float | None:
 def _rates(history: RunHistory, replicas: Replicas) -> Rates:
     shares = [replica.waiting_share for replica in replicas.replicas if replica.waiting_share is not None]
     waiting_share = sum(shares) / len(shares) if shares else None
-    wall_s, generated = history.latest("wall_s", PACE_STEPS), history.latest("generated_tokens", PACE_STEPS)
+    wall_s, generated = history.latest("wall_s", RATE_STEPS), history.latest("generated_tokens", RATE_STEPS)
     count = len(wall_s) - 1
     if count < 1 or wall_s[-1] <= wall_s[0]:
         return Rates(replicas_waiting_share=waiting_share)
@@ -131,21 +131,21 @@ def _rates(history: RunHistory, replicas: Replicas) -> Rates:
     )
 
 
-def _remaining_s(facts: Facts, rates: Rates) -> float | None:
-    if facts.phase in FINAL_PHASES:
-        return 0.0 if facts.phase == "finished" else None
+def _remaining_s(inputs: CheckInputs, rates: Rates) -> float | None:
+    if inputs.phase in FINAL_PHASES:
+        return 0.0 if inputs.phase == "finished" else None
     if not rates.steps_per_hour:
         return None
-    return max(0, facts.steps - facts.step) * 3600 / rates.steps_per_hour
+    return max(0, inputs.steps - inputs.step) * 3600 / rates.steps_per_hour
 
 
-def _counts(look: Look, config: RunConfig, history: RunHistory, probe: LearnerProbe) -> Counts:
+def _counts(poll: PollResult, config: RunConfig, history: RunHistory, probe: LearnerProbe) -> Counts:
     """As the learner counts; where none answers, as its last row implies."""
     generated = int(_latest(history, "generated_tokens") or 0)
     if probe.status is not None:
         known = {name: max(0, count) for name, count in probe.status.counts.items() if name in Counts.model_fields}
-        return Counts(**({"generated_tokens": generated} | known | {"dead": look.queues.dead}))
-    trained = number_of(look.learner, "step") * config.learner.groups_per_step
+        return Counts(**({"generated_tokens": generated} | known | {"dead": poll.queues.dead}))
+    trained = int_field(poll.learner, "step") * config.learner.groups_per_step
     uniform, stale = _latest(history, "uniform_share") or 0.0, _latest(history, "stale_share") or 0.0
     decided = trained / (1 - uniform - stale) if uniform + stale < 1 else 0.0
     return Counts(
@@ -153,18 +153,18 @@ def _counts(look: Look, config: RunConfig, history: RunHistory, probe: LearnerPr
         uniform=round(uniform * decided),
         stale=round(stale * decided),
         evaluated=0,
-        dead=look.queues.dead,
+        dead=poll.queues.dead,
         generated_tokens=generated,
     )
 
 
-def _waits(look: Look, probe: LearnerProbe) -> list[Wait]:
+def _waits(poll: PollResult, probe: LearnerProbe) -> list[Wait]:
     if probe.is_answering and probe.status is not None:
         told = [
             f"{wait.reason}{': ' if wait.detail else ''}{wait.detail} for {wait.for_s:.0f} s"
             for wait in probe.status.waits
         ]
     else:
-        told = [look.learner["reason"]] if look.learner.get("reason") else []
-    waits = [Wait(who="learner", detail=detail) for detail in told]
-    return waits + [Wait(who=beat.replica, detail=beat.reason) for beat in look.heartbeats if beat.reason]
+        told = [poll.learner["reason"]] if poll.learner.get("reason") else []
+    waits = [Wait(component="learner", detail=detail) for detail in told]
+    return waits + [Wait(component=beat.replica, detail=beat.reason) for beat in poll.heartbeats if beat.reason]

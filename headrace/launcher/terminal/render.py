@@ -47,7 +47,7 @@ def status_lines(status: Answer) -> Text:
         "replicas": f"{replicas['running']} of {replicas['live']} running, {ordered}, {replicas['advised'] or '?'} "
         f"advised{': ' if replicas['advice'] else ''}{replicas['advice']}",
     }
-    rows |= {f"{wait['who']} waits": wait["detail"] for wait in status["waits"]}
+    rows |= {f"{wait['component']} waits": wait["detail"] for wait in status["waits"]}
     text = verdict_line(status)
     for check in status["checks"]:
         if check["level"] not in ("healthy", "ended") and check["text"] != status["verdict"]["text"]:
