@@ -23,7 +23,7 @@ from headrace.common.metrics.endpoint import mount_metrics
 from headrace.common.redis.client import connect
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import encode
-from headrace.control.assembly import assembled, serving
+from headrace.control.assembly import running_app, serving
 from headrace.generation.http_api import make_app as make_replica_app
 from headrace.learner.__main__ import _status
 from headrace.learner.reporting.prometheus import Exported
@@ -68,8 +68,8 @@ def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = DEA
 @contextlib.asynccontextmanager
 async def control_at(redis_url: str) -> AsyncIterator[str]:
     sock = listen("127.0.0.1", 0)
-    parts = assembled(SEEDED.run, load_recipe(RECIPE, []).config, redis_url, "secret", False)
-    async with parts as (app, snapshot), serving(app, snapshot, sock):
+    parts = running_app(SEEDED.run, load_recipe(RECIPE, []).config, redis_url, "secret", False)
+    async with parts as (app, monitor), serving(app, monitor, sock):
         yield url_of(sock)
 
 
