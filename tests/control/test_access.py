@@ -19,13 +19,13 @@ CHANGING: list[tuple[str, str, Any]] = [
     ("POST", "/pause", None),
     ("POST", "/resume", None),
     ("POST", "/checkpoint", None),
-    ("POST", "/evaluate", None),
+    ("POST", "/evaluations", None),
     ("POST", "/stop", None),
     ("POST", "/replicas/generation-0/drain", None),
     ("PUT", "/replicas/desired", {"replicas": 3}),
     ("PATCH", "/settings", {"settings": {"optimizer.lr": 1e-5}}),
 ]
-READING = ["/status", "/replicas", "/replicas/generation-0", "/groups", "/groups/0-1", "/evals", "/history"]
+READING = ["/status", "/replicas", "/replicas/generation-0", "/groups", "/groups/0-1", "/evaluations", "/history"]
 READING += ["/events/recent", "/settings"]
 WRONG = [None, "Bearer", "Bearer wrong", f"bearer {TOKEN}", f"Bearer {TOKEN}x", f"Basic {TOKEN}", TOKEN, "Bearer é"]
 

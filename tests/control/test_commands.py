@@ -13,7 +13,7 @@ from headrace.common.redis.keys import Keys
 from headrace.common.wire import encode
 from headrace.common.wire.desired_state import Launcher, Orders, Settings, parse_orders
 from headrace.control.http import drain
-from headrace.control.models import CommandAccepted, SettingsResponse
+from headrace.control.models.commands import CommandAccepted, SettingsResponse
 from tests.support.controls import TOKEN, Control, a_control
 from tests.support.fake_sglang import FakeSglang
 from tests.support.seeded_run import heartbeat, seed_run
@@ -45,7 +45,7 @@ def test_orders_stand_until_they_are_withdrawn(control: Control, client: redis.R
     assert control.ask("POST", "/resume").json()["status"]["is_paused"] is False
     assert not orders(client, keys).is_paused
     for expected in (1, 2):
-        assert control.ask("POST", "/checkpoint").status_code == control.ask("POST", "/evaluate").status_code == 200
+        assert control.ask("POST", "/checkpoint").status_code == control.ask("POST", "/evaluations").status_code == 200
         assert orders(client, keys).checkpoints == orders(client, keys).evaluations == expected
     stopping = control.ask("POST", "/stop").json()["status"]
     assert stopping["is_stopping"] and stopping["verdict"]["text"].startswith("stopping, as ordered")
@@ -55,8 +55,8 @@ def test_orders_stand_until_they_are_withdrawn(control: Control, client: redis.R
 def test_an_order_is_recorded_with_who_and_what(control: Control) -> None:
     control.ask("POST", "/pause", headers={"user-agent": "curl/8" + "x" * 500, "x-forwarded-for": "6.6.6.6"})
     event = latest_event(control)
-    assert event["kind"] == "order" and event["event"]["order"] == "pause"
-    assert event["event"]["by"].startswith("127.0.0.1 (") and len(event["event"]["by"]) < 100
+    assert event["kind"] == "order" and event["data"]["order"] == "pause"
+    assert event["data"]["by"].startswith("127.0.0.1 (") and len(event["data"]["by"]) < 100
     assert event["text"].startswith("ordered: pause, by 127.0.0.1")
     assert TOKEN not in str(event)
 
@@ -64,7 +64,7 @@ def test_an_order_is_recorded_with_who_and_what(control: Control) -> None:
 def test_replicas_are_ordered_of_a_launcher_that_is_there(control: Control, client: redis.Redis, keys: Keys) -> None:
     done = control.ask("PUT", "/replicas/desired", json={"replicas": 3}).json()
     assert orders(client, keys).desired_replicas == done["status"]["replicas"]["desired"] == 3
-    assert latest_event(control)["event"]["replicas"] == 3
+    assert latest_event(control)["data"]["replicas"] == 3
     for refused in (-1, 65, "x", 1.5, True):
         assert control.ask("PUT", "/replicas/desired", json={"replicas": refused}).status_code == 422
     client.set(keys.launcher, str(Launcher("machine process 1", 3)))
@@ -84,7 +84,7 @@ def test_settings_are_validated_versioned_and_recorded(control: Control, client:
     answer = SettingsResponse.model_validate(control.ask("PATCH", "/settings", json=LR | {"version": 0}).json())
     assert answer.version == 1 and answer.settings["optimizer.lr"].value == 1e-5
     assert answer.applied_version == 0 and answer.settings["optimizer.lr"].configured == 2e-4
-    assert latest_event(control)["event"]["changes"] == {"optimizer.lr": 1e-5}
+    assert latest_event(control)["data"]["changes"] == {"optimizer.lr": 1e-5}
     assert latest_event(control)["kind"] == "settings"
     client.hset(keys.learner, "settings_version", 1)
     change = {"settings": {"learner.max_staleness": 1, "optimizer.lr": None}}
@@ -143,7 +143,7 @@ def test_a_replica_is_drained_at_its_own_address(
     control.refresh()
     assert control.ask("POST", "/replicas/generation-1/drain").status_code == 200
     assert fake.paths == ["/drain"]
-    assert latest_event(control)["event"] == latest_event(control)["event"] | {
+    assert latest_event(control)["data"] == latest_event(control)["data"] | {
         "order": "drain",
         "replica": "generation-1",
     }

@@ -53,14 +53,14 @@ def test_all_that_status_and_history_say_is_in_the_metrics(redis_url: str, seede
         assert {name: scrape.value(metric_name(name)) for name in row} == row
         assert scrape.value("headrace_kl_at_staleness", staleness="1") == 0.003
         assert scrape.value("headrace_step", run=seeded.run) == status["step"] == 40
-        assert scrape.value("headrace_last_step") == status["steps"]
-        assert scrape.value("headrace_weight_version") == status["version"]
+        assert scrape.value("headrace_last_step") == status["target_steps"]
+        assert scrape.value("headrace_weight_version") == status["weight_version"]
         assert scrape.value("headrace_phase", phase=status["phase"]) == 1
         assert scrape.value("headrace_advised_replicas") == status["replicas"]["advised"] == 3
-        assert scrape.value("headrace_dead_letters") == status["queues"]["dead"] == 3
+        assert scrape.value("headrace_dead_letters") == status["queues"]["dead_letters"] == 3
         assert scrape.value("headrace_open_tickets") == 8 and scrape.value("headrace_leased_tickets") == 5
-        assert scrape.value("headrace_held_out") == status["held_out"]["held_out"]
-        assert scrape.value("headrace_pass_at", k="2") == status["held_out"]["pass_at"]["2"]
+        assert scrape.value("headrace_held_out") == status["latest_evaluation"]["held_out"]
+        assert scrape.value("headrace_pass_at", k="2") == status["latest_evaluation"]["pass_at"]["2"]
         assert scrape.value("headrace_checkpoint_step") == 40 and scrape.value("headrace_checkpoint_seconds") == 0.2
         assert scrape.value("headrace_steps_per_hour") == status["rates"]["steps_per_hour"]
         assert scrape.value("headrace_run_groups", state="trained") == status["counts"]["trained"] > 0

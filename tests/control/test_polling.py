@@ -10,7 +10,11 @@ import redis
 from headrace.common.metrics.thresholds import SMOOTHED_STEPS
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import encode
-from headrace.control.models import Evaluation, Events, GroupDetail, Groups, History, Replicas, SettingsResponse, Status
+from headrace.control.models.commands import SettingsResponse
+from headrace.control.models.groups import GroupDetail, Groups
+from headrace.control.models.history import Evaluation, Events, History
+from headrace.control.models.replicas import Replicas
+from headrace.control.models.status import Status
 from tests.support.controls import Control, a_control
 from tests.support.fake_sglang import FakeSglang
 from tests.support.seeded_run import heartbeat, seed_run, shown_group, step_rows
@@ -29,16 +33,22 @@ def announce(client: redis.Redis, keys: Keys, kind: str, row: dict[str, Any]) ->
 
 def test_the_status_is_the_whole_run(control: Control) -> None:
     status = Status.model_validate(control.http.get("/status").json())
-    assert (status.step, status.steps, status.version, status.epoch, status.phase) == (40, 60, 41, 1, "training")
+    assert (status.step, status.target_steps, status.weight_version, status.fencing_epoch, status.phase) == (
+        40,
+        60,
+        41,
+        1,
+        "training",
+    )
     assert status.verdict.level == "healthy" and status.verdict.text == "healthy"
     assert {check.level for check in status.checks} == {"healthy"}
-    assert status.reward_mean == pytest.approx(0.9) and status.held_out
-    assert status.held_out.pass_at["2"] == pytest.approx(0.84)
-    assert status.queues.open_tickets == 8 and status.queues.leased_tickets == 5 and status.queues.dead == 1
+    assert status.reward_mean == pytest.approx(0.9) and status.latest_evaluation
+    assert status.latest_evaluation.pass_at["2"] == pytest.approx(0.84)
+    assert status.queues.open_tickets == 8 and status.queues.leased_tickets == 5 and status.queues.dead_letters == 1
     assert status.rates.steps_per_hour == pytest.approx(2400) and status.remaining_s == pytest.approx(30)
     assert status.rates.generated_tokens_per_s == pytest.approx(2000)
-    assert status.rates.learner_waiting_share == pytest.approx(0.2)
-    assert (status.counts.trained, status.counts.uniform, status.counts.dead) == (640, 213, 1)
+    assert status.rates.learner_idle_share == pytest.approx(0.2)
+    assert (status.counts.trained, status.counts.uniform, status.counts.dead_letters) == (640, 213, 1)
     assert status.replicas.live == status.replicas.running == 2 and status.replicas.advised == 3
     assert status.replicas.launcher == "machine process 1" and status.replicas.desired is None
 
@@ -58,7 +68,13 @@ def test_replicas(control: Control, client: redis.Redis, keys: Keys) -> None:
     found = Replicas.model_validate(control.http.get("/replicas").json())
     assert [replica.id for replica in found.replicas] == ["generation-0", "generation-1"]
     first = control.http.get("/replicas/generation-1").json()
-    assert first["pauses"] == {"count": 1, "p50_ms": 51.0, "p95_ms": 51.0, "latest_ms": 51.0, "fetched_bytes": 20_000}
+    assert first["swap_pauses"] == {
+        "count": 1,
+        "p50_ms": 51.0,
+        "p95_ms": 51.0,
+        "latest_ms": 51.0,
+        "fetched_bytes": 20_000,
+    }
     assert first["versions_behind"] == 0 and first["tokens_per_s"] is None
     client.hset(keys.learner, "version", 44)
     moved = msgspec.structs.replace(heartbeat("generation-1", "http://127.0.0.1:9", 40), tokens_generated=10**6)
@@ -120,7 +136,7 @@ def test_a_step_that_is_taken_again_makes_later_ones_void(control: Control, clie
 def test_evaluations(control: Control, client: redis.Redis, keys: Keys) -> None:
     announce(client, keys, "evaluation", {"step": 40, "held_out": 0.9, "pass_at_4": 0.95, "time_s": 5.0})
     control.refresh()
-    found = [Evaluation.model_validate(one) for one in control.http.get("/evals").json()]
+    found = [Evaluation.model_validate(one) for one in control.http.get("/evaluations").json()]
     assert [(one.step, one.is_best) for one in found] == [(20, True), (40, False)]
     assert found[-1].held_out == 0.9 and found[-1].pass_at == {"4": 0.95} and found[-1].at == 5.0
 
@@ -135,7 +151,7 @@ def test_groups_are_listed_and_read_token_by_token(control: Control, client: red
         assert groups and {group[name] for group in groups} == {value}
     detail = GroupDetail.model_validate(control.http.get("/groups/0-1").json())
     rollout = detail.rollouts[1]
-    assert len(rollout.tokens) == len(rollout.versions) == len(rollout.behaviour_logprobs) == 10
+    assert len(rollout.tokens) == len(rollout.weight_versions) == len(rollout.behaviour_logprobs) == 10
     assert rollout.proximal_logprobs and rollout.advantage == -0.9 and detail.messages[0]["role"] == "user"
     assert control.http.get("/groups/0-999").status_code == 404
     again = msgspec.structs.replace(shown_group(1, 40, 1.0), state="stale")
@@ -205,7 +221,7 @@ def test_rubbish_in_redis_is_passed_over(
     control.refresh()
     assert control.http.get("/status").json()["settings_version"] == 0
     assert control.http.get("/history").json()["steps"]["step"][-1] == 41
-    for path in ("/replicas", "/groups", "/events/recent", "/settings", "/evals"):
+    for path in ("/replicas", "/groups", "/events/recent", "/settings", "/evaluations"):
         assert control.http.get(path).status_code == 200
 
 
@@ -213,12 +229,12 @@ def test_an_empty_run_is_one_to_wait_for(redis_url: str, keys: Keys) -> None:
     with a_control(redis_url, keys) as control:
         status = Status.model_validate(control.http.get("/status").json())
         assert status.phase == "loading the model" and status.verdict.level == "waiting"
-        assert [status.reward_mean, status.held_out, status.remaining_s, status.wall_s] == [None] * 4
+        assert [status.reward_mean, status.latest_evaluation, status.remaining_s, status.wall_s] == [None] * 4
         assert control.http.get("/history").json() == {
             "cursor": "0-0",
             "steps": {"step": []},
             "evaluations": [],
             "num_steps": 0,
         }
-        for path in ("/groups", "/events/recent", "/evals", "/replicas", "/settings"):
+        for path in ("/groups", "/events/recent", "/evaluations", "/replicas", "/settings"):
             assert control.http.get(path).status_code == 200

@@ -14,7 +14,10 @@ import redis
 from headrace.common.http import limits as http_limits
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import encode
-from headrace.control.models import Event, GroupSummary, Replicas, Status
+from headrace.control.models.groups import GroupSummary
+from headrace.control.models.history import Event
+from headrace.control.models.replicas import Replicas
+from headrace.control.models.status import Status
 from headrace.control.view import event_stream as stream
 from headrace.control.view.event_stream import Hub, TooManySubscribers
 from tests.support.controls import Control, a_control

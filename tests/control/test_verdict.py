@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from headrace.control.http.redaction import redact_secrets
-from headrace.control.models import Verdict
+from headrace.control.models.status import Verdict
 from headrace.control.verdict.check_inputs import CheckInputs, ReplicaInput
 from headrace.control.verdict.input_collector import ConditionTimer, ReplicaTracker
 from headrace.control.verdict.verdict import VerdictTracker, run_checks

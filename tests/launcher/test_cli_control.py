@@ -73,14 +73,14 @@ def answer(result: Result) -> Any:
 def test_status_says_the_verdict_first(headrace: Command, runs: Path, keys: Keys, control: Control) -> None:
     lines = headrace("status").stdout.splitlines()
     assert lines[0].startswith(f"{keys.run}: healthy (for ")
-    assert any(line.startswith("step      40 of 60, version 41, training") for line in lines)
-    assert any("2 of 2 running, no number ordered, 3 advised: the learner waits 23%" in line for line in lines)
+    assert any(line.startswith("step      40 of 60, weight version 41, training") for line in lines)
+    assert any("2 of 2 running, no target set, 3 advised: the learner waits 23%" in line for line in lines)
     found = answer(headrace("status", "--json"))
     assert (found["run"], found["step"], found["verdict"]["level"]) == (keys.run, 40, "healthy")
     control.ask("POST", "/pause")
     first, advice, *rest = headrace("status", "--run", keys.run).stdout.splitlines()
     assert "paused, as ordered" in first and advice.startswith("  → ")
-    assert not any("orders: " in line for line in rest), "what the verdict says is not said twice"
+    assert not any("commands: " in line for line in rest), "what the verdict says is not said twice"
 
 
 def test_watching_tells_what_changes_until_the_run_ends(
@@ -118,9 +118,9 @@ def test_replicas_groups_and_evaluations(headrace: Command, runs: Path, keys: Ke
     assert {one["kind"] for one in answer(headrace("groups", "--kind", "eval", "--json"))["groups"]} == {"eval"}
     text = headrace("groups", "0-0").stdout
     assert "ticket 0-0, train, trained at step 40" in text and "user: Mia has 0 boxes" in text
-    assert "1. reward 1.00, advantage +0.90, versions 39 (5 tokens), 40 (5), 10 tokens, cut off\n" in text
+    assert "1. reward 1.00, advantage +0.90, weight versions 39 (5 tokens), 40 (5), 10 tokens, cut off\n" in text
     assert "\n   She has 3 boxes of 4, so 12.\n" in text
-    assert answer(headrace("groups", "0-0", "--json"))["rollouts"][0]["versions"][0] == 39
+    assert answer(headrace("groups", "0-0", "--json"))["rollouts"][0]["weight_versions"][0] == 39
     assert headrace("eval").stdout.splitlines()[-1] == "2 evaluations"
     assert [one["step"] for one in answer(headrace("eval", "--json"))] == [20, 40]
 
@@ -242,9 +242,13 @@ def test_the_shell_completes_names_of_runs(headrace: Command, tmp_path: Path) ->
 
 def test_a_token_is_coloured_by_how_far_learner_and_engine_are_apart() -> None:
     rollout: dict[str, Any] = {"reward": 1.0, "advantage": None, "finish_reason": "stop", "text": "abc"}
-    rollout |= {"versions": [3, 3, 4], "tokens": ["a", "b\x1b[2J", "c"], "behaviour_logprobs": [-1.0, -1.0, -1.0]}
+    rollout |= {
+        "weight_versions": [3, 3, 4],
+        "tokens": ["a", "b\x1b[2J", "c"],
+        "behaviour_logprobs": [-1.0, -1.0, -1.0],
+    }
     group: dict[str, Any] = {"id": "0-1", "kind": "train", "state": "trained", "step": 4, "issued_step": 3}
-    group |= {"replica": "g", "rewards": [], "staleness": 1, "num_left_out": 0}
+    group |= {"replica": "g", "rewards": [], "staleness": 1, "num_omitted": 0}
     group |= {"messages": [{"role": "user", "content": "\x1b]0;hi\x07"}]}
     text = group_text(group | {"rollouts": [rollout | {"proximal_logprobs": [-1.0, -1.1, -3.0]}]})
     assert "\x1b" not in text.plain and "\x07" not in text.plain

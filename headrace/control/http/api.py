@@ -17,18 +17,11 @@ from headrace.control.http.page import page_router
 from headrace.control.http.prometheus import ControlMetrics
 from headrace.control.http.request_counts import CountRequests, RequestTotals
 from headrace.control.http.settings_response import settings_response_of
-from headrace.control.models import (
-    Evaluation,
-    Events,
-    GroupDetail,
-    Groups,
-    GroupSummary,
-    History,
-    Replica,
-    Replicas,
-    SettingsResponse,
-    Status,
-)
+from headrace.control.models.commands import SettingsResponse
+from headrace.control.models.groups import GroupDetail, Groups, GroupSummary
+from headrace.control.models.history import Evaluation, Events, History
+from headrace.control.models.replicas import Replica, Replicas
+from headrace.control.models.status import Status
 from headrace.control.view.event_stream import EventStream, TooManySubscribers
 from headrace.control.view.run_monitor import RunMonitor
 
@@ -123,7 +116,7 @@ def _rows_router(monitor: RunMonitor) -> APIRouter:
         require_view(monitor)
         return _json(monitor.history.answer(after, max_points))
 
-    @router.get("/evals", operation_id="evaluations")
+    @router.get("/evaluations", operation_id="evaluations")
     async def evaluations() -> list[Evaluation]:
         """In the order of their steps."""
         require_view(monitor)

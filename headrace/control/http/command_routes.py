@@ -13,7 +13,7 @@ from headrace.control.http.access import caller_of, error_responses, require_vie
 from headrace.control.http.command_writer import CommandWriter, RedisUnavailable, VersionConflict
 from headrace.control.http.drain import DrainFailed, drain
 from headrace.control.http.settings_response import settings_response_of
-from headrace.control.models import CommandAccepted, DesiredReplicas, SettingsChange, SettingsResponse
+from headrace.control.models.commands import CommandAccepted, DesiredReplicas, SettingsChange, SettingsResponse
 from headrace.control.view.run_monitor import RunMonitor
 
 _WITH_BODY = error_responses(400, 408, 409, 413, 422)
@@ -23,7 +23,7 @@ ReplicaName = Annotated[str, Path(min_length=1, max_length=200, examples=["gener
 def command_router(
     monitor: RunMonitor, commands: CommandWriter, http: httpx.AsyncClient, token: str, guard: object
 ) -> APIRouter:
-    router = APIRouter(dependencies=[Depends(guard)], responses=error_responses(401, 503), tags=["orders"])  # type: ignore[arg-type]
+    router = APIRouter(dependencies=[Depends(guard)], responses=error_responses(401, 503), tags=["commands"])  # type: ignore[arg-type]
 
     async def accepted(writing: Awaitable[object], text: str) -> CommandAccepted:
         """Writes an order and looks again."""
@@ -44,8 +44,8 @@ def command_router(
     async def checkpoint(request: Request) -> CommandAccepted:
         return await accepted(commands.checkpoint(caller_of(request)), "a checkpoint follows the step in progress")
 
-    @router.post("/evaluate", operation_id="evaluate")
-    async def evaluate(request: Request) -> CommandAccepted:
+    @router.post("/evaluations", operation_id="request_evaluation")
+    async def request_evaluation(request: Request) -> CommandAccepted:
         """Held-out accuracy of the newest weights, beside training."""
         return await accepted(commands.evaluate(caller_of(request)), "an evaluation follows the step in progress")
 
@@ -56,7 +56,7 @@ def command_router(
             commands.stop(caller_of(request)), "the run stops after the step in progress, with a checkpoint"
         )
 
-    @router.put("/replicas/desired", operation_id="order_replicas", responses=_WITH_BODY)
+    @router.put("/replicas/desired", operation_id="set_desired_replicas", responses=_WITH_BODY)
     async def set_desired_replicas(request: Request, demand: DesiredReplicas) -> CommandAccepted:
         """How many replicas the run's launcher keeps; 409 where none would obey, 422 where it lacks the GPUs."""
         number, launcher = demand.replicas, require_view(monitor).status.replicas.launcher

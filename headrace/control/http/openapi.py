@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from headrace.control.models import Problem
+from headrace.control.models.base import Problem
 
 SCHEME = "token"
 DESCRIPTION = """The front door of a Headrace run. What changes something needs the run's token, as a bearer.

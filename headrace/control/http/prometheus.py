@@ -10,7 +10,8 @@ from headrace.common.metrics.run import add_files, add_orders, add_position, add
 from headrace.common.metrics.steps import add_latest_evaluation, add_latest_step
 from headrace.common.process.waiting import parse_waits
 from headrace.control.http.request_counts import RequestTotals
-from headrace.control.models import Queues, Replicas, Status
+from headrace.control.models.replicas import Replicas
+from headrace.control.models.status import Queues, Status
 from headrace.control.polling.redis_poll import PollResult
 from headrace.control.verdict.check_inputs import FINAL_PHASES
 from headrace.control.view.run_monitor import RunMonitor
@@ -34,7 +35,7 @@ class ControlMetrics:
             _add_rates(families, status)
             _add_queues(families, status.queues)
             _add_replicas(families, monitor.latest_poll, monitor.view.replicas)
-            monitor.counters.groups.collect(families, dict(status.counts))
+            monitor.counters.groups.collect(families, dict(status.counts) | {"dead": status.counts.dead_letters})
         monitor.counters.collect(families)
         self._requests.collect(families)
         self._add_control(families)
@@ -42,8 +43,14 @@ class ControlMetrics:
 
     def _add_run(self, families: Families, status: Status, poll: PollResult) -> None:
         history, probe = self._monitor.history, self._monitor.probe
-        position = {name: getattr(status, name) for name in ("phase", "step", "steps", "version", "epoch")}
-        add_position(families, **position)
+        add_position(
+            families,
+            phase=status.phase,
+            step=status.step,
+            steps=status.target_steps,
+            version=status.weight_version,
+            epoch=status.fencing_epoch,
+        )
         replicas = status.replicas
         applied = self._monitor.view.applied_version if self._monitor.view else None
         add_orders(families, desired=replicas.desired, advised=replicas.advised, settings_version=applied)
@@ -51,9 +58,11 @@ class ControlMetrics:
         families.gauge("headrace_stopping", "1: as ordered, the run ends after its step.", status.is_stopping)
         if len(history):
             add_latest_step(families, history.row(len(history) - 1))
-        if status.held_out is not None:
-            found = status.held_out
-            row = found.model_dump(exclude={"pass_at"}) | {f"pass_at_{k}": share for k, share in found.pass_at.items()}
+        if status.latest_evaluation is not None:
+            found = status.latest_evaluation
+            row = found.model_dump(exclude={"pass_at", "weight_version"}) | {
+                f"pass_at_{k}": share for k, share in found.pass_at.items()
+            }
             add_latest_evaluation(families, row)
             best = max(evaluation.held_out for evaluation in history.evaluations)
             families.gauge("headrace_held_out_best", "pass@1 of the best evaluation.", best)
@@ -95,9 +104,9 @@ def _add_rates(families: Families, status: Status) -> None:
     rates = status.rates
     families.gauge("headrace_steps_per_hour", "Pace of the last steps.", rates.steps_per_hour)
     text = "Share of its time that the learner waited for groups, over the last steps."
-    families.gauge("headrace_learner_waiting_share", text, rates.learner_waiting_share)
+    families.gauge("headrace_learner_waiting_share", text, rates.learner_idle_share)
     text = "Share of their time that replicas waited for tickets, over the last half minute."
-    families.gauge("headrace_replicas_waiting_share", text, rates.replicas_waiting_share)
+    families.gauge("headrace_replicas_waiting_share", text, rates.replicas_idle_share)
     text = "Tokens of groups per second, over the last steps."
     families.gauge("headrace_generated_tokens_per_second", text, rates.generated_tokens_per_s)
     text = "Trained tokens per second, over the last steps."
@@ -106,10 +115,10 @@ def _add_rates(families: Families, status: Status) -> None:
 
 
 def _add_queues(families: Families, queues: Queues) -> None:
-    add_queues(families, open_tickets=queues.open_tickets, groups=queues.groups)
+    add_queues(families, open_tickets=queues.open_tickets, groups=queues.groups_in_stream)
     families.gauge("headrace_leased_tickets", "Open training tickets that a replica holds.", queues.leased_tickets)
     families.gauge("headrace_evaluation_tickets", "Evaluation tickets not yet answered.", queues.evaluation_tickets)
-    families.gauge("headrace_dead_letters", "Tickets and groups in the stream of the dead.", queues.dead)
+    families.gauge("headrace_dead_letters", "Tickets and groups in the stream of the dead.", queues.dead_letters)
 
 
 def _add_replicas(families: Families, poll: PollResult, shown: Replicas) -> None:

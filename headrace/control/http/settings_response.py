@@ -5,7 +5,7 @@ from functools import cache
 from headrace.common.config import RunConfig
 from headrace.common.config.hot_reload import HOT, hot_values, with_settings
 from headrace.control.http.redaction import redact_secrets
-from headrace.control.models import Setting, SettingsResponse
+from headrace.control.models.commands import Setting, SettingsResponse
 from headrace.control.view.run_monitor import RunView
 
 

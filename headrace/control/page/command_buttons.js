@@ -11,7 +11,7 @@ export function startOrders(board, steering) {
     "primary",
   );
   const checkpoint = button("Checkpoint", () => steering.order("POST", "checkpoint"));
-  const evaluate = button("Evaluate", () => steering.order("POST", "evaluate"));
+  const evaluate = button("Evaluate", () => steering.order("POST", "evaluations"));
   const stop = button(
     "Stop…",
     async () => {

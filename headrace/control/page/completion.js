@@ -105,7 +105,7 @@ export class Completion {
 
   #tell(i) {
     if (i < 0) return;
-    const { tokens, versions, behaviour_logprobs: behaviour, proximal_logprobs: proximal, advantage } = this.rollout;
+    const { tokens, weight_versions: versions, behaviour_logprobs: behaviour, proximal_logprobs: proximal, advantage } = this.rollout;
     const gap = proximal === null ? null : proximal[i] - behaviour[i];
     setText(
       this.numbers,

@@ -76,8 +76,8 @@ function pages(group) {
       legend,
     ),
     ...completions.map((one) => one.root),
-    group.num_left_out
-      ? el("p", { class: "muted" }, `${plural(group.num_left_out, "completion")} more, left out for their size.`)
+    group.num_omitted
+      ? el("p", { class: "muted" }, `${plural(group.num_omitted, "completion")} more, left out for their size.`)
       : null,
     numbers,
   ].filter(Boolean);

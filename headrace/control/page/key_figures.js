@@ -12,15 +12,15 @@ export function startFigures(board) {
 }
 
 function figures(status, steps) {
-  const { held_out: held, rates, staleness, replicas, counts } = status;
+  const { latest_evaluation: held, rates, staleness, replicas, counts } = status;
   const best = steps.evaluations.find((one) => one.is_best);
   const finished = counts.trained + counts.uniform + counts.stale;
   return [
     {
       name: "Step",
       value: `${count(status.step)}`,
-      unit: `of ${count(status.steps)}`,
-      share: status.steps ? status.step / status.steps : 0,
+      unit: `of ${count(status.target_steps)}`,
+      share: status.target_steps ? status.step / status.target_steps : 0,
       note:
         status.remaining_s === null
           ? `${duration(status.wall_s)} so far`
@@ -59,15 +59,15 @@ function figures(status, steps) {
     },
     {
       name: "Learner waits",
-      value: percent(rates.learner_waiting_share),
+      value: percent(rates.learner_idle_share),
       note: "of its time, for groups",
-      share: rates.learner_waiting_share,
+      share: rates.learner_idle_share,
     },
     {
       name: "Replicas wait",
-      value: percent(rates.replicas_waiting_share),
+      value: percent(rates.replicas_idle_share),
       note: "of their time, for tickets",
-      share: rates.replicas_waiting_share,
+      share: rates.replicas_idle_share,
     },
     {
       name: "Replicas",
@@ -75,7 +75,7 @@ function figures(status, steps) {
       unit: `running of ${replicas.live}`,
       note: replicas.desired === null ? "none ordered" : `${replicas.desired} ordered`,
     },
-    { name: "Weights", value: `v${status.version}`, note: `epoch ${status.epoch}` },
+    { name: "Weights", value: `v${status.weight_version}`, note: `epoch ${status.fencing_epoch}` },
     {
       name: "No signal",
       value: finished ? percent(counts.uniform / finished) : NONE,
@@ -83,10 +83,10 @@ function figures(status, steps) {
     },
     {
       name: "Dead",
-      value: count(counts.dead),
-      unit: counts.dead === 1 ? "group" : "groups",
-      isBad: counts.dead > 0,
-      note: counts.dead ? "headrace dead list says why" : "nothing has failed for good",
+      value: count(counts.dead_letters),
+      unit: counts.dead_letters === 1 ? "group" : "groups",
+      isBad: counts.dead_letters > 0,
+      note: counts.dead_letters ? "headrace dead list says why" : "nothing has failed for good",
     },
   ];
 }

@@ -24,7 +24,7 @@ export function startFlow(board) {
   });
 }
 
-function stations({ queues, replicas, rates, phase, version, counts }) {
+function stations({ queues, replicas, rates, phase, weight_version: version, counts }) {
   const waiting = Math.max(0, queues.open_tickets - queues.leased_tickets);
   return [
     {
@@ -37,12 +37,12 @@ function stations({ queues, replicas, rates, phase, version, counts }) {
       name: "Replicas",
       value: String(replicas.running),
       unit: "running",
-      note: waits(rates.replicas_waiting_share, "for tickets"),
-      isIdle: rates.replicas_waiting_share > 0.3,
+      note: waits(rates.replicas_idle_share, "for tickets"),
+      isIdle: rates.replicas_idle_share > 0.3,
     },
     {
       name: "Scored groups",
-      value: count(queues.groups),
+      value: count(queues.groups_in_stream),
       unit: "in the stream",
       note: "waiting, in training or until saved twice",
     },
@@ -50,8 +50,8 @@ function stations({ queues, replicas, rates, phase, version, counts }) {
       name: "Learner",
       value: phase,
       isWord: true,
-      note: waits(rates.learner_waiting_share, "for groups"),
-      isIdle: rates.learner_waiting_share > 0.3,
+      note: waits(rates.learner_idle_share, "for groups"),
+      isIdle: rates.learner_idle_share > 0.3,
     },
     { name: "Weights", value: `v${version}`, note: `${count(counts.trained)} groups trained; back to the replicas` },
   ];
@@ -61,7 +61,7 @@ const waits = (share, what) =>
   share === null ? "not measured yet" : `wait${what === "for groups" ? "s" : ""} ${percent(share)} ${what}`;
 
 function whoWaits({ rates }) {
-  const { learner_waiting_share: learner, replicas_waiting_share: replicas } = rates;
+  const { learner_idle_share: learner, replicas_idle_share: replicas } = rates;
   if (learner === null && replicas === null) return "Who waits for whom shows after the first steps.";
   if (learner < 0.1 && replicas < 0.1) return "Neither side waits for the other.";
   return learner > replicas

@@ -14,12 +14,12 @@ const COLUMNS = [
   { name: "Groups", of: (one) => count(one.groups_committed), isNumber: true },
   { name: "Tokens", of: (one) => count(one.tokens_generated), isNumber: true },
   { name: "Tokens/s", of: (one) => count(one.tokens_per_s), isNumber: true },
-  { name: "Waits", of: (one) => percent(one.waiting_share), isNumber: true },
-  { name: "Swaps", of: (one) => count(one.pauses.count), isNumber: true },
-  { name: "Pause p50", of: (one) => milliseconds(one.pauses.p50_ms), isNumber: true },
-  { name: "p95", of: (one) => milliseconds(one.pauses.p95_ms), isNumber: true },
-  { name: "latest", of: (one) => milliseconds(one.pauses.latest_ms), isNumber: true },
-  { name: "Fetched", of: (one) => (one.pauses.count ? bytes(one.pauses.fetched_bytes) : "–"), isNumber: true },
+  { name: "Waits", of: (one) => percent(one.idle_share), isNumber: true },
+  { name: "Swaps", of: (one) => count(one.swap_pauses.count), isNumber: true },
+  { name: "Pause p50", of: (one) => milliseconds(one.swap_pauses.p50_ms), isNumber: true },
+  { name: "p95", of: (one) => milliseconds(one.swap_pauses.p95_ms), isNumber: true },
+  { name: "latest", of: (one) => milliseconds(one.swap_pauses.latest_ms), isNumber: true },
+  { name: "Fetched", of: (one) => (one.swap_pauses.count ? bytes(one.swap_pauses.fetched_bytes) : "–"), isNumber: true },
   { name: "Seen", of: (one, now) => `for ${duration(now - one.seen_since_at)}`, isNumber: true },
 ];
 
@@ -85,7 +85,7 @@ function said(replicas) {
   const newest = Math.max(...replicas.map((one) => one.weight_version));
   const current = replicas.filter((one) => one.weight_version === newest).length;
   const pauses = replicas
-    .map((one) => one.pauses.p50_ms)
+    .map((one) => one.swap_pauses.p50_ms)
     .filter((one) => one !== null)
     .sort((a, b) => a - b);
   const paused = pauses.length ? `; a swap pauses ${milliseconds(pauses[Math.floor(pauses.length / 2)])} (p50)` : "";

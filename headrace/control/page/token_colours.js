@@ -23,7 +23,7 @@ export const TONES = [
     has: (r) => r.advantage !== null,
     missing: "only what was trained has one",
   },
-  { name: "version", label: "weight version", of: (r, i) => r.versions[i], has: () => true },
+  { name: "version", label: "weight version", of: (r, i) => r.weight_versions[i], has: () => true },
 ];
 
 /** A function from token to class, and the legend that explains it: entries of a class and a text. */
@@ -60,7 +60,7 @@ function byVersion(tone, values) {
   const versions = [...new Set(values)].sort((a, b) => a - b);
   const places = new Map(versions.map((version, i) => [version, `t-v${i % VERSIONS}`]));
   const legend = versions.map((version) => ({ tone: places.get(version), text: `v${version}` }));
-  return { classOf: (rollout, i) => places.get(rollout.versions[i]), legend: legend.slice(-12) };
+  return { classOf: (rollout, i) => places.get(rollout.weight_versions[i]), legend: legend.slice(-12) };
 }
 
 const signTone = (place) => (place < 0 ? `t-n${-place}` : `t-p${place}`);

@@ -29,7 +29,7 @@ function paint(status) {
   setText(byId("verdict-text"), capital(verdict.text));
   setText(byId("verdict-advice"), verdict.advice);
   setText(byId("run-name"), status.run);
-  setText(byId("run-step"), `step ${status.step} of ${status.steps}`);
+  setText(byId("run-step"), `step ${status.step} of ${status.target_steps}`);
   const title = `${SIGNS[verdict.level] ?? "?"} ${status.run}, step ${status.step} · Headrace`;
   if (document.title !== title) document.title = title;
 

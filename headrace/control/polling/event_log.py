@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 
 from headrace.common.wire import one_line
-from headrace.control.models import Event, Pauses
+from headrace.control.models.history import Event
+from headrace.control.models.replicas import SwapPauses
 from headrace.control.polling.redis_poll import Entry, parse_entry_id
 
 MAX_SWAPS = 200
@@ -35,9 +36,9 @@ class _Swaps:
         if isinstance(num_bytes := event.get("bytes"), int):
             self.fetched_bytes = num_bytes
 
-    def pauses(self) -> Pauses:
+    def pauses(self) -> SwapPauses:
         known = sorted(self.pauses_ms)
-        return Pauses(
+        return SwapPauses(
             count=self.count,
             p50_ms=statistics.median(known) if known else None,
             p95_ms=known[min(len(known) - 1, int(0.95 * len(known)))] if known else None,
@@ -63,7 +64,7 @@ class EventLog:
         except (ValueError, RecursionError):
             return None
         at = parse_entry_id(entry_id)[0] / 1000
-        event = Event(id=entry_id, at=at, kind=one_line(kind), text=one_line(describe(kind, found)), event=found)
+        event = Event(id=entry_id, at=at, kind=one_line(kind), text=one_line(describe(kind, found)), data=found)
         if kind == "swap":
             self._note_swap(found)
         (self._swaps if kind == "swap" else self._others).append(event)
@@ -73,7 +74,7 @@ class EventLog:
         merged = sorted([*self._swaps, *self._others], key=lambda event: parse_entry_id(event.id), reverse=True)
         return merged[:limit]
 
-    def pauses(self, replica: str) -> Pauses:
+    def pauses(self, replica: str) -> SwapPauses:
         return self._by_replica.get(replica, _Swaps()).pauses()
 
     def _note_swap(self, event: dict[str, Any]) -> None:

@@ -11,8 +11,8 @@ import msgspec
 
 from headrace.common.redis.keys import MAX_SHOWN
 from headrace.common.wire import name_problem
-from headrace.common.wire.group_samples import MAX_SHOWN_BYTES, ShownGroup
-from headrace.control.models import GroupDetail, GroupSummary, Rollout
+from headrace.common.wire.group_samples import MAX_SHOWN_BYTES, ShownGroup, ShownRollout
+from headrace.control.models.groups import GroupDetail, GroupSummary, Rollout
 from headrace.control.polling.redis_poll import Entry
 
 MAX_KEPT_BYTES = 64 << 20
@@ -86,10 +86,23 @@ def _detail(summary: GroupSummary, group: ShownGroup) -> GroupDetail:
     return GroupDetail(
         **summary.model_dump(),
         messages=group.prompt,
-        rollouts=[Rollout(**msgspec.structs.asdict(rollout)) for rollout in group.rollouts],
+        rollouts=[_rollout(rollout) for rollout in group.rollouts],
         issued_step=group.issued_step,
         leased_at=group.leased_s,
         sampled_at=group.sampled_s,
         scored_at=group.scored_s,
-        num_left_out=group.num_left_out,
+        num_omitted=group.num_left_out,
+    )
+
+
+def _rollout(sample: ShownRollout) -> Rollout:
+    return Rollout(
+        text=sample.text,
+        reward=sample.reward,
+        advantage=sample.advantage,
+        finish_reason=sample.finish_reason,
+        tokens=sample.tokens,
+        weight_versions=sample.versions,
+        behaviour_logprobs=sample.behaviour_logprobs,
+        proximal_logprobs=sample.proximal_logprobs,
     )

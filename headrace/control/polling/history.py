@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from headrace.control.models import Evaluation
+from headrace.control.models.history import Evaluation
 from headrace.control.polling.redis_poll import Entry, parse_entry_id
 
 MAX_COLUMNS = 200
@@ -149,7 +149,7 @@ def _evaluation(row: dict[str, Any], numbers: dict[str, float]) -> Evaluation | 
         num_completions=int(numbers.get("num_completions", 0)),
         num_dead=int(numbers.get("num_dead", 0)),
         first_token_step_mean=numbers.get("first_token_step_mean", 0.0),
-        version=None if version is None else int(version),
+        weight_version=None if version is None else int(version),
         is_best=row.get("is_best") is True,
         at=numbers.get("at", 0.0),
     )

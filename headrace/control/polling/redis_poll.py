@@ -13,7 +13,7 @@ import redis.asyncio
 from headrace.common.redis.keys import TICKET_GROUP, Keys
 from headrace.common.wire import Heartbeat, WireError, decode_heartbeat, one_line
 from headrace.common.wire.desired_state import Orders, parse_orders
-from headrace.control.models import Queues
+from headrace.control.models.status import Queues
 
 MAX_ROWS = 2000
 """Of a stream in one look."""
@@ -86,7 +86,11 @@ class RedisPoller:
             epoch=int(epoch) if epoch is not None and epoch.isdigit() else 0,
             launcher=None if launcher is None else _text(launcher),
             queues=Queues(
-                open_tickets=tickets, leased_tickets=leased, groups=groups, evaluation_tickets=evaluations, dead=dead
+                open_tickets=tickets,
+                leased_tickets=leased,
+                groups_in_stream=groups,
+                evaluation_tickets=evaluations,
+                dead_letters=dead,
             ),
             heartbeats=heartbeats,
             events=_entries(reversed(events) if is_first else events),

@@ -8,7 +8,7 @@ from headrace.common.metrics.families import SHORT_S, Families, Histogram
 from headrace.common.metrics.run import GroupTotals
 from headrace.common.metrics.steps import StepTotals
 from headrace.common.metrics.swaps import SwapTotals
-from headrace.control.models import Event
+from headrace.control.models.history import Event
 
 MAX_REPLICAS = 1000
 """Whose swaps are counted."""
@@ -32,7 +32,7 @@ class RunCounters:
                 self._steps.add(row)
         for event in events:
             if event.kind == "swap":
-                self._add_swap(event.event)
+                self._add_swap(event.data)
 
     def _add_swap(self, event: Mapping[str, Any]) -> None:
         """What is no number in it counts for nothing."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from headrace.control.models import Check, Level
+from headrace.control.models.status import Check, Level
 
 FINAL_PHASES = ("finished", "stopped", "starved", "failed")
 

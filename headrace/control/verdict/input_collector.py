@@ -44,7 +44,7 @@ class ReplicaRates(NamedTuple):
     """Of a replica over the last half minute; None before it can be told."""
 
     tokens_per_s: float | None = None
-    waiting_share: float | None = None
+    idle_share: float | None = None
 
 
 class ReplicaTracker:
@@ -76,7 +76,7 @@ class ReplicaTracker:
         served_s = last.serving_s - first.serving_s
         return ReplicaRates(
             tokens_per_s=max(0, last.tokens_generated - first.tokens_generated) / max(last_at - first_at, 1e-3),
-            waiting_share=min(1.0, max(0.0, (last.waiting_s - first.waiting_s) / served_s)) if served_s > 0 else None,
+            idle_share=min(1.0, max(0.0, (last.waiting_s - first.waiting_s) / served_s)) if served_s > 0 else None,
         )
 
 
@@ -120,7 +120,7 @@ class CheckInputCollector:
             waiting_s=float(starved[1]) if starved else 0.0,
             checkpoint_failing_s=self._timer.duration_s("checkpoint", CHECKPOINT in reason, now),
             redis_unavailable_s=self._timer.duration_s("redis", is_redis_unavailable, now),
-            num_recent_dead=self._num_recent_dead(poll.queues.dead, now),
+            num_recent_dead=self._num_recent_dead(poll.queues.dead_letters, now),
             dead_reason=poll.dead_reason,
             held_back=poll.learner.get("held_back", ""),
             settings_unapplied_s=self._timer.duration_s("settings", is_unapplied, now),

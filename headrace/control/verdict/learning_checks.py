@@ -5,7 +5,7 @@ Thresholds are of medians over the last steps, so that one odd batch raises no a
 
 from headrace.common.metrics.thresholds import SMOOTHED_STEPS, THRESHOLDS, Threshold, numeric_gap
 from headrace.common.wire import one_line
-from headrace.control.models import Level
+from headrace.control.models.status import Level
 from headrace.control.verdict.check_inputs import FINAL_PHASES, CheckInputs, CheckResult, check_result
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from headrace.common.process.waiting import Reason
-from headrace.control.models import Level, Verdict
+from headrace.control.models.status import Level, Verdict
 from headrace.control.verdict.check_inputs import FINAL_PHASES, CheckInputs, CheckResult, check_result, without_duration
 from headrace.control.verdict.learning_checks import learning_checks
 
@@ -97,12 +97,12 @@ def _learner(inputs: CheckInputs) -> CheckResult:
 
 def _pending_commands(inputs: CheckInputs) -> CheckResult:
     if inputs.phase in FINAL_PHASES:
-        return check_result("orders", "healthy", "nothing is ordered that is not obeyed")
+        return check_result("commands", "healthy", "nothing is ordered that is not obeyed")
     if inputs.is_stopping:
-        return check_result("orders", "waiting", "stopping, as ordered: the step in progress, then a checkpoint")
+        return check_result("commands", "waiting", "stopping, as ordered: the step in progress, then a checkpoint")
     if inputs.is_paused:
-        return check_result("orders", "waiting", "paused, as ordered", "resume it")
-    return check_result("orders", "healthy", "nothing is ordered that is not obeyed")
+        return check_result("commands", "waiting", "paused, as ordered", "resume it")
+    return check_result("commands", "healthy", "nothing is ordered that is not obeyed")
 
 
 def _replicas(inputs: CheckInputs) -> CheckResult:
@@ -176,8 +176,8 @@ def _dead_letters(inputs: CheckInputs) -> CheckResult:
         level: Level = "failed" if count >= MANY_DEAD_LETTERS else "warning"
         text = f"{count} ticket{'s' * (count > 1)} died in the last {RECENT_DEAD_WINDOW_S / 60:.0f} minutes"
         why = f", the latest: {inputs.dead_reason}" if inputs.dead_reason else ""
-        return check_result("dead", level, f"{text}{why}", INSPECT_DEAD_LETTERS, count, **limits)
-    return check_result("dead", "healthy", "no ticket has died lately", "", 0, **limits)
+        return check_result("dead_letters", level, f"{text}{why}", INSPECT_DEAD_LETTERS, count, **limits)
+    return check_result("dead_letters", "healthy", "no ticket has died lately", "", 0, **limits)
 
 
 def _checkpoint(inputs: CheckInputs) -> CheckResult:

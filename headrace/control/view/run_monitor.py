@@ -16,7 +16,8 @@ from pydantic import BaseModel, ValidationError
 from headrace.common.config import RunConfig
 from headrace.common.redis.retry import words_of
 from headrace.common.wire.desired_state import Orders
-from headrace.control.models import Replicas, Status
+from headrace.control.models.replicas import Replicas
+from headrace.control.models.status import Status
 from headrace.control.polling.event_log import EventLog
 from headrace.control.polling.group_samples import GroupSamples
 from headrace.control.polling.history import RunHistory

@@ -4,17 +4,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from headrace.common.config import RunConfig
-from headrace.control.models import (
-    Counts,
-    Rates,
-    Replica,
-    ReplicaCounts,
-    Replicas,
-    Staleness,
-    Status,
-    Verdict,
-    Wait,
-)
+from headrace.control.models.replicas import Replica, ReplicaCounts, Replicas
+from headrace.control.models.status import Counts, Rates, Staleness, Status, Verdict, Wait
 from headrace.control.polling.event_log import EventLog
 from headrace.control.polling.history import RunHistory
 from headrace.control.polling.learner_probe import LearnerProbe
@@ -53,13 +44,13 @@ def status_response(
         is_paused=inputs.is_paused,
         is_stopping=inputs.is_stopping,
         step=inputs.step,
-        steps=inputs.steps,
-        version=int_field(poll.learner, "version"),
-        epoch=poll.epoch,
+        target_steps=inputs.steps,
+        weight_version=int_field(poll.learner, "version"),
+        fencing_epoch=poll.epoch,
         wall_s=_latest(history, "wall_s"),
         remaining_s=_remaining_s(inputs, rates),
         reward_mean=_latest(history, "reward_mean"),
-        held_out=evaluations[-1] if evaluations else None,
+        latest_evaluation=evaluations[-1] if evaluations else None,
         staleness=Staleness(
             mean=_latest(history, "staleness_mean"),
             max=_latest(history, "staleness_max"),
@@ -92,8 +83,8 @@ def replicas_response(poll: PollResult, tracker: ReplicaTracker, event_log: Even
                 groups_committed=beat.groups_committed,
                 tokens_generated=beat.tokens_generated,
                 tokens_per_s=rates.tokens_per_s,
-                waiting_share=rates.waiting_share,
-                pauses=event_log.pauses(beat.replica),
+                idle_share=rates.idle_share,
+                swap_pauses=event_log.pauses(beat.replica),
                 seen_since_at=tracker.seen_since_at.get(beat.replica, 0.0),
             )
         )
@@ -114,20 +105,20 @@ def _latest(history: RunHistory, name: str) -> float | None:
 
 
 def _rates(history: RunHistory, replicas: Replicas) -> Rates:
-    shares = [replica.waiting_share for replica in replicas.replicas if replica.waiting_share is not None]
-    waiting_share = sum(shares) / len(shares) if shares else None
+    shares = [replica.idle_share for replica in replicas.replicas if replica.idle_share is not None]
+    idle_share = sum(shares) / len(shares) if shares else None
     wall_s, generated = history.latest("wall_s", RATE_STEPS), history.latest("generated_tokens", RATE_STEPS)
     count = len(wall_s) - 1
     if count < 1 or wall_s[-1] <= wall_s[0]:
-        return Rates(replicas_waiting_share=waiting_share)
+        return Rates(replicas_idle_share=idle_share)
     took_s = wall_s[-1] - wall_s[0]
     waited_s, trained = history.latest("wait_s", count), history.latest("trained_tokens", count)
     return Rates(
         generated_tokens_per_s=(generated[-1] - generated[0]) / took_s if len(generated) > 1 else None,
         trained_tokens_per_s=sum(trained) / took_s if trained else None,
         steps_per_hour=3600 * count / took_s,
-        learner_waiting_share=min(1.0, sum(waited_s) / took_s) if waited_s else None,
-        replicas_waiting_share=waiting_share,
+        learner_idle_share=min(1.0, sum(waited_s) / took_s) if waited_s else None,
+        replicas_idle_share=idle_share,
     )
 
 
@@ -144,7 +135,7 @@ def _counts(poll: PollResult, config: RunConfig, history: RunHistory, probe: Lea
     generated = int(_latest(history, "generated_tokens") or 0)
     if probe.status is not None:
         known = {name: max(0, count) for name, count in probe.status.counts.items() if name in Counts.model_fields}
-        return Counts(**({"generated_tokens": generated} | known | {"dead": poll.queues.dead}))
+        return Counts(**({"generated_tokens": generated} | known | {"dead_letters": poll.queues.dead_letters}))
     trained = int_field(poll.learner, "step") * config.learner.groups_per_step
     uniform, stale = _latest(history, "uniform_share") or 0.0, _latest(history, "stale_share") or 0.0
     decided = trained / (1 - uniform - stale) if uniform + stale < 1 else 0.0
@@ -153,7 +144,7 @@ def _counts(poll: PollResult, config: RunConfig, history: RunHistory, probe: Lea
         uniform=round(uniform * decided),
         stale=round(stale * decided),
         evaluated=0,
-        dead=poll.queues.dead,
+        dead_letters=poll.queues.dead_letters,
         generated_tokens=generated,
     )
 

@@ -107,10 +107,10 @@ def evaluations(
     with one_line_errors():
         control = find_control(run, url, runs_folder)
         if now:
-            answer = control.order("POST", "/evaluate")
+            answer = control.order("POST", "/evaluations")
             print_json(answer) if as_json else print(answer["text"])
             return
-        found = control.get("/evals")
+        found = control.get("/evaluations")
         print_json(found) if as_json else _print_table(evaluations_table(found), len(found), "evaluation")
 
 
@@ -156,5 +156,5 @@ def _tell(found: dict[str, Any] | None, told: Any, as_json: bool, console: Conso
     elif found is None:
         console.print(Text(told), soft_wrap=True)
     else:
-        head = Text(f"step {found['step']} of {found['steps']}, {found['phase']}; ")
+        head = Text(f"step {found['step']} of {found['target_steps']}, {found['phase']}; ")
         console.print(head.append_text(verdict_line(found)), soft_wrap=True)

@@ -14,6 +14,7 @@ Answer = dict[str, Any]
 COLOURS = {"healthy": "green", "waiting": "cyan", "warning": "yellow", "failed": "bold red", "ended": "blue"}
 GAPS = ((0.01, ""), (0.05, "on grey19"), (0.2, "black on yellow"), (1.0, "black on dark_orange"), (9e9, "white on red"))
 """|log-probability of the learner - of the engine| of a token, up to: its colour."""
+GROUP_STATES = ("trained", "uniform", "stale", "evaluated", "dead_letters")
 MINUTE_S, HOUR_S = 60, 3600
 
 
@@ -26,25 +27,24 @@ def verdict_line(status: Answer) -> Text:
 
 def status_lines(status: Answer) -> Text:
     """The verdict first."""
-    held_out, replicas, queues = status["held_out"], status["replicas"], status["queues"]
+    held_out, replicas, queues = status["latest_evaluation"], status["replicas"], status["queues"]
     staleness, rates, counts = status["staleness"], status["rates"], status["counts"]
     left = f", about {duration(status['remaining_s'])} left" if status["remaining_s"] is not None else ""
-    ordered = f"{replicas['desired']} ordered" if replicas["desired"] is not None else "no number ordered"
+    target = f"{replicas['desired']} desired" if replicas["desired"] is not None else "no target set"
     best = ", the best so far" if held_out and held_out["is_best"] else ""
     rows = {
-        "step": f"{status['step']} of {status['steps']}, version {status['version']}, {_phase(status)}",
+        "step": f"{status['step']} of {status['target_steps']}, weight version {status['weight_version']}, {_phase(status)}",
         "time": f"{duration(status['wall_s'])}{left}",
         "reward": f"{number(status['reward_mean'], 3)}, staleness {number(staleness['mean'])} mean, "
         f"{number(staleness['max'], 0)} max",
         "held-out": f"{number(held_out['held_out'], 3)} after step {held_out['step']}{best}" if held_out else "–",
         "rates": f"{number(rates['generated_tokens_per_s'], 0)} tokens/s generated, "
         f"{number(rates['trained_tokens_per_s'], 0)} trained, {number(rates['steps_per_hour'], 0)} steps/hour",
-        "waiting": f"learner {share(rates['learner_waiting_share'])}, "
-        f"replicas {share(rates['replicas_waiting_share'])}",
-        "queues": f"{queues['open_tickets']} tickets open ({queues['leased_tickets']} leased), {queues['groups']} "
-        f"groups, {queues['evaluation_tickets']} of an evaluation, {queues['dead']} dead",
-        "groups": ", ".join(f"{counts[name]} {name}" for name in ("trained", "uniform", "stale", "evaluated", "dead")),
-        "replicas": f"{replicas['running']} of {replicas['live']} running, {ordered}, {replicas['advised'] or '?'} "
+        "idle": f"learner {share(rates['learner_idle_share'])}, replicas {share(rates['replicas_idle_share'])}",
+        "queues": f"{queues['open_tickets']} tickets open ({queues['leased_tickets']} leased), {queues['groups_in_stream']} "
+        f"groups, {queues['evaluation_tickets']} of an evaluation, {queues['dead_letters']} dead letters",
+        "groups": ", ".join(f"{counts[name]} {name.replace('_', ' ')}" for name in GROUP_STATES),
+        "replicas": f"{replicas['running']} of {replicas['live']} running, {target}, {replicas['advised'] or '?'} "
         f"advised{': ' if replicas['advice'] else ''}{replicas['advice']}",
     }
     rows |= {f"{wait['component']} waits": wait["detail"] for wait in status["waits"]}
@@ -79,9 +79,9 @@ def replicas_table(answer: Answer) -> Table:
             str(one["groups_in_flight"]),
             str(one["groups_committed"]),
             number(one["tokens_per_s"], 0),
-            share(one["waiting_share"]),
-            f"{number(one['pauses']['p50_ms'], 0)} ms",
-            f"{number(one['pauses']['p95_ms'], 0)} ms",
+            share(one["idle_share"]),
+            f"{number(one['swap_pauses']['p50_ms'], 0)} ms",
+            f"{number(one['swap_pauses']['p95_ms'], 0)} ms",
         )
         for one in answer["replicas"]
     ]
@@ -113,7 +113,7 @@ def evaluations_table(evaluations: Sequence[Answer]) -> Table:
     rows = [
         (
             str(one["step"]),
-            "–" if one["version"] is None else str(one["version"]),
+            "–" if one["weight_version"] is None else str(one["weight_version"]),
             number(one["held_out"], 3),
             *(number(one["pass_at"].get(k), 3) for k in ks),
             str(one["num_completions"]),
@@ -138,11 +138,11 @@ def group_text(group: Answer) -> Text:
         text.append(f"\n{place}. reward {number(rollout['reward'])}", "bold")
         if rollout["advantage"] is not None:
             text.append(f", advantage {rollout['advantage']:+.2f}")
-        text.append(f", versions {spans(rollout['versions'])}, {len(rollout['versions'])} tokens")
+        text.append(f", weight versions {spans(rollout['weight_versions'])}, {len(rollout['weight_versions'])} tokens")
         text.append(", cut off" if rollout["finish_reason"] == "length" else "").append("\n   ")
         text.append_text(_tokens(rollout))
-    if group["num_left_out"]:
-        text.append(f"\n{group['num_left_out']} more completions were left out", "dim")
+    if group["num_omitted"]:
+        text.append(f"\n{group['num_omitted']} more completions were left out", "dim")
     return text
 
 
