@@ -33,7 +33,8 @@ def status_lines(status: Answer) -> Text:
     target = f"{replicas['desired']} desired" if replicas["desired"] is not None else "no target set"
     best = ", the best so far" if held_out and held_out["is_best"] else ""
     rows = {
-        "step": f"{status['step']} of {status['target_steps']}, weight version {status['weight_version']}, {_phase(status)}",
+        "step": f"{status['step']} of {status['target_steps']}, weight version {status['weight_version']}, "
+        f"{_phase(status)}",
         "time": f"{duration(status['wall_s'])}{left}",
         "reward": f"{number(status['reward_mean'], 3)}, staleness {number(staleness['mean'])} mean, "
         f"{number(staleness['max'], 0)} max",
@@ -41,8 +42,8 @@ def status_lines(status: Answer) -> Text:
         "rates": f"{number(rates['generated_tokens_per_s'], 0)} tokens/s generated, "
         f"{number(rates['trained_tokens_per_s'], 0)} trained, {number(rates['steps_per_hour'], 0)} steps/hour",
         "idle": f"learner {share(rates['learner_idle_share'])}, replicas {share(rates['replicas_idle_share'])}",
-        "queues": f"{queues['open_tickets']} tickets open ({queues['leased_tickets']} leased), {queues['groups_in_stream']} "
-        f"groups, {queues['evaluation_tickets']} of an evaluation, {queues['dead_letters']} dead letters",
+        "queues": f"{queues['open_tickets']} tickets open ({queues['leased_tickets']} leased), "
+        f"{queues['groups_in_stream']} groups, {queues['evaluation_tickets']} of an evaluation, {queues['dead_letters']} dead letters",
         "groups": ", ".join(f"{counts[name]} {name.replace('_', ' ')}" for name in GROUP_STATES),
         "replicas": f"{replicas['running']} of {replicas['live']} running, {target}, {replicas['advised'] or '?'} "
         f"advised{': ' if replicas['advice'] else ''}{replicas['advice']}",
