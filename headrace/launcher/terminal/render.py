@@ -43,7 +43,8 @@ def status_lines(status: Answer) -> Text:
         f"{number(rates['trained_tokens_per_s'], 0)} trained, {number(rates['steps_per_hour'], 0)} steps/hour",
         "idle": f"learner {share(rates['learner_idle_share'])}, replicas {share(rates['replicas_idle_share'])}",
         "queues": f"{queues['open_tickets']} tickets open ({queues['leased_tickets']} leased), "
-        f"{queues['groups_in_stream']} groups, {queues['evaluation_tickets']} of an evaluation, {queues['dead_letters']} dead letters",
+        f"{queues['groups_in_stream']} groups, {queues['evaluation_tickets']} of an evaluation, "
+        f"{queues['dead_letters']} dead letters",
         "groups": ", ".join(f"{counts[name]} {name.replace('_', ' ')}" for name in GROUP_STATES),
         "replicas": f"{replicas['running']} of {replicas['live']} running, {target}, {replicas['advised'] or '?'} "
         f"advised{': ' if replicas['advice'] else ''}{replicas['advice']}",
