@@ -33,7 +33,7 @@ from tests.support.page_in_chromium import (
 from tests.support.seeded_run import evaluation_row, heartbeat, seed_run, shown_group, step_rows
 
 NUM_STEPS = 40
-PAGE = Path(__file__).parents[2] / "services" / "control" / "page"
+PAGE = Path(__file__).parents[2] / "headrace" / "control" / "page"
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def order(client: redis.Redis, keys: Keys, name: str) -> str | None:
 
 def press_and_wait(page: Any, name: str) -> None:
     page.get_by_role("button", name=name, exact=True).click()
-    page.locator("#answers p").last.wait_for()
+    page.locator("#notices p").last.wait_for()
 
 
 def press_for_one_more(page: Any, client: redis.Redis, keys: Keys, name: str, field: str) -> None:
@@ -110,7 +110,7 @@ def test_the_link_signs_in_and_the_address_forgets_the_token(page: Any) -> None:
     page.reload()
     page.get_by_role("button", name="Pause", exact=True).wait_for()
     page.get_by_role("button", name="Sign out").click()
-    page.get_by_role("button", name="Sign in to steer").wait_for()
+    page.get_by_role("button", name="Sign in to control the run").wait_for()
     assert page.evaluate("sessionStorage.length") == 0
 
 
@@ -118,10 +118,10 @@ def test_a_typed_token_is_tried_before_it_is_kept(browser: Any, control: str) ->
     with a_page(browser) as page:
         open_page(page, control, token=None)
         wait_for_text(page, "#run-step", f"step {NUM_STEPS} of")
-        page.get_by_role("button", name="Sign in to steer").click()
+        page.get_by_role("button", name="Sign in to control the run").click()
         page.get_by_role("textbox", name="Token").fill("another run's")
         page.get_by_role("textbox", name="Token").press("Enter")
-        wait_for_text(page, "#sign-in-answer", "not the run's token")
+        wait_for_text(page, "#sign-in-message", "not the run's token")
         page.get_by_role("textbox", name="Token").fill(TOKEN)
         page.get_by_role("textbox", name="Token").press("Enter")
         page.get_by_role("button", name="Pause", exact=True).wait_for()
@@ -183,7 +183,7 @@ def test_a_stop_asks_back(page: Any, client: redis.Redis, run_keys: Keys) -> Non
     assert order(client, run_keys, STOP) is None
     page.get_by_role("button", name="Stop…").click()
     page.get_by_role("button", name="Stop the run").click()
-    page.locator("#answers p").wait_for()
+    page.locator("#notices p").wait_for()
     assert order(client, run_keys, STOP) is not None
     page.get_by_role("button", name="Stopping…").wait_for()
     client.hdel(run_keys.control, STOP)
@@ -194,20 +194,20 @@ def test_scaling_is_ordered_and_withdrawn(page: Any, client: redis.Redis, run_ke
     field.fill("3")
     press_and_wait(page, "Scale")
     assert order(client, run_keys, DESIRED_REPLICAS) == "3"
-    wait_for_text(page, "#scale-says", "3 ordered")
+    wait_for_text(page, "#scale-summary", "target 3")
     field.fill("0")
     page.get_by_role("button", name="Scale", exact=True).click()
     page.get_by_role("button", name="Cancel").click()
     assert order(client, run_keys, DESIRED_REPLICAS) == "3"
-    page.get_by_role("button", name="No order").click()
-    wait_for_text(page, "#scale-says", "no number ordered")
+    page.get_by_role("button", name="Clear target").click()
+    wait_for_text(page, "#scale-summary", "no target set")
     assert order(client, run_keys, DESIRED_REPLICAS) is None
 
 
 def test_a_drain_reaches_the_replica(page: Any, drained: tuple[str, list[tuple[str, str]]]) -> None:
     page.get_by_role("button", name="Drain generation-0").click()
     page.get_by_role("button", name="Drain", exact=True).click()
-    page.locator("#answers p").wait_for()
+    page.locator("#notices p").wait_for()
     assert drained[1] == [("/drain", f"Bearer {TOKEN}")]
 
 
@@ -217,12 +217,12 @@ def test_settings_are_accepted_refused_and_not_written_over(
     rate, apply = page.get_by_label("optimizer.lr", exact=True), page.locator("#settings-apply")
     rate.fill("1e-5")
     apply.click()
-    wait_for_text(page, "#settings-answer", "Accepted")
+    wait_for_text(page, "#settings-message", "Accepted")
     assert json.loads(order(client, run_keys, SETTINGS) or "")["values"] == {"optimizer.lr": 1e-5}
     wait_for_text(page, "#settings-rows tr", "1e−5")
     rate.fill("-3")
     apply.click()
-    wait_for_text(page, "#settings-answer", "optimizer.lr")
+    wait_for_text(page, "#settings-message", "optimizer.lr")
     assert rate.input_value() == "-3"
 
     def overtaken(route: Any) -> None:
@@ -233,10 +233,10 @@ def test_settings_are_accepted_refused_and_not_written_over(
     page.route(lambda url: url.endswith("/settings"), overtaken, times=1)
     rate.fill("2e-5")
     apply.click()
-    wait_for_text(page, "#settings-answer", "What stands now is shown above")
+    wait_for_text(page, "#settings-message", "The present settings are shown above")
     wait_for_text(page, "#settings-rows tr", "0.3")
-    page.get_by_role("button", name="optimizer.lr as configured").click()
-    wait_for_text(page, "#settings-answer", "Accepted")
+    page.get_by_role("button", name="Reset optimizer.lr").click()
+    wait_for_text(page, "#settings-message", "Accepted")
     assert json.loads(order(client, run_keys, SETTINGS) or "")["values"] == {"actor.eps_clip": 0.3}
 
 
@@ -248,7 +248,7 @@ def test_pausing_needs_no_mouse(page: Any, client: redis.Redis, run_keys: Keys) 
     assert page.evaluate("document.activeElement.textContent") == "Pause"
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     page.keyboard.press("Enter")
-    page.locator("#answers p").wait_for()
+    page.locator("#notices p").wait_for()
     assert order(client, run_keys, PAUSED) is not None
     page.get_by_role("button", name="Resume", exact=True).wait_for()  # the answer comes a moment before the new state
     page.keyboard.press("Enter")
@@ -266,13 +266,13 @@ def test_a_restart_of_control_is_survived(browser: Any, redis_url: str, client: 
         open_page(page, control.url)
         wait_for_text(page, "#run-step", "step 10 of")
         control.close()
-        wait_for_text(page, "#link-text", "reconnecting since")
+        wait_for_text(page, "#connection-text", "reconnecting since")
         keep_shot(page, tmp_path, "reconnecting")
         for row in step_rows(14, 0)[10:]:
             add_row(client, keys, "step", row)
         add_event(client, keys, "checkpoint", {"text": "while control was away"})
         control.start()
-        page.wait_for_selector("#link[data-state=live]")
+        page.wait_for_selector("#connection[data-state=live]")
         wait_for_text(page, "#run-step", "step 14 of")
         wait_for_text(page, "#event-list", "while control was away")
         page.locator("#charts-learning summary").click()

@@ -70,10 +70,10 @@ def test_a_group_is_read_token_by_token(page: Any, tmp_path: Path) -> None:
     page.locator(".tokens").nth(1).focus()
     for key in ("ArrowRight", "ArrowRight", "ArrowLeft"):
         page.keyboard.press(key)
-    said = page.locator(".token-says").inner_text()
+    said = page.locator(".token-numbers").inner_text()
     assert 'token 2 of 10: " has"' in said and "behaviour −0.2 (p 0.819)" in said and "gap −0.01 " in said
     page.locator(".tokens").first.locator("span").nth(4).hover()
-    assert "token 5 of 10" in page.locator(".token-says").inner_text()
+    assert "token 5 of 10" in page.locator(".token-numbers").inner_text()
     keep_shot(page, tmp_path, "group")
     name = page.url.split("#")[1]
     page.reload()
@@ -123,9 +123,9 @@ def test_an_empty_run_says_what_will_come(browser: Any, redis_url: str, client: 
         client.delete(key)
     with a_control(redis_url, keys) as control, a_page(browser) as page:
         open_page(page, control)
-        for text in ("None yet. The first follows", "No replica is live", "No groups yet", "Nothing has happened yet"):
+        for text in ("No evaluation yet", "No replica is live", "No groups yet", "No events yet"):
             page.get_by_text(text).wait_for()
-        assert page.get_by_text("Nothing yet").count() >= 8
+        assert page.get_by_text("No data yet").count() >= 8
         assert faults_of(page) == []
         keep_shot(page, tmp_path, "empty", full=True)
 

@@ -124,7 +124,7 @@ def a_page(browser: Any, width: int = 1280, height: int = 900, **settings: Any) 
 
 def open_page(page: Any, url: str, token: str | None = TOKEN) -> None:
     page.goto(f"{url}/#token={token}" if token else f"{url}/")
-    page.wait_for_selector("#link[data-state=live]")
+    page.wait_for_selector("#connection[data-state=live]")
     page.wait_for_selector("#verdict:not([data-level=unknown])")
 
 

@@ -1,9 +1,9 @@
-/* Calls to control, with the run's token where there is one. The token lives in this tab's session alone. */
+/* Requests to control, with the run's token if there is one. The token is kept in the session storage of this tab only. */
 
 const KEY = "headrace.token";
 
-/** What control, or the way to it, said no with; `status` 0: it did not answer. */
-export class Refused extends Error {
+/** A request that failed; `status` is 0 if control did not answer. */
+export class RequestFailed extends Error {
   constructor(status, detail) {
     super(detail);
     this.status = status;
@@ -17,7 +17,7 @@ export function keepToken(value) {
   else sessionStorage.removeItem(KEY);
 }
 
-/** `/#token=…`: kept, and gone from the address and the history. */
+/** Keeps the token of `/#token=…`, and removes it from the address and the browser's history. */
 export function takeTokenFromAddress() {
   const found = new URLSearchParams(location.hash.slice(1)).get("token")?.trim();
   if (!found) return;
@@ -27,24 +27,24 @@ export function takeTokenFromAddress() {
 
 export const authorization = (value = token()) => (value ? { Authorization: `Bearer ${value}` } : {});
 
-/** The answer as JSON. Raises `Refused`. */
+/** The response as JSON. Throws `RequestFailed`. */
 export async function call(method, path, body, withToken) {
   const headers = authorization(withToken);
   if (body !== undefined) headers["Content-Type"] = "application/json";
-  let answer;
+  let response;
   try {
-    answer = await fetch(path, {
+    response = await fetch(path, {
       method,
       headers,
       cache: "no-store",
       body: body === undefined ? undefined : JSON.stringify(body),
     });
   } catch {
-    throw new Refused(0, "control does not answer");
+    throw new RequestFailed(0, "control does not answer");
   }
-  const told = await answer.json().catch(() => null);
-  if (!answer.ok) throw new Refused(answer.status, detailOf(told) || `control answered ${answer.status}`);
-  return told;
+  const content = await response.json().catch(() => null);
+  if (!response.ok) throw new RequestFailed(response.status, detailOf(content) || `control answered ${response.status}`);
+  return content;
 }
 
 export const get = (path) => call("GET", path);

@@ -1,56 +1,36 @@
-/* One chart: lines over steps or time on a canvas (uPlot), thresholds as dashed lines, a legend with the numbers under
-   the pointer, and the same in words and as a table for who does not see it. Only what is on the screen is drawn. */
+/* One chart: lines over steps or time, drawn by uPlot, with dashed lines for thresholds and a legend that shows the
+   numbers under the pointer. The same content is there in words and as a table. Only charts on the screen are drawn. */
 
 import { asTable, inWords } from "./chart_text.js";
 import { el, setText } from "./dom.js";
-import { NONE, count, duration } from "./format.js";
-import { drawThresholds, powersOfTen, rangeOf, thresholdsOf } from "./thresholds.js";
+import { NONE } from "./format.js";
+import { plotOptions } from "./plot_options.js";
+import { thresholdsOf } from "./thresholds.js";
+import { visibleRows, zoomBy } from "./zoom.js";
 
-const SYNC = "run";
-const FONT = "11px system-ui, sans-serif";
+const isNone = (value) => value === null || value === undefined;
 
 /**
- * A spec has `title`, `unit`, `format(value)`, `series` [{label, of(steps) → values, or {x, y} of its own, color,
- * dash, width, fill, isPoints}], and may have `isLog`, `floor` (of a logarithm), `min`, `max`, `check` (whose thresholds
- * are drawn), `height`, `empty`.
+ * A spec has `title`, `unit`, `format(value)` and `series`, and may have `tick(value)` (format of the axis), `isLog`,
+ * `floor` (the lowest value of a logarithmic axis), `min`, `max`, `check` (the check whose thresholds are drawn),
+ * `height`, `empty` (the text without data) and `told` (the series that the text is about).
+ * A series has `label`, `of(steps, axis)` (values, or `{x, y}` with an axis of its own) and `color`, and may have
+ * `dash`, `width`, `alpha`, `fill` and `isPoints`.
  */
 export class Chart {
   #plot = null;
   #isSeen = false;
   #isStale = true;
-  #known = null;
-  #thresholds = [];
+  #steps = null;
+  #state = { axis: "step", zoom: null, thresholds: [] };
+  #onZoom;
 
-  constructor(mount, spec) {
+  /** `onZoom({min, max} or null)`: the reader wants to see another range. */
+  constructor(mount, spec, onZoom) {
     this.spec = spec;
-    this.values = spec.series.map(() => el("b", {}, NONE));
-    const keys = spec.series.map((one, i) =>
-      el(
-        "li",
-        {},
-        el("i", {
-          class: `swatch c${one.color}${one.dash ? " dash" : ""}${one.isPoints ? " dot" : ""}${one.alpha ? " thin" : ""}`,
-        }),
-        `${one.label} `,
-        this.values[i],
-      ),
-    );
-    this.canvas = el("div", { class: "plot", role: "img", "aria-label": spec.title });
-    this.summary = el("summary", {}, "Numbers");
-    this.table = el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `${spec.title}, numbers` });
-    this.details = el("details", { ontoggle: () => this.#writeTable() }, this.summary, this.table);
-    this.empty = el("p", { class: "muted", hidden: true }, spec.empty ?? "Nothing yet: the first step draws here.");
-    this.root = el(
-      "figure",
-      { class: "panel chart" },
-      el("figcaption", {}, el("h3", {}, spec.title), el("span", { class: "unit" }, spec.unit ?? "")),
-      el("ul", { class: "legend" }, ...keys),
-      this.canvas,
-      this.empty,
-      this.details,
-    );
+    this.#onZoom = onZoom;
+    this.#build();
     mount.append(this.root);
-    this.canvas.style.height = `${spec.height ?? 150}px`;
     new IntersectionObserver(
       (seen) => {
         this.#isSeen = seen.at(-1).isIntersecting;
@@ -67,12 +47,33 @@ export class Chart {
     });
   }
 
-  /** `axis`: "step" or "time". */
-  update(steps, axis, checks) {
-    this.#known = { steps, axis };
-    this.#thresholds = thresholdsOf(checks?.find((one) => one.name === this.spec.check));
+  /** `axis`: "step" or "time". `zoom`: the visible range, or null for all. */
+  update(steps, axis, zoom, checks) {
+    this.#steps = steps;
+    this.#state = { axis, zoom, thresholds: thresholdsOf(checks?.find((one) => one.name === this.spec.check)) };
     this.#isStale = true;
     if (this.#isSeen) this.#draw();
+  }
+
+  #build() {
+    const { spec } = this;
+    this.values = spec.series.map(() => el("b", {}, NONE));
+    this.canvas = el("div", { class: "plot", role: "img", tabindex: "0", "aria-label": spec.title });
+    this.canvas.style.height = `${spec.height ?? 150}px`;
+    this.canvas.addEventListener("keydown", (event) => this.#key(event));
+    this.summary = el("summary", {}, "Numbers");
+    this.table = el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `${spec.title}, numbers` });
+    this.details = el("details", { ontoggle: () => this.#writeTable() }, this.summary, this.table);
+    this.empty = el("p", { class: "muted", hidden: true }, spec.empty ?? "No data yet. The first step appears here.");
+    this.root = el(
+      "figure",
+      { class: "panel chart" },
+      el("figcaption", {}, el("h3", {}, spec.title), el("span", { class: "unit" }, spec.unit ?? "")),
+      el("ul", { class: "legend" }, ...spec.series.map((one, i) => legendEntry(one, this.values[i]))),
+      this.canvas,
+      this.empty,
+      this.details,
+    );
   }
 
   #size() {
@@ -80,10 +81,10 @@ export class Chart {
   }
 
   #draw() {
-    if (!this.#known) return;
+    if (!this.#steps) return;
     this.#isStale = false;
     this.data = this.#columns();
-    const isEmpty = !this.data.slice(1).some((column) => column.some((value) => value !== null && value !== undefined));
+    const isEmpty = !this.data.slice(1).some((column) => column.some((value) => !isNone(value)));
     this.root.classList.toggle("is-empty", isEmpty);
     this.empty.hidden = !isEmpty;
     if (isEmpty) return;
@@ -94,85 +95,57 @@ export class Chart {
     if (this.details.open) this.#writeTable();
   }
 
+  #options() {
+    const onCursor = (index) => this.#writeLegend(index);
+    return plotOptions(this.spec, this.#size(), () => this.#state, this.#onZoom, onCursor);
+  }
+
   #columns() {
-    const { steps, axis } = this.#known;
-    const x = axis === "time" ? (steps.columns.wall_s ?? []) : steps.columns.step;
+    const { axis } = this.#state;
+    const x = axis === "time" ? (this.#steps.columns.wall_s ?? []) : this.#steps.columns.step;
     const floor = (values) =>
       this.spec.isLog ? values.map((v) => (v === null ? null : Math.max(v, this.spec.floor))) : values;
     const own = [],
       aligned = [x];
     for (const one of this.spec.series) {
-      const values = one.of(steps, axis);
+      const values = one.of(this.#steps, axis);
       if (Array.isArray(values)) aligned.push(floor(values.length ? values : new Array(x.length).fill(null)));
       else own.push([values.x, floor(values.y)]);
     }
     return own.length ? uPlot.join([aligned, ...own]) : aligned;
   }
 
-  #options() {
-    const style = getComputedStyle(document.documentElement);
-    const color = (name) => style.getPropertyValue(`--${name}`).trim();
-    const axis = {
-      stroke: color("muted"),
-      font: FONT,
-      grid: { stroke: color("grid"), width: 1 },
-      ticks: { show: false },
-    };
-    return {
-      ...this.#size(),
-      legend: { show: false },
-      padding: [8, 10, 0, 0],
-      cursor: { sync: { key: SYNC }, drag: { x: false, y: false, setScale: false }, y: false, points: { size: 6 } },
-      scales: {
-        x: { time: false },
-        y: { distr: this.spec.isLog ? 3 : 1, range: (_, low, high) => rangeOf(this.spec, this.#thresholds, low, high) },
-      },
-      axes: [
-        {
-          ...axis,
-          size: 26,
-          space: 70,
-          values: (_, ticks) => ticks.map((v) => (this.#known.axis === "time" ? duration(v) : count(v))),
-        },
-        {
-          ...axis,
-          size: 50,
-          space: 28,
-          ...(this.spec.isLog && { splits: (_, __, low, high) => powersOfTen(low, high), filter: (_, at) => at }),
-          values: (_, ticks) => ticks.map((v) => (this.spec.tick ?? this.spec.format)(v)),
-        },
-      ],
-      series: [
-        {},
-        ...this.spec.series.map((one) => ({
-          stroke: color(`s${one.color}`),
-          width: one.width ?? 1.5,
-          dash: one.dash,
-          spanGaps: true,
-          alpha: one.alpha ?? 1,
-          fill: one.fill ? `${color(`s${one.color}`)}${one.fill}` : undefined,
-          points: { show: one.isPoints ?? false, size: 7, fill: color(`s${one.color}`) },
-        })),
-      ],
-      hooks: {
-        draw: [(plot) => drawThresholds(plot, this.spec, this.#thresholds, color)],
-        setCursor: [(plot) => this.#writeLegend(plot.cursor.idx)],
-      },
-    };
+  /** Arrows move the cursor, + and − zoom around it, 0 and Escape show the whole run. */
+  #key(event) {
+    if (!this.#plot || event.ctrlKey || event.metaKey || event.altKey) return;
+    const x = this.data[0];
+    const whole = { min: x[0], max: x[x.length - 1] };
+    const { min, max } = this.#state.zoom ?? whole;
+    const index = this.#plot.cursor.idx ?? x.findLastIndex((one) => one <= max);
+    const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    const factor = { "+": 0.5, "=": 0.5, "-": 2 }[event.key];
+    if (move) {
+      const to = x[index + move];
+      if (min <= to && to <= max) this.#plot.setCursor({ left: this.#plot.valToPos(to, "x"), top: 0 }, true, true);
+    } else if (factor) this.#onZoom(zoomBy(factor, this.#state.zoom, whole, x[index]));
+    else if (event.key === "0" || event.key === "Escape") this.#onZoom(null);
+    else return;
+    event.preventDefault();
   }
 
-  /** Under the pointer, or the latest. */
+  /** The values at that row, or the latest ones. */
   #writeLegend(index) {
     this.spec.series.forEach((one, i) => {
       const column = this.data[i + 1];
-      const value = index === null || index === undefined ? latest(column) : column[index];
-      setText(this.values[i], value === null || value === undefined ? NONE : this.spec.format(value));
+      const value = isNone(index) ? column.findLast((each) => !isNone(each)) : column[index];
+      setText(this.values[i], isNone(value) ? NONE : this.spec.format(value));
     });
   }
 
   #writeSummary() {
     const place = this.spec.told ?? 0;
-    const words = inWords(this.data[0], this.data[place + 1], this.spec.format, this.#known.axis);
+    const data = visibleRows(this.data, this.#state.zoom);
+    const words = inWords(data[0], data[place + 1], this.spec.format, this.#state.axis);
     if (!words) return;
     setText(this.summary, words.span);
     this.canvas.setAttribute(
@@ -182,11 +155,13 @@ export class Chart {
   }
 
   #writeTable() {
-    if (this.details.open && this.data) this.table.replaceChildren(asTable(this.data, this.spec, this.#known.axis));
+    if (!this.details.open || !this.data) return;
+    this.table.replaceChildren(asTable(visibleRows(this.data, this.#state.zoom), this.spec, this.#state.axis));
   }
 }
 
-function latest(column) {
-  for (let i = column.length - 1; i >= 0; i--) if (column[i] !== null && column[i] !== undefined) return column[i];
-  return null;
+function legendEntry(series, value) {
+  const marks = [series.dash && "dash", series.isPoints && "dot", series.alpha && "thin"].filter(Boolean);
+  const swatch = el("i", { class: ["swatch", `c${series.color}`, ...marks].join(" ") });
+  return el("li", {}, swatch, `${series.label} `, value);
 }

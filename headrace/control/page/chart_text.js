@@ -1,4 +1,4 @@
-/* A chart for who does not see it: its course in words, and its numbers as a table. */
+/* The content of a chart for screen readers: its course in words, and its numbers as a table. */
 
 import { el } from "./dom.js";
 import { duration } from "./format.js";
@@ -18,9 +18,9 @@ export function inWords(x, column, format, axis) {
     if (highest < 0 || value > column[highest]) highest = i;
   });
   if (last < 0) return null;
-  const told = (i) => `${format(column[i])} ${axis === "time" ? `after ${duration(x[i])}` : `at step ${x[i]}`}`;
+  const text = (i) => `${format(column[i])} ${axis === "time" ? `after ${duration(x[i])}` : `at step ${x[i]}`}`;
   const isFlat = column[lowest] === column[highest];
-  return { now: told(last), span: isFlat ? "unchanged" : `lowest ${told(lowest)}, highest ${told(highest)}` };
+  return { now: text(last), span: isFlat ? "unchanged" : `lowest ${text(lowest)}, highest ${text(highest)}` };
 }
 
 /** The newest row first, evenly thinned. */

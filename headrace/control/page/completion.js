@@ -1,11 +1,11 @@
-/* One completion as tokens, each with its tone; the pointer and the arrow keys tell a token's numbers. */
+/* One completion as coloured tokens; the pointer and the arrow keys select the token whose numbers are shown. */
 
 import { el, setText } from "./dom.js";
 import { NONE, count, number, plural, signed } from "./format.js";
 
 const FIRST_TOKENS = 3000;
 
-/** `numbers`: the element that tells of the token at hand. */
+/** `numbers`: the element that shows the numbers of the selected token. */
 export class Completion {
   constructor(rollout, index, numbers) {
     this.rollout = rollout;
@@ -27,7 +27,7 @@ export class Completion {
             `The other ${count(tokens.length - FIRST_TOKENS)} tokens`,
           )
         : null;
-    const cut = finish === "length" ? ", cut at the limit" : "";
+    const cut = finish === "length" ? ", cut off at the token limit" : "";
     this.root = el(
       "section",
       { class: "completion" },
@@ -46,7 +46,7 @@ export class Completion {
     );
     this.#add(0, Math.min(tokens.length, FIRST_TOKENS));
     if (!tokens.length) this.box.replaceWith(el("p", { class: "text" }, rollout.text || "(nothing)"));
-    this.box.addEventListener("pointerover", (event) => this.#tell(this.#indexOf(event.target)));
+    this.box.addEventListener("pointerover", (event) => this.#showNumbers(this.#indexOf(event.target)));
     this.box.addEventListener("keydown", (event) => this.#key(event));
     this.box.addEventListener("focus", () => this.#go(Math.max(0, this.at)));
     this.box.addEventListener("blur", () => this.box.querySelector(".now")?.classList.remove("now"));
@@ -100,10 +100,10 @@ export class Completion {
     now.classList.add("now");
     this.box.setAttribute("aria-activedescendant", "token-now");
     now.scrollIntoView({ block: "nearest" });
-    this.#tell(index);
+    this.#showNumbers(index);
   }
 
-  #tell(i) {
+  #showNumbers(i) {
     if (i < 0) return;
     const { tokens, weight_versions: versions, behaviour_logprobs: behaviour, proximal_logprobs: proximal, advantage } = this.rollout;
     const gap = proximal === null ? null : proximal[i] - behaviour[i];
@@ -121,5 +121,5 @@ export class Completion {
   }
 }
 
-/** Line ends can be seen, and nothing has no width. */
+/** Makes line ends visible, and gives an empty token a width. */
 const visible = (text) => (text === "" ? "∅" : text.replaceAll("\r", "␍").replaceAll("\n", "⏎\n"));

@@ -1,4 +1,4 @@
-/* Elements. Whatever comes from the API goes in as text: there is no way from here to HTML. */
+/* Creating and updating elements. Data from the API is inserted as text only, never as HTML. */
 
 /** A new element; `on…` attributes are listeners, null or false ones are left out, children are elements or text. */
 export function el(tag, attributes = {}, ...children) {
@@ -14,7 +14,7 @@ export function el(tag, attributes = {}, ...children) {
 
 export const byId = (id) => document.getElementById(id);
 
-/** Writes only what differs, so that nothing is laid out, or read aloud, again for nothing. */
+/** Writes only a changed text, which avoids needless layout and repeated announcements by screen readers. */
 export function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
@@ -24,8 +24,8 @@ export function setHidden(element, isHidden) {
 }
 
 /**
- * Keeps `parent`'s children in step with `items`, by key: rows stay the same elements and are written in place.
- * `make(item)` gives a new child, `write(child, item)` brings it up to date.
+ * Makes the children of `parent` match `items` by key: elements are reused and updated in place. `make(item)` creates a
+ * child, `write(child, item)` updates it.
  */
 export function keep(parent, items, keyOf, make, write) {
   const known = new Map([...parent.children].map((child) => [child.dataset.key, child]));

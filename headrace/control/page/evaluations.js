@@ -1,17 +1,17 @@
-/* Held-out evaluations as a table: pass@1, further pass@k, and which was the best. */
+/* The table of held-out evaluations: pass@1, further pass@k, and which one is the best. */
 
 import { byId, el, keep, setHidden, setText } from "./dom.js";
 import { clock, count, fixed } from "./format.js";
 
-export function startEvaluations(board) {
+export function startEvaluations(store) {
   let columns = "";
-  board.on(["steps"], () => {
-    const evaluations = [...board.get("steps").evaluations].reverse().slice(0, 200);
+  store.on(["steps"], () => {
+    const evaluations = [...store.get("steps").evaluations].reverse().slice(0, 200);
     const more = [...new Set(evaluations.flatMap((one) => Object.keys(one.pass_at)))]
       .filter((k) => k !== "1")
       .sort((a, b) => a - b)
       .slice(0, 2);
-    const names = ["Step", "pass@1", ...more.map((k) => `pass@${k}`), "Of", "At"];
+    const names = ["Step", "pass@1", ...more.map((k) => `pass@${k}`), "Completions", "Time"];
     if (names.join() !== columns) {
       columns = names.join();
       byId("evaluations-head").replaceChildren(
@@ -27,16 +27,16 @@ export function startEvaluations(board) {
       (one) => one.step,
       make,
       (row, one) => {
-        const told = [
+        const texts = [
           String(one.step),
           fixed(one.held_out, 3),
           ...more.map((k) => fixed(one.pass_at[k], 3)),
           count(one.num_completions),
           clock(one.at),
         ];
-        told.forEach((text, i) => setText(row.cells[i], text));
+        texts.forEach((text, i) => setText(row.cells[i], text));
         row.classList.toggle("best", one.is_best);
-        row.title = one.is_best ? "the best so far" : "";
+        row.title = one.is_best ? "best so far" : "";
       },
     );
     setHidden(byId("evaluations-head"), evaluations.length === 0);

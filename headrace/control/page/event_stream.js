@@ -1,7 +1,7 @@
-/* Control's server-sent events, read by fetch, since an EventSource can send no token. Reconnects for as long as the
-   page is open, ever more slowly; a stream that has been silent for long counts as broken. */
+/* Control's server-sent events, read with fetch because an EventSource cannot send a token. Reconnects as long as the page
+   is open, with growing pauses; a stream that is silent for too long counts as broken. */
 
-import { Refused, authorization } from "./api.js";
+import { RequestFailed, authorization } from "./api.js";
 
 const SILENT_MS = 30_000;
 const FIRST_WAIT_MS = 500;
@@ -9,7 +9,7 @@ const LONGEST_WAIT_MS = 10_000;
 
 /**
  * `onOpen()` after every connect, `onEvent(name, value)` per event, `onState({state, since})` with `live`,
- * `reconnecting` or `locked` (control wants a token). Returns `again()`, which connects anew at once.
+ * `reconnecting` or `locked` (control requires a token). Returns `again()`, which reconnects at once.
  */
 export function follow({ onOpen, onEvent, onState }) {
   let wake = () => {};
@@ -33,7 +33,7 @@ export function follow({ onOpen, onEvent, onState }) {
         since = Date.now();
       } catch (error) {
         if (wait === FIRST_WAIT_MS) since = Date.now();
-        if (error instanceof Refused && error.status === 401) {
+        if (error instanceof RequestFailed && error.status === 401) {
           onState({ state: "locked", since });
           await new Promise((resolve) => {
             wake = resolve;
@@ -64,7 +64,7 @@ async function read(abort, opened, onEvent) {
       signal: abort.signal,
       cache: "no-store",
     });
-    if (!answer.ok) throw new Refused(answer.status, `control answered ${answer.status}`);
+    if (!answer.ok) throw new RequestFailed(answer.status, `control answered ${answer.status}`);
     opened();
     const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
     let rest = "";

@@ -1,11 +1,11 @@
-/* The event log, the newest on top. Swaps are many, and shown only when asked for. */
+/* The event log, the newest first. Weight swaps are frequent, so they are listed only if their kind is selected. */
 
 import { byId, el, keep, setHidden, setText } from "./dom.js";
 import { clock } from "./format.js";
 
 const MOST = 300;
 
-export function startEvents(board) {
+export function startEvents(store) {
   const select = byId("event-kind");
   select.append(el("option", { value: "swap" }, "swap"));
   select.options[0].textContent = "all but swaps";
@@ -22,11 +22,11 @@ export function startEvents(board) {
       if (event.kind === "swap") swaps = [event, ...swaps.filter((one) => one.id !== event.id)].slice(0, MOST);
       else others = [event, ...others.filter((one) => one.id !== event.id)].slice(0, MOST);
     }
-    board.touch("events");
+    store.touch("events");
   }
 
-  select.addEventListener("change", () => board.touch("events"));
-  board.on(["events"], () => {
+  select.addEventListener("change", () => store.touch("events"));
+  store.on(["events"], () => {
     const wanted = select.value === "swap" ? swaps : others.filter((one) => !select.value || one.kind === select.value);
     keep(
       byId("event-list"),

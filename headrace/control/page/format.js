@@ -1,9 +1,9 @@
-/* Numbers as people read them, with their units; what has not been measured is a dash. */
+/* Numbers for people, with units; a missing value is a dash. */
 
 export const NONE = "–";
 const isNone = (value) => value === null || value === undefined || Number.isNaN(value);
 
-/** `digits` significant ones; very small and very large numbers by their power of ten. */
+/** With `digits` significant digits; very small and very large numbers with a power of ten. */
 export function number(value, digits = 3) {
   if (isNone(value)) return NONE;
   if (value === 0) return "0";
@@ -18,12 +18,12 @@ export function number(value, digits = 3) {
   return String(Number(value.toPrecision(Math.max(digits, Math.ceil(Math.log10(size)))))).replace("-", "−");
 }
 
-/** With exactly so many decimals, so that columns line up. */
+/** With a fixed number of decimals, so columns line up. */
 export const fixed = (value, decimals = 2) => (isNone(value) ? NONE : value.toFixed(decimals).replace("-", "−"));
 
 export const percent = (share, decimals = 0) => (isNone(share) ? NONE : `${(100 * share).toFixed(decimals)} %`);
 
-/** 12 345 as 12.3 k. */
+/** For example 12.3 k for 12 345. */
 export function count(value) {
   if (isNone(value)) return NONE;
   for (const [size, unit] of [
@@ -54,7 +54,7 @@ export function milliseconds(value) {
   return value >= 1000 ? `${(value / 1000).toFixed(1)} s` : `${Math.round(value)} ms`;
 }
 
-/** 4000 s as 1 h 7 min. */
+/** For example 1 h 7 min for 4000 s. */
 export function duration(seconds) {
   if (isNone(seconds)) return NONE;
   const s = Math.max(0, seconds);

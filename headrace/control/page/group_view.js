@@ -1,7 +1,7 @@
-/* One group, to be read: its prompt, and each completion token by token, coloured; the numbers of the token under the
-   pointer, or of the one that the arrow keys are at, stand below. */
+/* One group: its prompt, and each completion as coloured tokens. Below are the numbers of the token under the pointer or
+   at the position of the arrow keys. */
 
-import { Refused, get } from "./api.js";
+import { RequestFailed, get } from "./api.js";
 import { Completion } from "./completion.js";
 import { byId, el, setText } from "./dom.js";
 import { clock, duration, plural } from "./format.js";
@@ -10,7 +10,7 @@ import { TONES, toneOf } from "./token_colours.js";
 let tone = TONES[0];
 let asked = 0;
 
-/** `isAsked`: by a person, who is brought there. */
+/** `isAsked`: a person has selected the group, so the page moves the focus to it. */
 export async function openGroup(id, isAsked) {
   const mine = ++asked;
   const reader = byId("reader"),
@@ -20,14 +20,14 @@ export async function openGroup(id, isAsked) {
   try {
     const group = await get(`groups/${encodeURIComponent(id)}`);
     if (mine === asked) body.replaceChildren(...pages(group));
-  } catch (refused) {
-    if (!(refused instanceof Refused)) throw refused;
+  } catch (error) {
+    if (!(error instanceof RequestFailed)) throw error;
     if (mine === asked)
       body.replaceChildren(
         el(
           "p",
           { class: "empty" },
-          refused.status === 404 ? "This group is no longer kept: only the newest are." : refused.message,
+          error.status === 404 ? "This group is no longer kept. Control keeps only the newest groups." : error.message,
         ),
       );
   }
@@ -41,10 +41,10 @@ export async function openGroup(id, isAsked) {
 }
 
 function pages(group) {
-  const legend = el("ul", { class: "legend tones", "aria-label": "What the colours mean" });
+  const legend = el("ul", { class: "legend tones", "aria-label": "Legend of the token colours" });
   const numbers = el(
     "p",
-    { class: "token-says", role: "status" },
+    { class: "token-numbers", role: "status" },
     "Point at a token, or focus a completion and press → or ←.",
   );
   const completions = group.rollouts.map((rollout, i) => new Completion(rollout, i, numbers));
@@ -67,7 +67,7 @@ function pages(group) {
   }
   paint(tone);
   return [
-    el("p", { class: "muted" }, facts(group)),
+    el("p", { class: "muted" }, summary(group)),
     el("section", { class: "prompt-text", "aria-label": "Prompt" }, ...group.messages.map(message)),
     el(
       "div",
@@ -77,13 +77,13 @@ function pages(group) {
     ),
     ...completions.map((one) => one.root),
     group.num_omitted
-      ? el("p", { class: "muted" }, `${plural(group.num_omitted, "completion")} more, left out for their size.`)
+      ? el("p", { class: "muted" }, `${plural(group.num_omitted, "completion")} more, omitted because of their size.`)
       : null,
     numbers,
   ].filter(Boolean);
 }
 
-function facts(group) {
+function summary(group) {
   const staleness = group.staleness === null ? "" : `, staleness ${plural(group.staleness, "step")}`;
   return (
     `${group.kind === "eval" ? "Evaluation" : "Training"} group, ${group.state} in step ${group.step} at ${clock(group.decided_at)}${staleness}. ` +

@@ -1,16 +1,16 @@
-/* The group browser's list: what was decided lately, by kind, state and replica; the newest on top, but nothing moves
-   under the pointer or the focus. */
+/* The list of the group browser: recent groups by kind, state and replica. The newest comes first, but the list does not
+   move while the pointer or the focus is in it. */
 
-import { Refused, get } from "./api.js";
+import { RequestFailed, get } from "./api.js";
 import { byId, el, keep, setHidden, setText } from "./dom.js";
 import { clock, fixed, plural } from "./format.js";
 import { openGroup } from "./group_view.js";
 
 const MOST = 60;
-const STATE_SAYS = { trained: "trained", uniform: "uniform: no signal", stale: "too stale", evaluated: "evaluated" };
+const STATE_TEXT = { trained: "trained", uniform: "uniform rewards", stale: "too stale", evaluated: "evaluated" };
 const groupAddress = (id) => `#group/${encodeURIComponent(id)}`;
 
-export function startGroups(board) {
+export function startGroups(store) {
   const form = byId("group-filters"),
     list = byId("group-list");
   let shown = [],
@@ -26,14 +26,14 @@ export function startGroups(board) {
       shown = answer.groups;
       newer = [];
       numKept = answer.num_kept;
-      board.touch("groups");
+      store.touch("groups");
       if (opened === null && shown.length) {
         opened = (shown.find((one) => one.state === "trained") ?? shown[0]).id;
         openGroup(opened, false);
       }
-    } catch (refused) {
-      if (!(refused instanceof Refused)) throw refused;
-      setText(byId("groups-says"), refused.message);
+    } catch (error) {
+      if (!(error instanceof RequestFailed)) throw error;
+      setText(byId("groups-summary"), error.message);
     }
   }
 
@@ -41,7 +41,7 @@ export function startGroups(board) {
     const filters = Object.fromEntries(new FormData(form));
     if (Object.entries(filters).some(([name, value]) => value && group[name] !== value)) return;
     newer = [group, ...newer.filter((one) => one.id !== group.id)].slice(0, MOST);
-    board.touch("groups");
+    store.touch("groups");
   }
 
   function paint() {
@@ -57,12 +57,12 @@ export function startGroups(board) {
       else item.firstChild.removeAttribute("aria-current");
     }
     const waiting = newer.length
-      ? `; ${newer.length} newer ${newer.length === 1 ? "comes" : "come"} when you leave the list`
+      ? `; ${newer.length} newer ${newer.length === 1 ? "appears" : "appear"} when you leave the list`
       : "";
     setText(
-      byId("groups-says"),
+      byId("groups-summary"),
       shown.length
-        ? `The newest ${shown.length} of those that match${numKept ? `, of ${numKept} kept` : ""}${waiting}.`
+        ? `The newest ${shown.length} that match${numKept ? `, of ${numKept} kept` : ""}${waiting}.`
         : "",
     );
     setHidden(byId("groups-empty"), shown.length > 0);
@@ -77,12 +77,12 @@ export function startGroups(board) {
   }
 
   form.addEventListener("change", load);
-  for (const leaving of ["pointerleave", "focusout"]) list.addEventListener(leaving, () => board.touch("groups"));
+  for (const leaving of ["pointerleave", "focusout"]) list.addEventListener(leaving, () => store.touch("groups"));
   window.addEventListener("hashchange", route);
-  board.on(["groups"], paint);
-  board.on(["replicas"], () => {
+  store.on(["groups"], paint);
+  store.on(["replicas"], () => {
     const select = form.elements.replica,
-      ids = board.get("replicas").replicas.map((one) => one.id);
+      ids = store.get("replicas").replicas.map((one) => one.id);
     const known = new Set([...select.options].map((one) => one.value));
     for (const id of ids) if (!known.has(id)) select.append(el("option", { value: id }, id));
   });
@@ -108,12 +108,12 @@ function write(item, group) {
   const [head, prompt, foot] = item.firstChild.children;
   item.dataset.state = group.state;
   setText(head.children[0], `step ${group.step}`);
-  setText(head.children[1], STATE_SAYS[group.state] ?? group.state);
+  setText(head.children[1], STATE_TEXT[group.state] ?? group.state);
   setText(head.children[2], clock(group.decided_at));
   setText(prompt, group.prompt || "(an empty prompt)");
-  setText(foot.children[0], rewardsSaid(group.rewards));
+  setText(foot.children[0], rewardsText(group.rewards));
   setText(foot.children[1], group.replica);
 }
 
-const rewardsSaid = (rewards) =>
+const rewardsText = (rewards) =>
   `${plural(rewards.length, "completion")}, reward ${fixed(rewards.reduce((sum, one) => sum + one, 0) / Math.max(1, rewards.length), 2)}`;

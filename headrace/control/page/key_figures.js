@@ -1,14 +1,14 @@
-/* The key figures: the dozen numbers that one looks at first. */
+/* The key figures: the dozen numbers to look at first. */
 
 import { byId, el, keep, setText } from "./dom.js";
 import { NONE, count, duration, fixed, number, percent } from "./format.js";
 
-export function startFigures(board) {
+export function startKeyFigures(store) {
   const paint = () => {
-    const status = board.get("status");
-    if (status) keep(byId("figures"), figures(status, board.get("steps")), (one) => one.name, make, write);
+    const status = store.get("status");
+    if (status) keep(byId("figures"), figures(status, store.get("steps")), (one) => one.name, make, write);
   };
-  board.on(["status", "steps"], paint);
+  store.on(["status", "steps"], paint);
 }
 
 function figures(status, steps) {
@@ -26,7 +26,7 @@ function figures(status, steps) {
           ? `${duration(status.wall_s)} so far`
           : `${duration(status.remaining_s)} to go, ${duration(status.wall_s)} so far`,
     },
-    { name: "Reward", value: fixed(status.reward_mean, 3), note: "mean of what was sampled" },
+    { name: "Reward", value: fixed(status.reward_mean, 3), note: "mean of all sampled groups" },
     {
       name: "Held-out pass@1",
       value: fixed(held?.held_out, 3),
@@ -54,39 +54,39 @@ function figures(status, steps) {
       unit: "steps",
       note:
         staleness.mean === null
-          ? "of what was trained"
+          ? "of trained groups"
           : `${fixed(staleness.in_flight, 2)} in flight, ${fixed(staleness.in_queue, 2)} in queue; max ${number(staleness.max)}`,
     },
     {
-      name: "Learner waits",
+      name: "Learner idle",
       value: percent(rates.learner_idle_share),
-      note: "of its time, for groups",
+      note: "waiting for groups",
       share: rates.learner_idle_share,
     },
     {
-      name: "Replicas wait",
+      name: "Replicas idle",
       value: percent(rates.replicas_idle_share),
-      note: "of their time, for tickets",
+      note: "waiting for tickets",
       share: rates.replicas_idle_share,
     },
     {
       name: "Replicas",
       value: String(replicas.running),
       unit: `running of ${replicas.live}`,
-      note: replicas.desired === null ? "none ordered" : `${replicas.desired} ordered`,
+      note: replicas.desired === null ? "no target set" : `target ${replicas.desired}`,
     },
-    { name: "Weights", value: `v${status.weight_version}`, note: `epoch ${status.fencing_epoch}` },
+    { name: "Weight version", value: count(status.weight_version), note: `learner start ${status.fencing_epoch}` },
     {
-      name: "No signal",
+      name: "Uniform groups",
       value: finished ? percent(counts.uniform / finished) : NONE,
-      note: `uniform; ${count(counts.stale)} groups too stale`,
+      note: `all rewards equal; ${count(counts.stale)} stale`,
     },
     {
-      name: "Dead",
+      name: "Dead letters",
       value: count(counts.dead_letters),
-      unit: counts.dead_letters === 1 ? "group" : "groups",
+      unit: counts.dead_letters === 1 ? "ticket" : "tickets",
       isBad: counts.dead_letters > 0,
-      note: counts.dead_letters ? "headrace dead list says why" : "nothing has failed for good",
+      note: counts.dead_letters ? "see headrace dead list" : "no ticket has failed for good",
     },
   ];
 }

@@ -1,17 +1,17 @@
-/* The live page: reads what control knows once, then follows its events; after a broken connection it catches up. Each
-   part of the page paints from the board and knows nothing of the others. */
+/* The live page: reads the state of the run once, then follows control's events; after a lost connection it reads what
+   it has missed. Each part of the page renders from the store and does not know the others. */
 
-import { Refused, get, takeTokenFromAddress, token } from "./api.js";
-import { Board } from "./store.js";
-import { startCharts } from "./chart_specs.js";
+import { RequestFailed, get, takeTokenFromAddress, token } from "./api.js";
+import { Store } from "./store.js";
+import { startCharts } from "./charts.js";
 import { byId, setText } from "./dom.js";
 import { startEvaluations } from "./evaluations.js";
 import { startEvents } from "./events.js";
-import { startFigures } from "./key_figures.js";
-import { startFlow } from "./pipeline.js";
+import { startKeyFigures } from "./key_figures.js";
+import { startPipeline } from "./pipeline.js";
 import { clock } from "./format.js";
 import { startGroups } from "./groups.js";
-import { startOrders } from "./command_buttons.js";
+import { startCommandButtons } from "./command_buttons.js";
 import { startReplicas, startScale } from "./replicas.js";
 import { startSettings } from "./settings.js";
 import { Steering } from "./steering.js";
@@ -23,36 +23,36 @@ const MAX_POINTS = 2000;
 const RECENT_EVENTS = 200;
 
 takeTokenFromAddress();
-const board = new Board();
-board.set("steps", new Steps());
-board.set("axis", "step");
+const store = new Store();
+store.set("steps", new Steps());
+store.set("axis", "step");
 let again = () => {};
-const steering = new Steering(board, () => again());
-const groups = startGroups(board);
-const settings = startSettings(board, steering);
-const events = startEvents(board);
-for (const start of [startVerdict, startFigures, startCharts, startEvaluations, startFlow]) start(board);
-for (const start of [startOrders, startReplicas, startScale]) start(board, steering);
+const steering = new Steering(store, () => again());
+const groups = startGroups(store);
+const settings = startSettings(store, steering);
+const events = startEvents(store);
+for (const start of [startVerdict, startKeyFigures, startCharts, startEvaluations, startPipeline]) start(store);
+for (const start of [startCommandButtons, startReplicas, startScale]) start(store, steering);
 
 function takeStatus(status) {
-  const before = board.get("status");
+  const before = store.get("status");
   if (before && before.run !== status.run) location.reload();
-  board.set("clock-offset", status.at - Date.now() / 1000);
-  board.set("status", status);
+  store.set("clock-offset", status.at - Date.now() / 1000);
+  store.set("status", status);
 }
 
-/** Rows that came while the history was on its way are added after it. */
+/** Rows that arrive while the history is being read are added after it. */
 let early = null;
 function takeStep(row) {
   if (early) early.push(row);
   else {
-    board.get("steps").append(row);
-    board.touch("steps");
+    store.get("steps").append(row);
+    store.touch("steps");
   }
 }
 
 async function readHistory() {
-  const steps = board.get("steps");
+  const steps = store.get("steps");
   early = [];
   try {
     const after = steps.cursor === null ? "" : `&after=${encodeURIComponent(steps.cursor)}`;
@@ -61,38 +61,38 @@ async function readHistory() {
     const rows = early;
     early = null;
     rows.forEach(takeStep);
-    board.touch("steps");
+    store.touch("steps");
   }
 }
 
-const takes = {
+const handlers = {
   status: takeStatus,
-  replicas: (value) => board.set("replicas", value),
+  replicas: (value) => store.set("replicas", value),
   step: takeStep,
   evaluation: (value) => {
-    board.get("steps").evaluate(value);
-    board.touch("steps");
+    store.get("steps").evaluate(value);
+    store.touch("steps");
   },
   group: groups.arrived,
   event: events.arrived,
 };
 
-/** Everything anew; of the history only what came since. */
+/** Reads everything again, and of the history only the new rows. */
 async function catchUp() {
   const reads = [
     get("status").then(takeStatus),
-    get("replicas").then(takes.replicas),
+    get("replicas").then(handlers.replicas),
     readHistory(),
     get(`events/recent?limit=${RECENT_EVENTS}`).then(events.load),
     groups.load(),
     settings.load(),
   ];
   for (const read of await Promise.allSettled(reads)) {
-    if (read.status === "rejected" && !(read.reason instanceof Refused)) throw read.reason;
+    if (read.status === "rejected" && !(read.reason instanceof RequestFailed)) throw read.reason;
   }
 }
 
-const linkSays = {
+const connectionText = {
   live: () => "live",
   reconnecting: (since) => `reconnecting since ${clock(since / 1000)}`,
   locked: () => "sign in to read",
@@ -100,11 +100,11 @@ const linkSays = {
 
 again = follow({
   onOpen: catchUp,
-  onEvent: (name, value) => takes[name]?.(value),
+  onEvent: (name, value) => handlers[name]?.(value),
   onState: ({ state, since }) => {
-    byId("link").dataset.state = state;
-    setText(byId("link-text"), linkSays[state](since));
+    byId("connection").dataset.state = state;
+    setText(byId("connection-text"), connectionText[state](since));
     if (state === "locked")
-      steering.signIn(token() ? "Control does not take this token." : "This run is only shown to who has its token.");
+      steering.signIn(token() ? "Control rejects this token." : "Reading this run requires its token.");
   },
 });

@@ -1,14 +1,14 @@
-/* The loop as a row of stations, each with what stands in it, and who waits for whom. */
+/* The pipeline as a row of stages, each with its content, and which side waits for the other. */
 
 import { byId, el, keep, setHidden, setText } from "./dom.js";
 import { count, percent, plural } from "./format.js";
 
-export function startFlow(board) {
-  board.on(["status", "replicas"], () => {
-    const status = board.get("status");
+export function startPipeline(store) {
+  store.on(["status", "replicas"], () => {
+    const status = store.get("status");
     if (!status) return;
-    keep(byId("loop"), stations(status), (one) => one.name, makeStation, writeStation);
-    const waits = told(status);
+    keep(byId("stages"), stages(status), (one) => one.name, makeStage, writeStage);
+    const waits = presentWaits(status);
     keep(
       byId("waits"),
       waits,
@@ -20,57 +20,56 @@ export function startFlow(board) {
       },
     );
     setHidden(byId("waits"), waits.length === 0);
-    setText(byId("flow-says"), whoWaits(status));
+    setText(byId("pipeline-summary"), bottleneck(status));
   });
 }
 
-function stations({ queues, replicas, rates, phase, weight_version: version, counts }) {
+function stages({ queues, replicas, rates, phase, weight_version: version, counts }) {
   const waiting = Math.max(0, queues.open_tickets - queues.leased_tickets);
   return [
     {
       name: "Tickets",
       value: count(waiting),
       unit: "waiting",
-      note: `${queues.leased_tickets} in flight${queues.evaluation_tickets ? `, ${queues.evaluation_tickets} of an evaluation` : ""}`,
+      note: `${queues.leased_tickets} in flight${queues.evaluation_tickets ? `, ${queues.evaluation_tickets} for an evaluation` : ""}`,
     },
     {
       name: "Replicas",
       value: String(replicas.running),
       unit: "running",
-      note: waits(rates.replicas_idle_share, "for tickets"),
+      note: idle(rates.replicas_idle_share, "for tickets"),
       isIdle: rates.replicas_idle_share > 0.3,
     },
     {
       name: "Scored groups",
       value: count(queues.groups_in_stream),
       unit: "in the stream",
-      note: "waiting, in training or until saved twice",
+      note: "waiting, in training, or kept until checkpointed twice",
     },
     {
       name: "Learner",
       value: phase,
       isWord: true,
-      note: waits(rates.learner_idle_share, "for groups"),
+      note: idle(rates.learner_idle_share, "for groups"),
       isIdle: rates.learner_idle_share > 0.3,
     },
-    { name: "Weights", value: `v${version}`, note: `${count(counts.trained)} groups trained; back to the replicas` },
+    { name: "Weights", value: `v${version}`, note: `from ${count(counts.trained)} trained groups; sent to the replicas` },
   ];
 }
 
-const waits = (share, what) =>
-  share === null ? "not measured yet" : `wait${what === "for groups" ? "s" : ""} ${percent(share)} ${what}`;
+const idle = (share, what) => (share === null ? "not measured yet" : `idle ${percent(share)}, waiting ${what}`);
 
-function whoWaits({ rates }) {
+function bottleneck({ rates }) {
   const { learner_idle_share: learner, replicas_idle_share: replicas } = rates;
-  if (learner === null && replicas === null) return "Who waits for whom shows after the first steps.";
+  if (learner === null && replicas === null) return "Idle times are known after the first steps.";
   if (learner < 0.1 && replicas < 0.1) return "Neither side waits for the other.";
   return learner > replicas
-    ? `The learner waits for replicas: ${percent(learner)} of its time.`
-    : `The replicas wait for the learner: ${percent(replicas)} of their time.`;
+    ? `The learner waits for the replicas ${percent(learner)} of its time.`
+    : `The replicas wait for the learner ${percent(replicas)} of their time.`;
 }
 
-/** One line each; many replicas that wait for the same are one. */
-function told({ waits: standing, reason }) {
+/** One line for each reason; replicas that wait for the same share a line. */
+function presentWaits({ waits: standing, reason }) {
   const byDetail = new Map();
   const isKnown = !reason || standing.some((one) => one.component === "learner");
   for (const { component, detail } of isKnown ? standing : [{ component: "learner", detail: reason }, ...standing])
@@ -80,7 +79,7 @@ function told({ waits: standing, reason }) {
     .slice(0, 8);
 }
 
-function makeStation() {
+function makeStage() {
   return el(
     "li",
     {},
@@ -90,7 +89,7 @@ function makeStation() {
   );
 }
 
-function writeStation(item, one) {
+function writeStage(item, one) {
   const [name, value, note] = item.children;
   setText(name, one.name);
   setText(value.firstChild, one.value);

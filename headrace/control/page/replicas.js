@@ -1,5 +1,4 @@
-/* The replicas: a row each, written in place, with its weights, its pauses and its drain; above them the number that
-   is kept, advised and ordered. */
+/* The table of replicas, and the form above it that sets how many to keep. Rows are updated in place. */
 
 import { byId, el, keep, setHidden, setText } from "./dom.js";
 import { bytes, clock, count, duration, milliseconds, percent, plural } from "./format.js";
@@ -9,21 +8,21 @@ const COLUMNS = [
   { name: "Replica", of: (one) => one.id },
   { name: "State", of: (one) => one.state },
   { name: "Weights", of: (one) => `v${one.weight_version}`, isNumber: true },
-  { name: "Behind", of: (one) => (one.versions_behind ? plural(one.versions_behind, "version") : "0"), isNumber: true },
+  { name: "Version lag", of: (one) => (one.versions_behind ? plural(one.versions_behind, "version") : "0"), isNumber: true },
   { name: "In flight", of: (one) => count(one.groups_in_flight), isNumber: true },
   { name: "Groups", of: (one) => count(one.groups_committed), isNumber: true },
   { name: "Tokens", of: (one) => count(one.tokens_generated), isNumber: true },
   { name: "Tokens/s", of: (one) => count(one.tokens_per_s), isNumber: true },
-  { name: "Waits", of: (one) => percent(one.idle_share), isNumber: true },
+  { name: "Idle", of: (one) => percent(one.idle_share), isNumber: true },
   { name: "Swaps", of: (one) => count(one.swap_pauses.count), isNumber: true },
   { name: "Pause p50", of: (one) => milliseconds(one.swap_pauses.p50_ms), isNumber: true },
-  { name: "p95", of: (one) => milliseconds(one.swap_pauses.p95_ms), isNumber: true },
-  { name: "latest", of: (one) => milliseconds(one.swap_pauses.latest_ms), isNumber: true },
+  { name: "Pause p95", of: (one) => milliseconds(one.swap_pauses.p95_ms), isNumber: true },
+  { name: "Latest pause", of: (one) => milliseconds(one.swap_pauses.latest_ms), isNumber: true },
   { name: "Fetched", of: (one) => (one.swap_pauses.count ? bytes(one.swap_pauses.fetched_bytes) : "–"), isNumber: true },
-  { name: "Seen", of: (one, now) => `for ${duration(now - one.seen_since_at)}`, isNumber: true },
+  { name: "Seen for", of: (one, now) => duration(now - one.seen_since_at), isNumber: true },
 ];
 
-export function startReplicas(board, steering) {
+export function startReplicas(store, steering) {
   const table = byId("replica-table");
   table.tHead.append(
     el(
@@ -35,23 +34,23 @@ export function startReplicas(board, steering) {
   );
   const body = table.tBodies[0];
   const drain = async (id) => {
-    const text = `${id} finishes the groups it has in flight, takes no more, and ends. Where more are ordered, the launcher starts another.`;
+    const text = `${id} finishes the groups it has in flight, takes no more, and exits. The launcher starts another one if the target is higher.`;
     if (await confirmed(`Drain ${id}?`, text, "Drain"))
-      await steering.order("POST", `replicas/${encodeURIComponent(id)}/drain`);
+      await steering.send("POST", `replicas/${encodeURIComponent(id)}/drain`);
   };
 
-  board.on(["replicas"], () => {
-    const { replicas } = board.get("replicas");
+  store.on(["replicas"], () => {
+    const { replicas } = store.get("replicas");
     keep(
       body,
       replicas,
       (one) => one.id,
       (one) => makeRow(one, drain),
-      (row, one) => writeRow(row, one, board.now()),
+      (row, one) => writeRow(row, one, store.now()),
     );
     setHidden(table, replicas.length === 0);
     setHidden(byId("replicas-empty"), replicas.length > 0);
-    setText(byId("replicas-says"), said(replicas));
+    setText(byId("replicas-summary"), weightsText(replicas));
   });
 }
 
@@ -79,8 +78,8 @@ function writeRow(row, one, now) {
   row.lastChild.firstChild.disabled = one.state === "draining";
 }
 
-/** How the replicas stand to the newest weights. */
-function said(replicas) {
+/** How many replicas have the newest weights, and how long a swap pauses them. */
+function weightsText(replicas) {
   if (!replicas.length) return "";
   const newest = Math.max(...replicas.map((one) => one.weight_version));
   const current = replicas.filter((one) => one.weight_version === newest).length;
@@ -89,22 +88,22 @@ function said(replicas) {
     .filter((one) => one !== null)
     .sort((a, b) => a - b);
   const paused = pauses.length ? `; a swap pauses ${milliseconds(pauses[Math.floor(pauses.length / 2)])} (p50)` : "";
-  return `${current} of ${replicas.length} on the newest weights there, v${newest}${paused}. Since ${clock(Math.min(...replicas.map((one) => one.seen_since_at)))}.`;
+  return `${current} of ${replicas.length} have the newest weights among them, v${newest}${paused}. First seen at ${clock(Math.min(...replicas.map((one) => one.seen_since_at)))}.`;
 }
 
-export function startScale(board, steering) {
+export function startScale(store, steering) {
   const input = byId("scale-number");
   let isTouched = false;
   input.addEventListener("input", () => {
     isTouched = true;
   });
 
-  board.on(["status", "steering"], () => {
-    const counts = board.get("status")?.replicas;
-    setText(byId("scale-order"), steering.maySteer ? "Scale" : "Sign in to scale");
-    setHidden(byId("scale-auto"), !steering.maySteer || !counts || counts.desired === null);
+  store.on(["status", "steering"], () => {
+    const counts = store.get("status")?.replicas;
+    setText(byId("scale-submit"), steering.maySteer ? "Scale" : "Sign in to scale");
+    setHidden(byId("scale-clear"), !steering.maySteer || !counts || counts.desired === null);
     if (!counts) return;
-    setText(byId("scale-says"), scaleSaid(counts));
+    setText(byId("scale-summary"), scaleText(counts));
     if (!isTouched && document.activeElement !== input) input.value = String(counts.desired ?? counts.live);
   });
 
@@ -112,21 +111,21 @@ export function startScale(board, steering) {
     event.preventDefault();
     if (!steering.maySteer) return steering.signIn();
     const number = Number(input.value);
-    const text = "No replica is kept: generation pauses and the learner waits, until another number is ordered.";
+    const text = "All replicas end: generation stops and the learner waits until you set another target.";
     if (number === 0 && input.value !== "" && !(await confirmed("Scale to 0?", text, "Scale to 0"))) return;
-    if (await steering.order("PUT", "replicas/desired", { replicas: input.value === "" ? null : number }))
+    if (await steering.send("PUT", "replicas/desired", { replicas: input.value === "" ? null : number }))
       isTouched = false;
   });
-  byId("scale-auto").addEventListener("click", async () => {
-    if (await steering.order("PUT", "replicas/desired", { replicas: null })) isTouched = false;
+  byId("scale-clear").addEventListener("click", async () => {
+    if (await steering.send("PUT", "replicas/desired", { replicas: null })) isTouched = false;
   });
 }
 
-function scaleSaid({ live, running, desired, advised, advice, launcher }) {
+function scaleText({ live, running, desired, advised, advice, launcher }) {
   const parts = [
-    `${plural(live, "replica")} live, ${running} running; ${desired === null ? "no number ordered" : `${desired} ordered`}.`,
+    `${plural(live, "replica")} live, ${running} running; ${desired === null ? "no target set" : `target ${desired}`}.`,
   ];
   if (advised !== null) parts.push(`Advised: ${advised}${advice ? ` (${advice})` : ""}.`);
-  if (!launcher) parts.push("No launcher runs, so that nobody would follow an order.");
+  if (!launcher) parts.push("headrace up is not running, so a new target would have no effect.");
   return parts.join(" ");
 }

@@ -1,37 +1,37 @@
-/* Settings that may change while the run goes on: what stands, what was configured, and control's answer to a change. */
+/* Settings that can change during the run: current value, configured value, and control's response to a change. */
 
-import { Refused, get } from "./api.js";
+import { RequestFailed, get } from "./api.js";
 import { byId, el, keep, setText } from "./dom.js";
 import { number } from "./format.js";
 
-const LOOK_AGAIN_MS = 2000;
+const REFRESH_INTERVAL_MS = 2000;
 const value = (one) => (one === null ? "none" : number(one, 6));
 
-export function startSettings(board, steering) {
+export function startSettings(store, steering) {
   const form = byId("settings-form"),
     rows = byId("settings-rows");
-  const say = (text, isGood = false) => {
-    setText(byId("settings-answer"), text);
-    byId("settings-answer").classList.toggle("good", isGood);
+  const showMessage = (text, isGood = false) => {
+    setText(byId("settings-message"), text);
+    byId("settings-message").classList.toggle("good", isGood);
   };
 
   async function load() {
     try {
-      board.set("settings", await get("settings"));
-    } catch (refused) {
-      if (!(refused instanceof Refused)) throw refused;
+      store.set("settings", await get("settings"));
+    } catch (error) {
+      if (!(error instanceof RequestFailed)) throw error;
     }
   }
 
   async function change(settings) {
-    const body = { version: board.get("settings").version, settings };
-    const done = await steering.order("PATCH", "settings", body, async (text, status) => {
+    const body = { version: store.get("settings").version, settings };
+    const done = await steering.send("PATCH", "settings", body, async (text, status) => {
       if (status === 409) await load();
-      say(status === 409 ? `${text} What stands now is shown above.` : text);
+      showMessage(status === 409 ? `${text} The present settings are shown above.` : text);
     });
     if (!done) return;
     for (const input of rows.querySelectorAll("input")) input.value = "";
-    say("Accepted: it counts from the learner's next step.", true);
+    showMessage("Accepted. The learner applies it at its next step.", true);
     await load();
   }
 
@@ -44,18 +44,18 @@ export function startSettings(board, steering) {
       if (!text) continue;
       const wanted = text === "none" ? null : Number(text);
       if (Number.isNaN(wanted)) {
-        say(`${input.name}: ${text} is no number`);
+        showMessage(`${input.name}: ${text} is not a number`);
         return input.focus();
       }
       changes[input.name] = wanted;
     }
-    if (!Object.keys(changes).length) return say("Nothing to change: write a number beside a setting.");
+    if (!Object.keys(changes).length) return showMessage("Nothing to change. Enter a number beside a setting.");
     return change(changes);
   });
 
-  board.on(["settings", "steering"], () => {
-    setText(byId("settings-apply"), steering.maySteer ? "Apply from the next step on" : "Sign in to change them");
-    const answer = board.get("settings");
+  store.on(["settings", "steering"], () => {
+    setText(byId("settings-apply"), steering.maySteer ? "Apply at the next step" : "Sign in to change settings");
+    const answer = store.get("settings");
     if (!answer) return;
     const settings = Object.entries(answer.settings).map(([name, one]) => ({ name, ...one }));
     keep(
@@ -67,20 +67,20 @@ export function startSettings(board, steering) {
     );
     const { version, applied_version: applied } = answer;
     setText(
-      byId("settings-says"),
+      byId("settings-summary"),
       version === 0
         ? "As configured."
         : applied === version
-          ? `Version ${version}, which the learner works with.`
-          : `Version ${version}; the learner still works with ${applied}.`,
+          ? `Version ${version}, applied by the learner.`
+          : `Version ${version}; the learner still uses ${applied}.`,
     );
     setText(byId("config"), JSON.stringify(answer.config, null, 2));
   });
   setInterval(() => {
-    const known = board.get("settings"),
-      wanted = board.get("status")?.settings_version;
+    const known = store.get("settings"),
+      wanted = store.get("status")?.settings_version;
     if (known && (known.version !== wanted || known.applied_version !== known.version) && !document.hidden) load();
-  }, LOOK_AGAIN_MS);
+  }, REFRESH_INTERVAL_MS);
   return { load };
 }
 
@@ -98,8 +98,8 @@ function makeRow(one, reset) {
       el("input", { id, name: one.name, inputmode: "decimal", autocomplete: "off", size: "10" }),
       el(
         "button",
-        { type: "button", class: "quiet needs-token", onclick: reset, "aria-label": `${one.name} as configured` },
-        "as configured",
+        { type: "button", class: "quiet needs-token", onclick: reset, "aria-label": `Reset ${one.name}` },
+        "Reset",
       ),
     ),
   );

@@ -1,11 +1,11 @@
-/* What a person orders: who may, the dialogs that ask back, and what control answered. */
+/* Commands to the run: sign-in, confirmation dialogs, and notices with control's responses. */
 
-import { Refused, call, keepToken, token } from "./api.js";
+import { RequestFailed, call, keepToken, token } from "./api.js";
 import { byId, el, setText } from "./dom.js";
 
-const ANSWER_MS = 12_000;
+const NOTICE_MS = 12_000;
 
-/** Opens the dialog; true if the person confirmed. */
+/** Opens the dialog; resolves to true if the person confirms. */
 export function confirmed(title, text, verb) {
   const dialog = byId("confirm");
   setText(byId("confirm-title"), title);
@@ -22,21 +22,21 @@ export function confirmed(title, text, verb) {
   });
 }
 
-export function tell(text, isBad = false) {
-  const said = el(
+export function notify(text, isBad = false) {
+  const notice = el(
     "p",
     { class: isBad ? "bad" : "" },
     text,
-    el("button", { class: "quiet", "aria-label": "Dismiss", onclick: () => said.remove() }, "×"),
+    el("button", { class: "quiet", "aria-label": "Dismiss", onclick: () => notice.remove() }, "×"),
   );
-  byId("answers").append(said);
-  while (byId("answers").children.length > 4) byId("answers").firstChild.remove();
-  setTimeout(() => said.remove(), isBad ? 2 * ANSWER_MS : ANSWER_MS);
+  byId("notices").append(notice);
+  while (byId("notices").children.length > 4) byId("notices").firstChild.remove();
+  setTimeout(() => notice.remove(), isBad ? 2 * NOTICE_MS : NOTICE_MS);
 }
 
 export class Steering {
-  constructor(board, onSignIn) {
-    this.board = board;
+  constructor(store, onSignIn) {
+    this.store = store;
     this.onSignIn = onSignIn;
     byId("sign").addEventListener("click", () => (token() ? this.signOut() : this.signIn()));
     byId("sign-in")
@@ -55,7 +55,7 @@ export class Steering {
   signIn(why) {
     const dialog = byId("sign-in");
     if (dialog.open) return;
-    setText(byId("sign-in-answer"), why ?? "");
+    setText(byId("sign-in-message"), why ?? "");
     dialog.showModal();
     byId("token").focus();
   }
@@ -66,40 +66,39 @@ export class Steering {
     this.onSignIn();
   }
 
-  /** Sends an order; the answer, or null if it was refused, which has been told by then. `onRefused(text)` tells
-   * a refusal elsewhere. */
-  async order(method, path, body, onRefused = (text) => tell(text, true)) {
+  /** Sends a command. Returns the response, or null if it failed; then `onFailed(text, status)` has shown why. */
+  async send(method, path, body, onFailed = (text) => notify(text, true)) {
     if (!this.maySteer) {
       this.signIn();
       return null;
     }
     try {
       const done = await call(method, path, body);
-      if (done?.status) this.board.set("status", done.status);
-      if (done?.text) tell(done.text);
+      if (done?.status) this.store.set("status", done.status);
+      if (done?.text) notify(done.text);
       return done ?? {};
-    } catch (refused) {
-      if (!(refused instanceof Refused)) throw refused;
-      if (refused.status === 401) {
+    } catch (error) {
+      if (!(error instanceof RequestFailed)) throw error;
+      if (error.status === 401) {
         keepToken(null);
         this.#show();
-        this.signIn("Control does not take this token. Is it another run's?");
-      } else onRefused(refused.message, refused.status);
+        this.signIn("Control rejects this token. Does it belong to another run?");
+      } else onFailed(error.message, error.status);
       return null;
     }
   }
 
-  /** A token is tried before it is kept. */
+  /** Tests the token before it is kept. */
   async #typed(event) {
     event.preventDefault();
     const value = byId("token").value.trim();
     try {
       await call("GET", "auth", undefined, value);
-    } catch (refused) {
-      if (!(refused instanceof Refused)) throw refused;
+    } catch (error) {
+      if (!(error instanceof RequestFailed)) throw error;
       return setText(
-        byId("sign-in-answer"),
-        refused.status === 401 ? "This is not the run's token." : `${refused.message}. Try again.`,
+        byId("sign-in-message"),
+        error.status === 401 ? "This is not the run's token." : `${error.message}. Try again.`,
       );
     }
     keepToken(value);
@@ -112,6 +111,6 @@ export class Steering {
   #show() {
     document.body.classList.toggle("signed-out", !this.maySteer);
     setText(byId("sign"), this.maySteer ? "Sign out" : "Sign in");
-    this.board.touch("steering");
+    this.store.touch("steering");
   }
 }

@@ -1,7 +1,7 @@
-/* The steps of the run as columns of equal length, and its evaluations. A learner that went back to a checkpoint takes
-   steps again: the later row counts. What grows beyond `MOST` is thinned, the older half first. */
+/* The steps of the run as columns of equal length, and its evaluations. A learner that resumes from a checkpoint repeats
+   steps: the later row counts. Beyond `MAX_ROWS` rows the older half is thinned. */
 
-const MOST = 4000;
+const MAX_ROWS = 4000;
 
 export class Steps {
   columns = { step: [] };
@@ -18,7 +18,7 @@ export class Steps {
     return null;
   }
 
-  /** An answer of `/history`. */
+  /** Adds a response of `/history`. */
   merge(history) {
     const names = Object.keys(history.steps);
     if (this.length === 0) this.columns = { step: [], ...history.steps };
@@ -45,7 +45,7 @@ export class Steps {
     for (const [name, column] of Object.entries(this.columns)) {
       column.push(typeof row[name] === "number" ? row[name] : null);
     }
-    if (step.length > MOST) this.#thin();
+    if (step.length > MAX_ROWS) this.#thin();
   }
 
   evaluate(evaluation) {

@@ -1,13 +1,13 @@
-/* What the page knows, by topic, and who paints it. However fast news arrives, the screen is written a few times a
-   second, and only what has changed. */
+/* The state of the page by topic, and the functions that render each topic. However fast data arrives, the screen is
+   written at most four times a second, and only what has changed. */
 
-const PAINT_EVERY_MS = 250;
+const RENDER_INTERVAL_MS = 250;
 
-export class Board {
+export class Store {
   #values = new Map();
-  #painters = new Map();
+  #renderers = new Map();
   #dirty = new Set();
-  #paintedAt = 0;
+  #renderedAt = 0;
   #isPlanned = false;
 
   get(topic) {
@@ -24,25 +24,25 @@ export class Board {
     this.#dirty.add(topic);
     if (this.#isPlanned) return;
     this.#isPlanned = true;
-    const wait = Math.max(0, this.#paintedAt + PAINT_EVERY_MS - performance.now());
-    setTimeout(() => requestAnimationFrame(() => this.#paint()), wait);
+    const wait = Math.max(0, this.#renderedAt + RENDER_INTERVAL_MS - performance.now());
+    setTimeout(() => requestAnimationFrame(() => this.#render()), wait);
   }
 
-  /** `paint` runs after a change of any of `topics`, once for all of them. */
-  on(topics, paint) {
-    for (const topic of topics) this.#painters.set(topic, [...(this.#painters.get(topic) ?? []), paint]);
+  /** Calls `render` after a change of any of `topics`, once for all of them. */
+  on(topics, render) {
+    for (const topic of topics) this.#renderers.set(topic, [...(this.#renderers.get(topic) ?? []), render]);
   }
 
-  /** Seconds since 1970 by control's clock. */
+  /** Unix time in seconds by control's clock. */
   now() {
     return Date.now() / 1000 + (this.get("clock-offset") ?? 0);
   }
 
-  #paint() {
+  #render() {
     this.#isPlanned = false;
-    this.#paintedAt = performance.now();
-    const painters = new Set([...this.#dirty].flatMap((topic) => this.#painters.get(topic) ?? []));
+    this.#renderedAt = performance.now();
+    const renderers = new Set([...this.#dirty].flatMap((topic) => this.#renderers.get(topic) ?? []));
     this.#dirty.clear();
-    for (const paint of painters) paint();
+    for (const render of renderers) render();
   }
 }

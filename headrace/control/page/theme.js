@@ -1,5 +1,5 @@
-/* Light or dark: as the system has it until the button says otherwise. Not a module, so that it runs before the first
-   paint. Whoever draws on a canvas listens to `themechange` on the document. */
+/* Light or dark: follows the system until the button is used. Not a module, so it runs before the first paint. Code that
+   draws on a canvas listens to `themechange` on the document. */
 (() => {
   const KEY = "headrace.theme";
   const root = document.documentElement;

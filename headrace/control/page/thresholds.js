@@ -1,12 +1,12 @@
-/* What is drawn of a check's thresholds, and how far the vertical axis reaches so that they can be seen. */
+/* The thresholds of a check as dashed lines, and a vertical range in which they are visible. */
 
-/** Of a check of control's, the warning first; of none, none. */
+/** The thresholds of one of control's checks, the warning first; an empty list without a check. */
 export function thresholdsOf(check) {
   if (!check) return [];
   return ["warn", "alarm"].filter((level) => check[level] !== null).map((level) => ({ level, at: check[level] }));
 }
 
-/** The data's range, with the thresholds that matter, some air, and what the spec asks for. */
+/** The range of the data, the relevant thresholds, a margin, and the limits of the spec. */
 export function rangeOf(spec, thresholds, low, high) {
   if (low === null || high === null) return [spec.isLog ? spec.floor : 0, 1];
   const warn = thresholds.find((one) => one.level === "warn")?.at;
@@ -19,7 +19,7 @@ export function rangeOf(spec, thresholds, low, high) {
   return [bottom === spec.min ? bottom : bottom - air, top === spec.max ? top : top + air];
 }
 
-/** Not more than five of them. */
+/** Ticks of a logarithmic axis, at most five. */
 export function powersOfTen(low, high) {
   const first = Math.round(Math.log10(low));
   const last = Math.round(Math.log10(high));
@@ -27,7 +27,7 @@ export function powersOfTen(low, high) {
   return Array.from({ length: Math.floor((last - first) / every) + 1 }, (_, i) => 10 ** (first + i * every));
 }
 
-/** Dashed lines with their names, beside each other where the lines are close; `color(name)` is the theme's. */
+/** Dashed lines with their names. The names are beside each other, so close lines stay readable. */
 export function drawThresholds(plot, spec, thresholds, color) {
   const { ctx, bbox } = plot;
   const pixels = devicePixelRatio;

@@ -1,19 +1,19 @@
-/* What colours a token: its log-probability gap, its surprise, its advantage or its weight version; as the name of a
-   class, so that light and dark are the style sheet's business. Blue and orange, which everybody can tell apart. */
+/* Colours of tokens: by log-probability gap, surprise, advantage or weight version. A colour is a CSS class, so the style
+   sheet decides about light and dark. Blue and orange are distinguishable for colour-blind readers. */
 
 import { number, signed } from "./format.js";
 
 const STEPS = 4;
 const VERSIONS = 6;
 
-/** `of(rollout, i)`: the number of token i. `isFor(group)`: whether anything can be shown. */
+/** `of(rollout, i)`: the number of token i. `has(rollout)`: whether the rollout has such numbers. */
 export const TONES = [
   {
     name: "gap",
     label: "log-probability gap",
     of: (r, i) => r.proximal_logprobs[i] - r.behaviour_logprobs[i],
     has: (r) => r.proximal_logprobs !== null,
-    missing: "measured only of what was trained",
+    missing: "measured for trained groups only",
   },
   { name: "surprise", label: "surprise", of: (r, i) => -r.behaviour_logprobs[i], has: () => true },
   {
@@ -21,12 +21,12 @@ export const TONES = [
     label: "advantage",
     of: (r) => r.advantage,
     has: (r) => r.advantage !== null,
-    missing: "only what was trained has one",
+    missing: "only trained groups have one",
   },
   { name: "version", label: "weight version", of: (r, i) => r.weight_versions[i], has: () => true },
 ];
 
-/** A function from token to class, and the legend that explains it: entries of a class and a text. */
+/** `classOf` gives the class of a token; `legend` has entries of a class and its text. */
 export function toneOf(tone, rollouts) {
   const values = rollouts.filter(tone.has).flatMap((rollout) => rollout.tokens.map((_, i) => tone.of(rollout, i)));
   if (tone.name === "version") return byVersion(tone, values);
@@ -37,13 +37,13 @@ export function toneOf(tone, rollouts) {
 function bySign(tone, values) {
   const scale = quantile(values.map(Math.abs), 0.98) || 1;
   const place = (value) => Math.round(STEPS * Math.max(-1, Math.min(1, value / scale)));
-  const said = tone.name === "gap" ? ["less likely to the learner", "more likely"] : ["worse than its group", "better"];
+  const ends = tone.name === "gap" ? ["less likely for the learner", "more likely"] : ["worse than its group", "better"];
   const legend = [-4, -2, 0, 2, 4].map((at) => ({
     tone: signTone(at),
     text: at ? signed((at / STEPS) * scale, decimals(scale)) : "0",
   }));
-  legend[0].text += ` ${said[0]}`;
-  legend[4].text += ` ${said[1]}`;
+  legend[0].text += ` ${ends[0]}`;
+  legend[4].text += ` ${ends[1]}`;
   return { classOf: (rollout, i) => (tone.has(rollout) ? signTone(place(tone.of(rollout, i))) : ""), legend };
 }
 

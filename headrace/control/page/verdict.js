@@ -1,24 +1,24 @@
-/* The verdict in words: is the run well, since when, what to do; below it what is not as it should be. Also what the
-   top bar and the tab's title say of it. */
+/* The verdict: is the run well, since when, what to do; below it the checks that failed. Also writes the top bar and the
+   title of the tab. */
 
 import { byId, el, keep, setHidden, setText } from "./dom.js";
 import { clock, duration, number, plural } from "./format.js";
 
 const SIGNS = { healthy: "✓", waiting: "…", warning: "!", failed: "✕", ended: "■" };
-const ORDER = ["failed", "warning", "waiting", "ended", "healthy"];
+const LEVELS = ["failed", "warning", "waiting", "ended", "healthy"];
 const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 
-export function startVerdict(board) {
-  board.on(["status"], () => paint(board.get("status")));
+export function startVerdict(store) {
+  store.on(["status"], () => paint(store.get("status")));
   const since = () => {
-    const verdict = board.get("status")?.verdict;
+    const verdict = store.get("status")?.verdict;
     if (verdict)
       setText(
         byId("verdict-since"),
-        `${capital(verdict.level)} for ${duration(board.now() - verdict.since_at)}, since ${clock(verdict.since_at)}`,
+        `${capital(verdict.level)} for ${duration(store.now() - verdict.since_at)}, since ${clock(verdict.since_at)}`,
       );
   };
-  board.on(["status"], since);
+  store.on(["status"], since);
   setInterval(since, 1000);
 }
 
@@ -33,10 +33,10 @@ function paint(status) {
   const title = `${SIGNS[verdict.level] ?? "?"} ${status.run}, step ${status.step} · Headrace`;
   if (document.title !== title) document.title = title;
 
-  const sorted = [...checks].sort((a, b) => ORDER.indexOf(a.level) - ORDER.indexOf(b.level));
+  const sorted = [...checks].sort((a, b) => LEVELS.indexOf(a.level) - LEVELS.indexOf(b.level));
   const open = sorted.filter((check) => !["healthy", "ended"].includes(check.level) && check.text !== verdict.text);
   keep(
-    byId("checks-open"),
+    byId("open-checks"),
     open,
     (check) => check.name,
     () => el("li", {}, el("b"), el("span")),
@@ -46,11 +46,11 @@ function paint(status) {
       setText(item.lastChild, check.text);
     },
   );
-  setHidden(byId("checks-open"), open.length === 0);
+  setHidden(byId("open-checks"), open.length === 0);
   const wrong = checks.filter((check) => !["healthy", "ended"].includes(check.level)).length;
   setText(
     byId("checks-summary"),
-    `${plural(checks.length, "check")}, ${wrong ? `${wrong} with something to say` : "all fine"}`,
+    `${plural(checks.length, "check")}, ${wrong ? `${wrong} not healthy` : "all healthy"}`,
   );
   keep(byId("checks"), sorted, (check) => check.name, checkRow, writeCheck);
 }
@@ -68,7 +68,7 @@ function checkRow() {
 
 function writeCheck(row, check) {
   row.dataset.level = check.level;
-  const told = [
+  const texts = [
     check.name.replaceAll("_", " "),
     `${SIGNS[check.level]} ${check.level}`,
     check.text,
@@ -76,5 +76,5 @@ function writeCheck(row, check) {
     number(check.warn),
     number(check.alarm),
   ];
-  told.forEach((text, i) => setText(row.children[i], text));
+  texts.forEach((text, i) => setText(row.children[i], text));
 }
