@@ -1,1 +1,1 @@
-"""The run's front door: one snapshot of Redis for every reader, and orders written where everybody obeys them."""
+"""The control service of a run: one poller of Redis for all readers, the REST API and the live page."""

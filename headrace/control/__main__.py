@@ -1,9 +1,9 @@
-"""Control's process: the run's front door. A Redis URL and the run's token are all it needs, as for a replica.
+"""The control process. Like a replica, it needs only a Redis URL and the token of the run.
 
     python -m headrace.control --run demo --redis-url redis://127.0.0.1:6379 --token-file runs/demo/token --port 8080
 
-It may come, go and be started again at any time: the run does not depend on it, and its state is in Redis.
-Exit codes: 0 asked to end, 1 failed, 2 refused before anything started.
+It can stop and start at any time: the run does not depend on it, and all state is in Redis.
+Exit codes: 0 stopped on request, 1 failed, 2 refused to start.
 """
 
 import argparse
@@ -49,20 +49,20 @@ def main() -> int:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = joining_parser("control")
-    parser.add_argument("--openapi", action="store_true", help="print the OpenAPI document, and end")
+    parser.add_argument("--openapi", action="store_true", help="print the OpenAPI document and exit")
     return parser.parse_args()
 
 
 async def _serve(arguments: argparse.Namespace, joined: Joined, sock: socket.socket) -> None:
-    """Until SIGTERM or SIGINT."""
-    asked_to_end, loop = asyncio.Event(), asyncio.get_running_loop()
+    """Serves until SIGTERM or SIGINT."""
+    stop_requested, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, asked_to_end.set)
+        loop.add_signal_handler(number, stop_requested.set)
     run = joined.keys.run
     parts = running_app(run, joined.config, arguments.redis_url, joined.token, joined.config.control.protect_reads)
     async with parts as (app, monitor), serving(app, monitor, sock):
         _log.info("run %s at %s", run, url_of(sock))
-        await asked_to_end.wait()
+        await stop_requested.wait()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Puts control together from its parts and takes it apart again."""
+"""Builds control from its parts, and closes them in order."""
 
 import asyncio
 import contextlib
@@ -21,16 +21,16 @@ from headrace.control.view.event_stream import Hub
 from headrace.control.view.run_monitor import RunMonitor
 
 COMMAND_RETRY_S = 3.0
-"""An order is tried again for so long; a look is not, since the next one follows anyway."""
+"""How long a command is retried. A poll is not retried, because the next one follows anyway."""
 
 
 @contextlib.asynccontextmanager
 async def running_app(
     run: str, config: RunConfig, redis_url: str, token: str, protect_reads: bool
 ) -> AsyncIterator[tuple[FastAPI, RunMonitor]]:
-    """The app, and the snapshot behind it, kept fresh while the block runs. Redis need not answer yet.
+    """The app and its monitor, which polls Redis while the block runs. Redis need not answer yet.
 
-    Should what keeps it fresh fail, the block is cancelled and the failure raised: nothing old is served for ever.
+    If a background task fails, the block is cancelled and the error raised, so control never serves stale data forever.
     """
     keys = Keys(run)
     async with contextlib.AsyncExitStack() as stack:
@@ -51,7 +51,7 @@ async def running_app(
 
 @contextlib.asynccontextmanager
 async def serving(app: FastAPI, monitor: RunMonitor, sock: socket.socket) -> AsyncIterator[None]:
-    """At that socket while the block runs; then every page's stream ends before the server does."""
+    """Serves the app at the socket while the block runs; at the end it closes the event streams before the server."""
     async with serve_in_loop(app, sock):
         try:
             yield
@@ -60,7 +60,7 @@ async def serving(app: FastAPI, monitor: RunMonitor, sock: socket.socket) -> Asy
 
 
 def openapi_document() -> dict[str, Any]:
-    """The OpenAPI document, of an app that is never asked."""
+    """The OpenAPI document, from an app that never serves a request."""
     config = RunConfig(model=ModelConfig(path="none"), task=TaskConfig(name="arithmetic"))
     client, http = connect_async("redis://127.0.0.1"), httpx.AsyncClient(trust_env=False)
     keys = Keys("none")

@@ -40,7 +40,7 @@ def latest_event(control: Control) -> dict[str, Any]:
 
 def test_orders_stand_until_they_are_withdrawn(control: Control, client: redis.Redis, keys: Keys) -> None:
     done = CommandAccepted.model_validate(control.ask("POST", "/pause").json())
-    assert done.status and done.status.is_paused and done.status.verdict.text == "paused, as ordered"
+    assert done.status and done.status.is_paused and done.status.verdict.text == "paused on request"
     assert orders(client, keys).is_paused
     assert control.ask("POST", "/resume").json()["status"]["is_paused"] is False
     assert not orders(client, keys).is_paused
@@ -48,7 +48,7 @@ def test_orders_stand_until_they_are_withdrawn(control: Control, client: redis.R
         assert control.ask("POST", "/checkpoint").status_code == control.ask("POST", "/evaluations").status_code == 200
         assert orders(client, keys).checkpoints == orders(client, keys).evaluations == expected
     stopping = control.ask("POST", "/stop").json()["status"]
-    assert stopping["is_stopping"] and stopping["verdict"]["text"].startswith("stopping, as ordered")
+    assert stopping["is_stopping"] and stopping["verdict"]["text"].startswith("stopping on request")
     assert orders(client, keys).is_stopping
 
 
@@ -92,7 +92,7 @@ def test_settings_are_validated_versioned_and_recorded(control: Control, client:
     assert (answer.version, answer.applied_version) == (2, 1)
     assert orders(client, keys).settings == Settings(2, {"learner.max_staleness": 1})
     overtaken = control.ask("PATCH", "/settings", json=LR | {"version": 1})
-    assert overtaken.status_code == 409 and "of version 2, not 1" in overtaken.json()["detail"]
+    assert overtaken.status_code == 409 and "have version 2, not 1" in overtaken.json()["detail"]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_replica_is_drained_at_its_own_address(
     }
     fake.replies["/drain"] = 500, {}
     refusal = control.ask("POST", "/replicas/generation-1/drain")
-    assert refusal.status_code == 503 and refusal.json()["detail"] == "the replica answers 500"
+    assert refusal.status_code == 503 and refusal.json()["detail"] == "the replica responded with HTTP 500"
     fake.hanging.add("/drain")
     assert control.ask("POST", "/replicas/nobody/drain").status_code == 404
 

@@ -34,7 +34,7 @@ def test_while_redis_is_away_the_last_good_picture_stands(tmp_path: Path) -> Non
         with a_control(url, KEYS) as control:
             service.kill()
             away = control.wait_for(lambda found: found["verdict"]["level"] == "failed", "Redis missed")
-            assert away["verdict"]["text"] == "Redis does not answer: what is shown is from before"
+            assert away["verdict"]["text"] == "Redis does not answer; the data shown is from before"
             assert away["step"] == 40 and control.http.get("/history").json()["num_steps"] == 40
             again = control.status()
             assert again["verdict"]["since_at"] == away["verdict"]["since_at"] and again["at"] > away["at"]
@@ -79,10 +79,10 @@ def test_a_learner_that_falls_silent_is_seen(
     redis_url: str, client: redis.Redis, keys: Keys, fake: FakeSglang, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it has written in Redis looks as well as ever."""
-    from headrace.control.verdict import verdict
+    from headrace.control.verdict import run_checks
 
-    monkeypatch.setattr(verdict, "LEARNER_SLOW_S", 1.0)
-    monkeypatch.setattr(verdict, "LEARNER_SILENT_S", 2.0)
+    monkeypatch.setattr(run_checks, "LEARNER_SLOW_S", 1.0)
+    monkeypatch.setattr(run_checks, "LEARNER_SILENT_S", 2.0)
     monkeypatch.setattr(learner_probe, "PROBE_INTERVAL_S", 0.05)
     monkeypatch.setattr(learner_probe, "PROBE_TIMEOUT_S", 0.5)
     fake.replies["/status"] = 200, {"counts": {"trained": 5}}

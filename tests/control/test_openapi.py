@@ -57,7 +57,7 @@ def test_schemathesis_finds_no_5xx_and_no_undocumented_answer(
 
         _try(operation, mode, control.url, [positive_data_acceptance] if name in HELD_AGAINST_MORE else [])
         tried.add(name)
-    assert {"change_settings", "order_replicas", "history", "groups", "group", "drain_replica"} <= tried
+    assert {"change_settings", "set_desired_replicas", "history", "groups", "group", "drain_replica"} <= tried
 
 
 def _try(operation: Any, mode: GenerationMode, url: str, excluded: list[Any]) -> None:

@@ -11,7 +11,7 @@ import redis
 from headrace.common.redis.keys import Keys
 from headrace.control.http.page import PAGE
 from headrace.control.verdict.check_inputs import CheckInputs
-from headrace.control.verdict.verdict import run_checks
+from headrace.control.verdict.verdict import all_checks
 from tests.support.page_in_chromium import a_browser, a_control, a_page, add_row, keep_shot, open_page
 from tests.support.seeded_run import seed_run, step_rows
 
@@ -156,7 +156,7 @@ def test_a_chart_is_zoomed_and_read_by_keyboard(page: Any) -> None:
 def test_thresholds_are_drawn_for_checks_that_exist() -> None:
     wanted = set(re.findall(r'check: "(\w+)"', (PAGE / "chart_specs.js").read_text()))
     assert len(wanted) >= 4
-    assert wanted <= {result.check.name for result in run_checks(CheckInputs())}
+    assert wanted <= {result.check.name for result in all_checks(CheckInputs())}
 
 
 def test_the_chart_library_is_served_from_here_with_its_licence() -> None:

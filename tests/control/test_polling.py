@@ -165,8 +165,8 @@ def test_recent_events_are_told_in_words(control: Control, client: redis.Redis, 
     client.xadd(keys.events, {"kind": "redis_lost", "event": b'{"step": 3, "num_reissued": 4}'})
     control.refresh()
     found = Events.model_validate(control.http.get("/events/recent").json()).events
-    assert found[0].text == "Redis had lost what came after step 3; 4 tickets again"
-    assert found[1].text == "generation-1 works with version 41; paused 51 ms"
+    assert found[0].text == "Redis lost its data after step 3; 4 tickets reissued"
+    assert found[1].text == "generation-1 uses weight version 41; paused 51 ms"
     assert [event.kind for event in found] == ["redis_lost", "swap", "swap", "evaluation", "evaluation"]
 
 

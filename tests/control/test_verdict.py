@@ -9,7 +9,7 @@ from headrace.control.http.redaction import redact_secrets
 from headrace.control.models.status import Verdict
 from headrace.control.verdict.check_inputs import CheckInputs, ReplicaInput
 from headrace.control.verdict.input_collector import ConditionTimer, ReplicaTracker
-from headrace.control.verdict.verdict import VerdictTracker, run_checks
+from headrace.control.verdict.verdict import VerdictTracker, all_checks
 from tests.support.making import make_ticket
 from tests.support.seeded_run import heartbeat
 
@@ -21,7 +21,7 @@ WELL = CheckInputs(phase="training", step=9, steps=60, replicas=(SERVES,), is_ex
 
 
 def verdict_of(**changes: Any) -> Verdict:
-    return VerdictTracker().verdict(run_checks(replace(WELL, **changes)), 1.0)
+    return VerdictTracker().verdict(all_checks(replace(WELL, **changes)), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -32,16 +32,16 @@ def verdict_of(**changes: Any) -> Verdict:
         ({"phase": "finished", "replicas": ()}, "ended", "the run is complete: 9 steps"),
         ({"phase": "stopped", "learner_silent_s": 99.0}, "ended", "the run was stopped after step 9 of 60"),
         ({"phase": "failed", "reason": "no space for 9 s"}, "failed", "the learner failed: no space"),
-        ({"phase": "starved", "reason": "x"}, "failed", "the learner gave up: x"),
+        ({"phase": "starved", "reason": "x"}, "failed", "the learner gave up waiting: x"),
         ({"learner_silent_s": 4.9}, "healthy", "healthy"),
         ({"learner_silent_s": 6.0}, "warning", "the learner has not answered lately"),
         ({"learner_silent_s": 16.0}, "failed", "the learner does not answer"),
-        ({"redis_away_s": 0.001}, "failed", "Redis does not answer: what is shown is from before"),
-        ({"is_paused": True}, "waiting", "paused, as ordered"),
-        ({"is_stopping": True, "is_paused": True}, "waiting", "stopping, as ordered: the step in progress, then"),
+        ({"redis_unavailable_s": 0.001}, "failed", "Redis does not answer; the data shown is from before"),
+        ({"is_paused": True}, "waiting", "paused on request"),
+        ({"is_stopping": True, "is_paused": True}, "waiting", "stopping on request: after the step in progress"),
         ({"replicas": (), "no_replica_s": 59.0}, "waiting", "no live replica"),
         ({"replicas": (), "no_replica_s": 61.0}, "failed", "the learner starves: no live replica"),
-        ({"replicas": (), "no_replica_s": 61.0, "desired_replicas": 0}, "waiting", "scaled to 0 replicas, as ordered"),
+        ({"replicas": (), "no_replica_s": 61.0, "desired_replicas": 0}, "waiting", "scaled to 0 replicas on request"),
         ({"replicas": (ILL,), "no_replica_s": 61.0}, "failed", "no replica serves"),
         ({"replicas": (ILL, SERVES)}, "warning", "1 of 2 replicas quarantined: b: checksums differ"),
         (
@@ -52,22 +52,26 @@ def verdict_of(**changes: Any) -> Verdict:
         ({"replicas": (SERVES._replace(versions_behind=3),)}, "healthy", "healthy"),
         ({"replicas": (SERVES._replace(versions_behind=4),)}, "warning", "a is 4 weight versions behind"),
         ({"waiting_s": 30.0}, "healthy", "healthy"),
-        ({"waiting_s": 31.0}, "warning", "the learner starves: replicas serve, no batch comes"),
-        ({"waiting_s": 901.0}, "failed", "the learner starves: replicas serve, no batch comes"),
-        ({"waiting_s": 901.0, "is_paused": True}, "waiting", "paused, as ordered"),
-        ({"num_dead_lately": 1}, "warning", "1 ticket died in the last 10 minutes"),
+        ({"waiting_s": 31.0}, "warning", "the learner starves: replicas serve, but no batch arrives"),
+        ({"waiting_s": 901.0}, "failed", "the learner starves: replicas serve, but no batch arrives"),
+        ({"waiting_s": 901.0, "is_paused": True}, "waiting", "paused on request"),
+        ({"num_recent_dead": 1}, "warning", "1 new dead letter in the last 10 minutes"),
         (
-            {"num_dead_lately": 2, "dead_reason": "ValueError"},
+            {"num_recent_dead": 2, "dead_reason": "ValueError"},
             "warning",
-            "2 tickets died in the last 10 minutes, the",
+            "2 new dead letters in the last 10 minutes, the",
         ),
         ({"replicas": (UNSCORED,)}, "warning", "a: rewards fail: ticket 0-1: ValueError: no"),
         ({"replicas": (UNSCORED,), "waiting_s": 31.0}, "failed", "a: rewards fail: ticket 0-1: ValueError: no"),
         ({"replicas": (UNSCORED,), "phase": "finished"}, "ended", "the run is complete"),
-        ({"num_dead_lately": 20}, "failed", "20 tickets died in the last 10 minutes"),
+        ({"num_recent_dead": 20}, "failed", "20 new dead letters in the last 10 minutes"),
         ({"checkpoint_failing_s": 1.0}, "failed", "the checkpoint cannot be written"),
-        ({"unapplied_s": 61.0}, "waiting", "changed settings wait for the learner's next step"),
-        ({"held_back": "lr 1e-05 instead of 2e-05"}, "warning", "the guard holds the run back: lr 1e-05 instead of 2e"),
+        ({"settings_unapplied_s": 61.0}, "waiting", "changed settings wait for the learner's next step"),
+        (
+            {"held_back": "lr 1e-05 instead of 2e-05"},
+            "warning",
+            "the guard has tightened the run: lr 1e-05",
+        ),
         ({"recent": {"kl_behaviour_proximal": [0.06] * 3 + [0.0] * 2}}, "warning", "the policy is far from the one"),
         ({"recent": {"kl_behaviour_proximal": [9.0] * 2 + [0.0] * 3}}, "healthy", "healthy"),
         ({"recent": {"kl_behaviour_proximal": [0.3]}}, "failed", "the policy is far from the one that sampled"),
@@ -81,8 +85,8 @@ def verdict_of(**changes: Any) -> Verdict:
         ({"recent": {"fresh_logprob_gap_rms": [5e-3] * 5}}, "warning", "engine and learner disagree"),
         ({"recent": {"fresh_logprob_gap_rms": [0.04] * 5}, "is_exact": False}, "healthy", "healthy"),
         ({"recent": {"fresh_logprob_gap_rms": [0.2] * 5}, "is_exact": False}, "warning", "engine and learner disagree"),
-        ({"recent": {"skipped_updates": [0.0, 1.0, 0.0]}}, "warning", "1 of the last 3 steps had updates skipped"),
-        ({"recent": {"skipped_updates": [2.0] * 5}}, "failed", "5 of the last 5 steps had updates skipped"),
+        ({"recent": {"skipped_updates": [0.0, 1.0, 0.0]}}, "warning", "1 of the last 3 steps skipped updates"),
+        ({"recent": {"skipped_updates": [2.0] * 5}}, "failed", "5 of the last 5 steps skipped updates"),
     ],
 )
 def test_the_verdict_is_what_is_wrong(changes: dict[str, Any], level: str, text: str) -> None:
@@ -91,19 +95,19 @@ def test_the_verdict_is_what_is_wrong(changes: dict[str, Any], level: str, text:
 
 
 def test_who_starves_by_rewards_or_by_dead_tickets_is_sent_to_the_dead() -> None:
-    for changes in ({"replicas": (UNSCORED,)}, {"num_dead_lately": 1}):
-        assert verdict_of(waiting_s=31.0, **changes).advice.startswith("headrace dead list tells why")
+    for changes in ({"replicas": (UNSCORED,)}, {"num_recent_dead": 1}):
+        assert verdict_of(waiting_s=31.0, **changes).advice.startswith("`headrace dead list` shows")
     assert "headrace dead list" not in verdict_of(waiting_s=31.0).advice
 
 
 def test_the_worst_is_told_first_and_others_are_counted() -> None:
     verdict = verdict_of(redis_unavailable_s=1.0, checkpoint_failing_s=1.0, num_recent_dead=1, is_paused=True)
-    assert verdict.text == "Redis does not answer: what is shown is from before (and 1 more)"
+    assert verdict.text == "Redis does not answer; the data shown is from before (and 1 more)"
     levels = [
         check_result.check.level
-        for check_result in run_checks(replace(WELL, redis_unavailable_s=1.0, num_recent_dead=1))
+        for check_result in all_checks(replace(WELL, redis_unavailable_s=1.0, num_recent_dead=1))
     ]
-    assert levels[:3] == ["failed", "warning", "healthy"] and len({f.check.name for f in run_checks(WELL)}) == len(
+    assert levels[:3] == ["failed", "warning", "healthy"] and len({f.check.name for f in all_checks(WELL)}) == len(
         levels
     )
 
@@ -111,7 +115,7 @@ def test_the_worst_is_told_first_and_others_are_counted() -> None:
 def test_since_when_is_kept_while_it_stays_the_same() -> None:
     tracker = VerdictTracker()
     told = [
-        tracker.verdict(run_checks(inputs), now).since_at
+        tracker.verdict(all_checks(inputs), now).since_at
         for now, inputs in enumerate(
             [
                 WELL,

@@ -79,7 +79,7 @@ def test_status_says_the_verdict_first(headrace: Command, runs: Path, keys: Keys
     assert (found["run"], found["step"], found["verdict"]["level"]) == (keys.run, 40, "healthy")
     control.ask("POST", "/pause")
     first, advice, *rest = headrace("status", "--run", keys.run).stdout.splitlines()
-    assert "paused, as ordered" in first and advice.startswith("  → ")
+    assert "paused on request" in first and advice.startswith("  → ")
     assert not any("commands: " in line for line in rest), "what the verdict says is not said twice"
 
 
@@ -172,7 +172,7 @@ def test_what_is_no_change_is_refused_at_once(headrace: Command, change: str) ->
 
 def test_what_control_refuses_is_one_line(headrace: Command, runs: Path, keys: Keys) -> None:
     assert "cannot change while the run goes on" in error(headrace("settings", "optimizer.betas=1", code=2))
-    assert "no live replica has that name" in error(headrace("drain", "nobody", code=2))
+    assert "no live replica has this id" in error(headrace("drain", "nobody", code=2))
     assert "no such group" in error(headrace("groups", "0-12345", code=2))
     assert "'65' replicas: expected a number from 0 to 64" in error(headrace("scale", "65", code=2))
     (runs / keys.run / "token").write_text("another")

@@ -1,2 +1,3 @@
-"""Control's routes: what is read comes from the picture, what is ordered goes to Redis with an event of who ordered
-it."""
+"""The HTTP side: reads are served from the monitor's view in memory, commands are written to Redis with an event that
+names the caller. No request for data costs Redis anything.
+"""

@@ -1,4 +1,4 @@
-"""What a route needs of its caller, and what it may answer when something is wrong: one place for all routes."""
+"""Helpers of all routes: the caller's name, documented error responses, and the present view."""
 
 from typing import Any
 
@@ -11,26 +11,26 @@ from headrace.control.view.run_monitor import RunMonitor, RunView
 MAX_AGENT_CHARS = 60
 
 _TEXTS = {
-    400: "The request cannot be read.",
+    400: "The request cannot be parsed.",
     401: "The run's token is missing or wrong.",
-    404: "There is no such thing.",
-    408: "The request took too long to come.",
-    409: "Something stands against it.",
+    404: "Not found.",
+    408: "The request took too long to arrive.",
+    409: "The request conflicts with the present state; `detail` says how.",
     413: "The request is too large.",
     422: "The request is not valid; `detail` says what is wrong.",
-    503: "Not now: Redis, a replica, or another page has to go first.",
+    503: "Redis or a replica does not answer, or too many pages are connected. Try again later.",
 }
 
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Documents error answers of a route."""
+    """The error responses of a route for the OpenAPI document."""
     schema = {"$ref": "#/components/schemas/Problem"}
     content = {"application/problem+json": {"schema": schema}}
     return {status: {"description": _TEXTS[status], "content": content} for status in statuses}
 
 
 def caller_of(request: Request) -> str:
-    """The caller as an event tells of it: its address, and what it calls itself."""
+    """The caller for an event: address and user agent."""
     address = request.client.host if request.client else "?"
     agent = request.headers.get("user-agent", "")[:MAX_AGENT_CHARS]
     return one_line(f"{address} ({agent})" if agent else address)
@@ -41,7 +41,7 @@ def service_unavailable(why: str, after_s: int = 1) -> HTTPException:
 
 
 def require_view(monitor: RunMonitor) -> RunView:
-    """The newest one; not now, where Redis has not answered since control began."""
+    """The present view; responds with 503 if Redis has not answered since control's start."""
     if monitor.view is None:
         raise service_unavailable("Redis has not answered yet")
     return monitor.view

@@ -1,4 +1,4 @@
-"""Control's HTTP side: what is read is answered from the snapshot, as bytes that were made once for everybody."""
+"""The app and its read endpoints. They answer from memory; the larger responses are encoded once for all readers."""
 
 from typing import Annotated, Any
 
@@ -25,7 +25,7 @@ from headrace.control.models.status import Status
 from headrace.control.view.event_stream import EventStream, TooManySubscribers
 from headrace.control.view.run_monitor import RunMonitor
 
-Cursor = Annotated[str, Query(pattern=r"^([0-9]{1,15}-[0-9]{1,15})?$", description="`cursor` of an earlier answer.")]
+Cursor = Annotated[str, Query(pattern=r"^([0-9]{1,15}-[0-9]{1,15})?$", description="`cursor` of an earlier response.")]
 GroupName = Annotated[str, Path(min_length=1, max_length=200, examples=["0-17", "eval-41-3"])]
 
 
@@ -39,12 +39,12 @@ def make_app(
 
     @app.get("/healthz", operation_id="healthz", tags=["status"])
     async def healthz() -> dict[str, str]:
-        """Control itself answers; open to everybody."""
+        """Control is running. Needs no token."""
         return {"status": "ok"}
 
     @app.get("/auth", operation_id="check_token", tags=["status"], status_code=204, responses=error_responses(401))
     async def check_token(request: Request) -> Response:
-        """Whether the token that comes with this call is the run's."""
+        """Checks the token of this request."""
         await guard(request)
         return Response(status_code=204)
 
@@ -55,7 +55,7 @@ def make_app(
         app, ControlMetrics(monitor, requests), tags=["status"], dependencies=reading, responses=error_responses(401)
     )
     app.include_router(_status_router(monitor), dependencies=reading, responses=error_responses(401, 503))
-    app.include_router(_rows_router(monitor), dependencies=reading, responses=error_responses(401, 503))
+    app.include_router(_history_router(monitor), dependencies=reading, responses=error_responses(401, 503))
     app.include_router(command_router(monitor, commands, http, token, guard))
     return app
 
@@ -65,12 +65,12 @@ def _status_router(monitor: RunMonitor) -> APIRouter:
 
     @router.get("/status", operation_id="status", response_model=Status)
     async def status() -> Response:
-        """The whole run at a glance, from at most half a second ago."""
+        """The state of the whole run, at most half a second old."""
         return _json(require_view(monitor).status_json)
 
     @router.get("/replicas", operation_id="replicas", response_model=Replicas)
     async def replicas() -> Response:
-        """Those that live, and how many are ordered and advised."""
+        """The live replicas, and how many are desired and advised."""
         return _json(require_view(monitor).replicas_json)
 
     @router.get("/replicas/{id}", operation_id="replica", responses=error_responses(404, 422))
@@ -78,7 +78,7 @@ def _status_router(monitor: RunMonitor) -> APIRouter:
         for one in require_view(monitor).replicas.replicas:
             if one.id == id:
                 return one
-        raise HTTPException(404, "no live replica has that name")
+        raise HTTPException(404, "no live replica has this id")
 
     @router.get("/settings", operation_id="settings", tags=["settings"])
     async def settings() -> SettingsResponse:
@@ -98,33 +98,33 @@ def _status_router(monitor: RunMonitor) -> APIRouter:
 _EVENT_STREAM: dict[int | str, dict[str, Any]] = {
     200: {
         "description": (
-            "`status` (Status) and `replicas` (Replicas) at first and when changed, at most once a second; `step` (a "
-            "row, named as the columns of History.steps; it makes rows of its step and later ones void); `evaluation` "
-            "(Evaluation); `group` (GroupSummary); `event` (Event). Who falls behind is dropped and comes back."
+            "`status` (Status) and `replicas` (Replicas) on connect and on change, at most once a second; `step` (a "
+            "row with the columns of History.steps; it replaces rows of its step and all later ones); `evaluation` "
+            "(Evaluation); `group` (GroupSummary); `event` (Event). A client that falls behind is disconnected."
         ),
         "content": {"text/event-stream": {"schema": {"type": "string"}}},
     }
 }
 
 
-def _rows_router(monitor: RunMonitor) -> APIRouter:
+def _history_router(monitor: RunMonitor) -> APIRouter:
     router = APIRouter(tags=["rows"])
 
     @router.get("/history", operation_id="history", response_model=History, responses=error_responses(422))
     async def history(after: Cursor = "", max_points: Annotated[int, Query(ge=1, le=5000)] = 1000) -> Response:
-        """Every step's numbers, or those that came after a cursor."""
+        """The numbers of every step, or of those after a cursor."""
         require_view(monitor)
         return _json(monitor.history.answer(after, max_points))
 
     @router.get("/evaluations", operation_id="evaluations")
     async def evaluations() -> list[Evaluation]:
-        """In the order of their steps."""
+        """All evaluations, in the order of their steps."""
         require_view(monitor)
         return monitor.history.evaluations
 
     @router.get("/events/recent", operation_id="recent_events", response_model=Events, responses=error_responses(422))
     async def recent_events(limit: Annotated[int, Query(ge=1, le=700)] = 100) -> Events:
-        """What has happened lately, steps aside."""
+        """Recent events, without steps."""
         require_view(monitor)
         return Events(events=monitor.event_log.newest(limit))
 
@@ -136,7 +136,7 @@ def _rows_router(monitor: RunMonitor) -> APIRouter:
         replica: Annotated[str | None, Query(min_length=1, max_length=200)] = None,
         limit: Annotated[int, Query(ge=1, le=256)] = 50,
     ) -> Groups:
-        """A sample of what the model has written lately."""
+        """A sample of recent groups, the newest first."""
         require_view(monitor)
         wanted = {"kind": kind, "state": state, "step": step, "replica": replica}
         asked = {name: value for name, value in wanted.items() if value is not None}
@@ -149,10 +149,10 @@ def _rows_router(monitor: RunMonitor) -> APIRouter:
 
     @router.get("/groups/{id}", operation_id="group", responses=error_responses(404, 422))
     async def group(id: GroupName) -> GroupDetail:
-        """Token by token: which weights sampled it, and what learner and engine thought of it."""
+        """One group token by token: weight versions, and the log-probabilities of engine and learner."""
         require_view(monitor)
         if (detail := monitor.groups.detail(id)) is None:
-            raise HTTPException(404, "no such group among the recent ones that are kept")
+            raise HTTPException(404, "no such group among those that control keeps")
         return detail
 
     return router

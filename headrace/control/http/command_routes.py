@@ -1,4 +1,4 @@
-"""The routes that change something: each writes an order, and answers with the run as it stands after it."""
+"""The endpoints that change a run: each writes a command to Redis and responds with the status after it."""
 
 from collections.abc import Awaitable
 from typing import Annotated
@@ -26,66 +26,70 @@ def command_router(
     router = APIRouter(dependencies=[Depends(guard)], responses=error_responses(401, 503), tags=["commands"])  # type: ignore[arg-type]
 
     async def accepted(writing: Awaitable[object], text: str) -> CommandAccepted:
-        """Writes an order and looks again."""
+        """Writes a command and refreshes the view."""
         await _write_or_503(writing)
         await monitor.refresh()
         return CommandAccepted(text=text, status=None if monitor.view is None else monitor.view.status)
 
     @router.post("/pause", operation_id="pause")
     async def pause(request: Request) -> CommandAccepted:
-        """No steps and no tickets, after the step in progress, until resumed."""
+        """Pauses the run after the step in progress: no steps and no tickets until it is resumed."""
         return await accepted(commands.pause(caller_of(request)), "paused after the step in progress")
 
     @router.post("/resume", operation_id="resume")
     async def resume(request: Request) -> CommandAccepted:
-        return await accepted(commands.resume(caller_of(request)), "steps and tickets go on")
+        """Resumes a paused run."""
+        return await accepted(commands.resume(caller_of(request)), "steps and tickets continue")
 
     @router.post("/checkpoint", operation_id="checkpoint")
     async def checkpoint(request: Request) -> CommandAccepted:
+        """Writes a checkpoint after the step in progress."""
         return await accepted(commands.checkpoint(caller_of(request)), "a checkpoint follows the step in progress")
 
     @router.post("/evaluations", operation_id="request_evaluation")
     async def request_evaluation(request: Request) -> CommandAccepted:
-        """Held-out accuracy of the newest weights, beside training."""
+        """Evaluates the newest weights on held-out prompts while training goes on."""
         return await accepted(commands.evaluate(caller_of(request)), "an evaluation follows the step in progress")
 
     @router.post("/stop", operation_id="stop")
     async def stop(request: Request) -> CommandAccepted:
-        """Ends the run after the step in progress, with a checkpoint; started again, it goes on from there."""
+        """Ends the run after the step in progress, with a checkpoint. A later start continues from there."""
         return await accepted(
             commands.stop(caller_of(request)), "the run stops after the step in progress, with a checkpoint"
         )
 
     @router.put("/replicas/desired", operation_id="set_desired_replicas", responses=_WITH_BODY)
-    async def set_desired_replicas(request: Request, demand: DesiredReplicas) -> CommandAccepted:
-        """How many replicas the run's launcher keeps; 409 where none would obey, 422 where it lacks the GPUs."""
-        number, launcher = demand.replicas, require_view(monitor).status.replicas.launcher
+    async def set_desired_replicas(request: Request, body: DesiredReplicas) -> CommandAccepted:
+        """Sets how many replicas the launcher keeps running: 409 without a launcher, 422 if it lacks the GPUs."""
+        number, launcher = body.replicas, require_view(monitor).status.replicas.launcher
         if number is not None and launcher is None:
-            raise HTTPException(409, "no launcher keeps this run's replicas: nobody would obey")
+            raise HTTPException(
+                409, "no launcher keeps the replicas of this run, so a target would have no effect; start headrace up"
+            )
         try:
             parse_launcher(launcher or "").refuse(number or 0)
         except ValueError as error:
             raise HTTPException(422, str(error)) from error
-        text = "no number is ordered any more" if number is None else f"{number} replicas ordered"
+        text = "the replica target is cleared" if number is None else f"the replica target is {number}"
         return await accepted(commands.scale(number, caller_of(request)), text)
 
     @router.post("/replicas/{id}/drain", operation_id="drain_replica", responses=error_responses(404, 422))
     async def drain_replica(request: Request, id: ReplicaName) -> CommandAccepted:
-        """It finishes or hands back its tickets, then ends. A launcher starts another unless fewer are ordered."""
+        """The replica finishes or hands back its tickets, then exits. The launcher replaces it up to the target."""
         found = [replica for replica in require_view(monitor).replicas.replicas if replica.id == id]
         if not found:
-            raise HTTPException(404, "no live replica has that name")
+            raise HTTPException(404, "no live replica has this id")
         try:
             await drain(http, found[0].url, token)
         except DrainFailed as error:
             raise service_unavailable(str(error)) from error
         return await accepted(
-            commands.record_drain(id, caller_of(request)), "it finishes or hands back its tickets, then ends"
+            commands.record_drain(id, caller_of(request)), "the replica finishes or hands back its tickets, then exits"
         )
 
     @router.patch("/settings", operation_id="change_settings", responses=_WITH_BODY, tags=["settings"])
     async def change_settings(request: Request, change: SettingsChange) -> SettingsResponse:
-        """Settings count from the learner's next step; all of a change or none of it."""
+        """Changes settings from the learner's next step: all of the given ones or none."""
         config: RunConfig = require_view(monitor).config
         try:
             await _write_or_503(commands.change_settings(config, change.settings, change.version, caller_of(request)))

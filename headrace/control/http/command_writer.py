@@ -1,6 +1,6 @@
-"""Writes what a caller orders where everybody obeys it, and an event of who ordered what beside it, in one step.
+"""Writes commands to Redis, where learner, replicas and launcher read them, and an event that names the caller.
 
-Nothing is kept here: an order stands in Redis, and outlives control. A write may arrive twice and does no harm then.
+Commands are stored in Redis only and outlive control. They are idempotent: a write that arrives twice does no harm.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from headrace.common.wire.desired_state import (
 
 COMMAND_DEADLINE_S = 5.0
 MAX_ATTEMPTS = 10
-"""Of changes of settings that were overtaken by others."""
+"""Attempts at a change of settings while others change them at the same time."""
 
 CHANGE_SETTINGS = """
 local standing = redis.call('HGET', KEYS[1], ARGV[1]) or ''
@@ -40,15 +40,15 @@ return 1
 
 
 class RedisUnavailable(RuntimeError):
-    """Redis does not answer, so that nobody knows whether the order stands; asked again, it does no harm."""
+    """Redis does not answer, so it is unknown whether the command was stored. Sending it again does no harm."""
 
 
 class VersionConflict(RuntimeError):
-    """The settings are of another version than the caller knew."""
+    """The settings have another version than the caller expects."""
 
 
 class CommandWriter:
-    """Of one run."""
+    """Writes the commands of one run."""
 
     def __init__(self, client: redis.asyncio.Redis, keys: Keys) -> None:
         self._client = client
@@ -70,7 +70,7 @@ class CommandWriter:
         await self._write("evaluate", caller, ("HINCRBY", self._keys.control, EVALUATIONS, 1))
 
     async def scale(self, replicas: int | None, caller: str) -> None:
-        """None: no number is ordered any more."""
+        """None clears the target."""
         keys = self._keys
         command: tuple[Any, ...] = ("HSET", keys.control, DESIRED_REPLICAS, replicas)
         if replicas is None:
@@ -78,22 +78,22 @@ class CommandWriter:
         await self._write("scale", caller, command, replicas=replicas)
 
     async def record_drain(self, replica: str, caller: str) -> None:
-        """The order itself went to the replica."""
+        """Writes the event only: the request itself went to the replica."""
         await self._write("drain", caller, None, replica=replica)
 
     async def change_settings(
         self, config: RunConfig, changes: Mapping[str, int | float | None], version: int | None, caller: str
     ) -> Settings:
-        """What stands now. `None`: as configured again. Raises `ValueError` naming what is wrong, or `Overtaken`."""
+        """Returns the new settings. `None` resets one. Raises `ValueError` for invalid ones, or `VersionConflict`."""
         configured = hot_values(config)
         unknown = [name for name in changes if name not in configured]
         if unknown:
-            with_settings(config, {unknown[0]: 0})  # which says what can be changed
+            with_settings(config, {unknown[0]: 0})  # raises, naming what can be changed
         for _ in range(MAX_ATTEMPTS):
             standing = await self._with_deadline(self._client.hget(self._keys.control, SETTINGS)) or b""
             before = parse_orders({SETTINGS.encode(): standing}).settings
             if version is not None and version != before.version:
-                raise VersionConflict(f"the settings are of version {before.version}, not {version}")
+                raise VersionConflict(f"the settings have version {before.version}, not {version}: read them again")
             wanted = {**before.values, **changes}
             values: dict[str, int | float | None] = {
                 name: value for name, value in wanted.items() if value is not None and name in configured
@@ -102,12 +102,12 @@ class CommandWriter:
             settings = Settings(before.version + 1, values)
             if await self._swap_settings(standing, settings, changes, caller):
                 return settings
-        raise VersionConflict("the settings are being changed by others all the time")
+        raise VersionConflict(f"others have changed the settings {MAX_ATTEMPTS} times meanwhile: try again")
 
     async def _swap_settings(
         self, standing: bytes, settings: Settings, changes: Mapping[str, int | float | None], caller: str
     ) -> bool:
-        """False if others were there first."""
+        """False if another change came first."""
         told = ", ".join(f"{name} {'as configured' if value is None else value}" for name, value in changes.items())
         event = {
             "by": caller,

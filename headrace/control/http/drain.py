@@ -1,4 +1,4 @@
-"""Asks a replica to leave: at its own address, with the run's token, and with a deadline."""
+"""Asks a replica to drain: at its own address, with the token of the run and a deadline."""
 
 import asyncio
 
@@ -11,12 +11,12 @@ DRAIN_DEADLINE_S = 5.0
 
 
 class DrainFailed(RuntimeError):
-    """Of the replica."""
+    """The replica has not accepted the request."""
 
 
 async def drain(client: httpx.AsyncClient, url: str, token: str) -> None:
     if not is_url(url):
-        raise DrainFailed("the replica's address is none")
+        raise DrainFailed(f"the replica's address {url!r} is not a URL")
     try:
         async with (
             asyncio.timeout(DRAIN_DEADLINE_S),
@@ -26,4 +26,4 @@ async def drain(client: httpx.AsyncClient, url: str, token: str) -> None:
     except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
         raise DrainFailed(f"the replica does not answer ({type(error).__name__})") from error
     if status != 200:
-        raise DrainFailed(f"the replica answers {status}")
+        raise DrainFailed(f"the replica responded with HTTP {status}")

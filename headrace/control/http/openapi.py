@@ -1,4 +1,4 @@
-"""The OpenAPI document as generated clients need it: errors are problems, and it is said what needs the token."""
+"""The OpenAPI document for generated clients: with problem details as errors, and marks on what needs the token."""
 
 from typing import Any
 
@@ -8,16 +8,16 @@ from fastapi.openapi.utils import get_openapi
 from headrace.control.models.base import Problem
 
 SCHEME = "token"
-DESCRIPTION = """The front door of a Headrace run. What changes something needs the run's token, as a bearer.
+DESCRIPTION = """Observe and control a Headrace run. Requests that change something need the run's bearer token.
 
-Errors are problem details (RFC 9457). Everything that is read comes from one snapshot, at most half a second old.
+Errors are problem details (RFC 9457). All data comes from one view of the run that is at most half a second old.
 """
 OPEN = {"healthz"}
-"""Operations that never ask for the token."""
+"""Operations that never need the token."""
 
 
 def openapi_of(app: FastAPI, protect_reads: bool) -> dict[str, Any]:
-    """Made once and kept, as FastAPI does."""
+    """Generated once and cached, as FastAPI does."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version="1", description=DESCRIPTION, routes=app.routes)
         schemas = document["components"]["schemas"]

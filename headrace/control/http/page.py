@@ -1,4 +1,4 @@
-"""The live page: files of one folder, from this origin and nowhere else."""
+"""Serves the live page: files of one folder. Its security policy lets it load nothing from elsewhere."""
 
 from pathlib import Path
 
@@ -46,11 +46,11 @@ def page_router(folder: Path = PAGE) -> APIRouter:
 
 
 def _file(folder: Path, name: str) -> FileResponse:
-    """Raises 404 for whatever is not a file of a known type below `folder`."""
+    """Responds with 404 unless it is a file of a known type below `folder`."""
     try:
         path = (folder / name).resolve()
         is_ours = path.is_relative_to(folder.resolve()) and path.suffix in TYPES and path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # not a valid file name
         is_ours = False
     if not is_ours:
         raise HTTPException(404, "the page has no such file")

@@ -1,7 +1,7 @@
-"""What control's `/metrics` says: the whole run, from the snapshot, and control itself.
+"""The Prometheus metrics at control's `/metrics`: of the whole run, and of control itself.
 
-To scrape control alone is enough for the alerts and the dashboard under deploy/. A scrape reads memory only: it costs
-Redis nothing, and answers while Redis is away.
+Scraping control alone is enough for the alerts and the dashboard under deploy/. A scrape reads memory only: it costs
+Redis nothing, and works while Redis does not answer.
 """
 
 from headrace.common.metrics.families import Families
@@ -20,7 +20,7 @@ LEVELS = {"healthy": 0, "ended": 0, "waiting": 1, "warning": 2, "failed": 3}
 
 
 class ControlMetrics:
-    """Call it at each scrape, in control's event loop."""
+    """Call it for each scrape, in control's event loop."""
 
     def __init__(self, monitor: RunMonitor, requests: RequestTotals) -> None:
         self._monitor = monitor
@@ -100,7 +100,7 @@ def _add_verdict(families: Families, status: Status) -> None:
 
 
 def _add_rates(families: Families, status: Status) -> None:
-    """Over the last steps, as the page shows them; rates of other windows are made of the counters."""
+    """The rates that the page shows, over the last steps; rates over other windows follow from the counters."""
     rates = status.rates
     families.gauge("headrace_steps_per_hour", "Pace of the last steps.", rates.steps_per_hour)
     text = "Share of its time that the learner waited for groups, over the last steps."

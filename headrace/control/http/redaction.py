@@ -1,4 +1,4 @@
-"""The configuration as it may be shown: without what could be a secret."""
+"""Hides everything in a configuration that could be a secret."""
 
 import re
 from typing import Any
@@ -11,7 +11,7 @@ _IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 def redact_secrets(settings: Any, name: str = "") -> Any:
-    """Text under a name that says secret is hidden, and so is who signs in within a URL."""
+    """Hides strings whose name suggests a secret, and credentials in URLs."""
     if isinstance(settings, dict):
         return {key: redact_secrets(value, str(key)) for key, value in settings.items()}
     if isinstance(settings, list):
@@ -22,7 +22,7 @@ def redact_secrets(settings: Any, name: str = "") -> Any:
 
 
 def _of_list(values: list[Any], place: int, name: str) -> Any:
-    """A command line's argument is named by itself or by the one before."""
+    """In a command line an argument is named by itself (`--x=y`) or by the argument before it."""
     value, before = values[place], values[place - 1] if place else ""
     if isinstance(value, str) and value.startswith("-"):
         flag, is_assigned, assigned = value.partition("=")

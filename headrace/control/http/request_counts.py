@@ -1,4 +1,4 @@
-"""Counts the requests of an app by route, as ASGI middleware: it looks at what passes, and holds nothing up."""
+"""ASGI middleware that counts and times requests by route."""
 
 import time
 from collections import Counter
@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from headrace.common.metrics.families import SHORT_S, Families, Histogram
 
 STREAM = "/events"
-"""Lasts as long as its page is open; its time would say nothing."""
+"""Lasts as long as the page is open, so it is not timed."""
 
 
 class RequestTotals:
@@ -31,7 +31,7 @@ class RequestTotals:
 
 
 class CountRequests:
-    """Around an app; `totals` is told of each request that it answers."""
+    """Wraps an app and adds each of its requests to `totals`."""
 
     def __init__(self, app: ASGIApp, totals: RequestTotals) -> None:
         self._app = app
@@ -43,14 +43,14 @@ class CountRequests:
             return
         started, status = time.monotonic(), 500
 
-        async def see(message: Message) -> None:
+        async def observe(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
-            await self._app(scope, receive, see)
+            await self._app(scope, receive, observe)
         finally:
             route = getattr(scope.get("route"), "path", "none")
             method = scope["method"] if scope.get("route") else "none"

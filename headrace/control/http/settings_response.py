@@ -1,4 +1,4 @@
-"""What `/settings` says: what may change, what stands, what was configured, with secrets left out. Pure."""
+"""The response of `/settings`: present and configured values, without secrets. Pure."""
 
 from functools import cache
 
@@ -13,7 +13,7 @@ def settings_response_of(view: RunView) -> SettingsResponse:
     configured, standing = hot_values(view.config), view.orders.settings
     try:
         values = hot_values(with_settings(view.config, standing.values))
-    except ValueError:  # a later life's configuration may not go together with what stands
+    except ValueError:  # the configuration of a restarted run may contradict earlier changes
         values = configured | {name: value for name, value in standing.values.items() if name in configured}
     return SettingsResponse(
         version=standing.version,

@@ -1,1 +1,1 @@
-"""What control reads of a run: Redis in one round trip, the learner's answers, history and samples in memory."""
+"""What control reads from a run: Redis in one round trip, the learner's status, history and samples kept in memory."""

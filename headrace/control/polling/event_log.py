@@ -1,6 +1,7 @@
-"""What has happened lately, in words: the newest entries of the stream `events`, and what swaps say of a replica.
+"""The latest events of a run, each with one line of text, and the swap pauses of each replica.
 
-Steps are not among them: they are in the history. Swaps are many, and kept apart, so that they push nothing else out.
+Steps are not included; they are in the history. Swaps are frequent and kept separately, so that they do not push out
+other events.
 """
 
 import statistics
@@ -18,11 +19,11 @@ MAX_SWAPS = 200
 MAX_OTHER_EVENTS = 500
 MAX_EVENT_BYTES = 1 << 16
 MAX_REPLICAS = 1000
-"""Whose swaps are remembered."""
+"""Replicas whose swaps are remembered."""
 
 
 class _Swaps:
-    """Of one replica."""
+    """The swaps of one replica."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -54,7 +55,7 @@ class EventLog:
         self._by_replica: dict[str, _Swaps] = {}
 
     def add(self, entry: Entry) -> Event | None:
-        """The event, if it is one to be told."""
+        """Adds an entry; returns its event, or None for steps and invalid entries."""
         entry_id, fields = entry
         kind, payload = fields.get(b"kind", b"").decode(errors="replace"), fields.get(b"event", b"")
         if kind == "step" or len(payload) > MAX_EVENT_BYTES:
@@ -84,7 +85,7 @@ class EventLog:
 
 
 def describe(kind: str, event: dict[str, Any]) -> str:
-    """One line for people, whatever is missing."""
+    """One line for people, even if fields are missing."""
 
     def number(name: str, form: str) -> str:
         value = event.get(name)
@@ -94,12 +95,12 @@ def describe(kind: str, event: dict[str, Any]) -> str:
         return text
     if kind == "swap":
         return (
-            f"{event.get('replica')} works with version {event.get('version')}; paused {number('pause_ms', '.0f')} ms"
+            f"{event.get('replica')} uses weight version {event.get('version')}; paused {number('pause_ms', '.0f')} ms"
         )
     if kind == "evaluation":
         return f"held-out pass@1 {number('held_out', '.3f')} after step {event.get('step')}"
     if kind == "redis_lost":
-        return f"Redis had lost what came after step {event.get('step')}; {event.get('num_reissued')} tickets again"
+        return f"Redis lost its data after step {event.get('step')}; {event.get('num_reissued')} tickets reissued"
     shown = ", ".join(
         f"{name} {value}" for name, value in list(event.items())[:8] if not isinstance(value, list | dict)
     )

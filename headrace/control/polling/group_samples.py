@@ -1,6 +1,6 @@
-"""The groups that the learner has shown, for people to read: the newest of them in memory, as they came.
+"""Keeps the newest group samples that the learner has published, for people to read.
 
-A group is decoded whole only when somebody opens it; what they take in memory is bounded, the oldest go first.
+Only the summary of a group is decoded until somebody opens it. Memory is bounded; the oldest groups are dropped first.
 """
 
 from collections import OrderedDict

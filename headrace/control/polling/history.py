@@ -1,7 +1,7 @@
-"""The run's numbers in memory, as columns: a row a step, beside them the evaluations.
+"""The numbers of a run in memory, as columns with one row per step, and the evaluations.
 
-The last row of a step wins; a step that is taken again, after a restart from an earlier checkpoint, makes those after
-it void. Answers are thinned evenly, and the same question is answered from the bytes of before.
+The last row of a step wins. A step that is repeated after a restart from an earlier checkpoint replaces its row and all
+later ones. Responses are thinned evenly, and encoded responses are cached.
 """
 
 import math
@@ -20,7 +20,7 @@ from headrace.control.polling.redis_poll import Entry, parse_entry_id
 MAX_COLUMNS = 200
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 MAX_ANSWERS = 16
-"""Kept as bytes, for the many pages that ask the same."""
+"""Encoded responses in the cache, for many pages with the same request."""
 RENAMED = {"time_s": "at"}
 
 
@@ -28,7 +28,7 @@ class RunHistory:
     def __init__(self) -> None:
         self._ids: list[tuple[int, int]] = []
         self._columns: dict[str, array[float]] = {"step": array("d")}
-        """NaN: no such number in that row."""
+        """NaN: the row has no such number."""
         self._evaluations: dict[int, tuple[tuple[int, int], Evaluation]] = {}
         self._last_id = "0-0"
         self._answers: OrderedDict[tuple[str, str, int], bytes] = OrderedDict()
@@ -41,7 +41,7 @@ class RunHistory:
         return [self._evaluations[step][1] for step in sorted(self._evaluations)]
 
     def add(self, entry: Entry) -> tuple[str, Any] | None:
-        """Adds a row; what readers are told of it: its kind, and the step's numbers or the evaluation."""
+        """Adds a row; returns its kind with the numbers of the step or the evaluation, or None for an invalid row."""
         entry_id, fields = entry
         kind = fields.get(b"kind")
         try:
@@ -82,7 +82,7 @@ class RunHistory:
         return {name: _or_none(column[index]) for name, column in self._columns.items()}
 
     def latest(self, name: str, count: int) -> list[float]:
-        """What the last `count` steps have said of `name`, the newest last; without those that said nothing."""
+        """The values of `name` in the last `count` steps, the newest last, without steps that have none."""
         column = self._columns.get(name)
         return [] if column is None else [value for value in column[-count:] if not math.isnan(value)]
 

@@ -1,7 +1,6 @@
-"""Asks the learner how it is, so that a frozen one is seen: what stands in Redis of it looks as well as ever.
+"""Probes the learner's `/status` every second, with a deadline. It detects a frozen learner, which Redis does not.
 
-Its answer also has what Redis does not: how groups were counted, and what it waits for. Asked every second, with a
-deadline; whoever has told no address is not asked.
+Its answer also has what is not in Redis: group counts and present waits. Without a known address there is no probe.
 """
 
 import asyncio
@@ -25,7 +24,7 @@ class LearnerWait(msgspec.Struct):
 
 
 class LearnerStatus(msgspec.Struct):
-    """Of its `/status` what is used here."""
+    """The fields of its `/status` that control uses."""
 
     epoch: int = 0
     step: int = 0
@@ -34,18 +33,18 @@ class LearnerStatus(msgspec.Struct):
 
 
 class LearnerProbe:
-    """`follow` the address that Redis tells; `status` is the latest answer."""
+    """`follow` the learner's address from Redis; `status` is the latest answer."""
 
     def __init__(self, client: httpx.AsyncClient) -> None:
         self._client = client
         self._url = ""
         self._answered = time.monotonic()
         self.status: LearnerStatus | None = None
-        """Kept when it stops answering."""
+        """Kept when the learner stops answering."""
         self.is_answering = False
 
     def follow(self, url: str) -> None:
-        """Another address is another learner, and has from now on to answer."""
+        """A new address is another learner; its silence counts from now on."""
         if url != self._url:
             self._url, self._answered, self.is_answering = url, time.monotonic(), False
 
@@ -78,5 +77,5 @@ class LearnerProbe:
             async for part in response.aiter_bytes():
                 body += part
                 if len(body) > MAX_ANSWER_BYTES:
-                    raise ValueError("more than a status")
+                    raise ValueError("the answer is larger than a status")
         return msgspec.json.decode(body, type=LearnerStatus)

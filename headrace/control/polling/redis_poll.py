@@ -1,7 +1,7 @@
-"""One look at a run in Redis: the same few commands in one round trip, however many readers control has.
+"""Polls a run in Redis: the same few commands in one round trip, however many readers control has.
 
-Streams are read on from where the last look ended, a bounded part at a time; what is no heartbeat or no number is
-passed over, so that nothing in Redis can stop the looking.
+Each poll continues the streams where the last one ended, and reads a bounded number of entries. Invalid heartbeats and
+numbers are skipped, so that no content of Redis can stop the polling.
 """
 
 import contextlib
@@ -16,20 +16,20 @@ from headrace.common.wire.desired_state import Orders, parse_orders
 from headrace.control.models.status import Queues
 
 MAX_ROWS = 2000
-"""Of a stream in one look."""
+"""Entries of a stream in one poll."""
 MAX_FIRST_EVENTS = 2000
-"""Events and shown groups from before control began are read from the newest."""
+"""At its start control reads only this many of the newest events."""
 MAX_SHOWN_ROWS = 32
-"""Of up to a megabyte each."""
+"""Group samples in one poll; each has up to a megabyte."""
 SCAN_COUNT = 1000
 MAX_TEXT_CHARS = 500
 
 Entry = tuple[str, dict[bytes, bytes]]
-"""A stream's entry: its id and fields."""
+"""An entry of a stream: its id and fields."""
 
 
 class PollResult(NamedTuple):
-    """What stood in Redis at one time; of the streams what had come since the look before."""
+    """The state in Redis at one time, and the stream entries since the previous poll."""
 
     learner: dict[str, str]
     orders: Orders
@@ -42,13 +42,13 @@ class PollResult(NamedTuple):
     history: list[Entry]
     shown: list[Entry]
     dead_reason: str
-    """Of the ticket that died last; empty: none is dead."""
+    """Of the latest dead letter; empty: there is none."""
     is_behind: bool
-    """There is more of a stream to be read at once."""
+    """A stream has more entries, so the next poll should follow at once."""
 
 
 class RedisPoller:
-    """Remembers which replicas there are, and how far it has read each stream."""
+    """Remembers the known replicas, and the position in each stream."""
 
     def __init__(self, client: redis.asyncio.Redis, keys: Keys) -> None:
         self._client = client
@@ -58,16 +58,16 @@ class RedisPoller:
         self._scan_cursor = 0
         self._replica_keys: list[bytes] = []
         self.num_commands = 0
-        """Sent to Redis by this reader, ever."""
+        """Commands sent to Redis so far."""
 
     async def poll(self) -> PollResult:
         """Raises `redis.RedisError`."""
         names = self._replica_keys
         async with self._client.pipeline(transaction=False) as pipe:
-            self._ask(pipe, names)
+            self._queue_commands(pipe, names)
             self.num_commands += len(pipe)
             found: list[Any] = await pipe.execute(raise_on_error=False)
-        pending = found.pop(0)  # an error where no ticket was ever issued
+        pending = found.pop(0)  # an error if no ticket has been issued yet
         for answer in found:
             if isinstance(answer, Exception):
                 raise answer
@@ -76,7 +76,7 @@ class RedisPoller:
         self._events_after, is_first = _last_id(events, self._events_after), self._events_after is None
         self._history_after = _last_id(history, self._history_after)
         self._shown_after = _last_id(shown, self._shown_after)
-        heartbeats = self._take_replicas(names, beats, cursor, scanned)
+        heartbeats = self._update_replicas(names, beats, cursor, scanned)
         tickets, groups, evaluations, dead = lengths
         leased = pending.get("pending", 0) if isinstance(pending, dict) else 0
         return PollResult(
@@ -100,7 +100,7 @@ class RedisPoller:
             is_behind=len(history) == MAX_ROWS or len(shown) == MAX_SHOWN_ROWS or (len(events) >= MAX_ROWS),
         )
 
-    def _ask(self, pipe: Any, names: list[bytes]) -> None:
+    def _queue_commands(self, pipe: Any, names: list[bytes]) -> None:
         keys = self._keys
         pipe.xpending(keys.tickets, TICKET_GROUP)
         pipe.hgetall(keys.learner)
@@ -120,10 +120,10 @@ class RedisPoller:
         pipe.scan(self._scan_cursor, match=keys.replicas + "*", count=SCAN_COUNT)
         pipe.mget(names or [keys.replicas.encode()])
 
-    def _take_replicas(
+    def _update_replicas(
         self, names: list[bytes], beats: list[bytes | None], cursor: int, scanned: list[bytes]
     ) -> list[Heartbeat]:
-        """A replica is known one look after its key was found; a large Redis is scanned over several looks."""
+        """A replica is known one poll after its key was found; a large Redis is scanned over several polls."""
         self._scan_cursor = cursor
         live = {name for name, beat in zip(names, beats, strict=False) if beat is not None}
         self._replica_keys = sorted(live | set(scanned))
@@ -141,7 +141,7 @@ def _last_id(rows: list[Any], before: str | None) -> str:
 
 
 def parse_entry_id(entry_id: str) -> tuple[int, int]:
-    """Of a stream's entry ids, as they follow each other."""
+    """The id of a stream entry as numbers that compare in stream order."""
     milliseconds, _, sequence = entry_id.partition("-")
     return int(milliseconds), int(sequence or 0)
 

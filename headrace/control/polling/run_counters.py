@@ -1,4 +1,4 @@
-"""What control has seen happen since it began, for its `/metrics`: steps, swaps by replica, its own looks at Redis."""
+"""Counters since control's start, for its `/metrics`: steps, swaps by replica, and its own polls of Redis."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -11,20 +11,20 @@ from headrace.common.metrics.swaps import SwapTotals
 from headrace.control.models.history import Event
 
 MAX_REPLICAS = 1000
-"""Whose swaps are counted."""
+"""Replicas whose swaps are counted."""
 
 
 class RunCounters:
     def __init__(self) -> None:
         self.groups = GroupTotals()
-        self._looked_at = time.time()
-        self._looks = Histogram(SHORT_S)
+        self._polled_at = time.time()
+        self._polls = Histogram(SHORT_S)
         self._steps = StepTotals()
         self._swaps: dict[str, SwapTotals] = {}
 
     def observe_poll(self, seconds: float) -> None:
-        self._looks.observe(seconds)
-        self._looked_at = time.time()
+        self._polls.observe(seconds)
+        self._polled_at = time.time()
 
     def add(self, rows: Iterable[tuple[str, Any]], events: Iterable[Event]) -> None:
         for kind, row in rows:
@@ -35,7 +35,7 @@ class RunCounters:
                 self._add_swap(event.data)
 
     def _add_swap(self, event: Mapping[str, Any]) -> None:
-        """What is no number in it counts for nothing."""
+        """Ignores fields that are not numbers."""
         replica, num_bytes = event.get("replica"), event.get("bytes")
         if not isinstance(replica, str) or (replica not in self._swaps and len(self._swaps) >= MAX_REPLICAS):
             return
@@ -48,6 +48,6 @@ class RunCounters:
         for replica, totals in self._swaps.items():
             totals.collect(families, replica)
         text = "Time of a look at Redis."
-        families.histogram("headrace_control_look_seconds", text, self._looks)
+        families.histogram("headrace_control_look_seconds", text, self._polls)
         text = "When Redis last answered control, or else control began."
-        families.gauge("headrace_control_look_timestamp_seconds", text, self._looked_at)
+        families.gauge("headrace_control_look_timestamp_seconds", text, self._polled_at)

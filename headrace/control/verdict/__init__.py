@@ -1,1 +1,1 @@
-"""Is the run well? Facts in, findings out, the worst as one sentence."""
+"""Is the run well? Checks from inputs to results, and the verdict: the worst result as one sentence with advice."""

@@ -1,4 +1,4 @@
-"""What a verdict is made of: facts of the run, and what has been found in them."""
+"""The input of all checks, and the result of one check. Pure."""
 
 import re
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from typing import NamedTuple
 from headrace.control.models.status import Check, Level
 
 FINAL_PHASES = ("finished", "stopped", "starved", "failed")
+RECENT_DEAD_WINDOW_S = 600.0
 
 
 class ReplicaInput(NamedTuple):
@@ -19,10 +20,10 @@ class ReplicaInput(NamedTuple):
 
 @dataclass(frozen=True)
 class CheckInputs:
-    """What the findings are made of; durations in seconds, up to now."""
+    """The state of a run at one time; durations are in seconds and last until now."""
 
     phase: str = ""
-    """As the learner has written it; empty: none is there yet."""
+    """As the learner has written it; empty: it has not written any yet."""
     reason: str = ""
     step: int = 0
     steps: int = 0
@@ -33,21 +34,23 @@ class CheckInputs:
     no_replica_s: float = 0.0
     """Since a replica was last running."""
     learner_silent_s: float = 0.0
-    """Since the learner last answered; 0 where it has told no address."""
+    """Since the learner last answered; 0 if its address is unknown."""
     waiting_s: float = 0.0
-    """For how long the learner has had nothing to train on."""
+    """How long the learner has had nothing to train on."""
     checkpoint_failing_s: float = 0.0
     redis_unavailable_s: float = 0.0
     num_recent_dead: int = 0
+    """Dead letters that came within `RECENT_DEAD_WINDOW_S`."""
     dead_reason: str = ""
-    """Of the ticket that died last."""
+    """Of the latest dead letter."""
     held_back: str = ""
     """What the learner's guard has tightened; empty: nothing."""
     settings_unapplied_s: float = 0.0
-    """How long settings have waited for the learner."""
+    """How long changed settings have waited for the learner."""
     recent: dict[str, list[float]] = field(default_factory=dict)
-    """Of each watched metric the last steps' values."""
+    """The values of each watched metric in the last steps."""
     is_exact: bool = False
+    """Learner and engine should compute the same log-probabilities up to rounding."""
     starvation_deadline_s: float = 1800.0
     max_staleness: int = 2
 
@@ -70,5 +73,5 @@ def check_result(
 
 
 def without_duration(reason: str) -> str:
-    """Without how long it has lasted: a sentence that stands says since when beside it."""
+    """The reason without " for 12 s": the verdict shows its duration beside the sentence."""
     return re.sub(r" for \d+ s\b", "", reason).strip()

@@ -1,7 +1,7 @@
-"""What the verdict is made of, gathered from a look at Redis, the learner's answers and the history.
+"""Collects the inputs of the checks from a poll of Redis, the probe of the learner and the history.
 
-Remembers what one look does not tell: since when something has been so, how far replicas had come half a minute ago,
-how many dead letters there were ten minutes ago.
+It remembers what a single poll cannot show: how long a condition has lasted, the counters of each replica half a minute
+ago, and the number of dead letters ten minutes ago.
 """
 
 import re
@@ -14,41 +14,40 @@ from headrace.common.wire import Heartbeat
 from headrace.control.polling.history import RunHistory
 from headrace.control.polling.learner_probe import LearnerProbe
 from headrace.control.polling.redis_poll import PollResult
-from headrace.control.verdict.check_inputs import FINAL_PHASES, CheckInputs, ReplicaInput
-from headrace.control.verdict.verdict import RECENT_DEAD_WINDOW_S
+from headrace.control.verdict.check_inputs import FINAL_PHASES, RECENT_DEAD_WINDOW_S, CheckInputs, ReplicaInput
 
 RATE_WINDOW_S = 30.0
 DEAD_SAMPLE_S = 10.0
 WATCHED_METRICS = (*(one.name for one in THRESHOLDS), "skipped_updates")
 LOGPROB_GAP = numeric_gap(is_exact=True).name
-"""Only some steps say it, those with fresh tokens; it stays what it was until another does."""
+"""Only steps with fresh tokens have it; its last value counts until a later step has one."""
 STARVED = re.compile(r"(?:starved|no live replica): .*? for (\d+) s(?:;|$)")
 CHECKPOINT = "the checkpoint cannot be written"
 
 
 class ConditionTimer:
-    """Since when things have been so."""
+    """Measures how long each of several conditions has been true."""
 
     def __init__(self) -> None:
         self._since: dict[str, float] = {}
 
-    def duration_s(self, what: str, is_so: bool, now: float) -> float:
-        """How long `what` has been so; 0 if it is not."""
-        if not is_so:
-            self._since.pop(what, None)
+    def duration_s(self, condition: str, is_true: bool, now: float) -> float:
+        """How long `condition` has been true without a break, at least a millisecond; 0 if it is false."""
+        if not is_true:
+            self._since.pop(condition, None)
             return 0.0
-        return max(now - self._since.setdefault(what, now), 1e-3)
+        return max(now - self._since.setdefault(condition, now), 1e-3)
 
 
 class ReplicaRates(NamedTuple):
-    """Of a replica over the last half minute; None before it can be told."""
+    """Rates of a replica over the last half minute; None until there are two heartbeats."""
 
     tokens_per_s: float | None = None
     idle_share: float | None = None
 
 
 class ReplicaTracker:
-    """What is remembered of the replicas that are there."""
+    """Remembers recent heartbeats of the live replicas."""
 
     def __init__(self) -> None:
         self._samples: dict[str, deque[tuple[float, Heartbeat]]] = {}
@@ -62,7 +61,7 @@ class ReplicaTracker:
             samples = self._samples.setdefault(beat.replica, deque())
             self.seen_since_at.setdefault(beat.replica, now)
             if samples and (beat.serving_s < samples[-1][1].serving_s or beat.url != samples[-1][1].url):
-                samples.clear()  # it was started again under its name
+                samples.clear()  # a restart under the same name
             if not samples or beat != samples[-1][1]:
                 samples.append((now, beat))
             while len(samples) > 2 and now - samples[1][0] > RATE_WINDOW_S:
@@ -81,7 +80,7 @@ class ReplicaTracker:
 
 
 class CheckInputCollector:
-    """One for the life of control; call `facts` after every look, and after every one that failed."""
+    """Call `inputs` after every poll, successful or not."""
 
     def __init__(self) -> None:
         self.replicas = ReplicaTracker()
@@ -132,7 +131,7 @@ class CheckInputCollector:
         )
 
     def _num_recent_dead(self, count: int, now: float) -> int:
-        """By how many the dead letters have grown; retried and purged ones make it less."""
+        """The growth of the dead letters within the window; retried and purged ones reduce it."""
         if not self._dead_letters or now - self._dead_letters[-1][0] >= DEAD_SAMPLE_S:
             self._dead_letters.append((now, count))
         while len(self._dead_letters) > 1 and now - self._dead_letters[0][0] > RECENT_DEAD_WINDOW_S:

@@ -1,6 +1,6 @@
-"""Is learning well? What the last steps say of how far the policy is from what sampled, against thresholds. Pure.
+"""Is learning stable? Metrics of the last steps against thresholds, and what the guard has done. Pure.
 
-Thresholds are of medians over the last steps, so that one odd batch raises no alarm.
+Thresholds apply to medians over the last steps, so a single odd batch raises no alarm.
 """
 
 from headrace.common.metrics.thresholds import SMOOTHED_STEPS, THRESHOLDS, Threshold, numeric_gap
@@ -19,11 +19,11 @@ def _metric(inputs: CheckInputs, threshold: Threshold) -> CheckResult:
     values = sorted(inputs.recent.get(name, ())[-SMOOTHED_STEPS:])
     if not values:
         return check_result(name, "healthy", "not measured yet", warn=warn, alarm=alarm)
-    middle = values[len(values) // 2]
-    if not threshold.is_beyond(middle, warn):
-        return check_result(name, "healthy", f"{name} {middle:.3g}", "", middle, warn=warn, alarm=alarm)
-    level: Level = "failed" if threshold.is_beyond(middle, alarm) else "warning"
-    return check_result(name, level, f"{text} ({name} {middle:.3g})", advice, middle, warn=warn, alarm=alarm)
+    median = values[len(values) // 2]
+    if not threshold.is_beyond(median, warn):
+        return check_result(name, "healthy", f"{name} {median:.3g}", "", median, warn=warn, alarm=alarm)
+    level: Level = "failed" if threshold.is_beyond(median, alarm) else "warning"
+    return check_result(name, level, f"{text} ({name} {median:.3g})", advice, median, warn=warn, alarm=alarm)
 
 
 def _skipped_updates(inputs: CheckInputs) -> CheckResult:
@@ -31,15 +31,14 @@ def _skipped_updates(inputs: CheckInputs) -> CheckResult:
     skipped = sum(value > 0 for value in values)
     if skipped:
         level: Level = "failed" if skipped == SMOOTHED_STEPS else "warning"
-        text = f"{skipped} of the last {len(values)} steps had updates skipped: their gradient was not finite"
+        text = f"{skipped} of the last {len(values)} steps skipped updates because the gradient was not finite"
         return check_result("skipped_updates", level, text, "lower optimizer.lr", skipped, warn=1, alarm=SMOOTHED_STEPS)
     return check_result("skipped_updates", "healthy", "gradients are finite", "", 0, warn=1, alarm=SMOOTHED_STEPS)
 
 
 def _guard(inputs: CheckInputs) -> CheckResult:
     if inputs.held_back and inputs.phase not in FINAL_PHASES:
-        text = f"the guard holds the run back: {one_line(inputs.held_back)}"
-        return check_result(
-            "guard", "warning", text, "it loosens by itself; if it tightens again, keep what it has set"
-        )
-    return check_result("guard", "healthy", "the guard has nothing to do")
+        text = f"the guard has tightened the run: {one_line(inputs.held_back)}"
+        advice = "it loosens by itself; if it tightens again, configure these values"
+        return check_result("guard", "warning", text, advice)
+    return check_result("guard", "healthy", "the guard has changed nothing")

@@ -1,1 +1,1 @@
-"""The one picture of the run that each reader is answered from, and the stream that pages follow."""
+"""The view of the run that every reader gets, refreshed twice a second, and the event stream to the open pages."""

@@ -1,6 +1,6 @@
-"""Server-sent events for any number of pages: each message is made once, and handed to all of them as the same bytes.
+"""Server-sent events for many pages: each message is encoded once and sent to all of them as the same bytes.
 
-A page that falls behind is dropped: what waits for it is bounded, and it comes back and asks for what it has missed.
+The buffer of each page is bounded. A page that falls behind is dropped; it reconnects and reads what it has missed.
 """
 
 import asyncio
@@ -11,22 +11,22 @@ from starlette.types import Receive, Scope, Send
 
 MAX_SUBSCRIBERS = 512
 MAX_WAITING_BYTES = 256 << 10
-"""Of one page, beside what the connection holds."""
+"""Buffer of one page, in addition to the buffer of its connection."""
 COMMENT_INTERVAL_S = 15.0
 RETRY = b"retry: 2000\n\n"
 
 
 class TooManySubscribers(RuntimeError):
-    """As many pages as are served already follow."""
+    """The maximum number of pages is connected."""
 
 
 def message(name: str, payload: bytes) -> bytes:
-    """`payload` is JSON, and so one line."""
+    """`payload` is JSON on one line."""
     return b"event: %s\ndata: %s\n\n" % (name.encode(), payload)
 
 
 class Subscriber:
-    """What waits for one page."""
+    """The buffer of one page."""
 
     def __init__(self) -> None:
         self._waiting: deque[bytes] = deque()
@@ -35,7 +35,7 @@ class Subscriber:
         self.is_closed = False
 
     def put(self, part: bytes) -> bool:
-        """False if that is more than may wait: it is closed, and what waited is gone."""
+        """False if the buffer would overflow: then the subscriber is closed and its buffer dropped."""
         self._num_bytes += len(part)
         if self._num_bytes > MAX_WAITING_BYTES:
             self.close()
@@ -51,7 +51,7 @@ class Subscriber:
         self._is_anything.set()
 
     async def next(self) -> bytes:
-        """All that waits, once anything does; empty when closed."""
+        """Waits for content and returns all of it; empty when closed."""
         await self._is_anything.wait()
         self._is_anything.clear()
         found = b"".join(self._waiting)
@@ -61,24 +61,24 @@ class Subscriber:
 
 
 class Hub:
-    """The pages that follow."""
+    """All connected pages."""
 
     def __init__(self, max_subscribers: int = MAX_SUBSCRIBERS) -> None:
         self._max_subscribers = max_subscribers
         self._subscribers: set[Subscriber] = set()
         self.num_dropped = 0
-        """Pages that fell behind, ever."""
+        """Pages dropped so far because they fell behind."""
         self.num_published_bytes = 0
-        """Published, ever; each counted once, however many pages there are."""
+        """Bytes published so far, each counted once, however many pages there are."""
 
     @property
     def num_subscribers(self) -> int:
         return len(self._subscribers)
 
     def subscribe(self, *first: bytes) -> Subscriber:
-        """Who is told `first`, and then whatever is published. Raises `Full`."""
+        """A subscriber that gets `first` and then everything published. Raises `TooManySubscribers`."""
         if len(self._subscribers) >= self._max_subscribers:
-            raise TooManySubscribers(f"{self._max_subscribers} pages follow already")
+            raise TooManySubscribers(f"{self._max_subscribers} pages are connected already; close one")
         subscriber = Subscriber()
         subscriber.put(b"".join([RETRY, *first]))
         self._subscribers.add(subscriber)
@@ -89,7 +89,7 @@ class Hub:
         self._subscribers.discard(subscriber)
 
     def publish(self, part: bytes) -> None:
-        """One or more messages, to everybody."""
+        """Sends one or more messages to every page."""
         self.num_published_bytes += len(part)
         for subscriber in list(self._subscribers):
             if not subscriber.put(part):
@@ -97,13 +97,13 @@ class Hub:
                 self.num_dropped += 1
 
     async def keep_alive(self) -> None:
-        """A comment now and then, by which a page sees that it is connected."""
+        """Sends a comment at intervals, so that pages notice a broken connection."""
         while True:
             await asyncio.sleep(COMMENT_INTERVAL_S)
             self.publish(b":\n\n")
 
     def close(self) -> None:
-        """Ends every page's stream."""
+        """Ends the stream of every page."""
         for subscriber in list(self._subscribers):
             self.leave(subscriber)
 

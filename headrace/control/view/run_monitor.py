@@ -1,7 +1,7 @@
-"""The one picture of the run that every reader is answered from: looked at twice a second, whoever asks.
+"""Polls the run twice a second and keeps the view from which every request is answered.
 
-Neither requests nor connected pages cost Redis anything. While Redis is away the last good picture stands, and its
-verdict says so. What is new since the look before goes to the pages that follow.
+Neither requests nor open pages cost Redis anything. While Redis does not answer, the last view stays, and its verdict
+says so. News since the previous poll is published to the open pages.
 """
 
 import asyncio
@@ -25,14 +25,14 @@ from headrace.control.polling.learner_probe import LearnerProbe
 from headrace.control.polling.redis_poll import PollResult, RedisPoller
 from headrace.control.polling.run_counters import RunCounters
 from headrace.control.verdict.input_collector import CheckInputCollector, int_field
-from headrace.control.verdict.verdict import VerdictTracker, run_checks
+from headrace.control.verdict.verdict import VerdictTracker, all_checks
 from headrace.control.view.event_stream import Hub, message
 from headrace.control.view.status_response import Assessment, replicas_response, status_response
 
 POLL_INTERVAL_S = 0.5
 POLL_DEADLINE_S = 2.0
 PUBLISH_INTERVAL_S = 0.95
-"""At most one status a second, by looks twice a second that are never quite on time."""
+"""At most one status a second; slightly less, because polls are never quite on time."""
 _log = logging.getLogger(__name__)
 
 
@@ -40,7 +40,7 @@ class RunView(NamedTuple):
     status: Status
     replicas: Replicas
     config: RunConfig
-    """As it started."""
+    """At the start of the run."""
     orders: Orders
     applied_version: int
     """Of the settings."""
@@ -49,7 +49,7 @@ class RunView(NamedTuple):
 
 
 class RunMonitor:
-    """`picture` is None until Redis has answered once; the rest only grows."""
+    """`view` is None until Redis has answered once."""
 
     def __init__(self, run: str, poller: RedisPoller, probe: LearnerProbe, hub: Hub, config: RunConfig) -> None:
         self.run = run
@@ -61,12 +61,12 @@ class RunMonitor:
         self.event_log = EventLog()
         self.view: RunView | None = None
         self.num_polls = 0
-        """At Redis, ever."""
+        """Polls of Redis so far."""
         self._config, self._config_json = config, b""
         self.latest_poll: PollResult | None = None
-        """The newest that Redis has answered."""
+        """The latest successful poll."""
         self.counters = RunCounters()
-        """Of what is new since `picture` was first drawn."""
+        """Counts only what came after the first view."""
         self._collector = CheckInputCollector()
         self._verdict_tracker = VerdictTracker()
         self._polling = asyncio.Lock()
@@ -75,31 +75,31 @@ class RunMonitor:
         self._published_at = 0.0
 
     async def follow(self) -> None:
-        """For ever."""
+        """Refreshes the view at a fixed interval, forever."""
         while True:
             started = time.monotonic()
             await self.refresh()
             await asyncio.sleep(max(0.0, POLL_INTERVAL_S - (time.monotonic() - started)))
 
     async def refresh(self) -> None:
-        """Looks now. Who comes while somebody looks waits for a look that begins after."""
+        """Polls now. A caller that comes during a poll waits for one that begins afterwards."""
         async with self._polling:
-            is_away = False
+            is_unavailable = False
             try:
                 news = await self._read()
             except (redis.RedisError, OSError, TimeoutError) as error:
-                news, is_away = [], True
+                news, is_unavailable = [], True
                 if not self._was_unavailable:
                     _log.warning("Redis does not answer: %s", words_of(error))
             else:
                 if self._was_unavailable:
                     _log.warning("Redis answers again")
-            self._was_unavailable = is_away
-            self._update_view(is_away)
+            self._was_unavailable = is_unavailable
+            self._update_view(is_unavailable)
             self._publish(news)
 
     async def _read(self) -> list[bytes]:
-        """Messages of what is new; what was there before control is none."""
+        """Polls until the streams are read; returns messages for the pages, none for what was there before control."""
         news: list[bytes] = []
         is_behind = True
         while is_behind:
@@ -125,21 +125,21 @@ class RunMonitor:
         return news + [message("event", _json(event)) for event in events]
 
     def _take_config(self, found: bytes) -> None:
-        """Of a learner that has begun the run anew; one that cannot be read leaves the one before."""
+        """A restarted learner may have written a new configuration; an unreadable one is ignored."""
         self._config_json = found
         try:
             self._config = RunConfig.model_validate_json(found)
         except ValidationError as error:
             _log.warning("the run's configuration in Redis cannot be read: %d problems", error.error_count())
 
-    def _update_view(self, is_away: bool) -> None:
+    def _update_view(self, is_unavailable: bool) -> None:
         poll, now = self.latest_poll, time.time()
         if poll is None:
             return
         self._collector.replicas.add(poll.heartbeats, now)
-        inputs = self._collector.inputs(poll, self._config, self.probe, self.history, is_away, now)
-        findings = run_checks(inputs)
-        verdict_of = Assessment(inputs, findings, self._verdict_tracker.verdict(findings, now))
+        inputs = self._collector.inputs(poll, self._config, self.probe, self.history, is_unavailable, now)
+        results = all_checks(inputs)
+        verdict_of = Assessment(inputs, results, self._verdict_tracker.verdict(results, now))
         replicas = replicas_response(poll, self._collector.replicas, self.event_log)
         status = status_response(self.run, poll, verdict_of, replicas, self._config, self.history, self.probe, now)
         self.view = RunView(
@@ -153,7 +153,7 @@ class RunMonitor:
         )
 
     def _publish(self, news: list[bytes]) -> None:
-        """What is new at once; status and replicas when they have changed, at most once a second."""
+        """Publishes news at once, and status and replicas if they have changed, at most once a second."""
         view, now = self.view, time.monotonic()
         if view is not None and now - self._published_at >= PUBLISH_INTERVAL_S:
             told: dict[str, tuple[BaseModel, bytes]] = {
@@ -168,7 +168,7 @@ class RunMonitor:
             self.hub.publish(b"".join(news))
 
     def initial_messages(self) -> list[bytes]:
-        """What a page is told when it comes."""
+        """The first messages to a new page."""
         if self.view is None:
             return []
         return [message("status", self.view.status_json), message("replicas", self.view.replicas_json)]

@@ -1,4 +1,4 @@
-"""What `/status` and `/replicas` say, from the facts. Pure."""
+"""The responses of `/status` and `/replicas`, from a poll and the results of the checks. Pure."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,7 +18,7 @@ RATE_STEPS = 20
 
 class Assessment(NamedTuple):
     inputs: CheckInputs
-    findings: Sequence[CheckResult]
+    results: Sequence[CheckResult]
     verdict: Verdict
 
 
@@ -38,7 +38,7 @@ def status_response(
         run=run,
         at=now,
         verdict=verdict_of.verdict,
-        checks=[check_result.check for check_result in verdict_of.findings],
+        checks=[check_result.check for check_result in verdict_of.results],
         phase=inputs.phase or "loading the model",
         reason=inputs.reason,
         is_paused=inputs.is_paused,
@@ -131,7 +131,7 @@ def _remaining_s(inputs: CheckInputs, rates: Rates) -> float | None:
 
 
 def _counts(poll: PollResult, config: RunConfig, history: RunHistory, probe: LearnerProbe) -> Counts:
-    """As the learner counts; where none answers, as its last row implies."""
+    """The learner's own counts; without an answer of the learner, an estimate from its last row."""
     generated = int(_latest(history, "generated_tokens") or 0)
     if probe.status is not None:
         known = {name: max(0, count) for name, count in probe.status.counts.items() if name in Counts.model_fields}
@@ -151,11 +151,11 @@ def _counts(poll: PollResult, config: RunConfig, history: RunHistory, probe: Lea
 
 def _waits(poll: PollResult, probe: LearnerProbe) -> list[Wait]:
     if probe.is_answering and probe.status is not None:
-        told = [
+        details = [
             f"{wait.reason}{': ' if wait.detail else ''}{wait.detail} for {wait.for_s:.0f} s"
             for wait in probe.status.waits
         ]
     else:
-        told = [poll.learner["reason"]] if poll.learner.get("reason") else []
-    waits = [Wait(component="learner", detail=detail) for detail in told]
+        details = [poll.learner["reason"]] if poll.learner.get("reason") else []
+    waits = [Wait(component="learner", detail=detail) for detail in details]
     return waits + [Wait(component=beat.replica, detail=beat.reason) for beat in poll.heartbeats if beat.reason]
