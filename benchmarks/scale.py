@@ -89,7 +89,7 @@ class Stack:
         """Raises `RuntimeError` if a process has ended."""
         for service in (self.redis, self.learner, *self.replicas):
             if service.returncode is not None:
-                raise RuntimeError(f"{service.ending()}: {service.log_tail()}")
+                raise RuntimeError(f"{service.exit_summary()}: {service.log_tail()}")
         return [row for row in read_rows(self.folder / "scale" / METRICS_FILE) if row["kind"] == "step"]
 
     def wait_for_steps(self, count: int) -> list[dict[str, Any]]:

@@ -2,6 +2,6 @@
 
     python -m chaos --seed 7
 
-`schedule` says what happens, `faults` does it, `ground` is what it is done to, `observer` sees when the run works
+`schedule` says what happens, `faults` does it, `test_bed` is what it is done to, `observer` sees when the run works
 again, `accounting` counts what was lost or trained twice. The product runs as its users run it: by `headrace up`.
 """

@@ -20,10 +20,10 @@ import yaml
 from rich.console import Console
 
 from chaos.launched import Launched
-from chaos.matrix import Matrix
+from chaos.matrix import KillMatrix
 from chaos.report import print_table, problems, summarise, write_summary
 from chaos.schedule import Kind, schedule
-from chaos.test_bed import Ground, clear
+from chaos.test_bed import TestBed, clear
 
 UNDISTURBED_START_S = 600.0
 UNDISTURBED_STEP_S = 30.0
@@ -78,12 +78,12 @@ def _kinds(text: str) -> list[Kind]:
 def _measure(arguments: argparse.Namespace, say: Any) -> dict[str, Any]:
     run, runs_folder = f"chaos-{arguments.seed}", arguments.runs_folder
     (runs_folder / "chaos" / "summary.json").unlink(missing_ok=True)
-    with Ground(run, runs_folder, arguments.replicas) as ground:
-        problem = ground.disk.problem
+    with TestBed(run, runs_folder, arguments.replicas) as test_bed:
+        problem = test_bed.disk.problem
         kinds = _possible(arguments.kinds, problem, say)
         faults = schedule(arguments.seed, arguments.faults, kinds)
         say(f"{len(faults)} faults on run {run} in {runs_folder / run}, seed {arguments.seed}")
-        results = Matrix(ground, faults, _groups_per_step(), say).run()
+        results = KillMatrix(test_bed, faults, _groups_per_step(), say).run()
     held_out = undisturbed = None
     if not results.failure:
         held_out = _held_out(runs_folder / run)

@@ -1,6 +1,6 @@
 """Does what the schedule says, to whatever process, connection or file is there at that moment.
 
-A target that is being started again is waited for, so that every fault strikes something.
+A target that is being started again is waited for, so that every fault hits something.
 """
 
 import time
@@ -12,105 +12,107 @@ from chaos.disk import readable_checkpoints, truncate
 from chaos.replacement import replace_learner
 from chaos.schedule import Fault, Kind
 from chaos.targets import engine_process, running_learner, running_replica
-from chaos.test_bed import Ground, Strike
+from chaos.test_bed import InjectedFault, TestBed
 from headrace.common.process.waiting import Reason
 
 CHECKPOINTS_TIMEOUT_S = 180.0
 
 
-def inject(ground: Ground, fault: Fault) -> Strike:
-    """Of what is not over at once, `ground` sees to the end."""
-    strike = INJECTIONS[fault.kind](ground, fault)
-    if strike not in ground.strikes:
-        ground.strikes.append(strike)
-    strike.tend()
-    return strike
+def inject(test_bed: TestBed, fault: Fault) -> InjectedFault:
+    """Of what is not over at once, `test_bed` sees to the end."""
+    injected_fault = INJECTIONS[fault.kind](test_bed, fault)
+    if injected_fault not in test_bed.injected:
+        test_bed.injected.append(injected_fault)
+    injected_fault.end_if_due()
+    return injected_fault
 
 
-def _kill_learner(ground: Ground, fault: Fault) -> Strike:
-    return _killed(fault, running_learner(ground), "the learner")
+def _kill_learner(test_bed: TestBed, fault: Fault) -> InjectedFault:
+    return _killed(fault, running_learner(test_bed), "the learner")
 
 
-def _freeze_learner(ground: Ground, fault: Fault) -> Strike:
-    return _frozen(fault, running_learner(ground), "the learner")
+def _freeze_learner(test_bed: TestBed, fault: Fault) -> InjectedFault:
+    return _frozen(fault, running_learner(test_bed), "the learner")
 
 
-def _kill_replica(ground: Ground, fault: Fault) -> Strike:
-    index = fault.choose(ground.launched.num_replicas)
-    return _killed(fault, running_replica(ground, index), f"generation-{index}")
+def _kill_replica(test_bed: TestBed, fault: Fault) -> InjectedFault:
+    index = fault.choose(test_bed.launched.num_replicas)
+    return _killed(fault, running_replica(test_bed, index), f"generation-{index}")
 
 
-def _freeze_replica(ground: Ground, fault: Fault) -> Strike:
-    index = fault.choose(ground.launched.num_replicas)
-    return _frozen(fault, running_replica(ground, index), f"generation-{index}")
+def _freeze_replica(test_bed: TestBed, fault: Fault) -> InjectedFault:
+    index = fault.choose(test_bed.launched.num_replicas)
+    return _frozen(fault, running_replica(test_bed, index), f"generation-{index}")
 
 
-def _kill_engine(ground: Ground, fault: Fault) -> Strike:
-    process, name = engine_process(ground, fault)
+def _kill_engine(test_bed: TestBed, fault: Fault) -> InjectedFault:
+    process, name = engine_process(test_bed, fault)
     return _killed(fault, process, name)
 
 
-def _freeze_engine(ground: Ground, fault: Fault) -> Strike:
-    process, name = engine_process(ground, fault)
+def _freeze_engine(test_bed: TestBed, fault: Fault) -> InjectedFault:
+    process, name = engine_process(test_bed, fault)
     return _frozen(fault, process, name)
 
 
-def _kill_redis(ground: Ground, fault: Fault) -> Strike:
+def _kill_redis(test_bed: TestBed, fault: Fault) -> InjectedFault:
     """The harness is who starts it again."""
     began_s = time.time()
-    ground.redis.kill()
-    return Strike(fault, "Redis", began_s, is_over=_after(fault.hold_s), end=ground.redis.restart)
+    test_bed.redis.kill()
+    return InjectedFault(fault, "Redis", began_s, is_over=_after(fault.hold_s), end=test_bed.redis.restart)
 
 
-def _freeze_redis(ground: Ground, fault: Fault) -> Strike:
-    return _frozen(fault, ground.redis.as_process, "Redis")
+def _freeze_redis(test_bed: TestBed, fault: Fault) -> InjectedFault:
+    return _frozen(fault, test_bed.redis.as_process, "Redis")
 
 
-def _cut_connections(ground: Ground, fault: Fault) -> Strike:
+def _cut_connections(test_bed: TestBed, fault: Fault) -> InjectedFault:
     began_s = time.time()
-    ground.proxy.cut()
-    return Strike(fault, "connections to Redis", began_s, _after(fault.hold_s), ground.proxy.pass_on)
+    test_bed.proxy.cut()
+    return InjectedFault(fault, "connections to Redis", began_s, _after(fault.hold_s), test_bed.proxy.pass_on)
 
 
-def _delay_connections(ground: Ground, fault: Fault) -> Strike:
-    ground.proxy.delay(fault.delay_s)
+def _delay_connections(test_bed: TestBed, fault: Fault) -> InjectedFault:
+    test_bed.proxy.delay(fault.delay_s)
     target = f"connections to Redis, by {fault.delay_s * 1e3:.0f} ms"
-    return Strike(fault, target, time.time(), _after(fault.hold_s), ground.proxy.pass_on)
+    return InjectedFault(fault, target, time.time(), _after(fault.hold_s), test_bed.proxy.pass_on)
 
 
-def _stall_connections(ground: Ground, fault: Fault) -> Strike:
-    ground.proxy.stall()
-    return Strike(fault, "connections to Redis", time.time(), _after(fault.hold_s), ground.proxy.pass_on)
+def _stall_connections(test_bed: TestBed, fault: Fault) -> InjectedFault:
+    test_bed.proxy.stall()
+    return InjectedFault(fault, "connections to Redis", time.time(), _after(fault.hold_s), test_bed.proxy.pass_on)
 
 
-def _fill_disk(ground: Ground, fault: Fault) -> Strike:
+def _fill_disk(test_bed: TestBed, fault: Fault) -> InjectedFault:
     """Until the learner has said that it cannot write, or for `hold_s`."""
-    strike = Strike(fault, "the checkpoints' disk", time.time(), end=ground.disk.free, needs_checkpoint=True)
+    injected_fault = InjectedFault(
+        fault, "the checkpoints' disk", time.time(), end=test_bed.disk.free, needs_checkpoint=True
+    )
     is_late = _after(fault.hold_s)
-    ground.disk.fill()
+    test_bed.disk.fill()
 
     def is_over() -> bool:
-        if Reason.CHECKPOINT in ground.observer.learner().get("reason", ""):
-            strike.note = "the learner said so"
+        if Reason.CHECKPOINT in test_bed.observer.learner().get("reason", ""):
+            injected_fault.note = "the learner said so"
             return True
-        ground.disk.fill()
+        test_bed.disk.fill()
         return is_late()
 
-    strike.is_over = is_over
-    return strike
+    injected_fault.is_over = is_over
+    return injected_fault
 
 
-def _truncate_checkpoint(ground: Ground, fault: Fault) -> Strike:
+def _truncate_checkpoint(test_bed: TestBed, fault: Fault) -> InjectedFault:
     """With the learner stopped meanwhile, so that the newest stays the newest; there must be one before it."""
     cut: list[str] = []
 
     def has_cut() -> bool:
-        learner = ground.launched.learner()
-        if learner is None or len(readable_checkpoints(ground.checkpoints)) < 2:
+        learner = test_bed.launched.learner()
+        if learner is None or len(readable_checkpoints(test_bed.checkpoints)) < 2:
             return False
         try:
             learner.suspend()
-            readable = readable_checkpoints(ground.checkpoints)
+            readable = readable_checkpoints(test_bed.checkpoints)
             if len(readable) < 2:
                 learner.resume()
                 return False
@@ -120,11 +122,11 @@ def _truncate_checkpoint(ground: Ground, fault: Fault) -> Strike:
             return bool(cut)
         return True
 
-    ground.wait_until(has_cut, CHECKPOINTS_TIMEOUT_S, "two readable checkpoints and a learner")
-    return Strike(fault, cut[0], time.time(), needs_checkpoint=True)
+    test_bed.wait_until(has_cut, CHECKPOINTS_TIMEOUT_S, "two readable checkpoints and a learner")
+    return InjectedFault(fault, cut[0], time.time(), needs_checkpoint=True)
 
 
-INJECTIONS: dict[Kind, Callable[[Ground, Fault], Strike]] = {
+INJECTIONS: dict[Kind, Callable[[TestBed, Fault], InjectedFault]] = {
     Kind.KILL_LEARNER: _kill_learner,
     Kind.FREEZE_LEARNER: _freeze_learner,
     Kind.REPLACE_LEARNER: replace_learner,
@@ -142,16 +144,16 @@ INJECTIONS: dict[Kind, Callable[[Ground, Fault], Strike]] = {
 }
 
 
-def _killed(fault: Fault, process: psutil.Process, name: str) -> Strike:
+def _killed(fault: Fault, process: psutil.Process, name: str) -> InjectedFault:
     began_s = time.time()
     process.kill()
-    return Strike(fault, f"{name} ({process.pid})", began_s)
+    return InjectedFault(fault, f"{name} ({process.pid})", began_s)
 
 
-def _frozen(fault: Fault, process: psutil.Process, name: str) -> Strike:
+def _frozen(fault: Fault, process: psutil.Process, name: str) -> InjectedFault:
     began_s = time.time()
     process.suspend()
-    return Strike(fault, f"{name} ({process.pid})", began_s, is_over=_after(fault.hold_s), end=process.resume)
+    return InjectedFault(fault, f"{name} ({process.pid})", began_s, is_over=_after(fault.hold_s), end=process.resume)
 
 
 def _after(seconds: float) -> Callable[[], bool]:

@@ -106,7 +106,7 @@ class Launched:
         schedulers = [process for process in _children(servers[0]) if "scheduler" in " ".join(_words(process))]
         return [servers[0], schedulers[0]] if schedulers else []
 
-    def another_learner(self, redis_url: str) -> Service:
+    def start_replacement(self, redis_url: str) -> Service:
         """Started by hand, with the launcher's arguments."""
         arguments = ["--config", str(self.folder / "config.yaml"), "--run", self.run]
         arguments += ["--runs-folder", str(self.runs_folder)]

@@ -14,7 +14,7 @@ from chaos.faults import inject
 from chaos.launched import CHECKPOINT_EVERY
 from chaos.replacement import STEPS_AHEAD
 from chaos.schedule import PARTS, Fault
-from chaos.test_bed import Ground, Strike
+from chaos.test_bed import InjectedFault, TestBed
 from headrace.learner.checkpoints.record import RECORD_FILE, read_record
 
 START_TIMEOUT_S = 300.0
@@ -31,7 +31,7 @@ AUDITED_PARTS = ("learner", "redis")
 class Results:
     """Of the disturbed run."""
 
-    strikes: list[Strike] = field(default_factory=list)
+    injected: list[InjectedFault] = field(default_factory=list)
     violations: dict[Violation, int] = field(default_factory=dict)
     """Each with the number of the fault after which it was seen first; 0: at the end."""
     dead: dict[str, str] = field(default_factory=dict)
@@ -41,17 +41,17 @@ class Results:
     """Why the schedule was not completed."""
 
 
-class Matrix:
+class KillMatrix:
     def __init__(
-        self, ground: Ground, faults: Sequence[Fault], groups_per_step: int, say: Callable[[str], None]
+        self, test_bed: TestBed, faults: Sequence[Fault], groups_per_step: int, say: Callable[[str], None]
     ) -> None:
-        self.ground = ground
+        self.test_bed = test_bed
         self.faults = faults
         self.groups_per_step = groups_per_step
         self.say = say
         self.results = Results()
-        self._unrecovered: list[Strike] = []
-        self._prefix = ground.observer.keys.tickets.removesuffix("tickets")
+        self._unrecovered: list[InjectedFault] = []
+        self._prefix = test_bed.observer.keys.tickets.removesuffix("tickets")
 
     def run(self) -> Results:
         """Up to the first fault that the run does not recover from, if there is one."""
@@ -62,12 +62,12 @@ class Matrix:
         return self.results
 
     def _run(self) -> None:
-        ground = self.ground
-        ground.launched.start(STEPS_AHEAD)
-        ground.wait_until(lambda: ground.observer.works(1.0, 1.0), START_TIMEOUT_S, "the first step")
-        self.say(f"the run works: {ground.launched.num_replicas} replicas, step {ground.observer.step}")
+        test_bed = self.test_bed
+        test_bed.launched.start(STEPS_AHEAD)
+        test_bed.wait_until(lambda: test_bed.observer.has_recovered(1.0, 1.0), START_TIMEOUT_S, "the first step")
+        self.say(f"the run works: {test_bed.launched.num_replicas} replicas, step {test_bed.observer.step}")
         for place, fault in enumerate(self.faults):
-            ground.wait(fault.pause_s)
+            test_bed.wait(fault.pause_s)
             self._inject(fault)
             is_overlapped = place + 1 < len(self.faults) and self.faults[place + 1].overlaps
             if not is_overlapped:
@@ -76,26 +76,26 @@ class Matrix:
 
     def _inject(self, fault: Fault) -> None:
         self.say(f"{self._name(fault)}: {'at the same time, ' if fault.overlaps else ''}{fault.kind} …")
-        strike = inject(self.ground, fault)
-        held = f", for {fault.hold_s:.1f} s" if strike.ended_s is None and fault.hold_s else ""
-        self.say(f"{self._name(fault)}: {fault.kind}: {strike.target}{held}")
-        self.results.strikes.append(strike)
-        self._unrecovered.append(strike)
+        injected_fault = inject(self.test_bed, fault)
+        held = f", for {fault.hold_s:.1f} s" if injected_fault.ended_s is None and fault.hold_s else ""
+        self.say(f"{self._name(fault)}: {fault.kind}: {injected_fault.target}{held}")
+        self.results.injected.append(injected_fault)
+        self._unrecovered.append(injected_fault)
 
     def _await_recovery(self) -> None:
         last = self._unrecovered[-1]
-        names = ", ".join(strike.fault.kind for strike in self._unrecovered)
-        held_s = max(strike.fault.hold_s for strike in self._unrecovered)
-        self.ground.wait_until(self._has_recovered, RECOVERY_TIMEOUT_S + held_s, f"a recovery from {names}")
+        names = ", ".join(injected_fault.fault.kind for injected_fault in self._unrecovered)
+        held_s = max(injected_fault.fault.hold_s for injected_fault in self._unrecovered)
+        self.test_bed.wait_until(self._has_recovered, RECOVERY_TIMEOUT_S + held_s, f"a recovery from {names}")
         if last.recovery_s is None:
             last.recovery_s = time.time() - last.began_s
-        notes = "; ".join(strike.note for strike in self._unrecovered if strike.note)
+        notes = "; ".join(injected_fault.note for injected_fault in self._unrecovered if injected_fault.note)
         self.say(
-            f"{self._name(last.fault)}: recovered after {last.recovery_s:.1f} s, at step {self.ground.observer.step}"
+            f"{self._name(last.fault)}: recovered after {last.recovery_s:.1f} s, at step {self.test_bed.observer.step}"
             + (f" ({notes})" if notes else "")
         )
         is_audit_due = last.fault.number % AUDIT_EVERY == 0 or any(
-            PARTS[strike.fault.kind] in AUDITED_PARTS for strike in self._unrecovered
+            PARTS[injected_fault.fault.kind] in AUDITED_PARTS for injected_fault in self._unrecovered
         )
         self._unrecovered.clear()
         self._look_for_stuck_groups(last.fault.number)
@@ -105,29 +105,31 @@ class Matrix:
     def _has_recovered(self) -> bool:
         """From all that have been injected since the last time."""
         ended_s = 0.0
-        for strike in self._unrecovered:
-            if strike.ended_s is None:
+        for injected_fault in self._unrecovered:
+            if injected_fault.ended_s is None:
                 return False
-            ended_s = max(ended_s, strike.ended_s)
-        if not self.ground.observer.works(self._unrecovered[-1].began_s, ended_s):
+            ended_s = max(ended_s, injected_fault.ended_s)
+        if not self.test_bed.observer.has_recovered(self._unrecovered[-1].began_s, ended_s):
             return False
-        return not any(strike.needs_checkpoint for strike in self._unrecovered) or self._has_checkpoint_since(ended_s)
+        return not any(
+            injected_fault.needs_checkpoint for injected_fault in self._unrecovered
+        ) or self._has_checkpoint_since(ended_s)
 
     def _has_checkpoint_since(self, ended_s: float) -> bool:
-        readable = readable_checkpoints(self.ground.checkpoints)
+        readable = readable_checkpoints(self.test_bed.checkpoints)
         try:
             return bool(readable) and (readable[-1] / RECORD_FILE).stat().st_mtime > ended_s
         except FileNotFoundError:
             return False
 
     def _audit(self, number: int) -> None:
-        launched = self.ground.launched
-        self._take(run_audit(launched.run, launched.runs_folder, self.ground.redis.url), number)
+        launched = self.test_bed.launched
+        self._take(run_audit(launched.run, launched.runs_folder, self.test_bed.redis.url), number)
         self.results.num_audits += 1
 
     def _look_for_stuck_groups(self, number: int) -> None:
-        observer = self.ground.observer
-        self._take(stuck_groups(observer.client, self._prefix, self.ground.launched.folder, observer.ended_s), number)
+        observer = self.test_bed.observer
+        self._take(stuck_groups(observer.client, self._prefix, self.test_bed.launched.folder, observer.ended_s), number)
 
     def _take(self, violations: Sequence[Violation], number: int) -> None:
         for violation in violations:
@@ -141,28 +143,28 @@ class Matrix:
         Before that it runs on until a group that was left lying by the last fault would be seen: a restart would
         take it up again.
         """
-        ground = self.ground
-        seen_at = ground.observer.step + STUCK_AFTER_STEPS + CHECKPOINT_EVERY
-        ground.wait_until(lambda: ground.observer.step > seen_at, RECOVERY_TIMEOUT_S, f"step {seen_at + 1}")
+        test_bed = self.test_bed
+        seen_at = test_bed.observer.step + STUCK_AFTER_STEPS + CHECKPOINT_EVERY
+        test_bed.wait_until(lambda: test_bed.observer.step > seen_at, RECOVERY_TIMEOUT_S, f"step {seen_at + 1}")
         self._look_for_stuck_groups(len(self.faults))
-        ground.launched.ask_to_stop()
+        test_bed.launched.ask_to_stop()
         self._await_end("the run to stop with a checkpoint")
-        step = read_record(readable_checkpoints(ground.checkpoints)[-1]).step
+        step = read_record(readable_checkpoints(test_bed.checkpoints)[-1]).step
         self.results.num_steps = max(MIN_STEPS, step + EXTRA_STEPS)
         self.say(f"stopped at step {step}, going on to the end at step {self.results.num_steps}")
-        ground.launched.start(self.results.num_steps)
+        test_bed.launched.start(self.results.num_steps)
         self._await_end("the run to complete")
         self._audit(0)
-        client = ground.observer.client
-        evidence = gather(client, self._prefix, ground.launched.folder)
+        client = test_bed.observer.client
+        evidence = gather(client, self._prefix, test_bed.launched.folder)
         self._take(check(evidence, self.results.num_steps, self.groups_per_step), 0)
         self.results.dead = dead_tickets(client, self._prefix)
 
     def _await_end(self, what: str) -> None:
-        launched = self.ground.launched
-        self.ground.wait_until(lambda: not launched.is_running, END_TIMEOUT_S, what, is_launcher_needed=False)
+        launched = self.test_bed.launched
+        self.test_bed.wait_until(lambda: not launched.is_running, END_TIMEOUT_S, what, is_launcher_needed=False)
         if launched.returncode != 0:
-            raise self.ground.error(f"headrace up ended with {launched.returncode}; expected {what}")
+            raise self.test_bed.error(f"headrace up ended with {launched.returncode}; expected {what}")
 
     def _name(self, fault: Fault) -> str:
         return f"fault {fault.number} of {len(self.faults)}"

@@ -15,7 +15,7 @@ import redis
 
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import WireError, decode_heartbeat
-from headrace.launcher.run.processes import look_up
+from headrace.launcher.run.processes import short_timeout_client
 
 LOOK_TIMEOUT_S = 1.0
 MAX_READ = 1000
@@ -42,7 +42,7 @@ class Observer:
     """Call `look` again and again; unix times in seconds throughout."""
 
     def __init__(self, url: str, keys: Keys, num_replicas: int) -> None:
-        self.client = look_up(url, LOOK_TIMEOUT_S)
+        self.client = short_timeout_client(url, LOOK_TIMEOUT_S)
         self.keys = keys
         self.num_replicas = num_replicas
         self.step = 0
@@ -64,7 +64,7 @@ class Observer:
             self._take_groups()
             self._take_heartbeats()
 
-    def works(self, began_s: float, ended_s: float) -> bool:
+    def has_recovered(self, began_s: float, ended_s: float) -> bool:
         """Whether the run has recovered from a fault of that time."""
         is_learning = self.step_began_s > began_s and self.step_ended_s > ended_s
         return is_learning and len(self.serving_since(ended_s)) >= self.num_replicas

@@ -9,7 +9,7 @@ import time
 
 from chaos.schedule import Fault
 from chaos.targets import running_learner
-from chaos.test_bed import Ground, Strike
+from chaos.test_bed import InjectedFault, TestBed
 from headrace.launcher.run.processes import Service
 from headrace.learner.checkpoints.record import checkpoint_folders
 
@@ -20,66 +20,72 @@ STEPS_AHEAD = 100_000
 FENCED = "learner ended with 3"
 
 
-def replace_learner(ground: Ground, fault: Fault) -> Strike:
+def replace_learner(test_bed: TestBed, fault: Fault) -> InjectedFault:
     """Has recovered when the replacement has taken a step; what follows is waited for as well, and not counted."""
-    learner = running_learner(ground)
+    learner = running_learner(test_bed)
     began_s = time.time()
-    epoch = ground.observer.epoch()
+    epoch = test_bed.observer.epoch()
     learner.suspend()
-    strike = Strike(fault, f"the learner ({learner.pid})", began_s, is_over=lambda: False, end=learner.resume)
-    ground.strikes.append(strike)  # whatever happens now, it is woken
-    replacement = ground.launched.another_learner(ground.proxied_url)
+    injected_fault = InjectedFault(
+        fault, f"the learner ({learner.pid})", began_s, is_over=lambda: False, end=learner.resume
+    )
+    test_bed.injected.append(injected_fault)  # whatever happens now, it is woken
+    replacement = test_bed.launched.start_replacement(test_bed.proxied_url)
     try:
-        ground.wait_until(
+        test_bed.wait_until(
             lambda: (
                 replacement.returncode is not None
-                or (ground.observer.epoch() > epoch and ground.observer.works(began_s, began_s))
+                or (test_bed.observer.epoch() > epoch and test_bed.observer.has_recovered(began_s, began_s))
             ),
             RUNS_TIMEOUT_S,
             "a step of the replacement of a frozen learner",
         )
-        strike.recovery_s = time.time() - began_s
+        injected_fault.recovery_s = time.time() - began_s
         if replacement.returncode is not None:
-            raise ground.error(f"the replacement {replacement.ending()}")
-        _wake(ground, strike, epoch)
-        _go_on(ground, replacement)
+            raise test_bed.error(f"the replacement {replacement.exit_summary()}")
+        _wake(test_bed, injected_fault, epoch)
+        _go_on(test_bed, replacement)
     finally:
         replacement.stop(END_TIMEOUT_S)
-    strike.ended_s = time.time()  # the launcher starts everything again: nothing else is struck before that has worked
-    return strike
+    injected_fault.ended_s = (
+        time.time()
+    )  # the launcher starts everything again: nothing else is struck before that has worked
+    return injected_fault
 
 
-def _wake(ground: Ground, strike: Strike, epoch: int) -> None:
+def _wake(test_bed: TestBed, injected_fault: InjectedFault, epoch: int) -> None:
     """The woken learner writes no checkpoint any more, and ends as fenced."""
-    said = ground.launched.log.read_text().count(FENCED)
-    written = _checkpoints_of(ground, epoch)
-    strike.finish()
+    said = test_bed.launched.log.read_text().count(FENCED)
+    written = _checkpoints_of(test_bed, epoch)
+    injected_fault.finish()
     woken = time.monotonic()
-    ground.wait_until(
-        lambda: not ground.launched.is_running,
+    test_bed.wait_until(
+        lambda: not test_bed.launched.is_running,
         END_TIMEOUT_S,
         "the woken learner and with it the launcher to end",
         is_launcher_needed=False,
     )
-    if ground.launched.log.read_text().count(FENCED) != said + 1:
-        raise ground.error(f"the woken learner did not end with code 3 (expected {FENCED!r} in {ground.launched.log})")
-    if more := _checkpoints_of(ground, epoch) - written:
-        raise ground.error(f"the woken learner has written {', '.join(sorted(more))}")
-    strike.note = f"the woken learner ended as fenced, all after {time.monotonic() - woken:.1f} s"
+    if test_bed.launched.log.read_text().count(FENCED) != said + 1:
+        raise test_bed.error(
+            f"the woken learner did not end with code 3 (expected {FENCED!r} in {test_bed.launched.log})"
+        )
+    if more := _checkpoints_of(test_bed, epoch) - written:
+        raise test_bed.error(f"the woken learner has written {', '.join(sorted(more))}")
+    injected_fault.note = f"the woken learner ended as fenced, all after {time.monotonic() - woken:.1f} s"
 
 
-def _go_on(ground: Ground, replacement: Service) -> None:
+def _go_on(test_bed: TestBed, replacement: Service) -> None:
     replacement.ask_to_stop()
-    ground.wait_until(
+    test_bed.wait_until(
         lambda: replacement.returncode is not None,
         END_TIMEOUT_S,
         "the replacement to stop with a checkpoint",
         is_launcher_needed=False,
     )
     if replacement.returncode != 0:
-        raise ground.error(f"{replacement.ending()} when asked to stop")
-    ground.launched.start(STEPS_AHEAD)
+        raise test_bed.error(f"{replacement.exit_summary()} when asked to stop")
+    test_bed.launched.start(STEPS_AHEAD)
 
 
-def _checkpoints_of(ground: Ground, epoch: int) -> set[str]:
-    return {folder.name for folder in checkpoint_folders(ground.checkpoints) if f"-{epoch:06d}-" in folder.name}
+def _checkpoints_of(test_bed: TestBed, epoch: int) -> set[str]:
+    return {folder.name for folder in checkpoint_folders(test_bed.checkpoints) if f"-{epoch:06d}-" in folder.name}

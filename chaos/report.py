@@ -11,7 +11,7 @@ from rich.table import Table
 
 from chaos.accounting import LOST, TWICE, Violation
 from chaos.matrix import Results
-from chaos.test_bed import Strike
+from chaos.test_bed import InjectedFault
 
 MAX_LOSS_OF_ACCURACY = 0.08
 COUNTED = ("lost", "trained_twice", "violations")
@@ -22,12 +22,12 @@ def summarise(
 ) -> dict[str, Any]:
     """`held_out_after_undisturbed` is null where there was no such run. Recoveries are of faults that no other one
     overlapped, and of the last of those that overlap."""
-    numbers = {kind: [s.fault.number for s in results.strikes if s.fault.kind == kind] for kind in _kinds(results)}
+    numbers = {kind: [s.fault.number for s in results.injected if s.fault.kind == kind] for kind in _kinds(results)}
     return {
         "seed": seed,
-        "faults": len(results.strikes),
+        "faults": len(results.injected),
         **_counts(list(results.violations)),
-        "recovery_s": _recovery(results.strikes),
+        "recovery_s": _recovery(results.injected),
         "held_out_after": held_out_after,
         "held_out_after_undisturbed": undisturbed,
         "steps": results.num_steps,
@@ -38,8 +38,8 @@ def summarise(
         "kinds": {
             kind: {
                 "faults": len(numbers[kind]),
-                "overlapped": sum(s.recovery_s is None for s in results.strikes if s.fault.kind == kind),
-                "recovery_s": _recovery([s for s in results.strikes if s.fault.kind == kind]),
+                "overlapped": sum(s.recovery_s is None for s in results.injected if s.fault.kind == kind),
+                "recovery_s": _recovery([s for s in results.injected if s.fault.kind == kind]),
                 **_counts([v for v, number in results.violations.items() if number in numbers[kind]]),
             }
             for kind in numbers
@@ -54,7 +54,7 @@ def summarise(
                 "recovery_s": None if s.recovery_s is None else round(s.recovery_s, 2),
                 "note": s.note,
             }
-            for s in results.strikes
+            for s in results.injected
         ],
         "violations_found": [{"ticket": v.ticket, "violation": v.text} for v in results.violations],
     }
@@ -102,7 +102,7 @@ def print_table(summary: dict[str, Any], console: Console) -> None:
 
 
 def _kinds(results: Results) -> list[str]:
-    return sorted({strike.fault.kind for strike in results.strikes})
+    return sorted({injected_fault.fault.kind for injected_fault in results.injected})
 
 
 def _counts(violations: Sequence[Violation]) -> dict[str, int]:
@@ -113,8 +113,8 @@ def _counts(violations: Sequence[Violation]) -> dict[str, int]:
     }
 
 
-def _recovery(strikes: Sequence[Strike]) -> dict[str, float | None]:
-    recoveries = [strike.recovery_s for strike in strikes if strike.recovery_s is not None]
+def _recovery(injected: Sequence[InjectedFault]) -> dict[str, float | None]:
+    recoveries = [injected_fault.recovery_s for injected_fault in injected if injected_fault.recovery_s is not None]
     if not recoveries:
         return {"p50": None, "max": None}
     return {"p50": round(median(recoveries), 1), "max": round(max(recoveries), 1)}

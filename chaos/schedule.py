@@ -1,7 +1,7 @@
 """The faults that a seed stands for: the same seed, number and kinds give the same schedule everywhere. Pure.
 
 Every kind comes as often as every other, give or take one, in a shuffled order. Every fourth fault is injected
-without waiting for the recovery of the one before, where two can be found that strike different parts.
+without waiting for the recovery of the one before, where two can be found that hit different parts.
 """
 
 import random

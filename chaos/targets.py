@@ -1,36 +1,36 @@
-"""The processes that faults strike, as they are at that moment; one that is being started again is waited for."""
+"""The processes that faults hit, as they are at that moment. A process that is being restarted is waited for."""
 
 from collections.abc import Callable
 
 import psutil
 
 from chaos.schedule import Fault
-from chaos.test_bed import Ground
+from chaos.test_bed import TestBed
 
 TARGET_TIMEOUT_S = 120.0
 
 
-def running_learner(ground: Ground) -> psutil.Process:
-    return _found(ground, ground.launched.learner, "a learner")
+def running_learner(test_bed: TestBed) -> psutil.Process:
+    return _found(test_bed, test_bed.launched.learner, "a learner")
 
 
-def running_replica(ground: Ground, index: int) -> psutil.Process:
-    return _found(ground, lambda: ground.launched.replica(index), f"generation-{index}")
+def running_replica(test_bed: TestBed, index: int) -> psutil.Process:
+    return _found(test_bed, lambda: test_bed.launched.replica(index), f"generation-{index}")
 
 
-def engine_process(ground: Ground, fault: Fault) -> tuple[psutil.Process, str]:
+def engine_process(test_bed: TestBed, fault: Fault) -> tuple[psutil.Process, str]:
     """The server or its scheduler, of one of the replicas."""
-    index, part = divmod(fault.choose(2 * ground.launched.num_replicas), 2)
+    index, part = divmod(fault.choose(2 * test_bed.launched.num_replicas), 2)
     what = f"SGLang's {('server', 'scheduler')[part]} of generation-{index}"
 
     def look() -> psutil.Process | None:
-        parts = ground.launched.engine(index)
+        parts = test_bed.launched.engine(index)
         return parts[part] if parts else None
 
-    return _found(ground, look, what), what
+    return _found(test_bed, look, what), what
 
 
-def _found(ground: Ground, look: Callable[[], psutil.Process | None], what: str) -> psutil.Process:
+def _found(test_bed: TestBed, look: Callable[[], psutil.Process | None], what: str) -> psutil.Process:
     found: list[psutil.Process] = []
 
     def is_there() -> bool:
@@ -38,5 +38,5 @@ def _found(ground: Ground, look: Callable[[], psutil.Process | None], what: str)
         found.extend([process] if process is not None else [])
         return bool(found)
 
-    ground.wait_until(is_there, TARGET_TIMEOUT_S, what)
+    test_bed.wait_until(is_there, TARGET_TIMEOUT_S, what)
     return found[0]

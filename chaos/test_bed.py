@@ -1,7 +1,8 @@
-"""What the faults strike: Redis behind a proxy, a small disk for the checkpoints, and the run on both.
+"""What the faults hit: Redis behind a proxy, a small disk for the checkpoints, and the run on both.
 
-Every wait has a deadline, ends at once with the logs' last lines when the launcher has ended unasked, and keeps the
-strikes going that are not over yet. After the `with` block nothing of it runs, and the run's files lie in its folder.
+Every wait has a deadline. It ends at once, with the last lines of the logs, when the launcher ends unexpectedly, and
+meanwhile it ends injected faults whose time is over. After the `with` block nothing of it runs; the run's files are in
+its folder.
 """
 
 import shutil
@@ -22,7 +23,7 @@ from chaos.redis_server import RedisServer
 from chaos.schedule import Fault
 from headrace.common.redis.keys import Keys
 from headrace.launcher.run.processes import redis_url_at
-from headrace.launcher.run.run_folder import locked
+from headrace.launcher.run.run_folder import run_lock
 
 POLL_S = 0.1
 TAIL_LINES = 12
@@ -34,7 +35,7 @@ class ChaosError(RuntimeError):
 
 
 @dataclass
-class Strike:
+class InjectedFault:
     """A fault that was injected."""
 
     fault: Fault
@@ -49,7 +50,7 @@ class Strike:
     recovery_s: float | None = None
     """None: counted with the one that overlapped it."""
 
-    def tend(self) -> None:
+    def end_if_due(self) -> None:
         if self.ended_s is None and self.is_over():
             self.finish()
 
@@ -60,15 +61,18 @@ class Strike:
             self.ended_s = time.time()
 
 
-class Ground:
+class TestBed:
     """Everything is kept in the run's folder."""
+
+    __test__ = False
+    """Not a test case of pytest."""
 
     def __init__(self, run: str, runs_folder: Path, num_replicas: int) -> None:
         folder = runs_folder / run
         clear(folder)
         (folder / "logs").mkdir(parents=True)
         self.checkpoints = folder / "checkpoints"
-        self.strikes: list[Strike] = []
+        self.injected: list[InjectedFault] = []
         self._stack = ExitStack()
         self.disk = SmallDisk(self.checkpoints)
         self._stack.callback(self.disk.close)
@@ -81,7 +85,7 @@ class Ground:
             self._stack.callback(self.observer.close)
             self.launched = Launched(run, runs_folder, self.proxied_url, num_replicas)
             self._stack.callback(self.launched.close)
-            self._stack.callback(self.end_strikes)
+            self._stack.callback(self.end_faults)
         except BaseException:
             self._stack.close()
             raise
@@ -96,9 +100,9 @@ class Ground:
     def proxied_url(self) -> str:
         return redis_url_at(self.proxy.port)
 
-    def end_strikes(self) -> None:
-        for strike in self.strikes:
-            strike.finish()
+    def end_faults(self) -> None:
+        for injected_fault in self.injected:
+            injected_fault.finish()
 
     def wait_until(
         self, condition: Callable[[], bool], timeout_s: float, what: str, is_launcher_needed: bool = True
@@ -106,8 +110,8 @@ class Ground:
         """Raises `ChaosError` naming `what` after `timeout_s`, or when the launcher ends though it is needed."""
         deadline = time.monotonic() + timeout_s
         while True:
-            for strike in self.strikes:
-                strike.tend()
+            for injected_fault in self.injected:
+                injected_fault.end_if_due()
             self.observer.look()
             if condition():
                 return
@@ -135,6 +139,6 @@ def tail_of(log: Path) -> str:
 def clear(folder: Path) -> None:
     """Deletes what an earlier harness of the same seed has left; raises `ValueError` if that one still runs."""
     if folder.exists():
-        with locked(folder):
+        with run_lock(folder):
             unmount(folder / "checkpoints")
             shutil.rmtree(folder)

@@ -60,7 +60,7 @@ def train(recipe: str, folder: Path, mode: str, turn: int) -> Row:
     finally:
         service.stop(60.0)
     if service.returncode != 0:
-        raise RuntimeError(f"{service.ending()}: {service.log_tail()}")
+        raise RuntimeError(f"{service.exit_summary()}: {service.log_tail()}")
     steps = [row for row in read_rows(folder / run / METRICS_FILE) if row["kind"] == "step"]
     first, *later = steps[NUM_WARMING - 1 :]
     between = [after["time_s"] - before["time_s"] for before, after in itertools.pairwise([first, *later])]

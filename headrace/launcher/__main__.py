@@ -43,10 +43,10 @@ def up(
     """Run everything on this machine until the run is complete."""
     from redis import RedisError
 
-    from headrace.launcher.supervision.restarts import Failed
+    from headrace.launcher.supervision.restart_policy import ServiceFailed
     from headrace.launcher.up import up as run_everything
 
-    with one_line_errors(Failed, RedisError):
+    with one_line_errors(ServiceFailed, RedisError):
         number = [] if replicas is None else [f"generation.replicas={replicas}"]
         recipe = _load(config, seed, [*overrides, *number])
         name, is_number_given = run or _new_name(config), replicas is not None

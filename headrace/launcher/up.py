@@ -22,23 +22,23 @@ from headrace.common.preflight.recipe import check_run
 from headrace.common.process.logs import logging_to
 from headrace.common.process.run_token import token_at, token_given
 from headrace.common.redis.keys import Keys
-from headrace.launcher.check.before_start import notes_before
+from headrace.launcher.check.before_start import preflight_notes
 from headrace.launcher.placement.devices import Devices, device_lines, devices_of
 from headrace.launcher.run.open_run import REDIS_GRACE_S
 from headrace.launcher.run.processes import (
     Service,
+    handling_signals,
     launch_redis,
     python_service,
     redis_url_at,
-    taking_signals,
     wait_for_redis,
 )
-from headrace.launcher.run.run_folder import CONTROL_URL_FILE, locked, noted_url, write_config
-from headrace.launcher.supervision.replica_target import Orders
+from headrace.launcher.run.run_folder import CONTROL_URL_FILE, run_lock, write_config, write_url_file
+from headrace.launcher.supervision.replica_target import ReplicaTarget
 from headrace.launcher.supervision.replicas import Replicas
-from headrace.launcher.supervision.restarts import Failed, Kept
+from headrace.launcher.supervision.restart_policy import ServiceFailed, SupervisedProcess
 from headrace.launcher.supervision.supervisor import Supervisor
-from headrace.launcher.terminal.progress_view import Watcher
+from headrace.launcher.terminal.progress_view import ProgressView
 
 LEARNER_GRACE_S = 120.0
 REPLICA_GRACE_S = 15.0
@@ -58,7 +58,8 @@ def up(
     is_json: bool = False,
     is_new_epoch: bool = False,
 ) -> None:
-    """Returns when the run is complete or was stopped. Raises `ValueError` before anything starts, else `Failed`.
+    """Returns when the run is complete or was stopped. Raises `ValueError` before anything starts,
+    later `ServiceFailed`.
 
     `is_order_withdrawn`: the recipe's number of replicas counts again, whatever was ordered of the run before.
     `is_new_epoch`: data that are not those which the run began with begin with its next epoch; else they are refused.
@@ -67,57 +68,57 @@ def up(
     keys, folder = Keys(run), runs_folder / run
     check_run(recipe.config)
     devices = devices_of(recipe.config)
-    notes = notes_before(recipe.config)
+    notes = preflight_notes(recipe.config)
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        lock = stack.enter_context(locked(folder))
+        lock = stack.enter_context(run_lock(folder))
         stack.enter_context(logging_to(folder / "logs" / "launcher.log", "launcher", run=run))
         write_config(folder, recipe)
         token = _new_token(folder / "token")
         port = free_port()
         url = recipe.config.redis_url or redis_url_at(port)
-        watcher = Watcher(url, keys, recipe.config.learner.steps, console, is_json)
+        view = ProgressView(url, keys, recipe.config.learner.steps, console, is_json)
         redis = None
         if recipe.config.redis_url is None:
-            redis = _redis(folder, port, lock, watcher)
+            redis = _redis(folder, port, lock, view)
             stack.callback(lambda kept: kept.service.stop(kept.grace_s), redis)  # should nobody come to supervise it
             wait_for_redis(redis.service, url)
-        stack.enter_context(noted_url(folder, url))
+        stack.enter_context(write_url_file(folder, url))
         host, page_port = recipe.config.control.host, recipe.config.control.port or free_port()
         page = url_at(host, page_port)
-        stack.enter_context(noted_url(folder, page, CONTROL_URL_FILE))
-        stack.enter_context(watcher)
-        watcher.skip_to_now()
-        watcher.say(f"run {run} in {folder}: logs in {folder / 'logs'}")
-        watcher.say(f"the page: {page}/#token={token}" if token else f"the page: {page}")
+        stack.enter_context(write_url_file(folder, page, CONTROL_URL_FILE))
+        stack.enter_context(view)
+        view.skip_to_now()
+        view.say(f"run {run} in {folder}: logs in {folder / 'logs'}")
+        view.say(f"the page: {page}/#token={token}" if token else f"the page: {page}")
         for line in (*(device_lines(recipe.config, devices) if devices.gpus else ()), *devices.notes):
-            watcher.say(line)
+            view.say(line)
         for note in notes:
-            watcher.say(f"note: {note}")
+            view.say(f"note: {note}")
         signals: list[int] = []
-        stack.enter_context(taking_signals(signals.append))
+        stack.enter_context(handling_signals(signals.append))
         settings = recipe.config.generation
         max_advised = settings.max_replicas if settings.autoscale else 0
-        orders = Orders(url, keys, settings.replicas, max_advised, devices.max_replicas)
+        orders = ReplicaTarget(url, keys, settings.replicas, max_advised, devices.max_replicas)
         orders.begin()
         if is_order_withdrawn:
             orders.withdraw()
-        learner = _learner(folder, url, watcher, is_new_epoch, devices)
+        learner = _learner(folder, url, view, is_new_epoch, devices)
         replicas = Replicas(lambda index: _replica(folder, index, url, devices), orders)
         control = _control(folder, url, host, page_port)
         try:
-            Supervisor(learner, replicas, control, redis, watcher, signals).run()
-        except Failed:
-            if watcher.num_dead:
-                watcher.say(watcher.dead())
+            Supervisor(learner, replicas, control, redis, view, signals).run()
+        except ServiceFailed:
+            if view.num_dead:
+                view.say(view.dead())
             raise
     if is_json:
         summary = folder / "summary.json"
         print(json.dumps({"at": time.time(), "summary": json.loads(summary.read_text()) if summary.exists() else None}))
     else:
         _tell_results(folder, console)
-        if watcher.num_dead:
-            console.print(Text(watcher.dead()), soft_wrap=True)
+        if view.num_dead:
+            console.print(Text(view.dead()), soft_wrap=True)
 
 
 def _new_token(path: Path) -> str:
@@ -127,56 +128,56 @@ def _new_token(path: Path) -> str:
     return token if is_new else ""
 
 
-def _redis(folder: Path, port: int, lock: int, watcher: Watcher) -> Kept:
+def _redis(folder: Path, port: int, lock: int, view: ProgressView) -> SupervisedProcess:
     """Always on the same port; the append-only file brings everything back."""
-    return Kept(
+    return SupervisedProcess(
         lambda: launch_redis(folder / "redis", folder / "logs" / "redis.log", port, lock),
         grace_s=REDIS_GRACE_S,
-        progress=watcher.latest_step,
+        progress=view.latest_step,
     )
 
 
-def _learner(folder: Path, url: str, watcher: Watcher, is_new_epoch: bool, devices: Devices) -> Kept:
+def _learner(folder: Path, url: str, view: ProgressView, is_new_epoch: bool, devices: Devices) -> SupervisedProcess:
     arguments = ["--config", str(folder / "config.yaml"), "--run", folder.name, "--runs-folder", str(folder.parent)]
     arguments += [*devices.arguments, *["--new-epoch"] * is_new_epoch]
     log = folder / "logs" / "learner.log"
 
     def start() -> Service:
-        watcher.forget_learner()
+        view.forget_learner()
         return python_service("learner", "headrace.learner", arguments, log, url, devices.of_learner())
 
-    return Kept(
+    return SupervisedProcess(
         start,
         grace_s=LEARNER_GRACE_S,
-        progress=watcher.latest_step,
-        final={REFUSED, FENCED, STARVED},
-        reason=watcher.latest_reason,
+        progress=view.latest_step,
+        no_restart_codes={REFUSED, FENCED, STARVED},
+        reason=view.latest_reason,
     )
 
 
-def _replica(folder: Path, index: int, url: str, devices: Devices) -> Kept:
+def _replica(folder: Path, index: int, url: str, devices: Devices) -> SupervisedProcess:
     """Always on the same devices, which are free again when it has ended."""
     name, logs = f"generation-{index}", folder / "logs"
     arguments = ["--run", folder.name, "--token-file", str(folder / "token"), "--name", name, "--log-folder", str(logs)]
     arguments, environment = arguments + devices.arguments, devices.of_replica(index)
-    return Kept(
+    return SupervisedProcess(
         lambda: python_service(name, "headrace.generation", arguments, logs / f"{name}.log", url, environment),
         grace_s=REPLICA_GRACE_S,
         progress=time.monotonic,
-        enough_progress=SERVICE_UP_S,
-        final={REFUSED},
+        min_progress=SERVICE_UP_S,
+        no_restart_codes={REFUSED},
     )
 
 
-def _control(folder: Path, url: str, host: str, port: int) -> Kept:
+def _control(folder: Path, url: str, host: str, port: int) -> SupervisedProcess:
     """Always at the same address, which pages come back to."""
     arguments = ["--run", folder.name, "--token-file", str(folder / "token"), "--host", host, "--port", str(port)]
-    return Kept(
+    return SupervisedProcess(
         lambda: python_service("control", "headrace.control", arguments, folder / "logs" / "control.log", url),
         grace_s=CONTROL_GRACE_S,
         progress=time.monotonic,
-        enough_progress=SERVICE_UP_S,
-        final={REFUSED},
+        min_progress=SERVICE_UP_S,
+        no_restart_codes={REFUSED},
     )
 
 

@@ -15,7 +15,7 @@ from headrace.common.redis.keys import Keys
 from headrace.common.wire.desired_state import parse_orders
 from headrace.launcher.__main__ import app
 from headrace.launcher.run.control_client import Control as ControlClient
-from headrace.launcher.run.control_client import NothingRuns
+from headrace.launcher.run.control_client import NotRunning
 from headrace.launcher.terminal.render import GAPS, group_text, spans
 from tests.support.controls import TOKEN, Control, a_control
 from tests.support.fake_sglang import FakeSglang
@@ -99,7 +99,7 @@ def test_watching_tells_what_changes_until_the_run_ends(
                 control.refresh()
 
     def away(*_: object) -> Any:
-        raise NothingRuns("control does not answer")
+        raise NotRunning("control does not answer")
 
     get = ControlClient.get
     monkeypatch.setattr("headrace.launcher.commands.observe.time", SimpleNamespace(sleep=next_look))

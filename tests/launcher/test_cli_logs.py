@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from headrace.common.redis.keys import Keys
 from headrace.launcher.__main__ import app
-from headrace.launcher.run.log_files import Follower, Wanted, read_logs
+from headrace.launcher.run.log_files import LogFilter, LogFollower, read_logs
 
 LEARNER = """headrace learner: an odd line before any time
 2026-11-23T01:00:00.100Z INFO learner run=demo step=0 version=1 tickets=0-1,0-2,0-3: issued
@@ -111,7 +111,7 @@ def test_levels_services_and_steps(runs: Path) -> None:
 
 def test_what_is_written_meanwhile_is_followed(runs: Path) -> None:
     logs = runs / "demo" / "logs"
-    follower = Follower(logs, Wanted(ticket="0-1"))
+    follower = LogFollower(logs, LogFilter(ticket="0-1"))
     assert follower.look() == []
     with (logs / "learner.log").open("a") as file:
         file.write("2026-11-23T01:01:00.000Z INFO learner run=demo ticket=0-1: stale")
@@ -146,4 +146,4 @@ def test_what_is_not_there_is_refused(runs: Path, tmp_path: Path) -> None:
 
 
 def test_many_lines_are_not_held_in_memory(runs: Path) -> None:
-    assert next(read_logs(runs / "demo" / "logs", Wanted())).service == "learner"
+    assert next(read_logs(runs / "demo" / "logs", LogFilter())).service == "learner"

@@ -5,12 +5,12 @@ import signal
 
 import psutil
 
-from headrace.launcher.run.processes import look_up
+from headrace.launcher.run.processes import short_timeout_client
 from headrace.launcher.run.run_folder import CONTROL_URL_FILE
 from tests.support.fake_services import SERVES, Faking, ended, faking, read_until
 
 __all__ = ["faking"]
-QUICK = "supervisor.LOOK_INTERVAL_S = 0.02; restarts.PAUSES_S = (0, 0.1)"
+QUICK = "supervisor.LOOK_INTERVAL_S = 0.02; restart_policy.PAUSES_S = (0, 0.1)"
 NOTES_PLACE = "note(' '.join(arguments))\n" + SERVES
 
 
@@ -55,7 +55,7 @@ def controls_of(launcher: int) -> list[psutil.Process]:
 
 def test_control_is_started_again_and_the_run_goes_on_without_it(faking: Faking) -> None:
     fakes = faking(learner=SERVES, control="note('serves')\nif num_notes('serves') < 3: signal.pause()\nsys.exit(1)")
-    process = fakes.up(settings=f"{QUICK}; restarts.MAX_RESTARTS = 3")
+    process = fakes.up(settings=f"{QUICK}; restart_policy.MAX_RESTARTS = 3")
     for times in (1, 2):
         fakes.wait_for("learner serves", "generation serves")
         fakes.wait_for("control serves", times=times)
@@ -86,13 +86,13 @@ def test_a_new_life_of_a_run_is_neither_paused_nor_stopped(faking: Faking) -> No
     fakes.executable.write_text(fakes.executable.read_text().replace("key,", "'headrace:{faked}:control',"))
     process = fakes.up()
     fakes.wait_for("learner :0:0", "learner serves")
-    with look_up((fakes.run / "redis-url").read_text(), 5.0) as client:
+    with short_timeout_client((fakes.run / "redis-url").read_text(), 5.0) as client:
         client.hset("headrace:{faked}:control", mapping={"paused": 1, "stop": 1, "checkpoints": 3})
         process.send_signal(signal.SIGINT)
         ended(process, 0)
     process = fakes.up()
     fakes.wait_for("learner :0:0", "learner serves", times=2)
-    with look_up((fakes.run / "redis-url").read_text(), 5.0) as client:
+    with short_timeout_client((fakes.run / "redis-url").read_text(), 5.0) as client:
         assert client.hget("headrace:{faked}:control", "checkpoints") == b"3"
     process.send_signal(signal.SIGINT)
     ended(process, 0)

@@ -15,7 +15,7 @@ from tests.support.fake_services import RECIPE, SERVES, Fakes, Faking, ended, fa
 from tests.support.redis_servers import as_launched
 
 __all__ = ["faking"]
-QUICK = "supervisor.LOOK_INTERVAL_S = 0.02; restarts.PAUSES_S = (0, 0.05)"
+QUICK = "supervisor.LOOK_INTERVAL_S = 0.02; restart_policy.PAUSES_S = (0, 0.05)"
 DRAINS = """
 name = option("--name")
 on(signal.SIGTERM, lambda: (note("drains " + name), sys.exit(0)))

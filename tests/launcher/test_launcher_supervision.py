@@ -10,7 +10,7 @@ import pytest
 from tests.support.fake_services import SERVES, TIMEOUT_S, Faking, ended, faking, processes_of, redis_of
 
 __all__ = ["faking"]
-QUICK = "supervisor.LOOK_INTERVAL_S = 0.02; restarts.PAUSES_S = (0, 0.1, 0.2, 0.4)"
+QUICK = "supervisor.LOOK_INTERVAL_S = 0.02; restart_policy.PAUSES_S = (0, 0.1, 0.2, 0.4)"
 
 
 def test_a_learner_that_gets_somewhere_is_started_again_each_time(faking: Faking) -> None:

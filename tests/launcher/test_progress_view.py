@@ -15,7 +15,7 @@ from headrace.common.redis.keys import Keys
 from headrace.common.wire import Heartbeat, encode
 from headrace.launcher.run.processes import redis_url_at
 from headrace.launcher.terminal import progress_view as watch
-from headrace.launcher.terminal.progress_view import StepEvent, Watcher
+from headrace.launcher.terminal.progress_view import ProgressView, StepEvent
 
 STEP = StepEvent(
     step=1,
@@ -39,7 +39,7 @@ def announce(client: redis.Redis, keys: Keys, kind: str, payload: bytes) -> None
     client.xadd(keys.events, {"kind": kind, "event": payload})
 
 
-class Seen(Watcher):
+class Seen(ProgressView):
     """Its lines, without their times."""
 
     def __init__(self, url: str, keys: Keys, is_terminal: bool = False) -> None:
@@ -68,16 +68,16 @@ def test_what_cannot_be_decoded_is_passed_over(client: redis.Redis, redis_url: s
     ):
         announce(client, keys, kind, payload)
     client.xadd(keys.events, {"neither": "this"})
-    with Seen(redis_url, keys) as watcher:
-        watcher.look()
-        assert watcher.new_lines() == [
+    with Seen(redis_url, keys) as view:
+        view.look()
+        assert view.new_lines() == [
             "learner: \N{REPLACEMENT CHARACTER}training; replicas: 1 running",
             "step 1, reward 0.500, staleness 1.00, uniform 25%, tokens/s 50, waited 0.10 s, step time 0.20 s, KL – "
             "(of 9 steps)",
             "held-out pass@1 0.500 after step 1, 2 completions",
         ]
-        watcher.look()
-        assert watcher.new_lines() == []
+        view.look()
+        assert view.new_lines() == []
 
 
 def test_a_reason_to_wait_is_told_when_it_lasts(
@@ -86,26 +86,26 @@ def test_a_reason_to_wait_is_told_when_it_lasts(
     now = time.monotonic()
     monkeypatch.setattr(watch, "monotonic", lambda: now)
     told = "the learner waits: starved: 3 of 16 groups for"
-    with Seen(redis_url, keys) as watcher:
+    with Seen(redis_url, keys) as view:
         for seconds in range(4):
             now += 1
             client.hset(
                 keys.learner, mapping={"phase": "waiting", "reason": f"starved: 3 of 16 groups for {seconds} s"}
             )
-            watcher.look()
-        assert watcher.new_lines() == ["learner: waiting; replicas: none yet"]
+            view.look()
+        assert view.new_lines() == ["learner: waiting; replicas: none yet"]
         now += 5
-        watcher.look()
-        watcher.look()
-        assert watcher.new_lines() == [f"{told} 3 s"]
+        view.look()
+        view.look()
+        assert view.new_lines() == [f"{told} 3 s"]
         client.hset(keys.learner, "reason", "")
-        watcher.look()
+        view.look()
         client.hset(keys.learner, "reason", "starved: 3 of 16 groups for 0 s")
-        watcher.look()
-        assert watcher.new_lines() == []
+        view.look()
+        assert view.new_lines() == []
         now += 6
-        watcher.look()
-        assert watcher.new_lines() == [f"{told} 0 s"]
+        view.look()
+        assert view.new_lines() == [f"{told} 0 s"]
 
 
 def test_why_rewards_fail_and_what_has_died_is_told(
@@ -115,47 +115,47 @@ def test_why_rewards_fail_and_what_has_died_is_told(
     monkeypatch.setattr(watch, "monotonic", lambda: now)
     reason = "rewards fail: ticket 0-1: ValueError: no for 2 s"
     told = f"(headrace dead list {keys.run}), the latest: ValueError"
-    with Seen(redis_url, keys) as watcher:
+    with Seen(redis_url, keys) as view:
         beat(client, keys, "a", reason=reason)
-        watcher.look()
-        assert watcher.new_lines()[1:] == [f"a: {reason}"]
+        view.look()
+        assert view.new_lines()[1:] == [f"a: {reason}"]
         beat(client, keys, "a", reason="rewards fail: ticket 0-2: ValueError: no for 3 s")
         client.xadd(keys.dead, {"id": "0-1", "reason": "ValueError"})
-        watcher.look()
-        assert watcher.new_lines() == [f"1 ticket is dead {told}"]
+        view.look()
+        assert view.new_lines() == [f"1 ticket is dead {told}"]
         client.xadd(keys.dead, {"id": "0-2", "reason": "ValueError"})
-        watcher.look()
-        assert watcher.new_lines() == [], "not at each"
+        view.look()
+        assert view.new_lines() == [], "not at each"
         now += 31
-        watcher.look()
-        watcher.look()
-        assert watcher.new_lines() == [f"2 tickets are dead {told}"]
-    with Seen(redis_url, keys, is_terminal=True) as watcher:
-        watcher.look()
-    assert f"· 2 tickets are dead {told}" in watcher.output.getvalue().replace("\n", " ").replace("  ", " ")
+        view.look()
+        view.look()
+        assert view.new_lines() == [f"2 tickets are dead {told}"]
+    with Seen(redis_url, keys, is_terminal=True) as view:
+        view.look()
+    assert f"· 2 tickets are dead {told}" in view.output.getvalue().replace("\n", " ").replace("  ", " ")
 
 
 def test_the_table_shows_why_the_learner_waits(client: redis.Redis, redis_url: str, keys: Keys) -> None:
     announce(client, keys, "step", msgspec.json.encode(STEP))
     client.hset(keys.learner, mapping={"phase": "waiting", "reason": "no live replica for 3 s"})
-    with Seen(redis_url, keys, is_terminal=True) as watcher:
-        watcher.look()
-    shown = watcher.output.getvalue()
+    with Seen(redis_url, keys, is_terminal=True) as view:
+        view.look()
+    shown = view.output.getvalue()
     assert "learner: waiting; replicas: none yet · waits: no live replica for 3 s" in shown
     assert re.search(r"│ +1 │ +0.500 │", shown), shown
 
 
 def test_replicas_are_counted_by_what_they_do(client: redis.Redis, redis_url: str, keys: Keys) -> None:
     beat(client, keys, "a")
-    with Seen(redis_url, keys) as watcher:
-        watcher.look()
+    with Seen(redis_url, keys) as view:
+        view.look()
         beat(client, keys, "b", state="quarantined", reason="no weights for 3 s")
-        watcher.look()
+        view.look()
         beat(client, keys, "b", state="quarantined", reason="no weights for 4 s")
-        watcher.look()
+        view.look()
         beat(client, keys, "b")
-        watcher.look()
-        assert watcher.new_lines() == [
+        view.look()
+        assert view.new_lines() == [
             "learner: loading the model; replicas: 1 running",
             "learner: loading the model; replicas: 1 quarantined (no weights for 3 s), 1 running",
             "learner: loading the model; replicas: 2 running",
@@ -167,20 +167,20 @@ def test_between_steps_only_what_is_out_of_the_ordinary_is_told(
 ) -> None:
     beat(client, keys, "a")
     announce(client, keys, "step", msgspec.json.encode(STEP))
-    with Seen(redis_url, keys) as watcher:
-        watcher.look()
-        watcher.new_lines()
+    with Seen(redis_url, keys) as view:
+        view.look()
+        view.new_lines()
         for phase in ("training", "waiting", "training"):
             client.hset(keys.learner, "phase", phase)
-            watcher.look()
+            view.look()
             beat(client, keys, "a", reason="no tickets for 3 s")
-            watcher.look()
-        assert watcher.new_lines() == []
+            view.look()
+        assert view.new_lines() == []
         beat(client, keys, "a", state="paused")
-        watcher.look()
+        view.look()
         client.hset(keys.learner, "phase", "loading")
-        watcher.look()
-        assert watcher.new_lines() == ["learner: training; replicas: 1 paused", "learner: loading; replicas: 1 paused"]
+        view.look()
+        assert view.new_lines() == ["learner: training; replicas: 1 paused", "learner: loading; replicas: 1 paused"]
 
 
 def test_no_redis_is_shown_and_freezes_nothing(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,17 +188,17 @@ def test_no_redis_is_shown_and_freezes_nothing(keys: Keys, monkeypatch: pytest.M
     monkeypatch.setattr(watch, "LOOK_TIMEOUT_S", 0.2)
     with listen("127.0.0.1", 0) as frozen:
         for port in (free_port(), frozen.getsockname()[1]):
-            with Seen(redis_url_at(port), keys) as watcher:
+            with Seen(redis_url_at(port), keys) as view:
                 started = time.monotonic()
-                watcher.look()
-                watcher.forget_learner()
-                assert (watcher.latest_step(), watcher.latest_reason()) == (0, "")
+                view.look()
+                view.forget_learner()
+                assert (view.latest_step(), view.latest_reason()) == (0, "")
                 assert time.monotonic() - started < 2
-                assert watcher.new_lines() == ["Redis unreachable"]
+                assert view.new_lines() == ["Redis unreachable"]
 
 
 def test_the_highest_step_is_kept(client: redis.Redis, redis_url: str, keys: Keys) -> None:
-    with Seen(redis_url, keys) as watcher:
+    with Seen(redis_url, keys) as view:
         for step in (3, 1):
             client.hset(keys.learner, "step", step)
-            assert watcher.latest_step() == 3
+            assert view.latest_step() == 3

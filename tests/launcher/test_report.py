@@ -17,7 +17,7 @@ from headrace.common.redis.keys import Keys
 from headrace.common.wire.group_samples import ShownRollout
 from headrace.launcher.__main__ import app
 from headrace.launcher.report.curves import MAX_POINTS, Series, draw, thinned, ticks_between
-from headrace.launcher.report.report_data import incidents, settings, spells
+from headrace.launcher.report.report_data import incidents, settings, unhealthy_spans
 from tests.launcher.test_cli_logs import LEARNER
 from tests.support.seeded_run import evaluation_row, seed_run, shown_group, step_rows
 
@@ -138,7 +138,10 @@ def test_a_spell_lasts_as_long_as_the_median_of_five_is_bad() -> None:
         row["kl_behaviour_proximal"] = 0.1
     for row in rows[24:]:
         row["ess"] = math.nan
-    found = [(one.threshold.name, one.first_step, one.last_step, one.worst, one.is_alarm) for one in spells(rows, True)]
+    found = [
+        (one.threshold.name, one.first_step, one.last_step, one.worst, one.is_alarm)
+        for one in unhealthy_spans(rows, True)
+    ]
     assert found == [("kl_behaviour_proximal", 12, 18, 0.1, False), ("ess", 27, 30, -math.inf, True)]
 
 

@@ -17,9 +17,9 @@ from headrace.common.preflight.task import check_task
 from headrace.common.tasks import BadRow, Prompt, Split
 from headrace.common.wire import Ticket, decode_ticket
 from headrace.launcher.check import before_start, trial
-from headrace.launcher.check.before_start import notes_before
-from headrace.launcher.check.prompt_trial import Found, SplitTrial, try_prompts
-from headrace.launcher.check.sections import Facts, prompts
+from headrace.launcher.check.before_start import preflight_notes
+from headrace.launcher.check.prompt_trial import SplitTrial, TaskTrial, try_prompts
+from headrace.launcher.check.sections import EstimateInputs, prompts
 from headrace.launcher.check.trial import notes_of, try_task
 
 USER = [{"role": "user", "content": "1 + 1?"}]
@@ -229,7 +229,7 @@ def test_what_a_model_costs_whose_prompts_cannot_be_shared(demo_policy: Path, tm
         found.cost.startswith("a prompt is computed 4 times")
         and f"{3 * typical * 5:,} tokens a step more" in found.cost
     )
-    section = prompts(Facts(config_of({"name": "arithmetic"}, folder, **settings), found, None, []))
+    section = prompts(EstimateInputs(config_of({"name": "arithmetic"}, folder, **settings), found, None, []))
     assert section is not None and section.lines[-1].strip() == found.cost
     assert try_prompts(config_of({"name": "arithmetic"}, demo_policy), 3).cost == ""
 
@@ -237,7 +237,7 @@ def test_what_a_model_costs_whose_prompts_cannot_be_shared(demo_policy: Path, tm
 def test_completions_that_no_prompt_leaves_room_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Held against what the children say, without starting them."""
     config = config_of({"name": "arithmetic"}, sampling={"max_new_tokens": 1000})
-    found = Found(context=1024, splits={"train": SplitTrial([25, 30]), "held_out": SplitTrial([24])})
+    found = TaskTrial(context=1024, splits={"train": SplitTrial([25, 30]), "held_out": SplitTrial([24])})
 
     class Answers:
         def __init__(self, answer: bytes) -> None:
@@ -266,15 +266,15 @@ def test_completions_that_no_prompt_leaves_room_for_are_refused(monkeypatch: pyt
 def test_what_up_says_before_it_starts(demo_policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is passed over, and what takes long on a machine of a million multiplications a second."""
     trials = {"train": SplitTrial([20], ["train prompt 1: no text"]), "held_out": SplitTrial([20])}
-    found = Found(context=1024, splits=trials, flops=1e6)
+    found = TaskTrial(context=1024, splits=trials, flops=1e6)
     monkeypatch.setattr(before_start, "try_task", lambda config: found)
     config = config_of({"name": "arithmetic"}, demo_policy, learner={"device": "cpu"})
-    passed, evaluation, step = notes_before(config)
+    passed, evaluation, step = preflight_notes(config)
     assert passed.startswith("1 of the first 2 train prompts cannot become tickets")
     assert "an evaluation of 256 prompts x 2 completions takes about" in evaluation
     assert step.startswith("a step takes about") and "learner.groups_per_step" in step
     elsewhere = config_of({"name": "arithmetic"}, demo_policy / "nowhere")
-    assert notes_before(elsewhere) == [passed]
+    assert preflight_notes(elsewhere) == [passed]
 
 
 def test_the_real_children_agree_with_the_demo(demo_policy: Path) -> None:

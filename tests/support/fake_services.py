@@ -81,8 +81,8 @@ class Fakes:
         start = (
             f"import sys; sys.executable = {str(self.executable)!r}\n"
             "from headrace.launcher import __main__, up\n"
-            "from headrace.launcher.supervision import liveness_probe, replica_target, restarts, supervisor\n"
-            f"up.notes_before = lambda config: []\n{settings}\n__main__.main()"  # it would start scripts too
+            "from headrace.launcher.supervision import liveness_probe, replica_target, restart_policy, supervisor\n"
+            f"up.preflight_notes = lambda config: []\n{settings}\n__main__.main()"  # it would start scripts too
         )
         process = subprocess.Popen(
             [sys.executable, "-c", start, *arguments, "--runs-folder", str(self.run.parent)],

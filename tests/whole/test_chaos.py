@@ -24,7 +24,7 @@ from chaos.observer import Observer
 from chaos.proxy import Proxy
 from chaos.report import problems, summarise
 from chaos.schedule import HOLD_S, PARTS, Fault, Kind, schedule
-from chaos.test_bed import Strike
+from chaos.test_bed import InjectedFault
 from headrace.common.process.atomic_files import file_entry
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import Heartbeat, encode
@@ -348,25 +348,25 @@ def test_a_run_works_once_a_whole_step_and_every_replica_say_so(
 ) -> None:
     fault_s = time.time()
 
-    def works() -> bool:
+    def has_recovered() -> bool:
         observer.look()
-        return observer.works(fault_s, fault_s + 0.001)
+        return observer.has_recovered(fault_s, fault_s + 0.001)
 
     for name in ("a", "b"):
         beat(client, keys, name)
     add_step(client, keys, fault_s - 1, fault_s + 2)
     time.sleep(0.002)
-    assert not works(), "the step began before the fault"
+    assert not has_recovered(), "the step began before the fault"
     add_step(client, keys, fault_s + 1, fault_s + 2)
-    assert not works(), "no replica has answered"
+    assert not has_recovered(), "no replica has answered"
     answer(client, keys, "a", fault_s + 1)
     answer(client, keys, "b", fault_s - 1)
-    assert not works(), "b answered what it had leased before"
+    assert not has_recovered(), "b answered what it had leased before"
     answer(client, keys, "b", fault_s + 1)
-    assert works()
+    assert has_recovered()
     beat(client, keys, "b", "quarantined")
     time.sleep(0.02)
-    assert not works()
+    assert not has_recovered()
 
 
 def test_a_heartbeat_from_before_the_fault_counts_for_nothing(
@@ -390,21 +390,25 @@ def test_a_redis_that_is_away_is_nothing_new(keys: Keys) -> None:
         port = nobody.getsockname()[1]
     seeing = Observer(f"redis://127.0.0.1:{port}", keys, 1)
     seeing.look()
-    assert seeing.learner() == {} and seeing.epoch() == 0 and not seeing.works(0.0, 0.0)
+    assert seeing.learner() == {} and seeing.epoch() == 0 and not seeing.has_recovered(0.0, 0.0)
     seeing.close()
 
 
 # The report
 
 
-def strike(number: int, kind: Kind, recovery_s: float | None) -> Strike:
+def injected_fault(number: int, kind: Kind, recovery_s: float | None) -> InjectedFault:
     fault = Fault(number, kind, 0.0, False, 0.0, 0.0, 0.0, 0.0)
-    return Strike(fault, "it", 100.0, ended_s=101.0, recovery_s=recovery_s)
+    return InjectedFault(fault, "it", 100.0, ended_s=101.0, recovery_s=recovery_s)
 
 
 def results(**changes: object) -> Results:
-    strikes = [strike(1, Kind.KILL_REDIS, 3.0), strike(2, Kind.KILL_REDIS, None), strike(3, Kind.KILL_LEARNER, 9.0)]
-    found = Results(strikes=strikes, num_steps=24)
+    injected = [
+        injected_fault(1, Kind.KILL_REDIS, 3.0),
+        injected_fault(2, Kind.KILL_REDIS, None),
+        injected_fault(3, Kind.KILL_LEARNER, 9.0),
+    ]
+    found = Results(injected=injected, num_steps=24)
     for name, value in changes.items():
         setattr(found, name, value)
     return found
@@ -453,10 +457,10 @@ def test_a_disk_that_could_not_be_filled_is_said() -> None:
 
 def test_a_strike_ends_once(redis_url: str) -> None:
     ends: list[float] = []
-    held = strike(1, Kind.FREEZE_REDIS, None)
+    held = injected_fault(1, Kind.FREEZE_REDIS, None)
     held.ended_s, held.is_over, held.end = None, lambda: len(ends) == 0, lambda: ends.append(time.time())
-    held.tend()
-    held.tend()
+    held.end_if_due()
+    held.end_if_due()
     held.finish()
     assert len(ends) == 1 and held.ended_s is not None
 

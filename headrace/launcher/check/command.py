@@ -14,8 +14,8 @@ from rich.text import Text
 from headrace.common.config import Recipe, RunConfig
 from headrace.common.preflight.recipe import NotHere, check_run, model_files
 from headrace.common.process.redaction import without_password
-from headrace.launcher.check.prompt_trial import Found
-from headrace.launcher.check.sections import SECTIONS, Facts, Section
+from headrace.launcher.check.prompt_trial import TaskTrial
+from headrace.launcher.check.sections import SECTIONS, EstimateInputs, Section
 from headrace.launcher.check.trial import notes_of, try_task
 from headrace.launcher.estimates.model_size import Shape, shape_of
 
@@ -35,10 +35,10 @@ def check_recipe(recipe: Recipe, console: Console, as_json: bool) -> None:
         notes = [f"{note}{suffix}" if note == problem else note for note in notes]
         if not any(note.startswith(problem) for note in notes):
             notes.append(f"no estimates: {problem}")
-    facts = Facts(config, found, shape, notes)
-    sections = [section for make in SECTIONS if (section := make(facts)) is not None]
+    inputs = EstimateInputs(config, found, shape, notes)
+    sections = [section for make in SECTIONS if (section := make(inputs)) is not None]
     if as_json:
-        print(json.dumps(_as_json(recipe, facts, sections), indent=2, ensure_ascii=False))
+        print(json.dumps(_as_json(recipe, inputs, sections), indent=2, ensure_ascii=False))
         return
     _print(console, settings_lines(recipe))
     _print(console, (f"note: {note}" for note in notes))
@@ -48,7 +48,7 @@ def check_recipe(recipe: Recipe, console: Console, as_json: bool) -> None:
     _print(console, (line for section in sections if section.is_estimate for line in _lines(section)))
 
 
-def _try(config: RunConfig, notes: list[str]) -> Found:
+def _try(config: RunConfig, notes: list[str]) -> TaskTrial:
     """The prompts and the reward; without the model, the task alone."""
     try:
         model_files(config.model.path, config.model.revision)
@@ -59,7 +59,7 @@ def _try(config: RunConfig, notes: list[str]) -> Found:
         found = try_task(config, is_model_here)
     except NotHere as problem:
         notes.append(str(problem))
-        return Found()
+        return TaskTrial()
     notes += notes_of(found, config)
     return found
 
@@ -72,16 +72,16 @@ def _shape(config: RunConfig) -> tuple[Shape | None, str]:
         return None, str(reason)
 
 
-def _as_json(recipe: Recipe, facts: Facts, sections: Iterable[Section]) -> dict[str, Any]:
+def _as_json(recipe: Recipe, inputs: EstimateInputs, sections: Iterable[Section]) -> dict[str, Any]:
     """`estimates`: bytes or seconds by title and by what; null where the model's shape is unknown."""
-    shown: dict[str, Any] = {"settings": {}, "notes": facts.notes, "estimates": None}
+    shown: dict[str, Any] = {"settings": {}, "notes": inputs.notes, "estimates": None}
     for name, source in recipe.sources.items():
         value = json.loads(without_password(json.dumps(_value(recipe.config, name))))
         shown["settings"][name] = {"value": value, "source": without_password(source)}
     shown |= {section.title: section.value for section in sections if not section.is_estimate}
-    if facts.shape is not None:
+    if inputs.shape is not None:
         estimates = {section.title: section.value for section in sections if section.is_estimate}
-        shown["estimates"] = {"parameters": facts.shape.num_parameters} | estimates
+        shown["estimates"] = {"parameters": inputs.shape.num_parameters} | estimates
     return shown
 
 

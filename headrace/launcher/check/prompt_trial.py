@@ -38,7 +38,7 @@ class SplitTrial(msgspec.Struct):
     """Of the first one that did."""
 
 
-class Found(msgspec.Struct):
+class TaskTrial(msgspec.Struct):
     problem: str = ""
     is_only_here: bool = False
     """On another machine there may be none."""
@@ -56,21 +56,21 @@ def main() -> int:
     try:
         found = try_prompts(RunConfig.model_validate_json(sys.stdin.readline()), int(num_prompts))
     except ValueError as problem:
-        found = Found(one_line(problem), is_only_here=isinstance(problem, NotHere))
+        found = TaskTrial(one_line(problem), is_only_here=isinstance(problem, NotHere))
     Path(output).write_bytes(msgspec.msgpack.encode(found))
     return 0
 
 
-def try_prompts(config: RunConfig, num_prompts: int) -> Found:
+def try_prompts(config: RunConfig, num_prompts: int) -> TaskTrial:
     """Raises `ValueError`, or as that `NotHere`, if there are no prompts or none of a split can become a ticket. With
     `num_prompts` 0 only the task is tried, for want of the model."""
     if num_prompts == 0:
         check_task(config)
-        return Found()
+        return TaskTrial()
     task = load_checked(config)
     chat, model_config = _load(config)
     context = context_tokens(model_config, config.generation.engine.context_tokens)
-    found = Found(context=context, flops=measured_flops())
+    found = TaskTrial(context=context, flops=measured_flops())
     for split in SPLITS:
         count = num_prompts if split == "train" else min(num_prompts, config.evaluation.num_prompts)
         prompts = itertools.islice(prompts_of(task, config, split), count)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from headrace.common.config import RunConfig
 from headrace.common.hardware.device import CPU_MAX_TOTAL_TOKENS, multiplies_bfloat16, resolve_device
 from headrace.common.hardware.gpus import visible_gpus
-from headrace.launcher.check.prompt_trial import Found
+from headrace.launcher.check.prompt_trial import TaskTrial
 from headrace.launcher.estimates.device_memory import TYPICAL_PROMPT_TOKENS, Rows, engine_bytes, learner_bytes
 from headrace.launcher.estimates.duration import START_S, cpu_speed, estimate, gpu_speed, readable_s, too_long
 from headrace.launcher.estimates.host_memory import (
@@ -34,9 +34,9 @@ KIB = 1024
 
 
 @dataclass
-class Facts:
+class EstimateInputs:
     config: RunConfig
-    found: Found
+    found: TaskTrial
     """Of the prompts that were tried."""
     shape: Shape | None
     """The model's, where it is known."""
@@ -81,36 +81,36 @@ def _rows(title: str, rows: Rows, total: str | None = None) -> Section:
     return Section(title, [f"{readable(num_bytes):>10}  {what}" for what, num_bytes in shown.items()], rows)
 
 
-def prompts(facts: Facts) -> Section | None:
+def prompts(inputs: EstimateInputs) -> Section | None:
     """How long they are, and what the context leaves."""
-    config, lines, value = facts.config, [], {}
-    for split, trial in facts.found.splits.items():
+    config, lines, value = inputs.config, [], {}
+    for split, trial in inputs.found.splits.items():
         low, middle, high = min(trial.lengths), int(statistics.median(trial.lengths)), max(trial.lengths)
         value[split] = {"tried": len(trial.lengths), "refused": trial.refused, "tokens": [low, middle, high]}
         longest = high + config.sampling.max_new_tokens
         lines.append(
             f"{len(trial.lengths):>10,}  {split} prompts tried: {low:,} to {high:,} tokens, {middle:,} in the middle; "
-            f"{longest:,} with a completion, of a context of {facts.found.context:,}"
+            f"{longest:,} with a completion, of a context of {inputs.found.context:,}"
         )
-    if facts.found.cost:
-        lines.append(f"{'':10}  {facts.found.cost}")
-    return Section("prompts", lines, value | {"cost": facts.found.cost}, is_estimate=False) if lines else None
+    if inputs.found.cost:
+        lines.append(f"{'':10}  {inputs.found.cost}")
+    return Section("prompts", lines, value | {"cost": inputs.found.cost}, is_estimate=False) if lines else None
 
 
-def devices(facts: Facts) -> Section | None:
+def devices(inputs: EstimateInputs) -> Section | None:
     """Who gets which."""
-    lines = plan_lines(facts.config, facts.notes)
+    lines = plan_lines(inputs.config, inputs.notes)
     return Section("devices", lines, lines, is_estimate=False)
 
 
-def learner(facts: Facts) -> Section | None:
-    if facts.shape is None:
+def learner(inputs: EstimateInputs) -> Section | None:
+    if inputs.shape is None:
         return None
-    ranks = facts.config.learner.ranks
-    rows, gpu_bytes = learner_bytes(facts.shape, facts.config), facts.gpu_bytes
+    ranks = inputs.config.learner.ranks
+    rows, gpu_bytes = learner_bytes(inputs.shape, inputs.config), inputs.gpu_bytes
     needed = sum(rows.values())
-    if facts.device_of_learner == "cuda" and 0 < gpu_bytes < needed:
-        facts.notes.append(
+    if inputs.device_of_learner == "cuda" and 0 < gpu_bytes < needed:
+        inputs.notes.append(
             f"the learner needs {readable(needed)} of a GPU's memory by estimate, and there are {readable(gpu_bytes)}; "
             "expected more learner.ranks, gradient_checkpointing, or less learner.micro_batch_tokens"
         )
@@ -118,72 +118,72 @@ def learner(facts: Facts) -> Section | None:
     return _rows("learner", rows, total)
 
 
-def engine(facts: Facts) -> Section | None:
-    if facts.shape is None or not facts.is_local_engine:
+def engine(inputs: EstimateInputs) -> Section | None:
+    if inputs.shape is None or not inputs.is_local_engine:
         return None
-    return _rows("engine", _engine_rows(facts, facts.shape), "together, per replica")
+    return _rows("engine", _engine_rows(inputs, inputs.shape), "together, per replica")
 
 
-def _engine_rows(facts: Facts, shape: Shape) -> Rows:
-    on_cpu = facts.device_of_engine == "cpu"
-    tokens = facts.config.generation.engine.max_total_tokens or (CPU_MAX_TOTAL_TOKENS if on_cpu else None)
-    is_alone = facts.config.learner.memory_fraction is None
-    return engine_bytes(shape, facts.config, tokens, facts.gpu_bytes if is_alone and not on_cpu else 0)
+def _engine_rows(inputs: EstimateInputs, shape: Shape) -> Rows:
+    on_cpu = inputs.device_of_engine == "cpu"
+    tokens = inputs.config.generation.engine.max_total_tokens or (CPU_MAX_TOTAL_TOKENS if on_cpu else None)
+    is_alone = inputs.config.learner.memory_fraction is None
+    return engine_bytes(shape, inputs.config, tokens, inputs.gpu_bytes if is_alone and not on_cpu else 0)
 
 
-def host(facts: Facts) -> Section | None:
+def host(inputs: EstimateInputs) -> Section | None:
     """The machine's own memory, with all replicas on it."""
-    if facts.shape is None:
+    if inputs.shape is None:
         return None
-    config, replicas = facts.config, facts.config.generation.replicas
-    on_device = sum(learner_bytes(facts.shape, config).values()), sum(_engine_rows(facts, facts.shape).values())
-    on_cpu = facts.device_of_learner == "cpu", facts.device_of_engine == "cpu"
-    rows, of_replica = host_rows(facts.shape, config, *on_device, on_cpu)
-    rows |= {f"weights in {SHARED_MEMORY}, for all replicas here": SHARED_VERSIONS * weight_bytes(facts.shape, config)}
+    config, replicas = inputs.config, inputs.config.generation.replicas
+    on_device = sum(learner_bytes(inputs.shape, config).values()), sum(_engine_rows(inputs, inputs.shape).values())
+    on_cpu = inputs.device_of_learner == "cpu", inputs.device_of_engine == "cpu"
+    rows, of_replica = host_rows(inputs.shape, config, *on_device, on_cpu)
+    rows |= {f"weights in {SHARED_MEMORY}, for all replicas here": SHARED_VERSIONS * weight_bytes(inputs.shape, config)}
     total = sum(rows.values()) + replicas * sum(of_replica.values())
     here = memory_here()
     if 0 < here < total:
-        facts.notes.append(
+        inputs.notes.append(
             f"this machine has {readable(here)} of memory, and a run with {replicas} replica{'s' * (replicas != 1)} "
             f"takes {readable(total)} by estimate"
         )
-    if problem := shared_memory_problem(facts.shape, config):
-        facts.notes.append(problem)
+    if problem := shared_memory_problem(inputs.shape, config):
+        inputs.notes.append(problem)
     section = _rows("host", rows | of_replica)
     section.lines.append(f"{readable(total):>10}  together, with {replicas} replica{'s' * (replicas != 1)}")
     return section
 
 
-def disk(facts: Facts) -> Section | None:
-    if facts.shape is None:
+def disk(inputs: EstimateInputs) -> Section | None:
+    if inputs.shape is None:
         return None
-    rows = disk_rows(facts.shape, facts.config, delta_share(facts.config))
+    rows = disk_rows(inputs.shape, inputs.config, delta_share(inputs.config))
     free = shutil.disk_usage(Path.cwd()).free
     if free < sum(rows.values()):
-        facts.notes.append(
+        inputs.notes.append(
             f"{readable(free)} are free on the disk of {Path.cwd()}, and a run's folder takes up to "
             f"{readable(sum(rows.values()))} by estimate"
         )
     return _rows("disk", rows, "a run's folder, at most, without logs and Redis' file")
 
 
-def moved(facts: Facts) -> Section | None:
-    return None if facts.shape is None else _rows("moved", moved_bytes(facts.shape, facts.config))
+def moved(inputs: EstimateInputs) -> Section | None:
+    return None if inputs.shape is None else _rows("moved", moved_bytes(inputs.shape, inputs.config))
 
 
-def times(facts: Facts) -> Section | None:
+def times(inputs: EstimateInputs) -> Section | None:
     """On a CPU by its measured speed, else by an H100's."""
-    if facts.shape is None or (facts.device_of_learner == "cpu" and not facts.found.flops):
+    if inputs.shape is None or (inputs.device_of_learner == "cpu" and not inputs.found.flops):
         return None
-    config, flops = facts.config, facts.found.flops
+    config, flops = inputs.config, inputs.found.flops
     on_cpu, on_gpu = cpu_speed(config, flops, multiplies_bfloat16(), os.cpu_count() or 1), gpu_speed(config)
-    of_learner = (on_cpu if facts.device_of_learner == "cpu" else on_gpu)[0]
-    of_engine = (on_cpu if facts.device_of_engine == "cpu" else on_gpu)[1]
-    prompt_tokens = facts.prompt_tokens * (config.actor.group_size if facts.found.cost else 1)
-    found = estimate(facts.shape, config, prompt_tokens, of_learner, of_engine, START_S[facts.device_of_engine])
-    if "cpu" in (facts.device_of_learner, facts.device_of_engine):
-        facts.notes.extend(too_long(found, config))
-    by = f"{flops / 1e9:.0f} GFLOP/s a thread, measured" if facts.device_of_learner == "cpu" else "an H100's speed"
+    of_learner = (on_cpu if inputs.device_of_learner == "cpu" else on_gpu)[0]
+    of_engine = (on_cpu if inputs.device_of_engine == "cpu" else on_gpu)[1]
+    prompt_tokens = inputs.prompt_tokens * (config.actor.group_size if inputs.found.cost else 1)
+    found = estimate(inputs.shape, config, prompt_tokens, of_learner, of_engine, START_S[inputs.device_of_engine])
+    if "cpu" in (inputs.device_of_learner, inputs.device_of_engine):
+        inputs.notes.extend(too_long(found, config))
+    by = f"{flops / 1e9:.0f} GFLOP/s a thread, measured" if inputs.device_of_learner == "cpu" else "an H100's speed"
     rows = {
         f"to the end of the first step, the first evaluation before it (by {by}; within a factor of two or three)": (
             found.first_step
@@ -196,7 +196,16 @@ def times(facts: Facts) -> Section | None:
     return Section("time", lines, {what: round(seconds, 3) for what, seconds in rows.items()})
 
 
-SECTIONS: list[Callable[[Facts], Section | None]] = [prompts, devices, learner, engine, host, disk, moved, times]
+SECTIONS: list[Callable[[EstimateInputs], Section | None]] = [
+    prompts,
+    devices,
+    learner,
+    engine,
+    host,
+    disk,
+    moved,
+    times,
+]
 
 
 def memory_here() -> int:

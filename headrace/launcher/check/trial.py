@@ -19,7 +19,7 @@ from headrace.common.config import RunConfig
 from headrace.common.models.context_length import fits
 from headrace.common.preflight.recipe import NotHere
 from headrace.common.process.child_process import dies_with_parent, import_path
-from headrace.launcher.check.prompt_trial import Found, SplitTrial
+from headrace.launcher.check.prompt_trial import SplitTrial, TaskTrial
 
 NUM_PROMPTS = 100
 DEADLINE_S = 900.0
@@ -28,7 +28,7 @@ MISSING = "ModuleNotFoundError"
 """What a reward worker says that lacks a library, which another machine may have."""
 
 
-def try_task(config: RunConfig, is_model_here: bool = True) -> Found:
+def try_task(config: RunConfig, is_model_here: bool = True) -> TaskTrial:
     """Without the model only the task's own part. Raises `ValueError`, or as that `NotHere`, in one line that names the
     task, the split and the row."""
     name, plain = config.task.name, config.model_copy(update={"redis_url": None}).model_dump_json()
@@ -36,7 +36,7 @@ def try_task(config: RunConfig, is_model_here: bool = True) -> Found:
         _child("headrace.generation.rewards.trial", plain) as reward,
         _child("headrace.launcher.check.prompt_trial", plain, str(NUM_PROMPTS * is_model_here)) as prompts,
     ):
-        found = msgspec.msgpack.decode(prompts.answer(name), type=Found)
+        found = msgspec.msgpack.decode(prompts.answer(name), type=TaskTrial)
         if found.problem:
             raise (NotHere if found.is_only_here else ValueError)(found.problem)
         for split, trial in found.splits.items():
@@ -50,7 +50,7 @@ def try_task(config: RunConfig, is_model_here: bool = True) -> Found:
     return found
 
 
-def notes_of(found: Found, config: RunConfig) -> Iterator[str]:
+def notes_of(found: TaskTrial, config: RunConfig) -> Iterator[str]:
     """What the run will pass over."""
     for split, trial in found.splits.items():
         tried = len(trial.lengths) + len(trial.refused)

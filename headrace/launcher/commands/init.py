@@ -19,7 +19,9 @@ def init(folder: Path) -> list[Path]:
     """Writes the files and returns their paths. Raises `ValueError` if one of them exists."""
     paths = [folder / name for name in FILES]
     if existing := [str(path) for path in paths if path.exists()]:
-        raise ValueError(f"{', '.join(existing)}: already there; expected another folder, or none of {', '.join(FILES)}")
+        raise ValueError(
+            f"{', '.join(existing)}: already there; expected another folder, or none of {', '.join(FILES)}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     for path in paths:
         path.write_text(template(path.name).replace(POLICY_IN_TEMPLATE, str(demo_policy())))

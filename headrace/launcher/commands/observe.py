@@ -23,7 +23,7 @@ from headrace.launcher.commands.options import (
     out,
     print_json,
 )
-from headrace.launcher.run.control_client import Control, ControlFailed, NothingRuns, find_control
+from headrace.launcher.run.control_client import Control, ControlFailed, NotRunning, find_control
 from headrace.launcher.terminal.render import (
     evaluations_table,
     group_text,
@@ -103,7 +103,7 @@ def evaluations(
     as_json: JsonOption = False,
     runs_folder: RunsFolderOption = RUNS,
 ) -> None:
-    """Held-out accuracy over the run's steps."""
+    """RedisContent-out accuracy over the run's steps."""
     with one_line_errors():
         control = find_control(run, url, runs_folder)
         if now:
@@ -132,7 +132,7 @@ def _watch(control: Control, as_json: bool, console: Console) -> None:
             try:
                 found = control.get("/status")
                 told: Any = _changes(found)
-            except (NothingRuns, ControlFailed) as error:
+            except (NotRunning, ControlFailed) as error:
                 told = str(error)
             if console.is_terminal and not as_json:
                 live.update(Text(told, "red") if found is None else status_lines(found), refresh=True)

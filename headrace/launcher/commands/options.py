@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from headrace.launcher.run.control_client import ControlFailed, NothingRuns
+from headrace.launcher.run.control_client import ControlFailed, NotRunning
 
 FAILED, REFUSED, NOTHING_RUNS = 1, 2, 3
 STEER, LOOK, RECORDS = "Steer a run", "Look at a run", "What a run leaves"
@@ -53,12 +53,12 @@ RedisUrlOption = Annotated[
 @contextmanager
 def one_line_errors(*expected: type[Exception]) -> Iterator[None]:
     """`ValueError` (always expected) and `expected` end the command with a line and its code."""
-    expected = (ValueError, NothingRuns, ControlFailed, *expected)
+    expected = (ValueError, NotRunning, ControlFailed, *expected)
     try:
         yield
     except expected as error:
         print(f"headrace: {error}", file=sys.stderr)
-        code = NOTHING_RUNS if isinstance(error, NothingRuns) else REFUSED if isinstance(error, ValueError) else FAILED
+        code = NOTHING_RUNS if isinstance(error, NotRunning) else REFUSED if isinstance(error, ValueError) else FAILED
         raise typer.Exit(code) from error
 
 

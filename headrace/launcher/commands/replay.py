@@ -7,7 +7,7 @@ from headrace.common.config import Recipe
 from headrace.common.redis.keys import Keys
 from headrace.launcher.run.open_run import embedded_redis
 from headrace.launcher.run.processes import call_module
-from headrace.launcher.run.run_folder import locked, noted_url, write_config
+from headrace.launcher.run.run_folder import run_lock, write_config, write_url_file
 
 
 def replay(recording: Path, recipe: Recipe | None, overrides: Sequence[str], run: str, runs_folder: Path) -> int:
@@ -18,7 +18,7 @@ def replay(recording: Path, recipe: Recipe | None, overrides: Sequence[str], run
     folder = runs_folder / run
     folder.mkdir(parents=True, exist_ok=True)
     arguments = ["--replay", str(recording), "--run", run, "--runs-folder", str(runs_folder)]
-    with locked(folder) as lock, embedded_redis(folder, lock) as url, noted_url(folder, url):
+    with run_lock(folder) as lock, embedded_redis(folder, lock) as url, write_url_file(folder, url):
         if recipe is None:
             arguments += [part for override in overrides for part in ("--set", override)]
         else:

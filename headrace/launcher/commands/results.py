@@ -29,10 +29,10 @@ from headrace.launcher.commands.options import (
     out,
     print_json,
 )
-from headrace.launcher.run.log_files import LEVELS, Follower, Wanted, read_logs
+from headrace.launcher.run.log_files import LEVELS, LogFilter, LogFollower, read_logs
 from headrace.launcher.run.open_run import open_run
-from headrace.launcher.run.processes import call_module, look_up
-from headrace.launcher.run.run_folder import newest_run, noted_url_in
+from headrace.launcher.run.processes import call_module, short_timeout_client
+from headrace.launcher.run.run_folder import newest_run, read_url_file
 
 app = typer.Typer()
 panel = RECORDS
@@ -67,8 +67,8 @@ def logs(
         name = run or newest_run(runs_folder)
         Keys(name)  # a name that is no folder's
         folder = runs_folder / name
-        wanted = Wanted(service, None if level is None else level.name, ticket, step)
-        follower = Follower(folder / "logs", wanted) if follow else None
+        wanted = LogFilter(service, None if level is None else level.name, ticket, step)
+        follower = LogFollower(folder / "logs", wanted) if follow else None
         last = LINES_BEFORE_FOLLOWING if follow and lines is None else lines
         for line in deque(read_logs(folder / "logs", wanted), maxlen=last):
             _print_line(_about(line, ticket), as_json)
@@ -200,10 +200,10 @@ def _about(line: Line, ticket: str | None) -> Line:
 
 def _ledger_state(folder: Path, ticket: str, redis_url: str | None) -> str:
     """What the ledger says now; empty if no Redis of the run can be reached."""
-    url = redis_url or noted_url_in(folder)
+    url = redis_url or read_url_file(folder)
     if not url:
         return ""
-    with suppress(redis.RedisError), look_up(url, 2.0) as client:
+    with suppress(redis.RedisError), short_timeout_client(url, 2.0) as client:
         mark: Any = client.hget(Keys(folder.name).ledger, ticket)
         return mark.decode(errors="replace") if mark else "unknown: no ticket of that name was issued"
     return ""

@@ -12,9 +12,9 @@ import redis
 
 from headrace.common.redis.keys import Keys, of_every_run, run_of
 from headrace.common.wire.desired_state import DESIRED_REPLICAS, desired_replicas, parse_launcher
-from headrace.launcher.run.control_client import ControlFailed, NothingRuns, find_control
-from headrace.launcher.run.processes import look_up
-from headrace.launcher.run.run_folder import REDIS_URL_FILE, noted_url_in
+from headrace.launcher.run.control_client import ControlFailed, NotRunning, find_control
+from headrace.launcher.run.processes import short_timeout_client
+from headrace.launcher.run.run_folder import REDIS_URL_FILE, read_url_file
 
 LOOK_TIMEOUT_S = 5.0
 WITHDRAWN = "auto"
@@ -27,7 +27,7 @@ class Ordered(NamedTuple):
 
 
 def scale(order: str, run: str | None, runs_folder: Path, redis_url: str | None, url: str | None) -> Ordered:
-    """`order`: a number, or `auto`. Raises `NothingRuns`, and orders nothing, where nobody would obey, and `ValueError`
+    """`order`: a number, or `auto`. Raises `NotRunning`, and orders nothing, where nobody would obey, and `ValueError`
     for what is no order."""
     number = None if order == WITHDRAWN else desired_replicas(order)
     if run is not None:
@@ -49,7 +49,7 @@ def _through_control(number: int | None, run: str | None, runs_folder: Path, url
         control = find_control(run, url, runs_folder)
         name = control.run()
         control.order("PUT", "/replicas/desired", {"replicas": number})
-    except (NothingRuns, ControlFailed):
+    except (NotRunning, ControlFailed):
         if url:
             raise
         return None
@@ -63,7 +63,7 @@ def _in_redis(number: int | None, run: str | None, runs_folder: Path, redis_url:
     if not found:
         where = "in that Redis" if redis_url else f"in {runs_folder}"
         of = f"run {run!r} has no launcher" if run else "no launcher is running"
-        raise NothingRuns(f"{of} {where}; headrace up starts one, and replicas elsewhere just join")
+        raise NotRunning(f"{of} {where}; headrace up starts one, and replicas elsewhere just join")
     ((name, url),) = found.items()
     with _asked(url) as client:
         if number is None:
@@ -88,19 +88,19 @@ def _launched_in(runs_folder: Path, run: str | None) -> dict[str, str]:
     names = [path.parent.name for path in runs_folder.glob(f"*/{REDIS_URL_FILE}")] if run is None else [run]
     found: dict[str, str] = {}
     for name in names:
-        url = noted_url_in(runs_folder / name)
+        url = read_url_file(runs_folder / name)
         try:
             found |= _launched_at(url, name) if url else {}
-        except NothingRuns:  # a launcher that was killed may have left its note
+        except NotRunning:  # a launcher that was killed may have left its note
             continue
     return found
 
 
 @contextmanager
 def _asked(url: str) -> Iterator[redis.Redis]:
-    """Raises `NothingRuns` with one line if Redis does not answer."""
-    with look_up(url, LOOK_TIMEOUT_S) as client:
+    """Raises `NotRunning` with one line if Redis does not answer."""
+    with short_timeout_client(url, LOOK_TIMEOUT_S) as client:
         try:
             yield client
         except redis.RedisError as error:
-            raise NothingRuns(f"Redis does not answer: {error}") from error
+            raise NotRunning(f"Redis does not answer: {error}") from error

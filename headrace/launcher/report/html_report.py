@@ -23,10 +23,10 @@ from headrace.common.metrics.thresholds import are_exact
 from headrace.common.redis.keys import Keys
 from headrace.common.wire.group_samples import ShownGroup, ShownRollout
 from headrace.launcher.report import curves
-from headrace.launcher.report.report_data import Row, headline, incidents, panels, settings, spells
-from headrace.launcher.run.log_files import Wanted, log_files, read_logs
+from headrace.launcher.report.report_data import Row, headline, incidents, panels, settings, unhealthy_spans
+from headrace.launcher.run.log_files import LogFilter, log_files, read_logs
 from headrace.launcher.run.open_run import open_run
-from headrace.launcher.run.processes import REDIS_URL_VARIABLE, look_up
+from headrace.launcher.run.processes import REDIS_URL_VARIABLE, short_timeout_client
 from headrace.launcher.terminal.render import duration, spans
 
 REPORT_FILE = "report.html"
@@ -44,7 +44,7 @@ class Token(NamedTuple):
     title: str
 
 
-class Held(NamedTuple):
+class RedisContent(NamedTuple):
     """What only Redis knows."""
 
     audit: dict[str, Any] | None = None
@@ -66,12 +66,12 @@ def write_report(run: str, runs_folder: Path, output: Path | None, redis_url: st
     return path
 
 
-def render(run: str, rows: Sequence[Row], config: Row, summary: Row | None, held: Held, logs: Path) -> str:
+def render(run: str, rows: Sequence[Row], config: Row, summary: Row | None, held: RedisContent, logs: Path) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.filters |= {"clock": _clock, "duration": duration, "spans": spans, "readable": curves.readable}
-    told, num_left_out = incidents(read_logs(logs, Wanted(level="WARNING")) if log_files(logs) else [])
+    told, num_left_out = incidents(read_logs(logs, LogFilter(level="WARNING")) if log_files(logs) else [])
     dtype = (config.get("model") or {}).get("dtype")
     engine = (config.get("generation") or {}).get("engine") or {}
     is_exact = are_exact(dtype, engine.get("swap_mode"))
@@ -82,7 +82,7 @@ def render(run: str, rows: Sequence[Row], config: Row, summary: Row | None, held
         is_complete=summary is not None,
         panels=[(panel, curves.draw(panel.series, panel.is_share)) for panel in panels(rows)],
         evaluations=[row for row in rows if row.get("kind") == "evaluation"],
-        spells=spells(rows, is_exact),
+        unhealthy_spans=unhealthy_spans(rows, is_exact),
         incidents=told,
         num_left_out=num_left_out,
         settings=settings(config),
@@ -91,12 +91,12 @@ def render(run: str, rows: Sequence[Row], config: Row, summary: Row | None, held
     )
 
 
-def _held(run: str, runs_folder: Path, redis_url: str | None) -> Held:
+def _held(run: str, runs_folder: Path, redis_url: str | None) -> RedisContent:
     try:
         with open_run(run, runs_folder, redis_url) as opened:
-            return Held(_audit(run, runs_folder, opened.url), _examples(opened.url, Keys(run)))
+            return RedisContent(_audit(run, runs_folder, opened.url), _examples(opened.url, Keys(run)))
     except (ValueError, redis.RedisError) as error:
-        return Held(problem=str(error))
+        return RedisContent(problem=str(error))
 
 
 def _audit(run: str, runs_folder: Path, url: str) -> dict[str, Any] | None:
@@ -114,7 +114,7 @@ def _examples(url: str, keys: Keys) -> list[ShownGroup]:
     """The newest of each state; of the trained those in which completions differ."""
     left = dict(WANTED_EXAMPLES)
     found = []
-    with look_up(url, 10.0) as client:
+    with short_timeout_client(url, 10.0) as client:
         rows: Any = client.xrevrange(keys.shown)
     for _, fields in rows:
         with suppress(msgspec.MsgspecError):

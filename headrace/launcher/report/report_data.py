@@ -36,7 +36,7 @@ class Setting(NamedTuple):
     is_default: bool
 
 
-class Spell(NamedTuple):
+class UnhealthySpan(NamedTuple):
     """A stretch of steps in which a number was not well."""
 
     threshold: Threshold
@@ -114,18 +114,20 @@ def _rates(steps: Sequence[Row]) -> list[tuple[float, float]]:
     ]
 
 
-def spells(rows: Sequence[Row], is_exact: bool) -> list[Spell]:
+def unhealthy_spans(rows: Sequence[Row], is_exact: bool) -> list[UnhealthySpan]:
     """By the thresholds of the live verdict, on medians of the last steps; in the order of their beginnings."""
-    found = [spell for one in (*THRESHOLDS, numeric_gap(is_exact)) for spell in _spells(rows, one)]
+    found = [span for one in (*THRESHOLDS, numeric_gap(is_exact)) for span in _unhealthy_spans(rows, one)]
     skipped = Threshold("skipped_updates", 0.0, 1e9, "updates were skipped: not finite", "lower optimizer.lr")
-    return sorted([*found, *_spells(rows, skipped, 1)], key=lambda spell: spell.first_step)
+    return sorted([*found, *_unhealthy_spans(rows, skipped, 1)], key=lambda span: span.first_step)
 
 
-def _spells(rows: Sequence[Row], threshold: Threshold, smoothed: int = SMOOTHED_STEPS) -> Iterator[Spell]:
+def _unhealthy_spans(
+    rows: Sequence[Row], threshold: Threshold, smoothed: int = SMOOTHED_STEPS
+) -> Iterator[UnhealthySpan]:
     sign, name = -1 if threshold.is_floor else 1, threshold.name
     known = [row for row in rows if row.get("kind") == "step" and _is_number(row.get(name))]
     values = [row[name] if math.isfinite(row[name]) else sign * math.inf for row in known]
-    current: Spell | None = None
+    current: UnhealthySpan | None = None
     for index, row in enumerate(known):
         recent = sorted(values[max(0, index - smoothed + 1) : index + 1])
         middle = recent[len(recent) // 2]
@@ -134,7 +136,7 @@ def _spells(rows: Sequence[Row], threshold: Threshold, smoothed: int = SMOOTHED_
             current = None
             continue
         is_alarm = sign * middle > sign * threshold.alarm
-        begun = current or Spell(threshold, row["step"], row["step"], middle, is_alarm)
+        begun = current or UnhealthySpan(threshold, row["step"], row["step"], middle, is_alarm)
         worst = sign * max(sign * begun.worst, sign * middle)
         current = begun._replace(last_step=row["step"], worst=worst, is_alarm=begun.is_alarm or is_alarm)
     yield from [current] if current else []

@@ -13,14 +13,14 @@ import httpx
 from headrace.common.http.service import bearer
 from headrace.common.process.run_token import TOKEN_VARIABLE, token_given, token_in
 from headrace.common.redis.keys import Keys
-from headrace.launcher.run.run_folder import CONTROL_URL_FILE, noted_url_in, runs_with_control
+from headrace.launcher.run.run_folder import CONTROL_URL_FILE, read_url_file, runs_with_control
 
 TIMEOUT_S = 15.0
 """An order may have to wait for Redis."""
 LOOK_TIMEOUT_S = 3.0
 
 
-class NothingRuns(Exception):
+class NotRunning(Exception):
     """There is nobody to ask, or it does not answer."""
 
 
@@ -29,7 +29,7 @@ class ControlFailed(RuntimeError):
 
 
 class Control:
-    """Of one run. Raises `ValueError` for what is refused, `NothingRuns` and `ControlFailed`."""
+    """Of one run. Raises `ValueError` for what is refused, `NotRunning` and `ControlFailed`."""
 
     def __init__(self, url: str, token: str) -> None:
         if not url.startswith(("http://", "https://")):
@@ -50,18 +50,18 @@ class Control:
         """Whose control it is."""
         status = self._call("GET", "/status", timeout=timeout_s)
         if not isinstance(status, dict) or "run" not in status:
-            raise NothingRuns(f"what answers at {self.url} is no control service")
+            raise NotRunning(f"what answers at {self.url} is no control service")
         return str(status["run"])
 
     def _call(self, method: str, path: str, **arguments: Any) -> Any:
         try:
             answer = self._http.request(method, self.url + path, **arguments)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise NothingRuns(f"control does not answer at {self.url}: {_words(error)}") from error
+            raise NotRunning(f"control does not answer at {self.url}: {_words(error)}") from error
         if answer.is_success:
             with suppress(ValueError):
                 return answer.json()
-            raise NothingRuns(f"what answers at {self.url} is no control service")
+            raise NotRunning(f"what answers at {self.url} is no control service")
         detail = _detail(answer)
         if answer.status_code >= 500:
             raise ControlFailed(detail)
@@ -78,7 +78,7 @@ def find_control(run: str | None, url: str | None, runs_folder: Path) -> Control
         if (name := control.run()) != (run or name):
             raise ValueError(f"the control service at {url} is of run {name!r}, not {run!r}")
         return control
-    known = {run: noted_url_in(runs_folder / run, CONTROL_URL_FILE)} if run else runs_with_control(runs_folder)
+    known = {run: read_url_file(runs_folder / run, CONTROL_URL_FILE)} if run else runs_with_control(runs_folder)
     found: dict[str, Control] = {}
     silent: list[str] = []
     for name, where in known.items():
@@ -88,7 +88,7 @@ def find_control(run: str | None, url: str | None, runs_folder: Path) -> Control
         try:
             if control.run() == name:  # else another's, where a killed launcher has left its note
                 found[name] = control
-        except NothingRuns as error:
+        except NotRunning as error:
             silent.append(str(error))
         except (ControlFailed, ValueError):
             found[name] = control
@@ -96,7 +96,7 @@ def find_control(run: str | None, url: str | None, runs_folder: Path) -> Control
         raise ValueError(f"{len(found)} runs are going on ({', '.join(sorted(found))}): expected --run")
     if not found:
         what = f"run {run!r} is not going on" if run else "no run is going on"
-        raise NothingRuns(f"{what} in {runs_folder}" + (f": {silent[0]}" if silent else "; headrace up starts one"))
+        raise NotRunning(f"{what} in {runs_folder}" + (f": {silent[0]}" if silent else "; headrace up starts one"))
     return next(iter(found.values()))
 
 

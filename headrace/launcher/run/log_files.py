@@ -23,7 +23,7 @@ MAX_LINES = 400
 """Of one event; more are left out."""
 
 
-class Wanted(NamedTuple):
+class LogFilter(NamedTuple):
     """What is to be shown; None: all."""
 
     service: str | None = None
@@ -43,7 +43,7 @@ class Wanted(NamedTuple):
         )
 
 
-def read_logs(folder: Path, wanted: Wanted) -> Iterator[Line]:
+def read_logs(folder: Path, wanted: LogFilter) -> Iterator[Line]:
     """Everything that stands there. Raises `ValueError` if there is no log."""
     files = log_files(folder)
     if not files:
@@ -56,10 +56,10 @@ def log_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.log*") if path.is_file())
 
 
-class Follower:
+class LogFollower:
     """What is written from now on, in all files of the folder, also in those that are still to come."""
 
-    def __init__(self, folder: Path, wanted: Wanted) -> None:
+    def __init__(self, folder: Path, wanted: LogFilter) -> None:
         self._folder = folder
         self._wanted = wanted
         self._files = {path: LogFile(path, at_end=True) for path in log_files(folder)}
@@ -127,7 +127,7 @@ class LogFile:
         return None
 
 
-def _wanted(lines: Iterator[Line], wanted: Wanted, file: str) -> Iterator[Line]:
+def _wanted(lines: Iterator[Line], wanted: LogFilter, file: str) -> Iterator[Line]:
     return (line for line in lines if wanted.has(line, file))
 
 

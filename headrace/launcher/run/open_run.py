@@ -7,19 +7,19 @@ from typing import NamedTuple
 
 from headrace.common.redis.keys import Keys
 from headrace.launcher.run.processes import REDIS_URL_VARIABLE, answers, start_redis
-from headrace.launcher.run.run_folder import REDIS_URL_FILE, InUse, locked, noted_url_in
+from headrace.launcher.run.run_folder import REDIS_URL_FILE, RunInUse, read_url_file, run_lock
 
 REDIS_GRACE_S = 30.0
 
 
-class Opened(NamedTuple):
+class RunRedis(NamedTuple):
     url: str
     has_ended: bool
     """Nothing of the run is running: what its Redis holds is all that it will."""
 
 
 @contextmanager
-def open_run(run: str, runs_folder: Path, redis_url: str | None) -> Iterator[Opened]:
+def open_run(run: str, runs_folder: Path, redis_url: str | None) -> Iterator[RunRedis]:
     """The Redis that is given, else of the running launcher, else a server on the run's append-only file.
 
     Such a server, and the run's lock, last as long as the block. Raises `ValueError` with what was looked for.
@@ -27,25 +27,25 @@ def open_run(run: str, runs_folder: Path, redis_url: str | None) -> Iterator[Ope
     Keys(run)  # a name that is no folder's
     folder = runs_folder / run
     with ExitStack() as stack:
-        yield Opened(redis_url, False) if redis_url else _find(folder, stack)
+        yield RunRedis(redis_url, False) if redis_url else _find(folder, stack)
 
 
-def _find(folder: Path, stack: ExitStack) -> Opened:
+def _find(folder: Path, stack: ExitStack) -> RunRedis:
     if not folder.is_dir():
         raise ValueError(f"run {folder.name!r}: there is no folder {folder}")
     try:
-        lock = stack.enter_context(locked(folder))
-    except InUse as error:
-        noted = noted_url_in(folder)
+        lock = stack.enter_context(run_lock(folder))
+    except RunInUse as error:
+        noted = read_url_file(folder)
         if noted is None or not answers(noted):
             raise ValueError(f"{error}, and no Redis answers at the URL in {folder / REDIS_URL_FILE}") from error
-        return Opened(noted, has_ended=False)
+        return RunRedis(noted, has_ended=False)
     if not any(folder.glob("redis/**/appendonly.aof*")):
         raise ValueError(
             f"run {folder.name!r}: no Redis; looked for --redis-url, {REDIS_URL_VARIABLE}, a running launcher of "
             f"{folder}, an append-only file in {folder / 'redis'}"
         )
-    return Opened(stack.enter_context(embedded_redis(folder, lock)), has_ended=True)
+    return RunRedis(stack.enter_context(embedded_redis(folder, lock)), has_ended=True)
 
 
 @contextmanager

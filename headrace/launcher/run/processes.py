@@ -81,7 +81,7 @@ class Service:
         except subprocess.TimeoutExpired:
             self.kill()
 
-    def ending(self) -> str:
+    def exit_summary(self) -> str:
         """How it ended, such as `learner was killed by SIGKILL`."""
         code = self.returncode
         if code is not None and code < 0:
@@ -137,13 +137,13 @@ def call_module(module: str, arguments: Sequence[str], redis_url: str) -> int:
         received.append(number)
         process.send_signal(number if len(received) == 1 else signal.SIGKILL)
 
-    with taking_signals(pass_on):
+    with handling_signals(pass_on):
         code = process.wait()
     return code if code >= 0 else 128 - code
 
 
 @contextmanager
-def taking_signals(take: Callable[[int], None]) -> Iterator[None]:
+def handling_signals(take: Callable[[int], None]) -> Iterator[None]:
     """SIGINT and SIGTERM go to `take` instead of ending this process."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, lambda received, _: take(received)) for number in numbers}
@@ -191,14 +191,14 @@ def wait_for_redis(service: Service, url: str) -> None:
 
 
 def answers(url: str, timeout_s: float = 2.0) -> bool:
-    with look_up(url, timeout_s) as client:
+    with short_timeout_client(url, timeout_s) as client:
         try:
             return bool(client.ping())
         except redis.RedisError:
             return False
 
 
-def look_up(url: str, timeout_s: float) -> redis.Redis:
+def short_timeout_client(url: str, timeout_s: float) -> redis.Redis:
     """A client that gives up at once, for those who look again anyway."""
     return client_of(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s)
 

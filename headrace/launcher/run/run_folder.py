@@ -21,13 +21,13 @@ ORPHAN_TIMEOUT_S = 10.0
 POLL_S = 0.05
 
 
-class InUse(ValueError):
+class RunInUse(ValueError):
     """Another process holds the run."""
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[int]:
-    """Holds the run, and yields the lock's descriptor. Raises `InUse` naming the run and its holder's process id."""
+def run_lock(folder: Path) -> Iterator[int]:
+    """Holds the run, and yields the lock's descriptor. Raises `RunInUse` naming the run and its holder's process id."""
     descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         _lock(descriptor, folder)
@@ -48,7 +48,7 @@ def _lock(descriptor: int, folder: Path) -> None:
         except BlockingIOError as error:
             holder = os.pread(descriptor, 32, 0).decode(errors="replace")
             if not _has_ended(holder) or time.monotonic() > deadline:
-                raise InUse(f"run {folder.name!r} in {folder} is in use by process {holder or '?'}") from error
+                raise RunInUse(f"run {folder.name!r} in {folder} is in use by process {holder or '?'}") from error
         time.sleep(POLL_S)
 
 
@@ -63,8 +63,8 @@ def _has_ended(pid: str) -> bool:
 
 
 @contextmanager
-def noted_url(folder: Path, url: str, file: str = REDIS_URL_FILE) -> Iterator[None]:
-    """While the block runs, those who may read our files find the run's Redis (by `noted_url_in`) or control."""
+def write_url_file(folder: Path, url: str, file: str = REDIS_URL_FILE) -> Iterator[None]:
+    """While the block runs, those who may read our files find the run's Redis (by `read_url_file`) or control."""
     path = folder / file
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as note:
@@ -75,7 +75,7 @@ def noted_url(folder: Path, url: str, file: str = REDIS_URL_FILE) -> Iterator[No
         path.unlink(missing_ok=True)
 
 
-def noted_url_in(folder: Path, file: str = REDIS_URL_FILE) -> str | None:
+def read_url_file(folder: Path, file: str = REDIS_URL_FILE) -> str | None:
     """Where the run's Redis, or control, answers while the run is going on."""
     with suppress(FileNotFoundError):
         return (folder / file).read_text() or None
@@ -85,7 +85,7 @@ def noted_url_in(folder: Path, file: str = REDIS_URL_FILE) -> str | None:
 def runs_with_control(runs_folder: Path) -> dict[str, str]:
     """Where the control services of the runs that are kept there answer, by the run's name."""
     notes = sorted(runs_folder.glob(f"*/{CONTROL_URL_FILE}"))
-    found = {note.parent.name: noted_url_in(note.parent, CONTROL_URL_FILE) for note in notes}
+    found = {note.parent.name: read_url_file(note.parent, CONTROL_URL_FILE) for note in notes}
     return {name: url for name, url in found.items() if url}
 
 

@@ -10,7 +10,7 @@ PROBE_INTERVAL_S = 2.0
 PROBE_TIMEOUT_S = 5.0
 
 
-class Health:
+class LivenessProbe:
     """Asks `/healthz` of one process again and again while the `with` block runs.
 
     A process that has never answered is loading, not silent. Silence is counted in probes, so that a launcher that

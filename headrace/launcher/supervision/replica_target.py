@@ -14,13 +14,13 @@ import redis
 
 from headrace.common.redis.keys import Keys
 from headrace.common.wire.desired_state import DESIRED_REPLICAS, PAUSED, STOP, Launcher, desired_replicas
-from headrace.launcher.run.processes import look_up
+from headrace.launcher.run.processes import short_timeout_client
 
 LOOK_TIMEOUT_S = 1.0
 PRESENCE_TTL_S = 10.0
 
 
-class Order(NamedTuple):
+class Target(NamedTuple):
     """A number of replicas, and who asks for it, for people."""
 
     replicas: int
@@ -29,17 +29,17 @@ class Order(NamedTuple):
     """Why it is fewer than were asked for."""
 
 
-class Orders:
+class ReplicaTarget:
     """Of one run, for its one launcher. `start` is the recipe's number."""
 
     def __init__(self, redis_url: str, keys: Keys, start: int, max_advised: int, max_replicas: int) -> None:
         """`max_advised`: advice is followed up to this many; 0: not at all. `max_replicas`: as many as this machine
         has devices for."""
-        self._client = look_up(redis_url, LOOK_TIMEOUT_S)
+        self._client = short_timeout_client(redis_url, LOOK_TIMEOUT_S)
         self._keys = keys
         self._max_advised = min(max_advised, max_replicas)
         self._max_replicas = max_replicas
-        self.start = Order(start, "as configured")
+        self.start = Target(start, "as configured")
         self._latest = self.start
 
     def begin(self) -> None:
@@ -50,7 +50,7 @@ class Orders:
         """The number that was ordered for an earlier life of the run no longer stands."""
         self._client.hdel(self._keys.control, DESIRED_REPLICAS)
 
-    def look(self) -> Order:
+    def look(self) -> Target:
         """The order that stands now. Raises `ValueError` naming one that cannot be obeyed."""
         try:
             with self._client.pipeline(transaction=False) as pipe:
@@ -65,17 +65,17 @@ class Orders:
             self._latest = self._as_ordered(desired_replicas(_text(ordered)))
         elif advised is not None and self._max_advised:
             number = max(1, min(desired_replicas(_text(advised)), self._max_advised))
-            self._latest = Order(number, f"as advised: {_text(reason or b'')}")
+            self._latest = Target(number, f"as advised: {_text(reason or b'')}")
         else:
             self._latest = self.start
         return self._latest
 
-    def _as_ordered(self, number: int) -> Order:
+    def _as_ordered(self, number: int) -> Target:
         """As far as the devices go: an order may be of a time when the run had others."""
         if number <= self._max_replicas:
-            return Order(number, "as ordered")
+            return Target(number, "as ordered")
         shortfall = f"{number} replicas are ordered, and the GPUs here are enough for {self._max_replicas}"
-        return Order(self._max_replicas, "as far as the GPUs go", shortfall)
+        return Target(self._max_replicas, "as far as the GPUs go", shortfall)
 
     def leave(self) -> None:
         """From now on nobody obeys."""

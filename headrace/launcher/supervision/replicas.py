@@ -2,37 +2,37 @@
 
 More are started, fewer are drained by SIGTERM from the highest number down; who was asked to end is not started again,
 and its name is free once it has ended. A replica that cannot be kept is given up, with the reason, as long as another
-is there to go on with; the last one raises `Failed`. The next order tries again.
+is there to go on with; the last one raises `ServiceFailed`. The next order tries again.
 """
 
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from headrace.launcher.supervision.replica_target import Order, Orders
-from headrace.launcher.supervision.restarts import Failed, Kept
+from headrace.launcher.supervision.replica_target import ReplicaTarget, Target
+from headrace.launcher.supervision.restart_policy import ServiceFailed, SupervisedProcess
 
 
 class _Leaving(NamedTuple):
-    kept: Kept
+    kept: SupervisedProcess
     asked_at: float
 
 
 class Replicas:
     """`start`: the replica of that number, as it starts."""
 
-    def __init__(self, start: Callable[[int], Kept], orders: Orders) -> None:
+    def __init__(self, start: Callable[[int], SupervisedProcess], orders: ReplicaTarget) -> None:
         self.orders = orders
         self._start = start
-        self._order: Order | None = None
+        self._order: Target | None = None
         self._problem = ""
         """Of the latest order."""
-        self._kept: dict[int, Kept] = {}
+        self._kept: dict[int, SupervisedProcess] = {}
         self._given_up: set[int] = set()
         self._leaving: dict[int, _Leaving] = {}
 
     @property
-    def all(self) -> list[Kept]:
+    def all(self) -> list[SupervisedProcess]:
         """Those that are on their way out included."""
         return [*self._kept.values(), *(leaving.kept for leaving in self._leaving.values())]
 
@@ -88,7 +88,7 @@ class Replicas:
     def _keep(self, index: int) -> str | None:
         try:
             return self._kept[index].keep()
-        except Failed as failure:
+        except ServiceFailed as failure:
             if len(self._kept) == 1:
                 raise
             del self._kept[index]

@@ -1,8 +1,8 @@
 """Keeps the services of a run going until its learner has ended, then ends them in order.
 
-What ends unasked is started again (restarts.py), and there are as many replicas as are ordered (replicas.py). When a
-restart does not help, or the learner says that it would not, everything else is stopped and `Failed` raised. No wait
-of this loop blocks it, so that a Ctrl-C is always heard.
+It restarts a service that ends unexpectedly (restart_policy.py) and keeps as many replicas as the target says
+(replicas.py). When a restart does not help, or the learner's exit code says that it would not, it stops everything else
+and raises `ServiceFailed`. No wait blocks the loop, so that it always reacts to Ctrl-C.
 """
 
 import signal
@@ -10,10 +10,10 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-from headrace.launcher.supervision.liveness_probe import Health
+from headrace.launcher.supervision.liveness_probe import LivenessProbe
 from headrace.launcher.supervision.replicas import Replicas
-from headrace.launcher.supervision.restarts import Failed, Kept
-from headrace.launcher.terminal.progress_view import Watcher
+from headrace.launcher.supervision.restart_policy import ServiceFailed, SupervisedProcess
+from headrace.launcher.terminal.progress_view import ProgressView
 
 LOOK_INTERVAL_S = 0.25
 STOP_POLL_S = 0.05
@@ -29,11 +29,11 @@ class Supervisor:
 
     def __init__(
         self,
-        learner: Kept,
+        learner: SupervisedProcess,
         replicas: Replicas,
-        control: Kept,
-        redis: Kept | None,
-        watcher: Watcher,
+        control: SupervisedProcess,
+        redis: SupervisedProcess | None,
+        view: ProgressView,
         signals: Sequence[int],
     ) -> None:
         self.learner = learner
@@ -41,52 +41,54 @@ class Supervisor:
         self.control = control
         self.redis = redis
         """None: it is somebody else's."""
-        self.watcher = watcher
+        self.view = view
         self.signals = signals
         self._is_control_given_up = False
 
     def run(self) -> None:
-        """Until the run is complete or stopped as asked, else raises `Failed`; nothing runs after it."""
+        """Until the run is complete or stopped as asked, else raises `ServiceFailed`; nothing runs after it."""
         try:
-            with Health() as health:
+            with LivenessProbe() as health:
                 self._keep_going(health)
             was_running = self.learner.is_running
         finally:
             self._stop()
         if was_running and len(self.signals) > 1:
-            raise Failed("killed as asked; the run goes on from its newest checkpoint")
+            raise ServiceFailed("killed as asked; the run goes on from its newest checkpoint")
         if was_running and self.learner.service.returncode not in (0, -signal.SIGTERM):
-            raise Failed(f"{self.learner.service.ending()} when asked to stop; {self.learner.service.log_tail()}")
+            raise ServiceFailed(
+                f"{self.learner.service.exit_summary()} when asked to stop; {self.learner.service.log_tail()}"
+            )
 
-    def _keep_going(self, health: Health) -> None:
+    def _keep_going(self, health: LivenessProbe) -> None:
         while not self.signals and self.learner.service.returncode != 0:
             self._keep(self.redis)
             self._keep_control()
             for line in self.replicas.follow():
-                self.watcher.say(line)
-            self.watcher.is_scaled_to_0 = self.replicas.is_none_wanted
+                self.view.say(line)
+            self.view.is_scaled_to_0 = self.replicas.is_none_wanted
             self._keep_learner(health)
-            self.watcher.look()
+            self.view.look()
             time.sleep(LOOK_INTERVAL_S)
 
-    def _keep(self, kept: Kept | None) -> None:
+    def _keep(self, kept: SupervisedProcess | None) -> None:
         if kept is not None and (line := kept.keep()):
-            self.watcher.say(line)
+            self.view.say(line)
 
     def _keep_control(self) -> None:
         """The run goes on without it, if it must."""
         if not self._is_control_given_up:
             try:
                 self._keep(self.control)
-            except Failed as failure:
+            except ServiceFailed as failure:
                 self._is_control_given_up = True
-                self.watcher.say(f"control is given up, the run goes on without a page: {failure}")
+                self.view.say(f"control is given up, the run goes on without a page: {failure}")
 
-    def _keep_learner(self, health: Health) -> None:
-        service, url = self.learner.service, self.watcher.learner_url
+    def _keep_learner(self, health: LivenessProbe) -> None:
+        service, url = self.learner.service, self.view.learner_url
         if service.returncode is None:
             if health.silent_s(url, service.process.pid) > HANG_TIMEOUT_S:
-                self.watcher.say(f"the learner has not answered at {url} for {HANG_TIMEOUT_S:.0f} s: killing it")
+                self.view.say(f"the learner has not answered at {url} for {HANG_TIMEOUT_S:.0f} s: killing it")
                 service.kill()
         elif service.returncode != 0:
             self._keep(self.learner)
@@ -95,16 +97,16 @@ class Supervisor:
         """The learner and the replicas at the same time; control, which shows it, and Redis, which they need, after.
 
         First a last look at what those that have ended by themselves have left."""
-        self.watcher.look()
+        self.view.look()
         if self.signals and self.learner.is_running:
-            self.watcher.say("stopping: the learner finishes its step and writes a checkpoint; once more kills it")
+            self.view.say("stopping: the learner finishes its step and writes a checkpoint; once more kills it")
         self.replicas.orders.leave()
         self._end([self.learner, *self.replicas.all], is_redis_needed=True)
         self._end([self.control])
         if self.redis is not None:
             self._end([self.redis])
 
-    def _end(self, asked: Sequence[Kept], is_redis_needed: bool = False) -> None:
+    def _end(self, asked: Sequence[SupervisedProcess], is_redis_needed: bool = False) -> None:
         for kept in asked:
             kept.service.ask_to_stop()
         asked_at = time.monotonic()
@@ -113,10 +115,10 @@ class Supervisor:
                 if len(self.signals) > 1:
                     kept.service.kill()
                 elif time.monotonic() - asked_at > kept.grace_s:
-                    self.watcher.say(f"{kept.service.name} did not stop within {kept.grace_s:.0f} s: killing it")
+                    self.view.say(f"{kept.service.name} did not stop within {kept.grace_s:.0f} s: killing it")
                     kept.service.kill()
             if is_redis_needed:
-                with suppress(Failed):
+                with suppress(ServiceFailed):
                     self._keep(self.redis)
-                self.watcher.look()
+                self.view.look()
             time.sleep(STOP_POLL_S)

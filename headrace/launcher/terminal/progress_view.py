@@ -1,7 +1,7 @@
 """What the launcher shows: start-up phases, then one live table of the run; plain lines where there is no terminal.
 
-Knows only the run's keys in Redis, so it shows the same as any other watcher would. It waits for nobody: while Redis
-is away it says so and looks again, and what it cannot decode it passes over.
+Knows only the run's keys in Redis, so it shows the same as any other observer would. It never blocks: while Redis
+is unreachable it says so and tries again, and it skips what it cannot decode.
 """
 
 import json
@@ -23,7 +23,7 @@ from rich.text import Text
 from headrace.common.process.waiting import Reason
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import WireError, decode_heartbeat, one_line
-from headrace.launcher.run.processes import look_up
+from headrace.launcher.run.processes import short_timeout_client
 
 NUM_ROWS = 12
 LOOK_TIMEOUT_S = 1.0
@@ -56,11 +56,11 @@ class EvaluationEvent(msgspec.Struct):
     num_completions: int
 
 
-class Watcher:
+class ProgressView:
     """Follows a run's events; call `look` again and again between `with`."""
 
     def __init__(self, redis_url: str, keys: Keys, num_steps: int, console: Console, is_json: bool = False) -> None:
-        self.client = look_up(redis_url, LOOK_TIMEOUT_S)
+        self.client = short_timeout_client(redis_url, LOOK_TIMEOUT_S)
         self.keys = keys
         self.num_steps = num_steps
         self.console = console
