@@ -18,7 +18,7 @@ FOLDERS = {
     ),
     "generation": "tensors engine rewards tickets weights",
     "control": "models polling verdict view http",
-    "launcher": "run estimates placement check terminal supervision report commands",
+    "launcher": "templates run estimates placement check terminal supervision report commands",
 }
 """The folders of each part, from the lowest to the highest: each imports only those before it. The modules beside them
 (`__main__`, `assembly`, `loop` and what these alone need) put the folders together; no folder imports them."""
