@@ -1,1 +1,1 @@
-"""Control's tests, the page's among them."""
+"""Tests of the control service and its live page."""

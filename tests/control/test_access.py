@@ -1,4 +1,4 @@
-"""Who may do what to control: every route without a token, with a wrong one, and with hostile input."""
+"""Access to control: every route without a token, with a wrong one, and with hostile input."""
 
 import logging
 import re
@@ -86,7 +86,7 @@ def test_protected_streams_and_what_is_always_open(guarded: Control) -> None:
         assert guarded.http.get(path).status_code == 200
 
 
-def test_a_page_can_ask_whether_its_token_is_right(control: Control) -> None:
+def test_the_page_can_check_its_token(control: Control) -> None:
     assert control.ask("GET", "/auth").status_code == 204
     assert is_problem(control.http.get("/auth"), 401)
     assert is_problem(control.http.get("/auth", params={"token": TOKEN}), 401)
@@ -97,7 +97,7 @@ NAMES += ["%F0%9F%92%A9", "a%2fb"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_odd_names_are_nobodys(control: Control, name: str) -> None:
+def test_unknown_names_are_not_found(control: Control, name: str) -> None:
     for method, path in (("GET", "/replicas/{}"), ("GET", "/groups/{}"), ("POST", "/replicas/{}/drain")):
         answer = control.ask(method, path.format(name))
         assert answer.status_code in (404, 405, 422) and is_problem(answer, answer.status_code), answer.text
@@ -111,7 +111,7 @@ def test_odd_names_are_nobodys(control: Control, name: str) -> None:
         *("/groups?step=" + "9" * 400, "/groups?state=%00", "/groups?replica=", "/events/recent?limit=701"),
     ],
 )
-def test_odd_questions_are_refused(control: Control, path: str) -> None:
+def test_invalid_queries_are_rejected(control: Control, path: str) -> None:
     assert is_problem(control.http.get(path), 422)
 
 
@@ -122,7 +122,7 @@ BODIES += [b'{"settings": {"a": 1}, "version": 1e99}', b'{"settings": ' + b'{"a"
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: body[:30].decode(errors="replace"))
 @pytest.mark.parametrize(("method", "path"), [("PUT", "/replicas/desired"), ("PATCH", "/settings")])
-def test_odd_bodies_are_refused(control: Control, method: str, path: str, body: bytes) -> None:
+def test_invalid_bodies_are_rejected(control: Control, method: str, path: str, body: bytes) -> None:
     for kind in ("application/json", "text/plain", "application/x-www-form-urlencoded"):
         answer = control.ask(method, path, content=body, headers={"content-type": kind})
         assert answer.status_code in (400, 422) and is_problem(answer, answer.status_code), answer.text
@@ -134,14 +134,14 @@ def test_an_error_does_not_repeat_what_was_sent(control: Control) -> None:
         assert "hush" not in control.ask("PATCH", "/settings", json=body).text
 
 
-def test_large_requests_are_refused_by_length_and_as_they_come(control: Control) -> None:
+def test_large_requests_are_rejected_by_length_and_while_they_arrive(control: Control) -> None:
     body = b" " * (http_limits.MAX_BODY_BYTES + 1)
     assert is_problem(control.ask("PATCH", "/settings", content=body), 413)
     assert is_problem(control.ask("PATCH", "/settings", content=iter([body[:-10], body[:20]])), 413)
     assert is_problem(control.http.request("GET", "/status", content=body), 413)
 
 
-def test_no_other_origin_is_let_in(control: Control) -> None:
+def test_other_origins_get_no_access(control: Control) -> None:
     for method, path in (("OPTIONS", "/pause"), ("GET", "/status"), ("POST", "/pause")):
         headers = {"origin": "http://evil.example", "access-control-request-method": "POST"}
         answer = control.http.request(method, path, headers=headers)
@@ -156,11 +156,11 @@ def test_no_other_origin_is_let_in(control: Control) -> None:
         *("/page/none.js", "/page/%00.js", "/page/" + "x" * 3000 + ".js", "/page/..\\api.py"),
     ],
 )
-def test_the_page_is_its_folder_and_nothing_else(control: Control, path: str) -> None:
+def test_the_page_serves_only_its_folder(control: Control, path: str) -> None:
     assert is_problem(control.http.get(path), 404)
 
 
-def test_the_page_may_load_and_ask_nobody_else(control: Control) -> None:
+def test_the_page_may_contact_no_other_origin(control: Control) -> None:
     answer = control.http.get("/")
     policy = answer.headers["content-security-policy"]
     assert answer.headers["content-type"].startswith("text/html") and "default-src 'none'" in policy

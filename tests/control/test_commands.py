@@ -1,4 +1,4 @@
-"""What control is told to do: an order stands in Redis for everybody who obeys it, with an event of who gave it."""
+"""Commands: they are stored in Redis, with an event that names the caller, and outlive control."""
 
 import json
 import threading
@@ -38,7 +38,7 @@ def latest_event(control: Control) -> dict[str, Any]:
     return found
 
 
-def test_orders_stand_until_they_are_withdrawn(control: Control, client: redis.Redis, keys: Keys) -> None:
+def test_commands_stay_until_they_are_withdrawn(control: Control, client: redis.Redis, keys: Keys) -> None:
     done = CommandAccepted.model_validate(control.ask("POST", "/pause").json())
     assert done.status and done.status.is_paused and done.status.verdict.text == "paused on request"
     assert orders(client, keys).is_paused
@@ -52,7 +52,7 @@ def test_orders_stand_until_they_are_withdrawn(control: Control, client: redis.R
     assert orders(client, keys).is_stopping
 
 
-def test_an_order_is_recorded_with_who_and_what(control: Control) -> None:
+def test_a_command_is_recorded_with_its_caller(control: Control) -> None:
     control.ask("POST", "/pause", headers={"user-agent": "curl/8" + "x" * 500, "x-forwarded-for": "6.6.6.6"})
     event = latest_event(control)
     assert event["kind"] == "order" and event["data"]["order"] == "pause"
@@ -61,7 +61,7 @@ def test_an_order_is_recorded_with_who_and_what(control: Control) -> None:
     assert TOKEN not in str(event)
 
 
-def test_replicas_are_ordered_of_a_launcher_that_is_there(control: Control, client: redis.Redis, keys: Keys) -> None:
+def test_a_replica_target_needs_a_launcher(control: Control, client: redis.Redis, keys: Keys) -> None:
     done = control.ask("PUT", "/replicas/desired", json={"replicas": 3}).json()
     assert orders(client, keys).desired_replicas == done["status"]["replicas"]["desired"] == 3
     assert latest_event(control)["data"]["replicas"] == 3
@@ -110,7 +110,7 @@ def test_settings_are_validated_versioned_and_recorded(control: Control, client:
         ({"optimizer.lr": True}, "settings.optimizer.lr"),
     ],
 )
-def test_a_change_that_is_wrong_changes_nothing(
+def test_an_invalid_change_changes_nothing(
     control: Control, client: redis.Redis, keys: Keys, change: dict[str, Any], told: str
 ) -> None:
     body = json.dumps({"settings": change})
@@ -119,7 +119,7 @@ def test_a_change_that_is_wrong_changes_nothing(
     assert orders(client, keys).settings.version == 0
 
 
-def test_changes_at_the_same_time_all_count(control: Control, client: redis.Redis, keys: Keys) -> None:
+def test_concurrent_changes_are_all_applied(control: Control, client: redis.Redis, keys: Keys) -> None:
     names = ["optimizer.lr", "sampling.temperature", "actor.eps_clip", "actor.eps_clip_higher"]
     answers: list[int] = []
 
@@ -154,7 +154,7 @@ def test_a_replica_is_drained_at_its_own_address(
     assert control.ask("POST", "/replicas/nobody/drain").status_code == 404
 
 
-def test_a_replica_that_does_not_answer_is_waited_for_with_a_deadline(
+def test_a_drain_has_a_deadline(
     control: Control, client: redis.Redis, keys: Keys, fake: FakeSglang, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drain, "DRAIN_DEADLINE_S", 0.1)
@@ -166,7 +166,7 @@ def test_a_replica_that_does_not_answer_is_waited_for_with_a_deadline(
     assert TOKEN not in refusal.text
 
 
-def test_settings_of_an_order_survive_control(redis_url: str, client: redis.Redis, keys: Keys) -> None:
+def test_commands_survive_control(redis_url: str, client: redis.Redis, keys: Keys) -> None:
     seed_run(client, keys)
     with a_control(redis_url, keys) as control:
         assert control.ask("PATCH", "/settings", json=LR).status_code == 200

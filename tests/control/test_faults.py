@@ -1,4 +1,4 @@
-"""What dies beside control is seen, said, and survived."""
+"""Control detects and survives failures of Redis and of the learner."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ from tests.support.seeded_run import RECIPE, seed_run, step_rows
 KEYS = Keys("test-control-faults")
 
 
-def test_while_redis_is_away_the_last_good_picture_stands(tmp_path: Path) -> None:
+def test_the_last_view_stays_while_redis_is_unavailable(tmp_path: Path) -> None:
     service, url = start_redis(tmp_path, tmp_path / "redis.log")
     try:
         with redis.Redis.from_url(url) as client:
@@ -55,7 +55,7 @@ def test_while_redis_is_away_the_last_good_picture_stands(tmp_path: Path) -> Non
         service.kill()
 
 
-def test_a_redis_that_is_frozen_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_frozen_redis_blocks_no_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from headrace.control.http import command_writer
     from headrace.control.view import run_monitor
 
@@ -75,7 +75,7 @@ def test_a_redis_that_is_frozen_holds_nobody(tmp_path: Path, monkeypatch: pytest
         service.kill()
 
 
-def test_a_learner_that_falls_silent_is_seen(
+def test_a_silent_learner_is_detected(
     redis_url: str, client: redis.Redis, keys: Keys, fake: FakeSglang, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it has written in Redis looks as well as ever."""
@@ -101,7 +101,7 @@ def test_a_learner_that_falls_silent_is_seen(
         control.wait_for(lambda found: found["verdict"]["level"] == "ended", "its end")
 
 
-def test_control_ends_rather_than_serve_an_old_picture_for_ever(
+def test_control_exits_instead_of_serving_a_stale_view(
     redis_url: str, client: redis.Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seed_run(client, keys)
@@ -121,14 +121,14 @@ def test_control_ends_rather_than_serve_an_old_picture_for_ever(
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:99999", "file:///etc/passwd", "http://[", "x" * 600, "http://a b"])
-def test_a_learner_at_no_address_is_silent(redis_url: str, client: redis.Redis, keys: Keys, url: str) -> None:
+def test_a_learner_with_an_invalid_address_is_silent(redis_url: str, client: redis.Redis, keys: Keys, url: str) -> None:
     seed_run(client, keys, learner_url=url)
     with a_control(redis_url, keys) as control:
         until(lambda: control.monitor.probe.silent_s > 1.5, "a probe")
         assert not control.monitor.probe.is_answering and control.http.get("/status").status_code == 200
 
 
-def test_the_process_serves_a_run_and_ends_when_asked(
+def test_the_process_serves_a_run_and_exits_on_sigterm(
     redis_url: str, client: redis.Redis, keys: Keys, tmp_path: Path
 ) -> None:
     """It waits for the run and for the token, as a replica does, and never tells the token."""
@@ -176,7 +176,7 @@ def test_the_process_serves_a_run_and_ends_when_asked(
         (["--redis-url", redis_url_at(1), "--token-file", "x", "--run", "../x"], "run '../x': expected 1 to 64"),
     ],
 )
-def test_what_is_wrong_is_one_line(arguments: list[str], told: str) -> None:
+def test_an_error_at_start_is_one_line(arguments: list[str], told: str) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HEADRACE_")}
     command = [sys.executable, "-m", "headrace.control", *arguments]
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)

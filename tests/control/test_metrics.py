@@ -1,4 +1,4 @@
-"""Control's `/metrics`: the whole run from Redis, for whoever scrapes nothing else."""
+"""Control's `/metrics` describe the whole run, so a Prometheus needs no other target."""
 
 import asyncio
 import json
@@ -44,7 +44,7 @@ async def scraped(http: httpx.AsyncClient) -> Scrape:
     return Scrape((await http.get("/metrics")).raise_for_status().text)
 
 
-def test_all_that_status_and_history_say_is_in_the_metrics(redis_url: str, seeded: Keys) -> None:
+def test_metrics_have_all_numbers_of_status_and_history(redis_url: str, seeded: Keys) -> None:
     async def scenario(_: FastAPI, monitor: RunMonitor, http: httpx.AsyncClient) -> None:
         await monitor.refresh()  # replicas are known one look after they were found
         scrape, status = await scraped(http), json.loads((await http.get("/status")).text)
@@ -81,9 +81,7 @@ def test_all_that_status_and_history_say_is_in_the_metrics(redis_url: str, seede
     control(redis_url, seeded, scenario)
 
 
-def test_what_happens_while_control_looks_is_counted_and_nothing_from_before(
-    redis_url: str, seeded: Keys, client: redis.Redis
-) -> None:
+def test_only_what_happens_after_the_start_is_counted(redis_url: str, seeded: Keys, client: redis.Redis) -> None:
     async def scenario(_: FastAPI, monitor: RunMonitor, http: httpx.AsyncClient) -> None:
         before = await scraped(http)
         assert before.value("headrace_step_duration_seconds_count") == 0
@@ -108,7 +106,7 @@ def test_what_happens_while_control_looks_is_counted_and_nothing_from_before(
     control(redis_url, seeded, scenario)
 
 
-def test_waits_are_read_from_what_everybody_writes(redis_url: str, seeded: Keys, client: redis.Redis) -> None:
+def test_waits_are_parsed_from_reasons(redis_url: str, seeded: Keys, client: redis.Redis) -> None:
     reason = "starved: 0 of 16 groups; replicas: a starting (the engine is starting for 6 s) for 120 s"
     client.hset(seeded.learner, mapping={"phase": "waiting", "reason": reason})
     beat = heartbeat("generation-0", "http://127.0.0.1:9", 40)
@@ -143,7 +141,7 @@ def test_requests_are_counted_by_route(redis_url: str, seeded: Keys) -> None:
     control(redis_url, seeded, scenario)
 
 
-def test_a_run_that_is_not_there_yet_has_metrics_too(redis_url: str, keys: Keys) -> None:
+def test_there_are_metrics_before_the_run_exists(redis_url: str, keys: Keys) -> None:
     async def scenario(_: FastAPI, monitor: RunMonitor, http: httpx.AsyncClient) -> None:
         monitor.view = None
         scrape = await scraped(http)

@@ -1,4 +1,4 @@
-"""Steering by the live page: signing in, seeing numbers change, orders that arrive in Redis, settings, restarts."""
+"""Controlling a run by the live page: sign-in, live numbers, commands, settings, restarts of control."""
 
 import contextlib
 import json
@@ -17,6 +17,7 @@ from headrace.common.http.service import bearer
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import encode
 from headrace.common.wire.desired_state import CHECKPOINTS, DESIRED_REPLICAS, EVALUATIONS, PAUSED, SETTINGS, STOP
+from headrace.control.http.page import PAGE
 from tests.support.fake_services import until
 from tests.support.page_in_chromium import (
     TOKEN,
@@ -33,7 +34,6 @@ from tests.support.page_in_chromium import (
 from tests.support.seeded_run import evaluation_row, heartbeat, seed_run, shown_group, step_rows
 
 NUM_STEPS = 40
-PAGE = Path(__file__).parents[2] / "headrace" / "control" / "page"
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_the_link_signs_in_and_the_address_forgets_the_token(page: Any) -> None:
     assert page.evaluate("sessionStorage.length") == 0
 
 
-def test_a_typed_token_is_tried_before_it_is_kept(browser: Any, control: str) -> None:
+def test_a_typed_token_is_tested_before_it_is_kept(browser: Any, control: str) -> None:
     with a_page(browser) as page:
         open_page(page, control, token=None)
         wait_for_text(page, "#run-step", f"step {NUM_STEPS} of")
@@ -127,7 +127,7 @@ def test_a_typed_token_is_tried_before_it_is_kept(browser: Any, control: str) ->
         page.get_by_role("button", name="Pause", exact=True).wait_for()
 
 
-def test_without_a_token_everything_that_steers_asks_to_sign_in(browser: Any, control: str) -> None:
+def test_controls_ask_to_sign_in_without_a_token(browser: Any, control: str) -> None:
     with a_page(browser) as page:
         open_page(page, control, token=None)
         page.get_by_role("button", name="Sign in to scale").click()
@@ -136,7 +136,7 @@ def test_without_a_token_everything_that_steers_asks_to_sign_in(browser: Any, co
         assert page.get_by_role("button", name=re.compile("^Drain")).count() == 0
 
 
-def test_a_run_that_is_shown_to_nobody_else_asks_to_sign_in(browser: Any, redis_url: str, client: redis.Redis) -> None:
+def test_a_protected_run_asks_to_sign_in(browser: Any, redis_url: str, client: redis.Redis) -> None:
     keys = Keys("test-page-protected")
     seed_run(client, keys, 3)
     config = json.loads(client.get(keys.config) or b"")
@@ -148,7 +148,7 @@ def test_a_run_that_is_shown_to_nobody_else_asks_to_sign_in(browser: Any, redis_
         wait_for_text(page, "#run-step", "step 3 of")
 
 
-def test_numbers_change_while_one_looks(page: Any, client: redis.Redis, run_keys: Keys) -> None:
+def test_numbers_are_updated_live(page: Any, client: redis.Redis, run_keys: Keys) -> None:
     wait_for_text(page, "#figures", f"{NUM_STEPS}")
     page.locator("#group-list li").first.wait_for()
     row = {**step_rows(NUM_STEPS + 1, 0)[-1], "step": NUM_STEPS + 1, "time_s": 1.0, "reward_mean": 0.4321}
@@ -166,7 +166,7 @@ def test_numbers_change_while_one_looks(page: Any, client: redis.Redis, run_keys
     wait_for_text(page, "#group-list", "Mia has 4321 boxes")
 
 
-def test_pause_resume_checkpoint_and_evaluate_are_ordered(page: Any, client: redis.Redis, run_keys: Keys) -> None:
+def test_pause_resume_checkpoint_and_evaluate_reach_redis(page: Any, client: redis.Redis, run_keys: Keys) -> None:
     press_and_wait(page, "Pause")
     assert order(client, run_keys, PAUSED) is not None
     wait_for_text(page, "#verdict-text", "aused")
@@ -177,7 +177,7 @@ def test_pause_resume_checkpoint_and_evaluate_are_ordered(page: Any, client: red
         press_for_one_more(page, client, run_keys, name, field)
 
 
-def test_a_stop_asks_back(page: Any, client: redis.Redis, run_keys: Keys) -> None:
+def test_stop_asks_for_confirmation(page: Any, client: redis.Redis, run_keys: Keys) -> None:
     page.get_by_role("button", name="Stop…").click()
     page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
     assert order(client, run_keys, STOP) is None
@@ -189,7 +189,7 @@ def test_a_stop_asks_back(page: Any, client: redis.Redis, run_keys: Keys) -> Non
     client.hdel(run_keys.control, STOP)
 
 
-def test_scaling_is_ordered_and_withdrawn(page: Any, client: redis.Redis, run_keys: Keys) -> None:
+def test_the_replica_target_is_set_and_cleared(page: Any, client: redis.Redis, run_keys: Keys) -> None:
     field = page.get_by_label("Replicas to keep")
     field.fill("3")
     press_and_wait(page, "Scale")
@@ -211,7 +211,7 @@ def test_a_drain_reaches_the_replica(page: Any, drained: tuple[str, list[tuple[s
     assert drained[1] == [("/drain", f"Bearer {TOKEN}")]
 
 
-def test_settings_are_accepted_refused_and_not_written_over(
+def test_settings_are_accepted_rejected_and_not_overwritten(
     page: Any, client: redis.Redis, run_keys: Keys, control: str
 ) -> None:
     rate, apply = page.get_by_label("optimizer.lr", exact=True), page.locator("#settings-apply")
@@ -281,7 +281,7 @@ def test_a_restart_of_control_is_survived(browser: Any, redis_url: str, client: 
         assert [int(step) for step in told if int(step) > 9] == [14, 13, 12, 11, 10], "rows were missed or taken twice"
 
 
-def test_the_page_makes_no_html_and_asks_nobody_else() -> None:
+def test_the_page_inserts_no_html_and_names_no_other_origin() -> None:
     for path in (path for path in PAGE.iterdir() if path.suffix in (".js", ".css", ".html")):
         text = path.read_text()
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function", text), path

@@ -1,4 +1,4 @@
-"""Reading the live page: groups token by token, hostile text, an empty and a failing run, every width, everybody."""
+"""Reading the live page: groups token by token, hostile text, empty and failing runs, small screens, accessibility."""
 
 import itertools
 import time
@@ -80,7 +80,7 @@ def test_a_group_is_read_token_by_token(page: Any, tmp_path: Path) -> None:
     page.locator("#reader-title").filter(has_text=name.removeprefix("group/")).wait_for()
 
 
-def test_what_was_not_trained_has_no_gap(page: Any) -> None:
+def test_groups_that_were_not_trained_have_no_gap(page: Any) -> None:
     page.locator("#group-filters [name=state]").select_option("uniform")
     page.locator("#group-list li[data-state=uniform] a").first.click()
     page.get_by_role("button", name="log-probability gap", disabled=True).wait_for()
@@ -151,7 +151,7 @@ def test_a_failing_run_says_what_to_do(browser: Any, redis_url: str, client: red
         keep_shot(page, tmp_path, "failing")
 
 
-def test_a_telephone_scrolls_down_only(browser: Any, control: str, tmp_path: Path) -> None:
+def test_a_phone_scrolls_vertically_only(browser: Any, control: str, tmp_path: Path) -> None:
     with a_page(browser, 390, 844, has_touch=True) as page:
         open_page(page, control)
         page.locator("#group-list a").first.click()
@@ -164,7 +164,7 @@ def test_a_telephone_scrolls_down_only(browser: Any, control: str, tmp_path: Pat
         keep_shot(page, tmp_path, "telephone", full=True)
 
 
-def test_dark_follows_the_system_until_told_otherwise(browser: Any, control: str, tmp_path: Path) -> None:
+def test_dark_mode_follows_the_system_until_changed(browser: Any, control: str, tmp_path: Path) -> None:
     background = "getComputedStyle(document.body).backgroundColor"
     with a_page(browser, color_scheme="dark") as page:
         open_page(page, control)
@@ -179,7 +179,7 @@ def test_dark_follows_the_system_until_told_otherwise(browser: Any, control: str
         assert page.evaluate(background) == light
 
 
-def test_nothing_serious_is_in_the_way_of_anybody(page: Any, tmp_path: Path) -> None:
+def test_there_are_no_serious_accessibility_faults(page: Any, tmp_path: Path) -> None:
     page.locator("#checks-summary").click()
     page.locator("#charts-learning summary").click()
     page.wait_for_timeout(300)

@@ -1,4 +1,4 @@
-"""A long run with many replicas: how soon the live page shows it, and how smooth it stays while news arrives."""
+"""A long run with many replicas: how soon the live page shows it, and how smooth it stays during updates."""
 
 import json
 import threading

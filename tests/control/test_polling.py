@@ -1,4 +1,4 @@
-"""What control answers: the run in Redis as one picture, whoever asks, whatever stands there."""
+"""What control serves: the state of the run in Redis, whatever its content."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -31,7 +31,7 @@ def announce(client: redis.Redis, keys: Keys, kind: str, row: dict[str, Any]) ->
     client.xadd(keys.history, {"kind": kind, "row": msgspec.json.encode(row)})
 
 
-def test_the_status_is_the_whole_run(control: Control) -> None:
+def test_the_status_has_the_whole_run(control: Control) -> None:
     status = Status.model_validate(control.http.get("/status").json())
     assert (status.step, status.target_steps, status.weight_version, status.fencing_epoch, status.phase) == (
         40,
@@ -53,7 +53,7 @@ def test_the_status_is_the_whole_run(control: Control) -> None:
     assert status.replicas.launcher == "machine process 1" and status.replicas.desired is None
 
 
-def test_counts_are_the_learners_where_it_answers(
+def test_counts_come_from_the_learner_if_it_answers(
     control: Control, client: redis.Redis, keys: Keys, fake: FakeSglang
 ) -> None:
     fake.replies["/status"] = 200, {"counts": {"trained": 7, "odd": 1}, "waits": [{"reason": "starved", "for_s": 2.0}]}
@@ -105,9 +105,7 @@ def test_history_is_columns_thinned_and_continued(control: Control, client: redi
     assert control.http.get("/history", params={"after": news["cursor"]}).json()["steps"]["step"] == []
 
 
-def test_numerics_stay_what_they_were_until_tokens_are_fresh_again(
-    control: Control, client: redis.Redis, keys: Keys
-) -> None:
+def test_the_logprob_gap_keeps_its_last_value(control: Control, client: redis.Redis, keys: Keys) -> None:
     def check() -> tuple[str, float]:
         control.refresh()
         checks = control.http.get("/status").json()["checks"]
@@ -124,7 +122,7 @@ def test_numerics_stay_what_they_were_until_tokens_are_fresh_again(
     assert check() == ("healthy", 1e-5)
 
 
-def test_a_step_that_is_taken_again_makes_later_ones_void(control: Control, client: redis.Redis, keys: Keys) -> None:
+def test_a_repeated_step_replaces_later_ones(control: Control, client: redis.Redis, keys: Keys) -> None:
     announce(client, keys, "step", {"step": 31, "reward_mean": 0.1})
     control.refresh()
     found = control.http.get("/history").json()
@@ -161,7 +159,7 @@ def test_groups_are_listed_and_read_token_by_token(control: Control, client: red
     assert control.http.get("/groups").json()["num_kept"] == 24
 
 
-def test_recent_events_are_told_in_words(control: Control, client: redis.Redis, keys: Keys) -> None:
+def test_recent_events_have_a_text(control: Control, client: redis.Redis, keys: Keys) -> None:
     client.xadd(keys.events, {"kind": "redis_lost", "event": b'{"step": 3, "num_reissued": 4}'})
     control.refresh()
     found = Events.model_validate(control.http.get("/events/recent").json()).events
@@ -170,7 +168,7 @@ def test_recent_events_are_told_in_words(control: Control, client: redis.Redis, 
     assert [event.kind for event in found] == ["redis_lost", "swap", "swap", "evaluation", "evaluation"]
 
 
-def test_settings_tell_what_stands_and_hide_secrets(redis_url: str, client: redis.Redis, keys: Keys) -> None:
+def test_settings_have_present_values_and_no_secrets(redis_url: str, client: redis.Redis, keys: Keys) -> None:
     seed_run(client, keys)
     config = msgspec.json.decode(client.get(keys.config))
     config["task"]["settings"] = {"api_key": "sesame", "nested": [{"password": "sesame"}], "digits": 2}
@@ -209,7 +207,7 @@ def test_settings_tell_what_stands_and_hide_secrets(redis_url: str, client: redi
         ("events", {"event": b'{"a": 123456789012345678901234567890}'}),
     ],
 )
-def test_rubbish_in_redis_is_passed_over(
+def test_invalid_content_in_redis_is_skipped(
     control: Control, client: redis.Redis, keys: Keys, stream: str, fields: dict[Any, Any]
 ) -> None:
     client.xadd(getattr(keys, stream), fields)
@@ -225,7 +223,7 @@ def test_rubbish_in_redis_is_passed_over(
         assert control.http.get(path).status_code == 200
 
 
-def test_an_empty_run_is_one_to_wait_for(redis_url: str, keys: Keys) -> None:
+def test_an_empty_run_is_waiting(redis_url: str, keys: Keys) -> None:
     with a_control(redis_url, keys) as control:
         status = Status.model_validate(control.http.get("/status").json())
         assert status.phase == "loading the model" and status.verdict.level == "waiting"

@@ -1,4 +1,4 @@
-"""Server-sent events: what is new goes to every page at once, and a page that does not read costs its buffer."""
+"""Server-sent events: every page gets the news at once, and a page that does not read costs only its buffer."""
 
 import socket
 import threading
@@ -37,7 +37,7 @@ def take(events: Iterator[tuple[str, Any]], *names: str) -> list[Any]:
     return [next(data for found, data in events if found == name) for name in names]
 
 
-def test_a_page_is_told_the_run_and_then_what_is_new(control: Control, client: redis.Redis, keys: Keys) -> None:
+def test_a_page_gets_the_state_and_then_the_news(control: Control, client: redis.Redis, keys: Keys) -> None:
     with control.events() as events:
         status, replicas = take(events, "status", "replicas")
         assert Status.model_validate(status).step == 40
@@ -76,7 +76,7 @@ def test_a_status_that_stays_the_same_is_not_sent_again(redis_url: str, client: 
         until(is_quiet, "four looks, two seconds, of which nothing is told")
 
 
-def test_pages_beyond_the_limit_are_told_to_come_back(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_beyond_the_limit_are_told_to_retry(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(control.monitor.hub, "_max_subscribers", 1)
     with control.events() as events:
         take(events, "status")
@@ -117,7 +117,7 @@ def test_a_page_that_never_reads_is_dropped_and_disconnected(control: Control, m
         assert control.http.get("/healthz").status_code == 200
 
 
-def test_what_waits_for_a_page_is_bounded() -> None:
+def test_the_buffer_of_a_page_is_bounded() -> None:
     hub = Hub(max_subscribers=2)
     slow, other = hub.subscribe(b"first"), hub.subscribe()
     hub.publish(b"x" * (stream.MAX_WAITING_BYTES - 100))

@@ -1,4 +1,4 @@
-"""One sentence of what is wrong, the worst first, and since when."""
+"""The checks, and the verdict: the worst check, since when, and what to do."""
 
 from dataclasses import replace
 from typing import Any
@@ -89,18 +89,18 @@ def verdict_of(**changes: Any) -> Verdict:
         ({"recent": {"skipped_updates": [2.0] * 5}}, "failed", "5 of the last 5 steps skipped updates"),
     ],
 )
-def test_the_verdict_is_what_is_wrong(changes: dict[str, Any], level: str, text: str) -> None:
+def test_the_verdict_is_the_worst_check(changes: dict[str, Any], level: str, text: str) -> None:
     verdict = verdict_of(**changes)
     assert (verdict.level, verdict.text[: len(text)]) == (level, text)
 
 
-def test_who_starves_by_rewards_or_by_dead_tickets_is_sent_to_the_dead() -> None:
+def test_the_advice_names_dead_letters_when_they_are_the_cause() -> None:
     for changes in ({"replicas": (UNSCORED,)}, {"num_recent_dead": 1}):
         assert verdict_of(waiting_s=31.0, **changes).advice.startswith("`headrace dead list` shows")
     assert "headrace dead list" not in verdict_of(waiting_s=31.0).advice
 
 
-def test_the_worst_is_told_first_and_others_are_counted() -> None:
+def test_the_worst_check_comes_first_and_others_are_counted() -> None:
     verdict = verdict_of(redis_unavailable_s=1.0, checkpoint_failing_s=1.0, num_recent_dead=1, is_paused=True)
     assert verdict.text == "Redis does not answer; the data shown is from before (and 1 more)"
     levels = [
@@ -112,7 +112,7 @@ def test_the_worst_is_told_first_and_others_are_counted() -> None:
     )
 
 
-def test_since_when_is_kept_while_it_stays_the_same() -> None:
+def test_the_start_of_a_verdict_is_kept_while_it_lasts() -> None:
     tracker = VerdictTracker()
     told = [
         tracker.verdict(all_checks(inputs), now).since_at
@@ -131,7 +131,7 @@ def test_since_when_is_kept_while_it_stays_the_same() -> None:
     assert told == [0, 0, 2, 2, 4, 4, 6]
 
 
-def test_how_long_something_lasts() -> None:
+def test_the_timer_of_a_condition() -> None:
     timer = ConditionTimer()
     assert timer.duration_s("x", False, 1.0) == 0
     assert timer.duration_s("x", True, 2.0) > 0
@@ -139,7 +139,7 @@ def test_how_long_something_lasts() -> None:
     assert timer.duration_s("x", False, 6.0) == 0 and 0 < timer.duration_s("x", True, 7.0) < 1
 
 
-def test_the_pace_of_a_replica_is_of_the_last_half_minute_and_of_one_life() -> None:
+def test_rates_cover_half_a_minute_of_one_process() -> None:
     tracker = ReplicaTracker()
     first = heartbeat("a", "http://a", 1)
     fields = {name: getattr(first, name) for name in first.__struct_fields__}
@@ -161,7 +161,7 @@ def test_the_pace_of_a_replica_is_of_the_last_half_minute_and_of_one_life() -> N
     assert tracker.seen_since_at == {}
 
 
-def test_what_could_be_secret_is_hidden() -> None:
+def test_secrets_are_redacted() -> None:
     shown = redact_secrets(
         {
             "api_key": "s",

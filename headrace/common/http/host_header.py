@@ -1,6 +1,6 @@
-"""Refuses requests for other names than this machine's loopback, where a service listens on nothing else.
+"""Protects services on loopback from DNS rebinding: rejects requests whose Host header is another name.
 
-A website that has its own name resolve to 127.0.0.1 could otherwise read the run through its visitor's browser.
+Otherwise a website whose name resolves to 127.0.0.1 could read the run through the browser of a visitor.
 """
 
 import ipaddress
@@ -14,7 +14,7 @@ _HOST = re.compile(rb"(\[[0-9a-fA-F:.]+\]|[^:]*)(:[0-9]{1,5})?")
 
 
 class HostHeaderCheck:
-    """ASGI."""
+    """ASGI middleware."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

@@ -1,0 +1,72 @@
+"""Takes the pictures of the live page for the documents, from a run that is in progress on this machine:
+
+    headrace up configs/tiny-cpu.yaml --run arithmetic --set learner.steps=120 --set evaluation.interval_steps=10 &
+    python -m tests.support.page_pictures arithmetic
+
+Waits until the run has completed `--after-step` steps, then writes docs/page-overview.png and docs/page-group.png.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+from PIL import Image
+
+from headrace.common.process.run_token import token_in
+from tests.support.page_in_chromium import a_browser, a_page, open_page
+
+DOCS = Path(__file__).parents[2] / "docs"
+WIDTH, OVERVIEW_HEIGHT, GROUP_HEIGHT = 1280, 1086, 815
+NUM_GROUPS = 60
+"""As many as the page lists."""
+POLL_INTERVAL_S = 1.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.support.page_pictures")
+    parser.add_argument("run")
+    parser.add_argument("--runs-folder", type=Path, default=Path("runs"))
+    parser.add_argument("--after-step", type=int, default=60)
+    parser.add_argument("--out", type=Path, default=DOCS)
+    arguments = parser.parse_args()
+    folder = arguments.runs_folder / arguments.run
+    url, token = (folder / "control-url").read_text().strip(), token_in(folder / "token")
+    with httpx.Client(base_url=url, trust_env=False, timeout=30) as http:
+        while http.get("/status").raise_for_status().json()["step"] < arguments.after_step:
+            time.sleep(POLL_INTERVAL_S)
+        group, rollout, token_index = most_telling(http)
+    with a_browser() as browser, a_page(browser, WIDTH, OVERVIEW_HEIGHT) as page:
+        open_page(page, url, token)
+        page.locator("#charts-health canvas").nth(2).wait_for()
+        page.locator("#evaluations-rows tr").first.wait_for()
+        picture(page, arguments.out / "page-overview.png")
+        page.set_viewport_size({"width": WIDTH, "height": GROUP_HEIGHT})
+        page.evaluate("(id) => { location.hash = `#group/${encodeURIComponent(id)}`; }", group)
+        page.locator("#reader-title").filter(has_text=group).wait_for()
+        page.locator(".tokens").nth(rollout).locator("span").nth(token_index).hover()
+        page.evaluate("() => document.getElementById('groups').scrollIntoView({ behavior: 'instant' })")
+        picture(page, arguments.out / "page-group.png")
+
+
+def most_telling(http: httpx.Client) -> tuple[str, int, int]:
+    """The listed group with the largest log-probability gap in its first two completions, that completion and token."""
+    found: list[tuple[float, str, int, int]] = []
+    for summary in http.get("/groups", params={"state": "trained", "limit": NUM_GROUPS}).json()["groups"]:
+        detail = http.get(f"/groups/{summary['id']}").json()
+        for place, rollout in enumerate(detail["rollouts"][:2]):
+            pairs = zip(rollout["proximal_logprobs"], rollout["behaviour_logprobs"], strict=True)
+            found += [(abs(ours - engine), summary["id"], place, i) for i, (ours, engine) in enumerate(pairs)]
+    _, name, place, index = max(found)
+    return name, place, index
+
+
+def picture(page: Any, path: Path) -> None:
+    """With a palette of 256 colours, which is enough for the page and a third of the size."""
+    page.screenshot(path=path, animations="disabled")
+    Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+if __name__ == "__main__":
+    main()
