@@ -31,7 +31,7 @@ import redis
 from rich.console import Console
 from rich.table import Table
 
-from headrace.common.http.service import free_port
+from headrace.common.http.addresses import free_port
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import encode
 from headrace.launcher.run.processes import REDIS_URL_VARIABLE, start_redis

@@ -26,7 +26,8 @@ from rich.table import Table
 
 from benchmarks.weights import random_pair
 from headrace.common.hardware.device import machine_id
-from headrace.common.http.service import listen, new_app, serve_in_loop, serve_in_thread, url_of
+from headrace.common.http.addresses import listen, url_of
+from headrace.common.http.service import new_app, serve_in_loop, serve_in_thread
 from headrace.common.weights.files import encode_manifest, sha256_of, version_folder
 from headrace.generation.weights.downloads import Fetcher
 from headrace.generation.weights.local_weights import HostCopy

@@ -24,7 +24,8 @@ import numpy as np
 
 from benchmarks.recorded_run import RecordedGroup, RecordedRun, read_recorded
 from headrace.common.bootstrap import Joined, join
-from headrace.common.http.service import listen, serve_in_loop, url_of
+from headrace.common.http.addresses import listen, url_of
+from headrace.common.http.service import serve_in_loop
 from headrace.common.metrics.families import SHORT_S, Histogram
 from headrace.common.process.waiting import Waits
 from headrace.common.wire import Ticket, VersionSpan

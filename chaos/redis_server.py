@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from headrace.common.http.service import free_port
+from headrace.common.http.addresses import free_port
 from headrace.common.process.child_process import dies_with_parent
 from headrace.common.redis.client import DURABLE
 from headrace.launcher.run.processes import answers, redis_binary, redis_url_at

@@ -17,7 +17,7 @@ import sys
 import redis
 
 from headrace.common.bootstrap import Joined, join, joining_parser
-from headrace.common.http.service import listen_as, url_of
+from headrace.common.http.addresses import listen_with_overrides, url_of
 from headrace.common.process.logs import set_up_logging
 from headrace.common.process.waiting import Waits
 from headrace.control.assembly import openapi_document, running_app, serving
@@ -33,7 +33,7 @@ def main() -> int:
     set_up_logging("control")
     try:
         joined = join(arguments.redis_url, arguments.run, arguments.token_file, Waits())
-        sock = listen_as(joined.config.control, arguments.host, arguments.port)
+        sock = listen_with_overrides(joined.config.control, arguments.host, arguments.port)
     except KeyboardInterrupt:
         return 0
     except (ValueError, TimeoutError, redis.RedisError) as error:

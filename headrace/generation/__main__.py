@@ -21,7 +21,8 @@ from pathlib import Path
 import redis
 
 from headrace.common.bootstrap import Joined, joining_parser
-from headrace.common.http.service import listen_as, serve_in_loop, url_of
+from headrace.common.http.addresses import listen_with_overrides, url_of
+from headrace.common.http.service import serve_in_loop
 from headrace.common.preflight.recipe import check_engine_installed
 from headrace.common.process.logs import set_up_logging
 from headrace.common.process.waiting import Waits
@@ -42,7 +43,7 @@ def main() -> int:
     try:
         check_name(arguments.name)
         joined = join(arguments.redis_url, arguments.run, arguments.token_file, waits)
-        sock = listen_as(joined.config.generation, arguments.host, arguments.port)
+        sock = listen_with_overrides(joined.config.generation, arguments.host, arguments.port)
         if joined.config.generation.engine.url is None:
             check_engine_installed()
     except KeyboardInterrupt:

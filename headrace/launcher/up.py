@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from headrace.common.config import Recipe
-from headrace.common.http.service import free_port, url_at
+from headrace.common.http.addresses import free_port, url_at
 from headrace.common.preflight.recipe import check_run
 from headrace.common.process.logs import logging_to
 from headrace.common.process.run_token import token_at, token_given

@@ -26,7 +26,8 @@ from typing import Any
 import redis
 
 from headrace.common.config import ConfigError, RunConfig, load_recipe, resolve
-from headrace.common.http.service import listen_as, serve_in_thread, url_of
+from headrace.common.http.addresses import listen_with_overrides, url_of
+from headrace.common.http.service import serve_in_thread
 from headrace.common.metrics.endpoint import mount_metrics
 from headrace.common.preflight.recipe import check_model, check_trackers
 from headrace.common.preflight.task import check_task
@@ -132,7 +133,7 @@ def _run(arguments: argparse.Namespace, config: RunConfig, recording: Recording 
     stopping = switches.stop.is_set
     client = connect(redis_url, waits, deadline_s=OUTAGE_DEADLINE_S, is_stopping=stopping, is_one_master=True)
     client.set(keys.config, config.model_dump_json(exclude={"redis_url"}))
-    sock = listen_as(config.learner, arguments.host, arguments.port)
+    sock = listen_with_overrides(config.learner, arguments.host, arguments.port)
     folder = arguments.runs_folder / arguments.run
     folder.mkdir(parents=True, exist_ok=True)
     token = token_at(folder / "token")

@@ -14,7 +14,8 @@ import redis
 
 from headrace.common.config import load_recipe
 from headrace.common.http import limits as http_limits
-from headrace.common.http.service import listen, serve_in_loop, serve_in_thread, url_of
+from headrace.common.http.addresses import listen, url_of
+from headrace.common.http.service import serve_in_loop, serve_in_thread
 from headrace.common.process.waiting import Waits
 from headrace.common.redis.keys import Keys
 from headrace.generation.assembly import assembled

@@ -2,7 +2,7 @@
 
 import pytest
 
-from headrace.common.http.service import listen, url_of
+from headrace.common.http.addresses import listen, url_of
 
 
 def test_a_service_on_all_addresses_is_reached_where_it_is_told_to_be(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import errors
 
 from headrace.common.config import RunConfig
-from headrace.common.http.service import listen
+from headrace.common.http.addresses import listen
 from headrace.common.models.hub import is_hub_name
 from headrace.common.preflight import recipe as preflight
 from headrace.common.preflight.recipe import NotHere, check_model_folder, check_run

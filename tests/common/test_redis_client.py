@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import redis
 
-from headrace.common.http.service import free_port
+from headrace.common.http.addresses import free_port
 from headrace.common.process.waiting import Reason, Waits
 from headrace.common.redis.client import connect, connect_async, durability_problem
 from headrace.launcher.run.processes import Service, redis_binary

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from headrace.common.http.service import free_port
+from headrace.common.http.addresses import free_port
 from headrace.common.process.waiting import Waits
 from headrace.common.redis.address import parse_address
 from headrace.common.redis.client import connect, connect_async

@@ -10,7 +10,7 @@ import redis
 
 from headrace.common.config import load_recipe
 from headrace.common.http import limits as http_limits
-from headrace.common.http.service import bearer
+from headrace.common.http.addresses import bearer
 from headrace.common.redis.keys import Keys
 from tests.support.controls import TOKEN, Control, a_control
 from tests.support.seeded_run import RECIPE, seed_run

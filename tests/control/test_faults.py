@@ -13,7 +13,7 @@ import pytest
 import redis
 
 from headrace.common.config import load_recipe
-from headrace.common.http.service import bearer, free_port
+from headrace.common.http.addresses import bearer, free_port
 from headrace.common.redis.keys import Keys
 from headrace.control.assembly import running_app
 from headrace.control.polling import learner_probe

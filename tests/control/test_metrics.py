@@ -11,7 +11,7 @@ import redis
 from fastapi import FastAPI
 
 from headrace.common.config import load_recipe
-from headrace.common.http.service import bearer
+from headrace.common.http.addresses import bearer
 from headrace.common.metrics.steps import metric_name
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import encode

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from headrace.common.http.service import bearer
+from headrace.common.http.addresses import bearer
 from headrace.common.redis.keys import Keys
 from tests.support.controls import TOKEN, Control, a_control
 from tests.support.fake_services import ROOT

@@ -13,7 +13,7 @@ import httpx
 import pytest
 import redis
 
-from headrace.common.http.service import bearer
+from headrace.common.http.addresses import bearer
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import encode
 from headrace.common.wire.desired_state import CHECKPOINTS, DESIRED_REPLICAS, EVALUATIONS, PAUSED, SETTINGS, STOP

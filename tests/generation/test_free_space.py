@@ -108,7 +108,7 @@ def test_a_replica_without_room_is_refused_before_anything_starts(
         name="a", redis_url=redis_url, run=None, token_file=None, host=None, port=None
     ))  # fmt: skip
     monkeypatch.setattr(program, "join", lambda *_: joined)
-    monkeypatch.setattr(program, "listen_as", lambda *_: None)
+    monkeypatch.setattr(program, "listen_with_overrides", lambda *_: None)
     monkeypatch.setattr(program, "set_up_logging", lambda *_, **__: None)
     monkeypatch.setattr(program, "_serve", serve)
     assert program.main() == 2

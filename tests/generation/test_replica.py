@@ -10,7 +10,7 @@ import httpx
 import pytest
 import redis
 
-from headrace.common.http.service import bearer
+from headrace.common.http.addresses import bearer
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import decode_group, decode_ticket
 from headrace.common.wire.ledger import parse_mark

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from headrace.common.hardware.device import machine_id
-from headrace.common.http.service import bearer
+from headrace.common.http.addresses import bearer
 from headrace.common.weights.files import (
     DELTA_FILE,
     MANIFEST_FILE,

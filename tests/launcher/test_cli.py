@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from headrace.common.config import RunConfig, load_recipe
-from headrace.common.http.service import listen
+from headrace.common.http.addresses import listen
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import encode
 from tests.support.making import make_group, make_ticket

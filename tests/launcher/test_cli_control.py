@@ -10,7 +10,7 @@ import pytest
 import redis
 from typer.testing import CliRunner
 
-from headrace.common.http.service import free_port
+from headrace.common.http.addresses import free_port
 from headrace.common.redis.keys import Keys
 from headrace.common.wire.desired_state import parse_orders
 from headrace.launcher.__main__ import app

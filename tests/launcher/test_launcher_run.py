@@ -8,7 +8,7 @@ import psutil
 import pytest
 import redis
 
-from headrace.common.http.service import free_port
+from headrace.common.http.addresses import free_port
 from headrace.launcher.run.processes import Service, redis_binary, redis_url_at, wait_for_redis
 from tests.support.fake_services import (
     RECIPE,

@@ -10,7 +10,7 @@ import pytest
 import redis
 from rich.console import Console
 
-from headrace.common.http.service import free_port, listen
+from headrace.common.http.addresses import free_port, listen
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import Heartbeat, encode
 from headrace.launcher.run.processes import redis_url_at

@@ -11,7 +11,8 @@ import redis
 import torch
 from safetensors.torch import load_file
 
-from headrace.common.http.service import bearer, listen, serve_in_thread, url_of
+from headrace.common.http.addresses import bearer, listen, url_of
+from headrace.common.http.service import serve_in_thread
 from headrace.common.redis.keys import Keys
 from headrace.common.weights.files import (
     DELTA_FILE,

@@ -13,7 +13,7 @@ import pytest
 import redis
 from safetensors.torch import load_file
 
-from headrace.common.http.service import free_port
+from headrace.common.http.addresses import free_port
 from headrace.common.redis.keys import Keys
 from headrace.learner.checkpoints.record import checkpoint_folders, read_record
 from headrace.learner.commands.audit import audit

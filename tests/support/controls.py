@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from headrace.common.config import load_recipe
-from headrace.common.http.service import bearer, listen, url_of
+from headrace.common.http.addresses import bearer, listen, url_of
 from headrace.common.redis.keys import Keys
 from headrace.control.assembly import running_app, serving
 from headrace.control.view.run_monitor import RunMonitor

@@ -11,7 +11,8 @@ from typing import Literal
 
 import torch
 
-from headrace.common.http.service import listen, new_app, serve_in_loop, url_of
+from headrace.common.http.addresses import listen, url_of
+from headrace.common.http.service import new_app, serve_in_loop
 from headrace.common.weights.files import MODEL_FILE, Manifest, encode_manifest, file_of, sha256_of, version_folder
 from headrace.generation.weights.downloads import Fetcher
 from headrace.generation.weights.local_weights import HostCopy

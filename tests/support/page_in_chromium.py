@@ -19,7 +19,7 @@ import pytest
 import redis
 
 from headrace.common.config import RunConfig
-from headrace.common.http.service import free_port, listen, url_of
+from headrace.common.http.addresses import free_port, listen, url_of
 from headrace.common.process.run_token import TOKEN_VARIABLE
 from headrace.common.redis.client import connect
 from headrace.common.redis.keys import MAX_EVENTS, MAX_HISTORY, MAX_SHOWN, Keys

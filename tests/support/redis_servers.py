@@ -10,7 +10,7 @@ from typing import Any
 
 import redis
 
-from headrace.common.http.service import free_port
+from headrace.common.http.addresses import free_port
 from headrace.common.redis.client import DURABLE
 from headrace.launcher.run.processes import Service, redis_binary, start_redis
 from tests.support import fake_services

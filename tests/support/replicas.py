@@ -10,7 +10,8 @@ import redis
 from safetensors.torch import load_file
 
 from headrace.common.config import GenerationConfig, ModelConfig
-from headrace.common.http.service import listen, serve_in_thread, url_of
+from headrace.common.http.addresses import listen, url_of
+from headrace.common.http.service import serve_in_thread
 from headrace.common.models.chat import load_tokenizer
 from headrace.common.process.waiting import Waits
 from headrace.common.redis.client import connect_async

@@ -18,7 +18,8 @@ import redis
 import yaml
 
 from headrace.common.config import load_recipe
-from headrace.common.http.service import free_port, listen, new_app, serve_in_loop, serve_in_thread, url_of
+from headrace.common.http.addresses import free_port, listen, url_of
+from headrace.common.http.service import new_app, serve_in_loop, serve_in_thread
 from headrace.common.metrics.endpoint import mount_metrics
 from headrace.common.redis.client import connect
 from headrace.common.redis.keys import Keys

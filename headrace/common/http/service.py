@@ -7,11 +7,10 @@ state depends on `require_token`.
 import asyncio
 import contextlib
 import hmac
-import os
 import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -21,13 +20,7 @@ from headrace.common.http.host_header import HostHeaderCheck, is_loopback
 from headrace.common.http.limits import KEEP_ALIVE_S, MAX_CONNECTIONS, Bounded, BoundedBody
 from headrace.common.http.problems import answer_by_problems
 
-ADVERTISED_HOST_VARIABLE = "HEADRACE_ADVERTISED_HOST"
-"""Where host names do not resolve everywhere, as those of Kubernetes' pods."""
 STARTUP_TIMEOUT_S = 30.0
-
-
-def bearer(token: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {token}"}
 
 
 def require_token(token: str) -> Callable[[Request], Awaitable[None]]:
@@ -49,52 +42,6 @@ def new_app(title: str, **settings: Any) -> FastAPI:
     app.add_middleware(BoundedBody)
     answer_by_problems(app)
     return app
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one. Raises `ValueError` if the address cannot be had."""
-    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind((host, port))
-        sock.listen(128)
-    except OSError as error:
-        sock.close()
-        raise ValueError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-    return sock
-
-
-class Place(Protocol):
-    """Where a service listens, as configured."""
-
-    @property
-    def host(self) -> str: ...
-    @property
-    def port(self) -> int: ...
-
-
-def listen_as(configured: Place, host: str | None, port: int | None) -> socket.socket:
-    """The same as configured, but for what is not None."""
-    return listen(configured.host if host is None else host, configured.port if port is None else port)
-
-
-def free_port() -> int:
-    """On loopback, for a server that cannot be handed a socket."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def url_of(sock: socket.socket) -> str:
-    """How others reach the socket: its address; where it listens on all of them, what HEADRACE_ADVERTISED_HOST says,
-    else this host's name."""
-    return url_at(*sock.getsockname()[:2])
-
-
-def url_at(host: str, port: int) -> str:
-    if host == "0.0.0.0":
-        host = os.environ.get(ADVERTISED_HOST_VARIABLE) or socket.gethostname()
-    return f"http://{host}:{port}"
 
 
 class Server(uvicorn.Server):

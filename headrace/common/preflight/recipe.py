@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from headrace.common.config import ModelConfig, RunConfig
+from headrace.common.http.addresses import listen
 from headrace.common.models.chat import read_chat_template
 from headrace.common.models.hub import download, is_hub_name
 from headrace.common.process.redaction import without_password
@@ -91,8 +92,6 @@ def check_addresses(config: RunConfig) -> None:
         raise ValueError(f"learner.port and generation.port are both {learner.port}, expected two ports")
     for name, section in (("learner", learner), ("generation", generation)):
         if section.port:
-            from headrace.common.http.service import listen  # 0.4 s, that few need
-
             try:
                 listen(section.host, section.port).close()
             except ValueError as error:

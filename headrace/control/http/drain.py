@@ -4,7 +4,7 @@ import asyncio
 
 import httpx
 
-from headrace.common.http.service import bearer
+from headrace.common.http.addresses import bearer
 from headrace.common.wire.checks import is_url
 
 DRAIN_DEADLINE_S = 5.0

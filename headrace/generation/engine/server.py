@@ -20,7 +20,7 @@ import httpx
 
 from headrace.common.config import EngineConfig
 from headrace.common.hardware.device import resolve_device
-from headrace.common.http.service import free_port
+from headrace.common.http.addresses import free_port
 from headrace.common.preflight.recipe import check_engine_installed
 from headrace.common.process.child_process import dies_with_parent
 from headrace.generation.engine.client import EngineError

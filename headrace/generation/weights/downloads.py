@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 import httpx
 
-from headrace.common.http.service import bearer
+from headrace.common.http.addresses import bearer
 from headrace.common.weights.files import (
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,

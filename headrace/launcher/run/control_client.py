@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from headrace.common.http.service import bearer
+from headrace.common.http.addresses import bearer
 from headrace.common.process.run_token import TOKEN_VARIABLE, token_given, token_in
 from headrace.common.redis.keys import Keys
 from headrace.launcher.run.run_folder import CONTROL_URL_FILE, read_url_file, runs_with_control

@@ -19,7 +19,7 @@ from typing import Any
 
 import redis
 
-from headrace.common.http.service import free_port
+from headrace.common.http.addresses import free_port
 from headrace.common.process.child_process import dies_with_parent, import_path
 from headrace.common.process.logs import parse_line
 from headrace.common.redis.address import client_of

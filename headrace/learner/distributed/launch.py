@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 
-from headrace.common.http.service import free_port
+from headrace.common.http.addresses import free_port
 from headrace.common.process.child_process import dies_with_parent
 
 LAST_WORDS_S = 10.0

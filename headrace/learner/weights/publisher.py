@@ -16,7 +16,7 @@ import httpx
 import redis
 
 from headrace.common.hardware.device import machine_id
-from headrace.common.http.service import bearer
+from headrace.common.http.addresses import bearer
 from headrace.common.process.atomic_files import fsync_path
 from headrace.common.weights.files import (
     Manifest,
