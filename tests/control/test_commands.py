@@ -28,7 +28,7 @@ def control(redis_url: str, client: redis.Redis, keys: Keys) -> Iterator[Control
         yield served
 
 
-def orders(client: redis.Redis, keys: Keys) -> Orders:
+def desired_state(client: redis.Redis, keys: Keys) -> Orders:
     return parse_orders(client.hgetall(keys.control))
 
 
@@ -41,15 +41,15 @@ def latest_event(control: Control) -> dict[str, Any]:
 def test_commands_stay_until_they_are_withdrawn(control: Control, client: redis.Redis, keys: Keys) -> None:
     done = CommandAccepted.model_validate(control.ask("POST", "/pause").json())
     assert done.status and done.status.is_paused and done.status.verdict.text == "paused on request"
-    assert orders(client, keys).is_paused
+    assert desired_state(client, keys).is_paused
     assert control.ask("POST", "/resume").json()["status"]["is_paused"] is False
-    assert not orders(client, keys).is_paused
+    assert not desired_state(client, keys).is_paused
     for expected in (1, 2):
         assert control.ask("POST", "/checkpoint").status_code == control.ask("POST", "/evaluations").status_code == 200
-        assert orders(client, keys).checkpoints == orders(client, keys).evaluations == expected
+        assert desired_state(client, keys).checkpoints == desired_state(client, keys).evaluations == expected
     stopping = control.ask("POST", "/stop").json()["status"]
     assert stopping["is_stopping"] and stopping["verdict"]["text"].startswith("stopping on request")
-    assert orders(client, keys).is_stopping
+    assert desired_state(client, keys).is_stopping
 
 
 def test_a_command_is_recorded_with_its_caller(control: Control) -> None:
@@ -63,7 +63,7 @@ def test_a_command_is_recorded_with_its_caller(control: Control) -> None:
 
 def test_a_replica_target_needs_a_launcher(control: Control, client: redis.Redis, keys: Keys) -> None:
     done = control.ask("PUT", "/replicas/desired", json={"replicas": 3}).json()
-    assert orders(client, keys).desired_replicas == done["status"]["replicas"]["desired"] == 3
+    assert desired_state(client, keys).desired_replicas == done["status"]["replicas"]["desired"] == 3
     assert latest_event(control)["data"]["replicas"] == 3
     for refused in (-1, 65, "x", 1.5, True):
         assert control.ask("PUT", "/replicas/desired", json={"replicas": refused}).status_code == 422
@@ -71,13 +71,13 @@ def test_a_replica_target_needs_a_launcher(control: Control, client: redis.Redis
     control.refresh()
     refusal = control.ask("PUT", "/replicas/desired", json={"replicas": 4})
     assert refusal.status_code == 422 and "4 replicas: the run's launcher has GPUs for 3" in refusal.json()["detail"]
-    assert orders(client, keys).desired_replicas == 3
+    assert desired_state(client, keys).desired_replicas == 3
     client.delete(keys.launcher)
     control.refresh()
     refusal = control.ask("PUT", "/replicas/desired", json={"replicas": 2})
     assert refusal.status_code == 409 and "no launcher" in refusal.json()["detail"]
     assert control.ask("PUT", "/replicas/desired", json={"replicas": None}).status_code == 200
-    assert orders(client, keys).desired_replicas is None
+    assert desired_state(client, keys).desired_replicas is None
 
 
 def test_settings_are_validated_versioned_and_recorded(control: Control, client: redis.Redis, keys: Keys) -> None:
@@ -90,7 +90,7 @@ def test_settings_are_validated_versioned_and_recorded(control: Control, client:
     change = {"settings": {"learner.max_staleness": 1, "optimizer.lr": None}}
     answer = SettingsResponse.model_validate(control.ask("PATCH", "/settings", json=change).json())
     assert (answer.version, answer.applied_version) == (2, 1)
-    assert orders(client, keys).settings == Settings(2, {"learner.max_staleness": 1})
+    assert desired_state(client, keys).settings == Settings(2, {"learner.max_staleness": 1})
     overtaken = control.ask("PATCH", "/settings", json=LR | {"version": 1})
     assert overtaken.status_code == 409 and "have version 2, not 1" in overtaken.json()["detail"]
 
@@ -116,7 +116,7 @@ def test_an_invalid_change_changes_nothing(
     body = json.dumps({"settings": change})
     answer = control.ask("PATCH", "/settings", content=body.encode(), headers={"content-type": "application/json"})
     assert answer.status_code == 422 and told in answer.json()["detail"]
-    assert orders(client, keys).settings.version == 0
+    assert desired_state(client, keys).settings.version == 0
 
 
 def test_concurrent_changes_are_all_applied(control: Control, client: redis.Redis, keys: Keys) -> None:
@@ -132,7 +132,7 @@ def test_concurrent_changes_are_all_applied(control: Control, client: redis.Redi
     for thread in threads:
         thread.join()
     assert answers == [200] * 4
-    assert orders(client, keys).settings == Settings(4, dict.fromkeys(names, 0.125))
+    assert desired_state(client, keys).settings == Settings(4, dict.fromkeys(names, 0.125))
 
 
 def test_a_replica_is_drained_at_its_own_address(

@@ -88,7 +88,7 @@ def wait_for_text(page: Any, selector: str, text: str) -> None:
     page.locator(selector).filter(has_text=text).first.wait_for()
 
 
-def order(client: redis.Redis, keys: Keys, name: str) -> str | None:
+def command_field(client: redis.Redis, keys: Keys, name: str) -> str | None:
     value = client.hget(keys.control, name)
     return None if value is None else value.decode()
 
@@ -99,9 +99,9 @@ def press_and_wait(page: Any, name: str) -> None:
 
 
 def press_for_one_more(page: Any, client: redis.Redis, keys: Keys, name: str, field: str) -> None:
-    told = str(int(order(client, keys, field) or 0) + 1)
+    told = str(int(command_field(client, keys, field) or 0) + 1)
     page.get_by_role("button", name=name, exact=True).click()
-    until(lambda: order(client, keys, field) == told, f"{name} to be ordered once more")
+    until(lambda: command_field(client, keys, field) == told, f"{name} once more in Redis")
 
 
 def test_the_link_signs_in_and_the_address_forgets_the_token(page: Any) -> None:
@@ -168,11 +168,11 @@ def test_numbers_are_updated_live(page: Any, client: redis.Redis, run_keys: Keys
 
 def test_pause_resume_checkpoint_and_evaluate_reach_redis(page: Any, client: redis.Redis, run_keys: Keys) -> None:
     press_and_wait(page, "Pause")
-    assert order(client, run_keys, PAUSED) is not None
+    assert command_field(client, run_keys, PAUSED) is not None
     wait_for_text(page, "#verdict-text", "aused")
     press_and_wait(page, "Resume")
     page.get_by_role("button", name="Pause", exact=True).wait_for()
-    assert order(client, run_keys, PAUSED) is None
+    assert command_field(client, run_keys, PAUSED) is None
     for name, field in (("Checkpoint", CHECKPOINTS), ("Evaluate", EVALUATIONS)):
         press_for_one_more(page, client, run_keys, name, field)
 
@@ -180,11 +180,11 @@ def test_pause_resume_checkpoint_and_evaluate_reach_redis(page: Any, client: red
 def test_stop_asks_for_confirmation(page: Any, client: redis.Redis, run_keys: Keys) -> None:
     page.get_by_role("button", name="Stop…").click()
     page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
-    assert order(client, run_keys, STOP) is None
+    assert command_field(client, run_keys, STOP) is None
     page.get_by_role("button", name="Stop…").click()
     page.get_by_role("button", name="Stop the run").click()
     page.locator("#notices p").wait_for()
-    assert order(client, run_keys, STOP) is not None
+    assert command_field(client, run_keys, STOP) is not None
     page.get_by_role("button", name="Stopping…").wait_for()
     client.hdel(run_keys.control, STOP)
 
@@ -193,15 +193,15 @@ def test_the_replica_target_is_set_and_cleared(page: Any, client: redis.Redis, r
     field = page.get_by_label("Replicas to keep")
     field.fill("3")
     press_and_wait(page, "Scale")
-    assert order(client, run_keys, DESIRED_REPLICAS) == "3"
+    assert command_field(client, run_keys, DESIRED_REPLICAS) == "3"
     wait_for_text(page, "#scale-summary", "target 3")
     field.fill("0")
     page.get_by_role("button", name="Scale", exact=True).click()
     page.get_by_role("button", name="Cancel").click()
-    assert order(client, run_keys, DESIRED_REPLICAS) == "3"
+    assert command_field(client, run_keys, DESIRED_REPLICAS) == "3"
     page.get_by_role("button", name="Clear target").click()
     wait_for_text(page, "#scale-summary", "no target set")
-    assert order(client, run_keys, DESIRED_REPLICAS) is None
+    assert command_field(client, run_keys, DESIRED_REPLICAS) is None
 
 
 def test_a_drain_reaches_the_replica(page: Any, drained: tuple[str, list[tuple[str, str]]]) -> None:
@@ -218,7 +218,7 @@ def test_settings_are_accepted_rejected_and_not_overwritten(
     rate.fill("1e-5")
     apply.click()
     wait_for_text(page, "#settings-message", "Accepted")
-    assert json.loads(order(client, run_keys, SETTINGS) or "")["values"] == {"optimizer.lr": 1e-5}
+    assert json.loads(command_field(client, run_keys, SETTINGS) or "")["values"] == {"optimizer.lr": 1e-5}
     wait_for_text(page, "#settings-rows tr", "1e−5")
     rate.fill("-3")
     apply.click()
@@ -237,7 +237,7 @@ def test_settings_are_accepted_rejected_and_not_overwritten(
     wait_for_text(page, "#settings-rows tr", "0.3")
     page.get_by_role("button", name="Reset optimizer.lr").click()
     wait_for_text(page, "#settings-message", "Accepted")
-    assert json.loads(order(client, run_keys, SETTINGS) or "")["values"] == {"actor.eps_clip": 0.3}
+    assert json.loads(command_field(client, run_keys, SETTINGS) or "")["values"] == {"actor.eps_clip": 0.3}
 
 
 def test_pausing_needs_no_mouse(page: Any, client: redis.Redis, run_keys: Keys) -> None:
@@ -249,7 +249,7 @@ def test_pausing_needs_no_mouse(page: Any, client: redis.Redis, run_keys: Keys) 
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     page.keyboard.press("Enter")
     page.locator("#notices p").wait_for()
-    assert order(client, run_keys, PAUSED) is not None
+    assert command_field(client, run_keys, PAUSED) is not None
     page.get_by_role("button", name="Resume", exact=True).wait_for()  # the answer comes a moment before the new state
     page.keyboard.press("Enter")
     page.get_by_role("button", name="Pause", exact=True).wait_for()

@@ -1,4 +1,4 @@
-"""Control as it serves, in a thread of the test's process, on whatever run stands in Redis."""
+"""A control service in a thread of the test, for any run in Redis."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ WAIT_S = 30.0
 
 
 class Control:
-    """`ask` comes with the token, `http` without."""
+    """A client: `ask` sends the token, `http` does not."""
 
     def __init__(self, url: str, monitor: RunMonitor, loop: asyncio.AbstractEventLoop) -> None:
         self.url = url
@@ -35,7 +35,7 @@ class Control:
         return self.http.request(method, path, headers=(headers or {}) | bearer(TOKEN), **arguments)
 
     def refresh(self) -> None:
-        """At Redis, twice: a replica is known one look after its key was found."""
+        """Polls Redis twice, because a replica is known one poll after its key was found."""
         for _ in range(2):
             asyncio.run_coroutine_threadsafe(self.monitor.refresh(), self.loop).result(WAIT_S)
 
@@ -45,7 +45,7 @@ class Control:
         return found
 
     def wait_for(self, is_so: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
-        """Until the status is as expected."""
+        """Waits until the status fulfils `is_so`."""
         seen: list[dict[str, Any]] = [{}]
 
         def poll() -> bool:
@@ -57,7 +57,7 @@ class Control:
 
     @contextlib.contextmanager
     def events(self) -> Iterator[Iterator[tuple[str, Any]]]:
-        """Name and decoded data of every server-sent event."""
+        """The name and the decoded data of every server-sent event."""
         with self.http.stream("GET", "/events") as response:
             assert response.status_code == 200, response.read()
             yield _events(response.iter_lines())

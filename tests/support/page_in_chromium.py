@@ -1,4 +1,4 @@
-"""The live page as a person has it: a real Chromium before a real control service before a real Redis."""
+"""The live page in a real Chromium, with a real control service and a real Redis."""
 
 import asyncio
 import contextlib
@@ -38,12 +38,12 @@ ARGUMENTS = [
     "--no-first-run",
 ]
 SHOTS_VARIABLE = "HEADRACE_PAGE_SHOTS"
-"""A folder where the screenshots are kept."""
+"""A folder for the screenshots."""
 AXE = Path(__file__).parent / "vendor" / "axe.min.js"
 
 
 class ControlProcess:
-    """The control service of one run as its own process; the same address after every start."""
+    """The control service of a run as a process; it has the same address after every start."""
 
     def __init__(self, redis_url: str, keys: Keys) -> None:
         self.port = free_port()
@@ -72,7 +72,7 @@ class ControlProcess:
 
 @contextlib.contextmanager
 def a_control(redis_url: str, keys: Keys) -> Iterator[str]:
-    """Control in a thread, which starts in a moment; its address."""
+    """The address of a control service in a thread."""
     sock = listen("127.0.0.1", 0)
     is_up, is_over = threading.Event(), threading.Event()
 
@@ -96,7 +96,7 @@ def a_control(redis_url: str, keys: Keys) -> Iterator[str]:
 
 @contextlib.contextmanager
 def a_browser() -> Iterator[Any]:
-    """While it is open, this thread has a running event loop: nothing else may start one."""
+    """A Chromium. While it is open, this thread has a running event loop, so nothing else may start one."""
     sync_api = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
         pytest.skip("no Chromium is installed")
@@ -108,7 +108,7 @@ def a_browser() -> Iterator[Any]:
 
 @contextlib.contextmanager
 def a_page(browser: Any, width: int = 1280, height: int = 900, **settings: Any) -> Iterator[Any]:
-    """A tab of its own; at its end nothing may have gone wrong in it, the connection aside."""
+    """A new tab; fails at the end if the page had an error other than a lost connection."""
     context = browser.new_context(viewport={"width": width, "height": height}, **settings)
     page = context.new_page()
     page.set_default_timeout(15_000)
@@ -129,7 +129,7 @@ def open_page(page: Any, url: str, token: str | None = TOKEN) -> None:
 
 
 def add_row(client: redis.Redis, keys: Keys, kind: str, row: dict[str, Any]) -> None:
-    """As the learner writes a step or an evaluation."""
+    """Writes a step or an evaluation as the learner does."""
     client.xadd(keys.history, {"kind": kind, "row": json.dumps(row)}, maxlen=MAX_HISTORY, approximate=True)
     client.hset(keys.learner, mapping={"step": row["step"], "version": row["step"] + 1})
 
@@ -145,7 +145,7 @@ def add_group(client: redis.Redis, keys: Keys, group: ShownGroup) -> None:
 
 
 def faults_of(page: Any) -> list[str]:
-    """What axe finds that is serious, each with the elements it is about."""
+    """The serious faults that axe finds, each with its elements."""
     page.evaluate(f"() => {{ if (!window.axe) {{ {AXE.read_text()} }} }}")
     found = page.evaluate("() => axe.run(document, {resultTypes: ['violations']}).then((all) => all.violations)")
     return [

@@ -34,7 +34,7 @@ def make_app(
 ) -> FastAPI:
     app = new_app("Headrace control", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.openapi = lambda: openapi_of(app, protect_reads)  # type: ignore[method-assign]
-    guard = require_token(token)
+    require_valid_token = require_token(token)
     app.include_router(page_router())
 
     @app.get("/healthz", operation_id="healthz", tags=["status"])
@@ -45,10 +45,10 @@ def make_app(
     @app.get("/auth", operation_id="check_token", tags=["status"], status_code=204, responses=error_responses(401))
     async def check_token(request: Request) -> Response:
         """Checks the token of this request."""
-        await guard(request)
+        await require_valid_token(request)
         return Response(status_code=204)
 
-    reading = [Depends(guard)] if protect_reads else []
+    reading = [Depends(require_valid_token)] if protect_reads else []
     requests = RequestTotals()
     app.add_middleware(CountRequests, totals=requests)
     mount_metrics(
@@ -56,7 +56,7 @@ def make_app(
     )
     app.include_router(_status_router(monitor), dependencies=reading, responses=error_responses(401, 503))
     app.include_router(_history_router(monitor), dependencies=reading, responses=error_responses(401, 503))
-    app.include_router(command_router(monitor, commands, http, token, guard))
+    app.include_router(command_router(monitor, commands, http, token, require_valid_token))
     return app
 
 

@@ -1,7 +1,7 @@
 """The endpoints that change a run: each writes a command to Redis and responds with the status after it."""
 
-from collections.abc import Awaitable
-from typing import Annotated
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any
 
 import httpx
 from fastapi import APIRouter, Depends, Path, Request
@@ -21,9 +21,15 @@ ReplicaName = Annotated[str, Path(min_length=1, max_length=200, examples=["gener
 
 
 def command_router(
-    monitor: RunMonitor, commands: CommandWriter, http: httpx.AsyncClient, token: str, guard: object
+    monitor: RunMonitor,
+    commands: CommandWriter,
+    http: httpx.AsyncClient,
+    token: str,
+    require_valid_token: Callable[..., Any],
 ) -> APIRouter:
-    router = APIRouter(dependencies=[Depends(guard)], responses=error_responses(401, 503), tags=["commands"])  # type: ignore[arg-type]
+    router = APIRouter(
+        dependencies=[Depends(require_valid_token)], responses=error_responses(401, 503), tags=["commands"]
+    )
 
     async def accepted(writing: Awaitable[object], text: str) -> CommandAccepted:
         """Writes a command and refreshes the view."""

@@ -54,8 +54,8 @@ class ControlMetrics:
         replicas = status.replicas
         applied = self._monitor.view.applied_version if self._monitor.view else None
         add_orders(families, desired=replicas.desired, advised=replicas.advised, settings_version=applied)
-        families.gauge("headrace_paused", "1: as ordered, no steps and no tickets.", status.is_paused)
-        families.gauge("headrace_stopping", "1: as ordered, the run ends after its step.", status.is_stopping)
+        families.gauge("headrace_paused", "1 while the run is paused on request.", status.is_paused)
+        families.gauge("headrace_stopping", "1 while the run is stopping on request.", status.is_stopping)
         if len(history):
             add_latest_step(families, history.row(len(history) - 1))
         if status.latest_evaluation is not None:

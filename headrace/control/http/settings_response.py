@@ -10,7 +10,7 @@ from headrace.control.view.run_monitor import RunView
 
 
 def settings_response_of(view: RunView) -> SettingsResponse:
-    configured, standing = hot_values(view.config), view.orders.settings
+    configured, standing = hot_values(view.config), view.desired_state.settings
     try:
         values = hot_values(with_settings(view.config, standing.values))
     except ValueError:  # the configuration of a restarted run may contradict earlier changes

@@ -32,7 +32,7 @@ class PollResult(NamedTuple):
     """The state in Redis at one time, and the stream entries since the previous poll."""
 
     learner: dict[str, str]
-    orders: Orders
+    desired_state: Orders
     config: bytes | None
     epoch: int
     launcher: str | None
@@ -81,7 +81,7 @@ class RedisPoller:
         leased = pending.get("pending", 0) if isinstance(pending, dict) else 0
         return PollResult(
             learner={_text(name): _text(value) for name, value in learner.items()},
-            orders=parse_orders(control),
+            desired_state=parse_orders(control),
             config=config,
             epoch=int(epoch) if epoch is not None and epoch.isdigit() else 0,
             launcher=None if launcher is None else _text(launcher),

@@ -104,15 +104,15 @@ class CheckInputCollector:
         ]
         is_any_running = any(replica.state in ("running", "paused") for replica in replicas)
         starved = STARVED.search(reason) if phase in ("waiting", "waiting for a replica") else None
-        is_unapplied = int_field(poll.learner, "settings_version") != poll.orders.settings.version
+        is_unapplied = int_field(poll.learner, "settings_version") != poll.desired_state.settings.version
         return CheckInputs(
             phase=phase,
             reason=reason,
             step=int_field(poll.learner, "step"),
             steps=config.learner.steps,
-            is_paused=poll.orders.is_paused,
-            is_stopping=poll.orders.is_stopping,
-            desired_replicas=poll.orders.desired_replicas,
+            is_paused=poll.desired_state.is_paused,
+            is_stopping=poll.desired_state.is_stopping,
+            desired_replicas=poll.desired_state.desired_replicas,
             replicas=replicas,
             no_replica_s=self._timer.duration_s("no replica", not is_any_running, now),
             learner_silent_s=0.0 if phase in FINAL_PHASES else probe.silent_s,

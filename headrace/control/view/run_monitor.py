@@ -41,7 +41,7 @@ class RunView(NamedTuple):
     replicas: Replicas
     config: RunConfig
     """At the start of the run."""
-    orders: Orders
+    desired_state: Orders
     applied_version: int
     """Of the settings."""
     status_json: bytes
@@ -146,7 +146,7 @@ class RunMonitor:
             status=status,
             replicas=replicas,
             config=self._config,
-            orders=poll.orders,
+            desired_state=poll.desired_state,
             applied_version=int_field(poll.learner, "settings_version"),
             status_json=_json(status),
             replicas_json=_json(replicas),

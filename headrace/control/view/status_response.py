@@ -62,7 +62,7 @@ def status_response(
         counts=_counts(poll, config, history, probe),
         replicas=replicas.counts,
         waits=_waits(poll, probe),
-        settings_version=poll.orders.settings.version,
+        settings_version=poll.desired_state.settings.version,
     )
 
 
@@ -91,7 +91,7 @@ def replicas_response(poll: PollResult, tracker: ReplicaTracker, event_log: Even
     counts = ReplicaCounts(
         live=len(found),
         running=sum(replica.state == "running" for replica in found),
-        desired=poll.orders.desired_replicas,
+        desired=poll.desired_state.desired_replicas,
         advised=int_field(poll.learner, "advised_replicas") if "advised_replicas" in poll.learner else None,
         advice=poll.learner.get("advice", ""),
         launcher=poll.launcher,
