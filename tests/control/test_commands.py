@@ -55,9 +55,9 @@ def test_commands_stay_until_they_are_withdrawn(control: Control, client: redis.
 def test_a_command_is_recorded_with_its_caller(control: Control) -> None:
     control.ask("POST", "/pause", headers={"user-agent": "curl/8" + "x" * 500, "x-forwarded-for": "6.6.6.6"})
     event = latest_event(control)
-    assert event["kind"] == "order" and event["data"]["order"] == "pause"
+    assert event["kind"] == "command" and event["data"]["command"] == "pause"
     assert event["data"]["by"].startswith("127.0.0.1 (") and len(event["data"]["by"]) < 100
-    assert event["text"].startswith("ordered: pause, by 127.0.0.1")
+    assert event["text"].startswith("command: pause, by 127.0.0.1")
     assert TOKEN not in str(event)
 
 
@@ -85,7 +85,7 @@ def test_settings_are_validated_versioned_and_recorded(control: Control, client:
     assert answer.version == 1 and answer.settings["optimizer.lr"].value == 1e-5
     assert answer.applied_version == 0 and answer.settings["optimizer.lr"].configured == 2e-4
     assert latest_event(control)["data"]["changes"] == {"optimizer.lr": 1e-5}
-    assert latest_event(control)["kind"] == "settings"
+    assert latest_event(control)["kind"] == "settings_requested"
     client.hset(keys.learner, "settings_version", 1)
     change = {"settings": {"learner.max_staleness": 1, "optimizer.lr": None}}
     answer = SettingsResponse.model_validate(control.ask("PATCH", "/settings", json=change).json())
@@ -144,7 +144,7 @@ def test_a_replica_is_drained_at_its_own_address(
     assert control.ask("POST", "/replicas/generation-1/drain").status_code == 200
     assert fake.paths == ["/drain"]
     assert latest_event(control)["data"] == latest_event(control)["data"] | {
-        "order": "drain",
+        "command": "drain",
         "replica": "generation-1",
     }
     fake.replies["/drain"] = 500, {}

@@ -34,7 +34,7 @@ CHANGE_SETTINGS = """
 local standing = redis.call('HGET', KEYS[1], ARGV[1]) or ''
 if standing ~= ARGV[2] then return 0 end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
-redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[4], '*', 'kind', 'settings', 'event', ARGV[5])
+redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[4], '*', 'kind', 'settings_requested', 'event', ARGV[5])
 return 1
 """
 
@@ -108,25 +108,26 @@ class CommandWriter:
         self, standing: bytes, settings: Settings, changes: Mapping[str, int | float | None], caller: str
     ) -> bool:
         """False if another change came first."""
-        told = ", ".join(f"{name} {'as configured' if value is None else value}" for name, value in changes.items())
+        listed = ", ".join(f"{name} {'as configured' if value is None else value}" for name, value in changes.items())
         event = {
             "by": caller,
             "version": settings.version,
             "changes": dict(changes),
-            "text": f"settings: {told}, by {caller}",
+            "text": f"settings: {listed}, by {caller}",
         }
         arguments = [SETTINGS, standing, msgspec.json.encode(settings), MAX_EVENTS, msgspec.json.encode(event)]
         keys = [self._keys.control, self._keys.events]
         return bool(await self._with_deadline(self._client.eval(CHANGE_SETTINGS, len(keys), *keys, *arguments)))
 
-    async def _write(self, order: str, caller: str, command: tuple[Any, ...] | None, **details: Any) -> None:
-        told = "".join(f" {name} {value}" for name, value in details.items())
-        event = {"order": order, "by": caller, **details, "text": f"ordered: {order}{told}, by {caller}"}
+    async def _write(self, name: str, caller: str, redis_command: tuple[Any, ...] | None, **details: Any) -> None:
+        """In one transaction: the command in Redis, and the event with its name, its caller and its details."""
+        listed = "".join(f" {detail} {value}" for detail, value in details.items())
+        event = {"command": name, "by": caller, **details, "text": f"command: {name}{listed}, by {caller}"}
         payload = msgspec.json.encode(event)
         async with self._client.pipeline(transaction=True) as pipe:
-            if command is not None:
-                pipe.execute_command(*command)
-            pipe.xadd(self._keys.events, {"kind": "order", "event": payload}, maxlen=MAX_EVENTS, approximate=True)
+            if redis_command is not None:
+                pipe.execute_command(*redis_command)
+            pipe.xadd(self._keys.events, {"kind": "command", "event": payload}, maxlen=MAX_EVENTS, approximate=True)
             await self._with_deadline(pipe.execute())
 
     async def _with_deadline(self, asked: Any) -> Any:

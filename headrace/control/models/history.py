@@ -35,7 +35,7 @@ class Event(ResponseBody):
 
     id: str
     at: float
-    kind: str = Field(examples=["swap", "evaluation", "settings", "order"])
+    kind: str = Field(examples=["swap", "evaluation", "settings_requested", "command"])
     text: str = Field(description="One line for people.")
     data: dict[str, Any]
 

@@ -13,7 +13,7 @@ const isNone = (value) => value === null || value === undefined;
 /**
  * A spec has `title`, `unit`, `format(value)` and `series`, and may have `tick(value)` (format of the axis), `isLog`,
  * `floor` (the lowest value of a logarithmic axis), `min`, `max`, `check` (the check whose thresholds are drawn),
- * `height`, `empty` (the text without data) and `told` (the series that the text is about).
+ * `height`, `empty` (the text without data) and `summary` (the series that the text describes).
  * A series has `label`, `of(steps, axis)` (values, or `{x, y}` with an axis of its own) and `color`, and may have
  * `dash`, `width`, `alpha`, `fill` and `isPoints`.
  */
@@ -143,7 +143,7 @@ export class Chart {
   }
 
   #writeSummary() {
-    const place = this.spec.told ?? 0;
+    const place = this.spec.summary ?? 0;
     const data = visibleRows(this.data, this.#state.zoom);
     const words = inWords(data[0], data[place + 1], this.spec.format, this.#state.axis);
     if (!words) return;

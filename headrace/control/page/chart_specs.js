@@ -20,7 +20,7 @@ export const LEARNING = [
     min: 0,
     max: 1,
     height: 250,
-    told: 1,
+    summary: 1,
     series: [
       { label: "reward", of: column("reward_mean"), color: 1, width: 1, alpha: 0.35 },
       { label: "reward, running mean", of: (steps) => runningMean(steps.columns.reward_mean ?? []), color: 1, width: 2.25 },
@@ -66,7 +66,7 @@ export const HEALTH = [
     floor: 1e-9,
     check: "fresh_logprob_gap_rms",
     empty: "No data yet. It is measured on trained groups.",
-    told: 1,
+    summary: 1,
     series: [
       { label: "fresh, mean", of: column("fresh_logprob_gap_mean"), color: 4, dash: [2, 3], width: 1 },
       { label: "fresh, RMS", of: column("fresh_logprob_gap_rms"), color: 1 },
@@ -116,7 +116,7 @@ export const PIPELINE = [
     format: (v) => fixed(v, 2),
     tick: number,
     min: 0,
-    told: 1,
+    summary: 1,
     series: [
       { label: "largest", of: column("staleness_max"), color: 4, dash: [2, 3], width: 1 },
       { label: "mean", of: column("staleness_mean"), color: 3, width: 2 },

@@ -1,4 +1,4 @@
-/* What uPlot is told about a chart: scales, axes, series and colours from its spec, and what the pointer does. */
+/* The options of uPlot for a chart: scales, axes, series and colours from its spec, and the behaviour of the pointer. */
 
 import { count, duration } from "./format.js";
 import { drawThresholds, powersOfTen, rangeOf } from "./thresholds.js";

@@ -88,8 +88,8 @@ class RunHistory:
 
     def latest_reported(self, name: str, count: int) -> list[float]:
         """The last `count` values of `name`, however many steps ago, the newest last."""
-        said = (value for value in reversed(self._columns.get(name, ())) if not math.isnan(value))
-        return list(islice(said, count))[::-1]
+        values = (value for value in reversed(self._columns.get(name, ())) if not math.isnan(value))
+        return list(islice(values, count))[::-1]
 
     def answer(self, after: str, max_points: int) -> bytes:
         """`History` as JSON."""

@@ -31,7 +31,7 @@ class Subscriber:
     def __init__(self) -> None:
         self._waiting: deque[bytes] = deque()
         self._num_bytes = 0
-        self._is_anything = asyncio.Event()
+        self._has_content = asyncio.Event()
         self.is_closed = False
 
     def put(self, part: bytes) -> bool:
@@ -41,19 +41,19 @@ class Subscriber:
             self.close()
             return False
         self._waiting.append(part)
-        self._is_anything.set()
+        self._has_content.set()
         return True
 
     def close(self) -> None:
         self._waiting.clear()
         self._num_bytes = 0
         self.is_closed = True
-        self._is_anything.set()
+        self._has_content.set()
 
     async def next(self) -> bytes:
         """Waits for content and returns all of it; empty when closed."""
-        await self._is_anything.wait()
-        self._is_anything.clear()
+        await self._has_content.wait()
+        self._has_content.clear()
         found = b"".join(self._waiting)
         self._waiting.clear()
         self._num_bytes = 0
@@ -109,7 +109,7 @@ class Hub:
 
 
 class EventStream(Response):
-    """Sends what a subscriber is told until it or the page leaves."""
+    """The response that sends a subscriber's messages until control or the page closes it."""
 
     media_type = "text/event-stream"
     charset = "utf-8"

@@ -114,9 +114,9 @@ class RunMonitor:
 
     def _apply(self, poll: PollResult) -> list[bytes]:
         if poll.config is not None and poll.config != self._config_json:
-            self._take_config(poll.config)
+            self._update_config(poll.config)
         self.probe.follow(poll.learner.get("url", ""))
-        rows = [told for entry in poll.history if (told := self.history.add(entry))]
+        rows = [row for entry in poll.history if (row := self.history.add(entry))]
         events = [event for entry in poll.events if (event := self.event_log.add(entry))]
         if self.view is not None:
             self.counters.add(rows, events)
@@ -124,7 +124,7 @@ class RunMonitor:
         news += [message("group", _json(summary)) for entry in poll.shown if (summary := self.groups.add(entry))]
         return news + [message("event", _json(event)) for event in events]
 
-    def _take_config(self, found: bytes) -> None:
+    def _update_config(self, found: bytes) -> None:
         """A restarted learner may have written a new configuration; an unreadable one is ignored."""
         self._config_json = found
         try:
@@ -139,9 +139,9 @@ class RunMonitor:
         self._collector.replicas.add(poll.heartbeats, now)
         inputs = self._collector.inputs(poll, self._config, self.probe, self.history, is_unavailable, now)
         results = all_checks(inputs)
-        verdict_of = Assessment(inputs, results, self._verdict_tracker.verdict(results, now))
+        assessment = Assessment(inputs, results, self._verdict_tracker.verdict(results, now))
         replicas = replicas_response(poll, self._collector.replicas, self.event_log)
-        status = status_response(self.run, poll, verdict_of, replicas, self._config, self.history, self.probe, now)
+        status = status_response(self.run, poll, assessment, replicas, self._config, self.history, self.probe, now)
         self.view = RunView(
             status=status,
             replicas=replicas,
@@ -156,11 +156,11 @@ class RunMonitor:
         """Publishes news at once, and status and replicas if they have changed, at most once a second."""
         view, now = self.view, time.monotonic()
         if view is not None and now - self._published_at >= PUBLISH_INTERVAL_S:
-            told: dict[str, tuple[BaseModel, bytes]] = {
+            present: dict[str, tuple[BaseModel, bytes]] = {
                 "status": (view.status.model_copy(update={"at": 0.0}), view.status_json),
                 "replicas": (view.replicas, view.replicas_json),
             }
-            for name, (model, payload) in told.items():
+            for name, (model, payload) in present.items():
                 if model != self._published.get(name):
                     self._published[name], self._published_at = model, now
                     news.append(message(name, payload))
@@ -174,5 +174,5 @@ class RunMonitor:
         return [message("status", self.view.status_json), message("replicas", self.view.replicas_json)]
 
 
-def _json(told: BaseModel | dict[str, float | None]) -> bytes:
-    return told.model_dump_json().encode() if isinstance(told, BaseModel) else msgspec.json.encode(told)
+def _json(body: BaseModel | dict[str, float | None]) -> bytes:
+    return body.model_dump_json().encode() if isinstance(body, BaseModel) else msgspec.json.encode(body)

@@ -25,20 +25,20 @@ class Assessment(NamedTuple):
 def status_response(
     run: str,
     poll: PollResult,
-    verdict_of: Assessment,
+    assessment: Assessment,
     replicas: Replicas,
     config: RunConfig,
     history: RunHistory,
     probe: LearnerProbe,
     now: float,
 ) -> Status:
-    inputs, evaluations = verdict_of.inputs, history.evaluations
+    inputs, evaluations = assessment.inputs, history.evaluations
     rates = _rates(history, replicas)
     return Status(
         run=run,
         at=now,
-        verdict=verdict_of.verdict,
-        checks=[check_result.check for check_result in verdict_of.results],
+        verdict=assessment.verdict,
+        checks=[check_result.check for check_result in assessment.results],
         phase=inputs.phase or "loading the model",
         reason=inputs.reason,
         is_paused=inputs.is_paused,
