@@ -1,6 +1,6 @@
-"""A run as it stands in Redis while it trains, without any service: for tests of what reads or shows it.
+"""The state in Redis of a run that trains, without any service: for tests of what reads or displays a run.
 
-Everything follows from the parameters, so that two seeds are equal. Also a command, to look at the page by hand:
+It is deterministic. It is also a command, to look at the page by hand:
 
     python -m tests.support.seeded_run redis://127.0.0.1:6379 demo --steps 60 --replicas 3
 """
@@ -38,8 +38,8 @@ def seed_run(
     num_dead: int = 1,
     at: float | None = None,
 ) -> None:
-    """`learner_url`: empty, a learner that is not asked whether it is alive. `at`: when its last step was, by unix
-    time. The replicas' heartbeats last an hour."""
+    """With an empty `learner_url` control does not probe the learner. `at`: unix time of the last step. Heartbeats
+    last an hour."""
     at = time.time() if at is None else at
     config = load_recipe(RECIPE, []).config
     with client.pipeline(transaction=False) as pipe:
@@ -80,7 +80,7 @@ def seed_run(
 
 
 def step_rows(num_steps: int, at: float) -> list[dict[str, Any]]:
-    """One a step, the last at `at`: rewards that grow, everything else within what is healthy."""
+    """One row per step, the last at `at`: the reward grows, everything else is healthy."""
     return [
         {
             "step": step,
@@ -157,7 +157,7 @@ def heartbeat(name: str, url: str, num_steps: int, index: int = 0) -> Heartbeat:
 
 
 def shown_group(index: int, num_steps: int, at: float, num_completions: int = 4) -> ShownGroup:
-    """Every fourth is uniform, every eighth of an evaluation; the others were trained. A version per half."""
+    """Every fourth group is uniform, every eighth of an evaluation, the others trained; two versions sampled each."""
     state = "evaluated" if index % 8 == 7 else "uniform" if index % 4 == 3 else "trained"
     step, is_trained = max(1, num_steps - index // 4), state == "trained"
     half = len(WORDS) // 2

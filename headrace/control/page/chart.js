@@ -121,7 +121,7 @@ export class Chart {
     const x = this.data[0];
     const whole = { min: x[0], max: x[x.length - 1] };
     const { min, max } = this.#state.zoom ?? whole;
-    const index = this.#plot.cursor.idx ?? x.findLastIndex((one) => one <= max);
+    const index = Math.max(0, this.#plot.cursor.idx ?? x.findLastIndex((one) => one <= max));
     const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     const factor = { "+": 0.5, "=": 0.5, "-": 2 }[event.key];
     if (move) {
@@ -146,8 +146,8 @@ export class Chart {
     const place = this.spec.summary ?? 0;
     const data = visibleRows(this.data, this.#state.zoom);
     const words = inWords(data[0], data[place + 1], this.spec.format, this.#state.axis);
+    setText(this.summary, words?.span ?? "Numbers");
     if (!words) return;
-    setText(this.summary, words.span);
     this.canvas.setAttribute(
       "aria-label",
       `${this.spec.title}: ${this.spec.series[place].label} ${words.now}; ${words.span}`,
