@@ -1,6 +1,6 @@
 """How long the groups of a real run took and were, for engines that are simulated (simulated_replicas.py).
 
-    headrace up configs/tiny-cpu.yaml --run NAME & sleep 20; headrace record NAME
+    headrace up configs/tiny-cpu.yaml --run NAME & sleep 20; headrace record --run NAME
     python -m benchmarks.recorded_run runs/NAME [--tokens-per-s 2600]
 
 Writes benchmarks/recorded/demo.json: of `NUM_GROUPS` training groups, evenly over the run, seconds from lease to the

@@ -45,7 +45,17 @@ class Evidence(NamedTuple):
 
 def run_audit(run: str, runs_folder: Path, redis_url: str) -> list[Violation]:
     """Also while the run goes on. Raises `RuntimeError` if the audit itself fails."""
-    command = [sys.executable, "-m", "headrace.launcher", "audit", run, "--json", "--runs-folder", str(runs_folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "headrace.launcher",
+        "audit",
+        "--run",
+        run,
+        "--json",
+        "--runs-folder",
+        str(runs_folder),
+    ]
     done = subprocess.run([*command, "--redis-url", redis_url], capture_output=True, text=True, timeout=AUDIT_TIMEOUT_S)
     if done.returncode not in (0, 1) or not done.stdout:
         raise RuntimeError(f"headrace audit ended with {done.returncode}: {done.stderr.strip()}")

@@ -96,8 +96,8 @@ def test_the_verdict_is_the_worst_check(changes: dict[str, Any], level: str, tex
 
 def test_the_advice_names_dead_letters_when_they_are_the_cause() -> None:
     for changes in ({"replicas": (UNSCORED,)}, {"num_recent_dead": 1}):
-        assert verdict_of(waiting_s=31.0, **changes).advice.startswith("`headrace dead list` shows")
-    assert "headrace dead list" not in verdict_of(waiting_s=31.0).advice
+        assert verdict_of(waiting_s=31.0, **changes).advice.startswith("`headrace dead-letters list` shows")
+    assert "headrace dead-letters list" not in verdict_of(waiting_s=31.0).advice
 
 
 def test_the_worst_check_comes_first_and_others_are_counted() -> None:

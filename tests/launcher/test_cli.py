@@ -171,11 +171,11 @@ def test_check_for_programs_says_the_same() -> None:
 def test_dead_tickets_for_programs(redis_url: str, client: redis.Redis, keys: Keys) -> None:
     entry_id = client.xadd(keys.dead, {"id": "0-7", "reason": "no answer"}).decode()
     client.hset(keys.ledger, "0-7", f"dead {entry_id}")
-    where = [keys.run, "--json", "--redis-url", redis_url]
-    (dead,) = json.loads(headrace("dead", "list", *where).stdout)["dead"]
+    where = ["--run", keys.run, "--json", "--redis-url", redis_url]
+    (dead,) = json.loads(headrace("dead-letters", "list", *where).stdout)["dead"]
     assert (dead["ticket_id"], dead["reason"], dead["is_ticket"]) == ("0-7", "no answer", True)
-    assert json.loads(headrace("dead", "retry", *where).stdout) == {"tickets": ["0-7"]}
-    assert json.loads(headrace("dead", "purge", *where).stdout) == {"tickets": ["0-7"]}
+    assert json.loads(headrace("dead-letters", "retry", *where).stdout) == {"tickets": ["0-7"]}
+    assert json.loads(headrace("dead-letters", "purge", *where).stdout) == {"tickets": ["0-7"]}
 
 
 def test_a_dead_ticket_shows_its_prompt_and_what_could_not_be_scored(
@@ -190,16 +190,16 @@ def test_a_dead_ticket_shows_its_prompt_and_what_could_not_be_scored(
     for name, fields in payloads.items():
         entry: Any = {"id": name, "reason": f"why {name}", **fields}
         client.hset(keys.ledger, name, f"dead {client.xadd(keys.dead, entry).decode()}")
-    where = ["--redis-url", redis_url]
-    shown = headrace("dead", "list", keys.run, "0-7", *where).stdout
+    where = ["--run", keys.run, "--redis-url", redis_url]
+    shown = headrace("dead-letters", "list", "0-7", *where).stdout
     assert "0-7  why 0-7\n  user:\n    1 + 1?\n  reference:\n" in shown and "why 0-8" not in shown
     assert shown.endswith("  completion 1:\n    so \N{REPLACEMENT CHARACTER}[2J it is 3\n")
-    both = json.loads(headrace("dead", "list", keys.run, "0-8", "0-9", "--json", *where).stdout)["dead"]
+    both = json.loads(headrace("dead-letters", "list", "0-8", "0-9", "--json", *where).stdout)["dead"]
     assert [one["completions"] for one in both] == [["2", "2"], []]
     assert (both[0]["reference"], both[0]["messages"]) == ({"answer": "2"}, make_ticket().messages)
-    assert headrace("dead", "list", keys.run, *where).stdout.count("why 0-") == 3
-    unknown = headrace("dead", "list", keys.run, "1-1", *where)
-    assert unknown.returncode == 2 and unknown.stderr.startswith("headrace dead: ticket '1-1' is not dead")
+    assert headrace("dead-letters", "list", *where).stdout.count("why 0-") == 3
+    unknown = headrace("dead-letters", "list", "1-1", *where)
+    assert unknown.returncode == 2 and unknown.stderr.startswith("headrace dead-letters: ticket '1-1' is not dead")
 
 
 TASK_BESIDE = """

@@ -14,8 +14,8 @@ from headrace.common.http.addresses import free_port
 from headrace.common.redis.keys import Keys
 from headrace.common.wire.desired_state import parse_orders
 from headrace.launcher.__main__ import app
-from headrace.launcher.run.control_client import Control as ControlClient
-from headrace.launcher.run.control_client import NotRunning
+from headrace.launcher.run.control_client import ControlClient
+from headrace.launcher.run.errors import NotRunning
 from headrace.launcher.terminal.render import GAPS, group_text, spans
 from tests.support.controls import TOKEN, Control, a_control
 from tests.support.fake_sglang import FakeSglang
@@ -121,8 +121,8 @@ def test_replicas_groups_and_evaluations(headrace: Command, runs: Path, keys: Ke
     assert "1. reward 1.00, advantage +0.90, weight versions 39 (5 tokens), 40 (5), 10 tokens, cut off\n" in text
     assert "\n   She has 3 boxes of 4, so 12.\n" in text
     assert answer(headrace("groups", "0-0", "--json"))["rollouts"][0]["weight_versions"][0] == 39
-    assert headrace("eval").stdout.splitlines()[-1] == "2 evaluations"
-    assert [one["step"] for one in answer(headrace("eval", "--json"))] == [20, 40]
+    assert headrace("evaluations").stdout.splitlines()[-1] == "2 evaluations"
+    assert [one["step"] for one in answer(headrace("evaluations", "--json"))] == [20, 40]
 
 
 def test_orders_reach_redis(headrace: Command, runs: Path, keys: Keys, client: redis.Redis, fake: FakeSglang) -> None:
@@ -134,17 +134,19 @@ def test_orders_reach_redis(headrace: Command, runs: Path, keys: Keys, client: r
     assert answer(headrace("resume", "--json"))["status"]["is_paused"] is False and not standing().is_paused
     headrace("checkpoint")
     assert standing().checkpoints == 1
-    headrace("eval", "--now")
+    headrace("evaluations", "--now")
     assert standing().evaluations == 1
-    assert "0 replicas ordered; at 0 generation is paused" in headrace("scale", "0").stdout
+    assert "target set to 0 replicas; at 0 generation is paused" in headrace("scale", "0").stdout
     assert standing().desired_replicas == 0
     assert answer(headrace("scale", "3", "--json")) == {
         "run": keys.run,
         "replicas": 3,
-        "text": f"run {keys.run}: 3 replicas ordered",
+        "text": f"run {keys.run}: target set to 3 replicas",
     }
     assert standing().desired_replicas == 3
-    assert headrace("scale", "auto").stdout == f"run {keys.run}: no number is ordered any more\n"
+    assert headrace("scale", "--clear").stdout == (
+        f"run {keys.run}: target cleared; the configured number applies, or the learner's advice\n"
+    )
     assert standing().desired_replicas is None
     assert "finishes or hands back its tickets" in headrace("drain", "generation-1").stdout
     assert "/drain" in [path for path, _ in fake.calls]
@@ -155,10 +157,10 @@ def test_settings_are_shown_and_changed(headrace: Command, runs: Path, keys: Key
     assert headrace("settings").stdout.splitlines()[-1] == "as configured"
     lines = headrace("settings", "optimizer.lr=1e-5", "learner.max_staleness=3").stdout.splitlines()
     assert any(line.split()[:4] == ["optimizer.lr", "1e-05", "configured", "0.0002"] for line in lines)
-    assert lines[-1] == "version 1, the learner takes it up with its next step"
+    assert lines[-1] == "version 1, applied from the learner's next step on"
     values = parse_orders(client.hgetall(keys.control)).settings.values
     assert values == {"optimizer.lr": 1e-5, "learner.max_staleness": 3}
-    found = answer(headrace("settings", "optimizer.lr=default", "--json"))
+    found = answer(headrace("settings", "--reset", "optimizer.lr", "--json"))
     assert found["version"] == 2 and found["settings"]["optimizer.lr"]["value"] == 0.0002
 
 
@@ -189,13 +191,13 @@ def test_a_replica_that_does_not_obey_is_a_failure(headrace: Command, runs: Path
 def test_nothing_that_runs_is_3(headrace: Command, runs: Path, keys: Keys, control: Control, tmp_path: Path) -> None:
     empty = tmp_path / "none"
     empty.mkdir()
-    assert error(headrace("status", runs=empty, code=3)) == f"no run is going on in {empty}; headrace up starts one"
-    assert f"run 'demo' is not going on in {runs}" in error(headrace("pause", "--run", "demo", code=3))
+    assert error(headrace("status", runs=empty, code=3)) == f"no run is live in {empty}; headrace up starts one"
+    assert f"run 'demo' is not live in {runs}" in error(headrace("pause", "--run", "demo", code=3))
     nowhere = f"http://127.0.0.1:{free_port()}"
     assert f"control does not answer at {nowhere}" in error(headrace("status", "--url", nowhere, code=3))
     (runs / keys.run / "control-url").write_text(nowhere)
     assert f"control does not answer at {nowhere}" in error(headrace("status", code=3))
-    assert "is no URL of a control service" in error(headrace("status", "--url", "127.0.0.1", code=2))
+    assert "is not the URL of a control service" in error(headrace("status", "--url", "127.0.0.1", code=2))
     assert "expected 1 to 64 letters" in error(headrace("status", "--run", "../x", code=2))
     assert headrace("status", "--url", control.url).stdout, "a URL needs no folder"
     assert f"is of run {keys.run!r}" in error(headrace("stop", "--url", control.url, "--run", "demo", code=2))
@@ -203,7 +205,10 @@ def test_nothing_that_runs_is_3(headrace: Command, runs: Path, keys: Keys, contr
 
 def test_something_else_at_the_url_is_no_control(headrace: Command, fake: FakeSglang) -> None:
     fake.replies["/status"] = (200, {"status": "ok"})
-    assert error(headrace("stop", "--url", fake.url, code=3)) == f"what answers at {fake.url} is no control service"
+    assert (
+        error(headrace("stop", "--url", fake.url, code=3))
+        == f"the server at {fake.url} is not a Headrace control service"
+    )
     assert "/stop" not in [path for path, _ in fake.calls]
 
 
@@ -213,7 +218,7 @@ def test_a_note_that_a_killed_launcher_left_leads_to_no_other_run(
     """Its port may be another run's by now."""
     (runs / "earlier").mkdir()
     (runs / "earlier" / "control-url").write_text(control.url)
-    assert "run 'earlier' is not going on" in error(headrace("stop", "--run", "earlier", code=3))
+    assert "run 'earlier' is not live" in error(headrace("stop", "--run", "earlier", code=3))
     assert not parse_orders(client.hgetall(keys.control)).is_stopping
     assert keys.run in headrace("status").stdout.splitlines()[0], "and of two notes one is true"
 
@@ -225,7 +230,7 @@ def test_of_several_runs_one_must_be_named(headrace: Command, runs: Path, keys: 
     with a_control(redis_url, other) as second:
         (runs / other.run).mkdir()
         (runs / other.run / "control-url").write_text(second.url)
-        assert error(headrace("status", code=2)) == f"2 runs are going on ({keys.run}, {other.run}): expected --run"
+        assert error(headrace("status", code=2)) == f"2 runs are live ({keys.run}, {other.run}): expected --run"
         assert answer(headrace("status", "--run", other.run, "--json"))["run"] == other.run
         assert answer(headrace("status", "--json", HEADRACE_URL=second.url))["run"] == other.run
 
@@ -234,8 +239,8 @@ def test_the_shell_completes_names_of_runs(headrace: Command, tmp_path: Path) ->
     for name in ("demo", "demo-2", "other"):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "config.yaml").touch()
-    line = f"headrace audit --runs-folder {tmp_path / 'runs'} de"
-    environment = {"_HEADRACE_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": "4"}
+    line = f"headrace audit --runs-folder {tmp_path / 'runs'} --run de"
+    environment = {"_HEADRACE_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": "5"}
     result = CliRunner().invoke(app, [], prog_name="headrace", env=environment)
     assert result.stdout.split() == ["demo", "demo-2"]
 

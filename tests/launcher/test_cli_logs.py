@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from headrace.common.redis.keys import Keys
 from headrace.launcher.__main__ import app
+from headrace.launcher.run.live_runs import choose_run
 from headrace.launcher.run.log_files import LogFilter, LogFollower, read_logs
 
 LEARNER = """headrace learner: an odd line before any time
@@ -112,16 +113,16 @@ def test_levels_services_and_steps(runs: Path) -> None:
 def test_what_is_written_meanwhile_is_followed(runs: Path) -> None:
     logs = runs / "demo" / "logs"
     follower = LogFollower(logs, LogFilter(ticket="0-1"))
-    assert follower.look() == []
+    assert follower.read_new() == []
     with (logs / "learner.log").open("a") as file:
         file.write("2026-11-23T01:01:00.000Z INFO learner run=demo ticket=0-1: stale")
-    assert follower.look() == [], "not before the line is whole"
+    assert follower.read_new() == [], "not before the line is whole"
     with (logs / "learner.log").open("a") as file:
         file.write(" by 3\n2026-11-23T01:01:00.000Z INFO learner run=demo ticket=0-2: stale\n")
     (logs / "generation-1.log").write_text("2026-11-23T01:00:59.000Z INFO generation ticket=0-1: leased\n")
-    assert [line.message for line in follower.look()] == ["leased", "stale by 3"]
+    assert [line.message for line in follower.read_new()] == ["leased", "stale by 3"]
     (logs / "generation-1.log").write_text("2026-11-23T01:02:00.000Z INFO x ticket=0-1: y\n")
-    assert [line.message for line in follower.look()] == ["y"], "from the beginning of a file that was replaced"
+    assert [line.message for line in follower.read_new()] == ["y"], "from the beginning of a file that was replaced"
 
 
 def test_following_prints_the_last_lines_first(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +134,7 @@ def test_following_prints_the_last_lines_first(runs: Path, monkeypatch: pytest.M
             file.write("2026-11-23T01:01:00.000Z INFO learner run=demo: new\n")
 
     sleeping: Callable[..., None] = write_then_interrupt
-    monkeypatch.setattr("headrace.launcher.commands.results.time.sleep", sleeping)
+    monkeypatch.setattr("headrace.launcher.commands.logs.time.sleep", sleeping)
     lines = headrace(runs, "-f", "-n", "1").stdout.splitlines()
     assert [line.rpartition(": ")[2] for line in lines] == ["trained", "new"]
 
@@ -147,3 +148,21 @@ def test_what_is_not_there_is_refused(runs: Path, tmp_path: Path) -> None:
 
 def test_many_lines_are_not_held_in_memory(runs: Path) -> None:
     assert next(read_logs(runs / "demo" / "logs", LogFilter())).service == "learner"
+
+
+def test_the_default_run_is_the_only_live_one_else_the_newest(
+    runs: Path, redis_url: str, client: redis.Redis, keys: Keys
+) -> None:
+    """What a killed launcher has left says nothing."""
+    live, other = f"{keys.run}-live", f"{keys.run}-other"
+    for name in (live, other, f"{keys.run}-killed"):
+        (runs / name).mkdir()
+        (runs / name / "redis-url").write_text(redis_url)
+    assert choose_run(None, runs) == "demo"
+    client.set(Keys(live).launcher, "here", ex=60)
+    assert choose_run(None, runs) == choose_run(None, runs, redis_url) == live
+    assert choose_run("demo", runs) == "demo"
+    client.set(Keys(other).launcher, "here", ex=60)
+    with pytest.raises(ValueError, match=r"2 runs are live .*: expected --run"):
+        choose_run(None, runs)
+    client.delete(Keys(live).launcher, Keys(other).launcher)

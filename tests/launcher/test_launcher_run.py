@@ -70,7 +70,7 @@ def test_a_run_is_free_once_its_launcher_and_its_redis_have_ended(faking: Faking
     server.suspend()
     first.kill()
     first.wait()
-    impatient = "from headrace.launcher import run_folder; run_folder.ORPHAN_TIMEOUT_S = 0.1"
+    impatient = "from headrace.launcher.run import run_folder; run_folder.ORPHAN_TIMEOUT_S = 0.1"
     assert f"is in use by process {first.pid}" in refused(fakes, "up", RECIPE, "--run", "faked", settings=impatient)
     second = fakes.up()
     lock = str(fakes.run / "lock")
@@ -84,12 +84,12 @@ def test_a_run_is_free_once_its_launcher_and_its_redis_have_ended(faking: Faking
 
 
 def test_a_command_finds_the_running_launchers_redis(faking: Faking) -> None:
-    fakes = faking({"learner.audit": SHOWS}, learner=KEEPS)
+    fakes = faking({"learner.commands.audit": SHOWS}, learner=KEEPS)
     process = fakes.up()
     fakes.wait_for("learner serves")
     note = fakes.run / "redis-url"
     assert note.stat().st_mode & 0o777 == 0o600
-    shown = ended(fakes.headrace("audit", "faked"), 7)
+    shown = ended(fakes.headrace("audit", "--run", "faked"), 7)
     assert shown == f"headrace.learner.commands.audit --run faked --runs-folder {fakes.run.parent} dear\n"
     process.send_signal(signal.SIGINT)
     ended(process, 0)
@@ -98,19 +98,25 @@ def test_a_command_finds_the_running_launchers_redis(faking: Faking) -> None:
 
 def test_commands_open_the_files_of_a_run_that_is_over(faking: Faking, redis_url: str) -> None:
     """Also after a launcher that was killed: what it noted may be another run's server by now."""
-    fakes = faking({"learner.audit": SHOWS, "learner.record": SHOWS, "learner.dead": SHOWS}, learner=KEEPS)
+    fakes = faking(
+        {"learner.commands.audit": SHOWS, "learner.commands.record": SHOWS, "learner.commands.dead_letters": SHOWS},
+        learner=KEEPS,
+    )
     run_for_a_while(fakes)
     (fakes.run / "redis-url").write_text(redis_url)
     for arguments, handed_on in (
-        ("audit faked --json", "audit --json"),
-        ("record faked --output there", "record --output there"),
-        ("dead list faked", "dead list"),
-        ("dead retry faked 0-1 0-2", "dead retry 0-1 0-2"),
-        ("dead purge faked", "dead purge"),
+        ("audit --run faked --json", "audit --json"),
+        ("record --run faked --output there", "record --output there"),
+        ("dead-letters list", "dead_letters list"),
+        ("dead-letters retry faked 0-1 0-2", "dead-letters retry 0-1 0-2"),
+        ("dead-letters purge faked", "dead purge"),
     ):
         shown = ended(fakes.headrace(*arguments.split()), 7)
         ended_too = " --ended" if handed_on.startswith("record") else ""
-        assert shown == f"headrace.learner.{handed_on} --run faked --runs-folder {fakes.run.parent}{ended_too} dear\n"
+        assert (
+            shown
+            == f"headrace.learner.commands.{handed_on} --run faked --runs-folder {fakes.run.parent}{ended_too} dear\n"
+        )
         assert not processes_of(fakes.run)
 
 
@@ -118,9 +124,11 @@ def test_dead_tickets_are_in_the_last_line(faking: Faking) -> None:
     key = "'headrace:{' + option('--run') + '}:dead'"
     dies = f"redis('XADD', {key}, '*', 'id', '0-1', 'reason', 'ValueError')"
     output = ended(faking(learner=dies).up(), 0)
-    assert output.splitlines()[-1] == "1 ticket is dead (headrace dead list faked), the latest: ValueError"
+    assert (
+        output.splitlines()[-1] == "1 ticket is dead (headrace dead-letters list --run faked), the latest: ValueError"
+    )
     output = ended(faking(learner=f"{dies}; sys.exit(2)").up(), 1)
-    assert "1 ticket is dead (headrace dead list faked), the latest: ValueError" in output
+    assert "1 ticket is dead (headrace dead-letters list --run faked), the latest: ValueError" in output
 
 
 def test_a_task_beside_the_recipe_is_found_by_all_services(faking: Faking, tmp_path: Path) -> None:
@@ -134,32 +142,32 @@ def test_a_task_beside_the_recipe_is_found_by_all_services(faking: Faking, tmp_p
 
 
 def test_the_run_is_locked_while_a_command_has_its_files_open(faking: Faking) -> None:
-    fakes = faking({"learner.record": SERVES}, learner=SERVES)
+    fakes = faking({"learner.commands.record": SERVES}, learner=SERVES)
     run_for_a_while(fakes)
-    recorder = fakes.headrace("record", "faked")
+    recorder = fakes.headrace("record", "--run", "faked")
     fakes.wait_for("record serves")
     line = refused(fakes, "up", RECIPE, "--run", "faked")
     assert line.endswith(f"is in use by process {recorder.pid}")
-    assert "and no Redis answers at the URL in" in refused(fakes, "audit", "faked")
+    assert "and no Redis answers at the URL in" in refused(fakes, "audit", "--run", "faked")
 
 
 def test_a_given_url_comes_first(faking: Faking, redis_url: str) -> None:
-    fakes = faking({"learner.audit": SHOWS})
+    fakes = faking({"learner.commands.audit": SHOWS})
     with redis.Redis.from_url(redis_url) as client:
         client.set("kept", "elsewhere")
     for process in (
-        fakes.headrace("audit", "nowhere", "--redis-url", redis_url),
-        fakes.headrace("audit", "nowhere", HEADRACE_REDIS_URL=redis_url),
+        fakes.headrace("audit", "--run", "nowhere", "--redis-url", redis_url),
+        fakes.headrace("audit", "--run", "nowhere", HEADRACE_REDIS_URL=redis_url),
     ):
         assert ended(process, 7).endswith(" elsewhere\n")
 
 
 def test_a_run_that_is_not_there_is_one_line(faking: Faking) -> None:
     fakes = faking()
-    assert refused(fakes, "audit", "faked") == f"headrace: run 'faked': there is no folder {fakes.run}"
-    assert "expected 1 to 64 letters" in refused(fakes, "audit", "../faked")
+    assert refused(fakes, "audit", "--run", "faked") == f"headrace: run 'faked': there is no folder {fakes.run}"
+    assert "expected 1 to 64 letters" in refused(fakes, "audit", "--run", "../faked")
     fakes.run.mkdir(parents=True)
-    line = refused(fakes, "audit", "faked")
+    line = refused(fakes, "audit", "--run", "faked")
     for place in ("--redis-url", "HEADRACE_REDIS_URL", f"launcher of {fakes.run}", f"{fakes.run / 'redis'}"):
         assert place in line
 
@@ -178,7 +186,7 @@ def guarded_redis(tmp_path: Path) -> Iterator[str]:
 def test_a_password_travels_in_the_environment_alone(faking: Faking, guarded_redis: str, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(Path(RECIPE).read_text() + f"redis_url: {guarded_redis}\n")
-    fakes = faking({"learner.audit": SHOWS}, learner=KEEPS)
+    fakes = faking({"learner.commands.audit": SHOWS}, learner=KEEPS)
     process = fakes.headrace("up", str(recipe), "--run", "faked")
     fakes.wait_for("learner serves", "generation serves")
     children = psutil.Process(process.pid).children(recursive=True)
@@ -186,7 +194,7 @@ def test_a_password_travels_in_the_environment_alone(faking: Faking, guarded_red
     assert PASSWORD not in " ".join(word for child in children for word in child.cmdline())
     token = (fakes.run / "token").read_text()
     assert token not in " ".join(word for child in children for word in child.cmdline())
-    output = ended(fakes.headrace("audit", "faked"), 7)
+    output = ended(fakes.headrace("audit", "--run", "faked"), 7)
     assert output.endswith(" dear\n")
     process.send_signal(signal.SIGINT)
     shown = ended(process, 0)
@@ -228,9 +236,12 @@ def test_a_replay_by_a_recipe(faking: Faking, tmp_path: Path) -> None:
 
 def test_a_second_ctrl_c_kills_a_command(faking: Faking, redis_url: str) -> None:
     fakes = faking(
-        {"learner.audit": "on(signal.SIGINT, lambda: note('asked'))\nnote('serves')\nwhile True: signal.pause()"}
+        {
+            "learner.commands.audit": "on(signal.SIGINT, lambda: note('asked'))\nnote('serves')\n"
+            "while True: signal.pause()"
+        }
     )
-    process = fakes.headrace("audit", "faked", "--redis-url", redis_url)
+    process = fakes.headrace("audit", "--run", "faked", "--redis-url", redis_url)
     fakes.wait_for("audit serves")
     process.send_signal(signal.SIGINT)
     fakes.wait_for("audit asked")

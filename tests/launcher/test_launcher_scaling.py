@@ -54,9 +54,9 @@ def test_the_launcher_follows_from_1_to_3_and_back(faking: Faking) -> None:
     fakes = faking(learner=SERVES, generation=DRAINS)
     process = fakes.up(settings=QUICK)
     fakes.wait_for(*serving(0), "learner serves")
-    assert scaled(fakes, "3") == "run faked: 3 replicas ordered\n"
+    assert scaled(fakes, "3") == "run faked: target set to 3 replicas\n"
     fakes.wait_for(*serving(0, 1, 2))
-    assert scaled(fakes, "1", "--run", "faked") == "run faked: 1 replica ordered\n"
+    assert scaled(fakes, "1", "--run", "faked") == "run faked: target set to 1 replica\n"
     fakes.wait_for("generation drains generation-2", "generation drains generation-1")
     until(lambda: len(psutil.Process(process.pid).children()) == 4, "Redis, the learner, control and one replica")
     output = stopped(process)
@@ -132,8 +132,10 @@ def test_scaled_to_0_generation_is_paused_and_the_run_goes_on(faking: Faking) ->
     fakes = faking(learner=SERVES, generation=DRAINS)
     process = fakes.up(settings=QUICK)
     fakes.wait_for(*serving(0), "learner serves")
-    assert "1 replica ordered" in scaled(fakes, "1")
-    assert scaled(fakes, "0") == ("run faked: 0 replicas ordered; at 0 generation is paused, and the learner waits\n")
+    assert "target set to 1 replica" in scaled(fakes, "1")
+    assert scaled(fakes, "0") == (
+        "run faked: target set to 0 replicas; at 0 generation is paused, and the learner waits\n"
+    )
     fakes.wait_for("generation drains generation-0")
     scaled(fakes, "1")
     fakes.wait_for(*serving(0), times=2)
@@ -159,7 +161,7 @@ def test_an_order_outlives_the_launcher_until_another_number_is_given(faking: Fa
         assert client.hget(CONTROL, "desired_replicas") is None
     scaled(fakes, "1")
     fakes.wait_for("generation drains generation-2")
-    assert scaled(fakes, "auto") == "run faked: no number is ordered any more\n"
+    assert "target cleared" in scaled(fakes, "--clear")
     fakes.wait_for(*serving(2), times=2)
     assert "] 3 replicas, as configured\n" in stopped(third)
 
@@ -182,7 +184,7 @@ def test_advice_is_followed_where_the_recipe_says_so_and_nobody_has_ordered(faki
         until(lambda: client.hget(Keys("faked").learner, "advised_replicas") == b"99", "other advice")
     scaled(fakes, "1")
     fakes.wait_for("generation drains generation-1")
-    scaled(fakes, "auto")
+    scaled(fakes, "--clear")
     until(lambda: len(psutil.Process(process.pid).children()) == 4, "no advice beyond the bounds is obeyed")
     output = stopped(process)
     assert "] 3 replicas, as advised: it waits\n" in output and "] 1 replica, as ordered\n" in output
@@ -265,7 +267,7 @@ def test_a_launcher_that_was_killed_is_soon_known_to_be_gone(faking: Faking, red
     process = fakes.up("--set", f"redis_url={redis_url}", settings="replica_target.PRESENCE_TTL_S = 0.5")
     with redis.Redis.from_url(redis_url) as client:
         until(lambda: bool(client.exists(keys.launcher)), "the launcher's key")
-        assert "2 replicas ordered" in scaled(fakes, "2", "--redis-url", redis_url)
+        assert "target set to 2 replicas" in scaled(fakes, "2", "--redis-url", redis_url)
         fakes.wait_for("generation serves", times=2)
         process.kill()
         until(lambda: not client.exists(keys.launcher), "no launcher's key")
@@ -281,7 +283,7 @@ def test_of_several_launchers_one_must_be_named(faking: Faking) -> None:
     second = fakes.headrace("up", RECIPE, "--run", "other", settings=QUICK)
     fakes.wait_for(*serving(0), times=2)
     assert "2 launchers are running (faked, other): expected --run" in refused(fakes, "2")
-    assert scaled(fakes, "2", "--run", "other") == "run other: 2 replicas ordered\n"
+    assert scaled(fakes, "2", "--run", "other") == "run other: target set to 2 replicas\n"
     fakes.wait_for(*serving(1))
     assert "2 replicas, as ordered" not in stopped(first)
     assert "2 replicas, as ordered" in stopped(second)

@@ -114,7 +114,7 @@ def test_why_rewards_fail_and_what_has_died_is_told(
     now = time.monotonic()
     monkeypatch.setattr(watch, "monotonic", lambda: now)
     reason = "rewards fail: ticket 0-1: ValueError: no for 2 s"
-    told = f"(headrace dead list {keys.run}), the latest: ValueError"
+    told = f"(headrace dead-letters list --run {keys.run}), the latest: ValueError"
     with Seen(redis_url, keys) as view:
         beat(client, keys, "a", reason=reason)
         view.look()

@@ -76,7 +76,7 @@ def runs(tmp_path: Path, keys: Keys) -> Path:
 
 
 def report(runs: Path, run: str, *arguments: str, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, ["report", run, "--runs-folder", str(runs), *arguments])
+    result = CliRunner().invoke(app, ["report", "--run", run, "--runs-folder", str(runs), *arguments])
     assert result.exit_code == code, (result.output, result.exception)
     return result
 

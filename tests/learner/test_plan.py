@@ -128,14 +128,14 @@ def test_what_is_measured_comes_from_the_runs_rows() -> None:
         measured_in([{"kind": "evaluation", "step": 0}], config)
 
 
-def headrace_plan(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "headrace.launcher", "plan", *arguments]
+def headrace_simulate(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "headrace.launcher", "simulate", "--run", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def test_the_command_prints_a_row_for_each_number(tmp_path: Path) -> None:
     write_run(tmp_path / "measured", [step_row(group_s=[1.0] * 16)])
-    done = headrace_plan("measured", "--up-to", "2", "--runs-folder", str(tmp_path))
+    done = headrace_simulate("measured", "--up-to", "2", "--runs-folder", str(tmp_path))
     assert done.returncode == 0, done.stderr
     head, one, two, followed = done.stdout.splitlines()
     assert head == "replicas  steps/hour  learner waits  replicas idle  staleness  advised"
@@ -145,7 +145,7 @@ def test_the_command_prints_a_row_for_each_number(tmp_path: Path) -> None:
 
 def test_a_run_that_has_measured_nothing_is_one_line(tmp_path: Path) -> None:
     write_run(tmp_path / "empty", [])
-    done = headrace_plan("empty", "--runs-folder", str(tmp_path))
+    done = headrace_simulate("empty", "--runs-folder", str(tmp_path))
     assert (done.returncode, done.stderr) == (2, "headrace: run 'empty': no step has been measured yet\n")
-    done = headrace_plan("nowhere", "--runs-folder", str(tmp_path))
+    done = headrace_simulate("nowhere", "--runs-folder", str(tmp_path))
     assert done.returncode == 2 and done.stderr.startswith("headrace: run 'nowhere': ") and done.stderr.count("\n") == 1

@@ -174,7 +174,7 @@ class Stack:
     def audit(self) -> str:
         """Of the run as it stands; the learner may have ended."""
         tool = ["run", "--rm", "--no-deps", "-T", "--entrypoint", "headrace", "learner"]
-        return self.compose(*tool, "audit", self.run, "--runs-folder", "/runs")
+        return self.compose(*tool, "audit", "--run", self.run, "--runs-folder", "/runs")
 
     def describe(self) -> str:
         parts = []

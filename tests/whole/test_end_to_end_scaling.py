@@ -51,13 +51,13 @@ def launched(tmp_path: Path) -> Iterator[Launched]:
 def test_from_1_to_3_and_back_during_a_run(launched: Launched, tmp_path: Path) -> None:
     place = ["--runs-folder", str(tmp_path)]
     launched.wait_for("step 1,")
-    assert headrace("scale", "3", *place) == "run scaled: 3 replicas ordered\n"
+    assert headrace("scale", "3", *place) == "run scaled: target set to 3 replicas\n"
     url = (launched.run / "redis-url").read_text()
     before = num_committed(url, "generation-0")
     while num_committed(url, "generation-0") <= before or not all(num_committed(url, name) for name in NEWCOMERS):
         launched.wait_for("step ")
     at_three = steps_in(launched.run)[-1]
-    assert headrace("scale", "1", *place) == "run scaled: 1 replica ordered\n"
+    assert headrace("scale", "1", *place) == "run scaled: target set to 1 replica\n"
     for _ in NEWCOMERS:
         launched.wait_for(" has left")
     launched.wait_for(f"step {steps_in(launched.run)[-1] + 3:.0f},")
@@ -66,7 +66,7 @@ def test_from_1_to_3_and_back_during_a_run(launched: Launched, tmp_path: Path) -
 
     steps = steps_in(launched.run)
     assert at_three > 1 and steps == list(range(1, len(steps) + 1)), "no step was missed, and none taken twice"
-    audited = headrace("audit", "scaled", *place)
+    audited = headrace("audit", "--run", "scaled", *place)
     assert "dead       0\n" in audited and audited.rstrip().endswith("0 violations"), audited
     assert all(f"{name} has left" in output for name in NEWCOMERS), output
     assert "starting it again" not in output, output

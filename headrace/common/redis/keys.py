@@ -6,7 +6,7 @@ groups      stream                       scored groups, each exactly once per ti
 evaluated   stream                       scored evaluation groups, outside admission          replicas
 dead        stream                       what could not be generated, scored or decoded       either
 ledger      hash                         ticket id -> mark (headrace/common/wire/ledger.py)                 either
-retries     set                          dead tickets to be issued again                      `headrace dead retry`
+retries     set                          dead tickets to be issued again                      headrace dead-letters
 cursor      hash                         epoch and place of the next prompt, and of what data learner
 replicas    hash-slot prefix, TTL keys   heartbeats                                           replicas
 learner     hash                         step, version, phase, the reason when it waits       learner

@@ -86,7 +86,7 @@ function figures(status, steps) {
       value: count(counts.dead_letters),
       unit: counts.dead_letters === 1 ? "ticket" : "tickets",
       isBad: counts.dead_letters > 0,
-      note: counts.dead_letters ? "see headrace dead list" : "no ticket has failed for good",
+      note: counts.dead_letters ? "see headrace dead-letters list" : "no ticket has failed for good",
     },
   ];
 }

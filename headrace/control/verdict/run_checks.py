@@ -19,7 +19,8 @@ MANY_DEAD_LETTERS = 20
 UNAPPLIED_S = 60.0
 """The learner applies settings at its next step; a step that takes longer than this is reported."""
 INSPECT_DEAD_LETTERS = (
-    "`headrace dead list` shows the reason, with a ticket id the whole error; `dead retry` requeues them after a fix"
+    "`headrace dead-letters list` shows the reason, with a ticket id the whole error; "
+    "`dead-letters retry` requeues them after a fix"
 )
 
 

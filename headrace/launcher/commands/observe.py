@@ -1,113 +1,133 @@
-"""What a run is doing: read from its control service, shown for people, or as JSON for programs."""
+"""Commands that show what a run is doing, as its control service reports it: for people, or as JSON."""
 
 import time
 from contextlib import suppress
 from enum import StrEnum
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
 
 import typer
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
 
-from headrace.common.wire import DecidedState, TicketKind
 from headrace.launcher.commands.options import (
     LOOK,
     RUNS,
     JsonOption,
-    OneRunOption,
+    RunOption,
     RunsFolderOption,
     UrlOption,
+    console,
     one_line_errors,
-    out,
     print_json,
 )
-from headrace.launcher.run.control_client import Control, ControlFailed, NotRunning, find_control
-from headrace.launcher.terminal.render import (
-    evaluations_table,
-    group_text,
-    groups_table,
-    replicas_table,
-    status_lines,
-    verdict_line,
-)
+from headrace.launcher.run.errors import ControlFailed, NotRunning
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from headrace.launcher.run.control_client import ControlClient
 
 app = typer.Typer()
-panel = LOOK
 WATCH_INTERVAL_S = 1.0
-State = StrEnum("State", {state.upper(): state for state in get_args(DecidedState)})  # type: ignore[misc]
-Kind = StrEnum("Kind", {kind.upper(): kind for kind in get_args(TicketKind)})  # type: ignore[misc]
 
 
-@app.command(rich_help_panel=panel)
+class State(StrEnum):
+    """`headrace.common.wire.DecidedState`, without the import."""
+
+    TRAINED = "trained"
+    UNIFORM = "uniform"
+    STALE = "stale"
+    EVALUATED = "evaluated"
+
+
+class Kind(StrEnum):
+    """`headrace.common.wire.TicketKind`, without the import."""
+
+    TRAIN = "train"
+    EVAL = "eval"
+
+
+@app.command(rich_help_panel=LOOK)
 def status(
-    watch: Annotated[bool, typer.Option("--watch", help="Again every second, until the run ends.")] = False,
-    run: OneRunOption = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Update every second until the run ends.")] = False,
+    run: RunOption = None,
     url: UrlOption = None,
     as_json: JsonOption = False,
     runs_folder: RunsFolderOption = RUNS,
 ) -> None:
-    """Is the run well? The verdict first, then where it is. With --watch --json: a line whenever something changes."""
+    """Show the verdict on a live run and its state; with --watch --json one line whenever something changes."""
+    from headrace.launcher.run.control_client import find_control
+    from headrace.launcher.terminal.render import status_lines
+
     with one_line_errors():
         control = find_control(run, url, runs_folder)
         if watch:
-            _watch(control, as_json, out())
+            _watch(control, as_json, console())
         elif as_json:
             print_json(control.get("/status"))
         else:
-            out().print(status_lines(control.get("/status")), soft_wrap=True)
+            console().print(status_lines(control.get("/status")), soft_wrap=True)
 
 
-@app.command(rich_help_panel=panel)
+@app.command(rich_help_panel=LOOK)
 def replicas(
-    run: OneRunOption = None, url: UrlOption = None, as_json: JsonOption = False, runs_folder: RunsFolderOption = RUNS
+    run: RunOption = None, url: UrlOption = None, as_json: JsonOption = False, runs_folder: RunsFolderOption = RUNS
 ) -> None:
-    """Every live replica: state, weight version, throughput, weight pauses."""
+    """List the live replicas with state, weight version, throughput and weight pauses."""
+    from headrace.launcher.run.control_client import find_control
+    from headrace.launcher.terminal.render import replicas_table
+
     with one_line_errors():
         answer = find_control(run, url, runs_folder).get("/replicas")
         print_json(answer) if as_json else _print_table(replicas_table(answer), len(answer["replicas"]), "replica")
 
 
-@app.command(rich_help_panel=panel)
+@app.command(rich_help_panel=LOOK)
 def groups(
     ticket: Annotated[
-        str | None, typer.Argument(metavar="[ID]", help="Of a ticket: that group, token by token.")
+        str | None, typer.Argument(metavar="[TICKET]", help="Ticket whose group is shown token by token.")
     ] = None,
-    state: Annotated[State | None, typer.Option(help="Only these.")] = None,
-    kind: Annotated[Kind | None, typer.Option(help="Only these.")] = None,
-    replica: Annotated[str | None, typer.Option(help="Only this one's.")] = None,
-    step: Annotated[int | None, typer.Option(min=0, help="Only those decided at it.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=256)] = 20,
-    run: OneRunOption = None,
+    state: Annotated[State | None, typer.Option(help="Only groups in this state.")] = None,
+    kind: Annotated[Kind | None, typer.Option(help="Only groups of this kind.")] = None,
+    replica: Annotated[str | None, typer.Option(help="Only groups of this replica.")] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="Only groups decided at this step.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=256, help="Largest number of groups.")] = 20,
+    run: RunOption = None,
     url: UrlOption = None,
     as_json: JsonOption = False,
     runs_folder: RunsFolderOption = RUNS,
 ) -> None:
-    """A sample of what the model has written lately; with ID one group, coloured where learner and engine differ."""
+    """Show samples of recent groups; with TICKET one group, coloured where learner and engine differ."""
+    from headrace.launcher.run.control_client import find_control
+    from headrace.launcher.terminal.render import group_text, groups_table
+
     with one_line_errors():
         control = find_control(run, url, runs_folder)
         if ticket is not None:
             group = control.get(f"/groups/{quote(ticket, safe='')}")
-            print_json(group) if as_json else out().print(group_text(group), soft_wrap=True)
+            print_json(group) if as_json else console().print(group_text(group), soft_wrap=True)
             return
         answer = control.get("/groups", state=state, kind=kind, replica=replica, step=step, limit=limit)
         print_json(answer) if as_json else _print_table(groups_table(answer), len(answer["groups"]), "group")
 
 
-@app.command(name="eval", rich_help_panel=panel)
+@app.command(rich_help_panel=LOOK)
 def evaluations(
-    now: Annotated[bool, typer.Option("--now", help="Ask for one of the newest weights, beside training.")] = False,
-    run: OneRunOption = None,
+    now: Annotated[
+        bool, typer.Option("--now", help="Request an evaluation of the newest weights, beside training.")
+    ] = False,
+    run: RunOption = None,
     url: UrlOption = None,
     as_json: JsonOption = False,
     runs_folder: RunsFolderOption = RUNS,
 ) -> None:
-    """RedisContent-out accuracy over the run's steps."""
+    """Show held-out accuracy over the run's steps, or request an evaluation."""
+    from headrace.launcher.run.control_client import find_control
+    from headrace.launcher.terminal.render import evaluations_table
+
     with one_line_errors():
         control = find_control(run, url, runs_folder)
         if now:
-            answer = control.order("POST", "/evaluations")
+            answer = control.send("POST", "/evaluations")
             print_json(answer) if as_json else print(answer["text"])
             return
         found = control.get("/evaluations")
@@ -115,46 +135,55 @@ def evaluations(
 
 
 def _print_table(table: Any, count: int, what: str) -> None:
-    """Not narrower in a pipe than its columns need."""
+    """Prints the table; in a pipe as wide as its columns need."""
     if count:
-        console = out()
-        console.width = console.width if console.is_terminal else 10_000
-        console.print(table)
+        terminal = console()
+        terminal.width = terminal.width if terminal.is_terminal else 10_000
+        terminal.print(table)
     print(f"{count} {what}{'s' * (count != 1)}")
 
 
-def _watch(control: Control, as_json: bool, console: Console) -> None:
-    """Goes on while control is away; until the run has ended, or Ctrl-C."""
+def _watch(control: "ControlClient", as_json: bool, terminal: "Console") -> None:
+    """Until the run has ended, or Ctrl-C; goes on while control does not answer."""
+    from rich.live import Live
+    from rich.text import Text
+
+    from headrace.launcher.terminal.render import status_lines
+
     shown: Any = None
-    with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
+    with suppress(KeyboardInterrupt), Live(console=terminal, auto_refresh=False) as live:
         while True:
-            found: dict[str, Any] | None = None
+            status: dict[str, Any] | None = None
             try:
-                found = control.get("/status")
-                told: Any = _changes(found)
+                status = control.get("/status")
+                news: Any = _watched_fields(status)
             except (NotRunning, ControlFailed) as error:
-                told = str(error)
-            if console.is_terminal and not as_json:
-                live.update(Text(told, "red") if found is None else status_lines(found), refresh=True)
-            elif told != shown:
-                _tell(found, told, as_json, console)
-            shown = told
-            if found is not None and found["verdict"]["level"] == "ended":
+                news = str(error)
+            if terminal.is_terminal and not as_json:
+                live.update(Text(news, "red") if status is None else status_lines(status), refresh=True)
+            elif news != shown:
+                _print_news(status, news, as_json, terminal)
+            shown = news
+            if status is not None and status["verdict"]["level"] == "ended":
                 return
             time.sleep(WATCH_INTERVAL_S)
 
 
-def _changes(status: dict[str, Any]) -> tuple[Any, ...]:
-    """What of it is worth a line."""
+def _watched_fields(status: dict[str, Any]) -> tuple[Any, ...]:
+    """The status fields whose change is printed."""
     verdict, replicas = status["verdict"], status["replicas"]
     return verdict["level"], verdict["text"], status["phase"], status["step"], replicas["running"], replicas["desired"]
 
 
-def _tell(found: dict[str, Any] | None, told: Any, as_json: bool, console: Console) -> None:
+def _print_news(status: dict[str, Any] | None, news: Any, as_json: bool, terminal: "Console") -> None:
+    from rich.text import Text
+
+    from headrace.launcher.terminal.render import verdict_line
+
     if as_json:
-        print_json({"error": told} if found is None else found, one_line=True)
-    elif found is None:
-        console.print(Text(told), soft_wrap=True)
+        print_json({"error": news} if status is None else status, one_line=True)
+    elif status is None:
+        terminal.print(Text(news), soft_wrap=True)
     else:
-        head = Text(f"step {found['step']} of {found['target_steps']}, {found['phase']}; ")
-        console.print(head.append_text(verdict_line(found)), soft_wrap=True)
+        head = Text(f"step {status['step']} of {status['target_steps']}, {status['phase']}; ")
+        terminal.print(head.append_text(verdict_line(status)), soft_wrap=True)

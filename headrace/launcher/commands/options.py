@@ -1,6 +1,6 @@
-"""What several commands take, how they end, and how they print for programs.
+"""The options that several commands share, how commands end, and how they print JSON.
 
-Exit codes: 0 done, 1 failed, 2 refused: what was asked cannot be, 3 nothing is running or answers.
+Exit codes: 0 done, 1 failed, 2 refused (an invalid request), 3 nothing is running or it does not answer.
 """
 
 import json
@@ -8,64 +8,87 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from headrace.launcher.run.control_client import ControlFailed, NotRunning
+from headrace.launcher.run.errors import ControlFailed, NotRunning
 
-FAILED, REFUSED, NOTHING_RUNS = 1, 2, 3
-STEER, LOOK, RECORDS = "Steer a run", "Look at a run", "What a run leaves"
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FAILED, REFUSED, NOT_RUNNING = 1, 2, 3
+START, STEER, LOOK, RECORDS = "Start a run", "Steer a run", "Look at a run", "What a run leaves"
+"""The panels of `headrace --help`."""
 
 
 def complete_run(context: typer.Context, incomplete: str) -> list[str]:
-    """Names from the runs folder, for the shell."""
+    """Completes the names of the runs in the runs folder, for the shell."""
     folder = Path(context.params.get("runs_folder") or "runs")
     names = (path.parent.name for path in folder.glob("*/config.yaml"))
     return sorted(name for name in names if name.startswith(incomplete))
 
 
-RunArgument = Annotated[str, typer.Argument(help="Name of the run.", autocompletion=complete_run)]
-OneRunOption = Annotated[
+RunOption = Annotated[
     str | None,
-    typer.Option("--run", help="Name of the run; default: the only one going on.", autocompletion=complete_run),
+    typer.Option(
+        "--run",
+        "-r",
+        metavar="NAME",
+        help="Name of the run; default: the only live run. If none is live, commands that work on ended runs take the "
+        "newest one in the runs folder.",
+        autocompletion=complete_run,
+    ),
 ]
-RunsFolderOption = Annotated[Path, typer.Option(help="Where runs are kept.")]
+NewRunOption = Annotated[
+    str | None,
+    typer.Option(
+        "--run",
+        "-r",
+        metavar="NAME",
+        help="Name of the run; default: a new name, of the file and the time. An existing run continues.",
+        autocompletion=complete_run,
+    ),
+]
+RunsFolderOption = Annotated[Path, typer.Option(help="Folder that holds the runs.")]
 RUNS = Path("runs")
-JsonOption = Annotated[bool, typer.Option("--json", help="For programs.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 UrlOption = Annotated[
     str | None,
     typer.Option(
         envvar="HEADRACE_URL",
-        help="Of the run's control service; default: what the run's folder says. Token: HEADRACE_TOKEN, or the run's.",
+        help="URL of the run's control service; default: the one in the run's folder. The token is taken from "
+        "HEADRACE_TOKEN, else from the run's folder.",
     ),
 ]
 RedisUrlOption = Annotated[
     str | None,
     typer.Option(
         envvar="HEADRACE_REDIS_URL",
-        help="Default: that of the running launcher, else a server on the run's append-only file, for the time of it.",
+        help="URL of the run's Redis; default: the running launcher's, else a temporary server started on the run's "
+        "append-only file.",
     ),
 ]
 
 
 @contextmanager
 def one_line_errors(*expected: type[Exception]) -> Iterator[None]:
-    """`ValueError` (always expected) and `expected` end the command with a line and its code."""
+    """`ValueError` (always expected) and `expected` end the command with one line and its exit code."""
     expected = (ValueError, NotRunning, ControlFailed, *expected)
     try:
         yield
     except expected as error:
         print(f"headrace: {error}", file=sys.stderr)
-        code = NOTHING_RUNS if isinstance(error, NotRunning) else REFUSED if isinstance(error, ValueError) else FAILED
+        code = NOT_RUNNING if isinstance(error, NotRunning) else REFUSED if isinstance(error, ValueError) else FAILED
         raise typer.Exit(code) from error
 
 
 def print_json(answer: Any, one_line: bool = False) -> None:
-    """Not broken into lines by the terminal's width."""
+    """Prints JSON that the terminal's width does not break into lines."""
     print(json.dumps(answer, indent=None if one_line else 2, ensure_ascii=False), flush=True)
 
 
-def out() -> Console:
+def console() -> "Console":
+    from rich.console import Console
+
     return Console(highlight=False)

@@ -1,46 +1,43 @@
-"""`headrace scale`: orders a number of replicas of a running launcher, or withdraws the order.
+"""`headrace scale`: sets the number of replicas that a running launcher keeps, or clears it.
 
-Through the run's control service where it answers, so that the order is told to whoever watches; else in Redis itself.
+The command goes through the run's control service where that answers, so that the page and the events show it. Else it
+writes to Redis itself.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import redis
-
-from headrace.common.redis.keys import Keys, of_every_run, run_of
+from headrace.common.redis.keys import Keys
 from headrace.common.wire.desired_state import DESIRED_REPLICAS, desired_replicas, parse_launcher
-from headrace.launcher.run.control_client import ControlFailed, NotRunning, find_control
-from headrace.launcher.run.processes import short_timeout_client
-from headrace.launcher.run.run_folder import REDIS_URL_FILE, read_url_file
-
-LOOK_TIMEOUT_S = 5.0
-WITHDRAWN = "auto"
+from headrace.launcher.run.control_client import find_control
+from headrace.launcher.run.errors import ControlFailed, NotRunning
+from headrace.launcher.run.live_runs import answering_redis, launched_at, launched_in
 
 
-class Ordered(NamedTuple):
+class Scaled(NamedTuple):
     run: str
     replicas: int | None
+    """None: the target was cleared."""
     text: str
 
 
-def scale(order: str, run: str | None, runs_folder: Path, redis_url: str | None, url: str | None) -> Ordered:
-    """`order`: a number, or `auto`. Raises `NotRunning`, and orders nothing, where nobody would obey, and `ValueError`
-    for what is no order."""
-    number = None if order == WITHDRAWN else desired_replicas(order)
+def scale(target: str | None, run: str | None, runs_folder: Path, redis_url: str | None, url: str | None) -> Scaled:
+    """Sets the target, or clears it where `target` is None.
+
+    Raises `NotRunning`, and changes nothing, where no launcher would follow, and `ValueError` for an invalid number.
+    """
+    number = None if target is None else desired_replicas(target)
     if run is not None:
-        Keys(run)  # a name that is no folder's
+        Keys(run)  # refuses a name that cannot be a folder's
     name = None if redis_url and not url else _through_control(number, run, runs_folder, url)
-    return _told(name or _in_redis(number, run, runs_folder, redis_url), number)
+    return _scaled(name or _in_redis(number, run, runs_folder, redis_url), number)
 
 
-def _told(run: str, number: int | None) -> Ordered:
+def _scaled(run: str, number: int | None) -> Scaled:
     if number is None:
-        return Ordered(run, None, f"run {run}: no number is ordered any more")
+        return Scaled(run, None, f"run {run}: target cleared; the configured number applies, or the learner's advice")
     paused = "; at 0 generation is paused, and the learner waits" if number == 0 else ""
-    return Ordered(run, number, f"run {run}: {number} replica{'s' * (number != 1)} ordered{paused}")
+    return Scaled(run, number, f"run {run}: target set to {number} replica{'s' * (number != 1)}{paused}")
 
 
 def _through_control(number: int | None, run: str | None, runs_folder: Path, url: str | None) -> str | None:
@@ -48,7 +45,7 @@ def _through_control(number: int | None, run: str | None, runs_folder: Path, url
     try:
         control = find_control(run, url, runs_folder)
         name = control.run()
-        control.order("PUT", "/replicas/desired", {"replicas": number})
+        control.send("PUT", "/replicas/desired", {"replicas": number})
     except (NotRunning, ControlFailed):
         if url:
             raise
@@ -57,15 +54,15 @@ def _through_control(number: int | None, run: str | None, runs_folder: Path, url
 
 
 def _in_redis(number: int | None, run: str | None, runs_folder: Path, redis_url: str | None) -> str:
-    found = _launched_at(redis_url, run) if redis_url else _launched_in(runs_folder, run)
+    found = launched_at(redis_url, run) if redis_url else launched_in(runs_folder, run)
     if len(found) > 1:
         raise ValueError(f"{len(found)} launchers are running ({', '.join(sorted(found))}): expected --run")
     if not found:
         where = "in that Redis" if redis_url else f"in {runs_folder}"
-        of = f"run {run!r} has no launcher" if run else "no launcher is running"
-        raise NotRunning(f"{of} {where}; headrace up starts one, and replicas elsewhere just join")
+        problem = f"run {run!r} has no launcher" if run else "no launcher is running"
+        raise NotRunning(f"{problem} {where}; headrace up starts one, and replicas elsewhere join by themselves")
     ((name, url),) = found.items()
-    with _asked(url) as client:
+    with answering_redis(url) as client:
         if number is None:
             client.hdel(Keys(name).control, DESIRED_REPLICAS)
         else:
@@ -73,34 +70,3 @@ def _in_redis(number: int | None, run: str | None, runs_folder: Path, redis_url:
             parse_launcher((presence or b"").decode(errors="replace")).refuse(number)
             client.hset(Keys(name).control, DESIRED_REPLICAS, number)
     return name
-
-
-def _launched_at(url: str, run: str | None) -> dict[str, str]:
-    """The runs whose launcher is present in that Redis, with its URL."""
-    with _asked(url) as client:
-        if run is not None:
-            return {run: url} if client.exists(Keys(run).launcher) else {}
-        return {run_of(key): url for key in client.scan_iter(match=of_every_run("launcher"), count=1000)}
-
-
-def _launched_in(runs_folder: Path, run: str | None) -> dict[str, str]:
-    """The same, of the runs kept in that folder."""
-    names = [path.parent.name for path in runs_folder.glob(f"*/{REDIS_URL_FILE}")] if run is None else [run]
-    found: dict[str, str] = {}
-    for name in names:
-        url = read_url_file(runs_folder / name)
-        try:
-            found |= _launched_at(url, name) if url else {}
-        except NotRunning:  # a launcher that was killed may have left its note
-            continue
-    return found
-
-
-@contextmanager
-def _asked(url: str) -> Iterator[redis.Redis]:
-    """Raises `NotRunning` with one line if Redis does not answer."""
-    with short_timeout_client(url, LOOK_TIMEOUT_S) as client:
-        try:
-            yield client
-        except redis.RedisError as error:
-            raise NotRunning(f"Redis does not answer: {error}") from error

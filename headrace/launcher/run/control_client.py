@@ -1,7 +1,8 @@
-"""A client of a run's control service, which it finds by itself.
+"""A client of a run's control service, and how a command finds that service.
 
-It is at `--url` (HEADRACE_URL), else at the URL that the run's folder says while `headrace up` runs. The token is that
-of HEADRACE_TOKEN, else the run's own. Every call has a deadline; what control refuses is a `ValueError` with its words.
+The service's URL is `--url` (HEADRACE_URL), else the one that the run's folder holds while `headrace up` runs. The
+token is HEADRACE_TOKEN, else the one in the run's folder. Every call has a deadline. What control refuses is raised as
+`ValueError` with its own words.
 """
 
 from contextlib import suppress
@@ -13,27 +14,20 @@ import httpx
 from headrace.common.http.addresses import bearer
 from headrace.common.process.run_token import TOKEN_VARIABLE, token_given, token_in
 from headrace.common.redis.keys import Keys
+from headrace.launcher.run.errors import ControlFailed, NotRunning
 from headrace.launcher.run.run_folder import CONTROL_URL_FILE, read_url_file, runs_with_control
 
 TIMEOUT_S = 15.0
-"""An order may have to wait for Redis."""
+"""A command may have to wait for Redis."""
 LOOK_TIMEOUT_S = 3.0
 
 
-class NotRunning(Exception):
-    """There is nobody to ask, or it does not answer."""
-
-
-class ControlFailed(RuntimeError):
-    """Control answered that it could not."""
-
-
-class Control:
-    """Of one run. Raises `ValueError` for what is refused, `NotRunning` and `ControlFailed`."""
+class ControlClient:
+    """For one run. Raises `ValueError` for a refused request, else `NotRunning` or `ControlFailed`."""
 
     def __init__(self, url: str, token: str) -> None:
         if not url.startswith(("http://", "https://")):
-            raise ValueError(f"{url!r} is no URL of a control service: expected http://host:port")
+            raise ValueError(f"{url!r} is not the URL of a control service: expected http://host:port")
         self.url = url.rstrip("/")
         headers = {"User-Agent": "the headrace command"} | (bearer(token) if token else {})
         self._http = httpx.Client(headers=headers, timeout=TIMEOUT_S, trust_env=False)
@@ -42,15 +36,15 @@ class Control:
         given = {name: value for name, value in query.items() if value is not None}
         return self._call("GET", path, params=given)
 
-    def order(self, method: str, path: str, body: Any = None) -> Any:
-        """POST, PUT or PATCH."""
+    def send(self, method: str, path: str, body: Any = None) -> Any:
+        """`method`: POST, PUT or PATCH."""
         return self._call(method, path, **({} if body is None else {"json": body}))
 
     def run(self, timeout_s: float = LOOK_TIMEOUT_S) -> str:
-        """Whose control it is."""
+        """The name of the run whose control this is."""
         status = self._call("GET", "/status", timeout=timeout_s)
         if not isinstance(status, dict) or "run" not in status:
-            raise NotRunning(f"what answers at {self.url} is no control service")
+            raise NotRunning(f"the server at {self.url} is not a Headrace control service")
         return str(status["run"])
 
     def _call(self, method: str, path: str, **arguments: Any) -> Any:
@@ -61,30 +55,30 @@ class Control:
         if answer.is_success:
             with suppress(ValueError):
                 return answer.json()
-            raise NotRunning(f"what answers at {self.url} is no control service")
+            raise NotRunning(f"the server at {self.url} is not a Headrace control service")
         detail = _detail(answer)
         if answer.status_code >= 500:
             raise ControlFailed(detail)
         raise ValueError(detail)
 
 
-def find_control(run: str | None, url: str | None, runs_folder: Path) -> Control:
-    """Of that run, or of the only one that is going on."""
+def find_control(run: str | None, url: str | None, runs_folder: Path) -> ControlClient:
+    """The control service of the named run, or of the only live one."""
     if run is not None:
-        Keys(run)  # a name that is no folder's
+        Keys(run)  # refuses a name that cannot be a folder's
     if url:
         owner = run or next((name for name, found in runs_with_control(runs_folder).items() if found == url), None)
-        control = Control(url, _token(runs_folder / owner if owner else None))
+        control = ControlClient(url, _token(runs_folder / owner if owner else None))
         if (name := control.run()) != (run or name):
             raise ValueError(f"the control service at {url} is of run {name!r}, not {run!r}")
         return control
     known = {run: read_url_file(runs_folder / run, CONTROL_URL_FILE)} if run else runs_with_control(runs_folder)
-    found: dict[str, Control] = {}
+    found: dict[str, ControlClient] = {}
     silent: list[str] = []
     for name, where in known.items():
         if where is None:
             continue
-        control = Control(where, _token(runs_folder / name))
+        control = ControlClient(where, _token(runs_folder / name))
         try:
             if control.run() == name:  # else another's, where a killed launcher has left its note
                 found[name] = control
@@ -93,15 +87,15 @@ def find_control(run: str | None, url: str | None, runs_folder: Path) -> Control
         except (ControlFailed, ValueError):
             found[name] = control
     if len(found) > 1:
-        raise ValueError(f"{len(found)} runs are going on ({', '.join(sorted(found))}): expected --run")
+        raise ValueError(f"{len(found)} runs are live ({', '.join(sorted(found))}): expected --run")
     if not found:
-        what = f"run {run!r} is not going on" if run else "no run is going on"
+        what = f"run {run!r} is not live" if run else "no run is live"
         raise NotRunning(f"{what} in {runs_folder}" + (f": {silent[0]}" if silent else "; headrace up starts one"))
     return next(iter(found.values()))
 
 
 def _token(folder: Path | None) -> str:
-    """Empty where none is known: reading may be open all the same."""
+    """Empty if none is known; reading may be allowed without it."""
     if given := token_given():
         return given
     with suppress(ValueError):  # what is not ours to read

@@ -64,7 +64,7 @@ class LogFollower:
         self._wanted = wanted
         self._files = {path: LogFile(path, at_end=True) for path in log_files(folder)}
 
-    def look(self) -> list[Line]:
+    def read_new(self) -> list[Line]:
         """What has come since the last look."""
         for path in log_files(self._folder):
             if path not in self._files:

@@ -11,8 +11,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from headrace.common.config import Recipe, yaml_text
+if TYPE_CHECKING:
+    from headrace.common.config import Recipe
 
 LOCK_FILE = "lock"
 REDIS_URL_FILE = "redis-url"
@@ -97,8 +99,10 @@ def newest_run(runs_folder: Path) -> str:
     return found[-1].parent.name
 
 
-def write_config(folder: Path, recipe: Recipe) -> Path:
+def write_config(folder: Path, recipe: "Recipe") -> Path:
     """The resolved configuration, without the Redis URL, which may hold a password."""
+    from headrace.common.config import yaml_text
+
     path = folder / "config.yaml"
     settings = recipe.config.model_dump(mode="json", exclude={"redis_url"})
     path.write_text(yaml_text.dump(settings))

@@ -182,9 +182,10 @@ class ProgressView:
             self.say(self.dead())
 
     def dead(self) -> str:
-        """Such as `3 tickets are dead (headrace dead list demo), the latest: ValueError: ...`."""
+        """Such as `3 tickets are dead (headrace dead-letters list --run demo), the latest: ValueError: ...`."""
         are = "ticket is" if self.num_dead == 1 else "tickets are"
-        return f"{self.num_dead} {are} dead (headrace dead list {self.keys.run}), the latest: {self._dead_reason}"
+        command = f"headrace dead-letters list --run {self.keys.run}"
+        return f"{self.num_dead} {are} dead ({command}), the latest: {self._dead_reason}"
 
     def _new_events(self) -> Any:
         found: Any = self.client.xrange(self.keys.events, min=f"({self._seen}")

@@ -1,4 +1,4 @@
-"""`headrace dead`: what could not be generated, scored or decoded, with its reason; to be tried again or given up.
+"""`headrace dead-letters`: tickets that could not be generated, scored or decoded, with reasons; to retry or to purge.
 
     python -m headrace.learner.commands.dead_letters list|retry|purge --run demo [TICKET ...]
 
@@ -88,7 +88,7 @@ def retry(client: redis.Redis, keys: Keys, ticket_ids: list[str]) -> list[str]:
     known = {dead.ticket_id for dead in dead_entries(client, keys) if dead.is_ticket}
     for name in ticket_ids:
         if name not in known:
-            raise ValueError(f"ticket {name!r} is not dead: expected one of `headrace dead list`")
+            raise ValueError(f"ticket {name!r} is not dead: expected one of `headrace dead-letters list`")
         if parse_name(name).kind == "eval":
             raise ValueError(f"ticket {name!r} belongs to an evaluation, which is over")
     chosen = ticket_ids or sorted(name for name in known if parse_name(name).kind == "train")
@@ -129,7 +129,7 @@ def main() -> int:
         chosen = act(client, keys, arguments.tickets)
         print(json.dumps({"tickets": chosen}) if arguments.json else f"{len(chosen)} {what}")
     except (ValueError, redis.RedisError) as error:
-        print(f"headrace dead: {error}", file=sys.stderr)
+        print(f"headrace dead-letters: {error}", file=sys.stderr)
         return 2
     return 0
 
@@ -163,7 +163,7 @@ def _chosen(entries: list[Dead], ticket_ids: list[str]) -> list[Dead]:
     """All, or those named. Raises `ValueError` naming one that is not there."""
     missing = set(ticket_ids) - {dead.ticket_id for dead in entries}
     if missing:
-        raise ValueError(f"ticket {sorted(missing)[0]!r} is not dead: expected one of `headrace dead list`")
+        raise ValueError(f"ticket {sorted(missing)[0]!r} is not dead: expected one of `headrace dead-letters list`")
     return [dead for dead in entries if not ticket_ids or dead.ticket_id in ticket_ids]
 
 

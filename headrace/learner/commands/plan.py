@@ -1,4 +1,4 @@
-"""`headrace plan`: how a run would go with other numbers of replicas, simulated from what it has measured.
+"""`headrace simulate`: how a run would go with other numbers of replicas, simulated from what it has measured.
 
     python -m headrace.learner.commands.plan --run demo --runs-folder runs
 
@@ -134,7 +134,7 @@ def _until_s(measured: Measured, start: int) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="headrace plan")
+    parser = argparse.ArgumentParser(prog="headrace simulate")
     parser.add_argument("--run", required=True)
     parser.add_argument("--runs-folder", type=Path, default=Path("runs"))
     parser.add_argument("--json", action="store_true")

@@ -190,7 +190,9 @@ def completion_loss(model: Qwen3ForCausalLM, ids: torch.Tensor, labels: torch.Te
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="headrace warm-start", description="Make the demo's warm-started policy.")
+    parser = argparse.ArgumentParser(
+        prog="headrace make-demo-policy", description="Make the demo's warm-started policy."
+    )
     parser.add_argument("--folder", type=Path, default=Path("assets/demo-policy"))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
