@@ -54,14 +54,14 @@ def up(
     run: str,
     runs_folder: Path,
     console: Console,
-    is_order_withdrawn: bool = False,
+    is_target_cleared: bool = False,
     is_json: bool = False,
     is_new_epoch: bool = False,
 ) -> None:
     """Returns when the run is complete or was stopped. Raises `ValueError` before anything starts,
     later `ServiceFailed`.
 
-    `is_order_withdrawn`: the recipe's number of replicas counts again, whatever was ordered of the run before.
+    `is_target_cleared`: the recipe's number of replicas counts again, whatever was ordered of the run before.
     `is_new_epoch`: data that are not those which the run began with begin with its next epoch; else they are refused.
     `is_json`: what is said is an object a line, the last one the summary.
     """
@@ -81,7 +81,7 @@ def up(
         redis = None
         if recipe.config.redis_url is None:
             redis = _redis(folder, port, lock, view)
-            stack.callback(lambda kept: kept.service.stop(kept.grace_s), redis)  # should nobody come to supervise it
+            stack.callback(lambda: redis.service.stop(redis.grace_s))  # in case the supervisor never starts
             wait_for_redis(redis.service, url)
         stack.enter_context(write_url_file(folder, url))
         host, page_port = recipe.config.control.host, recipe.config.control.port or free_port()
@@ -99,26 +99,26 @@ def up(
         stack.enter_context(handling_signals(signals.append))
         settings = recipe.config.generation
         max_advised = settings.max_replicas if settings.autoscale else 0
-        orders = ReplicaTarget(url, keys, settings.replicas, max_advised, devices.max_replicas)
-        orders.begin()
-        if is_order_withdrawn:
-            orders.withdraw()
+        target = ReplicaTarget(url, keys, settings.replicas, max_advised, devices.max_replicas)
+        target.clear_stop_and_pause()
+        if is_target_cleared:
+            target.clear()
         learner = _learner(folder, url, view, is_new_epoch, devices)
-        replicas = Replicas(lambda index: _replica(folder, index, url, devices), orders)
+        replicas = Replicas(lambda index: _replica(folder, index, url, devices), target)
         control = _control(folder, url, host, page_port)
         try:
             Supervisor(learner, replicas, control, redis, view, signals).run()
         except ServiceFailed:
-            if view.num_dead:
-                view.say(view.dead())
+            if view.num_dead_letters:
+                view.say(view.dead_letters())
             raise
     if is_json:
         summary = folder / "summary.json"
         print(json.dumps({"at": time.time(), "summary": json.loads(summary.read_text()) if summary.exists() else None}))
     else:
         _tell_results(folder, console)
-        if view.num_dead:
-            console.print(Text(view.dead()), soft_wrap=True)
+        if view.num_dead_letters:
+            console.print(Text(view.dead_letters()), soft_wrap=True)
 
 
 def _new_token(path: Path) -> str:
@@ -143,7 +143,7 @@ def _learner(folder: Path, url: str, view: ProgressView, is_new_epoch: bool, dev
     log = folder / "logs" / "learner.log"
 
     def start() -> Service:
-        view.forget_learner()
+        view.clear_learner_status()
         return python_service("learner", "headrace.learner", arguments, log, url, devices.of_learner())
 
     return SupervisedProcess(
@@ -151,7 +151,7 @@ def _learner(folder: Path, url: str, view: ProgressView, is_new_epoch: bool, dev
         grace_s=LEARNER_GRACE_S,
         progress=view.latest_step,
         no_restart_codes={REFUSED, FENCED, STARVED},
-        reason=view.latest_reason,
+        exit_reason=view.latest_reason,
     )
 
 

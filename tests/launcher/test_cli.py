@@ -40,7 +40,7 @@ def headrace(*arguments: str, **environment: str) -> subprocess.CompletedProcess
         env=os.environ | {"COLUMNS": "40", "HF_HUB_OFFLINE": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,  # a guard against hanging
     )
 
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 def headrace(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "headrace.launcher", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def test_what_init_writes_passes_check_in_an_empty_folder(tmp_path: Path) -> None:

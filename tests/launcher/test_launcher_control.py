@@ -10,7 +10,7 @@ from headrace.launcher.run.run_folder import CONTROL_URL_FILE
 from tests.support.fake_services import SERVES, Faking, ended, faking, read_until
 
 __all__ = ["faking"]
-QUICK = "supervisor.LOOK_INTERVAL_S = 0.02; restart_policy.PAUSES_S = (0, 0.1)"
+QUICK = "supervisor.POLL_INTERVAL_S = 0.02; restart_policy.PAUSES_S = (0, 0.1)"
 NOTES_PLACE = "note(' '.join(arguments))\n" + SERVES
 
 

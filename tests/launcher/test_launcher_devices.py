@@ -21,7 +21,7 @@ from tests.support.fake_gpus import FakeGpus
 from tests.support.fake_services import RECIPE, Fakes, Faking, ended, faking, until
 
 __all__ = ["faking"]
-QUICK = "supervisor.LOOK_INTERVAL_S = 0.02; restart_policy.PAUSES_S = (0, 0.05)"
+QUICK = "supervisor.POLL_INTERVAL_S = 0.02; restart_policy.PAUSES_S = (0, 0.05)"
 SEES = "shown = os.environ.get('CUDA_VISIBLE_DEVICES', 'all') + ' ' + os.environ.get('CUDA_DEVICE_ORDER', '-')\n"
 LEARNER = f"{SEES}note('sees ' + shown + ' --shares-gpu' * ('--shares-gpu' in arguments))\nsignal.pause()"
 REPLICA = f"""

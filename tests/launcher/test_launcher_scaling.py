@@ -15,7 +15,7 @@ from tests.support.fake_services import RECIPE, SERVES, Fakes, Faking, ended, fa
 from tests.support.redis_servers import as_launched
 
 __all__ = ["faking"]
-QUICK = "supervisor.LOOK_INTERVAL_S = 0.02; restart_policy.PAUSES_S = (0, 0.05)"
+QUICK = "supervisor.POLL_INTERVAL_S = 0.02; restart_policy.PAUSES_S = (0, 0.05)"
 DRAINS = """
 name = option("--name")
 on(signal.SIGTERM, lambda: (note("drains " + name), sys.exit(0)))
@@ -65,13 +65,18 @@ def test_the_launcher_follows_from_1_to_3_and_back(faking: Faking) -> None:
         "who was asked to end is not restarted"
     )
     assert fakes.lines()[-1] == "generation drains generation-0"
-    for line in ("3 replicas, as ordered", "1 replica, as ordered", "generation-1 has left", "generation-2 has left"):
+    for line in (
+        "3 replicas, as requested",
+        "1 replica, as requested",
+        "generation-1 has left",
+        "generation-2 has left",
+    ):
         assert f"] {line}\n" in output
     assert not processes_of(fakes.run)
 
 
 def test_replicas_that_crash_while_scaling_do_not_end_the_run(faking: Faking) -> None:
-    """One that cannot be kept is given up until the next order; one that was only unlucky is kept."""
+    """One that cannot be kept is given up until the target changes; one that was only unlucky is kept."""
     fakes = faking(
         learner=SERVES,
         generation="""
@@ -92,7 +97,7 @@ if option("--name") == "generation-1" or num_notes("starts generation-2") == 1:
     fakes.wait_for("generation starts generation-1", times=12)
     scaled(fakes, "1")
     output = stopped(process)
-    assert output.count("given up until the next order, the run goes on with") >= 1, output
+    assert output.count("given up until the target changes, the run goes on with") >= 1, output
     assert "the run goes on with 2 of its replicas: 5 restarts without progress: generation-1 was killed" in output
     assert "no memory" in output
     assert fakes.lines().count("learner serves") == fakes.lines().count("generation serves generation-0") == 1
@@ -140,7 +145,7 @@ def test_scaled_to_0_generation_is_paused_and_the_run_goes_on(faking: Faking) ->
     scaled(fakes, "1")
     fakes.wait_for(*serving(0), times=2)
     output = stopped(process)
-    assert "] no replicas, as ordered: generation is paused until more are ordered (headrace scale)\n" in output
+    assert "] no replicas, as requested: generation is paused until more are requested (headrace scale)\n" in output
     assert "replicas: none, scaled to 0: generation is paused\n" in output
     assert fakes.lines().count("learner serves") == 1
 
@@ -154,7 +159,7 @@ def test_an_order_outlives_the_launcher_until_another_number_is_given(faking: Fa
     stopped(process)
     again = fakes.up(settings=QUICK)
     fakes.wait_for(*serving(0, 1), times=2)
-    assert "] 2 replicas, as ordered\n" in stopped(again)
+    assert "] 2 replicas, as requested\n" in stopped(again)
     third = fakes.up("--replicas", "3", settings=QUICK)
     fakes.wait_for(*serving(2))
     with client_of(fakes) as client:
@@ -187,8 +192,8 @@ def test_advice_is_followed_where_the_recipe_says_so_and_nobody_has_ordered(faki
     scaled(fakes, "--clear")
     until(lambda: len(psutil.Process(process.pid).children()) == 4, "no advice beyond the bounds is obeyed")
     output = stopped(process)
-    assert "] 3 replicas, as advised: it waits\n" in output and "] 1 replica, as ordered\n" in output
-    assert "an order is not obeyed: '99' replicas: expected a number from 0 to 64\n" in output
+    assert "] 3 replicas, as advised: it waits\n" in output and "] 1 replica, as requested\n" in output
+    assert "the replica target is ignored: '99' replicas: expected a number from 0 to 64\n" in output
 
 
 def test_advice_is_advice(faking: Faking) -> None:
@@ -212,7 +217,7 @@ def test_an_order_that_makes_no_sense_is_told_and_not_obeyed(faking: Faking) -> 
     scaled(fakes, "2")
     fakes.wait_for(*serving(1))
     output = stopped(again)
-    assert output.count("an order is not obeyed: 'many' replicas: expected a number from 0 to 64\n") == 1
+    assert output.count("the replica target is ignored: 'many' replicas: expected a number from 0 to 64\n") == 1
 
 
 KEEPS_A_BAD_ORDER = f"redis('HSET', '{CONTROL}', 'desired_replicas', 'many')\n{SERVES}"
@@ -285,5 +290,5 @@ def test_of_several_launchers_one_must_be_named(faking: Faking) -> None:
     assert "2 launchers are running (faked, other): expected --run" in refused(fakes, "2")
     assert scaled(fakes, "2", "--run", "other") == "run other: target set to 2 replicas\n"
     fakes.wait_for(*serving(1))
-    assert "2 replicas, as ordered" not in stopped(first)
-    assert "2 replicas, as ordered" in stopped(second)
+    assert "2 replicas, as requested" not in stopped(first)
+    assert "2 replicas, as requested" in stopped(second)

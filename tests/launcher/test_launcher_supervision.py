@@ -10,7 +10,7 @@ import pytest
 from tests.support.fake_services import SERVES, TIMEOUT_S, Faking, ended, faking, processes_of, redis_of
 
 __all__ = ["faking"]
-QUICK = "supervisor.LOOK_INTERVAL_S = 0.02; restart_policy.PAUSES_S = (0, 0.1, 0.2, 0.4)"
+QUICK = "supervisor.POLL_INTERVAL_S = 0.02; restart_policy.PAUSES_S = (0, 0.1, 0.2, 0.4)"
 
 
 def test_a_learner_that_gets_somewhere_is_started_again_each_time(faking: Faking) -> None:
@@ -83,7 +83,7 @@ os.kill(os.getpid(), signal.SIGSTOP)
 """
     )
     hang = (
-        "supervisor.HANG_TIMEOUT_S = 1.0; liveness_probe.PROBE_INTERVAL_S = 0.4; liveness_probe.PROBE_TIMEOUT_S = 0.3"
+        "supervisor.HANG_TIMEOUT_S = 1.0; liveness_probe.PROBE_INTERVAL_S = 0.4; liveness_probe.PROBE_TIMEOUT_S = 2.0"
     )
     output = ended(fakes.up(settings=f"{QUICK}; {hang}"), 0)
     assert (fakes.lines().count("learner asked"), fakes.lines().count("learner starts")) == (5, 2)
@@ -199,7 +199,7 @@ def test_a_second_ctrl_c_kills_at_once(faking: Faking) -> None:
     process.send_signal(signal.SIGINT)
     fakes.wait_for("learner asked", "generation asked")
     process.send_signal(signal.SIGINT)
-    assert "headrace: killed as asked" in ended(process, 1)
+    assert "headrace: killed on request" in ended(process, 1)
     assert not processes_of(fakes.run)
 
 

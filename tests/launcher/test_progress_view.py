@@ -14,8 +14,9 @@ from headrace.common.http.addresses import free_port, listen
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import Heartbeat, encode
 from headrace.launcher.run.processes import redis_url_at
-from headrace.launcher.terminal import progress_view as watch
-from headrace.launcher.terminal.progress_view import ProgressView, StepEvent
+from headrace.launcher.terminal import progress_view
+from headrace.launcher.terminal.progress_view import ProgressView
+from headrace.launcher.terminal.step_table import StepEvent
 
 STEP = StepEvent(
     step=1,
@@ -69,14 +70,14 @@ def test_what_cannot_be_decoded_is_passed_over(client: redis.Redis, redis_url: s
         announce(client, keys, kind, payload)
     client.xadd(keys.events, {"neither": "this"})
     with Seen(redis_url, keys) as view:
-        view.look()
+        view.refresh()
         assert view.new_lines() == [
             "learner: \N{REPLACEMENT CHARACTER}training; replicas: 1 running",
             "step 1, reward 0.500, staleness 1.00, uniform 25%, tokens/s 50, waited 0.10 s, step time 0.20 s, KL – "
             "(of 9 steps)",
             "held-out pass@1 0.500 after step 1, 2 completions",
         ]
-        view.look()
+        view.refresh()
         assert view.new_lines() == []
 
 
@@ -84,7 +85,7 @@ def test_a_reason_to_wait_is_told_when_it_lasts(
     client: redis.Redis, redis_url: str, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = time.monotonic()
-    monkeypatch.setattr(watch, "monotonic", lambda: now)
+    monkeypatch.setattr(progress_view, "monotonic", lambda: now)
     told = "the learner waits: starved: 3 of 16 groups for"
     with Seen(redis_url, keys) as view:
         for seconds in range(4):
@@ -92,19 +93,19 @@ def test_a_reason_to_wait_is_told_when_it_lasts(
             client.hset(
                 keys.learner, mapping={"phase": "waiting", "reason": f"starved: 3 of 16 groups for {seconds} s"}
             )
-            view.look()
+            view.refresh()
         assert view.new_lines() == ["learner: waiting; replicas: none yet"]
         now += 5
-        view.look()
-        view.look()
+        view.refresh()
+        view.refresh()
         assert view.new_lines() == [f"{told} 3 s"]
         client.hset(keys.learner, "reason", "")
-        view.look()
+        view.refresh()
         client.hset(keys.learner, "reason", "starved: 3 of 16 groups for 0 s")
-        view.look()
+        view.refresh()
         assert view.new_lines() == []
         now += 6
-        view.look()
+        view.refresh()
         assert view.new_lines() == [f"{told} 0 s"]
 
 
@@ -112,26 +113,26 @@ def test_why_rewards_fail_and_what_has_died_is_told(
     client: redis.Redis, redis_url: str, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = time.monotonic()
-    monkeypatch.setattr(watch, "monotonic", lambda: now)
+    monkeypatch.setattr(progress_view, "monotonic", lambda: now)
     reason = "rewards fail: ticket 0-1: ValueError: no for 2 s"
     told = f"(headrace dead-letters list --run {keys.run}), the latest: ValueError"
     with Seen(redis_url, keys) as view:
         beat(client, keys, "a", reason=reason)
-        view.look()
+        view.refresh()
         assert view.new_lines()[1:] == [f"a: {reason}"]
         beat(client, keys, "a", reason="rewards fail: ticket 0-2: ValueError: no for 3 s")
         client.xadd(keys.dead, {"id": "0-1", "reason": "ValueError"})
-        view.look()
+        view.refresh()
         assert view.new_lines() == [f"1 ticket is dead {told}"]
         client.xadd(keys.dead, {"id": "0-2", "reason": "ValueError"})
-        view.look()
+        view.refresh()
         assert view.new_lines() == [], "not at each"
         now += 31
-        view.look()
-        view.look()
+        view.refresh()
+        view.refresh()
         assert view.new_lines() == [f"2 tickets are dead {told}"]
     with Seen(redis_url, keys, is_terminal=True) as view:
-        view.look()
+        view.refresh()
     assert f"· 2 tickets are dead {told}" in view.output.getvalue().replace("\n", " ").replace("  ", " ")
 
 
@@ -139,7 +140,7 @@ def test_the_table_shows_why_the_learner_waits(client: redis.Redis, redis_url: s
     announce(client, keys, "step", msgspec.json.encode(STEP))
     client.hset(keys.learner, mapping={"phase": "waiting", "reason": "no live replica for 3 s"})
     with Seen(redis_url, keys, is_terminal=True) as view:
-        view.look()
+        view.refresh()
     shown = view.output.getvalue()
     assert "learner: waiting; replicas: none yet · waits: no live replica for 3 s" in shown
     assert re.search(r"│ +1 │ +0.500 │", shown), shown
@@ -148,13 +149,13 @@ def test_the_table_shows_why_the_learner_waits(client: redis.Redis, redis_url: s
 def test_replicas_are_counted_by_what_they_do(client: redis.Redis, redis_url: str, keys: Keys) -> None:
     beat(client, keys, "a")
     with Seen(redis_url, keys) as view:
-        view.look()
+        view.refresh()
         beat(client, keys, "b", state="quarantined", reason="no weights for 3 s")
-        view.look()
+        view.refresh()
         beat(client, keys, "b", state="quarantined", reason="no weights for 4 s")
-        view.look()
+        view.refresh()
         beat(client, keys, "b")
-        view.look()
+        view.refresh()
         assert view.new_lines() == [
             "learner: loading the model; replicas: 1 running",
             "learner: loading the model; replicas: 1 quarantined (no weights for 3 s), 1 running",
@@ -168,30 +169,30 @@ def test_between_steps_only_what_is_out_of_the_ordinary_is_told(
     beat(client, keys, "a")
     announce(client, keys, "step", msgspec.json.encode(STEP))
     with Seen(redis_url, keys) as view:
-        view.look()
+        view.refresh()
         view.new_lines()
         for phase in ("training", "waiting", "training"):
             client.hset(keys.learner, "phase", phase)
-            view.look()
+            view.refresh()
             beat(client, keys, "a", reason="no tickets for 3 s")
-            view.look()
+            view.refresh()
         assert view.new_lines() == []
         beat(client, keys, "a", state="paused")
-        view.look()
+        view.refresh()
         client.hset(keys.learner, "phase", "loading")
-        view.look()
+        view.refresh()
         assert view.new_lines() == ["learner: training; replicas: 1 paused", "learner: loading; replicas: 1 paused"]
 
 
 def test_no_redis_is_shown_and_freezes_nothing(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gone, or frozen: it takes connections and answers nothing."""
-    monkeypatch.setattr(watch, "LOOK_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(progress_view, "REDIS_TIMEOUT_S", 0.2)
     with listen("127.0.0.1", 0) as frozen:
         for port in (free_port(), frozen.getsockname()[1]):
             with Seen(redis_url_at(port), keys) as view:
                 started = time.monotonic()
-                view.look()
-                view.forget_learner()
+                view.refresh()
+                view.clear_learner_status()
                 assert (view.latest_step(), view.latest_reason()) == (0, "")
                 assert time.monotonic() - started < 2
                 assert view.new_lines() == ["Redis unreachable"]

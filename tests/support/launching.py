@@ -11,6 +11,9 @@ import psutil
 
 from tests.support.fake_services import ROOT
 
+END_TIMEOUT_S = 1800.0
+"""A guard against hanging, also on a machine ten times slower."""
+
 
 class Launched:
     """`headrace up` of the run; its lines can be waited for, and its processes killed."""
@@ -48,7 +51,7 @@ class Launched:
             child.kill()
 
     def end(self) -> str:
-        rest, _ = self.process.communicate(timeout=240)
+        rest, _ = self.process.communicate(timeout=END_TIMEOUT_S)
         assert self.process.returncode == 0, self.output + rest
         return self.output + rest
 

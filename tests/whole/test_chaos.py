@@ -32,7 +32,7 @@ from headrace.learner.checkpoints.record import Record, write_record
 from headrace.learner.store.store import Cursor, Settlement
 
 LONG = 44
-TIMEOUT_S = 10.0
+TIMEOUT_S = 120.0
 
 
 # The schedule

@@ -30,7 +30,7 @@ NEWCOMERS = ("generation-1", "generation-2")
 
 def headrace(*arguments: str) -> str:
     command = [sys.executable, "-m", "headrace.launcher", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done
     return done.stdout
 

@@ -18,7 +18,7 @@ from tests.support.launching import rows_of
 from tests.support.redis_servers import Watched, servers, until
 from tests.support.replaying import ROOT, end, make_recording, state_of, take_up, trained
 
-RUN_TIMEOUT_S = 120.0
+RUN_TIMEOUT_S = 1200.0
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
-"""How many replicas a launcher is to keep: what was ordered in the run's `control`, else what its recipe says, or the
-learner advises where the recipe says to follow that (`generation.autoscale`).
+"""How many replicas a launcher keeps: the number set by `headrace scale`, else the learner's advice where the recipe
+follows it (`generation.autoscale`), else the recipe's number.
 
-A launcher that follows orders says so in Redis under a key that expires, so that nobody orders into the void. It waits
-for nobody: while Redis is away the number of before stands.
+While a launcher reads the target it announces itself in Redis under a key that expires, so that a command is refused
+where no launcher would follow it. Nothing here blocks: while Redis is away the latest number stands.
 """
 
 import os
@@ -16,12 +16,12 @@ from headrace.common.redis.keys import Keys
 from headrace.common.wire.desired_state import DESIRED_REPLICAS, PAUSED, STOP, Launcher, desired_replicas
 from headrace.launcher.run.processes import short_timeout_client
 
-LOOK_TIMEOUT_S = 1.0
+REDIS_TIMEOUT_S = 1.0
 PRESENCE_TTL_S = 10.0
 
 
 class Target(NamedTuple):
-    """A number of replicas, and who asks for it, for people."""
+    """A number of replicas, and where it comes from, in words."""
 
     replicas: int
     origin: str
@@ -30,39 +30,39 @@ class Target(NamedTuple):
 
 
 class ReplicaTarget:
-    """Of one run, for its one launcher. `start` is the recipe's number."""
+    """For the one launcher of a run. `start` is the recipe's number."""
 
     def __init__(self, redis_url: str, keys: Keys, start: int, max_advised: int, max_replicas: int) -> None:
-        """`max_advised`: advice is followed up to this many; 0: not at all. `max_replicas`: as many as this machine
-        has devices for."""
-        self._client = short_timeout_client(redis_url, LOOK_TIMEOUT_S)
+        """`max_advised`: advice is followed up to this number; 0: advice is ignored. `max_replicas`: as many as this
+        machine has devices for."""
+        self._client = short_timeout_client(redis_url, REDIS_TIMEOUT_S)
         self._keys = keys
         self._max_advised = min(max_advised, max_replicas)
         self._max_replicas = max_replicas
         self.start = Target(start, "as configured")
         self._latest = self.start
 
-    def begin(self) -> None:
-        """A new life of the run neither stops nor pauses because the one before was told to."""
+    def clear_stop_and_pause(self) -> None:
+        """Removes a stop or a pause that was meant for the run's previous launch."""
         self._client.hdel(self._keys.control, PAUSED, STOP)
 
-    def withdraw(self) -> None:
-        """The number that was ordered for an earlier life of the run no longer stands."""
+    def clear(self) -> None:
+        """Removes the number that `headrace scale` set for the run's previous launch."""
         self._client.hdel(self._keys.control, DESIRED_REPLICAS)
 
-    def look(self) -> Target:
-        """The order that stands now. Raises `ValueError` naming one that cannot be obeyed."""
+    def poll(self) -> Target:
+        """The present target. Raises `ValueError` naming an invalid one."""
         try:
             with self._client.pipeline(transaction=False) as pipe:
                 presence = Launcher(f"{socket.gethostname()} process {os.getpid()}", self._max_replicas)
                 pipe.set(self._keys.launcher, str(presence), px=int(PRESENCE_TTL_S * 1000))
                 pipe.hget(self._keys.control, DESIRED_REPLICAS)
                 pipe.hmget(self._keys.learner, "advised_replicas", "advice")
-                _, ordered, (advised, reason) = pipe.execute()
+                _, desired, (advised, reason) = pipe.execute()
         except redis.RedisError:
             return self._latest
-        if ordered is not None:
-            self._latest = self._as_ordered(desired_replicas(_text(ordered)))
+        if desired is not None:
+            self._latest = self._as_far_as_possible(desired_replicas(_text(desired)))
         elif advised is not None and self._max_advised:
             number = max(1, min(desired_replicas(_text(advised)), self._max_advised))
             self._latest = Target(number, f"as advised: {_text(reason or b'')}")
@@ -70,15 +70,15 @@ class ReplicaTarget:
             self._latest = self.start
         return self._latest
 
-    def _as_ordered(self, number: int) -> Target:
-        """As far as the devices go: an order may be of a time when the run had others."""
+    def _as_far_as_possible(self, number: int) -> Target:
+        """At most as many as there are devices for; the number may have been set when the run had others."""
         if number <= self._max_replicas:
-            return Target(number, "as ordered")
-        shortfall = f"{number} replicas are ordered, and the GPUs here are enough for {self._max_replicas}"
+            return Target(number, "as requested")
+        shortfall = f"{number} replicas are requested, and the GPUs here are enough for {self._max_replicas}"
         return Target(self._max_replicas, "as far as the GPUs go", shortfall)
 
-    def leave(self) -> None:
-        """From now on nobody obeys."""
+    def close(self) -> None:
+        """From now on this launcher follows no target, and says so."""
         with suppress(redis.RedisError):
             self._client.delete(self._keys.launcher)
         self._client.close()

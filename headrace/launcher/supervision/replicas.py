@@ -1,8 +1,8 @@
-"""The replicas of one launcher, `generation-0` upwards: as many as are ordered, whatever that is from time to time.
+"""The replicas of one launcher, `generation-0` upwards: as many as the target says, which may change at any time.
 
-More are started, fewer are drained by SIGTERM from the highest number down; who was asked to end is not started again,
-and its name is free once it has ended. A replica that cannot be kept is given up, with the reason, as long as another
-is there to go on with; the last one raises `ServiceFailed`. The next order tries again.
+More replicas are started. Fewer are drained by SIGTERM, from the highest number down; a drained replica is not
+restarted, and its name is free once it has ended. A replica that keeps failing is given up, with the reason, as long
+as another one remains; the last one raises `ServiceFailed`. The next change of the target tries again.
 """
 
 import time
@@ -13,84 +13,88 @@ from headrace.launcher.supervision.replica_target import ReplicaTarget, Target
 from headrace.launcher.supervision.restart_policy import ServiceFailed, SupervisedProcess
 
 
-class _Leaving(NamedTuple):
-    kept: SupervisedProcess
+class _Draining(NamedTuple):
+    process: SupervisedProcess
     asked_at: float
 
 
 class Replicas:
-    """`start`: the replica of that number, as it starts."""
+    """`start` starts the replica of a number."""
 
-    def __init__(self, start: Callable[[int], SupervisedProcess], orders: ReplicaTarget) -> None:
-        self.orders = orders
+    def __init__(self, start: Callable[[int], SupervisedProcess], target: ReplicaTarget) -> None:
+        self.target = target
         self._start = start
-        self._order: Target | None = None
+        self._latest: Target | None = None
         self._problem = ""
-        """Of the latest order."""
-        self._kept: dict[int, SupervisedProcess] = {}
+        """With the latest target."""
+        self._running: dict[int, SupervisedProcess] = {}
         self._given_up: set[int] = set()
-        self._leaving: dict[int, _Leaving] = {}
+        self._draining: dict[int, _Draining] = {}
 
     @property
     def all(self) -> list[SupervisedProcess]:
-        """Those that are on their way out included."""
-        return [*self._kept.values(), *(leaving.kept for leaving in self._leaving.values())]
+        """All processes, including those that are draining."""
+        return [*self._running.values(), *(draining.process for draining in self._draining.values())]
 
     @property
-    def is_none_wanted(self) -> bool:
-        return self._order is not None and self._order.replicas == 0
+    def is_target_zero(self) -> bool:
+        return self._latest is not None and self._latest.replicas == 0
 
-    def follow(self) -> Iterator[str]:
-        """One look at the orders and at every replica; lines of what happened."""
-        yield from self._take_order()
-        yield from self._see_off()
-        assert self._order is not None
-        for index in range(self._order.replicas):
-            if index not in self._kept and index not in self._leaving and index not in self._given_up:
-                self._kept[index] = self._start(index)
-        for index in sorted(self._kept):
-            if line := self._keep(index):
+    def reconcile(self) -> Iterator[str]:
+        """Reads the target and looks after every replica once; yields lines about what happened."""
+        yield from self._read_target()
+        yield from self._end_draining()
+        assert self._latest is not None
+        for index in range(self._latest.replicas):
+            if index not in self._running and index not in self._draining and index not in self._given_up:
+                self._running[index] = self._start(index)
+        for index in sorted(self._running):
+            if line := self._restart_if_ended(index):
                 yield line
 
-    def _take_order(self) -> Iterator[str]:
-        order = self._order or self.orders.start
+    def _read_target(self) -> Iterator[str]:
+        target = self._latest or self.target.start
         try:
-            order = self.orders.look()
-            problem = order.shortfall
+            target = self.target.poll()
+            problem = target.shortfall
         except ValueError as error:
-            problem = f"an order is not obeyed: {error}"
+            problem = f"the replica target is ignored: {error}"
         if problem and problem != self._problem:
             yield problem
         self._problem = problem
-        if self._order is not None and order.replicas == self._order.replicas:
+        if self._latest is not None and target.replicas == self._latest.replicas:
             return
-        is_first, self._order = self._order is None, order
+        is_first, self._latest = self._latest is None, target
         self._given_up.clear()
-        if order.replicas == 0:
-            yield f"no replicas, {order.origin}: generation is paused until more are ordered (headrace scale)"
-        elif not is_first or order != self.orders.start:
-            yield f"{order.replicas} replica{'s' * (order.replicas > 1)}, {order.origin}"
-        for index in sorted(self._kept, reverse=True):
-            if index >= order.replicas:
-                kept = self._kept.pop(index)
-                kept.service.ask_to_stop()
-                self._leaving[index] = _Leaving(kept, time.monotonic())
+        if target.replicas == 0:
+            yield f"no replicas, {target.origin}: generation is paused until more are requested (headrace scale)"
+        elif not is_first or target != self.target.start:
+            yield f"{target.replicas} replica{'s' * (target.replicas > 1)}, {target.origin}"
+        self._drain_from(target.replicas)
 
-    def _see_off(self) -> Iterator[str]:
-        for index, (kept, asked_at) in list(self._leaving.items()):
-            if not kept.is_running:
-                del self._leaving[index]
-                yield f"{kept.service.name} has left"
-            elif time.monotonic() - asked_at > kept.grace_s:
-                yield f"{kept.service.name} did not leave within {kept.grace_s:.0f} s: killing it"
-                kept.service.kill()
+    def _drain_from(self, number: int) -> None:
+        for index in sorted(self._running, reverse=True):
+            if index >= number:
+                process = self._running.pop(index)
+                process.service.ask_to_stop()
+                self._draining[index] = _Draining(process, time.monotonic())
 
-    def _keep(self, index: int) -> str | None:
+    def _end_draining(self) -> Iterator[str]:
+        for index, (process, asked_at) in list(self._draining.items()):
+            if not process.is_running:
+                del self._draining[index]
+                yield f"{process.service.name} has left"
+            elif time.monotonic() - asked_at > process.grace_s:
+                yield f"{process.service.name} did not leave within {process.grace_s:.0f} s: killing it"
+                process.service.kill()
+
+    def _restart_if_ended(self, index: int) -> str | None:
         try:
-            return self._kept[index].keep()
+            return self._running[index].restart_if_ended()
         except ServiceFailed as failure:
-            if len(self._kept) == 1:
+            if len(self._running) == 1:
                 raise
-            del self._kept[index]
+            del self._running[index]
             self._given_up.add(index)
-            return f"given up until the next order, the run goes on with {len(self._kept)} of its replicas: {failure}"
+            left = len(self._running)
+            return f"given up until the target changes, the run goes on with {left} of its replicas: {failure}"

@@ -1,4 +1,4 @@
-"""A service that is started again when it ends unasked: after growing pauses, and not for ever."""
+"""The restart policy: a service that ends unexpectedly is restarted after growing pauses, a limited number of times."""
 
 import time
 from collections.abc import Callable, Collection
@@ -7,48 +7,51 @@ from dataclasses import dataclass, field
 from headrace.launcher.run.processes import Service
 
 MAX_RESTARTS = 5
-"""Without progress between."""
+"""Restarts without progress in between."""
 PAUSES_S = (0, 1, 2, 4)
-"""Before the first restart without progress, the second and so on; the last for all later ones."""
+"""Pauses before the first, second, … restart without progress; the last one also before all later ones."""
 
 
 class ServiceFailed(RuntimeError):
-    """A service failed; the text has the end of its log."""
+    """A service failed for good; the text has the end of its log."""
 
 
 @dataclass
 class SupervisedProcess:
-    """A service that is started again when it ends unasked; started by its construction."""
+    """A service and its restart policy. Constructing it starts the service."""
 
     start: Callable[[], Service]
     grace_s: float
-    """After it was asked to stop it is given so long."""
+    """Time between the request to stop and the kill."""
     progress: Callable[[], float]
     min_progress: float = 0.0
-    """Restarts before `progress` has grown by more than this since the last start no longer count."""
+    """When `progress` has grown by more than this since the last start, earlier restarts no longer count."""
     no_restart_codes: Collection[int] = ()
-    """Exit codes after which another start would come to the same end."""
-    reason: Callable[[], str] = lambda: ""
-    """What it said of its end, if it ended by itself; else its log tells."""
+    """Exit codes after which a restart would end the same way."""
+    exit_reason: Callable[[], str] = lambda: ""
+    """The reason that the service reported for its exit; if empty, its log is searched."""
     service: Service = field(init=False)
     restarts_without_progress: int = 0
     _restart_at: float | None = None
     _progress_at_start: float = 0.0
 
     def __post_init__(self) -> None:
-        self._begin()
+        self._start()
 
     @property
     def is_running(self) -> bool:
         return self.service.returncode is None
 
-    def keep(self) -> str | None:
-        """Starts it again if it has ended and its pause is over; a line when it has ended, or `ServiceFailed`."""
+    def restart_if_ended(self) -> str | None:
+        """Restarts a service that has ended once its pause is over. Returns a line when it has just ended.
+
+        Raises `ServiceFailed` if another restart would not help.
+        """
         if self.is_running:
             return None
         if self._restart_at is not None:
             if time.monotonic() >= self._restart_at:
-                self._begin()
+                self._start()
             return None
         if self.progress() - self._progress_at_start > self.min_progress:
             self.restarts_without_progress = 0
@@ -59,23 +62,20 @@ class SupervisedProcess:
         pause_s = PAUSES_S[min(self.restarts_without_progress, len(PAUSES_S) - 1)]
         self.restarts_without_progress += 1
         self._restart_at = time.monotonic() + pause_s
+        count = self.restarts_without_progress
         when = f" in {pause_s} s" if pause_s else ""
-        count = (
-            f" ({self.restarts_without_progress} of {MAX_RESTARTS} without progress)"
-            if self.restarts_without_progress > 1
-            else ""
-        )
-        return f"{self._ending()}: starting it again{when}{count}"
+        counted = f" ({count} of {MAX_RESTARTS} without progress)" if count > 1 else ""
+        return f"{self._exit_summary()}: starting it again{when}{counted}"
 
     def _failure(self) -> str:
-        return f"{self._ending()}; {self.service.log_tail()}"
+        return f"{self._exit_summary()}; {self.service.log_tail()}"
 
-    def _ending(self) -> str:
-        """How it ended and, if it ended by itself, why."""
-        reason = (self.reason() or self.service.last_error()) if (self.service.returncode or 0) > 0 else ""
+    def _exit_summary(self) -> str:
+        """How it ended and, if it was not killed, why."""
+        reason = (self.exit_reason() or self.service.last_error()) if (self.service.returncode or 0) > 0 else ""
         return f"{self.service.exit_summary()}{reason and ': '}{reason}"
 
-    def _begin(self) -> None:
+    def _start(self) -> None:
         self._restart_at = None
         self._progress_at_start = self.progress()
         self.service = self.start()

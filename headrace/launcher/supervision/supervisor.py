@@ -15,16 +15,16 @@ from headrace.launcher.supervision.replicas import Replicas
 from headrace.launcher.supervision.restart_policy import ServiceFailed, SupervisedProcess
 from headrace.launcher.terminal.progress_view import ProgressView
 
-LOOK_INTERVAL_S = 0.25
+POLL_INTERVAL_S = 0.25
 STOP_POLL_S = 0.05
 HANG_TIMEOUT_S = 60.0
-"""A learner that has not answered for so long is killed."""
+"""A learner that has not answered for this long is killed."""
 
 
 class Supervisor:
-    """The services of one run, of which `control` is the only one that it can do without.
+    """The services of one run. It goes on without `control` if it must, but not without any other.
 
-    `signals` fills from outside: the first is a request to stop, the second to kill.
+    `signals` is filled from outside: the first signal is a request to stop, the second one to kill.
     """
 
     def __init__(
@@ -40,85 +40,84 @@ class Supervisor:
         self.replicas = replicas
         self.control = control
         self.redis = redis
-        """None: it is somebody else's."""
+        """None: the Redis is not ours."""
         self.view = view
         self.signals = signals
         self._is_control_given_up = False
 
     def run(self) -> None:
-        """Until the run is complete or stopped as asked, else raises `ServiceFailed`; nothing runs after it."""
+        """Returns when the run is complete or stopped on request, else raises `ServiceFailed`. Nothing runs then."""
         try:
-            with LivenessProbe() as health:
-                self._keep_going(health)
+            with LivenessProbe() as probe:
+                self._supervise(probe)
             was_running = self.learner.is_running
         finally:
             self._stop()
+        service = self.learner.service
         if was_running and len(self.signals) > 1:
-            raise ServiceFailed("killed as asked; the run goes on from its newest checkpoint")
-        if was_running and self.learner.service.returncode not in (0, -signal.SIGTERM):
-            raise ServiceFailed(
-                f"{self.learner.service.exit_summary()} when asked to stop; {self.learner.service.log_tail()}"
-            )
+            raise ServiceFailed("killed on request; the run continues from its newest checkpoint")
+        if was_running and service.returncode not in (0, -signal.SIGTERM):
+            raise ServiceFailed(f"{service.exit_summary()} when asked to stop; {service.log_tail()}")
 
-    def _keep_going(self, health: LivenessProbe) -> None:
+    def _supervise(self, probe: LivenessProbe) -> None:
         while not self.signals and self.learner.service.returncode != 0:
-            self._keep(self.redis)
-            self._keep_control()
-            for line in self.replicas.follow():
+            self._restart_if_ended(self.redis)
+            self._supervise_control()
+            for line in self.replicas.reconcile():
                 self.view.say(line)
-            self.view.is_scaled_to_0 = self.replicas.is_none_wanted
-            self._keep_learner(health)
-            self.view.look()
-            time.sleep(LOOK_INTERVAL_S)
+            self.view.is_scaled_to_0 = self.replicas.is_target_zero
+            self._supervise_learner(probe)
+            self.view.refresh()
+            time.sleep(POLL_INTERVAL_S)
 
-    def _keep(self, kept: SupervisedProcess | None) -> None:
-        if kept is not None and (line := kept.keep()):
+    def _restart_if_ended(self, process: SupervisedProcess | None) -> None:
+        if process is not None and (line := process.restart_if_ended()):
             self.view.say(line)
 
-    def _keep_control(self) -> None:
-        """The run goes on without it, if it must."""
+    def _supervise_control(self) -> None:
         if not self._is_control_given_up:
             try:
-                self._keep(self.control)
+                self._restart_if_ended(self.control)
             except ServiceFailed as failure:
                 self._is_control_given_up = True
                 self.view.say(f"control is given up, the run goes on without a page: {failure}")
 
-    def _keep_learner(self, health: LivenessProbe) -> None:
+    def _supervise_learner(self, probe: LivenessProbe) -> None:
         service, url = self.learner.service, self.view.learner_url
         if service.returncode is None:
-            if health.silent_s(url, service.process.pid) > HANG_TIMEOUT_S:
+            if probe.silent_s(url, service.process.pid) > HANG_TIMEOUT_S:
                 self.view.say(f"the learner has not answered at {url} for {HANG_TIMEOUT_S:.0f} s: killing it")
                 service.kill()
         elif service.returncode != 0:
-            self._keep(self.learner)
+            self._restart_if_ended(self.learner)
 
     def _stop(self) -> None:
-        """The learner and the replicas at the same time; control, which shows it, and Redis, which they need, after.
+        """Ends learner and replicas at the same time; then control, which shows it; then Redis, which they need.
 
-        First a last look at what those that have ended by themselves have left."""
-        self.view.look()
+        First it shows what services that have ended have left in Redis."""
+        self.view.refresh()
         if self.signals and self.learner.is_running:
-            self.view.say("stopping: the learner finishes its step and writes a checkpoint; once more kills it")
-        self.replicas.orders.leave()
+            self.view.say("stopping: the learner finishes its step and writes a checkpoint; Ctrl-C again kills it")
+        self.replicas.target.close()
         self._end([self.learner, *self.replicas.all], is_redis_needed=True)
         self._end([self.control])
         if self.redis is not None:
             self._end([self.redis])
 
-    def _end(self, asked: Sequence[SupervisedProcess], is_redis_needed: bool = False) -> None:
-        for kept in asked:
-            kept.service.ask_to_stop()
+    def _end(self, processes: Sequence[SupervisedProcess], is_redis_needed: bool = False) -> None:
+        for process in processes:
+            process.service.ask_to_stop()
         asked_at = time.monotonic()
-        while running := [kept for kept in asked if kept.is_running]:
-            for kept in running:
+        while running := [process for process in processes if process.is_running]:
+            for process in running:
                 if len(self.signals) > 1:
-                    kept.service.kill()
-                elif time.monotonic() - asked_at > kept.grace_s:
-                    self.view.say(f"{kept.service.name} did not stop within {kept.grace_s:.0f} s: killing it")
-                    kept.service.kill()
+                    process.service.kill()
+                elif time.monotonic() - asked_at > process.grace_s:
+                    name = process.service.name
+                    self.view.say(f"{name} did not stop within {process.grace_s:.0f} s: killing it")
+                    process.service.kill()
             if is_redis_needed:
                 with suppress(ServiceFailed):
-                    self._keep(self.redis)
-                self.view.look()
+                    self._restart_if_ended(self.redis)
+                self.view.refresh()
             time.sleep(STOP_POLL_S)
