@@ -17,7 +17,7 @@ from headrace.common.redis.keys import Keys
 from headrace.common.wire import WireError, decode_heartbeat
 from headrace.launcher.run.processes import short_timeout_client
 
-LOOK_TIMEOUT_S = 1.0
+REDIS_TIMEOUT_S = 1.0
 MAX_READ = 1000
 
 
@@ -39,10 +39,10 @@ class _Answer(msgspec.Struct):
 
 
 class Observer:
-    """Call `look` again and again; unix times in seconds throughout."""
+    """Call `poll` regularly; unix times in seconds throughout."""
 
     def __init__(self, url: str, keys: Keys, num_replicas: int) -> None:
-        self.client = short_timeout_client(url, LOOK_TIMEOUT_S)
+        self.client = short_timeout_client(url, REDIS_TIMEOUT_S)
         self.keys = keys
         self.num_replicas = num_replicas
         self.step = 0
@@ -58,7 +58,7 @@ class Observer:
         self._leased_s: dict[str, float] = {}
         """By replica: the newest lease that became a group."""
 
-    def look(self) -> None:
+    def poll(self) -> None:
         with suppress(redis.RedisError):
             self._take_steps()
             self._take_groups()

@@ -112,7 +112,7 @@ class TestBed:
         while True:
             for injected_fault in self.injected:
                 injected_fault.end_if_due()
-            self.observer.look()
+            self.observer.poll()
             if condition():
                 return
             if is_launcher_needed and not self.launched.is_running:

@@ -9,10 +9,11 @@ from typing import Annotated
 
 import typer
 
-from headrace.launcher.commands import logs, observe, results, start, steer
+from headrace.launcher import start_commands
+from headrace.launcher.commands import logs, observe, results, steer
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
-for part in (start, steer, observe, logs, results):
+for part in (start_commands, steer, observe, logs, results):
     app.add_typer(part.app)
 
 

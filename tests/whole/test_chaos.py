@@ -349,7 +349,7 @@ def test_a_run_works_once_a_whole_step_and_every_replica_say_so(
     fault_s = time.time()
 
     def has_recovered() -> bool:
-        observer.look()
+        observer.poll()
         return observer.has_recovered(fault_s, fault_s + 0.001)
 
     for name in ("a", "b"):
@@ -375,13 +375,13 @@ def test_a_heartbeat_from_before_the_fault_counts_for_nothing(
     for name in ("a", "b"):
         beat(client, keys, name)
         answer(client, keys, name, time.time() + 1)
-    observer.look()
+    observer.poll()
     time.sleep(0.01)
     fault_s = time.time()
-    observer.look()
+    observer.poll()
     assert observer.serving_since(fault_s) == [], "these heartbeats have only aged"
     beat(client, keys, "a")
-    observer.look()
+    observer.poll()
     assert observer.serving_since(fault_s) == ["a"]
 
 
@@ -389,7 +389,7 @@ def test_a_redis_that_is_away_is_nothing_new(keys: Keys) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as nobody:
         port = nobody.getsockname()[1]
     seeing = Observer(f"redis://127.0.0.1:{port}", keys, 1)
-    seeing.look()
+    seeing.poll()
     assert seeing.learner() == {} and seeing.epoch() == 0 and not seeing.has_recovered(0.0, 0.0)
     seeing.close()
 

@@ -19,7 +19,7 @@ from headrace.launcher.run.run_folder import CONTROL_URL_FILE, read_url_file, ru
 
 TIMEOUT_S = 15.0
 """A command may have to wait for Redis."""
-LOOK_TIMEOUT_S = 3.0
+PROBE_TIMEOUT_S = 3.0
 
 
 class ControlClient:
@@ -40,7 +40,7 @@ class ControlClient:
         """`method`: POST, PUT or PATCH."""
         return self._call(method, path, **({} if body is None else {"json": body}))
 
-    def run(self, timeout_s: float = LOOK_TIMEOUT_S) -> str:
+    def run(self, timeout_s: float = PROBE_TIMEOUT_S) -> str:
         """The name of the run whose control this is."""
         status = self._call("GET", "/status", timeout=timeout_s)
         if not isinstance(status, dict) or "run" not in status:
