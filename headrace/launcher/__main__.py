@@ -5,16 +5,145 @@ A mistake in a recipe is reported in one line, before anything starts.
 Exit codes: 0 done, 1 failed, 2 refused (an invalid request), 3 nothing is running or it does not answer.
 """
 
-from typing import Annotated
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headrace.launcher import start_commands
 from headrace.launcher.commands import logs, observe, results, steer
+from headrace.launcher.commands.options import (
+    RUNS,
+    START,
+    JsonOption,
+    NewRunOption,
+    RunsFolderOption,
+    console,
+    one_line_errors,
+)
+
+if TYPE_CHECKING:
+    from headrace.common.config import Recipe
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
-for part in (start_commands, steer, observe, logs, results):
+ConfigArgument = Annotated[Path, typer.Argument(help="Recipe, such as configs/tiny-cpu.yaml.")]
+SeedOption = Annotated[int | None, typer.Option(help="Seed that overrides the recipe's.")]
+SetOption = Annotated[
+    list[str],
+    typer.Option(
+        "--set", metavar="SECTION.KEY=VALUE", help="Setting that overrides the recipe's; may be given several times."
+    ),
+]
+
+
+@app.command(rich_help_panel=START)
+def init(
+    folder: Annotated[Path, typer.Argument(help="Folder for the files; it is created if necessary.")] = Path(),
+) -> None:
+    """Write a recipe and a task of your own to begin with: a small example that runs on a CPU."""
+    from headrace.launcher.commands.init import init as write_files
+    from headrace.launcher.commands.init import next_commands
+
+    with one_line_errors(OSError):
+        for path in write_files(folder):
+            print(f"wrote {path}")
+    print("\nNext:")
+    for command in next_commands(folder):
+        print(f"  {command}")
+
+
+@app.command(rich_help_panel=START)
+def check(
+    config: ConfigArgument,
+    seed: SeedOption = None,
+    overrides: SetOption = [],  # noqa: B006 - typer copies it
+    as_json: JsonOption = False,
+) -> None:
+    """Validate a recipe without starting a run; print every setting with its source, and estimates."""
+    from headrace.launcher.check.command import check_recipe
+
+    with one_line_errors():
+        check_recipe(_load(config, seed, overrides), console(), as_json)
+
+
+@app.command(rich_help_panel=START)
+def up(
+    config: ConfigArgument,
+    seed: SeedOption = None,
+    overrides: SetOption = [],  # noqa: B006 - typer copies it
+    run: NewRunOption = None,
+    replicas: Annotated[
+        int | None,
+        typer.Option(help="Number of replicas; overrides generation.replicas and an earlier `headrace scale`."),
+    ] = None,
+    new_epoch: Annotated[
+        bool,
+        typer.Option(
+            "--new-epoch",
+            help="Accept other data, another seed or another task for an existing run, from its next epoch.",
+        ),
+    ] = False,
+    as_json: JsonOption = False,
+    runs_folder: RunsFolderOption = RUNS,
+) -> None:
+    """Run everything on this machine until the run is complete."""
+    from redis import RedisError
+
+    from headrace.launcher.supervision.restart_policy import ServiceFailed
+    from headrace.launcher.up import up as run_everything
+
+    with one_line_errors(ServiceFailed, RedisError):
+        number = [] if replicas is None else [f"generation.replicas={replicas}"]
+        recipe = _load(config, seed, [*overrides, *number])
+        name, is_number_given = run or _new_name(config), replicas is not None
+        run_everything(recipe, name, runs_folder, console(), is_number_given, as_json, new_epoch)
+
+
+@app.command(rich_help_panel=START)
+def replay(
+    recording: Annotated[Path, typer.Argument(help="Recording, written by `headrace record`.")],
+    config: Annotated[Path | None, typer.Option(help="Recipe; default: the recording's own configuration.")] = None,
+    overrides: SetOption = [],  # noqa: B006 - typer copies it
+    run: NewRunOption = None,
+    runs_folder: RunsFolderOption = RUNS,
+) -> None:
+    """Train on a recording, without any replica."""
+    from headrace.launcher.commands.replay import replay as train_on_recording
+
+    with one_line_errors():
+        recipe = _load(config, None, overrides) if config else None
+        code = train_on_recording(recording, recipe, overrides, run or f"replay-{_new_name(recording)}", runs_folder)
+    raise typer.Exit(code)
+
+
+@app.command(
+    name="make-demo-policy",
+    rich_help_panel=START,
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def make_demo_policy(context: typer.Context) -> None:
+    """Make the demo's policy (about five minutes on one core); options: make-demo-policy --help."""
+    raise typer.Exit(subprocess.call([sys.executable, "-m", "headrace.learner.demo_policy.make", *context.args]))
+
+
+for part in (steer, observe, logs, results):
     app.add_typer(part.app)
+
+
+def _new_name(origin: Path) -> str:
+    return f"{origin.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _load(config: Path, seed: int | None, overrides: list[str]) -> "Recipe":
+    """The recipe. This process and all that it starts look for the task in the recipe's folder, too."""
+    from headrace.common.config import load_recipe
+    from headrace.common.tasks import look_in
+
+    look_in(config.parent)
+    return load_recipe(config, overrides if seed is None else [*overrides, f"seed={seed}"])
 
 
 def _print_version(is_asked: bool) -> None:
