@@ -34,7 +34,8 @@ from rich.table import Table
 from headrace.common.http.addresses import free_port
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import encode
-from headrace.launcher.run.processes import REDIS_URL_VARIABLE, start_redis
+from headrace.launcher.run.processes import REDIS_URL_VARIABLE
+from headrace.launcher.run.redis_server import start_redis
 from tests.support.seeded_run import heartbeat, seed_run, step_rows
 
 RESULTS = Path(__file__).parent / "results" / "control_load.json"

@@ -32,7 +32,7 @@ from headrace.common.redis.client import connect, connect_async
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import Group, Rollout, Sampling, Ticket, Timings, VersionSpan, encode
 from headrace.generation.tickets.store import TicketStore
-from headrace.launcher.run.processes import start_redis
+from headrace.launcher.run.redis_server import start_redis
 from headrace.learner.intake.recordings import Header, RecordedGroup, RecordingWriter
 from headrace.learner.store.store import Cursor, LearnerStore, Settlement
 

@@ -32,7 +32,7 @@ from headrace.common.process.waiting import Reason, Waits
 from headrace.common.redis.client import connect
 from headrace.common.redis.keys import Keys
 from headrace.common.weights.files import DELTA_FILE, MODEL_FILE, version_folder
-from headrace.launcher.run.processes import start_redis
+from headrace.launcher.run.redis_server import start_redis
 from headrace.learner.checkpoints.checkpoint import num_bytes_in, save_checkpoint
 from headrace.learner.checkpoints.record import Record
 from headrace.learner.distributed.state_files import write_state

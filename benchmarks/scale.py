@@ -34,7 +34,8 @@ from headrace.common.process.run_token import TOKEN_VARIABLE
 from headrace.common.redis.client import connect
 from headrace.common.redis.keys import Keys
 from headrace.common.weights.files import DELTA_FILE, stored_versions, version_folder
-from headrace.launcher.run.processes import REDIS_URL_VARIABLE, Service, start_redis
+from headrace.launcher.run.processes import REDIS_URL_VARIABLE, Service
+from headrace.launcher.run.redis_server import start_redis
 from headrace.learner.reporting.summary import METRICS_FILE, read_rows
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"

@@ -15,7 +15,7 @@ import redis
 
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import WireError, decode_heartbeat
-from headrace.launcher.run.processes import short_timeout_client
+from headrace.launcher.run.redis_server import short_timeout_client
 
 REDIS_TIMEOUT_S = 1.0
 MAX_READ = 1000

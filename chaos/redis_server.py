@@ -12,7 +12,7 @@ import psutil
 from headrace.common.http.addresses import free_port
 from headrace.common.process.child_process import dies_with_parent
 from headrace.common.redis.client import DURABLE
-from headrace.launcher.run.processes import answers, redis_binary, redis_url_at
+from headrace.launcher.run.redis_server import is_answering, redis_binary, redis_url_at
 
 START_TIMEOUT_S = 60.0
 POLL_S = 0.05
@@ -46,7 +46,7 @@ class RedisServer:
 
     def wait_until_it_answers(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not answers(self.url, 1.0):
+        while not is_answering(self.url, 1.0):
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the Redis server does not answer; its log is {self.log}")
             time.sleep(POLL_S)

@@ -22,7 +22,7 @@ from chaos.proxy import Proxy
 from chaos.redis_server import RedisServer
 from chaos.schedule import Fault
 from headrace.common.redis.keys import Keys
-from headrace.launcher.run.processes import redis_url_at
+from headrace.launcher.run.redis_server import redis_url_at
 from headrace.launcher.run.run_folder import run_lock
 
 POLL_S = 0.1

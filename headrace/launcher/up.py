@@ -25,14 +25,8 @@ from headrace.common.redis.keys import Keys
 from headrace.launcher.check.before_start import preflight_notes
 from headrace.launcher.placement.devices import Devices, device_lines, devices_of
 from headrace.launcher.run.open_run import REDIS_GRACE_S
-from headrace.launcher.run.processes import (
-    Service,
-    handling_signals,
-    launch_redis,
-    python_service,
-    redis_url_at,
-    wait_for_redis,
-)
+from headrace.launcher.run.processes import Service, handling_signals, python_service
+from headrace.launcher.run.redis_server import launch_redis, redis_url_at, wait_for_redis
 from headrace.launcher.run.run_folder import CONTROL_URL_FILE, run_lock, write_config, write_url_file
 from headrace.launcher.supervision.replica_target import ReplicaTarget
 from headrace.launcher.supervision.replicas import Replicas

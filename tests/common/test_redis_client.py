@@ -21,7 +21,8 @@ import redis
 from headrace.common.http.addresses import free_port
 from headrace.common.process.waiting import Reason, Waits
 from headrace.common.redis.client import connect, connect_async, durability_problem
-from headrace.launcher.run.processes import Service, redis_binary
+from headrace.launcher.run.processes import Service
+from headrace.launcher.run.redis_server import redis_binary
 
 PASSWORD = "pa@ss/w:rd#"
 IN_URL = "pa%40ss%2Fw%3Ard%23"

@@ -17,7 +17,7 @@ from headrace.common.http.addresses import bearer, free_port
 from headrace.common.redis.keys import Keys
 from headrace.control.assembly import running_app
 from headrace.control.polling import learner_probe
-from headrace.launcher.run.processes import launch_redis, redis_url_at, start_redis, wait_for_redis
+from headrace.launcher.run.redis_server import launch_redis, redis_url_at, start_redis, wait_for_redis
 from tests.support.controls import TOKEN, WAIT_S, a_control
 from tests.support.fake_services import ROOT, until
 from tests.support.fake_sglang import FakeSglang

@@ -17,7 +17,7 @@ from headrace.common.redis.client import connect
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import decode_heartbeat
 from headrace.generation.bootstrap import join
-from headrace.launcher.run.processes import start_redis
+from headrace.launcher.run.redis_server import start_redis
 from tests.support.fake_services import ROOT, until
 from tests.support.fake_sglang import FakeSglang
 from tests.support.replicas import a_learner

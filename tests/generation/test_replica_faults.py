@@ -19,7 +19,7 @@ from headrace.generation.http_api import make_app
 from headrace.generation.loop import Replica
 from headrace.generation.tickets.retry_elsewhere import MAX_PASSES
 from headrace.generation.tickets.store import Lease, TicketStore
-from headrace.launcher.run.processes import launch_redis, start_redis, wait_for_redis
+from headrace.launcher.run.redis_server import launch_redis, start_redis, wait_for_redis
 from headrace.learner.store.store import LearnerStore
 from tests.support.fake_sglang import FakeSglang
 from tests.support.replicas import Learner, a_learner, run, running_replica, until

@@ -19,7 +19,8 @@ from headrace.common.config import RunConfig
 from headrace.common.redis.client import connect
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import decode_ticket
-from headrace.launcher.run.processes import Service, start_redis
+from headrace.launcher.run.processes import Service
+from headrace.launcher.run.redis_server import start_redis
 from tests.support.fake_sglang import FakeSglang
 from tests.support.replicas import Learner, a_learner
 

@@ -5,7 +5,7 @@ import signal
 
 import psutil
 
-from headrace.launcher.run.processes import short_timeout_client
+from headrace.launcher.run.redis_server import short_timeout_client
 from headrace.launcher.run.run_folder import CONTROL_URL_FILE
 from tests.support.fake_services import SERVES, Faking, ended, faking, read_until
 

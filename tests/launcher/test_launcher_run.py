@@ -10,7 +10,8 @@ import pytest
 import redis
 
 from headrace.common.http.addresses import free_port
-from headrace.launcher.run.processes import Service, redis_binary, redis_url_at, wait_for_redis
+from headrace.launcher.run.processes import Service
+from headrace.launcher.run.redis_server import redis_binary, redis_url_at, wait_for_redis
 from tests.support.fake_services import (
     RECIPE,
     ROOT,

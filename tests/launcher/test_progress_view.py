@@ -13,7 +13,7 @@ from rich.console import Console
 from headrace.common.http.addresses import free_port, listen
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import Heartbeat, encode
-from headrace.launcher.run.processes import redis_url_at
+from headrace.launcher.run.redis_server import redis_url_at
 from headrace.launcher.terminal import progress_view
 from headrace.launcher.terminal.progress_view import ProgressView
 from headrace.launcher.terminal.step_table import StepEvent

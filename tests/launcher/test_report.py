@@ -17,7 +17,8 @@ from headrace.common.redis.keys import Keys
 from headrace.common.wire.group_samples import ShownRollout
 from headrace.launcher.__main__ import app
 from headrace.launcher.report.curves import MAX_POINTS, Series, draw, thinned, ticks_between
-from headrace.launcher.report.report_data import incidents, settings, unhealthy_spans
+from headrace.launcher.report.headline import settings
+from headrace.launcher.report.problems import incidents, unhealthy_spans
 from tests.launcher.test_cli_logs import LEARNER
 from tests.support.seeded_run import evaluation_row, seed_run, shown_group, step_rows
 

@@ -12,7 +12,8 @@ import redis
 
 from headrace.common.http.addresses import free_port
 from headrace.common.redis.client import DURABLE
-from headrace.launcher.run.processes import Service, redis_binary, start_redis
+from headrace.launcher.run.processes import Service
+from headrace.launcher.run.redis_server import redis_binary, start_redis
 from tests.support import fake_services
 
 Start = Callable[..., int]

@@ -98,7 +98,7 @@ def _ledger_state(folder: Path, ticket: str, redis_url: str | None) -> str:
     import redis
 
     from headrace.common.redis.keys import Keys
-    from headrace.launcher.run.processes import short_timeout_client
+    from headrace.launcher.run.redis_server import short_timeout_client
     from headrace.launcher.run.run_folder import read_url_file
 
     url = redis_url or read_url_file(folder)

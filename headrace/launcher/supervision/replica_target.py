@@ -14,7 +14,7 @@ import redis
 
 from headrace.common.redis.keys import Keys
 from headrace.common.wire.desired_state import DESIRED_REPLICAS, PAUSED, STOP, Launcher, desired_replicas
-from headrace.launcher.run.processes import short_timeout_client
+from headrace.launcher.run.redis_server import short_timeout_client
 
 REDIS_TIMEOUT_S = 1.0
 PRESENCE_TTL_S = 10.0

@@ -21,7 +21,7 @@ from rich.text import Text
 from headrace.common.process.waiting import Reason
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import WireError, decode_heartbeat, one_line
-from headrace.launcher.run.processes import short_timeout_client
+from headrace.launcher.run.redis_server import short_timeout_client
 from headrace.launcher.terminal.step_table import EvaluationEvent, StepEvent, step_line, step_table
 
 REDIS_TIMEOUT_S = 1.0
