@@ -2,6 +2,6 @@
 
     python -m chaos --seed 7
 
-`schedule` says what happens, `faults` does it, `test_bed` is what it is done to, `observer` sees when the run works
-again, `accounting` counts what was lost or trained twice. The product runs as its users run it: by `headrace up`.
+`schedule` draws the faults, `faults` injects them into the `test_bed`, `observer` detects when the run has recovered,
+`accounting` counts what was lost or trained twice. The product is started as users start it, by `headrace up`.
 """

@@ -1,8 +1,8 @@
-"""What became of every ticket: as `headrace audit` says, and once more without it, from the raw files and keys.
+"""Accounts for every ticket: by `headrace audit`, and again without it, from the raw files and keys.
 
-The second count shares no code with the product: steps from 1 to the last once each with as many tickets as they
-must have, no ticket in two of them, versions that grow, as many trained tickets as the steps have trained, and no
-hole in the data below its cursor.
+The second count shares no code with the product. It checks that steps 1 to the last appear once each with the right
+number of tickets, that no ticket is in two of them, that versions grow, that the ledger has as many trained tickets as
+the steps trained, and that no prompt below the data cursor is missing.
 """
 
 import json
@@ -19,32 +19,32 @@ import redis
 AUDIT_TIMEOUT_S = 120.0
 LOST, TWICE = "lost", "trained twice"
 STUCK_AFTER_STEPS = 6
-"""No group waits for so many: it is stale before."""
+"""No group waits for this many steps: it would be stale before."""
 
 
 class Violation(NamedTuple):
     ticket: str
     text: str
-    """Begins with `LOST` or `TWICE` if it is one of these."""
+    """Begins with `LOST` or `TWICE` for these two kinds."""
 
 
 class Evidence(NamedTuple):
-    """What a finished run has left."""
+    """What a finished run leaves behind."""
 
     rows: Sequence[Mapping[str, Any]]
-    """Of `metrics.jsonl`."""
+    """The rows of `metrics.jsonl`."""
     ledger: Mapping[str, str]
-    """Ticket -> mark, such as `open 17-0`."""
+    """Ticket -> ledger entry, such as `open 17-0`."""
     recorded: Mapping[str, str]
-    """Ticket -> state, by the newest checkpoint."""
+    """Ticket -> state in the newest checkpoint."""
     entries: Mapping[str, str]
-    """Ticket -> entry id, of what stands in the streams."""
+    """Ticket -> id of its entry in the streams."""
     cursor: tuple[int, int]
     """Epoch and place of the next prompt."""
 
 
 def run_audit(run: str, runs_folder: Path, redis_url: str) -> list[Violation]:
-    """Also while the run goes on. Raises `RuntimeError` if the audit itself fails."""
+    """Works on a live run, too. Raises `RuntimeError` if the audit fails."""
     command = [
         sys.executable,
         "-m",
@@ -63,7 +63,7 @@ def run_audit(run: str, runs_folder: Path, redis_url: str) -> list[Violation]:
 
 
 def gather(client: redis.Redis, prefix: str, folder: Path) -> Evidence:
-    """`prefix` of the run's keys."""
+    """`prefix`: of the run's keys."""
     ledger = {name.decode(): mark.decode() for name, mark in client.hgetall(f"{prefix}ledger").items()}
     found: dict[str, str] = {}
     for stream in ("tickets", "eval", "groups", "evaluated", "dead"):
@@ -91,7 +91,7 @@ def check(evidence: Evidence, num_steps: int, groups_per_step: int) -> list[Viol
 
 
 def dead_tickets(client: redis.Redis, prefix: str) -> dict[str, str]:
-    """Ticket -> why."""
+    """Ticket -> reason."""
     rows: Any = client.xrange(f"{prefix}dead")
     return {
         fields.get(b"id", b"?").decode(errors="replace"): fields.get(b"reason", b"").decode(errors="replace")
@@ -100,9 +100,9 @@ def dead_tickets(client: redis.Redis, prefix: str) -> dict[str, str]:
 
 
 def stuck_groups(client: redis.Redis, prefix: str, folder: Path, ended_s: Mapping[int, float]) -> list[Violation]:
-    """Groups that the learner neither trains nor retires, though it goes on: lost until somebody restarts it.
+    """Groups that a working learner neither trains nor discards: they are lost until it is restarted.
 
-    `ended_s`: when each step was completed, as last heard.
+    `ended_s`: when each step was completed.
     """
     record = _newest_record(folder)
     if record is None or record["step"] - STUCK_AFTER_STEPS not in ended_s:
@@ -122,7 +122,7 @@ def stuck_groups(client: redis.Redis, prefix: str, folder: Path, ended_s: Mappin
 
 
 def _newest_record(folder: Path) -> Any:
-    """Of the run's checkpoints; None if there is none, or it is being deleted."""
+    """The record of the newest checkpoint; None if there is none, or it is being deleted."""
     for path in sorted(folder.glob("checkpoints/checkpoint-*/record.json"), reverse=True):
         with suppress(OSError, ValueError):
             return json.loads(path.read_text())["record"]

@@ -1,6 +1,6 @@
-"""The disk that checkpoints are kept on: a small tmpfs, which can be filled, and files on it, which can be cut short.
+"""The disk for checkpoints: a small tmpfs that can be filled, with files that can be truncated.
 
-Where mounting is not permitted the folder stays an ordinary one, `is_mounted` says so, and the disk cannot be filled.
+Where mounting is not permitted the folder stays an ordinary one, `is_mounted` is false, and the disk cannot be filled.
 """
 
 import errno
@@ -13,7 +13,7 @@ from headrace.common.process.atomic_files import file_entry
 from headrace.learner.checkpoints.record import Unreadable, checkpoint_folders, read_record
 
 SIZE_BYTES = 64 << 20
-"""Of a checkpoint of the demo's policy about eight times."""
+"""About eight times a checkpoint of the demo policy."""
 FILLER = "filler"
 LARGEST_PIECE_BYTES = 1 << 20
 SMALLEST_PIECE_BYTES = 512
@@ -27,14 +27,14 @@ class SmallDisk:
         folder.mkdir(parents=True)
         command = ["mount", "-t", "tmpfs", "-o", f"size={SIZE_BYTES},mode=700", "headrace-chaos", str(folder)]
         self.problem = _problem_of(command)
-        """Why it is not mounted; empty if it is."""
+        """The reason why it is not mounted; empty if it is."""
 
     @property
     def is_mounted(self) -> bool:
         return not self.problem
 
     def fill(self) -> None:
-        """To the last byte, also what others have freed since the last call."""
+        """Fills it to the last byte, including what was freed since the last call."""
         with (self.folder / FILLER).open("ab", buffering=0) as filler:
             size = LARGEST_PIECE_BYTES
             while size >= SMALLEST_PIECE_BYTES:
@@ -61,7 +61,7 @@ class SmallDisk:
 
 
 def unmount(folder: Path) -> None:
-    """If it is mounted, perhaps by an earlier harness that was killed."""
+    """Unmounts the folder if it is mounted, perhaps by an earlier harness that was killed."""
     if folder.is_mount():
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
@@ -72,7 +72,7 @@ def readable_checkpoints(root: Path) -> list[Path]:
 
 
 def is_readable(folder: Path) -> bool:
-    """Also false of one that is being deleted."""
+    """False for a checkpoint that is being deleted, too."""
     try:
         record = read_record(folder)
         return all(file_entry(folder / name) == expected for name, expected in record.files.items())
@@ -81,7 +81,7 @@ def is_readable(folder: Path) -> bool:
 
 
 def truncate(checkpoint: Path, choice: int, place: float) -> str:
-    """Cuts one of its files short at `place` in [0, 1) of its length; says what it did."""
+    """Truncates one of its files at `place` in [0, 1) of its length; returns a description."""
     files = sorted(path for path in checkpoint.iterdir() if path.is_file())
     path = files[choice % len(files)]
     length = path.stat().st_size

@@ -1,4 +1,4 @@
-"""Does what the schedule says, to whatever process, connection or file is there at that moment.
+"""Injects the scheduled faults into the process, connection or file that is there at that moment.
 
 A target that is being started again is waited for, so that every fault hits something.
 """
@@ -19,7 +19,7 @@ CHECKPOINTS_TIMEOUT_S = 180.0
 
 
 def inject(test_bed: TestBed, fault: Fault) -> InjectedFault:
-    """Of what is not over at once, `test_bed` sees to the end."""
+    """Injects a fault; `test_bed` ends one that lasts."""
     injected_fault = INJECTIONS[fault.kind](test_bed, fault)
     if injected_fault not in test_bed.injected:
         test_bed.injected.append(injected_fault)
@@ -56,7 +56,7 @@ def _freeze_engine(test_bed: TestBed, fault: Fault) -> InjectedFault:
 
 
 def _kill_redis(test_bed: TestBed, fault: Fault) -> InjectedFault:
-    """The harness is who starts it again."""
+    """The harness restarts it."""
     began_s = time.time()
     test_bed.redis.kill()
     return InjectedFault(fault, "Redis", began_s, is_over=_after(fault.hold_s), end=test_bed.redis.restart)
@@ -84,7 +84,7 @@ def _stall_connections(test_bed: TestBed, fault: Fault) -> InjectedFault:
 
 
 def _fill_disk(test_bed: TestBed, fault: Fault) -> InjectedFault:
-    """Until the learner has said that it cannot write, or for `hold_s`."""
+    """Until the learner reports that it cannot write, or for `hold_s`."""
     injected_fault = InjectedFault(
         fault, "the checkpoints' disk", time.time(), end=test_bed.disk.free, needs_checkpoint=True
     )
@@ -93,7 +93,7 @@ def _fill_disk(test_bed: TestBed, fault: Fault) -> InjectedFault:
 
     def is_over() -> bool:
         if Reason.CHECKPOINT in test_bed.observer.learner().get("reason", ""):
-            injected_fault.note = "the learner said so"
+            injected_fault.note = "the learner reported it"
             return True
         test_bed.disk.fill()
         return is_late()
@@ -103,7 +103,7 @@ def _fill_disk(test_bed: TestBed, fault: Fault) -> InjectedFault:
 
 
 def _truncate_checkpoint(test_bed: TestBed, fault: Fault) -> InjectedFault:
-    """With the learner stopped meanwhile, so that the newest stays the newest; there must be one before it."""
+    """Suspends the learner meanwhile, so that the newest stays the newest; there must be an older one."""
     cut: list[str] = []
 
     def has_cut() -> bool:

@@ -1,6 +1,6 @@
-"""`headrace up` as a child of the harness, and the processes that it started: who is who, frozen and killed at will.
+"""`headrace up` as a child of the harness, and how to find the processes that it started.
 
-They end with the harness, however it ends: the launcher is told by the kernel and ends its own.
+They end with the harness, however it ends: the kernel signals the launcher, which ends its children.
 """
 
 import signal
@@ -34,7 +34,7 @@ POLL_S = 0.1
 
 
 class Launched:
-    """One run by its name; started and stopped as often as one likes, it goes on where it stood."""
+    """One run by its name. It can be stopped and started again, and continues where it stopped."""
 
     def __init__(self, run: str, runs_folder: Path, redis_url: str | None, num_replicas: int) -> None:
         """Without a URL the run has a Redis server of its own."""
@@ -68,7 +68,7 @@ class Launched:
             self._service.process.send_signal(signal.SIGINT)
 
     def close(self) -> None:
-        """Asks, and kills what does not end; returns when nothing is left."""
+        """Stops the launcher and kills what does not end; returns when nothing is left."""
         if self._service is None:
             return
         left = self._descendants()
@@ -94,7 +94,7 @@ class Launched:
         return None
 
     def engine(self, index: int) -> list[psutil.Process]:
-        """The replica's SGLang: its HTTP server and its scheduler; empty until both are there."""
+        """The HTTP server and the scheduler of the replica's SGLang; empty until both are there."""
         replica = self.replica(index)
         servers = [
             process
@@ -107,7 +107,7 @@ class Launched:
         return [servers[0], schedulers[0]] if schedulers else []
 
     def start_replacement(self, redis_url: str) -> Service:
-        """Started by hand, with the launcher's arguments."""
+        """Starts a second learner beside the launcher, with the launcher's arguments."""
         arguments = ["--config", str(self.folder / "config.yaml"), "--run", self.run]
         arguments += ["--runs-folder", str(self.runs_folder)]
         log = self.folder / "logs" / "another-learner.log"
@@ -130,7 +130,7 @@ class Launched:
 
 
 def _children(process: psutil.Process | None, recursive: bool = False) -> list[psutil.Process]:
-    """Those that live."""
+    """The children that are alive."""
     try:
         found = [] if process is None else process.children(recursive=recursive)
     except psutil.Error:

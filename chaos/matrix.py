@@ -1,6 +1,6 @@
-"""The loop over the schedule: inject, wait until the run works again, ask the audit, go on; then let the run end.
+"""The loop over the schedule: inject a fault, wait for recovery, audit; at the end let the run complete.
 
-One line for every fault as it happens, and one for its recovery. Every wait has a deadline (test_bed.py).
+Prints a line for every fault and one for its recovery. Every wait has a deadline (test_bed.py).
 """
 
 import subprocess
@@ -29,16 +29,16 @@ AUDITED_PARTS = ("learner", "redis")
 
 @dataclass
 class Results:
-    """Of the disturbed run."""
+    """The results of the disturbed run."""
 
     injected: list[InjectedFault] = field(default_factory=list)
     violations: dict[Violation, int] = field(default_factory=dict)
-    """Each with the number of the fault after which it was seen first; 0: at the end."""
+    """Violation -> number of the fault after which it was first seen; 0: at the end."""
     dead: dict[str, str] = field(default_factory=dict)
     num_steps: int = 0
     num_audits: int = 0
     failure: str = ""
-    """Why the schedule was not completed."""
+    """The reason why the schedule was not completed."""
 
 
 class KillMatrix:
@@ -54,7 +54,7 @@ class KillMatrix:
         self._prefix = test_bed.observer.keys.tickets.removesuffix("tickets")
 
     def run(self) -> Results:
-        """Up to the first fault that the run does not recover from, if there is one."""
+        """Runs the schedule up to the first fault that the run does not recover from, if there is one."""
         try:
             self._run()
         except (RuntimeError, subprocess.TimeoutExpired) as error:  # `ChaosError`, or the audit's own failure
@@ -103,7 +103,7 @@ class KillMatrix:
             self._audit(last.fault.number)
 
     def _has_recovered(self) -> bool:
-        """From all that have been injected since the last time."""
+        """Whether the run has recovered from all faults injected since the last recovery."""
         ended_s = 0.0
         for injected_fault in self._unrecovered:
             if injected_fault.ended_s is None:
@@ -124,24 +124,25 @@ class KillMatrix:
 
     def _audit(self, number: int) -> None:
         launched = self.test_bed.launched
-        self._take(run_audit(launched.run, launched.runs_folder, self.test_bed.redis.url), number)
+        self._report(run_audit(launched.run, launched.runs_folder, self.test_bed.redis.url), number)
         self.results.num_audits += 1
 
     def _look_for_stuck_groups(self, number: int) -> None:
         observer = self.test_bed.observer
-        self._take(stuck_groups(observer.client, self._prefix, self.test_bed.launched.folder, observer.ended_s), number)
+        self._report(
+            stuck_groups(observer.client, self._prefix, self.test_bed.launched.folder, observer.ended_s), number
+        )
 
-    def _take(self, violations: Sequence[Violation], number: int) -> None:
+    def _report(self, violations: Sequence[Violation], number: int) -> None:
         for violation in violations:
             if violation not in self.results.violations:
                 self.results.violations[violation] = number
                 self.say(f"VIOLATION: ticket {violation.ticket}: {violation.text}")
 
     def _end(self) -> None:
-        """Stops the run as a user does, and goes on to the end with a number of steps that is now known.
+        """Stops the run as a user does, and continues it to the end with a number of steps that is now known.
 
-        Before that it runs on until a group that was left lying by the last fault would be seen: a restart would
-        take it up again.
+        Before that it waits until a group that the last fault left stuck would be seen: a restart would resume it.
         """
         test_bed = self.test_bed
         seen_at = test_bed.observer.step + STUCK_AFTER_STEPS + CHECKPOINT_EVERY
@@ -157,7 +158,7 @@ class KillMatrix:
         self._audit(0)
         client = test_bed.observer.client
         evidence = gather(client, self._prefix, test_bed.launched.folder)
-        self._take(check(evidence, self.results.num_steps, self.groups_per_step), 0)
+        self._report(check(evidence, self.results.num_steps, self.groups_per_step), 0)
         self.results.dead = dead_tickets(client, self._prefix)
 
     def _await_end(self, what: str) -> None:

@@ -1,9 +1,9 @@
-"""What the run says of itself in Redis, and from it whether it works again after a fault.
+"""Reads the run's state from Redis and decides whether the run has recovered from a fault.
 
-It works when a step that began after the fault's begin was completed after the fault's end, and every replica has
-since then a fresh heartbeat that says `running` and has committed a group whose lease it took after the end: what
-a dead engine's replica goes on to say for a while proves nothing. Looks past the proxy; a Redis that is away is
-nothing new.
+It has recovered when a step that began after the fault began was completed after the fault ended, and when every
+replica since then has sent a heartbeat that says `running` and has committed a group that it leased after the end. A
+heartbeat alone proves nothing: a replica whose engine is dead goes on reporting for a while. The observer bypasses the
+proxy, and ignores a Redis that is away.
 """
 
 import time
@@ -32,7 +32,7 @@ class _Timings(msgspec.Struct):
 
 
 class _Answer(msgspec.Struct):
-    """What of a group matters here."""
+    """The fields of a group that matter here."""
 
     replica: str
     timings: _Timings
@@ -46,17 +46,17 @@ class Observer:
         self.keys = keys
         self.num_replicas = num_replicas
         self.step = 0
-        """That was completed last; a restarted learner takes some again."""
+        """The step that was completed last; a restarted learner repeats some."""
         self.step_began_s = 0.0
         self.step_ended_s = 0.0
         self.ended_s: dict[int, float] = {}
-        """By step; the last time, of one that was taken again."""
+        """When each step was completed, the last time if it was repeated."""
         self._seen_event = "-"
         self._seen_group = "-"
         self._beats: dict[str, tuple[int, float, str]] = {}
-        """By replica: what its heartbeat had left to live, when it last came, its state."""
+        """By replica: remaining time to live of its heartbeat, when that last came, its state."""
         self._leased_s: dict[str, float] = {}
-        """By replica: the newest lease that became a group."""
+        """By replica: when it took the newest lease that became a group."""
 
     def poll(self) -> None:
         with suppress(redis.RedisError):
@@ -65,12 +65,12 @@ class Observer:
             self._take_heartbeats()
 
     def has_recovered(self, began_s: float, ended_s: float) -> bool:
-        """Whether the run has recovered from a fault of that time."""
+        """Whether the run has recovered from a fault that lasted from `began_s` to `ended_s`."""
         is_learning = self.step_began_s > began_s and self.step_ended_s > ended_s
         return is_learning and len(self.serving_since(ended_s)) >= self.num_replicas
 
     def serving_since(self, ended_s: float) -> list[str]:
-        """The replicas that have answered since then and say that they run."""
+        """The replicas that have committed a group since then and report that they run."""
         return [
             name
             for name, (_, came_s, state) in self._beats.items()
@@ -88,7 +88,7 @@ class Observer:
         )
 
     def learner(self) -> dict[str, str]:
-        """What the learner says of itself; empty while Redis is away."""
+        """The learner's fields; empty while Redis is away."""
         with suppress(redis.RedisError):
             found: dict[bytes, bytes] = self.client.hgetall(self.keys.learner)
             return {name.decode(): value.decode(errors="replace") for name, value in found.items()}
@@ -124,7 +124,7 @@ class Observer:
         return [(entry_id.decode(), fields) for entry_id, fields in found]
 
     def _take_heartbeats(self) -> None:
-        """One came when its time to live has grown."""
+        """A heartbeat has come when its time to live has grown."""
         for key in self.client.scan_iter(match=self.keys.replicas + "*", count=1000):
             left_ms, payload = int(self.client.pttl(key)), self.client.get(key)
             with suppress(WireError):

@@ -1,7 +1,7 @@
-"""A TCP proxy on loopback that can fail as networks do: refuse, reset, delay, hold back.
+"""A TCP proxy on loopback that can fail as networks do: refuse, reset, delay, stall.
 
-Runs an event loop in a thread of its own. What it holds back it delivers when it is told to go on, in the order of
-each connection, also after the sender has closed: as a network may. Nothing of it is left after the `with` block.
+It runs an event loop in a thread. It delivers stalled data when the stall ends, in the order of each connection, even
+after the sender has closed, as a network may. Nothing of it is left after the `with` block.
 """
 
 import asyncio
@@ -48,15 +48,15 @@ class Proxy:
         self._call(self._refuse())
 
     def delay(self, delay_s: float) -> None:
-        """Every chunk, in each direction, arrives so much later."""
+        """Delays every chunk in each direction."""
         self._delay_s = delay_s
 
     def stall(self) -> None:
-        """Accepts connections and passes nothing on."""
+        """Accepts connections but forwards nothing."""
         self._loop.call_soon_threadsafe(self._passes.clear)
 
     def pass_on(self) -> None:
-        """As a good network does: ends whatever was wrong."""
+        """Ends every failure: forwards everything again."""
         self._call(self._pass())
 
     def _call(self, work: Coroutine[Any, Any, None]) -> None:
@@ -112,7 +112,7 @@ class Proxy:
             self._open.discard(server_writer)
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Until the sender closes, which is passed on like everything else."""
+        """Forwards until the sender closes; the close is forwarded, too."""
         while True:
             chunk = await reader.read(CHUNK_BYTES)
             if self._delay_s:

@@ -1,4 +1,4 @@
-"""The Redis server under test: append-only file on, one port for all its lives, killed and frozen at will.
+"""The Redis server under test: with an append-only file, always restarted on the same port.
 
 The kernel kills it with the harness, even while it is frozen.
 """
@@ -28,7 +28,7 @@ class RedisServer:
 
     @property
     def url(self) -> str:
-        """Past the proxy."""
+        """The URL that bypasses the proxy."""
         return redis_url_at(self.port)
 
     @property
@@ -40,7 +40,7 @@ class RedisServer:
         self.process.wait()
 
     def restart(self) -> None:
-        """It may not answer yet."""
+        """Restarts it; it may not answer yet."""
         self.kill()
         self.process = self._launch()
 

@@ -1,8 +1,8 @@
-"""A learner that is frozen until its replacement runs, and then woken: it must see that it was replaced, and end.
+"""A learner is frozen until its replacement runs, and then woken: it must notice that it was replaced, and end.
 
-The replacement is started by hand, beside the launcher, with the launcher's arguments. The woken learner must end by
-itself with code 3, which the launcher takes as final. Then, as a user would, the replacement is stopped with its
-checkpoint, and the launcher started again.
+The replacement is started beside the launcher, with the launcher's arguments. The woken learner must exit with code 3,
+after which the launcher does not restart it. Then the replacement is stopped with a checkpoint, as a user would do, and
+the launcher is started again.
 """
 
 import time
@@ -14,14 +14,14 @@ from headrace.launcher.run.processes import Service
 from headrace.learner.checkpoints.record import checkpoint_folders
 
 RUNS_TIMEOUT_S = 120.0
-"""For the replacement to take its first step."""
+"""Time for the replacement to complete its first step."""
 END_TIMEOUT_S = 60.0
 STEPS_AHEAD = 100_000
 FENCED = "learner ended with 3"
 
 
 def replace_learner(test_bed: TestBed, fault: Fault) -> InjectedFault:
-    """Has recovered when the replacement has taken a step; what follows is waited for as well, and not counted."""
+    """The run has recovered when the replacement completes a step; what follows is not counted in the recovery time."""
     learner = running_learner(test_bed)
     began_s = time.time()
     epoch = test_bed.observer.epoch()
@@ -54,7 +54,7 @@ def replace_learner(test_bed: TestBed, fault: Fault) -> InjectedFault:
 
 
 def _wake(test_bed: TestBed, injected_fault: InjectedFault, epoch: int) -> None:
-    """The woken learner writes no checkpoint any more, and ends as fenced."""
+    """Checks that the woken learner writes no further checkpoint and exits as fenced."""
     said = test_bed.launched.log.read_text().count(FENCED)
     written = _checkpoints_of(test_bed, epoch)
     injected_fault.finish()

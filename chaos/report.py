@@ -1,4 +1,4 @@
-"""What people and CI read of a kill matrix: a table, `summary.json`, and whether it is a success."""
+"""The results of a kill matrix for people and CI: a table, `summary.json`, and whether it succeeded."""
 
 import json
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ COUNTED = ("lost", "trained_twice", "violations")
 def summarise(
     results: Results, seed: int, held_out_after: float | None, undisturbed: float | None, disk_problem: str
 ) -> dict[str, Any]:
-    """`held_out_after_undisturbed` is null where there was no such run. Recoveries are of faults that no other one
-    overlapped, and of the last of those that overlap."""
+    """`held_out_after_undisturbed` is null if there was no such run. Recoveries are of faults that no other one
+    overlapped, and of the last one of overlapping faults."""
     numbers = {kind: [s.fault.number for s in results.injected if s.fault.kind == kind] for kind in _kinds(results)}
     return {
         "seed": seed,
@@ -61,7 +61,7 @@ def summarise(
 
 
 def problems(summary: dict[str, Any]) -> list[str]:
-    """Why this is no success; empty if it is one."""
+    """The reasons why the matrix failed; empty if it succeeded."""
     found = [f"the schedule was not completed: {summary['failure']}"] if summary["failure"] else []
     found += [f"{summary[key]} {key.replace('_', ' ')}" for key in COUNTED if summary[key]]
     if summary["dead"]:

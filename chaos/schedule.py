@@ -1,7 +1,7 @@
-"""The faults that a seed stands for: the same seed, number and kinds give the same schedule everywhere. Pure.
+"""Draws the faults of a seed: the same seed, number and kinds give the same schedule everywhere. Pure.
 
-Every kind comes as often as every other, give or take one, in a shuffled order. Every fourth fault is injected
-without waiting for the recovery of the one before, where two can be found that hit different parts.
+Every kind occurs equally often, give or take one, in a shuffled order. Every fourth fault is injected without waiting
+for the recovery from the one before, if two can be found that hit different parts.
 """
 
 import random
@@ -18,7 +18,7 @@ class Kind(StrEnum):
     KILL_LEARNER = "kill_learner"
     FREEZE_LEARNER = "freeze_learner"
     REPLACE_LEARNER = "replace_learner"
-    """Frozen until its replacement runs, then woken."""
+    """The learner is frozen until its replacement runs, then woken."""
     KILL_REPLICA = "kill_replica"
     FREEZE_REPLICA = "freeze_replica"
     KILL_ENGINE = "kill_engine"
@@ -26,13 +26,13 @@ class Kind(StrEnum):
     KILL_REDIS = "kill_redis"
     FREEZE_REDIS = "freeze_redis"
     CUT_CONNECTIONS = "cut_connections"
-    """To Redis: all are reset, and new ones refused for a while."""
+    """All connections to Redis are reset, and new ones refused for a while."""
     DELAY_CONNECTIONS = "delay_connections"
     STALL_CONNECTIONS = "stall_connections"
-    """New ones are accepted; what is sent arrives when the stall is over, also of whoever has given up since."""
+    """New ones are accepted; what is sent arrives when the stall ends, even from clients that have given up."""
     FILL_DISK = "fill_disk"
     TRUNCATE_CHECKPOINT = "truncate_checkpoint"
-    """The newest, and the learner is killed with it."""
+    """The newest checkpoint is truncated and the learner killed."""
 
 
 PARTS = {
@@ -62,7 +62,7 @@ HOLD_S = {
     Kind.STALL_CONNECTIONS: (3.0, 14.0),  # Redis clients give up after 10
     Kind.FILL_DISK: (20.0, 30.0),  # or until the learner says that it cannot write
 }
-"""How long what is not over at once lasts; a killed Redis is away for so long."""
+"""How long a lasting fault lasts; for a killed Redis, how long it is away."""
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,16 @@ class Fault:
     """From 1."""
     kind: Kind
     pause_s: float
-    """Before it, after the recovery of the one before (or after its injection, if this one overlaps it)."""
+    """Pause before it, after the recovery from the previous fault (or its injection, if this one overlaps it)."""
     overlaps: bool
-    """Injected without waiting for the recovery of the one before."""
+    """Injected without waiting for the recovery from the previous one."""
     hold_s: float
     choice: float
-    """In [0, 1): which of several targets."""
+    """In [0, 1): chooses among several targets."""
     place: float
-    """In [0, 1): where a file is cut."""
+    """In [0, 1): where a file is truncated."""
     delay_s: float
-    """Of every chunk, where connections are delayed."""
+    """Delay of every chunk, for delayed connections."""
 
     def choose(self, num_targets: int) -> int:
         return int(self.choice * num_targets)
@@ -96,7 +96,7 @@ def schedule(seed: int, num_faults: int, kinds: Sequence[Kind] = tuple(Kind)) ->
 
 
 def _arrange_overlaps(order: list[Kind]) -> set[int]:
-    """The places that overlap the one before; swaps kinds in `order` so that there are some."""
+    """The indices of faults that overlap the previous one; reorders `order` so that there are some."""
     overlapping = set()
     for place in range(OVERLAP_EVERY - 1, len(order), OVERLAP_EVERY):
         if order[place - 1] is Kind.REPLACE_LEARNER:
@@ -110,7 +110,7 @@ def _arrange_overlaps(order: list[Kind]) -> set[int]:
 
 
 def _may_overlap(first: Kind, second: Kind) -> bool:
-    """A replacement is a sequence of its own, which nothing else may interrupt."""
+    """A replacement is a sequence of its own that no other fault may interrupt."""
     return Kind.REPLACE_LEARNER not in (first, second) and PARTS[first] != PARTS[second]
 
 

@@ -31,12 +31,12 @@ TAIL_BYTES = 1 << 15
 
 
 class ChaosError(RuntimeError):
-    """The run did not do in time what it must; the text ends with the logs' last lines."""
+    """The run did not do in time what it must; the text ends with the last lines of the logs."""
 
 
 @dataclass
 class InjectedFault:
-    """A fault that was injected."""
+    """A fault that was injected, and when it ended."""
 
     fault: Fault
     target: str
@@ -45,10 +45,10 @@ class InjectedFault:
     end: Callable[[], None] = lambda: None
     ended_s: float | None = None
     needs_checkpoint: bool = False
-    """It has recovered only when a checkpoint was written after its end."""
+    """The run has recovered only when a checkpoint was written after the fault's end."""
     note: str = ""
     recovery_s: float | None = None
-    """None: counted with the one that overlapped it."""
+    """None: counted with the fault that overlapped it."""
 
     def end_if_due(self) -> None:
         if self.ended_s is None and self.is_over():
@@ -137,7 +137,7 @@ def tail_of(log: Path) -> str:
 
 
 def clear(folder: Path) -> None:
-    """Deletes what an earlier harness of the same seed has left; raises `ValueError` if that one still runs."""
+    """Deletes the run of an earlier harness with the same seed; raises `ValueError` if that one still runs."""
     if folder.exists():
         with run_lock(folder):
             unmount(folder / "checkpoints")

@@ -1,10 +1,10 @@
 """`headrace up`: runs the services of one run on this machine until the run is complete, and shows how it goes.
 
-Whatever ends unasked is started again (supervision/supervisor.py); there are as many replicas as are ordered, also
-while the run goes on (replicas.py), and a number that was ordered outlives the launcher. Control, whose death ends
-nothing, has the page; its address is noted in the run's folder. Ctrl-C stops the learner, with a checkpoint, and the
-replicas, with their tickets handed back, at the same time, then control and Redis; a second one kills them. One
-launcher at a time has the run.
+A service that ends unexpectedly is restarted (supervision/supervisor.py). The number of replicas can change while the
+run is live (supervision/replicas.py), and a number set by `headrace scale` outlives the launcher. Control serves the
+page; its URL is in the run's folder, and the run goes on without it. Ctrl-C stops learner (with a checkpoint) and
+replicas (their tickets handed back) at the same time, then control and Redis; a second Ctrl-C kills them. Only one
+launcher at a time can hold a run.
 """
 
 import json
@@ -38,9 +38,9 @@ LEARNER_GRACE_S = 120.0
 REPLICA_GRACE_S = 15.0
 CONTROL_GRACE_S = 10.0
 SERVICE_UP_S = 60.0
-"""A replica, or control, that was up for longer has not been started in vain."""
+"""Having been up for longer than this counts as progress of a replica, or of control."""
 REFUSED, FENCED, STARVED = 2, 3, 4
-"""Exit codes of a learner that another start would not help."""
+"""Exit codes of a learner after which a restart would not help."""
 
 
 def up(
@@ -52,12 +52,12 @@ def up(
     is_json: bool = False,
     is_new_epoch: bool = False,
 ) -> None:
-    """Returns when the run is complete or was stopped. Raises `ValueError` before anything starts,
-    later `ServiceFailed`.
+    """Returns when the run is complete or was stopped. Raises `ValueError` before anything starts, later
+    `ServiceFailed`.
 
-    `is_target_cleared`: the recipe's number of replicas counts again, whatever was ordered of the run before.
-    `is_new_epoch`: data that are not those which the run began with begin with its next epoch; else they are refused.
-    `is_json`: what is said is an object a line, the last one the summary.
+    `is_target_cleared`: the recipe's number of replicas applies, whatever `headrace scale` set before.
+    `is_new_epoch`: data other than those the run began with are accepted, from its next epoch; else they are refused.
+    `is_json`: every line printed is a JSON object, the last one the summary.
     """
     keys, folder = Keys(run), runs_folder / run
     check_run(recipe.config)
@@ -110,20 +110,20 @@ def up(
         summary = folder / "summary.json"
         print(json.dumps({"at": time.time(), "summary": json.loads(summary.read_text()) if summary.exists() else None}))
     else:
-        _tell_results(folder, console)
+        _print_results(folder, console)
         if view.num_dead_letters:
             console.print(Text(view.dead_letters()), soft_wrap=True)
 
 
 def _new_token(path: Path) -> str:
-    """Makes the run's token at its first start, which is when it may be shown; else empty."""
+    """Creates the run's token at its first start and returns it, to be shown once; later empty."""
     is_new = token_given() is None and not path.exists()
     token = token_at(path)
     return token if is_new else ""
 
 
 def _redis(folder: Path, port: int, lock: int, view: ProgressView) -> SupervisedProcess:
-    """Always on the same port; the append-only file brings everything back."""
+    """Always restarted on the same port; the append-only file restores its content."""
     return SupervisedProcess(
         lambda: launch_redis(folder / "redis", folder / "logs" / "redis.log", port, lock),
         grace_s=REDIS_GRACE_S,
@@ -150,7 +150,7 @@ def _learner(folder: Path, url: str, view: ProgressView, is_new_epoch: bool, dev
 
 
 def _replica(folder: Path, index: int, url: str, devices: Devices) -> SupervisedProcess:
-    """Always on the same devices, which are free again when it has ended."""
+    """Always restarted on the same devices."""
     name, logs = f"generation-{index}", folder / "logs"
     arguments = ["--run", folder.name, "--token-file", str(folder / "token"), "--name", name, "--log-folder", str(logs)]
     arguments, environment = arguments + devices.arguments, devices.of_replica(index)
@@ -164,7 +164,7 @@ def _replica(folder: Path, index: int, url: str, devices: Devices) -> Supervised
 
 
 def _control(folder: Path, url: str, host: str, port: int) -> SupervisedProcess:
-    """Always at the same address, which pages come back to."""
+    """Always restarted at the same address, so that open pages reconnect."""
     arguments = ["--run", folder.name, "--token-file", str(folder / "token"), "--host", host, "--port", str(port)]
     return SupervisedProcess(
         lambda: python_service("control", "headrace.control", arguments, folder / "logs" / "control.log", url),
@@ -175,10 +175,10 @@ def _control(folder: Path, url: str, host: str, port: int) -> SupervisedProcess:
     )
 
 
-def _tell_results(folder: Path, console: Console) -> None:
+def _print_results(folder: Path, console: Console) -> None:
     summary_path = folder / "summary.json"
     if not summary_path.exists():
-        console.print(f"stopped before the end; go on with: headrace up … --run {folder.name}")
+        console.print(f"stopped before the end; continue with: headrace up … --run {folder.name}")
         return
     summary = json.loads(summary_path.read_text())
     before, after = summary["held_out_before"], summary["held_out_after"]

@@ -136,7 +136,7 @@ def test_check_of_a_model_and_data_that_are_not_here(tmp_path: Path) -> None:
     result = headrace("check", GSM8K, **caches(tmp_path))
     assert (result.returncode, result.stderr) == (0, "")
     first, second = [line for line in result.stdout.splitlines() if line.startswith("note: ")]
-    assert "'Qwen/Qwen2.5-1.5B-Instruct'" in first and "its shape is unknown, so that estimates are left out" in first
+    assert "'Qwen/Qwen2.5-1.5B-Instruct'" in first and "its shape is unknown, so there are no estimates" in first
     assert second.startswith("note: task 'gsm8k': its data set is not on this machine")
     assert "learner.groups_per_step" in result.stdout and "GiB" not in result.stdout
 

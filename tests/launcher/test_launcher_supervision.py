@@ -185,7 +185,7 @@ def test_a_stop_asks_learner_and_replicas_at_once_and_redis_last(faking: Faking,
     process.send_signal(number)
     output = ended(process, 0)
     assert {"learner ends well", "generation ends well"} <= set(fakes.lines())
-    assert "stopping" in output and "go on with: headrace up" in output
+    assert "stopping" in output and "continue with: headrace up" in output
     assert not processes_of(fakes.run)
 
 

@@ -194,10 +194,10 @@ def test_prompts_that_can_be_no_tickets_are_refused(train: str, text: str, demo_
     [
         (
             "text",
-            "1 of the first 2 train prompts cannot become tickets and are passed over: train prompt 1: its",
+            "1 of the first 2 train prompts cannot become tickets and are skipped: train prompt 1: its",
         ),
-        ("bad", "passed over: train prompt 1: row 7: expected two texts"),
-        ("half", "passed over: train prompt 1: it has half of a character"),
+        ("bad", "skipped: train prompt 1: row 7: expected two texts"),
+        ("half", "skipped: train prompt 1: it has half of a character"),
         ("long", "1 of the first 2 train prompts do not fit the context and are skipped: the longest has 1,"),
     ],
 )
@@ -264,7 +264,7 @@ def test_completions_that_no_prompt_leaves_room_for_are_refused(monkeypatch: pyt
 
 
 def test_what_up_says_before_it_starts(demo_policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is passed over, and what takes long on a machine of a million multiplications a second."""
+    """What is skipped, and what takes long on a machine of a million multiplications a second."""
     trials = {"train": SplitTrial([20], ["train prompt 1: no text"]), "held_out": SplitTrial([20])}
     found = TaskTrial(context=1024, splits=trials, flops=1e6)
     monkeypatch.setattr(before_start, "try_task", lambda config: found)

@@ -83,7 +83,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
 def test_ctrl_c_stops_everything_in_time(finished: Finished) -> None:
     """Within each service's grace period, after which the launcher would have killed it."""
     assert "stopping: " in finished.first and ": killing it" not in finished.first.partition("stopping: ")[2]
-    assert "go on with: headrace up" in finished.first
+    assert "continue with: headrace up" in finished.first
 
 
 def test_what_is_killed_is_started_again(finished: Finished) -> None:

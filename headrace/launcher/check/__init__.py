@@ -1,1 +1,1 @@
-"""`headrace check`: tries a recipe's prompts and reward, and says what the run will need."""
+"""`headrace check`: validates a recipe, tries its prompts and reward, and estimates what the run needs."""

@@ -1,4 +1,4 @@
-"""What `headrace up` tries before it starts anything: prompts, reward, and whether the sizes suit this machine."""
+"""The checks of `headrace up` before it starts anything: prompts, reward, and whether the machine is large enough."""
 
 from headrace.common.config import RunConfig
 from headrace.common.preflight.recipe import NotHere
@@ -9,8 +9,8 @@ from headrace.launcher.estimates.model_size import shape_of
 
 
 def preflight_notes(config: RunConfig) -> list[str]:
-    """For people: what the run will pass over, and what does not suit this machine. Raises `ValueError`, or as that
-    `NotHere`, for what would not work. A model whose size is not known here is not measured."""
+    """Notes on prompts that the run will skip and on sizes that do not suit this machine. Raises `ValueError`, or its
+    subclass `NotHere`, for what would not work. Without the model's size, memory and time are not estimated."""
     try:
         shape = shape_of(config)
     except ValueError:

@@ -1,7 +1,7 @@
-"""`headrace check`: says whether a recipe is right, what it comes to, and what it will need; starts nothing that stays.
+"""`headrace check`: validates a recipe, prints its settings, and estimates what it needs. Nothing keeps running.
 
-Guarantees: every setting stands on one line of its own with its value and source, under its full name, also in a
-pipe. What only this machine lacks (SGLang, a free port, a way to the hub, memory) is a note; what is wrong is raised.
+Every setting is on one line of its own with its full name, value and source, also in a pipe. What only this machine
+lacks (SGLang, a free port, access to the hub, memory) is a note. A mistake in the recipe is an error.
 """
 
 import json
@@ -20,7 +20,7 @@ from headrace.launcher.check.trial import notes_of, try_task
 from headrace.launcher.estimates.model_size import Shape, shape_of
 
 VALUE_WIDTH = 36
-"""Longer values push their source to the right."""
+"""A longer value moves its source to the right."""
 
 
 def check_recipe(recipe: Recipe, console: Console, as_json: bool) -> None:
@@ -31,7 +31,7 @@ def check_recipe(recipe: Recipe, console: Console, as_json: bool) -> None:
     shape, problem = _shape(config)
     found = _try(config, notes)
     if problem:
-        suffix = "; its shape is unknown, so that estimates are left out"
+        suffix = "; its shape is unknown, so there are no estimates"
         notes = [f"{note}{suffix}" if note == problem else note for note in notes]
         if not any(note.startswith(problem) for note in notes):
             notes.append(f"no estimates: {problem}")
@@ -49,7 +49,7 @@ def check_recipe(recipe: Recipe, console: Console, as_json: bool) -> None:
 
 
 def _try(config: RunConfig, notes: list[str]) -> TaskTrial:
-    """The prompts and the reward; without the model, the task alone."""
+    """Tries the prompts and the reward; without the model, only the task."""
     try:
         model_files(config.model.path, config.model.revision)
         is_model_here = True
@@ -65,7 +65,7 @@ def _try(config: RunConfig, notes: list[str]) -> TaskTrial:
 
 
 def _shape(config: RunConfig) -> tuple[Shape | None, str]:
-    """The model's; or none, and why."""
+    """The model's shape; or None, and the reason."""
     try:
         return shape_of(config), ""
     except ValueError as reason:

@@ -3,8 +3,8 @@
     python -m headrace.launcher.check.prompt_trial OUTPUT NUM_PROMPTS < config.json
     (headrace/launcher/check/trial.py)
 
-So the launcher loads neither the task, which is foreign code, nor the tokenizer. Torch is kept from transformers, whose
-tokenizers and settings need it no more: with it the import takes three times as long.
+So the launcher loads neither the task, which is foreign code, nor the tokenizer. Transformers is imported without
+torch, which its tokenizers and settings do not need: with torch the import takes three times as long.
 """
 
 import itertools
@@ -28,27 +28,27 @@ from headrace.launcher.estimates.duration import measured_flops
 
 
 class SplitTrial(msgspec.Struct):
-    """What became of the first prompts of a split."""
+    """The results of the first prompts of a split."""
 
     lengths: list[int] = []
     """Tokens of each prompt that became a ticket."""
     refused: list[str] = []
-    """Those that did not, and why."""
+    """The reasons for those that did not."""
     ticket: bytes = b""
-    """Of the first one that did."""
+    """The first ticket, encoded."""
 
 
 class TaskTrial(msgspec.Struct):
     problem: str = ""
     is_only_here: bool = False
-    """On another machine there may be none."""
+    """The problem may not exist on another machine."""
     context: int = 0
-    """Tokens of the longest sequence that the engine takes."""
+    """Longest sequence that the engine accepts, in tokens."""
     splits: dict[str, SplitTrial] = {}
     cost: str = ""
-    """What it costs that the model's prompts cannot be shared."""
+    """The cost of prompts that the model cannot share within a group; empty if it can."""
     flops: float = 0.0
-    """Of one thread of this machine, in float32."""
+    """Floating-point operations a second of one thread of this machine, in float32."""
 
 
 def main() -> int:
@@ -62,8 +62,8 @@ def main() -> int:
 
 
 def try_prompts(config: RunConfig, num_prompts: int) -> TaskTrial:
-    """Raises `ValueError`, or as that `NotHere`, if there are no prompts or none of a split can become a ticket. With
-    `num_prompts` 0 only the task is tried, for want of the model."""
+    """Raises `ValueError`, or its subclass `NotHere`, if a split has no prompts or none of them can become a ticket.
+    With `num_prompts` 0 (the model is missing) only the task is tried."""
     if num_prompts == 0:
         check_task(config)
         return TaskTrial()
@@ -86,8 +86,8 @@ def try_prompts(config: RunConfig, num_prompts: int) -> TaskTrial:
 
 
 def _load(config: RunConfig) -> tuple[Any, Any]:
-    """What renders and tokenizes, and the model's configuration."""
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # it says that there is no torch
+    """The chat template with the tokenizer, and the model's configuration."""
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # else it warns that there is no torch
     is_imported = not sys.modules.keys().isdisjoint({"torch", "transformers"})
     is_kept_out = not is_imported and not config.model.trust_remote_code
     if is_kept_out:

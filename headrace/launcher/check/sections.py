@@ -37,9 +37,9 @@ KIB = 1024
 class EstimateInputs:
     config: RunConfig
     found: TaskTrial
-    """Of the prompts that were tried."""
+    """The results of the prompts that were tried."""
     shape: Shape | None
-    """The model's, where it is known."""
+    """The model's shape, if it is known."""
     notes: list[str]
 
     @property
@@ -56,14 +56,14 @@ class EstimateInputs:
 
     @cached_property
     def gpu_bytes(self) -> int:
-        """Of the smallest GPU, if the run uses any; 0 where there is none, or its memory is unknown."""
+        """Memory of the smallest GPU; 0 if the run uses none, or its memory is unknown."""
         if "cuda" not in (self.device_of_learner, self.device_of_engine):
             return 0
         return min((gpu.total_bytes for gpu in visible_gpus()), default=0)
 
     @property
     def prompt_tokens(self) -> int:
-        """Of the prompt in the middle."""
+        """Tokens of the median prompt."""
         lengths = self.found.splits["train"].lengths if "train" in self.found.splits else []
         return int(statistics.median(lengths)) if lengths else TYPICAL_PROMPT_TOKENS
 
@@ -72,7 +72,7 @@ class Section(NamedTuple):
     title: str
     lines: list[str]
     value: Any
-    """The same for programs."""
+    """The content for `--json`."""
     is_estimate: bool = True
 
 
@@ -82,7 +82,7 @@ def _rows(title: str, rows: Rows, total: str | None = None) -> Section:
 
 
 def prompts(inputs: EstimateInputs) -> Section | None:
-    """How long they are, and what the context leaves."""
+    """Lengths of the prompts, and the room that the context leaves."""
     config, lines, value = inputs.config, [], {}
     for split, trial in inputs.found.splits.items():
         low, middle, high = min(trial.lengths), int(statistics.median(trial.lengths)), max(trial.lengths)
@@ -98,7 +98,7 @@ def prompts(inputs: EstimateInputs) -> Section | None:
 
 
 def devices(inputs: EstimateInputs) -> Section | None:
-    """Who gets which."""
+    """Which service gets which device."""
     lines = plan_lines(inputs.config, inputs.notes)
     return Section("devices", lines, lines, is_estimate=False)
 
@@ -132,7 +132,7 @@ def _engine_rows(inputs: EstimateInputs, shape: Shape) -> Rows:
 
 
 def host(inputs: EstimateInputs) -> Section | None:
-    """The machine's own memory, with all replicas on it."""
+    """Host memory, with all replicas on this machine."""
     if inputs.shape is None:
         return None
     config, replicas = inputs.config, inputs.config.generation.replicas
@@ -172,7 +172,7 @@ def moved(inputs: EstimateInputs) -> Section | None:
 
 
 def times(inputs: EstimateInputs) -> Section | None:
-    """On a CPU by its measured speed, else by an H100's."""
+    """Estimated with the measured speed of the CPU, or with the speed of an H100."""
     if inputs.shape is None or (inputs.device_of_learner == "cpu" and not inputs.found.flops):
         return None
     config, flops = inputs.config, inputs.found.flops
@@ -209,7 +209,7 @@ SECTIONS: list[Callable[[EstimateInputs], Section | None]] = [
 
 
 def memory_here() -> int:
-    """Of the machine, or of the container if that is less; 0 if unknown."""
+    """Memory of the machine, or of the container if that is less; 0 if unknown."""
     found = []
     for line in _read(Path("/proc/meminfo")).splitlines():
         if line.startswith("MemTotal:"):

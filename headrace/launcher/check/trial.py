@@ -1,8 +1,8 @@
 """Tries a recipe's prompts and reward before anything starts, in processes of their own.
 
-The first hundred prompts of each split are rendered, tokenized and encoded as the learner does it, and held against the
-engine's context; then a reward worker scores an empty completion of each split. What no run could get over is raised;
-what it would pass over, prompt by prompt, is a note.
+The first hundred prompts of each split are rendered, tokenized and encoded as the learner does it, and compared with
+the engine's context; then a reward worker scores an empty completion of each split. A problem that would end the run is
+raised. A prompt that the run would skip is a note.
 """
 
 import os
@@ -25,12 +25,12 @@ NUM_PROMPTS = 100
 DEADLINE_S = 900.0
 """Most of it is for a data set that has to be downloaded."""
 MISSING = "ModuleNotFoundError"
-"""What a reward worker says that lacks a library, which another machine may have."""
+"""In a reward worker's error: a library is missing, which another machine may have."""
 
 
 def try_task(config: RunConfig, is_model_here: bool = True) -> TaskTrial:
-    """Without the model only the task's own part. Raises `ValueError`, or as that `NotHere`, in one line that names the
-    task, the split and the row."""
+    """Without the model, only the task itself is tried. Raises `ValueError`, or its subclass `NotHere`, with one line
+    that names the task, the split and the row."""
     name, plain = config.task.name, config.model_copy(update={"redis_url": None}).model_dump_json()
     with (
         _child("headrace.generation.rewards.trial", plain) as reward,
@@ -51,12 +51,12 @@ def try_task(config: RunConfig, is_model_here: bool = True) -> TaskTrial:
 
 
 def notes_of(found: TaskTrial, config: RunConfig) -> Iterator[str]:
-    """What the run will pass over."""
+    """Notes on prompts that the run will skip."""
     for split, trial in found.splits.items():
         tried = len(trial.lengths) + len(trial.refused)
         if trial.refused:
             yield (
-                f"{len(trial.refused)} of the first {tried} {split} prompts cannot become tickets and are passed over: "
+                f"{len(trial.refused)} of the first {tried} {split} prompts cannot become tickets and are skipped: "
                 f"{trial.refused[0]}"
             )
         skipped = len(trial.lengths) - num_fitting(trial, config, found.context)
@@ -85,14 +85,14 @@ def _none_fits(split: str, trial: SplitTrial, config: RunConfig, context: int) -
 
 
 class _Child:
-    """A module's process, which has begun to read; what it prints goes to our standard error."""
+    """A module's process that has begun to read. Its output goes to our standard error."""
 
     def __init__(self, process: subprocess.Popen[bytes], output: Path) -> None:
         self._process = process
         self._output = output
 
     def answer(self, task: str, rest: bytes = b"") -> bytes:
-        """What it writes, having read the rest. Raises `ValueError`."""
+        """Sends the rest of the input and returns what the process writes. Raises `ValueError`."""
         try:
             self._process.communicate(rest, timeout=DEADLINE_S)
         except subprocess.TimeoutExpired as error:
@@ -104,7 +104,7 @@ class _Child:
 
 @contextmanager
 def _child(module: str, config: str, *arguments: str) -> Iterator[_Child]:
-    """Its first line is the configuration, and it can import what we can."""
+    """Starts a module. Its first input line is the configuration, and it can import what we can."""
     with (
         tempfile.NamedTemporaryFile(prefix="headrace-trial-") as output,
         subprocess.Popen(

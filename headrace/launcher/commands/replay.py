@@ -11,8 +11,8 @@ from headrace.launcher.run.run_folder import run_lock, write_config, write_url_f
 
 
 def replay(recording: Path, recipe: Recipe | None, overrides: Sequence[str], run: str, runs_folder: Path) -> int:
-    """The exit code of the learner's side; nothing is started again. Without a recipe the recording carries it."""
-    Keys(run)  # a name that is no folder's
+    """Returns the learner's exit code; the learner is not restarted. Without a recipe, the recording's own is used."""
+    Keys(run)  # refuses a name that cannot be a folder's
     if not recording.exists():
         raise ValueError(f"{recording}: there is no such recording")
     folder = runs_folder / run

@@ -1,1 +1,1 @@
-"""Which GPUs the services of a run get, and how one GPU is shared."""
+"""Which GPUs the services of a run get, and how learner and engine share one GPU."""

@@ -1,7 +1,7 @@
-"""The devices of a run on this machine: which GPUs its services see, and what people are told of it.
+"""The devices of a run on this machine: which GPUs its services see, and the lines that describe the plan.
 
-`devices_of` is asked before anything starts, and refuses what the machine's GPUs cannot serve. The names that
-CUDA_VISIBLE_DEVICES gives the launcher are handed on as they are. Whatever runs on the CPU is shown no GPU.
+`devices_of` is called before anything starts and refuses what the machine's GPUs cannot serve. The names in the
+launcher's CUDA_VISIBLE_DEVICES are passed on unchanged. A service that runs on the CPU sees no GPU.
 """
 
 import os
@@ -28,9 +28,9 @@ GIB = 1 << 30
 class Devices(NamedTuple):
     placement: Placement
     gpus: dict[str, Gpu]
-    """The visible ones, by name; empty where nothing of the run needs any."""
+    """The visible GPUs, by name; empty where no service of the run needs one."""
     notes: list[str]
-    """For people: why a GPU that is here is not used."""
+    """Why a GPU of this machine is not used."""
 
     @property
     def max_replicas(self) -> int:
@@ -38,11 +38,11 @@ class Devices(NamedTuple):
 
     @property
     def arguments(self) -> list[str]:
-        """Of the learner and of a replica alike."""
+        """Arguments that learner and replicas get."""
         return ["--shares-gpu"] if self.placement.is_shared else []
 
     def of_learner(self) -> dict[str, str]:
-        """What its environment has on top of ours."""
+        """Variables that are added to our environment."""
         return self._showing(self.placement.learner)
 
     def of_replica(self, index: int) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Curves as SVG that stands in a page: no script, colours from the page's variables, a tooltip at every point."""
+"""Curves as inline SVG: no script, colours from the page's variables, a tooltip at every point."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from markupsafe import Markup, escape
 WIDTH, HEIGHT = 460, 200
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 8, 24
 MAX_POINTS = 400
-"""Of a line; more are averaged."""
+"""Points of one line; more are averaged."""
 NUM_TICKS = 4
 Point = tuple[float, float]
 
@@ -22,7 +22,7 @@ class Series(NamedTuple):
 
 
 def draw(series: Sequence[Series], is_share: bool = False) -> Markup:
-    """Lines over steps; `is_share`: on an axis from 0 to 1. What is not finite is left out."""
+    """Draws lines over steps; `is_share`: on an axis from 0 to 1. Values that are not finite are omitted."""
     finite = [[point for point in one.points if all(map(math.isfinite, point))] for one in series]
     shown = [one._replace(points=thinned(points)) for one, points in zip(series, finite, strict=True)]
     points = [point for one in shown for point in one.points]
@@ -64,14 +64,14 @@ def _line(series: Series, index: int, places: Sequence[tuple[str, str]]) -> Mark
 
 
 def thinned(points: Sequence[Point]) -> list[Point]:
-    """At most `MAX_POINTS`: means of as many neighbours as it takes."""
+    """At most `MAX_POINTS` points: means of equally many neighbours."""
     size = math.ceil(len(points) / MAX_POINTS) or 1
     parts = [points[first : first + size] for first in range(0, len(points), size)]
     return [(part[-1][0], sum(y for _, y in part) / len(part)) for part in parts]
 
 
 def ticks_between(low: float, high: float) -> list[float]:
-    """Round numbers around and between."""
+    """Round numbers that enclose the range."""
     span = (high - low) or abs(high) or 1.0
     size = 10 ** math.floor(math.log10(span / NUM_TICKS))
     step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if span / (size * factor) <= NUM_TICKS)

@@ -21,7 +21,7 @@ class Setting(NamedTuple):
 
 
 def settings(config: dict[str, Any]) -> list[Setting]:
-    """Every setting as it was resolved, by its dotted name."""
+    """Every setting with its resolved value, by its dotted name."""
     return list(_settings(config, RunConfig, ""))
 
 
@@ -43,7 +43,7 @@ def _settings(given: dict[str, Any], section: type[BaseModel] | None, prefix: st
 
 
 def headline(rows: Sequence[Row], num_steps: int | None, summary: Row | None) -> list[tuple[str, str]]:
-    """The run in a few numbers."""
+    """The key figures of the run."""
     steps = [row for row in rows if row.get("kind") == "step"]
     evaluations = [row["held_out"] for row in rows if row.get("kind") == "evaluation" and row.get("held_out")]
     if not steps:

@@ -1,7 +1,7 @@
-"""`headrace report`: one HTML file that says how a run went; it needs nothing beside itself, and starts no training.
+"""`headrace report`: one self-contained HTML file that shows how a run went.
 
-From the run's folder: metrics, configuration, summary, logs. Where its Redis runs, or left an append-only file, also
-the ledger's account and examples of what was written. All of it is anybody's text, and escaped.
+It reads metrics, configuration, summary and logs from the run's folder. If the run's Redis is live, or left an
+append-only file, it also shows the audit of the ledger and examples of groups. All texts are untrusted and escaped.
 """
 
 import json
@@ -37,9 +37,9 @@ REPORT_FILE = "report.html"
 AUDIT_TIMEOUT_S = 300.0
 WANTED_EXAMPLES = {"trained": 4, "uniform": 2, "stale": 1, "evaluated": 2}
 MAX_ROLLOUTS, MAX_TOKENS = 4, 600
-"""Of an example."""
+"""Of one example."""
 GAPS = (0.01, 0.05, 0.2, 1.0)
-"""Between learner and engine, of a token's log-probability: the classes g1 to g4 of the page."""
+"""Gaps between learner and engine in a token's log-probability: the classes g1 to g4 of the page."""
 
 
 class Token(NamedTuple):
@@ -49,7 +49,7 @@ class Token(NamedTuple):
 
 
 class RedisContent(NamedTuple):
-    """What only Redis knows."""
+    """The part of a report that is only in Redis."""
 
     audit: dict[str, Any] | None = None
     groups: Sequence[ShownGroup] = ()
@@ -58,7 +58,7 @@ class RedisContent(NamedTuple):
 
 def write_report(run: str, runs_folder: Path, output: Path | None, redis_url: str | None) -> Path:
     """Returns the file. Raises `ValueError` if there is no such run."""
-    Keys(run)  # a name that is no folder's
+    Keys(run)  # refuses a name that cannot be a folder's
     folder = runs_folder / run
     rows = _rows(folder / "metrics.jsonl")
     if not folder.is_dir() or not (rows or (folder / "config.yaml").exists()):
@@ -115,7 +115,7 @@ def _audit(run: str, runs_folder: Path, url: str) -> dict[str, Any] | None:
 
 
 def _examples(url: str, keys: Keys) -> list[ShownGroup]:
-    """The newest of each state; of the trained those in which completions differ."""
+    """The newest samples of each state."""
     left = dict(WANTED_EXAMPLES)
     found = []
     with short_timeout_client(url, 10.0) as client:
@@ -143,7 +143,7 @@ def _tokens(rollout: ShownRollout) -> list[Token]:
 
 
 def _rows(path: Path) -> list[Row]:
-    """Whole rows only: a killed writer may have left half a line."""
+    """Complete rows only: a killed writer may have left half a line."""
     rows: list[Row] = []
     if path.exists():
         for line in path.read_text(errors="replace").splitlines():

@@ -15,7 +15,7 @@ NUMBERS = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
 class UnhealthySpan(NamedTuple):
-    """A stretch of steps in which a number was not well."""
+    """Consecutive steps in which a metric was beyond its threshold."""
 
     threshold: Threshold
     first_step: int
@@ -26,7 +26,7 @@ class UnhealthySpan(NamedTuple):
 
 @dataclass
 class Incident:
-    """Warnings and errors of one service that differ in their numbers only."""
+    """Warnings or errors of one service that differ only in their numbers."""
 
     level: str
     service: str
@@ -37,7 +37,7 @@ class Incident:
 
 
 def unhealthy_spans(rows: Sequence[Row], is_exact: bool) -> list[UnhealthySpan]:
-    """By the thresholds of the live verdict, on medians of the last steps; in the order of their beginnings."""
+    """Found with the thresholds of the live verdict, on medians of the last steps; ordered by first step."""
     found = [span for one in (*THRESHOLDS, numeric_gap(is_exact)) for span in _unhealthy_spans(rows, one)]
     skipped = Threshold("skipped_updates", 0.0, 1e9, "updates were skipped: not finite", "lower optimizer.lr")
     return sorted([*found, *_unhealthy_spans(rows, skipped, 1)], key=lambda span: span.first_step)
@@ -65,7 +65,7 @@ def _unhealthy_spans(
 
 
 def incidents(lines: Iterable[Line]) -> tuple[list[Incident], int]:
-    """What services warned of, the earliest first, and how many kinds were left out."""
+    """Warnings and errors, the earliest first, and how many kinds were omitted."""
     found: dict[tuple[str, str, str], Incident] = {}
     for line in lines:
         if line.level not in ("WARNING", "ERROR", "CRITICAL"):

@@ -1,1 +1,1 @@
-"""A run on this machine: its folder, its processes, its logs, its Redis, a client of its control service."""
+"""A run on this machine: its folder and lock, its processes, logs and Redis, and a client of its control service."""

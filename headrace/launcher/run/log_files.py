@@ -1,7 +1,7 @@
-"""The logs of a run as one: every file of its folder, lives and rotations included, in the order of time.
+"""The logs of a run merged in the order of time: every file of its folder, rotated ones included.
 
-Our services' lines carry their fields (headrace/common/process/logs.py). Of Redis's and SGLang's own the time and the
-level are read; what bears no time belongs to the line before it, or to its file's beginning.
+Lines of Headrace's services carry fields (headrace/common/process/logs.py). Of Redis's and SGLang's lines only time and
+level are parsed. A line without a time belongs to the line before it, or to the beginning of its file.
 """
 
 import heapq
@@ -20,20 +20,20 @@ _ENGINE = re.compile(r"(?:\[|\w+:\s+)?(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\S
 _SAYS_LEVEL = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b")
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 MAX_LINES = 400
-"""Of one event; more are left out."""
+"""Lines of one event; more are omitted."""
 
 
 class LogFilter(NamedTuple):
-    """What is to be shown; None: all."""
+    """Which lines are wanted; None: all."""
 
     service: str | None = None
-    """Also the beginning of a file's name, such as `generation-0`."""
+    """A service, or the beginning of a file name such as `generation-0`."""
     level: str | None = None
-    """Or worse."""
+    """The minimum level."""
     ticket: str | None = None
     step: int | None = None
 
-    def has(self, line: Line, file: str) -> bool:
+    def matches(self, line: Line, file: str) -> bool:
         fields = line.fields
         return (
             (self.service is None or line.service == self.service or file.startswith(self.service))
@@ -44,7 +44,7 @@ class LogFilter(NamedTuple):
 
 
 def read_logs(folder: Path, wanted: LogFilter) -> Iterator[Line]:
-    """Everything that stands there. Raises `ValueError` if there is no log."""
+    """All wanted lines that are there now. Raises `ValueError` if there is no log."""
     files = log_files(folder)
     if not files:
         raise ValueError(f"{folder}: there is no log")
@@ -57,7 +57,7 @@ def log_files(folder: Path) -> list[Path]:
 
 
 class LogFollower:
-    """What is written from now on, in all files of the folder, also in those that are still to come."""
+    """Lines written from now on, in all files of the folder, new files included."""
 
     def __init__(self, folder: Path, wanted: LogFilter) -> None:
         self._folder = folder
@@ -65,7 +65,7 @@ class LogFollower:
         self._files = {path: LogFile(path, at_end=True) for path in log_files(folder)}
 
     def read_new(self) -> list[Line]:
-        """What has come since the last look."""
+        """The lines since the last call."""
         for path in log_files(self._folder):
             if path not in self._files:
                 self._files[path] = LogFile(path)
@@ -128,7 +128,7 @@ class LogFile:
 
 
 def _wanted(lines: Iterator[Line], wanted: LogFilter, file: str) -> Iterator[Line]:
-    return (line for line in lines if wanted.has(line, file))
+    return (line for line in lines if wanted.matches(line, file))
 
 
 def _said_level(text: str) -> str:

@@ -1,4 +1,4 @@
-"""A run's Redis for the time of a command, whether the run is going on or only its files are left."""
+"""A run's Redis for one command: of a live run, or started on the files of an ended one."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,16 +16,16 @@ REDIS_GRACE_S = 30.0
 class RunRedis(NamedTuple):
     url: str
     has_ended: bool
-    """Nothing of the run is running: what its Redis holds is all that it will."""
+    """No process of the run is running, so that its Redis content is final."""
 
 
 @contextmanager
 def open_run(run: str, runs_folder: Path, redis_url: str | None) -> Iterator[RunRedis]:
-    """The Redis that is given, else of the running launcher, else a server on the run's append-only file.
+    """The given Redis, else the running launcher's, else a temporary server on the run's append-only file.
 
-    Such a server, and the run's lock, last as long as the block. Raises `ValueError` with what was looked for.
+    The temporary server and the run's lock last as long as the block. Raises `ValueError` naming what was tried.
     """
-    Keys(run)  # a name that is no folder's
+    Keys(run)  # refuses a name that cannot be a folder's
     folder = runs_folder / run
     with ExitStack() as stack:
         yield RunRedis(redis_url, False) if redis_url else _find(folder, stack)
@@ -51,7 +51,7 @@ def _find(folder: Path, stack: ExitStack) -> RunRedis:
 
 @contextmanager
 def embedded_redis(folder: Path, lock: int) -> Iterator[str]:
-    """A server on the run's append-only file while the block runs; yields its URL."""
+    """Runs a server on the run's append-only file during the block; yields its URL."""
     service, url = start_redis(folder / "redis", folder / "logs" / "redis.log", lock)
     try:
         yield url

@@ -1,7 +1,7 @@
-"""The processes of a run on one machine: each with a log, none of them outliving the launcher.
+"""The processes of a run on one machine: each has a log, and none outlives the launcher.
 
-A child has a session of its own, so that a Ctrl-C in our terminal is ours to pass on, and the kernel ends it when
-the launcher dies of whatever. The Redis URL may hold a password: it travels in the environment, not in arguments.
+A child has a session of its own, so that a Ctrl-C in the terminal reaches only the launcher, which passes it on. The
+kernel ends the child when the launcher dies. The Redis URL may hold a password, so it travels in the environment.
 """
 
 import os
@@ -22,7 +22,7 @@ REDIS_URL_VARIABLE = "HEADRACE_REDIS_URL"
 LOG_TAIL_LINES = 15
 LOG_TAIL_BYTES = 1 << 16
 REFUSAL = re.compile(r"headrace \w+: (.+)")
-"""What a service prints that was refused before it began."""
+"""The line that a service prints when its request is refused before it begins."""
 
 
 class Service:
@@ -36,7 +36,7 @@ class Service:
         environment: dict[str, str] | None = None,
         inherited: Sequence[int] = (),
     ) -> None:
-        """`environment` comes on top of ours; the descriptors `inherited` stay open in the child."""
+        """`environment` is added to ours; the file descriptors `inherited` stay open in the child."""
         self.name = name
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ class Service:
         return f"the end of {self.log}:\n" + "\n".join(self._log_lines(0)[-LOG_TAIL_LINES:])
 
     def last_error(self) -> str:
-        """What this process has logged last as an error, or been refused for; empty if nothing."""
+        """The last error that this process logged, or its refusal; empty if there is none."""
         for text in reversed(self._log_lines(self._log_start)):
             if refused := REFUSAL.match(text):
                 return one_line(refused[1])
@@ -110,12 +110,12 @@ def python_service(
 
 
 def _environment(redis_url: str) -> dict[str, str]:
-    """Beyond ours: a service finds the run, and a task where we do."""
+    """Variables by which a service finds the run's Redis, and the task where we find it."""
     return {REDIS_URL_VARIABLE: redis_url, "PYTHONPATH": import_path()}
 
 
 def call_module(module: str, arguments: Sequence[str], redis_url: str) -> int:
-    """Runs a module in the foreground and returns its exit code; Ctrl-C is passed on to it, a second one kills it."""
+    """Runs a module in the foreground and returns its exit code. Ctrl-C is passed on; a second one kills it."""
     process = subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         env=os.environ | _environment(redis_url),

@@ -35,7 +35,7 @@ def launch_redis(folder: Path, log: Path, port: int, lock: int | None = None) ->
 
 
 def start_redis(folder: Path, log: Path, lock: int | None = None) -> tuple[Service, str]:
-    """The same on a free port, and its URL, once it answers."""
+    """Starts the server on a free port and returns it with its URL once it answers."""
     port = free_port()
     service = launch_redis(folder, log, port, lock)
     wait_for_redis(service, redis_url_at(port))
@@ -43,7 +43,7 @@ def start_redis(folder: Path, log: Path, lock: int | None = None) -> tuple[Servi
 
 
 def wait_for_redis(service: Service, url: str) -> None:
-    """Until the server has read its file and answers. Stops it and raises `ValueError` if it does not."""
+    """Waits until the server has read its file and answers. If it does not, stops it and raises `ValueError`."""
     deadline = time.monotonic() + REDIS_START_TIMEOUT_S
     try:
         while not is_answering(url):
@@ -64,7 +64,7 @@ def is_answering(url: str, timeout_s: float = 2.0) -> bool:
 
 
 def short_timeout_client(url: str, timeout_s: float) -> redis.Redis:
-    """A client that gives up at once, for those who look again anyway."""
+    """A client that gives up soon, for callers that poll anyway."""
     return client_of(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s)
 
 

@@ -1,8 +1,8 @@
-"""What the launcher keeps in a run's folder besides the run itself: the lock, the Redis URL, the configuration.
+"""The launcher's files in a run's folder: the lock, the URLs of Redis and control, the configuration.
 
-One process at a time holds a run. The lock is the kernel's (flock), so that it is free however its holder died,
-but not before the Redis server that the holder started has ended as well: two servers on one append-only file
-would ruin it.
+Only one process at a time holds a run. The lock is the kernel's (flock), so it is released however its holder dies,
+but only after the Redis server that the holder started has ended as well: two servers would corrupt one append-only
+file.
 """
 
 import fcntl
@@ -29,7 +29,7 @@ class RunInUse(ValueError):
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[int]:
-    """Holds the run, and yields the lock's descriptor. Raises `RunInUse` naming the run and its holder's process id."""
+    """Holds the run and yields the lock's file descriptor. Raises `RunInUse` naming the holder's process id."""
     descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         _lock(descriptor, folder)
@@ -41,7 +41,7 @@ def run_lock(folder: Path) -> Iterator[int]:
 
 
 def _lock(descriptor: int, folder: Path) -> None:
-    """Waits a while if the holder is dead and only its server has not ended yet."""
+    """Waits a while if the holder is dead and only its server is still running."""
     deadline = time.monotonic() + ORPHAN_TIMEOUT_S
     while True:
         try:
@@ -66,7 +66,7 @@ def _has_ended(pid: str) -> bool:
 
 @contextmanager
 def write_url_file(folder: Path, url: str, file: str = REDIS_URL_FILE) -> Iterator[None]:
-    """While the block runs, those who may read our files find the run's Redis (by `read_url_file`) or control."""
+    """Keeps the URL of the run's Redis, or control, in its folder while the block runs; only the owner can read it."""
     path = folder / file
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as note:
@@ -78,14 +78,14 @@ def write_url_file(folder: Path, url: str, file: str = REDIS_URL_FILE) -> Iterat
 
 
 def read_url_file(folder: Path, file: str = REDIS_URL_FILE) -> str | None:
-    """Where the run's Redis, or control, answers while the run is going on."""
+    """The URL of the run's Redis, or control, while the run is live. A killed launcher leaves the file behind."""
     with suppress(FileNotFoundError):
         return (folder / file).read_text() or None
     return None
 
 
 def runs_with_control(runs_folder: Path) -> dict[str, str]:
-    """Where the control services of the runs that are kept there answer, by the run's name."""
+    """URLs of the control services of the folder's runs, by the run's name."""
     notes = sorted(runs_folder.glob(f"*/{CONTROL_URL_FILE}"))
     found = {note.parent.name: read_url_file(note.parent, CONTROL_URL_FILE) for note in notes}
     return {name: url for name, url in found.items() if url}

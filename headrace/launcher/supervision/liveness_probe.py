@@ -1,4 +1,4 @@
-"""Whether the learner still answers, asked from a thread of its own so that no silence freezes the launcher."""
+"""Polls whether the learner still answers, in a thread, so that a hung learner cannot block the launcher."""
 
 import threading
 import time
@@ -11,10 +11,10 @@ PROBE_TIMEOUT_S = 5.0
 
 
 class LivenessProbe:
-    """Asks `/healthz` of one process again and again while the `with` block runs.
+    """Polls `/healthz` of one process while the `with` block runs.
 
-    A process that has never answered is loading, not silent. Silence is counted in probes, so that a launcher that
-    was itself suspended accuses nobody.
+    A process that has never answered is still loading. Silence is summed over probes, so that time in which the
+    launcher itself was suspended does not count.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class LivenessProbe:
         self._ended.set()
 
     def silent_s(self, url: str, pid: int) -> float:
-        """For how long the process `pid` at `url`, asked about from now on, has not answered after it had."""
+        """How long the process `pid` at `url` has not answered, after it had. It is the one polled from now on."""
         with self._lock:
             if self._target != (url, pid):
                 self._target, self._has_answered, self._silent_s = (url, pid), False, 0.0

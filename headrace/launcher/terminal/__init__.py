@@ -1,1 +1,1 @@
-"""What people see of a run in a terminal."""
+"""How a run is shown in a terminal: the launcher's progress view, and control's answers as text and tables."""

@@ -1,4 +1,4 @@
-"""What control says of a run, as people read it in a terminal: pure, from its answers to what rich prints."""
+"""Turns the answers of the control service into text and tables for a terminal. Pure."""
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime
