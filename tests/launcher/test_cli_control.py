@@ -1,10 +1,13 @@
 """The commands that look at a run and steer it, against the real control service on a run that stands in Redis."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import redis
@@ -12,10 +15,14 @@ from typer.testing import CliRunner
 
 from headrace.common.http.addresses import free_port
 from headrace.common.redis.keys import Keys
+from headrace.common.wire import DecidedState, TicketKind
 from headrace.common.wire.desired_state import parse_orders
 from headrace.launcher.__main__ import app
+from headrace.launcher.commands import observe
+from headrace.launcher.commands.logs import Level
 from headrace.launcher.run.control_client import ControlClient
 from headrace.launcher.run.errors import NotRunning
+from headrace.launcher.run.log_files import LEVELS
 from headrace.launcher.terminal.render import GAPS, group_text, spans
 from tests.support.controls import TOKEN, Control, a_control
 from tests.support.fake_sglang import FakeSglang
@@ -260,6 +267,33 @@ def test_a_token_is_coloured_by_how_far_learner_and_engine_are_apart() -> None:
     styled = [(text.plain[span.start : span.end], span.style) for span in text.spans]
     assert (styled[-2], styled[-1]) == (("b�[2J", GAPS[2][1]), ("c", GAPS[4][1]))
     assert spans([3, 3, 4]) == "3 (2 tokens), 4 (1)" and spans([3]) == "3"
+
+
+def test_the_choices_of_options_are_the_protocols() -> None:
+    """They are written down once more so that a command starts without the protocol's imports."""
+    assert tuple(observe.State) == get_args(DecidedState) and tuple(observe.Kind) == get_args(TicketKind)
+    assert tuple(level.name for level in Level) == LEVELS
+
+
+def test_the_version_is_printed() -> None:
+    assert CliRunner().invoke(app, ["--version"]).stdout == f"headrace {version('headrace')}\n"
+
+
+def test_the_command_starts_without_heavy_imports() -> None:
+    """Every `headrace` command pays for what `__main__` imports."""
+    script = "import sys, headrace.launcher.__main__; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"fastapi", "httpx", "numpy", "pydantic", "redis", "torch"} & set(loaded)
+
+
+def test_settings_are_set_or_reset(headrace: Command) -> None:
+    refused = error(headrace("settings", "optimizer.lr=1e-5", "--reset", "optimizer.lr", code=2))
+    assert refused == "optimizer.lr: expected either a new value or --reset"
+
+
+@pytest.mark.parametrize("arguments", [(), ("3", "--clear")])
+def test_scale_takes_a_number_or_clear(headrace: Command, arguments: tuple[str, ...]) -> None:
+    assert "expected either a number or --clear" in error(headrace("scale", *arguments, code=2))
 
 
 def test_no_help_needs_a_run() -> None:

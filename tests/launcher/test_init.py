@@ -37,3 +37,9 @@ def test_init_overwrites_nothing(tmp_path: Path) -> None:
 
 def test_the_template_names_the_demo_policy_of_the_checkout() -> None:
     assert f"path: {POLICY_IN_TEMPLATE} " in template("recipe.yaml")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_documentation_shows_what_init_writes(name: str) -> None:
+    language = "yaml" if name.endswith(".yaml") else "python"
+    assert f"```{language}\n{template(name)}```\n" in (ROOT / "docs" / "tasks.md").read_text()
