@@ -153,7 +153,7 @@ def test_the_process_serves_a_run_and_exits_on_sigterm(
                 except httpx.TransportError:
                     return False
 
-            until(is_up, "control", timeout_s=90.0)
+            until(is_up, "control")
             assert http.get("/status").json()["step"] == 40
             assert http.post("/pause", headers=bearer(TOKEN)).status_code == 200
             with http.stream("GET", "/events") as stream:

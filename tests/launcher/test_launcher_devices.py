@@ -101,7 +101,7 @@ def test_scale_gives_and_takes_gpus_and_refuses_more_than_there_are(faking: Faki
         client.hset(Keys("faked").control, "desired_replicas", 9)
     fakes.wait_for(*sees("1", "2", "3")[1:], times=2)
     output = stopped(process)
-    assert output.count("] 9 replicas are ordered, and the GPUs here are enough for 3\n") == 1
+    assert output.count("] 9 replicas are requested, and the GPUs here are enough for 3\n") == 1
     assert "] 3 replicas, as far as the GPUs go\n" in output
     assert not [line for line in fakes.lines() if "generation-3" in line]
 

@@ -35,6 +35,7 @@ class FakeGpus:
     def settings(self) -> str:
         """What makes a `headrace` of tests/support/fake_services.py see them, with all installed that they need."""
         return (
-            "import pathlib; from common import device; from headrace.launcher import devices; "
+            "import pathlib; from headrace.common.hardware import device; "
+            "from headrace.launcher.placement import devices; "
             f"device.DEVICE_FILES = pathlib.Path({str(self.files)!r}); devices.missing_for_cuda = lambda is_engine: ''"
         )

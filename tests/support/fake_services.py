@@ -107,7 +107,23 @@ class Fakes:
 
     def wait_for(self, *lines: str, times: int = 1) -> None:
         """Until the scripts have noted each of `lines` so often."""
-        until(lambda: all(self.lines().count(line) >= times for line in lines), f"{lines} noted", self.lines)
+        until(
+            lambda: all(self.lines().count(line) >= times for line in lines),
+            f"{lines} noted",
+            self._progress,
+            self.are_over,
+        )
+
+    def _progress(self) -> str:
+        """For an error: what was noted, and what launchers that have ended printed."""
+        return f"noted {self.lines()}" + "".join(f"; ended: {one.communicate()[0]}" for one in self._ended())
+
+    def _ended(self) -> list[subprocess.Popen[str]]:
+        return [one for one in self.started if one.poll() is not None]
+
+    def are_over(self) -> bool:
+        """Whether nothing that could note something more is running."""
+        return len(self._ended()) == len(self.started)
 
     def close(self) -> None:
         """The kernel ends what the launchers had started."""
@@ -117,11 +133,16 @@ class Fakes:
 
 
 def until(
-    condition: Callable[[], bool], what: str, seen: Callable[[], object] = lambda: "", timeout_s: float = TIMEOUT_S
+    condition: Callable[[], bool],
+    what: str,
+    seen: Callable[[], object] = lambda: "",
+    is_hopeless: Callable[[], bool] = lambda: False,
 ) -> None:
-    deadline = time.monotonic() + timeout_s
+    """Fails when the condition is still false once it is hopeless, or after `TIMEOUT_S`."""
+    deadline = time.monotonic() + TIMEOUT_S
     while not condition():
-        assert time.monotonic() < deadline, f"expected {what}; {seen()}"
+        was_hopeless = is_hopeless() or time.monotonic() > deadline
+        assert not was_hopeless or condition(), f"expected {what}; {seen()}"
         time.sleep(0.02)
 
 

@@ -18,7 +18,7 @@ from tests.support import fake_services
 
 Start = Callable[..., int]
 DOWN_AFTER_MS = 3000
-until = partial(fake_services.until, what="what is waited for", timeout_s=60.0)
+until = partial(fake_services.until, what="what is waited for")
 
 
 @contextmanager

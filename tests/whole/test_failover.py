@@ -18,8 +18,6 @@ from tests.support.launching import rows_of
 from tests.support.redis_servers import Watched, servers, until
 from tests.support.replaying import ROOT, end, make_recording, state_of, take_up, trained
 
-RUN_TIMEOUT_S = 1200.0
-
 
 @pytest.fixture
 def watched(tmp_path: Path) -> Iterator[Watched]:
@@ -74,15 +72,15 @@ def test_a_whole_run_goes_on_after_a_failover_that_lost_what_was_acknowledged(wa
     learner = services[0]
     services.append(Service("replicas", replica_command, tmp_path / "replicas.log", environment))
     try:
-        until(lambda: steps() >= 7, timeout_s=RUN_TIMEOUT_S)
+        until(lambda: steps() >= 7)
         watched.replicate_no_more()
         num_replicated = steps()
-        until(lambda: steps() >= num_replicated + 4, timeout_s=RUN_TIMEOUT_S)
+        until(lambda: steps() >= num_replicated + 4)
         watched.fall()
         assert learner.process.wait(RUN_TIMEOUT_S) == 1
         assert "what was written last may be lost" in learner.log_tail()
         services[0] = learner = Service("learner", learner_command, tmp_path / "learner.log", environment)
-        until(lambda: steps() >= num_replicated + 20, timeout_s=RUN_TIMEOUT_S)
+        until(lambda: steps() >= num_replicated + 20)
         learner.ask_to_stop()
         assert learner.process.wait(RUN_TIMEOUT_S) == 0
     finally:
