@@ -18,6 +18,8 @@ from tests.support.launching import rows_of
 from tests.support.redis_servers import Watched, servers, until
 from tests.support.replaying import ROOT, end, make_recording, state_of, take_up, trained
 
+EXIT_TIMEOUT_S = 1200.0
+
 
 @pytest.fixture
 def watched(tmp_path: Path) -> Iterator[Watched]:
@@ -77,12 +79,12 @@ def test_a_whole_run_goes_on_after_a_failover_that_lost_what_was_acknowledged(wa
         num_replicated = steps()
         until(lambda: steps() >= num_replicated + 4)
         watched.fall()
-        assert learner.process.wait(RUN_TIMEOUT_S) == 1
+        assert learner.process.wait(EXIT_TIMEOUT_S) == 1
         assert "what was written last may be lost" in learner.log_tail()
         services[0] = learner = Service("learner", learner_command, tmp_path / "learner.log", environment)
         until(lambda: steps() >= num_replicated + 20)
         learner.ask_to_stop()
-        assert learner.process.wait(RUN_TIMEOUT_S) == 0
+        assert learner.process.wait(EXIT_TIMEOUT_S) == 0
     finally:
         for service in services:
             service.stop(10.0)
