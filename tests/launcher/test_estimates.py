@@ -19,7 +19,8 @@ from headrace.common.preflight.recipe import NotHere
 from headrace.common.weights.delta import bits_of
 from headrace.common.weights.delta import encode as encode_delta
 from headrace.common.wire import Group, Rollout, Sampling, Ticket, Timings, VersionSpan, encode
-from headrace.launcher.check import sections
+from headrace.launcher.check import estimate_inputs, sections
+from headrace.launcher.check.estimate_inputs import EstimateInputs
 from headrace.launcher.check.prompt_trial import TaskTrial
 from headrace.launcher.check.sections import readable
 from headrace.launcher.estimates.device_memory import (
@@ -269,16 +270,16 @@ def test_an_engine_takes_of_a_gpu_what_sglang_takes(mib: int, expected: float) -
 
 def test_what_a_gpu_has_not_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     """A learner of 7B, which is no H100's on one rank, beside an engine that takes what SGLang takes."""
-    monkeypatch.setattr(sections, "visible_gpus", lambda: [Gpu("0", 80 << 30), Gpu("1", 80 << 30)])
+    monkeypatch.setattr(estimate_inputs, "visible_gpus", lambda: [Gpu("0", 80 << 30), Gpu("1", 80 << 30)])
     on_gpu = {"learner": {"device": "cuda"}, "generation": {"engine": {"device": "cuda"}}}
-    inputs = sections.EstimateInputs(config_of(**on_gpu), TaskTrial(), read_shape(QWEN_7B), [])
+    inputs = EstimateInputs(config_of(**on_gpu), TaskTrial(), read_shape(QWEN_7B), [])
     engine = sections.engine(inputs)
     assert sections.learner(inputs) is not None and engine is not None
     (note,) = inputs.notes
     assert "the learner needs 13" in note and "there are 80.0 GiB; expected more learner.ranks" in note
     assert sum(engine.value.values()) == pytest.approx(80 << 30, rel=1e-6)
     ranks = {"learner": {"device": "cuda", "ranks": 8}}
-    inputs = sections.EstimateInputs(config_of(**ranks), TaskTrial(), read_shape(QWEN_7B), [])
+    inputs = EstimateInputs(config_of(**ranks), TaskTrial(), read_shape(QWEN_7B), [])
     assert sections.learner(inputs) and inputs.notes == []
 
 

@@ -18,8 +18,9 @@ from headrace.common.tasks import BadRow, Prompt, Split
 from headrace.common.wire import Ticket, decode_ticket
 from headrace.launcher.check import before_start, trial
 from headrace.launcher.check.before_start import preflight_notes
+from headrace.launcher.check.estimate_inputs import EstimateInputs
 from headrace.launcher.check.prompt_trial import SplitTrial, TaskTrial, try_prompts
-from headrace.launcher.check.sections import EstimateInputs, prompts
+from headrace.launcher.check.sections import prompts
 from headrace.launcher.check.trial import notes_of, try_task
 
 USER = [{"role": "user", "content": "1 + 1?"}]

@@ -2,7 +2,8 @@
 
 from headrace.common.config import RunConfig
 from headrace.common.preflight.recipe import NotHere
-from headrace.launcher.check.sections import EstimateInputs, disk, host, learner, times
+from headrace.launcher.check.estimate_inputs import EstimateInputs
+from headrace.launcher.check.sections import disk, host, learner, times
 from headrace.launcher.check.trial import notes_of, try_task
 from headrace.launcher.estimates.host_memory import shared_memory_problem
 from headrace.launcher.estimates.model_size import shape_of

@@ -14,8 +14,9 @@ from rich.text import Text
 from headrace.common.config import Recipe, RunConfig
 from headrace.common.preflight.recipe import NotHere, check_run, model_files
 from headrace.common.process.redaction import without_password
+from headrace.launcher.check.estimate_inputs import EstimateInputs
 from headrace.launcher.check.prompt_trial import TaskTrial
-from headrace.launcher.check.sections import SECTIONS, EstimateInputs, Section
+from headrace.launcher.check.sections import SECTIONS, Section
 from headrace.launcher.check.trial import notes_of, try_task
 from headrace.launcher.estimates.model_size import Shape, shape_of
 

@@ -7,22 +7,19 @@ import os
 import shutil
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from headrace.common.config import RunConfig
-from headrace.common.hardware.device import CPU_MAX_TOTAL_TOKENS, multiplies_bfloat16, resolve_device
-from headrace.common.hardware.gpus import visible_gpus
-from headrace.launcher.check.prompt_trial import TaskTrial
-from headrace.launcher.estimates.device_memory import TYPICAL_PROMPT_TOKENS, Rows, engine_bytes, learner_bytes
+from headrace.common.hardware.device import CPU_MAX_TOTAL_TOKENS, multiplies_bfloat16
+from headrace.launcher.check.estimate_inputs import EstimateInputs
+from headrace.launcher.estimates.device_memory import Rows, engine_bytes, learner_bytes
 from headrace.launcher.estimates.duration import START_S, cpu_speed, estimate, gpu_speed, readable_s, too_long
 from headrace.launcher.estimates.host_memory import (
     SHARED_MEMORY,
     SHARED_VERSIONS,
     disk_rows,
     host_rows,
+    memory_here,
     shared_memory_problem,
     weight_bytes,
 )
@@ -31,41 +28,6 @@ from headrace.launcher.estimates.traffic import delta_share, moved_bytes
 from headrace.launcher.placement.devices import plan_lines
 
 KIB = 1024
-
-
-@dataclass
-class EstimateInputs:
-    config: RunConfig
-    found: TaskTrial
-    """The results of the prompts that were tried."""
-    shape: Shape | None
-    """The model's shape, if it is known."""
-    notes: list[str]
-
-    @property
-    def device_of_learner(self) -> str:
-        return resolve_device(self.config.learner.device)
-
-    @property
-    def device_of_engine(self) -> str:
-        return resolve_device(self.config.generation.engine.device)
-
-    @property
-    def is_local_engine(self) -> bool:
-        return self.config.generation.engine.url is None
-
-    @cached_property
-    def gpu_bytes(self) -> int:
-        """Memory of the smallest GPU; 0 if the run uses none, or its memory is unknown."""
-        if "cuda" not in (self.device_of_learner, self.device_of_engine):
-            return 0
-        return min((gpu.total_bytes for gpu in visible_gpus()), default=0)
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of the median prompt."""
-        lengths = self.found.splits["train"].lengths if "train" in self.found.splits else []
-        return int(statistics.median(lengths)) if lengths else TYPICAL_PROMPT_TOKENS
 
 
 class Section(NamedTuple):
@@ -206,20 +168,6 @@ SECTIONS: list[Callable[[EstimateInputs], Section | None]] = [
     moved,
     times,
 ]
-
-
-def memory_here() -> int:
-    """Memory of the machine, or of the container if that is less; 0 if unknown."""
-    found = []
-    for line in _read(Path("/proc/meminfo")).splitlines():
-        if line.startswith("MemTotal:"):
-            found.append(int(line.split()[1]) * KIB)
-    limit = _read(Path("/sys/fs/cgroup/memory.max")).strip()
-    return min([*found, *([int(limit)] if limit.isdecimal() else [])], default=0)
-
-
-def _read(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
 
 
 def readable(num_bytes: int) -> str:

@@ -102,3 +102,17 @@ def disk_rows(shape: Shape, config: RunConfig, share: float) -> Rows:
 
 def weight_bytes(shape: Shape, config: RunConfig) -> int:
     return shape.num_parameters * BYTES[config.model.dtype]
+
+
+def memory_here() -> int:
+    """Memory of the machine, or of the container if that is less; 0 if unknown."""
+    found = []
+    for line in _read(Path("/proc/meminfo")).splitlines():
+        if line.startswith("MemTotal:"):
+            found.append(int(line.split()[1]) * 1024)
+    limit = _read(Path("/sys/fs/cgroup/memory.max")).strip()
+    return min([*found, *([int(limit)] if limit.isdecimal() else [])], default=0)
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
