@@ -34,7 +34,7 @@ from headrace.common.wire import Group, Rollout, Sampling, Ticket, Timings, Vers
 from headrace.learner.intake.recordings import Header, RecordedGroup, RecordingWriter
 
 Shape = dict[str, Any]
-TOKENIZER = ROOT / "assets" / "demo-policy"
+TOKENIZER = ROOT / "headrace" / "demo" / "policy"
 TOKENIZER_TOKENS = 500
 SHAPES: dict[str, Shape] = {
     "qwen2.5-1.5b": {

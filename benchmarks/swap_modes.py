@@ -43,7 +43,7 @@ from headrace.generation.engine.completions import Completion, generate_body, to
 from headrace.generation.engine.server import EngineServer
 from headrace.generation.engine.swapping import SwapMode
 
-POLICY = ROOT / "assets" / "demo-policy"
+POLICY = ROOT / "headrace" / "demo" / "policy"
 RESULTS = ROOT / "benchmarks" / "results" / "swap_modes.json"
 LRS = (1e-3, 1e-4)
 NUM_STEPS = 8

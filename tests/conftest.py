@@ -31,7 +31,7 @@ def pytest_report_header() -> str:
 
 @pytest.fixture(scope="session")
 def demo_policy() -> Path:
-    return Path(__file__).parents[1] / "assets" / "demo-policy"
+    return Path(__file__).parents[1] / "headrace" / "demo" / "policy"
 
 
 @pytest.fixture

@@ -28,7 +28,11 @@ if TYPE_CHECKING:
     from headrace.common.config import Recipe
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
-ConfigArgument = Annotated[Path, typer.Argument(help="Recipe, such as configs/tiny-cpu.yaml.")]
+DEMO_RECIPE = Path(__file__).parents[1] / "demo" / "tiny-cpu.yaml"
+ConfigArgument = Annotated[
+    Path,
+    typer.Argument(help="Recipe, such as configs/tiny-cpu.yaml; default: the demo's.", show_default=False),
+]
 SeedOption = Annotated[int | None, typer.Option(help="Seed that overrides the recipe's.")]
 SetOption = Annotated[
     list[str],
@@ -56,7 +60,7 @@ def init(
 
 @app.command(rich_help_panel=START)
 def check(
-    config: ConfigArgument,
+    config: ConfigArgument = DEMO_RECIPE,
     seed: SeedOption = None,
     overrides: SetOption = [],  # noqa: B006 - typer copies it
     as_json: JsonOption = False,
@@ -70,7 +74,7 @@ def check(
 
 @app.command(rich_help_panel=START)
 def up(
-    config: ConfigArgument,
+    config: ConfigArgument = DEMO_RECIPE,
     seed: SeedOption = None,
     overrides: SetOption = [],  # noqa: B006 - typer copies it
     run: NewRunOption = None,

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from headrace.common.config import Recipe
 from headrace.common.http.addresses import free_port, url_at
+from headrace.common.preflight.installation import check_installed
 from headrace.common.preflight.recipe import check_run
 from headrace.common.process.logs import logging_to
 from headrace.common.process.run_token import token_at, token_given
@@ -60,6 +61,7 @@ def up(
     `is_json`: every line printed is a JSON object, the last one the summary.
     """
     keys, folder = Keys(run), runs_folder / run
+    check_installed()
     check_run(recipe.config)
     devices = devices_of(recipe.config)
     notes = preflight_notes(recipe.config)

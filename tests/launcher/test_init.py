@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from headrace.launcher.commands.init import FILES, POLICY_IN_TEMPLATE, init, template
+from headrace.launcher.commands.init import FILES, init, template
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,10 +33,6 @@ def test_init_overwrites_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"my_task\.py: already there; expected another folder"):
         init(tmp_path)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"my_task.py": "mine"}
-
-
-def test_the_template_names_the_demo_policy_of_the_checkout() -> None:
-    assert f"path: {POLICY_IN_TEMPLATE} " in template("recipe.yaml")
 
 
 @pytest.mark.parametrize("name", FILES)

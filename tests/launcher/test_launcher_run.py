@@ -138,7 +138,7 @@ def test_dead_tickets_are_in_the_last_line(faking: Faking) -> None:
 def test_a_task_beside_the_recipe_is_found_by_all_services(faking: Faking, tmp_path: Path) -> None:
     recipe = tmp_path / "mine" / "recipe.yaml"
     recipe.parent.mkdir()
-    recipe.write_text((ROOT / RECIPE).read_text().replace("assets/", f"{ROOT}/assets/"))
+    recipe.write_text((ROOT / RECIPE).read_text().replace("headrace/demo", f"{ROOT}/headrace/demo"))
     shows = "note(os.environ['PYTHONPATH'].split(os.pathsep)[-1])"
     fakes = faking(learner=f"{shows}\nwhile notes.read_text().count('mine') < 2: time.sleep(0.02)", generation=shows)
     ended(fakes.headrace("up", str(recipe), "--run", "faked"), 0)

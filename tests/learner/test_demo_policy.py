@@ -15,7 +15,7 @@ from headrace.learner.demo_policy import make as warm_start
 from headrace.learner.demo_policy.evaluation import evaluate_policy
 from headrace.learner.demo_policy.tokenizer import VOCAB_SIZE, make_tokenizer
 
-POLICY = Path(__file__).parents[2] / "assets" / "demo-policy"
+POLICY = Path(__file__).parents[2] / "headrace" / "demo" / "policy"
 PREFIX_TOLERANCE = 1e-3
 """Relative, of a loss in the first 30 steps: other kernels and threads sum in another order."""
 

@@ -18,6 +18,7 @@ FOLDERS = {
     ),
     "generation": "tensors engine rewards tickets weights",
     "control": "models polling verdict view http",
+    "demo": "",
     "launcher": "templates run estimates placement check terminal supervision report commands",
 }
 """The folders of each part, from the lowest to the highest: each imports only those before it. The modules beside them

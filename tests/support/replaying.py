@@ -34,7 +34,7 @@ NUM_GROUPS = 60
 
 
 def make_config(*overrides: str) -> RunConfig:
-    settings = [*SETTINGS, f"model.path={ROOT}/assets/demo-policy", *overrides]
+    settings = [*SETTINGS, f"model.path={ROOT}/headrace/demo/policy", *overrides]
     return load_recipe(ROOT / "configs" / "tiny-cpu.yaml", settings).config
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-TOKENIZER = Path(__file__).parents[2] / "assets" / "demo-policy"
+TOKENIZER = Path(__file__).parents[2] / "headrace" / "demo" / "policy"
 VOCABULARY = 512
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,

@@ -20,7 +20,7 @@ from headrace.common.hardware.device import resolve_device
 from headrace.common.tasks.arithmetic import score
 
 ROOT = Path(__file__).parents[2]
-DEMO_POLICY = ROOT / "assets" / "demo-policy"
+DEMO_POLICY = ROOT / "headrace" / "demo" / "policy"
 
 
 def recipe(path: str, *overrides: str) -> RunConfig:

@@ -90,7 +90,7 @@ def test_long_chains_are_held_out_answered_and_slipped_on() -> None:
 
 @pytest.mark.parametrize("drops_ended", [False, True])
 def test_log_probabilities_of_what_is_sampled_are_those_of_a_forward_pass(drops_ended: bool) -> None:
-    folder = ROOT / "assets" / "demo-policy"
+    folder = ROOT / "headrace" / "demo" / "policy"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     end = AutoTokenizer.from_pretrained(folder).eos_token_id
     prompts = [list(range(10, 10 + length)) for length in (3, 7, 5, 12, 9, 4, 8, 6)]
@@ -119,7 +119,7 @@ def test_groups_are_as_stale_as_is_said_and_the_guard_makes_them_fresher(monkeyp
     settings = [
         *Run("seed, 4 mini-batches, lr 6e-4, guarded", 3, 0).settings,
         *sizes,
-        f"model.path={ROOT}/assets/demo-policy",
+        f"model.path={ROOT}/headrace/demo/policy",
     ]
     config = load_recipe(ROOT / "configs" / "tiny-cpu.yaml", settings).config
     rows = list(forced(config, 4, 7))

@@ -5,10 +5,12 @@ the value and what was expected.
 """
 
 import math
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+import headrace
 from headrace.common.config.actor import ActorConfig
 from headrace.common.config.engine_args import check_extra_args
 from headrace.common.config.section import Section
@@ -22,7 +24,10 @@ DType = Literal["float32", "bfloat16"]
 
 
 class ModelConfig(Section):
-    path: str = Field(description="Folder in Hugging Face format, or a hub name: the policy to start from.")
+    path: str = Field(
+        description="Folder in Hugging Face format, or a hub name: the policy to start from. headrace/demo/policy is "
+        "the demo's, which comes with the package."
+    )
     revision: str | None = Field(
         None, min_length=1, description="Of a model on the hub: a branch, tag or commit; default: the newest."
     )
@@ -39,6 +44,14 @@ class ModelConfig(Section):
     chat_template_settings: dict[str, Any] = Field(
         {}, description="What the chat template reads besides the messages, such as enable_thinking: false of Qwen3."
     )
+
+    @field_validator("path")
+    @classmethod
+    def _of_the_package(cls, path: str) -> str:
+        """`headrace/demo/policy` is the installed package's folder where the working directory has none."""
+        packaged = Path(headrace.__file__).parents[1] / path
+        is_packaged = path.startswith("headrace/") and not Path(path).exists() and packaged.is_dir()
+        return str(packaged) if is_packaged else path
 
 
 class TaskConfig(Section):

@@ -5,7 +5,6 @@ Every check raises `ValueError` with one line that names the value and what was 
 small files are downloaded; without a way to the hub, its local cache is all there is.
 """
 
-import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from headrace.common.config import ModelConfig, RunConfig
 from headrace.common.http.addresses import listen
 from headrace.common.models.chat import read_chat_template
 from headrace.common.models.hub import download, is_hub_name
+from headrace.common.preflight import installation
+from headrace.common.preflight.installation import is_installed
 from headrace.common.process.redaction import without_password
 
 HUB_TASKS = {"gsm8k"}
@@ -123,13 +124,15 @@ def check_engine(config: RunConfig) -> None:
 
 
 def check_engine_installed() -> None:
-    if importlib.util.find_spec("sglang") is None:
-        raise NotHere("SGLang is not installed here; expected `make setup`, or generation.engine.url of a server")
+    if not is_installed("sglang"):
+        raise NotHere(
+            f"SGLang is not installed here; expected generation.engine.url of a server, or, {installation.COMMANDS}"
+        )
 
 
 def check_trackers(config: RunConfig) -> None:
     for name in config.trackers:
-        if importlib.util.find_spec(name) is None:
+        if not is_installed(name):
             raise NotHere(f"trackers: {name} is not installed here; expected `pip install {name}`, or no such tracker")
 
 

@@ -8,16 +8,16 @@ import os
 import sys
 from pathlib import Path
 
+import headrace
 from headrace.common.config import EngineConfig
 from headrace.common.hardware.device import CPU_MAX_TOTAL_TOKENS, VISIBLE_DEVICES, resolve_device
+from headrace.common.preflight.installation import CPU_PACKAGES
 from headrace.common.process.child_process import environment_of_foreign_code
 
 HOST = "127.0.0.1"
 CPU_MEMORY_FRACTION = 0.3
-REPOSITORY = Path(__file__).resolve().parents[3]
-CPU_PACKAGES = Path(sys.prefix) / "sglang-cpu"
-"""Where `make setup` puts torchvision for SGLang alone: it is a CUDA build, with which no other process can import
-transformers beside CPU torch."""
+IMPORT_ROOT = Path(headrace.__file__).parents[1]
+"""The folder that this process imports headrace from: a checkout, or an environment's site-packages."""
 
 
 def launch_command(
@@ -62,7 +62,7 @@ def launch_environment(settings: EngineConfig) -> dict[str, str]:
     with what makes SGLang use it, whatever GPU is there, by few threads that do not spin beside the learner's."""
     environment = environment_of_foreign_code() | {"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"}
     if resolve_device(settings.device) == "cpu":
-        search_path = [str(REPOSITORY), str(CPU_PACKAGES), *filter(None, [environment.get("PYTHONPATH")])]
+        search_path = [str(IMPORT_ROOT), str(CPU_PACKAGES), *filter(None, [environment.get("PYTHONPATH")])]
         environment |= {
             VISIBLE_DEVICES: "",
             "SGLANG_USE_CPU_ENGINE": "1",

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from headrace.common.config import Recipe, RunConfig
+from headrace.common.preflight.installation import check_installed
 from headrace.common.preflight.recipe import NotHere, check_run, model_files
 from headrace.common.process.redaction import without_password
 from headrace.launcher.check.estimate_inputs import EstimateInputs
@@ -27,6 +28,7 @@ VALUE_WIDTH = 36
 def check_recipe(recipe: Recipe, console: Console, as_json: bool) -> None:
     """Prints the settings, notes and estimates. Raises `ValueError` with one line if the recipe cannot run anywhere."""
     config = recipe.config
+    check_installed()
     notes: list[str] = []
     check_run(config, notes)
     shape, problem = _shape(config)

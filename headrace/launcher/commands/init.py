@@ -1,18 +1,13 @@
 """`headrace init`: writes a recipe and a task module of one's own to begin with.
 
-The texts are those of headrace/launcher/templates. Only the path of the demo policy is filled in. Nothing that is
-already there is overwritten.
+The texts are those of headrace/launcher/templates. Nothing that is already there is overwritten.
 """
 
 import shlex
 from pathlib import Path
 
-import headrace
-
 TEMPLATES = Path(__file__).parents[1] / "templates"
 FILES = ("recipe.yaml", "my_task.py")
-POLICY_IN_TEMPLATE = "assets/demo-policy"
-"""The path of the demo policy in the recipe's template, as it is in a checkout."""
 
 
 def init(folder: Path) -> list[Path]:
@@ -24,7 +19,7 @@ def init(folder: Path) -> list[Path]:
         )
     folder.mkdir(parents=True, exist_ok=True)
     for path in paths:
-        path.write_text(template(path.name).replace(POLICY_IN_TEMPLATE, str(demo_policy())))
+        path.write_text(template(path.name))
     return paths
 
 
@@ -36,12 +31,3 @@ def next_commands(folder: Path) -> list[str]:
 
 def template(name: str) -> str:
     return (TEMPLATES / name).read_text()
-
-
-def demo_policy() -> Path:
-    """The folder of the demo policy: in the installed package, else in the checkout. Raises `ValueError`."""
-    package = Path(headrace.__file__).parent
-    for folder in (package / POLICY_IN_TEMPLATE, package.parent / POLICY_IN_TEMPLATE):
-        if (folder / "config.json").is_file():
-            return folder
-    raise ValueError(f"the demo policy is not in {package}; headrace make-demo-policy makes it in {POLICY_IN_TEMPLATE}")

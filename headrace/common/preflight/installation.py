@@ -1,0 +1,33 @@
+"""Whether the packages that a run on this machine needs are installed, and the commands that install them.
+
+The extras are those of pyproject.toml. SGLang's metadata asks for CUDA builds, so that a machine without a GPU takes it
+and torchvision by themselves.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+LIBRARIES = ("aiohttp", "datasets", "matplotlib", "safetensors", "torch", "transformers")
+"""What the learner and the replicas import, in the extras `learner` and `generation`."""
+SGLANG, TORCHVISION = "sglang==0.5.23", "torchvision==0.28.0"
+CPU_TORCH = "--extra-index-url https://download.pytorch.org/whl/cpu"
+CPU_PACKAGES = Path(sys.prefix) / "sglang-cpu"
+"""The folder of torchvision for SGLang alone: it is a CUDA build, with which no other process can import transformers
+beside CPU torch."""
+ON_CPU = (
+    f"pip install {CPU_TORCH} 'headrace[learner,generation,launcher,engine-cpu]' && pip install --no-deps {SGLANG} && "
+    f"pip install --no-deps --target {CPU_PACKAGES} {TORCHVISION}"
+)
+ON_GPU = f"pip install 'headrace[learner,generation,launcher]' {SGLANG}"
+COMMANDS = f"without a GPU: {ON_CPU}; with one: {ON_GPU}; in a checkout without a GPU: make setup"
+
+
+def is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def check_installed() -> None:
+    """Raises `ValueError` with the missing packages and the commands that install them."""
+    if missing := [package for package in LIBRARIES if not is_installed(package)]:
+        raise ValueError(f"not installed here: {', '.join(missing)}; expected, {COMMANDS}")
