@@ -68,7 +68,7 @@ class LineFormatter(logging.Formatter):
         fields = {**self.fields, **_work.get(), **{name: vars(record)[name] for name in FIELDS if name in vars(record)}}
         told = "".join(f" {name}={_shown(fields[name])}" for name in FIELDS if name in fields)
         text = record.getMessage()
-        if record.name.partition(".")[0] not in ("common", "services", "root"):
+        if record.name.partition(".")[0] not in ("headrace", "root"):
             text = f"{record.name}: {text}"
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
