@@ -65,7 +65,7 @@ def run(config: RunConfig, num_held_out: int, evaluate_every: int) -> Iterator[d
         batch = mixed if config.actor.dynamic_sampling else groups
         rewards = [reward for group in groups for reward in group.rewards]
         row = {"kind": "step", "step": step + 1, "reward_mean": float(np.mean(rewards)), "num_mixed": len(mixed)}
-        if len(batch) >= config.actor.mini_batches:
+        if len(batch) >= config.actor.num_mini_batches:
             metrics = trainer.train(batch, step, {version: version - 1 for version in range(1, step + 2)})
             in_force.look_after(metrics)
             row |= {name: metrics[name] for name in WATCHED} | {"guard_notch": in_force.guard.notch}

@@ -94,7 +94,7 @@ def recipe_of(folder: Path, shape: Shape) -> dict[str, Any]:
     return {
         "model": {"path": str((folder / "model").resolve())},
         "task": {"name": "arithmetic"},
-        "actor": {"group_size": shape["group_size"], "mini_batches": 2, "guard": "warn"},
+        "actor": {"group_size": shape["group_size"], "num_mini_batches": 2, "divergence_guard": "warn"},
         "sampling": {"max_new_tokens": shape["completion"][1]},
         "learner": learner | {"micro_batch_tokens": shape["micro_batch_tokens"]},
         "evaluation": {"interval_steps": 0},

@@ -134,7 +134,7 @@ def overrides(recorded: RecordedRun, count: int, stretch: float) -> list[str]:
         "learner.steps=1000000",
         "evaluation.interval_steps=0",
         "evaluation.num_prompts=1",
-        "evaluation.num_samples=1",
+        "evaluation.completions_per_prompt=1",
     ]
 
 

@@ -1,10 +1,10 @@
 """Which loss learns from stale groups: `python -m benchmarks.staleness` screens, studies what did best, and reports.
 
     screen   every loss at staleness 8, one seed
-    study    the seed's loss and the three best (or --losses) at staleness 0, 8, 16, then 1, 4, 32; three seeds
+    study    the baseline loss and the three best (or --losses) at staleness 0, 8, 16, then 1, 4, 32; three seeds
     long     the study's first part on a second task, with longer answers (benchmarks/long_arithmetic.py)
     splits   the default loss with other mini-batches, at staleness 0, 2 and 16; three seeds
-    guard    the seed's loss where it collapses, without the guard and with it
+    guard    the baseline loss where it collapses, without the guard and with it
     report   tables and a plot of what has been run, into docs/staleness.md
 
 Each run is the real trainer on groups that are all exactly so stale (benchmarks/forced_staleness.py), in a process of
@@ -94,7 +94,7 @@ def make_long_policy() -> None:
 
 
 def study(losses: list[str], stalenesses: Iterable[int], seeds: Iterable[int]) -> Iterator[Run]:
-    """What says most first: the seed's loss and the best at the stalenesses that the default is decided by."""
+    """What says most first: the baseline loss and the best at the stalenesses that the default is decided by."""
     first = [staleness for staleness in stalenesses if staleness in FIRST_STALENESSES]
     rest = [staleness for staleness in stalenesses if staleness not in FIRST_STALENESSES]
     for some, levels in ((losses[:2], first), (losses[2:], first), (losses, rest)):

@@ -149,7 +149,7 @@ def _would_have_tightened(results: Results) -> str:
 
 def _first_tightening(run: Run, columns: dict[str, list[float | None]]) -> str:
     """Had it been let."""
-    config = load_recipe(ROOT / "configs" / "tiny-cpu.yaml", [*run.settings, "actor.guard=act"]).config
+    config = load_recipe(ROOT / "configs" / "tiny-cpu.yaml", [*run.settings, "actor.divergence_guard=act"]).config
     state = GuardState()
     names = ("kl_behaviour_proximal", "behaviour_clip_fraction", "ess")
     for step, values in enumerate(zip(*(columns[name] for name in names), strict=True), start=1):

@@ -11,13 +11,13 @@ SCREENED = 8
 NUM_BEST = 3
 NUM_STEPS, NUM_HELD_OUT, EVALUATE_EVERY = 60, 2048, 20
 BASE = [
-    "actor.mini_batches=4",
+    "actor.num_mini_batches=4",
     "actor.eps_clip=0.2",
     "actor.eps_clip_higher=0.28",
-    "actor.guard=warn",
+    "actor.divergence_guard=warn",
     f"learner.steps={NUM_STEPS}",
     f"evaluation.num_prompts={NUM_HELD_OUT}",
-    "evaluation.num_samples=1",
+    "evaluation.completions_per_prompt=1",
 ]
 """On top of the demo's recipe."""
 SEQUENCE, NO_CLIP = "actor.ratio_gradient=sequence", "actor.behaviour_clip=false"
@@ -25,10 +25,10 @@ COUPLED, TOKEN = "actor.use_decoupled_loss=false", "actor.importance_sampling_le
 WEIGHTS, CAP = "actor.behav_imp_weight_mode", "actor.behav_imp_weight_cap"
 NARROW = ["actor.eps_clip=0.067", "actor.eps_clip_higher=0.093"]
 LOSSES: dict[str, list[str]] = {
-    "seed": [SEQUENCE, NO_CLIP, "actor.mini_batches=1"],
+    "seed": [SEQUENCE, NO_CLIP, "actor.num_mini_batches=1"],
     "both": [],
     "seed, 4 mini-batches": [SEQUENCE, NO_CLIP],
-    "both, 1 mini-batch": ["actor.mini_batches=1"],
+    "both, 1 mini-batch": ["actor.num_mini_batches=1"],
     "coupled": [SEQUENCE, NO_CLIP, COUPLED],
     "behaviour clip": [SEQUENCE],
     "gradient per token": [NO_CLIP],
@@ -41,15 +41,16 @@ LOSSES: dict[str, list[str]] = {
     "sequence weights truncated": [SEQUENCE, NO_CLIP, f"{WEIGHTS}=sequence_truncate", f"{CAP}=1.5"],
     "sequence weights masked": [SEQUENCE, NO_CLIP, f"{WEIGHTS}=sequence_mask", f"{CAP}=1.5"],
     "both, clip at a third": NARROW,
-    "preset seed": [
-        *("actor.preset=seed", "actor.mini_batches=1", "actor.group_size=8"),
+    "preset baseline": [
+        *("actor.preset=baseline", "actor.num_mini_batches=1", "actor.group_size=8"),
         *("actor.eps_clip=0.4", "actor.eps_clip_higher=null"),
     ],
-    "both, 2 mini-batches": ["actor.mini_batches=2"],
+    "both, 2 mini-batches": ["actor.num_mini_batches=2"],
     "uncorrected": [SEQUENCE, NO_CLIP, f"{WEIGHTS}=disabled"],
 }
-"""Settings over `BASE`, 4 mini-batches where nothing else is said. `seed`: the seed's objective, with the demo's clip
-range and aggregation, `preset seed` with its own; `both`: a gradient per token and the behaviour clip, the default."""
+"""Settings over `BASE`, 4 mini-batches where nothing else is said. `seed`: the baseline objective, with the demo's clip
+range and aggregation, `preset baseline` with its own; `both`: a gradient per token and the behaviour clip, the
+default."""
 DEALT, KEPT = "actor.mini_batch_split=completions", "actor.dynamic_sampling=false"
 SPLITS: dict[str, list[str]] = {
     "both, clip at a third": NARROW,
@@ -62,11 +63,14 @@ SPLIT_STALENESSES = (0, 2, 16)
 FAST = [*LOSSES["seed, 4 mini-batches"], "optimizer.lr=6e-4", "learner.steps=40"]
 GUARDED: dict[str, list[str]] = {
     "seed, 4 mini-batches, lr 6e-4": FAST,
-    "seed, 4 mini-batches, lr 6e-4, guarded": [*FAST, "actor.guard=act"],
+    "seed, 4 mini-batches, lr 6e-4, guarded": [*FAST, "actor.divergence_guard=act"],
 }
 """At three times the demo's lr, 40 steps, without the guard and with it."""
-GUARDED_LONG: dict[str, list[str]] = {"seed": LOSSES["seed"], "seed, guarded": [*LOSSES["seed"], "actor.guard=act"]}
-"""Likewise at the demo's lr, on the second task, where the seed's loss collapses."""
+GUARDED_LONG: dict[str, list[str]] = {
+    "seed": LOSSES["seed"],
+    "seed, guarded": [*LOSSES["seed"], "actor.divergence_guard=act"],
+}
+"""Likewise at the demo's lr, on the second task, where the baseline loss collapses."""
 BY_NAME = LOSSES | GUARDED | GUARDED_LONG | SPLITS
 LONG = [
     "task.name=benchmarks.long_arithmetic:LongArithmetic",

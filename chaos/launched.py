@@ -20,10 +20,10 @@ SETTINGS = (
     f"learner.checkpoint_interval_steps={CHECKPOINT_EVERY}",
     "evaluation.interval_steps=0",
     "evaluation.num_prompts=256",
-    "evaluation.num_samples=2",
-    "generation.lease_s=5",
+    "evaluation.completions_per_prompt=2",
+    "generation.ticket_lease_s=5",
     "generation.max_groups_in_flight=16",
-    "generation.engine.silence_timeout_s=10",
+    "generation.engine.liveness_timeout_s=10",
     # How many steps the faults leave time for is known only afterwards: a rate that does not depend on it, and that
     # still has something to learn after some hundred steps.
     "optimizer.lr=3e-5",

@@ -63,7 +63,7 @@ def spec_of(config: RunConfig) -> dict[str, Any]:
     low, high = actor.clip_range
     return {
         "seed": config.seed,
-        "max_steps": learner.steps * actor.mini_batches,
+        "max_steps": learner.steps * actor.num_mini_batches,
         "num_generations": actor.group_size,
         "max_completion_length": config.sampling.max_new_tokens,
         "temperature": config.sampling.temperature,

@@ -50,10 +50,10 @@ LONG = Workload(
 SAME = (
     "actor.dynamic_sampling=false",
     "actor.mini_batch_split=completions",
-    "actor.guard=warn",
+    "actor.divergence_guard=warn",
     "evaluation.interval_steps=0",
     "evaluation.num_prompts=1",
-    "evaluation.num_samples=1",
+    "evaluation.completions_per_prompt=1",
 )
 NO_WORSE = 0.98
 """What an accuracy may be of the other's: a standard error of both evaluations is 2 %."""

@@ -61,7 +61,7 @@ def run(workload: Workload, config: RunConfig, folder: Path, num_threads: int) -
 def spec_for(workload: Workload, config: RunConfig, num_threads: int) -> dict[str, Any]:
     """A batch is generated at once, and trained in as many updates as Headrace takes for one."""
     completions = config.learner.groups_per_step * config.actor.group_size
-    updates = config.actor.mini_batches
+    updates = config.actor.num_mini_batches
     micro_batch = min(workload.trl_micro_batch, completions // updates)
     parts = {
         "per_device_train_batch_size": micro_batch,

@@ -59,7 +59,9 @@ async def _serve(arguments: argparse.Namespace, joined: Joined, sock: socket.soc
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop_requested.set)
     run = joined.keys.run
-    parts = running_app(run, joined.config, arguments.redis_url, joined.token, joined.config.control.protect_reads)
+    parts = running_app(
+        run, joined.config, arguments.redis_url, joined.token, joined.config.control.require_token_for_reads
+    )
     async with parts as (app, monitor), serving(app, monitor, sock):
         _log.info("run %s at %s", run, url_of(sock))
         await stop_requested.wait()

@@ -26,7 +26,7 @@ COMMAND_RETRY_S = 3.0
 
 @contextlib.asynccontextmanager
 async def running_app(
-    run: str, config: RunConfig, redis_url: str, token: str, protect_reads: bool
+    run: str, config: RunConfig, redis_url: str, token: str, require_token_for_reads: bool
 ) -> AsyncIterator[tuple[FastAPI, RunMonitor]]:
     """The app and its monitor, which polls Redis while the block runs. Redis need not answer yet.
 
@@ -46,7 +46,7 @@ async def running_app(
         group = await stack.enter_async_context(asyncio.TaskGroup())
         for job in (monitor.follow(), probe.run(), hub.keep_alive()):
             stack.callback(group.create_task(job).cancel)
-        yield make_app(monitor, CommandWriter(command_client, keys), http, token, protect_reads), monitor
+        yield make_app(monitor, CommandWriter(command_client, keys), http, token, require_token_for_reads), monitor
 
 
 @contextlib.asynccontextmanager
@@ -65,4 +65,4 @@ def openapi_document() -> dict[str, Any]:
     client, http = connect_async("redis://127.0.0.1"), httpx.AsyncClient(trust_env=False)
     keys = Keys("none")
     monitor = RunMonitor(keys.run, RedisPoller(client, keys), LearnerProbe(http), Hub(), config)
-    return make_app(monitor, CommandWriter(client, keys), http, "none", protect_reads=False).openapi()
+    return make_app(monitor, CommandWriter(client, keys), http, "none", require_token_for_reads=False).openapi()

@@ -64,7 +64,7 @@ async def assembled(
             event |= {"fetch_ms": arrival.fetch_s * 1e3, "apply_ms": arrival.apply_s * 1e3}
             await tickets.announce("swap", event | {"pause_ms": timings.pause_s * 1e3, "load_ms": timings.load_s * 1e3})
 
-        turns = Turns(client, keys, name, settings.max_swapping_share)
+        turns = Turns(client, keys, name, settings.max_concurrent_swap_share)
         model = await _model_folder(config.model)
         copy = HostCopy(model)
         weights = WeightFollower(client, keys, copy, Fetcher(token), turns, announce)
@@ -78,14 +78,16 @@ async def assembled(
             server = EngineServer(settings.engine, config.model.dtype, log, learner_fraction, trusted)
             stack.push_async_callback(server.stop)
             engine_url = server.url
-        engine = Engine(engine_url, swap_mode=settings.engine.swap_mode, request_timeout_s=settings.request_timeout_s)
+        engine = Engine(
+            engine_url, swap_mode=settings.engine.swap_mode, completion_timeout_s=settings.completion_timeout_s
+        )
         stack.push_async_callback(engine.aclose)
         keeper = EngineKeeper(
             engine,
             server,
             weights.engine_start,
-            silence_timeout_s=settings.engine.silence_timeout_s,
-            busy_timeout_s=settings.request_timeout_s,
+            liveness_timeout_s=settings.engine.liveness_timeout_s,
+            busy_timeout_s=settings.completion_timeout_s,
         )
         yield Replica(name, url, settings, tickets, keeper, rewards, weights, waits, config.num_eval_slots)
 

@@ -72,7 +72,7 @@ class Replica:
                 parts.create_task(self.keeper.keep(), name="engine"),
                 parts.create_task(self.weights.follow(self.keeper), name="weights"),
                 parts.create_task(self._keep_beating(), name="heartbeats"),
-                parts.create_task(_every(self.config.lease_s / 3, self._renew), name="leases"),
+                parts.create_task(_every(self.config.ticket_lease_s / 3, self._renew), name="leases"),
                 parts.create_task(self._keep_telling(), name="waits"),
             ]
             await self._until_ready_or_draining()
@@ -152,7 +152,7 @@ class Replica:
 
     async def _work(self, stream: str, num_slots: int, answers: asyncio.TaskGroup) -> None:
         """Keeps up to `num_slots` tickets of `stream` in flight; silent replicas' tickets first."""
-        next_claim = time.monotonic() + self.config.lease_s
+        next_claim = time.monotonic() + self.config.ticket_lease_s
         while not self.is_draining:
             free = num_slots - self._in_flight.num_slots_taken(stream)
             if free == 0 or self.state != "running":
@@ -160,9 +160,9 @@ class Replica:
                 continue
             leases: list[Lease] = []
             if time.monotonic() >= next_claim:
-                claimed = await self.tickets.claim(stream, free, self.config.lease_s)
+                claimed = await self.tickets.claim(stream, free, self.config.ticket_lease_s)
                 leases = [lease for lease in claimed if lease not in self._in_flight]
-                next_claim = time.monotonic() + self.config.lease_s / 3
+                next_claim = time.monotonic() + self.config.ticket_lease_s / 3
             for lease in leases or await self.tickets.lease(stream, free, LEASE_BLOCK_S):
                 if self.state != "running":  # no longer, since the lease was asked for
                     await self.tickets.hand_back(lease)
@@ -211,13 +211,13 @@ class Replica:
         if keeper.server is not None and not keeper.serving.is_set():
             return Reason.ENGINE_STARTING, keeper.problem, config.engine.startup_timeout_s
         if keeper.problem or keeper.is_doubtful:
-            return Reason.ENGINE_SILENT, keeper.problem, None if keeper.problem else keeper.silence_timeout_s
+            return Reason.ENGINE_SILENT, keeper.problem, None if keeper.problem else keeper.liveness_timeout_s
         if weights.problem:
             return Reason.WEIGHTS, weights.problem, None
         if (newest := max(weights.awaited, default=0)) > weights.version:
             detail = f"version {newest} is awaited, {weights.version} is served"
             is_first = not self._in_flight.is_serving
-            return Reason.WEIGHTS, detail, FIRST_VERSION_TIMEOUT_S if is_first else config.request_timeout_s
+            return Reason.WEIGHTS, detail, FIRST_VERSION_TIMEOUT_S if is_first else config.weights_timeout_s
         if self.is_paused:
             return Reason.PAUSED, "", None
         if self.rewards.problem:

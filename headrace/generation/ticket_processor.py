@@ -101,7 +101,7 @@ class Answering:
     async def _answer(self, lease: Lease, max_attempts: int) -> None:
         ticket, leased_s = lease.ticket, time.time()
         try:
-            await self._weights.at_least(ticket.min_weight_version, self._config.request_timeout_s)
+            await self._weights.at_least(ticket.min_weight_version, self._config.weights_timeout_s)
             completions = await self._keeper.generate(ticket)
             group = await self._score(lease, completions, leased_s)
         except EngineDown as error:

@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 --max-restarts 3 -m -- headrace.learner --config ... --run demo
 
 With `--replay` it trains on a recording (headrace/learner/intake/recordings.py) instead of what replicas send. On
-several devices there is a process for each, started by this one (`learner.ranks`) or by torchrun; only rank 0 speaks
-with Redis and listens. (Without the `--` torchrun takes `--run` for an option of its own.)
+several devices there is a process for each, started by this one (`learner.num_ranks`) or by torchrun; only rank 0
+speaks with Redis and listens. (Without the `--` torchrun takes `--run` for an option of its own.)
 
 Exit codes: 0 complete or stopped on request, 1 failed, 2 refused before anything started, 3 fenced off by a newer
 learner, 4 starved: nothing to do for learner.starvation_deadline_s.
@@ -54,8 +54,8 @@ def main() -> int:
     ranks, code = None, 1
     try:
         config, recording = _read(arguments)
-        if "WORLD_SIZE" not in os.environ and config.learner.ranks > 1:
-            return run_ranks(config.learner.ranks, [sys.executable, "-m", "headrace.learner", *sys.argv[1:]])
+        if "WORLD_SIZE" not in os.environ and config.learner.num_ranks > 1:
+            return run_ranks(config.learner.num_ranks, [sys.executable, "-m", "headrace.learner", *sys.argv[1:]])
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             ranks = _join(config)
         code = _run(arguments, config, recording, ranks)

@@ -116,7 +116,7 @@ def assemble(
         return Limits(
             vocab_size=vocab_size,
             group_size=config.actor.group_size,
-            num_eval_samples=config.evaluation.num_samples,
+            num_eval_samples=config.evaluation.completions_per_prompt,
             max_sequence_tokens=max_sequence_tokens,
             highest_version=versions.highest if recording is None else max(recording.version_steps, default=0),
         )

@@ -67,7 +67,7 @@ def test_a_shipped_recipe_loads_and_repeats_no_default(path: Path) -> None:
 
 def test_a_repeated_default_is_seen_also_where_a_preset_gives_it() -> None:
     assert repeated_defaults(SMALLEST | {"learner": {"max_staleness": 2, "steps": 5}}) == ["learner.max_staleness"]
-    assert repeated_defaults(SMALLEST | {"actor": {"preset": "seed", "eps_clip": 0.4}}) == ["actor.eps_clip"]
+    assert repeated_defaults(SMALLEST | {"actor": {"preset": "baseline", "eps_clip": 0.4}}) == ["actor.eps_clip"]
 
 
 def test_a_mean_staleness_that_comes_out_even_loses_no_group_to_rounding() -> None:
@@ -82,11 +82,11 @@ def test_the_gsm8k_recipe_is_the_seeds() -> None:
     assert config.task.name == "gsm8k"
     assert (config.sampling.max_new_tokens, config.sampling.temperature) == (1024, 1.0)
     assert (learner.groups_per_step, actor.group_size, learner.max_staleness) == (256, 4, 2)
-    assert (learner.micro_batch_tokens, actor.mini_batches) == (10_240, 1)
+    assert (learner.micro_batch_tokens, actor.num_mini_batches) == (10_240, 1)
     assert (optimizer.lr, optimizer.lr_schedule, optimizer.warmup_fraction) == (1.7e-5, "constant", 0.001)
     assert (optimizer.beta1, optimizer.beta2, optimizer.eps) == (0.9, 0.999, 1e-8)
     assert (optimizer.weight_decay, optimizer.max_grad_norm) == (0.017, 1.0)
-    assert (actor.eps_clip, actor.clip_range, actor.c_clip) == (0.4, (0.6, 1.4), None)
+    assert (actor.eps_clip, actor.clip_range, actor.dual_clip) == (0.4, (0.6, 1.4), None)
     assert (actor.use_decoupled_loss, actor.behav_imp_weight_mode, actor.behav_imp_weight_cap) == (
         True,
         "token_mask",
@@ -96,7 +96,7 @@ def test_the_gsm8k_recipe_is_the_seeds() -> None:
     assert (actor.advantage_mean, actor.advantage_std, actor.batch_advantage_norm) == ("group", "group", True)
     assert (actor.kl_coef, actor.dynamic_sampling) == (0.0, True)
     assert (actor.loss_aggregation, actor.importance_sampling_level) == ("token_mean", "sequence")
-    assert not actor.behaviour_clip, "the seed's loss has none"
+    assert not actor.behaviour_clip, "the baseline loss has none"
 
 
 @pytest.mark.parametrize(
@@ -168,8 +168,8 @@ def test_a_wrong_key_or_value_is_one_line_that_names_it(tmp_path: Path, sections
             "group_size 1 makes every group uniform",
         ),
         (
-            {"actor": {"mini_batches": 5}, "learner": {"groups_per_step": 4}},
-            "actor.mini_batches 5 is more than learner.groups_per_step 4",
+            {"actor": {"num_mini_batches": 5}, "learner": {"groups_per_step": 4}},
+            "actor.num_mini_batches 5 is more than learner.groups_per_step 4",
         ),
         (
             {"sampling": {"max_new_tokens": 513}, "learner": {"micro_batch_tokens": 512}},
@@ -177,7 +177,7 @@ def test_a_wrong_key_or_value_is_one_line_that_names_it(tmp_path: Path, sections
         ),
         ({"actor": {"overlong_tokens": 1025}}, "actor.overlong_tokens 1025 is more than sampling.max_new_tokens 1024"),
         ({"actor": {"group_size": 257}}, "a group of 257 completions does not fit"),
-        ({"evaluation": {"num_samples": 257}}, "a group of 257 completions does not fit"),
+        ({"evaluation": {"completions_per_prompt": 257}}, "a group of 257 completions does not fit"),
         (
             {"generation": {"autoscale": True, "replicas": 9}},
             "generation.replicas 9 is more than generation.max_replicas 8",
@@ -193,11 +193,11 @@ def test_what_cannot_be_combined_is_refused(tmp_path: Path, sections: dict[str, 
 
 def test_the_limits_themselves_are_accepted(tmp_path: Path) -> None:
     sections = {
-        "actor": {"mini_batches": 4, "overlong_tokens": 512, "group_size": 256},
+        "actor": {"num_mini_batches": 4, "overlong_tokens": 512, "group_size": 256},
         "sampling": {"max_new_tokens": 512},
         "learner": {"groups_per_step": 4, "micro_batch_tokens": 512},
     }
-    assert load_recipe(recipe_file(tmp_path, **sections)).config.actor.mini_batches == 4
+    assert load_recipe(recipe_file(tmp_path, **sections)).config.actor.num_mini_batches == 4
 
 
 def test_every_problem_has_its_line(tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_an_override_wins_and_every_value_names_its_source() -> None:
     assert recipe.sources["learner.groups_per_step"] == str(TINY)
     assert recipe.sources["actor.importance_sampling_level"] == "preset token"
     assert recipe.sources["learner.host"] == "default"
-    given = load_recipe(TINY, ["actor.preset=seed", "actor.eps_clip=0.1"])
+    given = load_recipe(TINY, ["actor.preset=baseline", "actor.eps_clip=0.1"])
     assert given.sources["actor.eps_clip"] == "--set actor.eps_clip=0.1", "not the preset"
 
 
@@ -343,7 +343,7 @@ def test_an_unknown_preset_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("num_samples", "slots"), [(1, 512), (2, 256), (16, 32), (32, 16), (600, 1)])
 def test_evaluation_slots_count_completions(tmp_path: Path, num_samples: int, slots: int) -> None:
     """A benchmark's 1,319 prompts of one completion each would else leave a GPU idle, 32 at a time."""
-    sections = {"actor": {"group_size": 16}, "evaluation": {"num_samples": num_samples}}
+    sections = {"actor": {"group_size": 16}, "evaluation": {"completions_per_prompt": num_samples}}
     engine = {"engine": {"max_running_requests": 1024}}
     config = load_recipe(recipe_file(tmp_path, **sections, generation=engine)).config
     assert config.num_eval_slots == slots

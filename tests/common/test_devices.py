@@ -69,11 +69,11 @@ def test_one_gpu_is_shared_only_by_an_explicit_split() -> None:
 @pytest.mark.parametrize(
     ("visible", "ranks", "replicas", "tp_size", "line"),
     [
-        (["0", "1"], 1, 4, 1, r"2 GPUs are visible \(0, 1\), and learner.ranks 1 and 4 replicas of "
+        (["0", "1"], 1, 4, 1, r"2 GPUs are visible \(0, 1\), and learner.num_ranks 1 and 4 replicas of "
          r"generation.engine.tp_size 1 need 5; expected generation.replicas 1 at most \(headrace up --replicas 1\)"),
         (EIGHT, 2, 4, 2, "need 10; expected generation.replicas 3 at most"),
-        (EIGHT, 9, 0, 1, r"and learner.ranks 9 need 9; expected fewer learner.ranks"),
-        (["0", "1"], 1, 1, 2, "need 3; expected fewer learner.ranks, a smaller generation.engine.tp_size"),
+        (EIGHT, 9, 0, 1, r"and learner.num_ranks 9 need 9; expected fewer learner.num_ranks"),
+        (["0", "1"], 1, 1, 2, "need 3; expected fewer learner.num_ranks, a smaller generation.engine.tp_size"),
         ([], 1, 1, 1, "0 GPUs are visible, and .* need 2; expected device: cpu or auto, or GPUs that"),
         ([], 0, 1, 1, "0 GPUs are visible, and 1 replica of generation.engine.tp_size 1 need 1"),
     ],

@@ -46,7 +46,7 @@ def control(redis_url: str, keys: Keys) -> Iterator[Control]:
 @pytest.fixture(scope="module")
 def guarded(redis_url: str, keys: Keys, control: Control) -> Iterator[Control]:
     """The same run, by a control that protects reads too."""
-    with a_control(redis_url, keys, protect_reads=True) as served:
+    with a_control(redis_url, keys, require_token_for_reads=True) as served:
         yield served
 
 
@@ -186,4 +186,4 @@ def test_the_token_is_in_no_log(control: Control, caplog: pytest.LogCaptureFixtu
 
 def test_control_listens_on_loopback_unless_told_otherwise() -> None:
     settings = load_recipe(RECIPE, []).config.control
-    assert (settings.host, settings.port, settings.protect_reads) == ("127.0.0.1", 0, False)
+    assert (settings.host, settings.port, settings.require_token_for_reads) == ("127.0.0.1", 0, False)

@@ -111,7 +111,7 @@ def test_control_exits_instead_of_serving_a_stale_view(
 
     async def scenario() -> None:
         config = load_recipe(RECIPE, []).config
-        async with running_app(keys.run, config, redis_url, TOKEN, protect_reads=False) as (_, monitor):
+        async with running_app(keys.run, config, redis_url, TOKEN, require_token_for_reads=False) as (_, monitor):
             monkeypatch.setattr(monitor.poller, "poll", poll)
             await asyncio.wait_for(asyncio.Event().wait(), WAIT_S)
 

@@ -29,9 +29,9 @@ def seeded(client: redis.Redis, keys: Keys) -> Keys:
     return keys
 
 
-def control(redis_url: str, keys: Keys, scenario: Scenario, protect_reads: bool = False) -> None:
+def control(redis_url: str, keys: Keys, scenario: Scenario, require_token_for_reads: bool = False) -> None:
     async def serve() -> None:
-        parts = running_app(keys.run, load_recipe(RECIPE, []).config, redis_url, "secret", protect_reads)
+        parts = running_app(keys.run, load_recipe(RECIPE, []).config, redis_url, "secret", require_token_for_reads)
         async with asyncio.timeout(60), parts as (app, monitor):
             transport = httpx.ASGITransport(app=app)
             async with httpx.AsyncClient(transport=transport, base_url="http://control") as http:
@@ -166,4 +166,4 @@ def test_metrics_need_the_token_where_reads_do(redis_url: str, seeded: Keys) -> 
         assert (await http.get("/metrics")).status_code == 401
         assert (await http.get("/metrics", headers=bearer("secret"))).status_code == 200
 
-    control(redis_url, seeded, scenario, protect_reads=True)
+    control(redis_url, seeded, scenario, require_token_for_reads=True)

@@ -140,7 +140,7 @@ def test_a_protected_run_asks_to_sign_in(browser: Any, redis_url: str, client: r
     keys = Keys("test-page-protected")
     seed_run(client, keys, 3)
     config = json.loads(client.get(keys.config) or b"")
-    client.set(keys.config, json.dumps({**config, "control": {**config["control"], "protect_reads": True}}))
+    client.set(keys.config, json.dumps({**config, "control": {**config["control"], "require_token_for_reads": True}}))
     with a_control(redis_url, keys) as control, a_page(browser) as page:
         page.goto(control)
         page.get_by_role("textbox", name="Token").fill(TOKEN)

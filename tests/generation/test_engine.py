@@ -316,7 +316,7 @@ def test_cancelling_and_running_out_of_time_abort_in_the_engine(engine_url: str,
             await request
         await until_running(engine, 0, timeout_s=2.0)
 
-        impatient = Engine(engine.url, request_timeout_s=0.5)
+        impatient = Engine(engine.url, completion_timeout_s=0.5)
         late = ticket(8, max_new_tokens=900)
         with pytest.raises(EngineError, match=rf"ticket {late.id}: no reply, nor one to another ticket, within 0\.5 s"):
             await impatient.generate(late)

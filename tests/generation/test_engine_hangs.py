@@ -49,7 +49,7 @@ def test_a_hung_sglang_is_started_again_on_the_verified_weights(
 
     async def scenario() -> None:
         async with running_replica(
-            redis_url, keys, running_server, demo_policy, silence_timeout_s=SILENCE_S
+            redis_url, keys, running_server, demo_policy, liveness_timeout_s=SILENCE_S
         ) as replica:
             await until(lambda: replica.state == "running")
             assert running_server._process is not None

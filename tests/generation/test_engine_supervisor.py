@@ -52,8 +52,8 @@ async def keeping(
 ) -> AsyncIterator[EngineKeeper]:
     """From when the engine serves."""
     server = engine if isinstance(engine, EngineServer) else None
-    client = Engine(engine.url, request_timeout_s=30.0, swap_timeout_s=swap_timeout_s)
-    timeouts = {"silence_timeout_s": SILENCE_S, "busy_timeout_s": busy_timeout_s}
+    client = Engine(engine.url, completion_timeout_s=30.0, swap_timeout_s=swap_timeout_s)
+    timeouts = {"liveness_timeout_s": SILENCE_S, "busy_timeout_s": busy_timeout_s}
     keeper = EngineKeeper(client, server, lambda: (Path("model"), 1), **timeouts)
     keeping = asyncio.create_task(keeper.keep())
     try:
@@ -319,7 +319,9 @@ def test_starts_that_fail_end_with_the_log(server: EngineServer, monkeypatch: py
     problems: list[str] = []
 
     async def scenario() -> None:
-        keeper = EngineKeeper(Engine(server.url), server, lambda: (Path("m"), 1), silence_timeout_s=2, busy_timeout_s=2)
+        keeper = EngineKeeper(
+            Engine(server.url), server, lambda: (Path("m"), 1), liveness_timeout_s=2, busy_timeout_s=2
+        )
         keeping = asyncio.create_task(keeper.keep())
         while not keeping.done():
             problems.append(keeper.problem)
@@ -338,7 +340,9 @@ def test_an_engine_that_is_cancelled_while_it_starts_leaves_nothing(
     programs(monkeypatch, "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)")
 
     async def scenario() -> None:
-        keeper = EngineKeeper(Engine(server.url), server, lambda: (Path("m"), 1), silence_timeout_s=2, busy_timeout_s=2)
+        keeper = EngineKeeper(
+            Engine(server.url), server, lambda: (Path("m"), 1), liveness_timeout_s=2, busy_timeout_s=2
+        )
         keeping = asyncio.create_task(keeper.keep())
         await until(lambda: server.is_alive)
         began_at = time.monotonic()

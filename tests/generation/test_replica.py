@@ -169,7 +169,7 @@ def test_a_silent_replicas_ticket_is_claimed(learner: Learner, start: Start, cli
     client.xreadgroup("generation", "dead-replica", {keys.tickets: ">"}, count=1)
 
     async def scenario() -> None:
-        async with start(lease_s=0.5):
+        async with start(ticket_lease_s=0.5):
             await until(lambda: client.xlen(keys.groups) == 1)
 
     run(scenario)

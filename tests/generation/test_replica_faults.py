@@ -52,7 +52,7 @@ def test_weights_that_do_not_come_in_time_give_the_ticket_back(learner: Learner,
 
     async def scenario() -> None:
         entry = first_entry()
-        async with start(request_timeout_s=1.0) as replica:
+        async with start(completion_timeout_s=1.0) as replica:
             await until(lambda: "version 99 is awaited, 1 is served" in replica.heartbeat().reason)
             [wait] = [wait for wait in replica.waits.status() if wait["reason"] == Reason.WEIGHTS]
             assert wait["deadline_s"] == 1.0
@@ -90,7 +90,7 @@ def test_somebody_elses_engine_that_was_silent_must_confirm_its_weights(
     client = learner.store.client
 
     async def scenario() -> None:
-        async with start(silence_timeout_s=1.0) as replica:
+        async with start(liveness_timeout_s=1.0) as replica:
             await until(lambda: replica.state == "running")
             fake.hanging = {"/health", "/generate"}
             learner.issue("0-0")

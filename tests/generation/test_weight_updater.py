@@ -59,7 +59,7 @@ async def following(
     follower = WeightFollower(client, keys, HostCopy(model), Fetcher("token"), Turns(client, keys, "a", 0.5), ignore)
     server = fake if isinstance(fake, EngineServer) else None
     timeout_s = 1.0 if server is None else 20.0
-    keeper = EngineKeeper(engine, server, follower.engine_start, silence_timeout_s=timeout_s, busy_timeout_s=timeout_s)
+    keeper = EngineKeeper(engine, server, follower.engine_start, liveness_timeout_s=timeout_s, busy_timeout_s=timeout_s)
     tasks = [asyncio.create_task(keeper.keep()), asyncio.create_task(follower.follow(keeper))]
     try:
         yield follower, keeper

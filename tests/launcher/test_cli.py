@@ -119,7 +119,7 @@ def test_check_prints_every_setting_once_with_its_source(tmp_path: Path) -> None
     assert rows["actor.importance_sampling_level"] == ["token", "preset token"]
     assert rows["learner.max_staleness"] == ["2", "default"]
     assert rows["learner.num_threads"] == ["1", TINY]
-    assert rows["actor.c_clip"] == ["null", "default"]
+    assert rows["actor.dual_clip"] == ["null", "default"]
     assert "secret" not in result.stdout
     columns = {
         line.index(source) for line in settings.splitlines() for source in [" default", f" {TINY}"] if source in line

@@ -244,7 +244,7 @@ def test_a_cpu_without_units_for_bfloat16_has_weights_in_float32(monkeypatch: py
 
 def test_on_several_ranks_each_has_its_part() -> None:
     shape = read_shape(QWEN_1_5B)
-    on = {ranks: learner_bytes(shape, config_of(learner={"ranks": ranks})) for ranks in (1, 8)}
+    on = {ranks: learner_bytes(shape, config_of(learner={"num_ranks": ranks})) for ranks in (1, 8)}
     parts = [num_bytes for what, num_bytes in on[8].items() if what.endswith("its part")]
     assert sum(parts) == pytest.approx(16 * shape.num_parameters / 8, rel=1e-6), "masters, moments, gradients"
     (gathered,) = [num_bytes for what, num_bytes in on[8].items() if what.startswith("gathered")]
@@ -276,9 +276,9 @@ def test_what_a_gpu_has_not_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = sections.engine(inputs)
     assert sections.learner(inputs) is not None and engine is not None
     (note,) = inputs.notes
-    assert "the learner needs 13" in note and "there are 80.0 GiB; expected more learner.ranks" in note
+    assert "the learner needs 13" in note and "there are 80.0 GiB; expected more learner.num_ranks" in note
     assert sum(engine.value.values()) == pytest.approx(80 << 30, rel=1e-6)
-    ranks = {"learner": {"device": "cuda", "ranks": 8}}
+    ranks = {"learner": {"device": "cuda", "num_ranks": 8}}
     inputs = EstimateInputs(config_of(**ranks), TaskTrial(), read_shape(QWEN_7B), [])
     assert sections.learner(inputs) and inputs.notes == []
 
@@ -301,7 +301,7 @@ def test_a_delta_is_about_what_a_real_model_sent(dtype: str, lr: float, measured
 @pytest.mark.parametrize(("dtype", "lr"), [("float32", 1e-5), ("bfloat16", 1e-6), ("bfloat16", 1e-4)])
 def test_a_delta_is_what_the_code_makes_of_such_changes(dtype: str, lr: float) -> None:
     config = config_of(model={"path": "m", "dtype": dtype}, optimizer={"lr": lr})
-    moved = lr * config.actor.mini_batches * 0.05
+    moved = lr * config.actor.num_mini_batches * 0.05
     before = torch.randn(1 << 20) * 0.04
     after = before + moved * torch.randn(1 << 20)
     size = 4 if dtype == "float32" else 2
@@ -325,7 +325,7 @@ def test_disk_is_counted_by_what_a_checkpoint_is(tmp_path: Path) -> None:
 
 
 def test_the_learners_host_memory_is_of_all_ranks_only_where_they_compute_there() -> None:
-    shape, config = read_shape(QWEN_1_5B), config_of(learner={"ranks": 2})
+    shape, config = read_shape(QWEN_1_5B), config_of(learner={"num_ranks": 2})
     on_gpu, on_cpu = (host_rows(shape, config, 1 << 30, 1 << 20, (it, it)) for it in (False, True))
     (learner_on_gpu, *_), (learner_on_cpu, *_) = on_gpu[0].values(), on_cpu[0].values()
     assert learner_on_cpu - learner_on_gpu == 2 << 30
@@ -355,9 +355,9 @@ def test_times_follow_from_the_multiplications() -> None:
     shape = read_shape(QWEN_1_5B)
     config = config_of(
         sampling={"max_new_tokens": 200},
-        actor={"group_size": 4, "mini_batches": 1},
+        actor={"group_size": 4, "num_mini_batches": 1},
         learner={"groups_per_step": 8, "gradient_checkpointing": False},
-        evaluation={"num_prompts": 10, "num_samples": 1},
+        evaluation={"num_prompts": 10, "completions_per_prompt": 1},
     )
     times = estimate(shape, config, 50, Speed(1e12, 1e11), Speed(2e12, 2e11), start=10.0)
     forward = 2 * (shape.num_parameters)  # the head is as large as the embedding, which is not multiplied

@@ -63,7 +63,7 @@ def test_four_replicas_on_eight_gpus_simply_work(faking: Faking, tmp_path: Path)
 
 def test_ranks_and_tensor_parallelism_take_what_they_need_of_the_callers_list(faking: Faking, tmp_path: Path) -> None:
     fakes = faking(learner=LEARNER, generation=REPLICA)
-    settings = ["--set", "learner.ranks=2", "--set", "generation.engine.tp_size=2"]
+    settings = ["--set", "learner.num_ranks=2", "--set", "generation.engine.tp_size=2"]
     process = on_gpus(fakes, FakeGpus(tmp_path, 8), *settings, visible="7,GPU-0,1,3,GPU-5555")
     fakes.wait_for("learner sees 7,GPU-0 -", *sees("1,3", order="-"))
     stopped(process)
@@ -153,7 +153,8 @@ def test_too_few_gpus_are_refused_before_anything_starts(faking: Faking, tmp_pat
     fakes = faking(learner=LEARNER, generation=REPLICA)
     output = ended(on_gpus(fakes, FakeGpus(tmp_path, 2), "--replicas", "4"), 2)
     assert output == (
-        "headrace: 2 GPUs are visible (0, 1), and learner.ranks 1 and 4 replicas of generation.engine.tp_size 1 need "
+        "headrace: 2 GPUs are visible (0, 1), and learner.num_ranks 1 and 4 replicas of generation.engine.tp_size 1 "
+        "need "
         "5; expected generation.replicas 1 at most (headrace up --replicas 1), or more GPUs\n"
     )
     assert not fakes.run.exists()
@@ -220,7 +221,7 @@ def test_check_prints_who_gets_what_or_what_is_missing(
     check_recipe(load_recipe(Path(RECIPE), cuda), Console(width=200), as_json=False)
     shown = capsys.readouterr().out
     assert "devices   GPU 3 (80 GiB): the learner\n          GPUs 2, 1 (80 GiB each): generation-0\n" in shown
-    check_recipe(load_recipe(Path(RECIPE), [*cuda, "learner.ranks=3"]), Console(width=200), as_json=True)
+    check_recipe(load_recipe(Path(RECIPE), [*cuda, "learner.num_ranks=3"]), Console(width=200), as_json=True)
     told = json.loads(capsys.readouterr().out)
     assert told["devices"] == [] and any("4 GPUs are visible (3, 2, 1, 0), and" in note for note in told["notes"])
 

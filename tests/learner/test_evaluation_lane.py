@@ -22,7 +22,7 @@ from tests.support.launching import rows_of
 from tests.support.making import make_rollout
 from tests.support.replaying import end, take_up
 
-SETTINGS = ["learner.groups_per_step=2", "evaluation.num_prompts=3", "evaluation.num_samples=2"]
+SETTINGS = ["learner.groups_per_step=2", "evaluation.num_prompts=3", "evaluation.completions_per_prompt=2"]
 HEARTBEAT = Heartbeat("r", "http://127.0.0.1:1", "running", "", 0, 0, 0, 0, 0.0, 1.0)
 
 

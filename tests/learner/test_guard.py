@@ -198,7 +198,7 @@ def test_an_order_below_the_ladder_counts_and_the_guard_does_not_loosen_it() -> 
 
 # --- in the loop: a recording whose behaviour log-probabilities are made up, so that every step alarms ---
 
-ACTING = ("actor.guard=act", "learner.stale_policy=train")
+ACTING = ("actor.divergence_guard=act", "learner.stale_policy=train")
 
 
 def test_the_loop_goes_on_tightened_and_says_so(

@@ -66,7 +66,7 @@ def make_config(**learner: object) -> RunConfig:
             "task": {"name": "arithmetic"},
             "actor": {"group_size": 2},
             "learner": {"groups_per_step": 4, "max_staleness": 1, **learner},
-            "evaluation": {"num_prompts": 3, "num_samples": 2},
+            "evaluation": {"num_prompts": 3, "completions_per_prompt": 2},
         }
     )
 

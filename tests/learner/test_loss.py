@@ -144,7 +144,7 @@ def test_the_lower_side_of_the_behaviour_clip_is_off_policy_sequence_masking() -
 
 def test_dual_clip_bounds_the_loss_of_a_bad_completion() -> None:
     policy, proximal = torch.tensor([[math.log(4.0)]]), torch.zeros(1, 1)
-    settings = actor(c_clip=3.0, behav_imp_weight_mode="disabled")
+    settings = actor(dual_clip=3.0, behav_imp_weight_mode="disabled")
     result = policy_loss(policy, proximal, proximal, -torch.ones(1, 1), torch.ones(1, 1), settings)
     assert result.loss.item() == pytest.approx(3.0)
     assert result.metrics["dual_clip_fraction"] == 1.0
@@ -191,7 +191,7 @@ def reference_objective(ratios: list[float], advantages: list[float], s: ActorCo
     losses = []
     for advantage, ratio in zip(advantages, ratios, strict=True):
         loss = max(-advantage * ratio, -advantage * min(max(ratio, lowest), highest))
-        losses.append(loss if s.c_clip is None else min(loss, s.c_clip * abs(advantage)))
+        losses.append(loss if s.dual_clip is None else min(loss, s.dual_clip * abs(advantage)))
     return losses
 
 
@@ -244,7 +244,7 @@ variants = st.builds(
     loss_aggregation=st.sampled_from(["token_mean", "sequence_mean"]),
     eps_clip=st.sampled_from([0.1, 0.4]),
     eps_clip_higher=st.sampled_from([None, 0.28]),
-    c_clip=st.sampled_from([None, 1.5, 3.0]),
+    dual_clip=st.sampled_from([None, 1.5, 3.0]),
 )
 
 

@@ -37,7 +37,7 @@ def zero_gradient_share(given: dict[str, object], sigma: float, drift: float = 0
 
 
 @pytest.mark.parametrize("sigma", [0.02, 0.04])
-@pytest.mark.parametrize("given", [{"preset": "paper"}, {"preset": "seed"}, {"preset": "token"}, {}], ids=str)
+@pytest.mark.parametrize("given", [{"preset": "paper"}, {"preset": "baseline"}, {"preset": "token"}, {}], ids=str)
 def test_numerics_alone_take_no_sequence_from_any_preset(given: dict[str, object], sigma: float) -> None:
     assert zero_gradient_share(given, sigma) == 0.0
     assert zero_gradient_share(given, sigma, drift=5e-5) == 0.0, "a policy that has hardly moved keeps its gradient too"

@@ -90,7 +90,7 @@ def test_a_group_stays_together_and_padding_stays_small() -> None:
 
 @given(batches(), st.integers(1, 4))
 def test_mini_batches_are_whole_groups_of_even_size(samples: list[Sample], num_mini_batches: int) -> None:
-    parts = split_mini_batches(samples, ActorConfig(mini_batches=num_mini_batches), "seed")
+    parts = split_mini_batches(samples, ActorConfig(num_mini_batches=num_mini_batches), "seed")
     names = [{s.group.ticket.id for s in part} for part in parts]
     assert len(parts) == num_mini_batches
     assert sum(len(part) for part in parts) == len(samples)
@@ -100,7 +100,7 @@ def test_mini_batches_are_whole_groups_of_even_size(samples: list[Sample], num_m
 
 @given(batches(), st.integers(1, 4))
 def test_completions_are_dealt_out_evenly_and_so_are_those_of_each_group(samples: list[Sample], count: int) -> None:
-    settings = ActorConfig(mini_batches=count, mini_batch_split="completions")
+    settings = ActorConfig(num_mini_batches=count, mini_batch_split="completions")
     parts = split_mini_batches(samples, settings, "seed")
     assert sorted(s.advantage for part in parts for s in part) == sorted(s.advantage for s in samples)
     for name in (None, *(s.group.ticket.id for s in samples)):
@@ -111,7 +111,7 @@ def test_completions_are_dealt_out_evenly_and_so_are_those_of_each_group(samples
 @pytest.mark.parametrize("split", ["groups", "completions"])
 def test_the_split_depends_on_the_seed_alone(split: Literal["groups", "completions"]) -> None:
     samples = [sample(f"g{i}", [1], [2], [1]) for i in range(8)]
-    settings = ActorConfig(mini_batches=2, mini_batch_split=split)
+    settings = ActorConfig(num_mini_batches=2, mini_batch_split=split)
     one, again, other = (split_mini_batches(samples, settings, seed) for seed in ("0-1", "0-1", "0-2"))
     assert one == again
     assert [s.group.ticket.id for s in one[0]] != [s.group.ticket.id for s in other[0]]

@@ -20,15 +20,20 @@ from tests.support.ranked import Job, do, do_on_ranks
 from tests.support.tiny_models import make_checkpoint
 
 CASES: dict[str, dict[str, Any]] = {
-    "one_mini_batch": {"actor": {"mini_batches": 1}, "learner": {"micro_batch_tokens": 48}},
+    "one_mini_batch": {"actor": {"num_mini_batches": 1}, "learner": {"micro_batch_tokens": 48}},
     "two_and_kl": {
-        "actor": {"mini_batches": 2, "kl_coef": 0.1, "loss_aggregation": "sequence_mean", "ratio_gradient": "token"},
+        "actor": {
+            "num_mini_batches": 2,
+            "kl_coef": 0.1,
+            "loss_aggregation": "sequence_mean",
+            "ratio_gradient": "token",
+        },
         "learner": {"micro_batch_tokens": 48, "gradient_checkpointing": True},
     },
     # Each mini-batch is one group of two completions: of three ranks one has nothing.
-    "a_rank_without_work": {"actor": {"mini_batches": 4}, "optimizer": {"max_grad_norm": 1e9}},
+    "a_rank_without_work": {"actor": {"num_mini_batches": 4}, "optimizer": {"max_grad_norm": 1e9}},
     "bfloat16": {"model": {"dtype": "bfloat16"}, "learner": {"micro_batch_tokens": 48}},
-    "experts": {"actor": {"mini_batches": 2}, "learner": {"micro_batch_tokens": 48}},
+    "experts": {"actor": {"num_mini_batches": 2}, "learner": {"micro_batch_tokens": 48}},
     "gated_delta_nets": {"learner": {"micro_batch_tokens": 48, "gradient_checkpointing": True}},
 }
 KINDS = {"experts": "qwen3_moe", "gated_delta_nets": "qwen3_next"}
@@ -88,7 +93,7 @@ def part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]
 def test_a_rank_holds_what_check_says(results: dict[int, Path], jobs: list[Job], count: int, case: str) -> None:
     """Of masters and moments, which are all in its file; gradients are like masters."""
     job = next(job for job in jobs if job.name == case)
-    config = RunConfig.model_validate(job.config | {"learner": job.config["learner"] | {"ranks": count}})
+    config = RunConfig.model_validate(job.config | {"learner": job.config["learner"] | {"num_ranks": count}})
     folder = Path(config.model.path)
     shape = shape_in(folder, json.loads((folder / "config.json").read_text()))
     rows = learner_bytes(shape, config)

@@ -120,7 +120,7 @@ def test_a_sample_is_the_first_of_each_state_until_the_next_step() -> None:
 @pytest.mark.parametrize("mini_batches", [1, 2])
 def test_the_trainer_knows_what_it_trained(demo_policy: Path, mini_batches: int) -> None:
     """With a drift of 0 the proximal log-probabilities are those that the completions were sampled with."""
-    sections = {"actor": {"group_size": 2, "mini_batches": mini_batches}, "learner": {"micro_batch_tokens": 32}}
+    sections = {"actor": {"group_size": 2, "num_mini_batches": mini_batches}, "learner": {"micro_batch_tokens": 32}}
     trainer = make_trainer(make_config(demo_policy, **sections))
     groups = make_batch(trainer)
     trainer.train(groups, 0, VERSION_STEPS)

@@ -104,7 +104,7 @@ def test_what_has_advantage_0_changes_nothing_and_is_not_computed(
     demo_policy: Path, split: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last group is uniform."""
-    actor = {"group_size": 2, "mini_batches": 2, "mini_batch_split": split, "dynamic_sampling": False}
+    actor = {"group_size": 2, "num_mini_batches": 2, "mini_batch_split": split, "dynamic_sampling": False}
     found = []
     for is_all_computed in (False, True):
         trainer = make_trainer(make_config(demo_policy, actor=actor, optimizer={"max_grad_norm": 1e9}))
@@ -133,7 +133,13 @@ def cut_off(group: Group, *places: int) -> Group:
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
 def test_masking_what_was_cut_off_is_as_if_it_had_not_been_sampled(demo_policy: Path, aggregation: str) -> None:
     """Of the loss, its counts, the groups' statistics: the same weights, whatever its reward."""
-    actor = {"group_size": 3, "mini_batches": 2, "truncated": "mask", "loss_aggregation": aggregation, "kl_coef": 0.1}
+    actor = {
+        "group_size": 3,
+        "num_mini_batches": 2,
+        "truncated": "mask",
+        "loss_aggregation": aggregation,
+        "kl_coef": 0.1,
+    }
     config = make_config(demo_policy, actor=actor)
     found = []
     for is_sampled in (False, True):
@@ -155,7 +161,7 @@ def test_masking_what_was_cut_off_is_as_if_it_had_not_been_sampled(demo_policy: 
 
 def test_a_mini_batch_of_which_nothing_is_left_makes_no_update(demo_policy: Path) -> None:
     """Not even a decay of the weights; and a whole batch of it has a row without a number that is none."""
-    actor = {"group_size": 2, "mini_batches": 2, "truncated": "mask", "dynamic_sampling": False}
+    actor = {"group_size": 2, "num_mini_batches": 2, "truncated": "mask", "dynamic_sampling": False}
     trainer = make_trainer(make_config(demo_policy, actor=actor, optimizer={"weight_decay": 0.5}))
     before = {name: tensor.clone() for name, tensor in tensors_of(trainer).items()}
     groups = [cut_off(group, 0, 1) for group in make_batch(trainer)]
@@ -178,7 +184,7 @@ def test_proximal_is_of_the_weights_before_the_first_update(
     demo_policy: Path, mini_batches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of every mini-batch; and the first, whose own pass tells, takes no other."""
-    actor = {"group_size": 2, "mini_batches": mini_batches}
+    actor = {"group_size": 2, "num_mini_batches": mini_batches}
     config = make_config(demo_policy, actor=actor, optimizer={"lr": 0.1})
     trainer, before = make_trainer(config), make_trainer(config).policy
     groups, score = make_batch(trainer, drift=0.1), trainer.policy.score
@@ -198,7 +204,7 @@ def test_proximal_is_of_the_weights_before_the_first_update(
 
 
 def test_on_policy_metrics(demo_policy: Path) -> None:
-    _, metrics = weights_after(make_config(demo_policy, actor={"group_size": 2, "mini_batches": 1}))
+    _, metrics = weights_after(make_config(demo_policy, actor={"group_size": 2, "num_mini_batches": 1}))
     assert metrics["importance_ratio_mean"] == pytest.approx(1.0)
     assert metrics["ess"] == pytest.approx(1.0)
     assert metrics["kl_behaviour_proximal"] == pytest.approx(0.0, abs=1e-9)
@@ -211,7 +217,7 @@ def test_on_policy_metrics(demo_policy: Path) -> None:
 @pytest.mark.parametrize("mini_batches", [1, 2])
 def test_entropy_is_of_the_policy_at_the_trained_tokens(demo_policy: Path, mini_batches: int) -> None:
     """Against transformers, a completion at a time; at a rate of all but 0 later mini-batches have the same policy."""
-    actor = {"group_size": 2, "mini_batches": mini_batches}
+    actor = {"group_size": 2, "num_mini_batches": mini_batches}
     trainer = make_trainer(make_config(demo_policy, actor=actor, optimizer={"lr": 1e-30}))
     groups, entropies = make_batch(trainer), list[float]()
     plain = AutoModelForCausalLM.from_pretrained(demo_policy, dtype=torch.float32)
@@ -240,7 +246,7 @@ def test_staleness_splits_the_kl(demo_policy: Path) -> None:
 def test_a_batch_without_fresh_tokens_has_its_numerics_from_a_newer_group(demo_policy: Path) -> None:
     """Of the weights before the first update, by the tokens of the current version alone, and nothing else is changed
     by it: version 3 is of this step, the batch of the step before."""
-    config = make_config(demo_policy, actor={"group_size": 2, "mini_batches": 2})
+    config = make_config(demo_policy, actor={"group_size": 2, "num_mini_batches": 2})
     versions, found = {1: 0, 3: 1}, []
     for is_probed in (False, True):
         trainer = make_trainer(config)
@@ -272,7 +278,7 @@ def test_a_batch_with_fresh_tokens_asks_for_no_other(demo_policy: Path) -> None:
 
 def test_with_several_mini_batches_the_ratio_moves_and_the_clip_can_act(demo_policy: Path) -> None:
     config = make_config(
-        demo_policy, actor={"group_size": 2, "mini_batches": 4, "eps_clip": 1e-4}, optimizer={"lr": 1e-2}
+        demo_policy, actor={"group_size": 2, "num_mini_batches": 4, "eps_clip": 1e-4}, optimizer={"lr": 1e-2}
     )
     _, metrics = weights_after(config)
     assert metrics["importance_ratio_max"] > 1.001
@@ -301,8 +307,10 @@ def test_reward_goes_up(demo_policy: Path) -> None:
 
 
 def test_kl_to_the_reference_pulls_back(demo_policy: Path) -> None:
-    plain, _ = weights_after(make_config(demo_policy, actor={"group_size": 2, "mini_batches": 4}))
-    anchored, _ = weights_after(make_config(demo_policy, actor={"group_size": 2, "mini_batches": 4, "kl_coef": 10.0}))
+    plain, _ = weights_after(make_config(demo_policy, actor={"group_size": 2, "num_mini_batches": 4}))
+    anchored, _ = weights_after(
+        make_config(demo_policy, actor={"group_size": 2, "num_mini_batches": 4, "kl_coef": 10.0})
+    )
     start = tensors_of(make_trainer(make_config(demo_policy)))
 
     def distance(weights: dict[str, torch.Tensor]) -> float:

@@ -47,7 +47,7 @@ def use(group: Group) -> None:
         Sample(group, rollout, advantage, token_staleness(rollout, STEP, VERSION_STEPS, None))
         for rollout, advantage in zip(group.rollouts, advantages.tolist(), strict=True)
     ]
-    (mini_batch,) = split_mini_batches(samples, ActorConfig(mini_batches=1), "seed")
+    (mini_batch,) = split_mini_batches(samples, ActorConfig(num_mini_batches=1), "seed")
     micro_batches = pack(mini_batch, LIMITS.max_sequence_tokens)
     for micro_batch in micro_batches:
         assert (1 / micro_batch.temperature).max() < np.inf and micro_batch.input_ids.max() < LIMITS.vocab_size

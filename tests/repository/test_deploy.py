@@ -118,7 +118,7 @@ def test_compose_on_gpus_takes_any_number_of_them_and_shared_memory_for_the_mode
     for name in ("learner", "generation"):
         (devices,) = services[name]["deploy"]["resources"]["reservations"]["devices"]
         assert devices["count"] == "all" and "device_ids" not in devices
-    assert "--set learner.ranks=${HEADRACE_LEARNER_RANKS:-1}" in services["learner"]["command"]
+    assert "--set learner.num_ranks=${HEADRACE_LEARNER_RANKS:-1}" in services["learner"]["command"]
     assert "--set generation.engine.tp_size=${HEADRACE_TP_SIZE:-1}" in services["learner"]["command"]
     shape, config = read_shape(QWEN_1_5B), load_recipe(ROOT / "configs" / "gsm8k-qwen2.5-1.5b.yaml").config
     assert services["generation"]["shm_size"].startswith("${HEADRACE_SHM:-16g}")

@@ -8,9 +8,9 @@ DOCUMENT = ROOT / "docs" / "code-map.md"
 PACKAGES = ("headrace/common", "headrace/learner", "headrace/generation", "headrace/control", "headrace/launcher")
 HEAD = """# The code, folder by folder
 
-Each line is the first line of a module's docstring. This page is generated: `python -m tests.support.code_map` writes it,
-and a test compares it. [architecture.md](architecture.md) says how the parts work together, [changing.md](changing.md)
-which files a change touches.
+Each line is the first line of a module's docstring. This page is generated: `python -m tests.support.code_map` writes
+it, and a test compares it. [architecture.md](architecture.md) says how the parts work together,
+[changing.md](changing.md) which files a change touches.
 
 Folders stand in the order of imports: a folder imports only those above it on this page and `headrace/common`
 (`tests/repository/test_imports.py`).

@@ -74,7 +74,7 @@ def _events(lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
 
 
 @contextlib.contextmanager
-def a_control(redis_url: str, keys: Keys, protect_reads: bool = False) -> Iterator[Control]:
+def a_control(redis_url: str, keys: Keys, require_token_for_reads: bool = False) -> Iterator[Control]:
     config, sock = load_recipe(RECIPE, []).config, listen("127.0.0.1", 0)
     started: Future[Control] = Future()
     ended: list[Callable[[], object]] = []
@@ -82,7 +82,7 @@ def a_control(redis_url: str, keys: Keys, protect_reads: bool = False) -> Iterat
     async def serve() -> None:
         over, loop = asyncio.Event(), asyncio.get_running_loop()
         ended.append(lambda: loop.call_soon_threadsafe(over.set))
-        parts = running_app(keys.run, config, redis_url, TOKEN, protect_reads)
+        parts = running_app(keys.run, config, redis_url, TOKEN, require_token_for_reads)
         async with parts as (app, monitor), serving(app, monitor, sock):
             started.set_result(Control(url_of(sock), monitor, loop))
             await over.wait()

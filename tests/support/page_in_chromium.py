@@ -79,7 +79,7 @@ def a_control(redis_url: str, keys: Keys) -> Iterator[str]:
     async def serve() -> None:
         with connect(redis_url) as client:
             config = RunConfig.model_validate_json(client.get(keys.config) or b"")
-        parts = running_app(keys.run, config, redis_url, TOKEN, config.control.protect_reads)
+        parts = running_app(keys.run, config, redis_url, TOKEN, config.control.require_token_for_reads)
         async with parts as (app, monitor), serving(app, monitor, sock):
             is_up.set()
             while not is_over.is_set():

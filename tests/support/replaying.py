@@ -27,8 +27,8 @@ SETTINGS = [
     "learner.groups_per_step=4",
     "learner.checkpoint_interval_steps=2",
     "actor.group_size=4",
-    "actor.mini_batches=2",
-    "actor.guard=warn",
+    "actor.num_mini_batches=2",
+    "actor.divergence_guard=warn",
 ]
 NUM_GROUPS = 60
 

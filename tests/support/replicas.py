@@ -83,11 +83,11 @@ async def running_replica(
     model: Path,
     name: str = "a",
     task: str = "arithmetic",
-    silence_timeout_s: float = 60.0,
+    liveness_timeout_s: float = 60.0,
     **settings: object,
 ) -> AsyncIterator[Replica]:
     """Serves until the block ends, then drains. An engine that is a URL is somebody else's."""
-    config = GenerationConfig.model_validate({"lease_s": 1.0, "max_attempts": 2, **settings})
+    config = GenerationConfig.model_validate({"ticket_lease_s": 1.0, "max_attempts": 2, **settings})
     waits = Waits()
     client = connect_async(redis_url, waits)
     tickets = TicketStore(client, keys, name)
@@ -101,8 +101,8 @@ async def running_replica(
     weights = WeightFollower(client, keys, HostCopy(model), Fetcher("token"), Turns(client, keys, name, 0.5), announce)
     server = None if isinstance(engine, str) else engine
     url = engine if isinstance(engine, str) else engine.url
-    http = Engine(url, swap_mode=config.engine.swap_mode, request_timeout_s=config.request_timeout_s)
-    timeouts = {"silence_timeout_s": silence_timeout_s, "busy_timeout_s": config.request_timeout_s}
+    http = Engine(url, swap_mode=config.engine.swap_mode, completion_timeout_s=config.completion_timeout_s)
+    timeouts = {"liveness_timeout_s": liveness_timeout_s, "busy_timeout_s": config.completion_timeout_s}
     keeper = EngineKeeper(http, server, weights.engine_start, **timeouts)
     replica = Replica(
         name, "http://127.0.0.1:1", config, tickets, keeper, rewards, weights, waits, config.max_eval_groups_in_flight

@@ -80,7 +80,7 @@ def test_trl_is_told_what_the_recipe_says() -> None:
     a_batch = told["per_device_train_batch_size"] * told["steps_per_generation"]
     assert a_batch == completions == 128
     assert told["max_steps"] == 60 * spec["updates_per_batch"]
-    assert told["steps_per_generation"] // told["gradient_accumulation_steps"] == config.actor.mini_batches
+    assert told["steps_per_generation"] // told["gradient_accumulation_steps"] == config.actor.num_mini_batches
     assert (told["epsilon"], told["epsilon_high"]) == pytest.approx((0.067, 0.093))
     assert told["lr_scheduler_kwargs"]["lr_end"] == pytest.approx(4e-5)
     assert len(spec["prompts"]) == 60 * 16

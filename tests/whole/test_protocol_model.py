@@ -83,9 +83,9 @@ CONFIG = RunConfig.model_validate(
     {
         "model": {"path": "x"},
         "task": {"name": "arithmetic"},
-        "actor": {"group_size": 2, "mini_batches": 1},
+        "actor": {"group_size": 2, "num_mini_batches": 1},
         "learner": {"groups_per_step": 2, "max_staleness": 1, "checkpoint_interval_steps": 10_000, "steps": 10_000},
-        "evaluation": {"num_prompts": 2, "num_samples": 2},
+        "evaluation": {"num_prompts": 2, "completions_per_prompt": 2},
     }
 )
 G = CONFIG.learner.groups_per_step

@@ -37,7 +37,7 @@ def test_the_decisive_runs_come_first() -> None:
 def test_every_loss_is_a_valid_recipe(loss: str) -> None:
     config = load_recipe(ROOT / "configs" / "tiny-cpu.yaml", Run(loss, 16, 2).settings).config
     assert (config.learner.max_staleness, config.seed) == (16, 2)
-    assert (config.actor.guard == "act") == loss.endswith("guarded")
+    assert (config.actor.divergence_guard == "act") == loss.endswith("guarded")
 
 
 def test_what_has_been_run_counts_as_long_as_its_settings_are_the_same(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_groups_are_as_stale_as_is_said_and_the_guard_makes_them_fresher(monkeyp
 
     monkeypatch.setattr("headrace.learner.training.trainer.off_policy_metrics", alarming)
     sizes = ["learner.steps=7", "learner.groups_per_step=6", "actor.group_size=4", "evaluation.num_prompts=4"]
-    sizes += ["actor.mini_batches=1"]
+    sizes += ["actor.num_mini_batches=1"]
     settings = [
         *Run("seed, 4 mini-batches, lr 6e-4, guarded", 3, 0).settings,
         *sizes,

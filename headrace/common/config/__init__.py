@@ -5,19 +5,11 @@ each value came from. Only a service's `__main__` reads configuration; everythin
 """
 
 from headrace.common.config.actor import ActorConfig
+from headrace.common.config.generation import EngineConfig, GenerationConfig
+from headrace.common.config.learner import LearnerConfig, OptimizerConfig
+from headrace.common.config.model import ModelConfig, SamplingConfig, TaskConfig
 from headrace.common.config.recipe import ConfigError, Recipe, load_recipe, resolve
-from headrace.common.config.run import (
-    ControlConfig,
-    EngineConfig,
-    EvaluationConfig,
-    GenerationConfig,
-    LearnerConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    SamplingConfig,
-    TaskConfig,
-)
+from headrace.common.config.run import ControlConfig, EvaluationConfig, RunConfig
 
 __all__ = [
     "ActorConfig",

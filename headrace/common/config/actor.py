@@ -1,6 +1,6 @@
 """The algorithm's settings: advantages, ratios, clips, aggregation; and the presets that set several at once.
 
-Field names are those of the recipe this project started from (`preset: seed`). The defaults are the variant that
+Field names are those of the recipe this project started from (`preset: baseline`). The defaults are the variant that
 stays alive on stale data: decoupled, a gradient per token, and the behaviour clip. A preset fills in only
 what is not given beside it.
 """
@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from headrace.common.config.section import Section
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "seed": {
+    "baseline": {
         "group_size": 4,
         "importance_sampling_level": "sequence",
         "ratio_gradient": "sequence",
@@ -23,13 +23,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eps_clip": 0.4,
         "eps_clip_higher": None,
         "loss_aggregation": "token_mean",
-        "mini_batches": 1,
+        "num_mini_batches": 1,
         "reward_bias": -0.5,
         "reward_scaling": 10.0,
         "advantage_mean": "group",
         "advantage_std": "group",
         "batch_advantage_norm": True,
-        "guard": "warn",
+        "divergence_guard": "warn",
     },
     "paper": {
         "importance_sampling_level": "sequence",
@@ -41,7 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eps_clip": 3e-4,
         "eps_clip_higher": 4e-4,
         "loss_aggregation": "sequence_mean",
-        "mini_batches": 4,
+        "num_mini_batches": 4,
     },
     "token": {"importance_sampling_level": "token"},
 }
@@ -50,7 +50,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class ActorConfig(Section):
     """How rewards become advantages and advantages a loss. Equations: docs/algorithm.md."""
 
-    preset: Literal["seed", "paper", "token"] | None = Field(
+    preset: Literal["baseline", "paper", "token"] | None = Field(
         None, description="Fill in a named set of the fields below; a field given beside it wins."
     )
 
@@ -63,7 +63,7 @@ class ActorConfig(Section):
     reward_scaling: float = Field(1.0, gt=0, description="Factor on the biased reward.")
     reward_clip: float = Field(20.0, gt=0, description="Bound on the absolute value of the scaled reward.")
     advantage_mean: Literal["group", "leave_one_out", "batch", "none"] = Field(
-        "group", description="What is subtracted from a reward."
+        "group", description="Baseline that is subtracted from a reward."
     )
     advantage_std: Literal["group", "batch", "none"] = Field(
         "group", description="Unbiased standard deviation that the difference is divided by."
@@ -100,8 +100,10 @@ class ActorConfig(Section):
         "soft: a sigmoid gate instead (SAPO). second_moment: in each sequence the tokens that have moved furthest with "
         "their advantage are masked, until the mean squared log-ratio of the others is at most 0.04 (M2PO).",
     )
-    c_clip: float | None = Field(
-        None, gt=1, description="Dual clip: bounds the loss where the advantage is negative. Only of trust_region clip."
+    dual_clip: float | None = Field(
+        None,
+        gt=1,
+        description="Dual clip: bound on the loss where the advantage is negative. Only for trust_region clip.",
     )
 
     use_decoupled_loss: bool = Field(
@@ -114,7 +116,7 @@ class ActorConfig(Section):
         description="How the behaviour weight is formed and what happens above the cap. token_band: masked above it "
         "and below 0.5 (IcePop).",
     )
-    behav_imp_weight_cap: float = Field(5.0, gt=0, description="The behaviour weight's cap.")
+    behav_imp_weight_cap: float = Field(5.0, gt=0, description="Cap of the behaviour weight.")
     behaviour_clip: bool = Field(
         True,
         description="Drop sequences that have already moved from the behaviour policy beyond the clip range in the "
@@ -124,7 +126,7 @@ class ActorConfig(Section):
     loss_aggregation: Literal["token_mean", "sequence_mean"] = Field(
         "sequence_mean", description="Mean over all loss tokens, or over sequences of their token means."
     )
-    mini_batches: int = Field(
+    num_mini_batches: int = Field(
         4,
         ge=1,
         description="Optimizer updates per step. With 1, and the decoupled loss, the policy equals the proximal "
@@ -135,7 +137,7 @@ class ActorConfig(Section):
         description="What is dealt out to mini-batches: whole groups, or the completions of each group evenly, so that "
         "every update sees every prompt; a prompt is then computed in every mini-batch.",
     )
-    guard: Literal["act", "warn"] = Field(
+    divergence_guard: Literal["act", "warn"] = Field(
         "act",
         description="When policy and behaviour drift far apart (KL, effective sample size): warn, or act as well: "
         "lower max_staleness, then lr, until it is over. Where engine and learner disagree on the same weights: warn.",

@@ -13,11 +13,12 @@ from headrace.common.config.run import RunConfig
 
 HEAD = """# Configuration
 
-Every setting of a run. A recipe is a YAML file that holds only what differs from these defaults; `--set section.key=value`
-overrides it, several times if needed. `headrace check RECIPE` prints every setting with where its value comes from. An unknown
-key is refused with a suggestion, an impossible combination with the reason.
+Every setting of a run. A recipe is a YAML file that holds only what differs from these defaults;
+`--set section.key=value` overrides it, several times if needed. `headrace check RECIPE` prints every setting with the
+source of its value. An unknown key is refused with a suggestion, an impossible combination with the reason.
 
-"Live" settings may change while a run goes on (`headrace settings NAME=VALUE`); they apply from the learner's next step.
+"Live" settings may change while a run goes on (`headrace settings NAME=VALUE`); they apply from the learner's next
+step. Units are in the names: `_s` seconds, `_bytes`, `_tokens`, `_steps`.
 
 This page is generated: `python -m headrace.common.config.document > docs/configuration.md`. A test compares it.
 """
@@ -58,7 +59,7 @@ def _model_of(field: FieldInfo) -> type[BaseModel] | None:
 
 def _type(field: FieldInfo) -> str:
     bounds = [
-        f"{sign} {value:g}"
+        f"{sign} {value:,}" if isinstance(value, int) else f"{sign} {value:g}"
         for constraint in field.metadata
         for key, sign in BOUNDS.items()
         if (value := getattr(constraint, key, None)) is not None
@@ -69,13 +70,15 @@ def _type(field: FieldInfo) -> str:
 def _words(annotation: Any) -> str:
     """`int`, `"a" | "b"`, `list of text`."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _words(arguments[0])
     if origin is typing.Literal:
         return " | ".join(f"`{value}`" for value in arguments)
     if origin in (types.UnionType, typing.Union):
         return " | ".join(_words(kind) for kind in arguments if kind is not type(None))
     if origin in (list, tuple):
         return f"list of {_words(arguments[0])}"
-    if origin is not None and issubclass(origin, typing.Mapping):  # type: ignore[arg-type]
+    if origin is not None and issubclass(origin, typing.Mapping):
         return "mapping"
     return {"str": "text", "bool": "`true` | `false`", "float": "number", "int": "whole number"}.get(
         getattr(annotation, "__name__", ""), getattr(annotation, "__name__", str(annotation))

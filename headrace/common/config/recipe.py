@@ -16,7 +16,8 @@ from pydantic import BaseModel, ValidationError
 
 from headrace.common.config import yaml_text
 from headrace.common.config.actor import PRESETS
-from headrace.common.config.run import NOT_OFFERED, RunConfig
+from headrace.common.config.model import NOT_OFFERED
+from headrace.common.config.run import RunConfig
 
 
 class ConfigError(ValueError):
@@ -27,7 +28,7 @@ class ConfigError(ValueError):
 class Recipe:
     config: RunConfig
     sources: dict[str, str]
-    """Dotted key of every setting -> 'default', 'preset seed', the file, or the override that gave it."""
+    """Dotted key of every setting -> 'default', 'preset baseline', the file, or the override that gave it."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -6,6 +6,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+AUTO_DEVICE = (
+    "auto: CUDA if a GPU is visible and a CUDA build of torch and SGLang's kernels are installed; else the CPU."
+)
+"""Meaning of `device`, of the learner and of engines."""
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)

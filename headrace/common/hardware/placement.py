@@ -49,7 +49,7 @@ def _too_few(gpus: Sequence[str], ranks: int, replicas: int, tp_size: int, max_r
     names = f" ({', '.join(gpus)})" if gpus else ""
     seen = f"{len(gpus)} GPU{' is' if len(gpus) == 1 else 's are'} visible{names}"
     engines = f"{replicas} replica{'s' * (replicas != 1)} of generation.engine.tp_size {tp_size}"
-    parts = [f"learner.ranks {ranks}"] * (ranks > 0) + [engines] * (replicas * tp_size > 0)
+    parts = [f"learner.num_ranks {ranks}"] * (ranks > 0) + [engines] * (replicas * tp_size > 0)
     needed = f"{' and '.join(parts)} need {ranks + replicas * tp_size}"
     if not gpus:
         return f"{seen}, and {needed}; expected device: cpu or auto, or GPUs that CUDA_VISIBLE_DEVICES does not hide"
@@ -58,7 +58,7 @@ def _too_few(gpus: Sequence[str], ranks: int, replicas: int, tp_size: int, max_r
     elif len(gpus) == ranks == tp_size == 1:
         step = "generation.replicas 1 and learner.memory_fraction, the learner's share of the one GPU (headrace check)"
     else:
-        step = "fewer learner.ranks, a smaller generation.engine.tp_size, replicas elsewhere (--replicas 0)"
+        step = "fewer learner.num_ranks, a smaller generation.engine.tp_size, replicas elsewhere (--replicas 0)"
     return f"{seen}, and {needed}; expected {step}, or more GPUs"
 
 

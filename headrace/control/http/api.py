@@ -30,10 +30,10 @@ GroupName = Annotated[str, Path(min_length=1, max_length=200, examples=["0-17", 
 
 
 def make_app(
-    monitor: RunMonitor, commands: CommandWriter, http: httpx.AsyncClient, token: str, protect_reads: bool
+    monitor: RunMonitor, commands: CommandWriter, http: httpx.AsyncClient, token: str, require_token_for_reads: bool
 ) -> FastAPI:
     app = new_app("Headrace control", docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.openapi = lambda: openapi_of(app, protect_reads)  # type: ignore[method-assign]
+    app.openapi = lambda: openapi_of(app, require_token_for_reads)  # type: ignore[method-assign]
     require_valid_token = require_token(token)
     app.include_router(page_router())
 
@@ -48,7 +48,7 @@ def make_app(
         await require_valid_token(request)
         return Response(status_code=204)
 
-    reading = [Depends(require_valid_token)] if protect_reads else []
+    reading = [Depends(require_valid_token)] if require_token_for_reads else []
     requests = RequestTotals()
     app.add_middleware(CountRequests, totals=requests)
     mount_metrics(

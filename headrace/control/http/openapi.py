@@ -16,7 +16,7 @@ OPEN = {"healthz"}
 """Operations that never need the token."""
 
 
-def openapi_of(app: FastAPI, protect_reads: bool) -> dict[str, Any]:
+def openapi_of(app: FastAPI, require_token_for_reads: bool) -> dict[str, Any]:
     """Generated once and cached, as FastAPI does."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version="1", description=DESCRIPTION, routes=app.routes)
@@ -27,11 +27,11 @@ def openapi_of(app: FastAPI, protect_reads: bool) -> dict[str, Any]:
         document["components"]["securitySchemes"] = {SCHEME: {"type": "http", "scheme": "bearer"}}
         for path in document["paths"].values():
             for method, operation in path.items():
-                operation["security"] = _security(method, operation, protect_reads)
+                operation["security"] = _security(method, operation, require_token_for_reads)
         app.openapi_schema = document
     return app.openapi_schema
 
 
-def _security(method: str, operation: dict[str, Any], protect_reads: bool) -> list[dict[str, list[str]]]:
-    is_guarded = method != "get" or operation["operationId"] == "check_token" or protect_reads
+def _security(method: str, operation: dict[str, Any], require_token_for_reads: bool) -> list[dict[str, list[str]]]:
+    is_guarded = method != "get" or operation["operationId"] == "check_token" or require_token_for_reads
     return [{SCHEME: []}] if is_guarded and operation["operationId"] not in OPEN else []

@@ -32,22 +32,22 @@ ONE_TOKEN = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1}}
 
 
 class Engine:
-    """One SGLang server at `url`. `request_timeout_s` is the deadline of a `generate` (`Deadlines`), `swap_timeout_s`
-    of the engine's loading of new weights."""
+    """One SGLang server at `url`. `completion_timeout_s` is the deadline of a `generate` (`Deadlines`),
+    `swap_timeout_s` of the engine's loading of new weights."""
 
     def __init__(
         self,
         url: str,
         *,
         swap_mode: SwapMode = "retract",
-        request_timeout_s: float = 600.0,
+        completion_timeout_s: float = 600.0,
         swap_timeout_s: float = 300.0,
     ) -> None:
         self.calls = EngineCalls(url)
         self._swapper = Swapper(self.calls, swap_mode, swap_timeout_s)
         self._recomputes = swap_mode == "retract"
         self._in_flight: set[object] = set()
-        self._deadlines = Deadlines(request_timeout_s)
+        self._deadlines = Deadlines(completion_timeout_s)
 
     @property
     def url(self) -> str:

@@ -2,7 +2,7 @@
 
 A sign of life is whatever SGLang cannot answer without its scheduler: completions, loaded weights, or the token of a
 probe, which is sent when nothing else has been heard for a while. An engine of our own that gives none for
-`silence_timeout_s` is killed, all its processes at once, and started on the verified weights. Of somebody else's the
+`liveness_timeout_s` is killed, all its processes at once, and started on the verified weights. Of somebody else's the
 replica says so, and waits until it answers. An engine on a CPU that is busy computing is given `busy_timeout_s`;
 others do not show it, and are left alone while they load or hash weights, which has its own deadline. Whoever has a
 request in an engine that dies or falls silent gets `EngineDown`, before anything is killed: it was not the request's
@@ -44,13 +44,13 @@ class EngineKeeper:
         server: EngineServer | None,
         where: Callable[[], tuple[Path, int | None]],
         *,
-        silence_timeout_s: float,
+        liveness_timeout_s: float,
         busy_timeout_s: float,
     ) -> None:
         self.engine = engine
         self.server = server
         """None: the engine is somebody else's."""
-        self.silence_timeout_s = silence_timeout_s
+        self.liveness_timeout_s = liveness_timeout_s
         self.serving = asyncio.Event()
         self.problem = ""
         self.life = 0
@@ -71,7 +71,7 @@ class EngineKeeper:
     @property
     def is_doubtful(self) -> bool:
         """It has been silent for so long that it should have answered a probe."""
-        return self.serving.is_set() and not self.engine.is_loading and self.silent_s > self.silence_timeout_s / 2
+        return self.serving.is_set() and not self.engine.is_loading and self.silent_s > self.liveness_timeout_s / 2
 
     async def keep(self) -> None:
         """Until cancelled. Raises the last `EngineError`, with the end of the log, if the engine cannot be started."""
@@ -162,7 +162,7 @@ class EngineKeeper:
                 return f"the engine exited with {self.server.returncode}: restarting it"
             if self._condemned:
                 return f"{self._condemned}: restarting it"
-            is_due = self._is_asked or self.silent_s > PROBE_AFTER * self.silence_timeout_s
+            is_due = self._is_asked or self.silent_s > PROBE_AFTER * self.liveness_timeout_s
             if not is_due or self._is_excused or time.monotonic() < self._next_probe_at:
                 continue
             if await self._is_silent():
@@ -172,7 +172,7 @@ class EngineKeeper:
     async def _is_silent(self) -> bool:
         """Probes; whether there has been no sign of life for too long, and no excuse for it."""
         began_at, busy_s = time.monotonic(), self._busy_s()
-        probe_s = min(max(self.silence_timeout_s - self.silent_s, MIN_PROBE_S), self.silence_timeout_s)
+        probe_s = min(max(self.liveness_timeout_s - self.silent_s, MIN_PROBE_S), self.liveness_timeout_s)
         if await self.engine.health(probe_s):
             self._is_asked = False
             return False
@@ -182,7 +182,7 @@ class EngineKeeper:
         self._num_failed_probes += 1
         self._next_probe_at = now + PROBE_PAUSE_S
         is_busy = (self._busy_s() or 0.0) - (busy_s or 0.0) > BUSY_SHARE * max(now - began_at, 1.0)
-        timeout_s = max(self.silence_timeout_s, self._busy_timeout_s) if is_busy else self.silence_timeout_s
+        timeout_s = max(self.liveness_timeout_s, self._busy_timeout_s) if is_busy else self.liveness_timeout_s
         return self.silent_s >= timeout_s and not self._is_excused
 
     @property
@@ -193,5 +193,5 @@ class EngineKeeper:
         return self.server.busy_s() if self.server is not None else None
 
     async def _until_it_answers(self) -> None:
-        while not await self.engine.health(self.silence_timeout_s):
+        while not await self.engine.health(self.liveness_timeout_s):
             await asyncio.sleep(PROBE_PAUSE_S)

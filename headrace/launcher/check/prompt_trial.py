@@ -118,7 +118,7 @@ def _try(chat: Any, config: RunConfig, split: Split, row: int, prompt: Prompt | 
             prompt,
             id=f"0-{row}" if is_train else f"eval-1-{row}",
             kind="train" if is_train else "eval",
-            num_completions=config.actor.group_size if is_train else config.evaluation.num_samples,
+            num_completions=config.actor.group_size if is_train else config.evaluation.completions_per_prompt,
             sampling=Sampling(config.sampling.temperature, config.sampling.max_new_tokens, []),
             min_weight_version=1,
         )

@@ -68,13 +68,13 @@ def devices(inputs: EstimateInputs) -> Section | None:
 def learner(inputs: EstimateInputs) -> Section | None:
     if inputs.shape is None:
         return None
-    ranks = inputs.config.learner.ranks
+    ranks = inputs.config.learner.num_ranks
     rows, gpu_bytes = learner_bytes(inputs.shape, inputs.config), inputs.gpu_bytes
     needed = sum(rows.values())
     if inputs.device_of_learner == "cuda" and 0 < gpu_bytes < needed:
         inputs.notes.append(
             f"the learner needs {readable(needed)} of a GPU's memory by estimate, and there are {readable(gpu_bytes)}; "
-            "expected more learner.ranks, gradient_checkpointing, or less learner.micro_batch_tokens"
+            "expected more learner.num_ranks, gradient_checkpointing, or less learner.micro_batch_tokens"
         )
     total = "together" if ranks == 1 else f"together, on each of {ranks} ranks' devices"
     return _rows("learner", rows, total)

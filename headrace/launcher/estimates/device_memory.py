@@ -22,7 +22,7 @@ PREFILL_TOKENS = ((20 * 1024, 2048), (60 * 1024, 4096), (160 * 1024, 8192), (flo
 def learner_bytes(shape: Shape, config: RunConfig) -> Rows:
     """Each rank's device at its peak: a backward pass with all gradients there."""
     size, learner = BYTES[compute_dtype(config)], config.learner
-    rows = _whole(shape, config) if learner.ranks == 1 else _sharded(shape, config)
+    rows = _whole(shape, config) if learner.num_ranks == 1 else _sharded(shape, config)
     how = "recomputed" if learner.gradient_checkpointing else "kept"
     rows[f"activations of {learner.micro_batch_tokens:,} tokens, {how}"] = activation_bytes(
         shape, learner.micro_batch_tokens, size, is_checkpointed=learner.gradient_checkpointing
@@ -57,7 +57,7 @@ def _sharded(shape: Shape, config: RunConfig) -> Rows:
     """On each of several ranks (headrace/learner/distributed/fsdp.py): its part of masters, moments and gradients;
     embedding and head whole for the whole pass, and of layers the one that is computed and the next; and of the largest
     of these the gradient in the model's dtype and in float32, in which it is summed over ranks."""
-    dtype, part = compute_dtype(config), -(-shape.num_parameters // config.learner.ranks)
+    dtype, part = compute_dtype(config), -(-shape.num_parameters // config.learner.num_ranks)
     size, layer, root = BYTES[dtype], shape.num_layer_parameters, shape.num_root_parameters
     rows = {
         "masters, float32, its part": part * 4,

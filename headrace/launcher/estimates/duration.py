@@ -53,9 +53,9 @@ def estimate(shape: Shape, config: RunConfig, prompt_tokens: int, learner: Speed
     tokens = config.sampling.max_new_tokens / 2
     forward = 2 * shape.num_active_parameters
     sequences = config.learner.groups_per_step * config.actor.group_size
-    evaluated = config.evaluation.num_prompts * config.evaluation.num_samples
+    evaluated = config.evaluation.num_prompts * config.evaluation.completions_per_prompt
     trained = sequences * tokens + config.learner.groups_per_step * prompt_tokens
-    passes = 3 + config.learner.gradient_checkpointing + (1 - 1 / config.actor.mini_batches)
+    passes = 3 + config.learner.gradient_checkpointing + (1 - 1 / config.actor.num_mini_batches)
     passes += config.actor.kl_coef > 0
     return Times(
         evaluation=evaluated * tokens * forward / engine.decoding,
@@ -71,9 +71,10 @@ def too_long(times: Times, config: RunConfig) -> list[str]:
     evaluation = config.evaluation
     if times.evaluation > LONG_S:
         notes.append(
-            f"an evaluation of {evaluation.num_prompts:,} prompts x {evaluation.num_samples} completions takes about "
+            f"an evaluation of {evaluation.num_prompts:,} prompts x {evaluation.completions_per_prompt} completions "
+            "takes about "
             f"{readable_s(times.evaluation)} here, and the first one goes before the first step; expected fewer "
-            "evaluation.num_prompts, evaluation.num_samples or sampling.max_new_tokens"
+            "evaluation.num_prompts, evaluation.completions_per_prompt or sampling.max_new_tokens"
         )
     if times.step > LONG_S:
         which = "training" if times.training > times.generation else "generating"
@@ -96,7 +97,7 @@ def cpu_speed(config: RunConfig, flops: float, has_units: bool, num_cores: int) 
 def gpu_speed(config: RunConfig) -> tuple[Speed, Speed]:
     flops = H100_FLOPS[config.model.dtype]
     engines = max(1, config.generation.replicas) * config.generation.engine.tp_size
-    return _speed("cuda", flops * config.learner.ranks), _speed("cuda", flops * engines)
+    return _speed("cuda", flops * config.learner.num_ranks), _speed("cuda", flops * engines)
 
 
 def _speed(device: str, flops: float) -> Speed:

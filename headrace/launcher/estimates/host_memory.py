@@ -45,7 +45,7 @@ def host_rows(
     """Of the run, and of each replica. `learner` and `engine`: bytes of their devices, which are in the host's memory
     where `on_cpu` says so."""
     copies = shape.num_parameters * (WEIGHT_COPIES * BYTES[config.model.dtype] + STATE_BYTES)
-    ranks, settings, tokens = config.learner.ranks, config.generation, shape.vocab * TOKEN_BYTES
+    ranks, settings, tokens = config.learner.num_ranks, config.generation, shape.vocab * TOKEN_BYTES
     run = {
         "the learner, with copies of weights and state": ranks * (LEARNER_BYTES + tokens + learner * on_cpu[0])
         + copies,

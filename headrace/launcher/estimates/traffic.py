@@ -42,15 +42,15 @@ def moved_bytes(shape: Shape, config: RunConfig) -> Rows:
 def delta_share(config: RunConfig) -> float:
     """The bytes of a delta over those of the model, roughly: a factor of two either way is usual.
 
-    A step moves a weight by `lr * mini_batches * UPDATE_SHARE`. That is d units in its last place, over weights of the
-    usual size: where d < 1 it changes with probability d, which costs the entropy of whether, and a sign; above, its
-    last log2(d) bits change.
+    A step moves a weight by `lr * num_mini_batches * UPDATE_SHARE`. That is d units in its last place, over weights of
+    the usual size: where d < 1 it changes with probability d, which costs the entropy of whether, and a sign; above,
+    its last log2(d) bits change.
     """
     bits = MANTISSA_BITS[config.model.dtype]
     probabilities = (np.arange(QUANTILES) + 0.5) / (2 * QUANTILES) + 0.5
     weights = TYPICAL_WEIGHT * np.array([_normal_quantile(p) for p in probabilities])
     units = 2.0 ** (np.floor(np.log2(weights)) - bits)
-    moved = config.optimizer.lr * config.actor.mini_batches * UPDATE_SHARE / units
+    moved = config.optimizer.lr * config.actor.num_mini_batches * UPDATE_SHARE / units
     changed = float(np.minimum(moved, 1).mean())
     rest = 1 - changed
     entropy = -sum(part * math.log2(part) for part in (changed, rest) if part > 0)

@@ -58,7 +58,7 @@ class Devices(NamedTuple):
 def devices_of(config: RunConfig) -> Devices:
     """Raises `NotHere` where this machine lacks what its services need, `ValueError` for a split that cannot be."""
     learner, engine = config.learner, config.generation.engine
-    ranks = learner.ranks if resolve_device(learner.device) == "cuda" else 0
+    ranks = learner.num_ranks if resolve_device(learner.device) == "cuda" else 0
     tp_size = engine.tp_size if engine.url is None and resolve_device(engine.device) == "cuda" else 0
     for name, device, is_engine in (("learner", learner.device, False), ("generation.engine", engine.device, True)):
         is_wanted = device == "cuda" and (tp_size if is_engine else ranks)
@@ -80,7 +80,7 @@ def devices_of(config: RunConfig) -> Devices:
 
 def _proposal(config: RunConfig, gpus: list[Gpu]) -> str:
     learner, engine = config.learner, config.generation.engine
-    if len(gpus) == learner.ranks == engine.tp_size == 1 and config.generation.replicas == 1:
+    if len(gpus) == learner.num_ranks == engine.tp_size == 1 and config.generation.replicas == 1:
         return f": {proposed_split(config, gpus[0])}"
     return ""
 

@@ -73,7 +73,7 @@ def _follow_drift(state: GuardState, row: Mapping[str, Any], config: RunConfig) 
     alarms = (*state.alarms, bool(alarming))[-SMOOTHED_STEPS:]
     warnings = (*state.warnings, bool(worrying))[-SMOOTHED_STEPS:]
     calm = 0 if worrying else state.calm_steps + 1
-    deepest = len(ladder(config)) - 1 if config.actor.guard == "act" else 0
+    deepest = len(ladder(config)) - 1 if config.actor.divergence_guard == "act" else 0
     notch = min(state.notch, deepest)
 
     def moved(notch: int, is_warned: bool, alarms: tuple[bool, ...] = (), calm: int = 0) -> GuardState:
@@ -117,7 +117,7 @@ def ladder(config: RunConfig) -> list[tuple[int, float]]:
 
 def tightened(config: RunConfig, state: GuardState) -> RunConfig:
     """`config`, as ordered, as it counts at the guard's notch."""
-    if state.notch == 0 or config.actor.guard != "act":
+    if state.notch == 0 or config.actor.divergence_guard != "act":
         return config
     notches = ladder(config)
     staleness, lr = notches[min(state.notch, len(notches) - 1)]

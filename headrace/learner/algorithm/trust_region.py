@@ -48,9 +48,9 @@ def _clipped(ratio: Tensor, advantage: Tensor, settings: ActorConfig) -> tuple[T
     free, bounded = -advantage * ratio, -advantage * ratio.clamp(lowest, highest)
     loss = torch.maximum(free, bounded)
     clipped = free < bounded
-    if settings.c_clip is None:
+    if settings.dual_clip is None:
         return loss, clipped, torch.zeros_like(clipped)
-    ceiling = settings.c_clip * advantage.abs()
+    ceiling = settings.dual_clip * advantage.abs()
     return torch.minimum(loss, ceiling), clipped, (loss > ceiling) & (advantage < 0)
 
 

@@ -1,4 +1,4 @@
-"""The ranks of a learner on this machine, one process a device, as `learner.ranks` asks for them; imports no torch.
+"""The ranks of a learner on this machine, one process a device, as `learner.num_ranks` asks for them; imports no torch.
 
 This process is then the learner for whoever keeps it: what it is told to end, rank 0 is told, which takes its
 checkpoint and ends the others; it ends as rank 0 does. Nothing is started again here: a rank that is lost ends the

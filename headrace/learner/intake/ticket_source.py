@@ -133,7 +133,7 @@ class TicketSource:
         for place, prompt in enumerate(itertools.islice(prompts, settings.num_prompts)):
             name = f"eval-{version}-{place}"
             try:
-                ticket = self._ticket(prompt, name, "eval", settings.num_samples, step, version)
+                ticket = self._ticket(prompt, name, "eval", settings.completions_per_prompt, step, version)
             except (PromptError, TooLong) as error:
                 problem = f"; held-out prompt {place}: {error}"
                 _log.warning("held-out prompt %d is left out: %s", place, error, extra={"ticket": name})

@@ -63,7 +63,7 @@ def load_without_values(settings: ModelConfig, compute: torch.dtype) -> PreTrain
     if forgotten := [name for name, module in model.named_modules() if any(_is_meta(v) for v in vars(module).values())]:
         raise ValueError(
             f"model {settings.path!r} cannot be given to several ranks: {forgotten[0]} keeps a tensor that is no "
-            "buffer; expected learner.ranks 1"
+            "buffer; expected learner.num_ranks 1"
         )
     return model.eval()
 

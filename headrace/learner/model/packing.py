@@ -90,7 +90,7 @@ def split_mini_batches(samples: Sequence[Sample], settings: ActorConfig, seed: s
     by_group: dict[str, list[Sample]] = {}
     for sample in samples:
         by_group.setdefault(sample.group.ticket.id, []).append(sample)
-    groups, num_mini_batches, rng = list(by_group.values()), settings.mini_batches, random.Random(seed)
+    groups, num_mini_batches, rng = list(by_group.values()), settings.num_mini_batches, random.Random(seed)
     rng.shuffle(groups)
     if settings.mini_batch_split == "completions":
         shuffled = [sample for group in groups for sample in rng.sample(group, len(group))]

@@ -1,4 +1,4 @@
-"""One step: a batch of groups becomes `mini_batches` optimizer updates and a row of metrics.
+"""One step: a batch of groups becomes `num_mini_batches` optimizer updates and a row of metrics.
 
 Rewards become advantages over the whole batch, mini-batches become token-budgeted micro-batches, and each adds its
 share of its mini-batch's loss, so that no split into micro-batches changes the gradient. On several

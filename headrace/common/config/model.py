@@ -1,0 +1,83 @@
+"""What is trained, on what: the model, the task, sampling."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+import headrace
+from headrace.common.config.section import Section
+from headrace.common.wire.structs import MAX_STOP_CHARS, MAX_STOPS
+
+DType = Literal["float32", "bfloat16"]
+
+
+class ModelConfig(Section):
+    path: str = Field(
+        description="Policy to start from: a folder in Hugging Face format, or a hub name. headrace/demo/policy is the "
+        "demo's, which comes with the package."
+    )
+    revision: str | None = Field(
+        None, min_length=1, description="Branch, tag or commit of a model on the hub; default: the newest."
+    )
+    trust_remote_code: bool = Field(
+        False,
+        description="Run Python code from the model's repository with your rights, in the learner, the engines and "
+        "`headrace check`, if transformers or SGLang lack the architecture. Name a commit as revision.",
+    )
+    dtype: DType = Field(
+        "bfloat16", description="Data type of the published weights and of the learner's forward pass."
+    )
+    chat_template: str | None = Field(
+        None,
+        description="File of a Jinja chat template; default: the model's own. policy/ is saved with it.",
+    )
+    chat_template_settings: dict[str, Any] = Field(
+        {}, description="Variables of the chat template, such as enable_thinking: false for Qwen3."
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _of_the_package(cls, path: str) -> str:
+        """`headrace/demo/policy` is the installed package's folder where the working directory has none."""
+        packaged = Path(headrace.__file__).parents[1] / path
+        is_packaged = path.startswith("headrace/") and not Path(path).exists() and packaged.is_dir()
+        return str(packaged) if is_packaged else path
+
+
+class TaskConfig(Section):
+    name: str = Field(description="A built-in task (arithmetic, gsm8k) or 'package.module:Class'.")
+    settings: dict[str, Any] = Field({}, description="Keyword arguments of the task.")
+    system_prompt: str | None = Field(
+        None,
+        min_length=1,
+        description="System message before each of the task's prompts. It is refused if the chat template takes none "
+        "or the task has its own.",
+    )
+
+
+FULL_DISTRIBUTION = "the engine would sample from another distribution than the learner computes"
+NOT_OFFERED = {
+    **{f"sampling.{name}": FULL_DISTRIBUTION for name in ("top_p", "top_k", "min_p", "logit_bias")},
+    **{f"sampling.{kind}_penalty": FULL_DISTRIBUTION for kind in ("repetition", "frequency", "presence")},
+    "sampling.min_new_tokens": "it masks the end tokens, so that "
+    + FULL_DISTRIBUTION
+    + "; a reward can ask for length",
+}
+"""What others have and this cannot have, with the reason."""
+
+
+class SamplingConfig(Section):
+    """top_p stays 1 and top_k off, and nothing masks a token: the engine's log-probabilities are of the full
+    distribution, as the learner's are."""
+
+    temperature: float = Field(
+        1.0, ge=1e-3, le=1e3, description="Sampling temperature; the learner divides its logits by it."
+    )
+    max_new_tokens: int = Field(1024, ge=1, description="Longest completion, in tokens.")
+    stop: list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]] = Field(
+        [],
+        max_length=MAX_STOPS,
+        description="Texts that end a completion, besides the model's end tokens. The token that completes one is the "
+        "last token of the completion, for training and for the reward.",
+    )
