@@ -32,7 +32,7 @@ def config(guard: str = "act", max_staleness: int = 8, **model: Any) -> RunConfi
         {
             "model": {"path": "anywhere", "dtype": "float32"} | model,
             "task": {"name": "arithmetic"},
-            "actor": {"guard": guard},
+            "actor": {"divergence_guard": guard},
             "optimizer": {"lr": 8e-5},
             "learner": {"max_staleness": max_staleness},
         }
