@@ -1,36 +1,44 @@
-# make demo, make test, make test-compose, make chaos; make setup is the installation that all need.
+# `make help` lists the targets; `make setup` is the installation that all of them need.
 VENV   := .venv
 PYTHON ?= python3.11
 PIP    := $(VENV)/bin/python -m pip
 # Where torch's CPU build comes from, if pip is not configured for it:
 #   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
+# More arguments of the target's command: make demo ARGS="--seed 1"
 ARGS   ?=
 
-.PHONY: demo test test-compose chaos setup lint check-types clean
+.PHONY: help setup demo test test-compose test-wheel chaos lint check-types clean
 
-demo: setup
-	$(VENV)/bin/headrace up configs/tiny-cpu.yaml $(ARGS)
+help: ## print this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: $(VENV)/installed ## install everything into .venv, for a machine without a GPU
+
+# The recipe uses the CPU on a GPU box too.
+demo: setup ## run the demo, about two minutes on two CPU cores
+	$(VENV)/bin/headrace up $(ARGS)
 
 # Two processes, each with one thread of torch's: more would wait for one another, spinning.
-test: setup lint check-types
+test: setup lint check-types ## lint, types, and all tests but those that take minutes
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow and not compose" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The images' torch: from TORCH_INDEX if that is set, else from its public place.
-test-compose: setup
+test-compose: setup ## build the images and run the demo in them; needs a Docker engine
 	$(VENV)/bin/python -m pytest -m compose --exitfirst -s $(ARGS)
 
-chaos: setup
+test-wheel: ## install the wheel into an empty environment and use it outside of the checkout
+	TORCH_INDEX=$(TORCH_INDEX) .ci/wheel $(PYTHON)
+
+chaos: setup ## runs in which processes are killed and connections cut
 	$(VENV)/bin/python -m chaos $(ARGS)
 
-lint: setup
+lint: setup ## ruff
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-check-types: setup
+check-types: setup ## mypy
 	$(VENV)/bin/mypy headrace chaos benchmarks tests
-
-setup: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
@@ -41,5 +49,5 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/sglang-cpu torchvision==0.28.0
 	touch $@
 
-clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+clean: ## remove the environment, the runs and all caches
+	rm -rf $(VENV) build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
