@@ -26,7 +26,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 def pytest_report_header() -> str:
     if not is_gpu_here():
         return ""
-    return "the GPU is hidden from the tests; what uses it: headrace up with device: auto, benchmarks/gpu_learner.sh"
+    return "the tests use no GPU; with one: headrace up with device: auto, benchmarks/learner/gpu_learner.sh"
 
 
 @pytest.fixture(scope="session")

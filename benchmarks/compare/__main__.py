@@ -4,7 +4,7 @@ Each part runs both sides in turn, `--repeats` times, and prints ratios with the
 to benchmarks/results/compare.json, where a part replaces what it had measured before. Beside TRL a repeat is a seed,
 from `--first-seed` on, and takes long: each is written as it ends, and those of other seeds by the same settings stay.
 
-    python -m benchmarks.compare --recipe benchmarks/gpu.yaml
+    python -m benchmarks.compare --recipe benchmarks/compare/gpu.yaml
 
 runs the parts that a device makes a difference to, by another recipe than the demo's, into compare-gpu.json.
 """

@@ -22,8 +22,8 @@ import aiohttp
 import redis
 
 from benchmarks.compare.part import Part, Ratio
-from benchmarks.durability import redis_server
-from benchmarks.scale import seconds_of
+from benchmarks.overhead.durability import redis_server
+from benchmarks.scale.__main__ import seconds_of
 from headrace.common.config import LearnerConfig, RunConfig, load_recipe
 from headrace.common.models.chat import Chat, load_tokenizer, stop_token_ids
 from headrace.common.process.run_token import TOKEN_VARIABLE

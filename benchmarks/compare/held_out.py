@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.forced_staleness import ROWS_AT_ONCE, sample
+from benchmarks.staleness.forced_staleness import ROWS_AT_ONCE, sample
 from headrace.common.config import RunConfig
 from headrace.common.tasks import Prompt, load_task
 from headrace.common.tasks.arithmetic import score

@@ -20,7 +20,7 @@ import redis.asyncio
 from benchmarks.compare.part import Part, Ratio
 from benchmarks.compare.streams import SIZES, Learner, Row, groups_of
 from benchmarks.demo import RESULTS
-from benchmarks.durability import redis_server
+from benchmarks.overhead.durability import redis_server
 from headrace.common.process.logs import logging_to
 from headrace.common.redis.client import connect, connect_async
 from headrace.common.redis.keys import Keys

@@ -19,7 +19,7 @@ import redis
 
 from benchmarks.compare.part import Part, Ratio
 from benchmarks.demo import RECIPE
-from benchmarks.durability import random_group, redis_server
+from benchmarks.overhead.durability import random_group, redis_server
 from headrace.common.config import RunConfig, load_recipe
 from headrace.common.process.logs import logging_to
 from headrace.common.redis.client import connect, connect_async

@@ -19,12 +19,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import heavy_tail
 from benchmarks.compare import headrace_side, trl_side
 from benchmarks.compare.held_out import accuracy
 from benchmarks.compare.part import Part, Ratio
 from benchmarks.compare.runs import Outcome, Workload
 from benchmarks.demo import ROOT
+from benchmarks.tasks import heavy_tail
 from headrace.common.config import RunConfig, load_recipe
 
 SHORT = Workload(
@@ -39,7 +39,7 @@ SHORT = Workload(
 )
 LONG = Workload(
     name="heavy tail",
-    recipe="benchmarks/heavy-tail.yaml",
+    recipe="benchmarks/compare/heavy-tail.yaml",
     held_out_problems=256,
     save_every=4,
     target=0.8,

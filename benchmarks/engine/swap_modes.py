@@ -1,4 +1,4 @@
-"""What a weight swap costs requests in flight, by swap mode: `python -m benchmarks.swap_modes [--repeats 2]`.
+"""What a weight swap costs requests in flight, by swap mode: `python -m benchmarks.engine.swap_modes [--repeats 2]`.
 
 Both modes in turns on one engine that serves both (no overlap schedule, no radix cache), beside the same work without
 swaps: groups of the demo's policy, of the demo's length (about 14 tokens, ended by itself) and of 512 tokens (its end
@@ -32,8 +32,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from benchmarks.demo import ROOT, this_machine
-from benchmarks.logprob_gap import Prompted, gaps
-from benchmarks.swap_table import Row, report
+from benchmarks.engine.logprob_gap import Prompted, gaps
+from benchmarks.engine.swap_table import Row, report
 from headrace.common.config import EngineConfig, ModelConfig
 from headrace.common.models.chat import load_tokenizer
 from headrace.common.tasks.arithmetic import Arithmetic
@@ -89,7 +89,7 @@ class Walk:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.swap_modes")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine.swap_modes")
     parser.add_argument("--repeats", type=int, default=2, help="turns of each kind and learning rate")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the groups")
     arguments = parser.parse_args()

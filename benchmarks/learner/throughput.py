@@ -1,4 +1,6 @@
-"""The learner's forward and backward pass against plain transformers: `python -m benchmarks.learner [--repeats 3]`.
+"""The learner's forward and backward pass against plain transformers.
+
+    python -m benchmarks.learner.throughput [--repeats 3]
 
 Two comparisons, side by side in turns on the same machine, by a GPU where torch sees one, each with gradients that
 agree: (1) tokens per second of a group of 8 completions, by the learner (its prompt computed once, nothing padded but
@@ -46,7 +48,7 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.learner")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.learner.throughput")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--logprobs", choices=KINDS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -136,7 +138,7 @@ def padded(prompt: int, lengths: list[int]) -> tuple[Tensor, list[int]]:
 
 
 def logprobs(kind: str) -> Row:
-    command = [sys.executable, "-m", "benchmarks.learner", "--logprobs", kind]
+    command = [sys.executable, "-m", "benchmarks.learner.throughput", "--logprobs", kind]
     found: Row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return found
 

@@ -1,6 +1,6 @@
 """What readers cost control and Redis: pages on /events, bursts on /status, pages that never read.
 
-    python -m benchmarks.control_load [--seconds 10] [--pages 200] [--requests-per-s 200]
+    python -m benchmarks.overhead.control_load [--seconds 10] [--pages 200] [--requests-per-s 200]
 
 The real control as a process of its own, beside a real Redis with a seeded run that goes on (a step, a heartbeat and an
 event a second). In each phase of so many seconds: CPU time of control, commands that Redis was sent by it (all that it
@@ -38,7 +38,7 @@ from headrace.launcher.run.processes import REDIS_URL_VARIABLE
 from headrace.launcher.run.redis_server import start_redis
 from tests.support.seeded_run import heartbeat, seed_run, step_rows
 
-RESULTS = Path(__file__).parent / "results" / "control_load.json"
+RESULTS = Path(__file__).parents[1] / "results" / "control_load.json"
 KEYS = Keys("control-load")
 NUM_STEPS = 1000
 START_TIMEOUT_S = 120.0
@@ -135,7 +135,7 @@ def pages(url: str, count: int, never_read: bool = False) -> Iterator[dict[str, 
     words = [
         sys.executable,
         "-m",
-        "benchmarks.control_load",
+        "benchmarks.overhead.control_load",
         "--follow",
         url,
         str(count),
@@ -273,7 +273,7 @@ def show(rows: list[Row], derived: Row) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.control_load")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead.control_load")
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--pages", type=int, default=200)
     parser.add_argument("--requests-per-s", dest="rate", type=int, default=200)

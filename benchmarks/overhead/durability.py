@@ -1,6 +1,6 @@
 """What it costs that nothing is lost: bytes in Redis, the commit of a group, checkpoints and acknowledgements.
 
-    python -m benchmarks.durability [--repeats 3] [--steps 40]
+    python -m benchmarks.overhead.durability [--repeats 3] [--steps 40]
 
 Three measurements, each against the same without durability, in turns on the same machine: (1) bytes of Redis's
 memory a group takes in its stream, and a finished ticket in the ledger; (2) milliseconds a replica's commit takes
@@ -36,7 +36,7 @@ from headrace.launcher.run.redis_server import start_redis
 from headrace.learner.intake.recordings import Header, RecordedGroup, RecordingWriter
 from headrace.learner.store.store import Cursor, LearnerStore, Settlement
 
-RESULTS = Path(__file__).parent / "results" / "durability.json"
+RESULTS = Path(__file__).parents[1] / "results" / "durability.json"
 SHAPES = {"demo: 8 x 14 tokens": (8, 14), "16 x 1,000 tokens": (16, 1000)}
 NUM_SAMPLED = 300
 NUM_FINISHED = 10_000
@@ -46,7 +46,7 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.durability")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead.durability")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
     arguments = parser.parse_args()

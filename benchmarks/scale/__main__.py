@@ -28,8 +28,8 @@ import psutil
 from rich.console import Console
 
 from benchmarks.demo import cpu_model
-from benchmarks.recorded_run import RecordedRun, read_recorded
-from benchmarks.scale_limits import Row, judge, report
+from benchmarks.scale.limits import Row, judge, report
+from benchmarks.scale.recorded_run import RecordedRun, read_recorded
 from headrace.common.process.run_token import TOKEN_VARIABLE
 from headrace.common.redis.client import connect
 from headrace.common.redis.keys import Keys
@@ -38,8 +38,8 @@ from headrace.launcher.run.processes import REDIS_URL_VARIABLE, Service
 from headrace.launcher.run.redis_server import start_redis
 from headrace.learner.reporting.summary import METRICS_FILE, read_rows
 
-RESULTS = Path(__file__).parent / "results" / "scale.json"
-RECIPE = Path(__file__).parents[1] / "configs" / "tiny-cpu.yaml"
+RESULTS = Path(__file__).parents[1] / "results" / "scale.json"
+RECIPE = Path(__file__).parents[2] / "configs" / "tiny-cpu.yaml"
 TOKEN = "benchmark"
 WARM_STEPS = 4
 MIN_STEPS = 4
@@ -68,12 +68,12 @@ class Stack:
         environment = {REDIS_URL_VARIABLE: url, TOKEN_VARIABLE: TOKEN}
         settings = overrides(read_recorded(), count, stretch)
         chosen = [part for setting in settings for part in ("--set", setting)]
-        command = [sys.executable, "-m", "benchmarks.simulated_learner", str(stretch), str(arguments.millions)]
+        command = [sys.executable, "-m", "benchmarks.scale.simulated_learner", str(stretch), str(arguments.millions)]
         command += ["--config", str(RECIPE), "--run", "scale", "--runs-folder", str(folder), *chosen]
         self.learner = Service("learner", command, folder / "learner.log", environment)
         names = [f"replica-{place}" for place in range(count)]
         shares = [names[first :: arguments.processes] for first in range(min(arguments.processes, count))]
-        command = [sys.executable, "-m", "benchmarks.simulated_replicas", str(stretch)]
+        command = [sys.executable, "-m", "benchmarks.scale.simulated_replicas", str(stretch)]
         self.replicas = [
             Service(f"replicas-{place}", [*command, *share], folder / f"replicas-{place}.log", environment)
             for place, share in enumerate(shares)

@@ -1,10 +1,10 @@
 """How long the groups of a real run took and were, for engines that are simulated (simulated_replicas.py).
 
     headrace up configs/tiny-cpu.yaml --run NAME & sleep 20; headrace record --run NAME
-    python -m benchmarks.recorded_run runs/NAME [--tokens-per-s 2600]
+    python -m benchmarks.scale.recorded_run runs/NAME [--tokens-per-s 2600]
 
-Writes benchmarks/recorded/demo.json: of `NUM_GROUPS` training groups, evenly over the run, seconds from lease to the
-last token, the number of tokens and the reward of each completion; and the medians of the run's steps and weight
+Writes benchmarks/scale/recorded/demo.json: of `NUM_GROUPS` training groups, evenly over the run, seconds from lease
+to the last token, the number of tokens and the reward of each completion; and the medians of the run's steps and weight
 pauses. The seconds are those of an engine that had as many groups in flight as it may, and so is the speed that
 follows. Where other work slowed the run down, all seconds are divided so that it has the speed that is given.
 """
@@ -96,7 +96,7 @@ def _recorded(group: Group, slowed: float) -> RecordedGroup:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.recorded_run")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale.recorded_run")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokens-per-s", type=float)
     arguments = parser.parse_args()

@@ -1,7 +1,7 @@
 """The learner's own program, but that a step takes the recorded time instead of computing, and changes 1.5 % of a
 bfloat16 model of `MILLIONS` of weights by one unit in the last place.
 
-    python -m benchmarks.simulated_learner STRETCH MILLIONS [arguments of headrace.learner]
+    python -m benchmarks.scale.simulated_learner STRETCH MILLIONS [arguments of headrace.learner]
 
 `STRETCH` multiplies the recorded time. What it tells of a step has two things more: `group_staleness`, the staleness
 of each group, and `sent_bytes`, what its HTTP side had sent by then. Replicas on this machine fetch over HTTP as
@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 import headrace.learner.__main__ as program
-from benchmarks.recorded_run import read_recorded
-from benchmarks.weights import random_pair
+from benchmarks.scale.recorded_run import read_recorded
+from benchmarks.weights.encodings import random_pair
 from headrace.common.config import RunConfig
 from headrace.common.wire import Group
 from headrace.learner import assembly

@@ -1,9 +1,9 @@
 """Replicas whose engines and rewards are simulated, several in one process; all else of them is real, and put together
 by their own assembly.
 
-    HEADRACE_REDIS_URL=... HEADRACE_TOKEN=... python -m benchmarks.simulated_replicas STRETCH NAME...
+    HEADRACE_REDIS_URL=... HEADRACE_TOKEN=... python -m benchmarks.scale.simulated_replicas STRETCH NAME...
 
-A simulated engine takes for a group what a recorded one took (benchmarks/recorded_run.py) and answers with as many
+A simulated engine takes for a group what a recorded one took (recorded_run.py) and answers with as many
 random tokens; a swap takes what it took then, and in a completion that was under way the versions change where they
 would have. It is no faster with fewer groups in flight. Rewards are the recorded ones. `STRETCH` multiplies lengths
 and durations. SIGTERM ends all of them at once; their tickets are handed back.
@@ -22,7 +22,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from benchmarks.recorded_run import RecordedGroup, RecordedRun, read_recorded
+from benchmarks.scale.recorded_run import RecordedGroup, RecordedRun, read_recorded
 from headrace.common.bootstrap import Joined, join
 from headrace.common.http.addresses import listen, url_of
 from headrace.common.http.service import serve_in_loop

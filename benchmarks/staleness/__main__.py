@@ -2,12 +2,12 @@
 
     screen   every loss at staleness 8, one seed
     study    the baseline loss and the three best (or --losses) at staleness 0, 8, 16, then 1, 4, 32; three seeds
-    long     the study's first part on a second task, with longer answers (benchmarks/long_arithmetic.py)
+    long     the study's first part on a second task, with longer answers (benchmarks/tasks/long_arithmetic.py)
     splits   the default loss with other mini-batches, at staleness 0, 2 and 16; three seeds
     guard    the baseline loss where it collapses, without the guard and with it
     report   tables and a plot of what has been run, into docs/staleness.md
 
-Each run is the real trainer on groups that are all exactly so stale (benchmarks/forced_staleness.py), in a process of
+Each run is the real trainer on groups that are all exactly so stale (forced_staleness.py), in a process of
 its own, on one thread, with accuracy on 2,048 held-out problems. What has been run is kept in
 benchmarks/results/staleness.json and not run again, as long as its settings are the same; `--minutes` ends in time.
 """
@@ -24,9 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.long_arithmetic import POLICY, make_policy
-from benchmarks.staleness_results import Results
-from benchmarks.staleness_runs import (
+from benchmarks.staleness.results import Results
+from benchmarks.staleness.runs import (
     BY_NAME,
     EVALUATE_EVERY,
     FIRST_STALENESSES,
@@ -41,8 +40,9 @@ from benchmarks.staleness_runs import (
     Run,
     guarded,
 )
+from benchmarks.tasks.long_arithmetic import POLICY, make_policy
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PARTS = ("screen", "study", "splits", "long", "guard")
 
 
@@ -63,7 +63,7 @@ def main() -> int:
     results, ends_at = Results(), time.monotonic() + 60 * arguments.minutes
     for part in PARTS if arguments.what == "all" else [arguments.what]:
         run_all(runs_of(part, results, arguments), results, arguments.processes, ends_at)
-    from benchmarks.staleness_report import write_report  # and matplotlib, which a run's process does without
+    from benchmarks.staleness.report import write_report  # and matplotlib, which a run's process does without
 
     write_report(results)
     return 0
@@ -134,8 +134,8 @@ def run_in_a_process(run: Run) -> dict[str, Any]:
 
 
 def run_here(run: Run, on_row: Callable[[dict[str, Any]], None] = lambda row: None) -> dict[str, Any]:
-    from benchmarks.forced_staleness import WATCHED
-    from benchmarks.forced_staleness import run as forced
+    from benchmarks.staleness.forced_staleness import WATCHED
+    from benchmarks.staleness.forced_staleness import run as forced
     from headrace.common.config import load_recipe
 
     config = load_recipe(ROOT / "configs" / "tiny-cpu.yaml", run.settings).config

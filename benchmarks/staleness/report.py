@@ -11,8 +11,8 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from benchmarks.staleness_results import Results
-from benchmarks.staleness_runs import (
+from benchmarks.staleness.results import Results
+from benchmarks.staleness.runs import (
     FIRST_STALENESSES,
     GUARDED,
     LOSSES,
@@ -27,7 +27,7 @@ from benchmarks.staleness_runs import (
 from headrace.common.config import load_recipe
 from headrace.learner.algorithm.guard import GuardState, decide
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 BEGIN, END = "<!-- measured: python -m benchmarks.staleness report -->", "<!-- end of what is measured -->"
 MISSING = "–"

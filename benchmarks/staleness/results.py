@@ -5,9 +5,9 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from benchmarks.staleness_runs import Run
+from benchmarks.staleness.runs import Run
 
-RESULTS = Path(__file__).parent / "results" / "staleness.json"
+RESULTS = Path(__file__).parents[1] / "results" / "staleness.json"
 
 
 class Results:

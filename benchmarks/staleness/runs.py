@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from benchmarks.long_arithmetic import POLICY
+from benchmarks.tasks.long_arithmetic import POLICY
 
 STALENESSES = (0, 1, 4, 8, 16, 32)
 FIRST_STALENESSES = (0, 8, 16)
@@ -73,7 +73,7 @@ GUARDED_LONG: dict[str, list[str]] = {
 """Likewise at the demo's lr, on the second task, where the baseline loss collapses."""
 BY_NAME = LOSSES | GUARDED | GUARDED_LONG | SPLITS
 LONG = [
-    "task.name=benchmarks.long_arithmetic:LongArithmetic",
+    "task.name=benchmarks.tasks.long_arithmetic:LongArithmetic",
     f"model.path={POLICY}",
     "sampling.max_new_tokens=80",
 ]

@@ -64,7 +64,7 @@ def supervised_demo_policy(
     from headrace.learner.demo_policy.make import supervised
 
     torch.set_num_threads(1)
-    start = Path(__file__).parents[1] / "headrace" / "demo" / "policy"
+    start = Path(__file__).parents[2] / "headrace" / "demo" / "policy"
     tokenizer, model = AutoTokenizer.from_pretrained(start), AutoModelForCausalLM.from_pretrained(start)
     for step, loss in enumerate(supervised(model, tokenizer, batches, num_steps, learning_rate), start=1):
         if step % 50 == 0:

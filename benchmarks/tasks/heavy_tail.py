@@ -1,7 +1,7 @@
 """A workload whose completions are of 20 to 512 tokens with a heavy tail, and a policy of 10.8 M parameters for it.
 
-`python -m benchmarks.heavy_tail` makes the policy, in runs/heavy-tail-policy. A problem takes a number away so many
-times, a line for each, which count down; how often is Pareto-distributed, from a short question. The policy is the
+`python -m benchmarks.tasks.heavy_tail` makes the policy, in runs/heavy-tail-policy. A problem takes a number away so
+many times, a line for each, which count down; how often is Pareto-distributed, from a short question. The policy is the
 demo's, supervised on answers of which most tell what was left once earlier or later (drawn_task.py), and then grown
 without changing what it computes (growth.py).
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from benchmarks.drawn_task import DrawnTask, answered, supervised_demo_policy
+from benchmarks.tasks.drawn_task import DrawnTask, answered, supervised_demo_policy
 from headrace.common.tasks import Prompt
 from headrace.common.tasks.arithmetic import ANSWER_MARK, ITEMS, NAMES, is_held_out
 
@@ -63,7 +63,7 @@ class HeavyTail(DrawnTask[Selling]):
 
 def make_policy(folder: Path, num_steps: int = NUM_STEPS) -> None:
     """Deterministic on one machine; some minutes of one core."""
-    from benchmarks.growth import grown
+    from benchmarks.tasks.growth import grown
     from headrace.learner.demo_policy.make import save_policy
 
     model, tokenizer = supervised_demo_policy(_batches(), num_steps, LEARNING_RATE)

@@ -1,6 +1,6 @@
 """The study's second task: chains of four to six additions and subtractions, answered in about 50 tokens, not 16.
 
-`python -m benchmarks.long_arithmetic` makes the policy that it starts from, in runs/long-policy (drawn_task.py).
+`python -m benchmarks.tasks.long_arithmetic` makes the policy that it starts from, in runs/long-policy (drawn_task.py).
 """
 
 import random
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from benchmarks.drawn_task import DrawnTask, answered, supervised_demo_policy
+from benchmarks.tasks.drawn_task import DrawnTask, answered, supervised_demo_policy
 from headrace.common.tasks import Prompt
 from headrace.common.tasks.arithmetic import ANSWER_MARK, ITEMS, NAMES, is_held_out
 

@@ -1,6 +1,6 @@
 """What weight versions cost on the wire and on one core.
 
-    python -m benchmarks.weights [--millions 50]
+    python -m benchmarks.weights.encodings [--millions 50]
 
 Bytes (share of the whole model's) and speeds (of the model's bytes, GB/s) of four exact encodings: full (nothing is
 encoded), raw sparse (a 32-bit place and a value for each change), xor + zstd, and ours
@@ -37,7 +37,7 @@ from headrace.common.weights.files import MODEL_FILE
 from headrace.common.weights.memory_folder import MemoryFolder, memory_backed
 from headrace.learner.weights.publisher import PREFIX
 
-RESULTS = Path(__file__).parent / "results" / "weights.json"
+RESULTS = Path(__file__).parents[1] / "results" / "weights.json"
 REPEATS = 5
 LOOK_S = 0.02
 """Between two looks for a version, of which two lie in memory at a time."""
@@ -51,7 +51,7 @@ Decode = Callable[[Any, Bits, Bits], None]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.weights")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.weights.encodings")
     parser.add_argument("--millions", type=float, default=50, help="Of random weights.")
     num_items = int(parser.parse_args().millions * 1e6)
     rows = []

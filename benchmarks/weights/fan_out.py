@@ -1,6 +1,6 @@
 """How a weight version reaches many replicas, and one on the learner's machine.
 
-    python -m benchmarks.fan_out [--replicas 8] [--millions 10] [--megabytes-per-s 20]
+    python -m benchmarks.weights.fan_out [--replicas 8] [--millions 10] [--megabytes-per-s 20]
 
 The learner's real HTTP side with its port capped (a relay of so many megabytes a second in all), and replicas without
 engines but with their real copies of the weights, each with a port of its own. Every version, an anchor and then
@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.weights import random_pair
+from benchmarks.weights.encodings import random_pair
 from headrace.common.hardware.device import machine_id
 from headrace.common.http.addresses import listen, url_of
 from headrace.common.http.service import new_app, serve_in_loop, serve_in_thread
@@ -39,7 +39,7 @@ from headrace.learner.steering.switches import Switches
 from headrace.learner.weights.publisher import places_above
 from headrace.learner.weights.version_writer import VersionWriter
 
-RESULTS = Path(__file__).parent / "results" / "fan_out.json"
+RESULTS = Path(__file__).parents[1] / "results" / "fan_out.json"
 TOKEN = "benchmark"
 NUM_DELTAS = 3
 PIECE_BYTES = 1 << 14
@@ -165,7 +165,7 @@ def report(rows: list[Row], console: Console) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fan_out")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.weights.fan_out")
     parser.add_argument("--replicas", type=int, default=8)
     parser.add_argument("--millions", type=float, default=10, help="Of bfloat16 weights.")
     parser.add_argument("--megabytes-per-s", type=float, default=20, help="That the learner's port lets through.")

@@ -1,6 +1,6 @@
 """How long a step waits for its version and its checkpoint, and how long these then take beside the next one.
 
-    python -m benchmarks.publish [--millions 1500] [--state-gb 4] [--threads 1 2]
+    python -m benchmarks.weights.publish [--millions 1500] [--state-gb 4] [--threads 1 2]
 
 Random bfloat16 weights, in tensors like those of a model of 1.5 billion, of which 0.5, 5 or 25 % change by a unit in
 the last place before each version; then float32 state. By the learner's own classes, with a real Redis: seconds that
@@ -59,7 +59,7 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.publish")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.weights.publish")
     parser.add_argument("--millions", type=float, default=1500, help="Of weights.")
     parser.add_argument("--state-gb", type=float, default=4)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])

@@ -13,8 +13,8 @@ from benchmarks.compare import trl
 from benchmarks.compare.runs import Outcome, spec_of
 from benchmarks.compare.trl import LONG, SAME, SHORT, compare, ratios, settings_of, short
 from benchmarks.compare.trl_side import spec_for
-from benchmarks.growth import grown
-from benchmarks.heavy_tail import MAX_NEW_TOKENS, HeavyTail, Selling
+from benchmarks.tasks.growth import grown
+from benchmarks.tasks.heavy_tail import MAX_NEW_TOKENS, HeavyTail, Selling
 from headrace.common.config import RunConfig, load_recipe
 from headrace.common.hardware.device import resolve_device
 from headrace.common.tasks.arithmetic import score
@@ -91,7 +91,7 @@ def test_trl_is_told_what_the_recipe_says() -> None:
 
 
 def test_by_another_recipe_seconds_a_batch_alone_are_compared() -> None:
-    workload = short("benchmarks/gpu.yaml")
+    workload = short("benchmarks/compare/gpu.yaml")
     spec = spec_for(workload, recipe(workload.recipe, "task.name=arithmetic", *SAME), num_threads=4)
     assert (workload.name, workload.target, spec["model"]) == ("gpu", None, "Qwen/Qwen2.5-1.5B-Instruct")
     assert spec["task"] == ["arithmetic", {}]

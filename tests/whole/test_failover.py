@@ -63,8 +63,8 @@ def test_a_whole_run_goes_on_after_a_failover_that_lost_what_was_acknowledged(wa
         part for setting in [*settings, "generation.engine.url=http://127.0.0.1:1"] for part in ("--set", setting)
     ]
     place = ["--config", str(ROOT / "configs" / "tiny-cpu.yaml"), "--run", "run", "--runs-folder", str(tmp_path)]
-    learner_command = [sys.executable, "-m", "benchmarks.simulated_learner", "0.1", "0.1", *place, *chosen]
-    replica_command = [sys.executable, "-m", "benchmarks.simulated_replicas", "0.1", "one", "two"]
+    learner_command = [sys.executable, "-m", "benchmarks.scale.simulated_learner", "0.1", "0.1", *place, *chosen]
+    replica_command = [sys.executable, "-m", "benchmarks.scale.simulated_replicas", "0.1", "one", "two"]
 
     def steps() -> int:
         metrics = tmp_path / "run" / "metrics.jsonl"

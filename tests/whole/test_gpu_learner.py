@@ -1,4 +1,4 @@
-"""benchmarks/gpu_learner.sh on a CPU with a tiny model, all but benchmarks.learner: only CUDA is left untried."""
+"""benchmarks/learner/gpu_learner.sh on a CPU with a tiny model. Neither CUDA nor the part `learner`."""
 
 import os
 import re
@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.replaying import ROOT
 
-SCRIPT = ROOT / "benchmarks" / "gpu_learner.sh"
+SCRIPT = ROOT / "benchmarks" / "learner" / "gpu_learner.sh"
 ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import staleness_report
-from benchmarks.forced_staleness import WATCHED, sample
-from benchmarks.forced_staleness import run as forced
-from benchmarks.long_arithmetic import HIGHEST, LongArithmetic
-from benchmarks.staleness import best, study
-from benchmarks.staleness_results import Results
-from benchmarks.staleness_runs import GUARDED, GUARDED_LONG, LOSSES, Run
+from benchmarks.staleness import report as staleness_report
+from benchmarks.staleness.__main__ import best, study
+from benchmarks.staleness.forced_staleness import WATCHED, sample
+from benchmarks.staleness.forced_staleness import run as forced
+from benchmarks.staleness.results import Results
+from benchmarks.staleness.runs import GUARDED, GUARDED_LONG, LOSSES, Run
+from benchmarks.tasks.long_arithmetic import HIGHEST, LongArithmetic
 from headrace.common.config import load_recipe
 from headrace.common.tasks.arithmetic import score
 from headrace.learner.training import step_metrics as metrics

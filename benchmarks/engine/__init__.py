@@ -1,0 +1,1 @@
+"""Questions about SGLang under changing weights: what a swap costs, and how exact log-probabilities stay."""

@@ -1,0 +1,1 @@
+"""Questions about the learner's passes: tokens per second, memory, and a GPU without SGLang."""

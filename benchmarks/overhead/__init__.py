@@ -1,0 +1,1 @@
+"""What durability costs, and what pages and requests cost the control service."""

@@ -1,0 +1,1 @@
+"""What one learner and one Redis carry, with simulated engines. `python -m benchmarks.scale`."""

@@ -1,0 +1,1 @@
+"""Tasks and policies that other benchmarks train on."""
