@@ -63,6 +63,7 @@ WELL = {
     BEHIND: "0 1 5 " * (NUM_SAMPLES // 3),
     RUNNING: always(1),
     QUARANTINED: always(0),
+    'headrace_check_warning{run="r",check="versions_behind"}': always(3),
     value("kl_behaviour_proximal"): always(0.01),
     'headrace_check_alarm{run="r",check="kl_behaviour_proximal"}': always(0.2),
     value("ess"): always(0.97),

@@ -32,6 +32,10 @@ THRESHOLDS = (
         "learner.stale_policy train, a higher learner.max_staleness, or a lower learner.max_mean_staleness",
     ),
 )
+TRAINED_KL = Threshold("trained_kl", 0.05, 0.1, "what is trained is far from the policy that sampled it", OFF_POLICY)
+"""The guard's own, of KL(behaviour ‖ proximal) times the share of tokens that the behaviour clip leaves to be trained.
+Its alarm is lower than the verdict's on `kl_behaviour_proximal`: in the runs of docs/staleness.md that collapse, 0.1
+came early enough to bring them back."""
 NUMERICS = "compare the engine's numerics with the learner's: dtype, kernels, sampling settings"
 
 

@@ -17,9 +17,9 @@ from msgspec.structs import replace
 from headrace.common.config import RunConfig
 from headrace.common.metrics.thresholds import (
     NUMERICS,
-    OFF_POLICY,
     SMOOTHED_STEPS,
     THRESHOLDS,
+    TRAINED_KL,
     Threshold,
     are_exact,
     numeric_gap,
@@ -31,7 +31,6 @@ CALM_STEPS = 20
 """In a row without anything to warn of before a notch is taken back."""
 STALENESS_DIVISOR, LOWEST_STALENESS = 4, 1
 NUM_LR_NOTCHES = 3
-TRAINED_KL = Threshold("trained_kl", 0.05, 0.1, "what is trained is far from the policy that sampled it", OFF_POLICY)
 WATCHED = (TRAINED_KL.name, "ess")
 
 
