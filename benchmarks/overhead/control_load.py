@@ -65,7 +65,9 @@ class Going(threading.Thread):
                 pipe.xadd(KEYS.history, {"kind": "step", "row": msgspec.json.encode(row)})
                 pipe.hset(KEYS.learner, mapping={"step": self.step, "version": self.step + 1})
                 pipe.set(KEYS.replica("generation-0"), encode(heartbeat("generation-0", "http://a", self.step)), ex=60)
-                pipe.xadd(KEYS.events, {"kind": "swap", "event": b'{"replica": "generation-0", "pause_ms": 50.0}'})
+                pipe.xadd(
+                    KEYS.events, {"kind": "weight_swap", "event": b'{"replica": "generation-0", "pause_ms": 50.0}'}
+                )
                 self.num_commands += len(pipe)
                 pipe.execute()
 

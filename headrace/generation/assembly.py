@@ -62,7 +62,9 @@ async def assembled(
         async def announce(timings: SwapTimings, arrival: Arrival) -> None:
             event = {"replica": name, "version": arrival.held.manifest.version, "bytes": arrival.num_bytes}
             event |= {"fetch_ms": arrival.fetch_s * 1e3, "apply_ms": arrival.apply_s * 1e3}
-            await tickets.announce("swap", event | {"pause_ms": timings.pause_s * 1e3, "load_ms": timings.load_s * 1e3})
+            await tickets.announce(
+                "weight_swap", event | {"pause_ms": timings.pause_s * 1e3, "load_ms": timings.load_s * 1e3}
+            )
 
         turns = Turns(client, keys, name, settings.max_concurrent_swap_share)
         model = await _model_folder(config.model)

@@ -272,7 +272,7 @@ class Loop:
             return
         self._configure()
         _log.info("settings of version %d count after step %d: %s", *change.values())
-        self.store.announce("settings", change)
+        self.store.announce("settings_applied", change)
         self.telling.phase(self.progress.phase)
 
     def _configure(self) -> None:

@@ -90,7 +90,7 @@ def test_only_what_happens_after_the_start_is_counted(redis_url: str, seeded: Ke
         client.xadd(seeded.history, {"kind": "step", "row": msgspec.json.encode(row)})
         swap = {"replica": "generation-0", "version": 42, "bytes": 7, "pause_ms": 50.0, "fetch_ms": "odd"}
         for event in (swap, {"replica": ["odd"]}, {}):
-            client.xadd(seeded.events, {"kind": "swap", "event": msgspec.json.encode(event)})
+            client.xadd(seeded.events, {"kind": "weight_swap", "event": msgspec.json.encode(event)})
         client.xadd(seeded.dead, {"id": "0-1", "reason": "why"})
         await monitor.refresh()
         after = await scraped(http)

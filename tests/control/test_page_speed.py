@@ -49,7 +49,7 @@ def _news(redis_url: str, keys: Keys, ends_at: float) -> None:
             add_group(client, keys, shown_group(step, step, time.time()))
             for index in range(EVENTS_PER_S // 2 - 2):
                 swap = {"replica": f"generation-{(8 * step + index) % NUM_REPLICAS}", "version": step, "pause_ms": 50.0}
-                add_event(client, keys, "swap", {**swap, "bytes": 10**6})
+                add_event(client, keys, "weight_swap", {**swap, "bytes": 10**6})
             with client.pipeline(transaction=False) as pipe:
                 for index in range(NUM_REPLICAS):
                     beat = heartbeat(f"generation-{index}", "http://127.0.0.1:9", step, index)

@@ -165,7 +165,7 @@ def test_recent_events_have_a_text(control: Control, client: redis.Redis, keys: 
     found = Events.model_validate(control.http.get("/events/recent").json()).events
     assert found[0].text == "Redis lost its data after step 3; 4 tickets reissued"
     assert found[1].text == "generation-1 uses weight version 41; paused 51 ms"
-    assert [event.kind for event in found] == ["redis_lost", "swap", "swap", "evaluation", "evaluation"]
+    assert [event.kind for event in found] == ["redis_lost", "weight_swap", "weight_swap", "evaluation", "evaluation"]
 
 
 def test_settings_have_present_values_and_no_secrets(redis_url: str, client: redis.Redis, keys: Keys) -> None:
@@ -203,7 +203,7 @@ def test_settings_have_present_values_and_no_secrets(redis_url: str, client: red
         ("shown", {"group": b'{"id": 3}'}),
         ("shown", {"id": "x"}),
         ("events", {"kind": b"\xff", "event": b"{"}),
-        ("events", {"kind": "swap", "event": b'{"replica": [1], "pause_ms": "x", "bytes": -1e3}'}),
+        ("events", {"kind": "weight_swap", "event": b'{"replica": [1], "pause_ms": "x", "bytes": -1e3}'}),
         ("events", {"event": b'{"a": 123456789012345678901234567890}'}),
     ],
 )

@@ -134,9 +134,9 @@ def test_heartbeats_that_are_none_are_passed_over(client: redis.Redis, keys: Key
 
 
 def test_swap_pauses_are_taken_once_and_only_from_now_on(client: redis.Redis, keys: Keys) -> None:
-    client.xadd(keys.events, {"kind": "swap", "event": '{"pause_ms": 1.0}'})
+    client.xadd(keys.events, {"kind": "weight_swap", "event": '{"pause_ms": 1.0}'})
     store = LearnerStore(client, keys)
-    client.xadd(keys.events, {"kind": "swap", "event": '{"pause_ms": 2.5}'})
+    client.xadd(keys.events, {"kind": "weight_swap", "event": '{"pause_ms": 2.5}'})
     client.xadd(keys.events, {"kind": "step", "event": "{}"})
     assert store.take_swap_pauses_ms() == [2.5]
     assert store.take_swap_pauses_ms() == []

@@ -194,7 +194,7 @@ def test_settings_count_from_the_next_step_on(loop: Loop, client: redis.Redis, k
     assert seen == [eps_clip] * 2 + [0.05] * 4
     assert client.hget(keys.learner, "settings_version") == b"1"
     values: dict[str, int | float | None] = {"optimizer.lr": lr * 10, "actor.eps_clip": 0.05}
-    assert events_of(client, keys, "settings") == [{"version": 1, "step": 2, "values": values}]
+    assert events_of(client, keys, "settings_applied") == [{"version": 1, "step": 2, "values": values}]
     (refused,) = events_of(client, keys, "settings_refused")
     assert refused["version"] == 2 and "optimizer.lr is -1.0: input should be greater than 0" in refused["reason"]
     found = newest(tmp_path / "checkpoints")

@@ -96,7 +96,7 @@ async def running_replica(
 
     async def announce(timings: SwapTimings, arrival: Arrival) -> None:
         event = {"version": arrival.held.manifest.version, "pause_ms": timings.pause_s * 1e3}
-        await tickets.announce("swap", event)
+        await tickets.announce("weight_swap", event)
 
     weights = WeightFollower(client, keys, HostCopy(model), Fetcher("token"), Turns(client, keys, name, 0.5), announce)
     server = None if isinstance(engine, str) else engine

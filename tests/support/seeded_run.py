@@ -68,7 +68,7 @@ def seed_run(
         for index in range(num_replicas):
             swap = {"replica": f"generation-{index}", "version": num_steps + 1, "bytes": 20_000}
             swap |= {"fetch_ms": 30.0, "apply_ms": 10.0, "pause_ms": 50.0 + index, "load_ms": 20.0}
-            _event(pipe, keys, "swap", swap)
+            _event(pipe, keys, "weight_swap", swap)
         for index in range(num_dead):
             pipe.xadd(keys.dead, {"id": f"0-{90_000 + index}", "reason": "scoring failed: no answer in 10 s"})
         for stream in (keys.tickets, keys.eval):

@@ -35,7 +35,9 @@ class Event(ResponseBody):
 
     id: str
     at: float
-    kind: str = Field(examples=["swap", "evaluation", "settings_requested", "command"])
+    kind: str = Field(
+        examples=["weight_swap", "evaluation", "settings_requested", "settings_applied", "command", "guard"]
+    )
     text: str = Field(description="One line for people.")
     data: dict[str, Any]
 

@@ -7,9 +7,9 @@ const MOST = 300;
 
 export function startEvents(store) {
   const select = byId("event-kind");
-  select.append(el("option", { value: "swap" }, "swap"));
+  select.append(el("option", { value: "weight_swap" }, "weight_swap"));
   select.options[0].textContent = "all but swaps";
-  const kinds = new Set(["", "swap"]);
+  const kinds = new Set(["", "weight_swap"]);
   let swaps = [],
     others = [];
 
@@ -19,7 +19,7 @@ export function startEvents(store) {
         kinds.add(event.kind);
         select.append(el("option", { value: event.kind }, event.kind));
       }
-      if (event.kind === "swap") swaps = [event, ...swaps.filter((one) => one.id !== event.id)].slice(0, MOST);
+      if (event.kind === "weight_swap") swaps = [event, ...swaps.filter((one) => one.id !== event.id)].slice(0, MOST);
       else others = [event, ...others.filter((one) => one.id !== event.id)].slice(0, MOST);
     }
     store.touch("events");
@@ -27,7 +27,7 @@ export function startEvents(store) {
 
   select.addEventListener("change", () => store.touch("events"));
   store.on(["events"], () => {
-    const wanted = select.value === "swap" ? swaps : others.filter((one) => !select.value || one.kind === select.value);
+    const wanted = select.value === "weight_swap" ? swaps : others.filter((one) => !select.value || one.kind === select.value);
     keep(
       byId("event-list"),
       wanted,

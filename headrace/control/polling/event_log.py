@@ -66,9 +66,9 @@ class EventLog:
             return None
         at = parse_entry_id(entry_id)[0] / 1000
         event = Event(id=entry_id, at=at, kind=one_line(kind), text=one_line(describe(kind, found)), data=found)
-        if kind == "swap":
+        if kind == "weight_swap":
             self._note_swap(found)
-        (self._swaps if kind == "swap" else self._others).append(event)
+        (self._swaps if kind == "weight_swap" else self._others).append(event)
         return event
 
     def newest(self, limit: int) -> list[Event]:
@@ -93,7 +93,7 @@ def describe(kind: str, event: dict[str, Any]) -> str:
 
     if isinstance(text := event.get("text"), str):
         return text
-    if kind == "swap":
+    if kind == "weight_swap":
         return (
             f"{event.get('replica')} uses weight version {event.get('version')}; paused {number('pause_ms', '.0f')} ms"
         )

@@ -31,7 +31,7 @@ class RunCounters:
             if kind == "step":
                 self._steps.add(row)
         for event in events:
-            if event.kind == "swap":
+            if event.kind == "weight_swap":
                 self._add_swap(event.data)
 
     def _add_swap(self, event: Mapping[str, Any]) -> None:

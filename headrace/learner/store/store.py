@@ -286,7 +286,7 @@ class LearnerStore:
         found: Any = self.client.xrange(self.keys.events, min=f"({self._seen_event}", count=MAX_EVENTS)
         if found:
             self._seen_event = found[-1][0].decode()
-        swaps = [msgspec.json.decode(fields[b"event"]) for _, fields in found if fields[b"kind"] == b"swap"]
+        swaps = [msgspec.json.decode(fields[b"event"]) for _, fields in found if fields[b"kind"] == b"weight_swap"]
         return [swap["pause_ms"] for swap in swaps]
 
     def _run(self, script: str, keys: list[str], arguments: list[Any]) -> Any:
