@@ -61,7 +61,7 @@ def test_the_demo_is_right(demo_policy: Path) -> None:
 
 
 def test_a_missing_folder_is_named() -> None:
-    assert "'assets/nope': expected a folder with a config.json" in str(problem_of(config_of("assets/nope")))
+    assert "'configs/nope': expected a folder with a config.json" in str(problem_of(config_of("configs/nope")))
 
 
 def test_a_model_without_chat_template_is_refused(model: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_unigram_vocabulary_is_counted(model: Path) -> None:
     ("path", "expected"),
     [
         ("Qwen/Qwen3-0.6B", True),
-        ("assets/nope", False),
+        ("configs/nope", False),
         ("./a/b", False),
         ("/a/b", False),
         ("../a", False),
@@ -202,7 +202,7 @@ def test_what_is_only_not_here_is_collected_and_the_rest_raised(monkeypatch: pyt
     check_run(config_of(model, redis_url="redis://127.0.0.1:1"), missing)
     assert [line.split()[0] for line in missing] == ["redis_url", "SGLang"]
     with pytest.raises(ValueError, match="nope"):
-        check_run(config_of("assets/nope", redis_url="redis://127.0.0.1:1"), missing)
+        check_run(config_of("configs/nope", redis_url="redis://127.0.0.1:1"), missing)
 
 
 def test_the_hub_is_asked_once_and_only_where_it_is_needed(demo_policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

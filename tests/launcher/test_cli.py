@@ -72,7 +72,7 @@ def settings_of(config: RunConfig) -> Iterator[str]:
     [
         ((TINY, "--set", "learner.group_per_step=4"), "did you mean learner.groups_per_step?"),
         ((TINY, "--set", "actor.group_size=1"), "group_size 1 has no group mean"),
-        ((TINY, "--set", "model.path=assets/nope"), "expected a folder with a config.json"),
+        ((TINY, "--set", "model.path=configs/nope"), "expected a folder with a config.json"),
         ((TINY, "--set", "task.name=arithmetik"), "did you mean 'arithmetic'?"),
         ((TINY, "--run", "../elsewhere"), "run '../elsewhere': expected"),
         ((TINY, "--set", "sampling.max_new_tokens=1010"), "fits with it into the context of 1,024 tokens"),

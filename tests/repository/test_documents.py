@@ -27,7 +27,7 @@ SECTIONS = {
     for name, field in RunConfig.model_fields.items()
     if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
 }
-FOLDERS = "headrace|tests|benchmarks|chaos|configs|deploy|docs|assets"
+FOLDERS = "headrace|tests|benchmarks|chaos|configs|deploy|docs"
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
