@@ -103,7 +103,7 @@ def study(losses: list[str], stalenesses: Iterable[int], seeds: Iterable[int]) -
 
 
 def best(results: Results) -> list[str]:
-    """Of the screening, beside the seed's: by the mean of the accuracies on the way, so that a dip counts."""
+    """Of the screening, beside the baseline's: by the mean of the accuracies on the way, so that a dip counts."""
 
     def merit(loss: str) -> float:
         row = results.of(Run(loss, SCREENED, SEEDS[0]))

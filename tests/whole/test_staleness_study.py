@@ -1,5 +1,6 @@
 """The study of staleness: what says most is run first, what has been run is not run again, and no cell is made up."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from benchmarks.staleness import report as staleness_report
 from benchmarks.staleness.__main__ import best, study
 from benchmarks.staleness.forced_staleness import WATCHED, sample
 from benchmarks.staleness.forced_staleness import run as forced
-from benchmarks.staleness.results import Results
+from benchmarks.staleness.results import RESULTS, Results
 from benchmarks.staleness.runs import GUARDED, GUARDED_LONG, LOSSES, Run
 from benchmarks.tasks.long_arithmetic import HIGHEST, LongArithmetic
 from headrace.common.config import load_recipe
@@ -125,3 +126,12 @@ def test_groups_are_as_stale_as_is_said_and_the_guard_makes_them_fresher(monkeyp
     rows = list(forced(config, 4, 7))
     assert found[:3] == [0, 1, 2] and found[3:] == [1] * len(found[3:])
     assert [row["kind"] for row in rows] == ["step"] * 7 + ["evaluation"]
+
+
+def test_the_settings_of_stored_results_still_exist() -> None:
+    """After a renamed setting the study would run again what it has measured."""
+    stored = json.loads(RESULTS.read_text())
+    assert len(stored) > 100
+    for settings in {tuple(row["settings"]) for row in stored.values()}:
+        load_recipe(ROOT / "configs" / "tiny-cpu.yaml", settings)
+    assert all(Results().of(Run(loss, 8, 0)) for loss in ("seed", "SAPO", "TIS"))
