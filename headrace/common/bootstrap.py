@@ -37,7 +37,7 @@ class Joined(NamedTuple):
 
 def joining_parser(service: str) -> argparse.ArgumentParser:
     """The arguments that every service takes which joins a run: `join`'s, and where it listens."""
-    parser = argparse.ArgumentParser(prog=f"python -m services.{service}")
+    parser = argparse.ArgumentParser(prog=f"python -m headrace.{service}")
     parser.add_argument("--run", default=os.environ.get("HEADRACE_RUN"), help="default: the only one in this Redis")
     parser.add_argument(
         "--redis-url",
