@@ -48,12 +48,15 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> EngineServer:
 
 @contextlib.asynccontextmanager
 async def keeping(
-    engine: FakeSglang | EngineServer, busy_timeout_s: float = 60.0, swap_timeout_s: float = 60.0
+    engine: FakeSglang | EngineServer,
+    busy_timeout_s: float = 60.0,
+    swap_timeout_s: float = 60.0,
+    liveness_timeout_s: float = SILENCE_S,
 ) -> AsyncIterator[EngineKeeper]:
     """From when the engine serves."""
     server = engine if isinstance(engine, EngineServer) else None
     client = Engine(engine.url, completion_timeout_s=30.0, swap_timeout_s=swap_timeout_s)
-    timeouts = {"liveness_timeout_s": SILENCE_S, "busy_timeout_s": busy_timeout_s}
+    timeouts = {"liveness_timeout_s": liveness_timeout_s, "busy_timeout_s": busy_timeout_s}
     keeper = EngineKeeper(client, server, lambda: (Path("model"), 1), **timeouts)
     keeping = asyncio.create_task(keeper.keep())
     try:
@@ -235,7 +238,7 @@ def test_who_was_stopped_himself_asks_again(fake: FakeSglang, monkeypatch: pytes
     monkeypatch.setattr(Engine, "health", oversleep)
 
     async def scenario() -> None:
-        async with keeping(fake) as keeper:
+        async with keeping(fake, liveness_timeout_s=5.0) as keeper:
             await until(lambda: keeper.engine.heard_at > 0)
             assert overslept and keeper.life == 1
 

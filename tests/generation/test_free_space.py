@@ -86,7 +86,7 @@ def test_a_version_that_does_not_fit_leaves_the_served_one_as_it_is(
 def test_two_versions_must_fit(demo_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4_000_000))
     check_room(tmp_path, demo_policy, "bfloat16")  # 0.66 M parameters: 2.6 MB
-    with pytest.raises(NoRoom, match=r"0\.00373 GiB free, 2 versions of .*demo-policy in float32 need 0\.00\d+ GiB: "):
+    with pytest.raises(NoRoom, match=r"0\.00373 GiB free, 2 versions of .*policy in float32 need 0\.00\d+ GiB: "):
         check_room(tmp_path, demo_policy, "float32")
     check_room(tmp_path, tmp_path, "float32")  # nothing to measure
 

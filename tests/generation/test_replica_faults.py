@@ -52,7 +52,7 @@ def test_weights_that_do_not_come_in_time_give_the_ticket_back(learner: Learner,
 
     async def scenario() -> None:
         entry = first_entry()
-        async with start(completion_timeout_s=1.0) as replica:
+        async with start(weights_timeout_s=1.0) as replica:
             await until(lambda: "version 99 is awaited, 1 is served" in replica.heartbeat().reason)
             [wait] = [wait for wait in replica.waits.status() if wait["reason"] == Reason.WEIGHTS]
             assert wait["deadline_s"] == 1.0

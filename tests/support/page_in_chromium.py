@@ -111,7 +111,7 @@ def a_page(browser: Any, width: int = 1280, height: int = 900, **settings: Any) 
     """A new tab; fails at the end if the page had an error other than a lost connection."""
     context = browser.new_context(viewport={"width": width, "height": height}, **settings)
     page = context.new_page()
-    page.set_default_timeout(15_000)
+    page.set_default_timeout(60_000)  # a guard against hanging
     wrong: list[str] = []
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("dialog", lambda dialog: wrong.append(f"a dialog: {dialog.message}"))
