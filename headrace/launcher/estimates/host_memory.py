@@ -23,8 +23,9 @@ SERVER_BYTES, SCHEDULER_BYTES, DETOKENIZER_BYTES = 680 * MIB, 609 * MIB, 493 * M
 """SGLang's three; the second and the third come out of the first."""
 TOKEN_BYTES = 2300
 """Of each token of the vocabulary, in whoever has a tokenizer: the learner and SGLang's three."""
-TENSOR_COPIES = 4
-"""Of the largest tensor, in a replica's own process, while a delta is applied to it."""
+TENSOR_COPIES = 1
+"""Of the largest tensor, in the process of a replica on the learner's machine, which takes versions as files. A replica
+elsewhere, which applies deltas, has up to 4."""
 WEIGHT_COPIES = 2
 """That the learner holds in host memory: what was published last, and what is being published."""
 STATE_BYTES = 12
