@@ -31,6 +31,7 @@ import redis
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.demo import ROOT
 from headrace.common.http.addresses import free_port
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import encode
@@ -38,7 +39,7 @@ from headrace.launcher.run.processes import REDIS_URL_VARIABLE
 from headrace.launcher.run.redis_server import start_redis
 from tests.support.seeded_run import heartbeat, seed_run, step_rows
 
-RESULTS = Path(__file__).parents[1] / "results" / "control_load.json"
+RESULTS = ROOT / "benchmarks" / "results" / "control_load.json"
 KEYS = Keys("control-load")
 NUM_STEPS = 1000
 START_TIMEOUT_S = 120.0

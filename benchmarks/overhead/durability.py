@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from benchmarks.demo import RECIPE
+from benchmarks.demo import RECIPE, ROOT
 from headrace.common.config import load_recipe
 from headrace.common.redis.client import connect, connect_async
 from headrace.common.redis.keys import Keys
@@ -36,7 +36,7 @@ from headrace.launcher.run.redis_server import start_redis
 from headrace.learner.intake.recordings import Header, RecordedGroup, RecordingWriter
 from headrace.learner.store.store import Cursor, LearnerStore, Settlement
 
-RESULTS = Path(__file__).parents[1] / "results" / "durability.json"
+RESULTS = ROOT / "benchmarks" / "results" / "durability.json"
 SHAPES = {"demo: 8 x 14 tokens": (8, 14), "16 x 1,000 tokens": (16, 1000)}
 NUM_SAMPLED = 300
 NUM_FINISHED = 10_000

@@ -27,7 +27,7 @@ import numpy as np
 import psutil
 from rich.console import Console
 
-from benchmarks.demo import cpu_model
+from benchmarks.demo import ROOT, cpu_model
 from benchmarks.scale.limits import Row, judge, report
 from benchmarks.scale.recorded_run import RecordedRun, read_recorded
 from headrace.common.process.run_token import TOKEN_VARIABLE
@@ -38,8 +38,8 @@ from headrace.launcher.run.processes import REDIS_URL_VARIABLE, Service
 from headrace.launcher.run.redis_server import start_redis
 from headrace.learner.reporting.summary import METRICS_FILE, read_rows
 
-RESULTS = Path(__file__).parents[1] / "results" / "scale.json"
-RECIPE = Path(__file__).parents[2] / "configs" / "tiny-cpu.yaml"
+RESULTS = ROOT / "benchmarks" / "results" / "scale.json"
+RECIPE = ROOT / "configs" / "tiny-cpu.yaml"
 TOKEN = "benchmark"
 WARM_STEPS = 4
 MIN_STEPS = 4

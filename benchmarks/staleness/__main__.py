@@ -21,9 +21,9 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
+from benchmarks.demo import ROOT
 from benchmarks.staleness.results import Results
 from benchmarks.staleness.runs import (
     BY_NAME,
@@ -42,7 +42,6 @@ from benchmarks.staleness.runs import (
 )
 from benchmarks.tasks.long_arithmetic import POLICY, make_policy
 
-ROOT = Path(__file__).parents[2]
 PARTS = ("screen", "study", "splits", "long", "guard")
 
 

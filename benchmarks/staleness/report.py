@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
+from benchmarks.demo import ROOT
 from benchmarks.staleness.results import Results
 from benchmarks.staleness.runs import (
     FIRST_STALENESSES,
@@ -27,7 +28,6 @@ from benchmarks.staleness.runs import (
 from headrace.common.config import load_recipe
 from headrace.learner.algorithm.guard import GuardState, decide
 
-ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 BEGIN, END = "<!-- measured: python -m benchmarks.staleness report -->", "<!-- end of what is measured -->"
 MISSING = "–"

@@ -5,9 +5,10 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from benchmarks.demo import ROOT
 from benchmarks.staleness.runs import Run
 
-RESULTS = Path(__file__).parents[1] / "results" / "staleness.json"
+RESULTS = ROOT / "benchmarks" / "results" / "staleness.json"
 
 
 class Results:

@@ -31,13 +31,13 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-from benchmarks.demo import RECIPE, headrace_up
+from benchmarks.demo import RECIPE, ROOT, headrace_up
 from headrace.common.weights.delta import Bits, apply, encode
 from headrace.common.weights.files import MODEL_FILE
 from headrace.common.weights.memory_folder import MemoryFolder, memory_backed
 from headrace.learner.weights.publisher import PREFIX
 
-RESULTS = Path(__file__).parents[1] / "results" / "weights.json"
+RESULTS = ROOT / "benchmarks" / "results" / "weights.json"
 REPEATS = 5
 LOOK_S = 0.02
 """Between two looks for a version, of which two lie in memory at a time."""

@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.demo import ROOT
 from benchmarks.weights.encodings import random_pair
 from headrace.common.hardware.device import machine_id
 from headrace.common.http.addresses import listen, url_of
@@ -39,7 +40,7 @@ from headrace.learner.steering.switches import Switches
 from headrace.learner.weights.publisher import places_above
 from headrace.learner.weights.version_writer import VersionWriter
 
-RESULTS = Path(__file__).parents[1] / "results" / "fan_out.json"
+RESULTS = ROOT / "benchmarks" / "results" / "fan_out.json"
 TOKEN = "benchmark"
 NUM_DELTAS = 3
 PIECE_BYTES = 1 << 14
