@@ -16,7 +16,7 @@ from headrace.launcher.commands.options import (
     RunsFolderOption,
     UrlOption,
     console,
-    one_line_errors,
+    control_of,
     print_json,
 )
 from headrace.launcher.run.errors import ControlFailed, NotRunning
@@ -55,11 +55,9 @@ def status(
     runs_folder: RunsFolderOption = RUNS,
 ) -> None:
     """Show the verdict on a live run and its state; with --watch --json one line whenever something changes."""
-    from headrace.launcher.run.control_client import find_control
     from headrace.launcher.terminal.render import status_lines
 
-    with one_line_errors():
-        control = find_control(run, url, runs_folder)
+    with control_of(run, url, runs_folder) as control:
         if watch:
             _watch(control, as_json, console())
         elif as_json:
@@ -73,11 +71,10 @@ def replicas(
     run: RunOption = None, url: UrlOption = None, as_json: JsonOption = False, runs_folder: RunsFolderOption = RUNS
 ) -> None:
     """List the live replicas with state, weight version, throughput and weight pauses."""
-    from headrace.launcher.run.control_client import find_control
     from headrace.launcher.terminal.render import replicas_table
 
-    with one_line_errors():
-        answer = find_control(run, url, runs_folder).get("/replicas")
+    with control_of(run, url, runs_folder) as control:
+        answer = control.get("/replicas")
         print_json(answer) if as_json else _print_table(replicas_table(answer), len(answer["replicas"]), "replica")
 
 
@@ -97,11 +94,9 @@ def groups(
     runs_folder: RunsFolderOption = RUNS,
 ) -> None:
     """Show samples of recent groups; with TICKET one group, coloured where learner and engine differ."""
-    from headrace.launcher.run.control_client import find_control
     from headrace.launcher.terminal.render import group_text, groups_table
 
-    with one_line_errors():
-        control = find_control(run, url, runs_folder)
+    with control_of(run, url, runs_folder) as control:
         if ticket is not None:
             group = control.get(f"/groups/{quote(ticket, safe='')}")
             print_json(group) if as_json else console().print(group_text(group), soft_wrap=True)
@@ -121,11 +116,9 @@ def evaluations(
     runs_folder: RunsFolderOption = RUNS,
 ) -> None:
     """Show held-out accuracy over the run's steps, or request an evaluation."""
-    from headrace.launcher.run.control_client import find_control
     from headrace.launcher.terminal.render import evaluations_table
 
-    with one_line_errors():
-        control = find_control(run, url, runs_folder)
+    with control_of(run, url, runs_folder) as control:
         if now:
             answer = control.send("POST", "/evaluations")
             print_json(answer) if as_json else print(answer["text"])

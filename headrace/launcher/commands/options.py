@@ -17,6 +17,8 @@ from headrace.launcher.run.errors import ControlFailed, NotRunning
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from headrace.launcher.run.control_client import ControlClient
+
 FAILED, REFUSED, NOT_RUNNING = 1, 2, 3
 START, STEER, LOOK, RECORDS = "Start a run", "Steer a run", "Look at a run", "What a run leaves"
 """The panels of `headrace --help`."""
@@ -81,6 +83,15 @@ def one_line_errors(*expected: type[Exception]) -> Iterator[None]:
         print(f"headrace: {error}", file=sys.stderr)
         code = NOT_RUNNING if isinstance(error, NotRunning) else REFUSED if isinstance(error, ValueError) else FAILED
         raise typer.Exit(code) from error
+
+
+@contextmanager
+def control_of(run: str | None, url: str | None, runs_folder: Path) -> Iterator["ControlClient"]:
+    """The control service of the named run, or of the only live one; errors end the command with one line."""
+    from headrace.launcher.run.control_client import find_control
+
+    with one_line_errors():
+        yield find_control(run, url, runs_folder)
 
 
 def print_json(answer: Any, one_line: bool = False) -> None:

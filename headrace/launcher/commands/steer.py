@@ -15,6 +15,7 @@ from headrace.launcher.commands.options import (
     RunOption,
     RunsFolderOption,
     UrlOption,
+    control_of,
     one_line_errors,
     print_json,
 )
@@ -109,10 +110,7 @@ def settings(
 
 
 def _send(path: str, run: str | None, url: str | None, runs_folder: Path, as_json: bool) -> None:
-    from headrace.launcher.run.control_client import find_control
-
-    with one_line_errors():
-        control = find_control(run, url, runs_folder)
+    with control_of(run, url, runs_folder) as control:
         answer = control.send("POST", path)
         if as_json:
             print_json(answer)
