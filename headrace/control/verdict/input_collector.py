@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from headrace.common.config import RunConfig
 from headrace.common.metrics.thresholds import SMOOTHED_STEPS, THRESHOLDS, are_exact, numeric_gap
+from headrace.common.process.waiting import Reason
 from headrace.common.wire import Heartbeat
 from headrace.control.polling.history import RunHistory
 from headrace.control.polling.learner_probe import LearnerProbe
@@ -21,8 +22,7 @@ DEAD_SAMPLE_S = 10.0
 WATCHED_METRICS = (*(one.name for one in THRESHOLDS), "skipped_updates")
 LOGPROB_GAP = numeric_gap(is_exact=True).name
 """Only steps with fresh tokens have it; its last value counts until a later step has one."""
-STARVED = re.compile(r"(?:starved|no live replica): .*? for (\d+) s(?:;|$)")
-CHECKPOINT = "the checkpoint cannot be written"
+STARVED = re.compile(rf"(?:{Reason.STARVED}|{Reason.NO_REPLICA}): .*? for (\d+) s(?:;|$)")
 
 
 class ConditionTimer:
@@ -117,7 +117,7 @@ class CheckInputCollector:
             no_replica_s=self._timer.duration_s("no replica", not is_any_running, now),
             learner_silent_s=0.0 if phase in FINAL_PHASES else probe.silent_s,
             waiting_s=float(starved[1]) if starved else 0.0,
-            checkpoint_failing_s=self._timer.duration_s("checkpoint", CHECKPOINT in reason, now),
+            checkpoint_failing_s=self._timer.duration_s("checkpoint", Reason.CHECKPOINT in reason, now),
             redis_unavailable_s=self._timer.duration_s("redis", is_redis_unavailable, now),
             num_recent_dead=self._num_recent_dead(poll.queues.dead_letters, now),
             dead_reason=poll.dead_reason,
