@@ -47,7 +47,7 @@ def _with_inner(folder: Path) -> list[Path]:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return text.replace("|", "\\|")
 
 
 if __name__ == "__main__":

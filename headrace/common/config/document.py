@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 
 from headrace.common.config.hot_reload import HOT
 from headrace.common.config.run import RunConfig
+from headrace.common.config.section import section_in
 
 HEAD = """# Configuration
 
@@ -33,7 +34,7 @@ def document() -> str:
 
 def _section(name: str, model: type[BaseModel]) -> Iterator[str]:
     """The settings of one section as a table, then the sections within it."""
-    inner = {key: kind for key, field in model.model_fields.items() if (kind := _model_of(field))}
+    inner = {key: kind for key, field in model.model_fields.items() if (kind := section_in(field))}
     own = {key: field for key, field in model.model_fields.items() if key not in inner}
     yield f"## {name or 'The run'}\n"
     if model.__doc__:
@@ -50,11 +51,6 @@ def _section(name: str, model: type[BaseModel]) -> Iterator[str]:
         yield ""
     for key, kind in inner.items():
         yield from _section(f"{name}.{key}" if name else key, kind)
-
-
-def _model_of(field: FieldInfo) -> type[BaseModel] | None:
-    annotation = field.annotation
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def _type(field: FieldInfo) -> str:

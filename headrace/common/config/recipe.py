@@ -18,6 +18,7 @@ from headrace.common.config import yaml_text
 from headrace.common.config.actor import PRESETS
 from headrace.common.config.model import NOT_OFFERED
 from headrace.common.config.run import RunConfig
+from headrace.common.config.section import section_in
 
 
 class ConfigError(ValueError):
@@ -103,8 +104,7 @@ def _all_sources(given: dict[str, Any], sources: dict[str, str]) -> dict[str, st
 
 def _setting_names(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
+        if inner := section_in(field):
             yield from _setting_names(inner, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"

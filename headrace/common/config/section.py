@@ -4,12 +4,19 @@ import typing
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 AUTO_DEVICE = (
     "auto: CUDA if a GPU is visible and a CUDA build of torch and SGLang's kernels are installed; else the CPU."
 )
 """Meaning of `device`, of the learner and of engines."""
+
+
+def section_in(field: FieldInfo) -> type[BaseModel] | None:
+    """The section that a field holds; None if it is a setting."""
+    annotation = field.annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 class Section(BaseModel):

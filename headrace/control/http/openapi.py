@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from headrace.control.models.base import Problem
+from headrace.control.models.bodies import Problem
 
 SCHEME = "token"
 DESCRIPTION = """Observe and control a Headrace run. Requests that change something need the run's bearer token.

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, StrictFloat, StrictInt
 
 from headrace.common.wire.desired_state import MAX_REPLICAS
-from headrace.control.models.base import RequestBody, ResponseBody, WholeNumber, whole
+from headrace.control.models.bodies import RequestBody, ResponseBody, WholeNumber, whole
 from headrace.control.models.status import Status
 
 

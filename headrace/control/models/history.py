@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import Field
 
-from headrace.control.models.base import ResponseBody
+from headrace.control.models.bodies import ResponseBody
 
 
 class Evaluation(ResponseBody):

@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from headrace.common.wire import ReplicaState
-from headrace.control.models.base import ResponseBody
+from headrace.control.models.bodies import ResponseBody
 
 
 class ReplicaCounts(ResponseBody):

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from headrace.control.models.base import ResponseBody
+from headrace.control.models.bodies import ResponseBody
 from headrace.control.models.history import Evaluation
 from headrace.control.models.replicas import ReplicaCounts
 

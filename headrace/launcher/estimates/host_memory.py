@@ -23,9 +23,6 @@ SERVER_BYTES, SCHEDULER_BYTES, DETOKENIZER_BYTES = 680 * MIB, 609 * MIB, 493 * M
 """SGLang's three; the second and the third come out of the first."""
 TOKEN_BYTES = 2300
 """Of each token of the vocabulary, in whoever has a tokenizer: the learner and SGLang's three."""
-TENSOR_COPIES = 1
-"""Of the largest tensor, in the process of a replica on the learner's machine, which takes versions as files. A replica
-elsewhere, which applies deltas, has up to 4."""
 WEIGHT_COPIES = 2
 """That the learner holds in host memory: what was published last, and what is being published."""
 STATE_BYTES = 12
@@ -52,9 +49,10 @@ def host_rows(
         + copies,
         "launcher, control and Redis, without the groups that wait": LAUNCHER_BYTES + CONTROL_BYTES + REDIS_BYTES,
     }
+    # On the learner's machine a replica takes versions as files; elsewhere it applies deltas, with up to 4 copies.
     largest = shape.vocab * shape.hidden * BYTES[config.model.dtype]
     replica = {
-        "a replica's own process": REPLICA_BYTES + TENSOR_COPIES * largest,
+        "a replica's own process": REPLICA_BYTES + largest,
         "its reward workers": REWARD_WORKER_BYTES * settings.reward_workers,
     }
     if settings.engine.url is None:
