@@ -82,7 +82,7 @@ def test_a_learner_that_is_killed_again_and_again_ends_bit_for_bit_the_same(
     rng = random.Random(11)
     num_deaths = 0
     while True:
-        # Some commands go out by the clock, so that a slow machine sends more a step: lives get longer, and one arrives.
+        # Some commands go out by the clock, so a slow machine sends more a step: lives get longer until one arrives.
         longest = 55 + 5 * num_deaths
         client = Mortal.from_url(redis_url).arm(rng.randrange(1, longest), rng.random() < 0.5)
         if live(tmp_path, client, keys, recording):
