@@ -25,7 +25,7 @@ from headrace.common.wire.desired_state import Settings
 from headrace.learner.algorithm.guard import GuardState
 from headrace.learner.intake.ticket_source import TicketSource
 from headrace.learner.model.policy import Policy
-from headrace.learner.steering.live_config import InForce
+from headrace.learner.steering.live_config import LiveConfig
 from headrace.learner.store.store import Cursor
 from headrace.learner.training.trainer import Trainer
 
@@ -51,11 +51,11 @@ def run(config: RunConfig, num_held_out: int, evaluate_every: int) -> Iterator[d
     stops = stop_token_ids(chat, model.generation_config)
     source = TicketSource(config, task, chat, stops, Cursor(0, 0))
     past = deque([_copy(model)], maxlen=config.learner.max_staleness + 1)
-    in_force = InForce(config, Settings(), GuardState())
+    live_config = LiveConfig(config, Settings(), GuardState())
     held_out = source.evaluation(0, 0)[:num_held_out]
     for step in range(config.learner.steps):
         started = time.process_time()
-        trainer.config = in_force.config
+        trainer.config = live_config.config
         staleness = min(trainer.config.learner.max_staleness, len(past) - 1)
         sampler.load_state_dict(past[-1 - staleness])
         made_by = step - staleness
@@ -67,8 +67,8 @@ def run(config: RunConfig, num_held_out: int, evaluate_every: int) -> Iterator[d
         row = {"kind": "step", "step": step + 1, "reward_mean": float(np.mean(rewards)), "num_mixed": len(mixed)}
         if len(batch) >= config.actor.num_mini_batches:
             metrics = trainer.train(batch, step, {version: version - 1 for version in range(1, step + 2)})
-            in_force.look_after(metrics)
-            row |= {name: metrics[name] for name in WATCHED} | {"guard_notch": in_force.guard.notch}
+            live_config.update_guard(metrics)
+            row |= {name: metrics[name] for name in WATCHED} | {"guard_notch": live_config.guard.notch}
         past.append(_copy(model))
         yield row | {"cpu_s": time.process_time() - started}
         if (step + 1) % evaluate_every == 0 or step + 1 == config.learner.steps:

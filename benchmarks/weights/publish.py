@@ -37,8 +37,8 @@ from headrace.learner.checkpoints.checkpoint import num_bytes_in, save_checkpoin
 from headrace.learner.checkpoints.record import Record
 from headrace.learner.distributed.state_files import write_state
 from headrace.learner.model.host_snapshots import Snapshot, Snapshots
-from headrace.learner.stages.background import Beside
-from headrace.learner.stages.wait_deadlines import Patience
+from headrace.learner.stages.background import BackgroundWorker
+from headrace.learner.stages.wait_deadlines import WaitDeadlines
 from headrace.learner.store.store import Cursor, LearnerStore
 from headrace.learner.weights.publisher import Versions
 from headrace.learner.weights.version_writer import VersionWriter
@@ -112,7 +112,7 @@ def publications(folder: Path, url: str, num_items: int, num_threads: int) -> li
     weights, waits = made_weights(num_items), Waits()
     versions = Versions(folder / f"weights-{num_threads}", LearnerStore(connect(url), Keys("publish")), "", "")
     versions._writer = VersionWriter("benchmark", num_threads)
-    beside = Beside("publish", Patience(waits, None, None, None), Reason.PUBLISHING)  # type: ignore[arg-type]
+    worker = BackgroundWorker("publish", WaitDeadlines(waits, None, None, None), Reason.PUBLISHING)  # type: ignore[arg-type]
     for step in range(2):
         versions.publish(versions.copy(weights), step, versions.reserve())
     num_bytes = sum(tensor.nbytes for tensor in weights.values())
@@ -127,15 +127,15 @@ def publications(folder: Path, url: str, num_items: int, num_threads: int) -> li
         times = memcpy(weights, versions._snapshots._free[-1])
         began_s, began_cpu_s = time.perf_counter(), time.thread_time()
         snapshot = versions.copy(weights)
-        beside.begin(partial(publish, snapshot, step))
+        worker.begin(partial(publish, snapshot, step))
         times |= {"held_up_s": time.perf_counter() - began_s, "held_up_cpu_s": time.thread_time() - began_cpu_s}
-        meanwhile = trained_a_second(lambda _: beside.is_busy)
+        meanwhile = trained_a_second(lambda _: worker.is_busy)
         del snapshot
         files = [version_folder(versions.root, versions.current) / name for name in (DELTA_FILE, MODEL_FILE)]
         row = {"kind": "version", "threads": num_threads, "changed": share, "bytes": num_bytes, **times}
         row |= {"done_s": announced_s[-1] - began_s, "slowed": 1 - meanwhile / alone}
         rows.append(row | {"sent_bytes": min(path.stat().st_size for path in files if path.exists())})
-    beside.close()
+    worker.close()
     versions.close()
     return rows
 
@@ -179,7 +179,7 @@ def checkpoint(folder: Path, num_bytes: int) -> Row:
     times = memcpy(state, snapshots._free[-1])
     record = Record(1, 1, 1, Cursor(0, 0), {}, [], [], [], {}, 0.0)
     alone = trained_alone()
-    beside = Beside("checkpoint", Patience(Waits(), None, None, None), Reason.CHECKPOINTING)  # type: ignore[arg-type]
+    worker = BackgroundWorker("checkpoint", WaitDeadlines(Waits(), None, None, None), Reason.CHECKPOINTING)  # type: ignore[arg-type]
     began_s, began_cpu_s = time.perf_counter(), time.thread_time()
     copied = snapshots.take(state)
     saved: list[tuple[Path, float]] = []
@@ -188,10 +188,10 @@ def checkpoint(folder: Path, num_bytes: int) -> Row:
         path = save_checkpoint(folder / "checkpoints", record, lambda place: write_state(place, copied.tensors))
         saved.append((path, time.perf_counter() - began_s))
 
-    beside.begin(write)
+    worker.begin(write)
     times |= {"held_up_s": time.perf_counter() - began_s, "held_up_cpu_s": time.thread_time() - began_cpu_s}
-    meanwhile = trained_a_second(lambda _: beside.is_busy)
-    beside.close()
+    meanwhile = trained_a_second(lambda _: worker.is_busy)
+    worker.close()
     path, done_s = saved[0]
     row = {"kind": "checkpoint", "bytes": num_bytes, **times}
     return row | {"done_s": done_s, "slowed": 1 - meanwhile / alone, "sent_bytes": num_bytes_in(path)}

@@ -212,8 +212,8 @@ def _status(loop: Any, run: str) -> dict[str, Any]:
         "desired_replicas": loop.intake.sight.orders.desired_replicas,
         "advised_replicas": loop.telling.adviser.advice.replicas,
         "advice": loop.telling.adviser.advice.reason,
-        "settings_version": loop.in_force.settings.version,
-        "unwritten_orders": [" ".join(map(str, order)) for order in loop.switches.unwritten],
+        "settings_version": loop.live_config.settings.version,
+        "unwritten_orders": [" ".join(map(str, order)) for order in loop.switches.unpersisted],
         "counts": dict(loop.intake.books.counts),
         "latest": progress.latest,
     }

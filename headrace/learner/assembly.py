@@ -43,8 +43,8 @@ from headrace.learner.reporting.reporter import Telling
 from headrace.learner.reporting.summary import METRICS_FILE, MetricsFile
 from headrace.learner.reporting.trackers import Trackers
 from headrace.learner.scaling.advice import Adviser
-from headrace.learner.stages.evaluation import Evaluations
-from headrace.learner.steering.live_config import take_up
+from headrace.learner.stages.evaluation import Evaluator
+from headrace.learner.steering.live_config import resume_config
 from headrace.learner.steering.switches import Switches
 from headrace.learner.store.store import Cursor, LearnerStore
 from headrace.learner.training.leader import lead, set_up_torch
@@ -88,12 +88,12 @@ def assemble(
     record, saved = newest(folder / "checkpoints") or (None, folder)
     if record is not None:
         trainer.load_state(saved, sorted(record.files))
-    ordered = store.orders().settings
+    settings_in_redis = store.orders().settings
     recorded = (record.settings, record.guard) if record else (Settings(), GuardState())
-    in_force, standing = take_up(config, ordered, *recorded)
-    config = trainer.config = in_force.config
-    if standing != ordered:
-        store.order([("HSET", SETTINGS, msgspec.json.encode(standing))])
+    live_config, settings = resume_config(config, settings_in_redis, *recorded)
+    config = trainer.config = live_config.config
+    if settings != settings_in_redis:
+        store.order([("HSET", SETTINGS, msgspec.json.encode(settings))])
 
     versions_in_redis = store.version_steps()
     versions = Versions(folder / "weights", store, url, token)
@@ -136,13 +136,15 @@ def assemble(
     generation = config.generation
     start = store.advised_replicas() or generation.replicas
     adviser = Adviser(start, generation.max_replicas, generation.max_groups_in_flight)
-    trackers = Trackers(config.trackers, folder, in_force.configured.model_dump(exclude={"redis_url"}), progress.step)
+    trackers = Trackers(
+        config.trackers, folder, live_config.configured.model_dump(exclude={"redis_url"}), progress.step
+    )
     _save_frame(policy, folder / FRAME, tokenizer)
     best = Best(folder, store.epoch, store.check_fence)
     parts = (store, trainer, intake, versions, switches, progress, waits)
-    telling = Telling(*parts, adviser, metrics, trackers, TokenTexts(tokenizer), in_force)
-    evaluations = Evaluations(intake, versions, best, telling)
-    return Loop(in_force, folder / "checkpoints", *parts, telling, evaluations), tokenizer
+    telling = Telling(*parts, adviser, metrics, trackers, TokenTexts(tokenizer), live_config)
+    evaluator = Evaluator(intake, versions, best, telling)
+    return Loop(live_config, folder / "checkpoints", *parts, telling, evaluator), tokenizer
 
 
 def _save_frame(policy: Policy, frame: Path, tokenizer: Any) -> None:

@@ -20,17 +20,17 @@ from headrace.learner.checkpoints.record import MAX_VERSION_STEPS, Record
 from headrace.learner.intake.intake import Arrived, Intake
 from headrace.learner.reporting.reporter import Telling
 from headrace.learner.stages.checkpointing import Checkpointer
-from headrace.learner.stages.evaluation import Evaluations
-from headrace.learner.stages.publishing import Publisher
-from headrace.learner.stages.wait_deadlines import Patience
-from headrace.learner.steering.live_config import InForce
+from headrace.learner.stages.evaluation import Evaluator
+from headrace.learner.stages.publishing import BackgroundPublisher
+from headrace.learner.stages.wait_deadlines import WaitDeadlines
+from headrace.learner.steering.live_config import LiveConfig
 from headrace.learner.steering.switches import Switches
 from headrace.learner.store.store import LearnerStore
 from headrace.learner.training.trainer import Trainer, nothing_fresh
 from headrace.learner.weights.publisher import Versions
 
 SWITCH_POLL_S = 0.2
-PATIENCE_S = 1.0
+WAIT_POLL_S = 1.0
 """Between two looks at why no batch is there."""
 IDLE_CHECKPOINT_S, IDLE_CHECKPOINT_SHARE = 10.0, 0.25
 """A learner that has waited this long, and so long that the last checkpoint took at most such a share of it, uses the
@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 class Loop:
     """Everything that a step touches."""
 
-    in_force: InForce
+    live_config: LiveConfig
     checkpoints: Path
     store: LearnerStore
     trainer: Trainer
@@ -54,23 +54,23 @@ class Loop:
     progress: Progress
     waits: Waits
     telling: Telling
-    evaluations: Evaluations
+    evaluator: Evaluator
     _is_checkpoint_ordered: bool = False
     _obeyed: Orders = field(default_factory=Orders)
 
     def __post_init__(self) -> None:
         """What was asked for once before this start counts as obeyed."""
         self._obeyed = self.intake.sight.orders
-        self.patience = Patience(self.waits, self.intake, self.switches, self.in_force)
-        parts = self.trainer, self.intake, self.telling, self.patience, self.store.check_fence
+        self.wait_deadlines = WaitDeadlines(self.waits, self.intake, self.switches, self.live_config)
+        parts = self.trainer, self.intake, self.telling, self.wait_deadlines, self.store.check_fence
         self.checkpointer = Checkpointer(self.checkpoints, *parts)
-        is_held = self._is_first_evaluation_open
-        self.publisher = Publisher(self.versions, self.patience, self.switches, is_held)
+        is_on_hold = self._is_first_evaluation_open
+        self.publisher = BackgroundPublisher(self.versions, self.wait_deadlines, self.switches, is_on_hold)
 
     @property
     def config(self) -> RunConfig:
         """As it counts now."""
-        return self.in_force.config
+        return self.live_config.config
 
     def run(self) -> bool:
         """Until the last step, or until told to stop; True if the run is complete."""
@@ -81,7 +81,7 @@ class Loop:
         self.intake.start()
         if self.progress.step == 0 and not self.intake.source.is_recording:
             self._wait_while_paused()
-            self.evaluations.begin()
+            self.evaluator.begin()
         while not self.is_at_last_step and not self.switches.stop.is_set():
             if self.switches.paused.is_set():
                 self._wait_while_paused()
@@ -108,24 +108,24 @@ class Loop:
     def has_ended(self) -> None:
         """An order to stop has been obeyed, or is met by a run that is complete."""
         self.intake.stop()
-        self.switches.has_ended()
+        self.switches.clear_stop()
         self.intake.look_at_orders()
 
     def _wait_for_replica(self) -> None:
         """Nobody could answer the first ticket before one serves."""
         self.telling.phase("waiting for a replica")
         while not any(replica.state == "running" for replica in self.intake.sight.replicas):
-            self.patience.wait_for_groups(Reason.NO_REPLICA)
+            self.wait_deadlines.note_group_wait(Reason.NO_REPLICA)
             if self.switches.stop.wait(SWITCH_POLL_S):
                 break
             self.intake.look_around()
             self.telling.whether_paused()
-        self.patience.has_groups(Reason.NO_REPLICA)
+        self.wait_deadlines.end_group_wait(Reason.NO_REPLICA)
 
     @property
     def _idle_s(self) -> float:
         """How long a wait must last for a checkpoint."""
-        return max(IDLE_CHECKPOINT_S, self.checkpointer.last_s / IDLE_CHECKPOINT_SHARE)
+        return max(IDLE_CHECKPOINT_S, self.checkpointer.last_duration_s / IDLE_CHECKPOINT_SHARE)
 
     @property
     def is_at_last_step(self) -> bool:
@@ -164,24 +164,24 @@ class Loop:
         timings = {"wait_s": waited - started, "publish_s": published - trained, "step_s": published - started}
         timings["show_s"] = time.monotonic() - published
         self.telling.step(row | timings, batch)
-        self._look_after(row)
+        self._update_guard(row)
         is_due = self.progress.step % self.config.learner.checkpoint_interval_steps == 0
         self._checkpoint_if_due(is_due, self._would_checkpoint_help())
         self._obey()
         interval = self.config.evaluation.interval_steps
         if interval and self.progress.step % interval == 0 and not self.intake.is_evaluating:
-            self.evaluations.is_due = True
+            self.evaluator.is_due = True
         self._evaluate_if_due()
 
     def _wait_for_batch(self) -> list[Arrived] | None:
         """None when interrupted, or when a recording has ended. A long wait is used for one checkpoint."""
         has_time, idle_s = True, self._idle_s
         while not self._is_interrupted() and not self.intake.has_ended:
-            batch = self.intake.take_batch(PATIENCE_S, self._is_interrupted)
+            batch = self.intake.take_batch(WAIT_POLL_S, self._is_interrupted)
             if batch is not None:
-                self.patience.has_groups(Reason.STARVED)
+                self.wait_deadlines.end_group_wait(Reason.STARVED)
                 return batch
-            lasted_s = self.patience.wait_for_groups(Reason.STARVED)
+            lasted_s = self.wait_deadlines.note_group_wait(Reason.STARVED)
             self.telling.phase(self._waiting)
             self.telling.groups()
             self._obey()
@@ -190,7 +190,7 @@ class Loop:
             if lasted_s > idle_s and (would_help or self.checkpointer.is_due):
                 self._checkpoint_if_due(False, would_help)
                 has_time, idle_s = False, lasted_s + self._idle_s
-        self.patience.has_groups(Reason.STARVED)
+        self.wait_deadlines.end_group_wait(Reason.STARVED)
         return None
 
     def _publish(self, num_groups: int = 0) -> None:
@@ -218,8 +218,8 @@ class Loop:
             counts=consumed.counts,
             wall_s=self.progress.wall_s,
             losses=self.progress.losses,
-            settings=self.in_force.settings,
-            guard=self.in_force.guard,
+            settings=self.live_config.settings,
+            guard=self.live_config.guard,
             data=self.intake.source.data,
         )
         self.checkpointer.begin(record, consumed)
@@ -242,7 +242,7 @@ class Loop:
         self.checkpointer.wait()
         self._checkpoint()
         self.checkpointer.wait()
-        while self.checkpointer.is_due and not self.switches.stop.wait(PATIENCE_S):
+        while self.checkpointer.is_due and not self.switches.stop.wait(WAIT_POLL_S):
             self._checkpoint()
             self.checkpointer.wait()
         if self.checkpointer.is_due:
@@ -258,14 +258,14 @@ class Loop:
         if self._is_checkpoint_ordered and not self.checkpointer.is_busy:
             self._is_checkpoint_ordered = False
             self._checkpoint()
-        self.evaluations.is_due |= orders.evaluations > obeyed.evaluations
+        self.evaluator.is_due |= orders.evaluations > obeyed.evaluations
         self.telling.whether_paused()
 
     def _change_settings(self, settings: Settings) -> None:
         """From the next step on, and for tickets issued from now on; what is impossible changes nothing."""
         change = {"version": settings.version, "step": self.progress.step, "values": settings.values}
         try:
-            self.in_force.change(settings)
+            self.live_config.apply_settings(settings)
         except ValueError as error:
             _log.error("settings of version %d are refused: %s", settings.version, error)
             self.store.announce("settings_refused", change | {"reason": str(error)})
@@ -279,27 +279,27 @@ class Loop:
         self.trainer.config = self.config
         self.intake.configure(self.config)
 
-    def _look_after(self, row: dict[str, float]) -> None:
-        state, kind, reason = self.in_force.look_after(row)
+    def _update_guard(self, row: dict[str, float]) -> None:
+        state, kind, reason = self.live_config.update_guard(row)
         if kind in ("tighten", "loosen"):
             self._configure()
         if kind is not None:
             self.telling.guard(kind, reason, state.notch)
 
     def _evaluate_if_due(self) -> None:
-        self._check()
-        self.evaluations.collect()
+        self._raise_background_failure()
+        self.evaluator.collect()
         self._begin_evaluation_if_due()
 
-    def _check(self) -> None:
+    def _raise_background_failure(self) -> None:
         """Raises what has gone wrong beside the loop."""
-        self.publisher.check()
-        self.checkpointer.check()
+        self.publisher.raise_failure()
+        self.checkpointer.raise_failure()
 
     def _begin_evaluation_if_due(self) -> None:
         is_ending = self.is_at_last_step or self.switches.stop.is_set()
         if not is_ending and not self.intake.source.is_recording:
-            self.evaluations.begin_if_due()
+            self.evaluator.begin_if_due()
 
     def _evaluate_and_wait(self) -> bool:
         """Nothing is published meanwhile, so that every completion is of this step's version. False when stopped."""
@@ -308,26 +308,26 @@ class Loop:
         self._wait_while_paused()
         self.telling.phase("evaluating")
         if self.intake.is_evaluating:
-            self.evaluations.record(self._wait_for_evaluation())
+            self.evaluator.on_result(self._wait_for_evaluation())
         if not self.switches.stop.is_set():
-            self.evaluations.begin()
-            self.evaluations.record(self._wait_for_evaluation())
+            self.evaluator.begin()
+            self.evaluator.on_result(self._wait_for_evaluation())
         return not self.intake.is_evaluating and not self.switches.stop.is_set()
 
     def _wait_for_first_evaluation(self) -> None:
         if self._is_first_evaluation_open():
             self.telling.phase("evaluating")
-            self.evaluations.record(self._wait_for_evaluation())
+            self.evaluator.on_result(self._wait_for_evaluation())
 
     def _wait_for_evaluation(self) -> dict[str, float] | None:
         """None when stopped."""
-        while (result := self.intake.finished_evaluation(PATIENCE_S, self.switches.stop.is_set)) is None:
+        while (result := self.intake.finished_evaluation(WAIT_POLL_S, self.switches.stop.is_set)) is None:
             if self.switches.stop.is_set():
                 break
-            self.patience.wait_for_groups(Reason.EVALUATING)
+            self.wait_deadlines.note_group_wait(Reason.EVALUATING)
             self.telling.groups()
             self._obey()
-        self.patience.has_groups(Reason.EVALUATING)
+        self.wait_deadlines.end_group_wait(Reason.EVALUATING)
         return result
 
     def _wait_while_paused(self) -> None:
@@ -339,8 +339,8 @@ class Loop:
             self.waits.waiting(Reason.PAUSED)
             self.telling.groups()
             self._obey()
-            self._check()
-            self.evaluations.collect()
+            self._raise_background_failure()
+            self.evaluator.collect()
         self.waits.over(Reason.PAUSED)
 
     def _is_interrupted(self) -> bool:
@@ -351,5 +351,5 @@ class Loop:
         self.publisher.close()
         self.checkpointer.close()
         self.versions.close()
-        self.evaluations.best.close()
+        self.evaluator.best.close()
         self.telling.close()

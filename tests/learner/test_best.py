@@ -146,11 +146,11 @@ def test_what_is_exported_is_the_policy_that_was_asked_for(client: redis.Redis, 
         if loop.progress.step == 2:
             loop.publisher.wait()
             loop.trainer.policy.model.save_pretrained(tmp_path / "two")
-            loop.evaluations.best.set_aside(2, loop.versions.current, loop.versions.copy_of_newest())
+            loop.evaluator.best.set_aside(2, loop.versions.current, loop.versions.copy_of_newest())
 
     loop._publish = publish_and_set_aside  # type: ignore[method-assign]
     assert loop.run()
-    assert loop.evaluations.best.decide(0.5)
+    assert loop.evaluator.best.decide(0.5)
     loop.trainer.policy.model.save_pretrained(tmp_path / "last")
     end(loop)
     expected, last = logits(tmp_path / "two"), logits(tmp_path / "last")

@@ -46,7 +46,7 @@ def test_steps_are_taken_while_a_checkpoint_is_written_and_it_is_of_its_own_step
     loop: Loop, client: redis.Redis, keys: Keys, tmp_path: Path
 ) -> None:
     gate, states = Gate(loop), list[dict[str, bytes]]()
-    copy_state, look_after = loop.trainer.copy_state, loop._look_after
+    copy_state, update_guard = loop.trainer.copy_state, loop._update_guard
 
     def note_and_copy() -> None:
         states.append(
@@ -54,8 +54,8 @@ def test_steps_are_taken_while_a_checkpoint_is_written_and_it_is_of_its_own_step
         )
         copy_state()
 
-    def look_after_and_open(row: Any) -> None:
-        look_after(row)
+    def update_guard_and_open(row: Any) -> None:
+        update_guard(row)
         if loop.progress.step == 5:
             assert not checkpoint_folders(tmp_path / "checkpoints") and loop.checkpointer.is_busy
             gate.is_open.set()
@@ -68,7 +68,7 @@ def test_steps_are_taken_while_a_checkpoint_is_written_and_it_is_of_its_own_step
             assert sum(one.state == "trained" for one in record.settlements) == 8, "of two steps, though five are over"
 
     loop.trainer.copy_state = note_and_copy  # type: ignore[method-assign]
-    loop._look_after = look_after_and_open  # type: ignore[method-assign]
+    loop._update_guard = update_guard_and_open  # type: ignore[method-assign]
     assert loop.run()
     assert gate.reached.is_set() and len(rows_of(tmp_path, "step")) == STEPS
     steps = [read_record(folder).step for folder in checkpoint_folders(tmp_path / "checkpoints")]
@@ -126,7 +126,7 @@ def waited(loop: Loop, num_s: int, monkeypatch: pytest.MonkeyPatch) -> list[int]
         loop.checkpointer.is_due = False
         begun.append(now)
 
-    monkeypatch.setattr(loop.patience, "wait_for_groups", tick)
+    monkeypatch.setattr(loop.wait_deadlines, "note_group_wait", tick)
     monkeypatch.setattr(loop.intake, "take_batch", lambda *_: None)
     monkeypatch.setattr(loop, "_checkpoint", begin)
     assert loop._wait_for_batch() is None
@@ -137,7 +137,7 @@ def waited(loop: Loop, num_s: int, monkeypatch: pytest.MonkeyPatch) -> list[int]
 def test_a_long_wait_is_used_for_one_checkpoint(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     assert waited(loop, 300, monkeypatch) == [11]
     assert waited(loop, 9, monkeypatch) == []
-    loop.checkpointer.last_s = 20.0
+    loop.checkpointer.last_duration_s = 20.0
     assert waited(loop, 300, monkeypatch) == [81], "only once the last one's time is a quarter of the wait's"
     assert waited(loop, 79, monkeypatch) == []
 

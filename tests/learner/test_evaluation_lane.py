@@ -155,13 +155,13 @@ def test_a_version_is_not_evaluated_twice(replica: Replica, client: redis.Redis,
     """Its tickets exist already: a second evaluation would wait for ever."""
     loop = take_up(tmp_path, client, keys, None, *SETTINGS, "learner.steps=3")
     loop.publish_first()
-    loop.evaluations.begin()
-    assert loop.evaluations.best.decide(0.5)
+    loop.evaluator.begin()
+    assert loop.evaluator.best.decide(0.5)
     loop.intake._evaluation = None
-    loop.evaluations.is_due = True
+    loop.evaluator.is_due = True
     loop._evaluate_if_due()
     assert not loop.intake.is_evaluating
     loop._publish()
     loop.publisher.wait()
-    assert loop.intake.is_evaluating and not loop.evaluations.is_due
+    assert loop.intake.is_evaluating and not loop.evaluator.is_due
     end(loop)

@@ -209,7 +209,10 @@ def test_the_loop_goes_on_tightened_and_says_so(
         assert loop.run()
     finally:
         end(loop)
-    assert (loop.in_force.ordered.learner.max_staleness, loop.in_force.ordered.optimizer.lr) == (2, 2e-4)
+    assert (loop.live_config.before_guard.learner.max_staleness, loop.live_config.before_guard.optimizer.lr) == (
+        2,
+        2e-4,
+    )
     assert (loop.config.learner.max_staleness, loop.config.optimizer.lr) == (1, 1e-4)
     assert loop.trainer.config is loop.config is loop.intake.config
     events = [json.loads(f[b"event"]) for _, f in client.xrange(keys.events) if f[b"kind"] == b"guard"]
@@ -227,11 +230,14 @@ def test_an_order_does_not_undo_what_the_guard_has_tightened(
 ) -> None:
     loop = take_up(tmp_path, client, keys, recording, *ACTING)
     try:
-        loop.in_force.guard = GuardState(notch=3, is_warned=True)
+        loop.live_config.guard = GuardState(notch=3, is_warned=True)
         loop._change_settings(Settings(1, {"optimizer.lr": 8e-5, "learner.max_staleness": 8}))
         assert (loop.config.learner.max_staleness, loop.config.optimizer.lr) == (1, 4e-5)
         loop._change_settings(Settings(2, {"optimizer.lr": 1.0, "learner.max_staleness": -1}))
-        assert (loop.in_force.ordered.learner.max_staleness, loop.in_force.ordered.optimizer.lr) == (8, 8e-5), "refused"
+        assert (loop.live_config.before_guard.learner.max_staleness, loop.live_config.before_guard.optimizer.lr) == (
+            8,
+            8e-5,
+        ), "refused"
     finally:
         end(loop)
 
@@ -250,7 +256,7 @@ def test_a_checkpoint_holds_the_guard(recording: Path, client: redis.Redis, keys
             finally:
                 end(loop)
             loops[name, last_step] = loop
-    guards = {name: loop.in_force.guard for name, loop in loops.items()}
+    guards = {name: loop.live_config.guard for name, loop in loops.items()}
     assert guards["stopped", 4] == GuardState(1, True, (True,) * 4, (True,), 0, (True,))
     assert guards["stopped", STEPS] == guards["undisturbed", STEPS] == GuardState(2, True, (True,) * 5, (), 0, (True,))
     assert state_of(tmp_path / "stopped") == state_of(tmp_path / "undisturbed")

@@ -97,9 +97,9 @@ def test_a_disk_that_stays_full_ends_the_learner_with_the_reason(loop: Loop, mon
         raise CheckpointError("No space left on device")
 
     monkeypatch.setattr(checkpointing, "save_checkpoint", save)
-    monkeypatch.setattr(loop_module, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(loop_module, "WAIT_POLL_S", 0.01)
     learner = loop.config.learner.model_copy(update={"starvation_deadline_s": 0.05})
-    loop.in_force.config = loop.config.model_copy(update={"learner": learner})
+    loop.live_config.config = loop.config.model_copy(update={"learner": learner})
     with pytest.raises(Starved, match=r"the checkpoint cannot be written for .*No space left"):
         loop.run()
 
@@ -192,9 +192,9 @@ def test_a_run_that_is_scaled_to_0_waits_without_a_deadline(
     """No ticket is answered meanwhile; the learner starves only once replicas are wanted again."""
     monkeypatch.setattr(loop.intake.source, "issue", lambda *_: Issued([]))
     monkeypatch.setattr(intake_module, "LOOK_INTERVAL_S", 0.01)
-    monkeypatch.setattr(loop_module, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(loop_module, "WAIT_POLL_S", 0.01)
     learner = loop.config.learner.model_copy(update={"starvation_deadline_s": 0.2})
-    loop.in_force.config = loop.config.model_copy(update={"learner": learner})
+    loop.live_config.config = loop.config.model_copy(update={"learner": learner})
     client.hset(keys.control, "desired_replicas", 0)
     loop.intake.look_around()
     ends: list[BaseException] = []

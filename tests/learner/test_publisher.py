@@ -27,7 +27,7 @@ from headrace.common.weights.files import (
 )
 from headrace.common.wire import Heartbeat, encode
 from headrace.learner.reporting.http_api import make_app
-from headrace.learner.steering import switches as orders_module
+from headrace.learner.steering import switches as switches_module
 from headrace.learner.steering.switches import Switches
 from headrace.learner.store.store import Fenced, LearnerStore
 from headrace.learner.weights.publisher import Versions, places_above
@@ -260,7 +260,7 @@ def test_the_learner_serves_versions_and_obeys_only_with_the_token(
     switches, sock = Switches(), listen("127.0.0.1", 0)
     in_memory = tmp_path / "in memory"
     app = make_app(versions.root, lambda: {"paused": switches.paused.is_set()}, switches, "secret", in_memory)
-    monkeypatch.setattr(orders_module, "WRITE_PATIENCE_S", 0.01)  # nobody writes them
+    monkeypatch.setattr(switches_module, "PERSIST_TIMEOUT_S", 0.01)  # nobody writes them
     with serve_in_thread(app, sock), httpx.Client(base_url=url_of(sock)) as http:
         assert http.get("/healthz").json() == {"status": "ok"}
         for path in ("/weights/latest", f"/weights/1/{MODEL_FILE}"):
@@ -296,7 +296,7 @@ def test_the_learner_serves_versions_and_obeys_only_with_the_token(
         assert http.post("/resume", headers=bearer("secret")).json() == {"paused": False}
         http.post("/checkpoint", headers=bearer("secret"))
         http.post("/stop", headers=bearer("secret"))
-    assert switches.unwritten == [
+    assert switches.unpersisted == [
         ("HSET", "paused", 1),
         ("HDEL", "paused"),
         ("HINCRBY", "checkpoints", 1),

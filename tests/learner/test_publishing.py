@@ -142,7 +142,7 @@ def test_a_disk_that_stays_full_ends_the_learner_with_the_reason(loop: Loop, mon
     before_writing(loop, refuse)
     monkeypatch.setattr(publishing, "RETRY_S", 0.01)
     learner = loop.config.learner.model_copy(update={"starvation_deadline_s": 0.05})
-    loop.in_force.config = loop.config.model_copy(update={"learner": learner})
+    loop.live_config.config = loop.config.model_copy(update={"learner": learner})
     with pytest.raises(Starved, match=r"No space left|still being published"):
         loop.run()
 

@@ -19,8 +19,8 @@ from headrace.learner.checkpoints.checkpoint import newest
 from headrace.learner.checkpoints.record import Record, checkpoint_folders, read_record
 from headrace.learner.intake.group_source import Issued
 from headrace.learner.loop import Loop
-from headrace.learner.steering import live_config as in_force
-from headrace.learner.steering import switches as orders_module
+from headrace.learner.steering import live_config
+from headrace.learner.steering import switches as switches_module
 from headrace.learner.steering.switches import Switches
 from tests.support.fake_services import until
 from tests.support.launching import rows_of
@@ -143,7 +143,7 @@ def test_a_stop_stands_until_a_checkpoint_has_been_written(
 def test_a_checkpoint_is_written_when_one_more_is_asked_for(
     loop: Loop, client: redis.Redis, keys: Keys, tmp_path: Path
 ) -> None:
-    loop.in_force.config = loop.config.model_copy(
+    loop.live_config.config = loop.config.model_copy(
         update={"learner": loop.config.learner.model_copy(update={"checkpoint_interval_steps": 100})}
     )
     after_step(loop, 3, lambda: client.hincrby(keys.control, "checkpoints", 1))
@@ -156,23 +156,23 @@ def test_what_comes_over_http_counts_at_once_and_is_written_to_redis(
 ) -> None:
     loop.switches.pause()
     assert loop.switches.paused.is_set() and not client.exists(keys.control)
-    loop.switches.follow(parse_orders({}))
+    loop.switches.sync_from(parse_orders({}))
     assert loop.switches.paused.is_set(), "what was read before it was written is older"
     loop.intake.turn()
-    assert parse_orders(client.hgetall(keys.control)).is_paused and loop.switches.unwritten == []
+    assert parse_orders(client.hgetall(keys.control)).is_paused and loop.switches.unpersisted == []
     loop.switches.resume()
-    loop.switches.ask_for_checkpoint()
+    loop.switches.request_checkpoint()
     loop.intake.look_at_orders()
     assert client.hgetall(keys.control) == {b"checkpoints": b"1"} and not loop.switches.paused.is_set()
     assert loop.intake.sight.orders.checkpoints == 1
 
 
 def test_an_order_over_http_answers_without_redis(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(orders_module, "WRITE_PATIENCE_S", 0.01)
+    monkeypatch.setattr(switches_module, "PERSIST_TIMEOUT_S", 0.01)
     switches = Switches()
-    switches.end()
-    switches.wait_until_written()
-    assert switches.stop.is_set() and switches.unwritten == [("HSET", "stop", 1)]
+    switches.request_stop()
+    switches.wait_until_persisted()
+    assert switches.stop.is_set() and switches.unpersisted == [("HSET", "stop", 1)]
 
 
 def test_settings_count_from_the_next_step_on(loop: Loop, client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
@@ -209,19 +209,19 @@ def test_settings_are_taken_up_from_the_checkpoint_when_redis_has_none(
     assert not loop.run()
     client.hdel(keys.control, "settings")
     again = take_up(tmp_path, client, keys, recording)
-    assert again.in_force.settings.version == 7 and again.intake.config == again.trainer.config == again.config
+    assert again.live_config.settings.version == 7 and again.intake.config == again.trainer.config == again.config
     assert (again.config.sampling.temperature, again.intake.config.learner.max_staleness) == (0.5, 1)
-    assert again.in_force.configured == make_config()
-    assert parse_orders(client.hgetall(keys.control)).settings == again.in_force.settings
+    assert again.live_config.configured == make_config()
+    assert parse_orders(client.hgetall(keys.control)).settings == again.live_config.settings
     end(again)
 
 
 def test_which_settings_count_at_a_start() -> None:
     config = make_config()
 
-    def take(ordered: Settings, recorded: Settings) -> tuple[float | None, int, int]:
-        found, standing = in_force.take_up(config, ordered, recorded, GuardState())
-        return hot_values(found.config)["optimizer.lr"], found.settings.version, standing.version
+    def take(in_redis: Settings, in_checkpoint: Settings) -> tuple[float | None, int, int]:
+        found, newest = live_config.resume_config(config, in_redis, in_checkpoint, GuardState())
+        return hot_values(found.config)["optimizer.lr"], found.settings.version, newest.version
 
     def lr(version: int, value: float) -> Settings:
         return Settings(version, {"optimizer.lr": value})

@@ -558,7 +558,7 @@ class Protocol(RuleBasedStateMachine):
                 loop, _ = assembly.assemble(
                     CONFIG, self.folder, "", client, self.keys, "http://x", task, Switches(), Waits()
                 )
-                loop.publisher._is_held = lambda: False  # or nothing would end the wait, in a single thread
+                loop.publisher._is_on_hold = lambda: False  # or nothing would end the wait, in a single thread
                 loop.publish_first()
                 loop.intake.take_up()
         except (Crash, redis.OutOfMemoryError):
@@ -616,7 +616,7 @@ class Protocol(RuleBasedStateMachine):
         elif name == "checkpoint":
             loop._checkpoint_if_due(True, False)
         else:
-            loop.evaluations.is_due = True
+            loop.evaluator.is_due = True
             loop._begin_evaluation_if_due()
 
     def _as_replica(self, act: Coroutine[Any, Any, Any], fault: Fault | None) -> Any:

@@ -278,17 +278,17 @@ class Intake:
         look = self.store.look([entry.ticket_id for entry in entries])
         self._take_in(entries, look.marks)
         self._top_up(look)
-        if self.switches.unwritten or time.monotonic() > self._looked + LOOK_INTERVAL_S:
+        if self.switches.unpersisted or time.monotonic() > self._looked + LOOK_INTERVAL_S:
             self.look_around()
 
     def look_at_orders(self) -> None:
         """Writes what Redis does not know yet, then obeys what stands there."""
-        if unwritten := self.switches.unwritten:
-            self.store.order(unwritten)
-            self.switches.written(unwritten)
+        if unpersisted := self.switches.unpersisted:
+            self.store.order(unpersisted)
+            self.switches.mark_persisted(unpersisted)
         orders = self.store.orders()
         self.sight = self.sight._replace(orders=orders)
-        self.switches.follow(orders)
+        self.switches.sync_from(orders)
 
     def look_around(self) -> None:
         """What is ordered, which replicas live, which evaluation tickets died, which dead ones to issue again."""

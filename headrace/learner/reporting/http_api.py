@@ -66,17 +66,17 @@ def make_app(
 
     @app.post("/checkpoint", dependencies=guarded)
     def checkpoint() -> dict[str, Any]:
-        switches.ask_for_checkpoint()
+        switches.request_checkpoint()
         return written()
 
     @app.post("/stop", dependencies=guarded)
     def stop() -> dict[str, Any]:
         """Ends the run after the step in progress, with a checkpoint."""
-        switches.end()
+        switches.request_stop()
         return written()
 
     def written() -> dict[str, Any]:
-        switches.wait_until_written()
+        switches.wait_until_persisted()
         return status()
 
     return app

@@ -18,7 +18,7 @@ from headrace.learner.intake.samples import TokenTexts, shown_group
 from headrace.learner.reporting.summary import MetricsFile
 from headrace.learner.reporting.trackers import Trackers
 from headrace.learner.scaling.advice import Advice, Adviser
-from headrace.learner.steering.live_config import InForce
+from headrace.learner.steering.live_config import LiveConfig
 from headrace.learner.steering.switches import Switches
 from headrace.learner.store.store import LearnerStore
 from headrace.learner.training.step_metrics import group_durations_s, staleness_metrics
@@ -52,7 +52,7 @@ class Telling:
     metrics: MetricsFile
     trackers: Trackers
     token_texts: TokenTexts
-    in_force: InForce
+    live_config: LiveConfig
     _is_shown_paused: bool = False
     _shown_at: float = field(default_factory=time.monotonic)
 
@@ -64,14 +64,14 @@ class Telling:
         if self._is_shown_paused and phase in ("waiting", "evaluating", "waiting for a replica"):
             phase = "paused"
         position = {"step": self.progress.step, "version": self.versions.current, "url": self.versions.url}
-        position |= {"settings_version": self.in_force.settings.version, "held_back": self.in_force.held_back}
+        position |= {"settings_version": self.live_config.settings.version, "held_back": self.live_config.held_back}
         advised = {"advised_replicas": advice.replicas, "advice": advice.reason}
         self.store.report({"phase": phase, "reason": self.waits.describe(), **position, **advised})
 
     def guard(self, kind: str, reason: str, notch: int) -> None:
         """What it has done, and why."""
         done = {"warn": "warns", "tighten": "tightens", "loosen": "loosens"}[kind]
-        text = f"the guard {done}: {reason}; {self.in_force.held_back or 'everything is as ordered'}"
+        text = f"the guard {done}: {reason}; {self.live_config.held_back or 'everything is as ordered'}"
         _log.log(logging.INFO if kind == "loosen" else logging.WARNING, text)
         event = {"action": kind, "reason": reason, "notch": notch, "step": self.progress.step, "text": text}
         self.store.announce("guard", event)

@@ -1,4 +1,5 @@
-"""What the loop does between steps, most of it beside the next one: publish, checkpoint, evaluate, wait.
+"""The stages of the loop between steps: publish, checkpoint, evaluate, wait.
 
-The loop is held up for a copy of the tensors; each wait has a reason and a deadline.
+Publishing and checkpointing run beside the next step: the loop waits only for a copy of the tensors. Each wait has a
+reason and a deadline.
 """

@@ -1,7 +1,7 @@
-"""When the learner evaluates, and what becomes of a result.
+"""When the learner evaluates, and what it does with a result.
 
 An evaluation that is due begins as soon as its version is announced, in the publisher's thread, so that as many of its
-tokens as possible are of that version; the loop collects it.
+tokens as possible are sampled by that version. The loop collects the result.
 """
 
 import threading
@@ -14,41 +14,41 @@ from headrace.learner.weights.publisher import Versions
 
 
 @dataclass
-class Evaluations:
-    """One at a time."""
+class Evaluator:
+    """Runs one evaluation at a time."""
 
     intake: Intake
     versions: Versions
     best: Best
     telling: Telling
     is_due: bool = False
-    """Asked for and not yet begun."""
-    _evaluated: int = 0
-    """The latest version of which there was or is one."""
-
-    _deciding: threading.RLock = field(default_factory=threading.RLock)
+    """An evaluation was requested and has not begun."""
+    _last_version: int = 0
+    """The weight version of the latest evaluation, finished or not."""
+    _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def begin(self) -> None:
-        """Of the version that was announced last, none being on its way."""
-        with self._deciding:
+        """Begins the evaluation of the last announced version. The caller ensures that none is in progress."""
+        with self._lock:
             self.is_due = False
-            self._evaluated = self.versions.current
-            step = self.versions.steps[self._evaluated]
-            self.best.set_aside(step, self._evaluated, self.versions.copy_of_newest())
-            self.intake.begin_evaluation(step, self._evaluated)
+            self._last_version = self.versions.current
+            step = self.versions.steps[self._last_version]
+            self.best.set_aside(step, self._last_version, self.versions.copy_of_newest())
+            self.intake.begin_evaluation(step, self._last_version)
 
     def begin_if_due(self) -> None:
-        """No version is evaluated twice: its tickets exist. While one is on its way it is waited for."""
-        with self._deciding:
+        """Begins the evaluation that is due, unless one is in progress or a version is being published. A version is
+        evaluated once: a second time its tickets would exist already."""
+        with self._lock:
             is_possible = not self.intake.is_evaluating and not self.versions.is_publishing
-            if self.is_due and is_possible and self._evaluated < self.versions.current:
+            if self.is_due and is_possible and self._last_version < self.versions.current:
                 self.begin()
 
     def collect(self) -> None:
-        """What is done."""
-        with self._deciding:
-            self.record(self.intake.finished_evaluation())
+        """Reports the evaluation if it is complete."""
+        with self._lock:
+            self.on_result(self.intake.finished_evaluation())
 
-    def record(self, result: dict[str, float] | None) -> None:
+    def on_result(self, result: dict[str, float] | None) -> None:
         if result is not None:
             self.telling.row("evaluation", result | {"is_best": self.best.decide(result["held_out"])})

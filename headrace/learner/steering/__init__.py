@@ -1,1 +1,1 @@
-"""What is asked of the loop while it runs, and the configuration that counts now."""
+"""How a running learner is steered: requests to pause, stop or checkpoint, and the configuration that applies now."""

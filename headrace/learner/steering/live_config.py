@@ -1,4 +1,4 @@
-"""The configuration that counts: as the run was started, with what was ordered since, with what the guard tightened."""
+"""The configuration that applies now: the recipe's, with the settings changed since, as the guard has tightened it."""
 
 import logging
 from collections.abc import Mapping
@@ -12,52 +12,52 @@ from headrace.learner.algorithm.guard import Decision, GuardState, decide, held_
 _log = logging.getLogger(__name__)
 
 
-class InForce:
+class LiveConfig:
     """Raises `ValueError` if the settings are impossible."""
 
-    ordered: RunConfig
-    """With the settings, before the guard."""
+    before_guard: RunConfig
+    """With the settings, without the guard's changes."""
     config: RunConfig
-    """As it counts now."""
+    """The one that applies now."""
 
     def __init__(self, configured: RunConfig, settings: Settings, guard: GuardState) -> None:
         self.configured = configured
         self.guard = guard
-        self.change(settings)
+        self.apply_settings(settings)
 
-    def change(self, settings: Settings) -> None:
-        """Raises `ValueError` if they are impossible, and changes nothing then."""
-        self.ordered = with_settings(self.configured, settings.values)
+    def apply_settings(self, settings: Settings) -> None:
+        """Raises `ValueError`, and changes nothing, if they are impossible."""
+        self.before_guard = with_settings(self.configured, settings.values)
         self.settings = settings
-        self.config = tightened(self.ordered, self.guard)
+        self.config = tightened(self.before_guard, self.guard)
 
-    def look_after(self, row: Mapping[str, Any]) -> Decision:
-        """The guard may tighten the steps after the one that `row` is of, or loosen them again."""
-        decision = decide(self.guard, row, self.ordered)
+    def update_guard(self, row: Mapping[str, Any]) -> Decision:
+        """Lets the guard tighten or loosen the steps after the one of `row`, a row of step metrics."""
+        decision = decide(self.guard, row, self.before_guard)
         is_moved = decision.state.notch != self.guard.notch
         self.guard = decision.state
         if is_moved:
-            self.config = tightened(self.ordered, self.guard)
+            self.config = tightened(self.before_guard, self.guard)
         return decision
 
     @property
     def held_back(self) -> str:
-        """What the guard has tightened, for people; empty where nothing."""
-        return held_back(self.ordered, self.config)
+        """The settings that the guard has tightened, for people; empty if there are none."""
+        return held_back(self.before_guard, self.config)
 
 
-def take_up(
-    configured: RunConfig, ordered: Settings, recorded: Settings, guard: GuardState
-) -> tuple[InForce, Settings]:
-    """What counts at a start, and the settings that are to stand in Redis.
+def resume_config(
+    configured: RunConfig, in_redis: Settings, in_checkpoint: Settings, guard: GuardState
+) -> tuple[LiveConfig, Settings]:
+    """Returns the effective configuration at start-up, and the settings to write to Redis.
 
-    `ordered` stands in Redis, `recorded` in the checkpoint: the higher version counts, Redis's where they are equal.
-    What has become impossible gives way to the other, and at last to what is configured.
+    Of the settings in Redis and in the checkpoint those of the higher version apply, Redis's if they are equal. If they
+    are impossible, the checkpoint's apply, and if those are too, the configuration alone.
     """
-    standing = ordered if ordered.version >= recorded.version else recorded
-    for settings in (standing, recorded):
+    newest = in_redis if in_redis.version >= in_checkpoint.version else in_checkpoint
+    for settings in (newest, in_checkpoint):
         try:
-            return InForce(configured, settings, guard), standing
+            return LiveConfig(configured, settings, guard), newest
         except ValueError as error:
             _log.error("settings of version %d are refused: %s", settings.version, error)
-    return InForce(configured, Settings(), guard), standing
+    return LiveConfig(configured, Settings(), guard), newest

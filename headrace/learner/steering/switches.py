@@ -1,8 +1,8 @@
-"""What is asked of the loop: by the run's orders in Redis, by the learner's own HTTP side, or by a signal.
+"""Requests to stop, pause or checkpoint: from the run's desired state in Redis, the learner's HTTP API, or a signal.
 
-The orders in Redis are the one truth. What comes over HTTP takes effect at once, is then written there by the intake,
-and outlives the learner from that moment on; while Redis is away `unwritten` names it. A signal stops this process and
-orders nothing.
+Redis holds the desired state. A request over HTTP takes effect at once; the intake then writes it to Redis, and from
+then on it outlives the learner. While Redis is away `unpersisted` has it. A signal stops this process alone and writes
+nothing.
 """
 
 import threading
@@ -10,66 +10,66 @@ from collections.abc import Sequence
 
 from headrace.common.wire.desired_state import CHECKPOINTS, PAUSED, STOP, Orders
 
-WRITE_PATIENCE_S = 1.0
+PERSIST_TIMEOUT_S = 1.0
 
-Order = tuple[str | int, ...]
-"""A command on the hash `control`, without its key."""
+ControlCommand = tuple[str | int, ...]
+"""A Redis command on the hash `control`, without its key."""
 
 
 class Switches:
-    """`stop` and `paused` as they count now. Safe to use from any thread."""
+    """`stop` and `paused` as they are now. Safe to use from any thread."""
 
     def __init__(self) -> None:
         self.stop = threading.Event()
         self.paused = threading.Event()
         self._changed = threading.Condition()
-        self._unwritten: list[Order] = []
+        self._unpersisted: list[ControlCommand] = []
 
     def pause(self) -> None:
         with self._changed:
             self.paused.set()
-            self._unwritten.append(("HSET", PAUSED, 1))
+            self._unpersisted.append(("HSET", PAUSED, 1))
 
     def resume(self) -> None:
         with self._changed:
             self.paused.clear()
-            self._unwritten.append(("HDEL", PAUSED))
+            self._unpersisted.append(("HDEL", PAUSED))
 
-    def end(self) -> None:
+    def request_stop(self) -> None:
         with self._changed:
             self.stop.set()
-            self._unwritten.append(("HSET", STOP, 1))
+            self._unpersisted.append(("HSET", STOP, 1))
 
-    def has_ended(self) -> None:
-        """A stop has been obeyed: the run's next life is not to stop."""
+    def clear_stop(self) -> None:
+        """The learner has stopped as requested; the next start of the run must not stop for the same request."""
         with self._changed:
-            self._unwritten.append(("HDEL", STOP))
+            self._unpersisted.append(("HDEL", STOP))
 
-    def ask_for_checkpoint(self) -> None:
+    def request_checkpoint(self) -> None:
         with self._changed:
-            self._unwritten.append(("HINCRBY", CHECKPOINTS, 1))
+            self._unpersisted.append(("HINCRBY", CHECKPOINTS, 1))
 
     @property
-    def unwritten(self) -> list[Order]:
-        """What Redis does not know yet."""
+    def unpersisted(self) -> list[ControlCommand]:
+        """The commands that are not in Redis yet."""
         with self._changed:
-            return list(self._unwritten)
+            return list(self._unpersisted)
 
-    def written(self, orders: Sequence[Order]) -> None:
-        """The first of `unwritten`, by the one thread that writes them."""
+    def mark_persisted(self, commands: Sequence[ControlCommand]) -> None:
+        """`commands`: the first of `unpersisted`. Only the one thread that writes them calls this."""
         with self._changed:
-            del self._unwritten[: len(orders)]
+            del self._unpersisted[: len(commands)]
             self._changed.notify_all()
 
-    def wait_until_written(self) -> None:
-        """Or for a moment: without Redis they wait."""
+    def wait_until_persisted(self) -> None:
+        """Returns after `PERSIST_TIMEOUT_S` in any case: without Redis the commands wait."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._unwritten, WRITE_PATIENCE_S)
+            self._changed.wait_for(lambda: not self._unpersisted, PERSIST_TIMEOUT_S)
 
-    def follow(self, orders: Orders) -> None:
-        """What stands in Redis, unless something newer is on its way there."""
+    def sync_from(self, orders: Orders) -> None:
+        """Takes over the state in Redis, unless a newer request is still to be written there."""
         with self._changed:
-            if self._unwritten:
+            if self._unpersisted:
                 return
             if orders.is_stopping:
                 self.stop.set()
