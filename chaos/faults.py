@@ -13,7 +13,7 @@ from chaos.replacement import replace_learner
 from chaos.schedule import Fault, Kind
 from chaos.targets import engine_process, running_learner, running_replica
 from chaos.test_bed import InjectedFault, TestBed
-from headrace.common.process.waiting import Reason
+from headrace.common.process.waiting import Reason, decode_waits
 
 CHECKPOINTS_TIMEOUT_S = 180.0
 
@@ -92,7 +92,7 @@ def _fill_disk(test_bed: TestBed, fault: Fault) -> InjectedFault:
     test_bed.disk.fill()
 
     def is_over() -> bool:
-        if Reason.CHECKPOINT in test_bed.observer.learner().get("reason", ""):
+        if Reason.CHECKPOINT_FAILING in decode_waits(test_bed.observer.learner().get("waits", "")):
             injected_fault.note = "the learner reported it"
             return True
         test_bed.disk.fill()

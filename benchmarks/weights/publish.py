@@ -112,7 +112,7 @@ def publications(folder: Path, url: str, num_items: int, num_threads: int) -> li
     weights, waits = made_weights(num_items), Waits()
     versions = Versions(folder / f"weights-{num_threads}", LearnerStore(connect(url), Keys("publish")), "", "")
     versions._writer = VersionWriter("benchmark", num_threads)
-    worker = BackgroundWorker("publish", WaitDeadlines(waits, None, None, None), Reason.PUBLISHING)  # type: ignore[arg-type]
+    worker = BackgroundWorker("publish", WaitDeadlines(waits, None, None, None), Reason.WAITING_FOR_PUBLISH)  # type: ignore[arg-type]
     for step in range(2):
         versions.publish(versions.copy(weights), step, versions.reserve())
     num_bytes = sum(tensor.nbytes for tensor in weights.values())
@@ -179,7 +179,7 @@ def checkpoint(folder: Path, num_bytes: int) -> Row:
     times = memcpy(state, snapshots._free[-1])
     record = Record(1, 1, 1, Cursor(0, 0), {}, [], [], [], {}, 0.0)
     alone = trained_alone()
-    worker = BackgroundWorker("checkpoint", WaitDeadlines(Waits(), None, None, None), Reason.CHECKPOINTING)  # type: ignore[arg-type]
+    worker = BackgroundWorker("checkpoint", WaitDeadlines(Waits(), None, None, None), Reason.WAITING_FOR_CHECKPOINT)  # type: ignore[arg-type]
     began_s, began_cpu_s = time.perf_counter(), time.thread_time()
     copied = snapshots.take(state)
     saved: list[tuple[Path, float]] = []

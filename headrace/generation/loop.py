@@ -28,7 +28,14 @@ BEAT_TTL_S = 10.0
 DRAIN_TIMEOUT_S = 2.0
 STATE_POLL_S = 0.2
 FIRST_VERSION_TIMEOUT_S = 3600.0
-TOLD = (Reason.ENGINE_STARTING, Reason.ENGINE_SILENT, Reason.WEIGHTS, Reason.PAUSED, Reason.REWARDS, Reason.NO_TICKETS)
+TOLD = (
+    Reason.ENGINE_STARTING,
+    Reason.ENGINE_SILENT,
+    Reason.WAITING_FOR_WEIGHTS,
+    Reason.PAUSED,
+    Reason.REWARDS_FAILING,
+    Reason.NO_TICKETS,
+)
 
 
 class Replica:
@@ -96,6 +103,7 @@ class Replica:
             url=self.url,
             state=self.state,
             reason=self.reason,
+            waits=self.waits.durations_s(),
             weight_version=self.weights.version,
             groups_in_flight=len(self._in_flight),
             groups_committed=self._answering.groups_committed,
@@ -213,15 +221,15 @@ class Replica:
         if keeper.problem or keeper.is_doubtful:
             return Reason.ENGINE_SILENT, keeper.problem, None if keeper.problem else keeper.liveness_timeout_s
         if weights.problem:
-            return Reason.WEIGHTS, weights.problem, None
+            return Reason.WAITING_FOR_WEIGHTS, weights.problem, None
         if (newest := max(weights.awaited, default=0)) > weights.version:
             detail = f"version {newest} is awaited, {weights.version} is served"
             is_first = not self._in_flight.is_serving
-            return Reason.WEIGHTS, detail, FIRST_VERSION_TIMEOUT_S if is_first else config.weights_timeout_s
+            return Reason.WAITING_FOR_WEIGHTS, detail, FIRST_VERSION_TIMEOUT_S if is_first else config.weights_timeout_s
         if self.is_paused:
             return Reason.PAUSED, "", None
         if self.rewards.problem:
-            return Reason.REWARDS, self.rewards.problem, None
+            return Reason.REWARDS_FAILING, self.rewards.problem, None
         return (Reason.NO_TICKETS, "", None) if self.state == "running" and not self._in_flight else None
 
 

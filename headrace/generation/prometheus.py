@@ -39,7 +39,7 @@ class Exported:
         heartbeat, families = self._heartbeat(), Families(run=self._tickets.keys.run)
         name, keeper = heartbeat.replica, self._keeper
         add_replica(families, heartbeat)
-        add_replica_waits(families, name, {wait["reason"]: wait["for_s"] for wait in self._waits.status()})
+        add_replica_waits(families, name, self._waits.durations_s())
         self._weights.totals.collect(families, name)
         _add_sources(families, self._weights.fetcher, name)
         families.counter(

@@ -224,7 +224,7 @@ def _report_end(loop: Any, phase: str, reason: str) -> None:
 
     loop.switches.stop.set()  # nothing is retried any more
     with suppress(Fenced, RedisLost, redis.RedisError):
-        loop.store.report({"phase": phase, "reason": reason})
+        loop.store.report({"phase": phase, "reason": reason, "waits": "{}"})
 
 
 def _write_results(loop: Any, folder: Path, tokenizer: Any) -> None:

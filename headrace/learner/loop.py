@@ -179,9 +179,9 @@ class Loop:
         while not self._is_interrupted() and not self.intake.has_ended:
             batch = self.intake.take_batch(WAIT_POLL_S, self._is_interrupted)
             if batch is not None:
-                self.wait_deadlines.end_group_wait(Reason.STARVED)
+                self.wait_deadlines.end_group_wait(Reason.WAITING_FOR_GROUPS)
                 return batch
-            lasted_s = self.wait_deadlines.note_group_wait(Reason.STARVED)
+            lasted_s = self.wait_deadlines.note_group_wait(Reason.WAITING_FOR_GROUPS)
             self.telling.phase(self._waiting)
             self.telling.groups()
             self._obey()
@@ -190,7 +190,7 @@ class Loop:
             if lasted_s > idle_s and (would_help or self.checkpointer.is_due):
                 self._checkpoint_if_due(False, would_help)
                 has_time, idle_s = False, lasted_s + self._idle_s
-        self.wait_deadlines.end_group_wait(Reason.STARVED)
+        self.wait_deadlines.end_group_wait(Reason.WAITING_FOR_GROUPS)
         return None
 
     def _publish(self, num_groups: int = 0) -> None:
@@ -233,7 +233,7 @@ class Loop:
     def _would_checkpoint_help(self, has_time: bool = False) -> bool:
         """Groups could leave Redis, and it is time for that: it is full, or has too many, or there is nothing to do."""
         books = self.intake.books
-        if self.waits.is_waiting(Reason.REDIS_REFUSES):
+        if self.waits.is_waiting(Reason.REDIS_REFUSING):
             return bool(books.held_bytes or books.recorded)
         return books.held_bytes > (0 if has_time else MAX_HELD_BYTES)
 
@@ -324,10 +324,10 @@ class Loop:
         while (result := self.intake.finished_evaluation(WAIT_POLL_S, self.switches.stop.is_set)) is None:
             if self.switches.stop.is_set():
                 break
-            self.wait_deadlines.note_group_wait(Reason.EVALUATING)
+            self.wait_deadlines.note_group_wait(Reason.WAITING_FOR_EVALUATION)
             self.telling.groups()
             self._obey()
-        self.wait_deadlines.end_group_wait(Reason.EVALUATING)
+        self.wait_deadlines.end_group_wait(Reason.WAITING_FOR_EVALUATION)
         return result
 
     def _wait_while_paused(self) -> None:

@@ -27,7 +27,7 @@ from headrace.launcher.run.redis_server import redis_binary
 PASSWORD = "pa@ss/w:rd#"
 IN_URL = "pa%40ss%2Fw%3Ard%23"
 ENOUGH_S = 20.0
-UNREACHABLE, REFUSES = Reason.REDIS_UNREACHABLE, Reason.REDIS_REFUSES
+UNREACHABLE, REFUSES = Reason.REDIS_UNREACHABLE, Reason.REDIS_REFUSING
 
 
 class Seen(Waits):

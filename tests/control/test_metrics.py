@@ -106,19 +106,19 @@ def test_only_what_happens_after_the_start_is_counted(redis_url: str, seeded: Ke
     control(redis_url, seeded, scenario)
 
 
-def test_waits_are_parsed_from_reasons(redis_url: str, seeded: Keys, client: redis.Redis) -> None:
-    reason = "starved: 0 of 16 groups; replicas: a starting (the engine is starting for 6 s) for 120 s"
-    client.hset(seeded.learner, mapping={"phase": "waiting", "reason": reason})
+def test_waits_are_exported_by_code(redis_url: str, seeded: Keys, client: redis.Redis) -> None:
+    waits = {"waiting_for_groups": 120.0, "odd": 1.0}
+    client.hset(seeded.learner, mapping={"phase": "waiting", "reason": "any", "waits": msgspec.json.encode(waits)})
     beat = heartbeat("generation-0", "http://127.0.0.1:9", 40)
-    ill = msgspec.structs.replace(beat, state="quarantined", reason="weights: refused for 30 s")
+    ill = msgspec.structs.replace(beat, state="quarantined", reason="refused", waits={"waiting_for_weights": 30.0})
     client.set(seeded.replica("generation-0"), encode(ill), ex=3600)
 
     async def scenario(_: FastAPI, monitor: RunMonitor, http: httpx.AsyncClient) -> None:
         await monitor.refresh()
         scrape = await scraped(http)
-        assert scrape.value("headrace_waiting_seconds", who="learner", reason="starved") == 120
+        assert scrape.value("headrace_waiting_seconds", who="learner", reason="waiting_for_groups") == 120
         assert scrape.value("headrace_waiting_seconds", who="learner", reason="paused") == 0
-        assert scrape.value("headrace_waiting_seconds", who="generation-0", reason="weights") == 30
+        assert scrape.value("headrace_waiting_seconds", who="generation-0", reason="waiting_for_weights") == 30
         assert scrape.value("headrace_replica_state", replica="generation-0", state="quarantined") == 1
         assert scrape.value("headrace_check_level", check="quarantined") == 2
 

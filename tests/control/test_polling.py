@@ -19,6 +19,8 @@ from tests.support.controls import Control, a_control
 from tests.support.fake_sglang import FakeSglang
 from tests.support.seeded_run import heartbeat, seed_run, shown_group, step_rows
 
+WAITS = [{"reason": "waiting_for_groups", "text": "few groups", "for_s": 2.0}]
+
 
 @pytest.fixture
 def control(redis_url: str, client: redis.Redis, keys: Keys) -> Iterator[Control]:
@@ -56,10 +58,15 @@ def test_the_status_has_the_whole_run(control: Control) -> None:
 def test_counts_come_from_the_learner_if_it_answers(
     control: Control, client: redis.Redis, keys: Keys, fake: FakeSglang
 ) -> None:
-    fake.replies["/status"] = 200, {"counts": {"trained": 7, "odd": 1}, "waits": [{"reason": "starved", "for_s": 2.0}]}
+    fake.replies["/status"] = 200, {"counts": {"trained": 7, "odd": 1}, "waits": WAITS}
     client.hset(keys.learner, "url", fake.url)
     status = control.wait_for(lambda found: found["counts"]["trained"] == 7, "the learner's counts")
-    assert {"component": "learner", "detail": "starved for 2 s"} in status["waits"]
+    assert {
+        "component": "learner",
+        "reason": "waiting_for_groups",
+        "text": "few groups for 2 s",
+        "for_s": 2.0,
+    } in status["waits"]
 
 
 def test_replicas(control: Control, client: redis.Redis, keys: Keys) -> None:

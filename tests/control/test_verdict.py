@@ -16,7 +16,7 @@ from tests.support.seeded_run import heartbeat
 SERVES = ReplicaInput("a", "running", "", 0)
 STARTS = ReplicaInput("a", "starting", "the engine is starting for 6 s", 0)
 ILL = ReplicaInput("b", "quarantined", "checksums differ for 7 s", 0)
-UNSCORED = ReplicaInput("a", "running", "rewards fail: ticket 0-1: ValueError: no for 9 s", 0)
+UNSCORED = ReplicaInput("a", "running", "rewards fail: ticket 0-1: ValueError: no for 9 s", 0, {"rewards_failing": 9.0})
 WELL = CheckInputs(phase="training", step=9, steps=60, replicas=(SERVES,), is_exact=True)
 
 

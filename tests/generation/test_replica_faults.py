@@ -54,7 +54,7 @@ def test_weights_that_do_not_come_in_time_give_the_ticket_back(learner: Learner,
         entry = first_entry()
         async with start(weights_timeout_s=1.0) as replica:
             await until(lambda: "version 99 is awaited, 1 is served" in replica.heartbeat().reason)
-            [wait] = [wait for wait in replica.waits.status() if wait["reason"] == Reason.WEIGHTS]
+            [wait] = [wait for wait in replica.waits.status() if wait["reason"] == Reason.WAITING_FOR_WEIGHTS]
             assert wait["deadline_s"] == 1.0
             await until(lambda: first_entry() not in (b"", entry))
 
@@ -73,10 +73,10 @@ def test_status_shows_what_a_replica_waits_for(learner: Learner, start: Start) -
                     return [wait["reason"] for wait in (await http.get("/status")).json()["waits"]]
 
                 await until(lambda: "version 1 is awaited" in replica.heartbeat().reason)
-                assert await waits() == ["weights"]
+                assert await waits() == ["waiting_for_weights"]
                 await asyncio.to_thread(learner.publish, 0)
                 await until(lambda: replica.state == "running")
-                assert await waits() == ["no tickets"]
+                assert await waits() == ["no_tickets"]
                 replica.is_paused = True
                 assert await waits() == ["paused"]
 

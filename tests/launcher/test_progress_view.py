@@ -86,12 +86,13 @@ def test_a_reason_to_wait_is_told_when_it_lasts(
 ) -> None:
     now = time.monotonic()
     monkeypatch.setattr(progress_view, "monotonic", lambda: now)
-    told = "the learner waits: starved: 3 of 16 groups for"
+    told = "the learner waits: not enough groups: 3 of 16 groups for"
     with Seen(redis_url, keys) as view:
         for seconds in range(4):
             now += 1
             client.hset(
-                keys.learner, mapping={"phase": "waiting", "reason": f"starved: 3 of 16 groups for {seconds} s"}
+                keys.learner,
+                mapping={"phase": "waiting", "reason": f"not enough groups: 3 of 16 groups for {seconds} s"},
             )
             view.refresh()
         assert view.new_lines() == ["learner: waiting; replicas: none yet"]
@@ -101,7 +102,7 @@ def test_a_reason_to_wait_is_told_when_it_lasts(
         assert view.new_lines() == [f"{told} 3 s"]
         client.hset(keys.learner, "reason", "")
         view.refresh()
-        client.hset(keys.learner, "reason", "starved: 3 of 16 groups for 0 s")
+        client.hset(keys.learner, "reason", "not enough groups: 3 of 16 groups for 0 s")
         view.refresh()
         assert view.new_lines() == []
         now += 6
@@ -117,10 +118,12 @@ def test_why_rewards_fail_and_what_has_died_is_told(
     reason = "rewards fail: ticket 0-1: ValueError: no for 2 s"
     told = f"(headrace dead-letters list --run {keys.run}), the latest: ValueError"
     with Seen(redis_url, keys) as view:
-        beat(client, keys, "a", reason=reason)
+        beat(client, keys, "a", reason=reason, waits={"rewards_failing": 2.0})
         view.refresh()
         assert view.new_lines()[1:] == [f"a: {reason}"]
-        beat(client, keys, "a", reason="rewards fail: ticket 0-2: ValueError: no for 3 s")
+        beat(
+            client, keys, "a", reason="rewards fail: ticket 0-2: ValueError: no for 3 s", waits={"rewards_failing": 3.0}
+        )
         client.xadd(keys.dead, {"id": "0-1", "reason": "ValueError"})
         view.refresh()
         assert view.new_lines() == [f"1 ticket is dead {told}"]

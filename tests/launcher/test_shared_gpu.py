@@ -142,7 +142,8 @@ def test_the_learner_is_held_to_its_share(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def heartbeat(state: ReplicaState, reason: str) -> bytes:
-    return encode(Heartbeat("generation-0", "http://127.0.0.1:1", state, reason, 0, 0, 0, 0, 0.0, 0.0))
+    waits = {"engine_starting": 3.0} if reason.startswith("the engine is starting") else {}
+    return encode(Heartbeat("generation-0", "http://127.0.0.1:1", state, reason, 0, 0, 0, 0, 0.0, 0.0, waits=waits))
 
 
 def is_last(seen: list[str], wanted: str) -> bool:

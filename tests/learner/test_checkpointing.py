@@ -100,7 +100,7 @@ def test_a_stop_waits_for_the_checkpoint_that_is_written_and_writes_its_own(loop
     running.start()
     until(lambda: loop.progress.step >= 3, "a step beside the checkpoint")
     loop.switches.stop.set()
-    until(lambda: loop.waits.is_waiting(Reason.CHECKPOINTING), "the wait for it", loop.waits.status)
+    until(lambda: loop.waits.is_waiting(Reason.WAITING_FOR_CHECKPOINT), "the wait for it", loop.waits.status)
     gate.is_open.set()
     running.join(60.0)
     assert not running.is_alive()
@@ -148,7 +148,7 @@ def test_what_the_disk_refused_is_tried_again_in_a_wait(loop: Loop, monkeypatch:
 
 
 def test_a_full_redis_is_relieved_as_long_as_that_helps(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
-    loop.waits.waiting(Reason.REDIS_REFUSES, "OOM", 300.0)
+    loop.waits.waiting(Reason.REDIS_REFUSING, "OOM", 300.0)
     assert waited(loop, 45, monkeypatch) == [11, 22, 33, 44]
     loop.intake.books.held_bytes, loop.intake.books.recorded = 0, []
     assert not loop._would_checkpoint_help(True), "there is nothing that could leave"

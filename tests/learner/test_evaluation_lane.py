@@ -141,7 +141,7 @@ def test_the_first_step_is_taken_beside_the_first_evaluation_whose_tokens_are_of
     loop.store.execute = note_and_execute  # type: ignore[method-assign]
     with running(loop):
         until(lambda: loop.progress.step == 1, "the first step, beside the evaluation")
-        until(lambda: loop.waits.is_waiting(Reason.EVALUATING), "the second step waits", loop.waits.status)
+        until(lambda: loop.waits.is_waiting(Reason.WAITING_FOR_EVALUATION), "the second step waits", loop.waits.status)
         assert loop.intake.is_first_evaluation_open and not rows_of(tmp_path, "evaluation")
         assert (loop.versions.current, announced) == (1, ["1"])
         assert client.hget(keys.weights, "version") == b"1" and loop.progress.step == 1

@@ -79,7 +79,7 @@ def test_a_full_disk_is_waited_for_and_nothing_is_lost(
             raise CheckpointError("No space left on device")
         if len(refused) == 3:
             refused.append(loop.progress.step)
-            assert loop.waits.status()[0]["reason"] == Reason.CHECKPOINT
+            assert loop.waits.status()[0]["reason"] == Reason.CHECKPOINT_FAILING
             assert "No space left" in loop.waits.describe()
         return save_checkpoint(*arguments)
 
@@ -212,7 +212,7 @@ def test_a_run_that_is_scaled_to_0_waits_without_a_deadline(
     client.hdel(keys.control, "desired_replicas")
     running.join(10.0)
     assert len(ends) == 1 and isinstance(ends[0], Starved)
-    assert loop.waits.describe().startswith("starved")
+    assert loop.waits.describe().startswith("not enough groups")
 
 
 def test_the_adviser_is_told_how_the_learner_spends_its_time(loop: Loop, tmp_path: Path) -> None:
@@ -262,4 +262,4 @@ def test_the_status_needs_no_redis(loop: Loop) -> None:
         asking = threading.Thread(target=lambda: answers.append(_status(loop, "x")))
         asking.start()
         asking.join(5.0)
-    assert answers and answers[0]["waits"][0]["reason"] == "Redis unreachable"
+    assert answers and answers[0]["waits"][0]["reason"] == "redis_unreachable"

@@ -171,7 +171,7 @@ def test_a_learner_that_is_taken_up_counts_from_nothing(
 
 def test_a_scrape_waits_for_nobody(recording: Path, client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
     loop = take_up(tmp_path, client, keys, recording)
-    loop.waits.waiting(Reason.STARVED, "nothing")
+    loop.waits.waiting(Reason.WAITING_FOR_GROUPS, "nothing")
     collect = exported(loop)
 
     def refuse(*_: Any, **__: Any) -> None:
@@ -187,7 +187,7 @@ def test_a_scrape_waits_for_nobody(recording: Path, client: redis.Redis, keys: K
         del loop.store.client.execute_command
         end(loop)
     assert scrape.value("headrace_waiting_seconds", who="learner", reason="paused") == 0
-    assert scrape.values("headrace_waiting_seconds", who="learner", reason="starved")
+    assert scrape.values("headrace_waiting_seconds", who="learner", reason="waiting_for_groups")
 
 
 def test_a_replica_says_what_it_has_done(
@@ -227,6 +227,6 @@ def test_a_replica_says_what_it_has_done(
     assert scrape.value("headrace_replica_fetched_bytes_total", source="http") == 0
     assert scrape.value("headrace_replica_version_bytes_total") > 1e6
     assert scrape.value("headrace_replica_engine_restarts_total") == 0
-    assert not scrape.values("headrace_waiting_seconds", who="a", reason="weights")
-    assert scrape.values("headrace_waiting_seconds", who="a", reason="no tickets")
+    assert not scrape.values("headrace_waiting_seconds", who="a", reason="waiting_for_weights")
+    assert scrape.values("headrace_waiting_seconds", who="a", reason="no_tickets")
     assert lint(scrape) == ""

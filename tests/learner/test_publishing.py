@@ -72,7 +72,7 @@ def test_the_next_step_is_taken_while_a_version_is_on_its_way(loop: Loop, tmp_pa
 
     loop._publish, loop.intake.announced = note_and_publish, note  # type: ignore[method-assign]
     with running(loop):
-        until(lambda: loop.waits.is_waiting(Reason.PUBLISHING), "the third version waits", loop.waits.status)
+        until(lambda: loop.waits.is_waiting(Reason.WAITING_FOR_PUBLISH), "the third version waits", loop.waits.status)
         assert loop.progress.step == 3 and loop.versions.current == 2 and announced == [1, 2]
         assert [row["step"] for row in rows_of(tmp_path, "step")] == [1, 2]
         may_go_on.set()
@@ -100,7 +100,7 @@ def test_what_a_version_replaces_is_admitted_when_it_is_announced(loop: Loop) ->
 
     loop.intake.source.issue = note_and_issue  # type: ignore[method-assign]
     with running(loop):
-        until(lambda: loop.waits.is_waiting(Reason.PUBLISHING), "the second version waits", loop.waits.status)
+        until(lambda: loop.waits.is_waiting(Reason.WAITING_FOR_PUBLISH), "the second version waits", loop.waits.status)
         outstanding = loop.config.learner.max_outstanding_groups
         arrived = loop.intake.books.counts["trained"] + len(loop.intake._arrived)
         assert loop.progress.step == 2 and arrived <= outstanding, "no place of a group in training was given away"

@@ -1,5 +1,6 @@
 """Every alert of deploy/prometheus fires on what it is about, alone, and not on a run that is well."""
 
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from headrace.common.process.waiting import Reason
 from tests.support.scraping import tool
 
 ROOT = Path(__file__).parents[2]
@@ -15,8 +17,8 @@ MINUTES = 90
 NUM_SAMPLES = 4 * MINUTES
 NOW = f"0+15x{NUM_SAMPLES}"
 """Of a time that is always this moment."""
-STARVED = 'headrace_waiting_seconds{run="r",who="learner",reason="starved"}'
-DISK = 'headrace_waiting_seconds{run="r",who="learner",reason="the checkpoint cannot be written"}'
+STARVED = 'headrace_waiting_seconds{run="r",who="learner",reason="waiting_for_groups"}'
+DISK = 'headrace_waiting_seconds{run="r",who="learner",reason="checkpoint_failing"}'
 TRAINING, FAILED = 'headrace_phase{run="r",phase="training"}', 'headrace_phase{run="r",phase="failed"}'
 FINISHED = 'headrace_phase{run="r",phase="finished"}'
 UP = 'up{job="headrace-control",instance="control:8080"}'
@@ -153,6 +155,12 @@ def test_every_alert_is_tested_and_says_what_to_do() -> None:
     for rule in rules():
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert rule["annotations"].keys() == {"summary", "description"} and len(rule["annotations"]["description"]) > 40
+
+
+def test_wait_reasons_named_by_alerts_exist() -> None:
+    expressions = " ".join(rule["expr"] for rule in rules())
+    reasons = {code for codes in re.findall(r'reason=~?"([^"]+)"', expressions) for code in codes.split("|")}
+    assert len(reasons) == 3 and reasons <= {reason.value for reason in Reason}
 
 
 def test_nothing_fires_on_a_run_that_is_well(tmp_path: Path) -> None:

@@ -41,9 +41,10 @@ def add_learner_waits(families: Families, waits: Mapping[str, float]) -> None:
 
 
 def add_replica_waits(families: Families, replica: str, waits: Mapping[str, float]) -> None:
-    """Those that there are: replicas may be many."""
-    for reason, seconds in waits.items():
-        _add_wait(families, replica, reason, seconds)
+    """Those that there are: replicas may be many. Unknown reasons, of another release, are left out."""
+    for reason in Reason:
+        if reason in waits:
+            _add_wait(families, replica, reason.value, waits[reason])
 
 
 def _add_wait(families: Families, who: str, reason: str, seconds: float) -> None:

@@ -1,40 +1,49 @@
-"""What a process is waiting for: a typed reason, since when, and when it gives up.
+"""What a process is waiting for: a typed reason with a stable code, since when, and when it gives up.
 
 Whoever waits says so here again and again while it waits; `/status` shows what stands here, and the log tells of a
 wait that lasts, more and more rarely, and of its end. Safe to use from any thread.
 """
 
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any
+from enum import StrEnum, unique
+from typing import Any, Self
+
+import msgspec
 
 FIRST_LOGGED_AFTER_S = 5.0
 _log = logging.getLogger(__name__)
 
 
+@unique
 class Reason(StrEnum):
-    """Each reads on after "12 s: ..."."""
+    """A stable code for labels, fields and programs; people read `text`, which continues "12 s: ..."."""
 
-    REDIS_UNREACHABLE = "Redis unreachable"
-    REDIS_REFUSES = "Redis refuses writes"
-    NO_REPLICA = "no live replica"
-    STARVED = "starved"
-    EVALUATING = "waiting for an evaluation"
-    CHECKPOINT = "the checkpoint cannot be written"
-    CHECKPOINTING = "a checkpoint is being written"
-    PUBLISHING = "the version before is still being published"
-    VERSION = "the weights cannot be written"
-    ENGINE_STARTING = "the engine is starting"
-    ENGINE_SILENT = "the engine does not answer"
-    WEIGHTS = "weights"
-    REWARDS = "rewards fail"
-    NO_TICKETS = "no tickets"
-    PAUSED = "paused"
+    text: str
+
+    REDIS_UNREACHABLE = "redis_unreachable", "Redis unreachable"
+    REDIS_REFUSING = "redis_refusing", "Redis refuses writes"
+    NO_REPLICA = "no_replica", "no live replica"
+    WAITING_FOR_GROUPS = "waiting_for_groups", "not enough groups"
+    WAITING_FOR_EVALUATION = "waiting_for_evaluation", "an evaluation is running"
+    CHECKPOINT_FAILING = "checkpoint_failing", "the checkpoint cannot be written"
+    WAITING_FOR_CHECKPOINT = "waiting_for_checkpoint", "a checkpoint is being written"
+    WAITING_FOR_PUBLISH = "waiting_for_publish", "the previous version is still being published"
+    PUBLISH_FAILING = "publish_failing", "the weights cannot be written"
+    ENGINE_STARTING = "engine_starting", "the engine is starting"
+    ENGINE_SILENT = "engine_silent", "the engine does not answer"
+    WAITING_FOR_WEIGHTS = "waiting_for_weights", "weights"
+    REWARDS_FAILING = "rewards_failing", "rewards fail"
+    NO_TICKETS = "no_tickets", "no tickets"
+    PAUSED = "paused", "paused"
+
+    def __new__(cls, code: str, text: str) -> Self:
+        reason = str.__new__(cls, code)
+        reason._value_, reason.text = code, text
+        return reason
 
 
 @dataclass
@@ -48,7 +57,7 @@ class Wait:
     """How long it had lasted when the log last told of it."""
 
     def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}" if self.detail else str(self.reason)
+        return f"{self.reason.text}: {self.detail}" if self.detail else self.reason.text
 
 
 class Waits:
@@ -87,13 +96,18 @@ class Waits:
             waits = sorted(self._waits.values(), key=lambda wait: wait.started)
             return "; ".join(f"{wait} for {self._clock() - wait.started:.0f} s" for wait in waits)
 
+    def durations_s(self) -> dict[str, float]:
+        """Seconds by reason, the longest first."""
+        return {wait["reason"]: wait["for_s"] for wait in self.status()}
+
     def status(self) -> list[dict[str, Any]]:
-        """For `/status`: reason, detail, for_s, deadline_s of each, the longest first."""
+        """For `/status`: reason, text, detail, for_s, deadline_s of each, the longest first."""
         with self._lock:
             waits = sorted(self._waits.values(), key=lambda wait: wait.started)
             return [
                 {
                     "reason": wait.reason.value,
+                    "text": wait.reason.text,
                     "detail": wait.detail,
                     "for_s": round(self._clock() - wait.started, 1),
                     "deadline_s": wait.deadline_s,
@@ -102,8 +116,11 @@ class Waits:
             ]
 
 
-def parse_waits(text: str) -> dict[str, float]:
-    """Seconds by reason, of what `Waits.describe` says; what it has not said has none."""
-    one_of = "|".join(re.escape(reason) for reason in Reason)
-    found = re.finditer(rf"(?:^|; )({one_of})(?:: .*?)? for (\d{{1,9}}) s(?=; (?:{one_of})|$)", text, re.DOTALL)
-    return {wait[1]: float(wait[2]) for wait in found}
+def decode_waits(payload: str | bytes) -> dict[str, float]:
+    """Seconds by reason, from the JSON of `Waits.durations_s`; unknown reasons and invalid values are left out."""
+    try:
+        waits = msgspec.json.decode(payload, type=dict[str, Any])
+    except (ValueError, RecursionError):
+        return {}
+    known = set(Reason)
+    return {reason: float(s) for reason, s in waits.items() if reason in known and isinstance(s, int | float)}

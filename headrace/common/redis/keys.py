@@ -9,7 +9,7 @@ ledger      hash                         ticket id -> mark (headrace/common/wire
 retries     set                          dead tickets to be issued again                      headrace dead-letters
 cursor      hash                         epoch and place of the next prompt, and of what data learner
 replicas    hash-slot prefix, TTL keys   heartbeats                                           replicas
-learner     hash                         step, version, phase, the reason when it waits       learner
+learner     hash                         step, version, phase, its waits (code -> seconds)      learner
 epoch       counter                      fences learners                                      learner
 epochs      hash                         a learner's start -> the epoch that it took          learner
 weights     hash                         newest version, its manifest's SHA-256, URL, folder  learner

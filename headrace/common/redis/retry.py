@@ -49,7 +49,7 @@ def reason_to_wait(error: BaseException) -> Reason | None:
     if isinstance(error, _REFUSALS) or (
         isinstance(error, redis.ResponseError) and words_of(error).startswith(_REFUSED)
     ):
-        return Reason.REDIS_REFUSES
+        return Reason.REDIS_REFUSING
     if isinstance(error, redis.ConnectionError | redis.TimeoutError | OSError):
         return Reason.REDIS_UNREACHABLE
     return None

@@ -172,6 +172,8 @@ class Heartbeat(msgspec.Struct, frozen=True):
     """Seconds without any group in flight, since the replica began to serve."""
     serving_s: Seconds
     schema: int = SCHEMA
+    waits: Annotated[dict[Annotated[str, msgspec.Meta(max_length=64)], Seconds], msgspec.Meta(max_length=64)] = {}
+    """Seconds by reason (headrace/common/process/waiting.py), the longest first."""
     shares_memory: bool = False
     """It takes a version's file as it lies in the learner's memory-backed folder, and needs neither a delta nor a copy.
     """

@@ -8,7 +8,7 @@ from headrace.common.metrics.families import Families
 from headrace.common.metrics.replicas import add_learner_waits, add_replica, add_replica_states, add_replica_waits
 from headrace.common.metrics.run import add_files, add_orders, add_position, add_queues
 from headrace.common.metrics.steps import add_latest_evaluation, add_latest_step
-from headrace.common.process.waiting import parse_waits
+from headrace.common.process.waiting import decode_waits
 from headrace.control.http.request_counts import RequestTotals
 from headrace.control.models.replicas import Replicas
 from headrace.control.models.status import Queues, Status
@@ -70,7 +70,7 @@ class ControlMetrics:
         add_files(families, {name: float(text) for name, text in fields.items() if text and _is_number(text)}, {})
         is_answering = probe.is_answering and probe.status is not None
         waits = {wait.reason: wait.for_s for wait in probe.status.waits} if is_answering and probe.status else {}
-        add_learner_waits(families, waits or parse_waits(status.reason))
+        add_learner_waits(families, waits or decode_waits(poll.learner.get("waits", "")))
         silent_s = 0.0 if status.phase in FINAL_PHASES else probe.silent_s
         families.gauge("headrace_learner_silent_seconds", "Since the learner last answered control.", silent_s)
 
@@ -125,7 +125,7 @@ def _add_replicas(families: Families, poll: PollResult, shown: Replicas) -> None
     add_replica_states(families, poll.heartbeats)
     for beat in poll.heartbeats:
         add_replica(families, beat)
-        add_replica_waits(families, beat.replica, parse_waits(beat.reason))
+        add_replica_waits(families, beat.replica, beat.waits)
     for replica in shown.replicas:
         text = "Published versions that it does not serve yet."
         families.gauge("headrace_replica_versions_behind", text, replica.versions_behind, replica=replica.id)

@@ -33,7 +33,11 @@ class Check(ResponseBody):
 
 class Wait(ResponseBody):
     component: str = Field(description="`learner`, or the name of a replica.")
-    detail: str
+    reason: str = Field(
+        description="A stable code; empty if there is only a text.", examples=["waiting_for_groups", "no_tickets"]
+    )
+    text: str = Field(description="For people: the reason with its details and duration.")
+    for_s: float
 
 
 class Staleness(ResponseBody):

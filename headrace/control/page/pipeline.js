@@ -16,7 +16,7 @@ export function startPipeline(store) {
       () => el("li", {}, el("b"), " ", el("span")),
       (item, one) => {
         setText(item.firstChild, one.who);
-        setText(item.lastChild, one.detail);
+        setText(item.lastChild, one.text);
       },
     );
     setHidden(byId("waits"), waits.length === 0);
@@ -70,12 +70,12 @@ function bottleneck({ rates }) {
 
 /** One line for each reason; replicas that wait for the same share a line. */
 function presentWaits({ waits: standing, reason }) {
-  const byDetail = new Map();
+  const byText = new Map();
   const isKnown = !reason || standing.some((one) => one.component === "learner");
-  for (const { component, detail } of isKnown ? standing : [{ component: "learner", detail: reason }, ...standing])
-    byDetail.set(detail, [...(byDetail.get(detail) ?? []), component]);
-  return [...byDetail]
-    .map(([detail, who]) => ({ who: who.length > 3 ? plural(who.length, "replica") : who.join(", "), detail }))
+  for (const { component, text } of isKnown ? standing : [{ component: "learner", text: reason }, ...standing])
+    byText.set(text, [...(byText.get(text) ?? []), component]);
+  return [...byText]
+    .map(([text, who]) => ({ who: who.length > 3 ? plural(who.length, "replica") : who.join(", "), text }))
     .slice(0, 8);
 }
 

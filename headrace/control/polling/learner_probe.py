@@ -19,6 +19,7 @@ MAX_ANSWER_BYTES = 1 << 20
 
 class LearnerWait(msgspec.Struct):
     reason: str
+    text: str = ""
     detail: str = ""
     for_s: float = 0.0
 

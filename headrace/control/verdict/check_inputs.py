@@ -1,7 +1,7 @@
 """The input of all checks, and the result of one check. Pure."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,6 +16,8 @@ class ReplicaInput(NamedTuple):
     state: str
     reason: str
     versions_behind: int
+    waits: Mapping[str, float] = {}
+    """Seconds by reason."""
 
 
 @dataclass(frozen=True)

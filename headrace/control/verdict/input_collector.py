@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from headrace.common.config import RunConfig
 from headrace.common.metrics.thresholds import SMOOTHED_STEPS, THRESHOLDS, are_exact, numeric_gap
-from headrace.common.process.waiting import Reason
+from headrace.common.process.waiting import Reason, decode_waits
 from headrace.common.wire import Heartbeat
 from headrace.control.polling.history import RunHistory
 from headrace.control.polling.learner_probe import LearnerProbe
@@ -22,7 +22,6 @@ DEAD_SAMPLE_S = 10.0
 WATCHED_METRICS = (*(one.name for one in THRESHOLDS), "skipped_updates")
 LOGPROB_GAP = numeric_gap(is_exact=True).name
 """Only steps with fresh tokens have it; its last value counts until a later step has one."""
-STARVED = re.compile(rf"(?:{Reason.STARVED}|{Reason.NO_REPLICA}): .*? for (\d+) s(?:;|$)")
 
 
 class ConditionTimer:
@@ -96,18 +95,19 @@ class CheckInputCollector:
         is_redis_unavailable: bool,
         now: float,
     ) -> CheckInputs:
-        phase, reason = poll.learner.get("phase", ""), poll.learner.get("reason", "")
+        phase, waits = poll.learner.get("phase", ""), decode_waits(poll.learner.get("waits", ""))
         version = int_field(poll.learner, "version")
         replicas = [
-            ReplicaInput(beat.replica, beat.state, beat.reason, max(0, version - beat.weight_version))
+            ReplicaInput(beat.replica, beat.state, beat.reason, max(0, version - beat.weight_version), beat.waits)
             for beat in poll.heartbeats
         ]
         is_any_running = any(replica.state in ("running", "paused") for replica in replicas)
-        starved = STARVED.search(reason) if phase in ("waiting", "waiting for a replica") else None
+        is_waiting = phase in ("waiting", "waiting for a replica")
+        starved_s = max(waits.get(Reason.WAITING_FOR_GROUPS, 0.0), waits.get(Reason.NO_REPLICA, 0.0))
         is_unapplied = int_field(poll.learner, "settings_version") != poll.desired_state.settings.version
         return CheckInputs(
             phase=phase,
-            reason=reason,
+            reason=poll.learner.get("reason", ""),
             step=int_field(poll.learner, "step"),
             steps=config.learner.steps,
             is_paused=poll.desired_state.is_paused,
@@ -116,8 +116,8 @@ class CheckInputCollector:
             replicas=replicas,
             no_replica_s=self._timer.duration_s("no replica", not is_any_running, now),
             learner_silent_s=0.0 if phase in FINAL_PHASES else probe.silent_s,
-            waiting_s=float(starved[1]) if starved else 0.0,
-            checkpoint_failing_s=self._timer.duration_s("checkpoint", Reason.CHECKPOINT in reason, now),
+            waiting_s=starved_s if is_waiting else 0.0,
+            checkpoint_failing_s=self._timer.duration_s("checkpoint", Reason.CHECKPOINT_FAILING in waits, now),
             redis_unavailable_s=self._timer.duration_s("redis", is_redis_unavailable, now),
             num_recent_dead=self._num_recent_dead(poll.queues.dead_letters, now),
             dead_reason=poll.dead_reason,

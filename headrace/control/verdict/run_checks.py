@@ -100,7 +100,7 @@ def _replicas(inputs: CheckInputs) -> CheckResult:
 
 
 def _reward_failures(inputs: CheckInputs) -> CheckResult:
-    failing = [replica for replica in inputs.replicas if Reason.REWARDS in replica.reason]
+    failing = [replica for replica in inputs.replicas if Reason.REWARDS_FAILING in replica.waits]
     if failing and inputs.phase not in FINAL_PHASES:
         level: Level = "failed" if inputs.waiting_s > STARVED_S else "warning"
         text = f"{failing[0].name}: {without_duration(failing[0].reason)}"

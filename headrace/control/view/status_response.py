@@ -1,14 +1,15 @@
 """The responses of `/status` and `/replicas`, from a poll and the results of the checks. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from headrace.common.config import RunConfig
+from headrace.common.process.waiting import decode_waits
 from headrace.control.models.replicas import Replica, ReplicaCounts, Replicas
 from headrace.control.models.status import Counts, Rates, Staleness, Status, Verdict, Wait
 from headrace.control.polling.event_log import EventLog
 from headrace.control.polling.history import RunHistory
-from headrace.control.polling.learner_probe import LearnerProbe
+from headrace.control.polling.learner_probe import LearnerProbe, LearnerWait
 from headrace.control.polling.redis_poll import PollResult
 from headrace.control.verdict.check_inputs import FINAL_PHASES, CheckInputs, CheckResult
 from headrace.control.verdict.input_collector import ReplicaTracker, int_field
@@ -151,11 +152,21 @@ def _counts(poll: PollResult, config: RunConfig, history: RunHistory, probe: Lea
 
 def _waits(poll: PollResult, probe: LearnerProbe) -> list[Wait]:
     if probe.is_answering and probe.status is not None:
-        details = [
-            f"{wait.reason}{': ' if wait.detail else ''}{wait.detail} for {wait.for_s:.0f} s"
-            for wait in probe.status.waits
-        ]
+        found = [_learner_wait(wait) for wait in probe.status.waits]
     else:
-        details = [poll.learner["reason"]] if poll.learner.get("reason") else []
-    waits = [Wait(component="learner", detail=detail) for detail in details]
-    return waits + [Wait(component=beat.replica, detail=beat.reason) for beat in poll.heartbeats if beat.reason]
+        learner = poll.learner
+        found = _component_wait("learner", learner.get("reason", ""), decode_waits(learner.get("waits", "")))
+    for beat in poll.heartbeats:
+        found += _component_wait(beat.replica, beat.reason, beat.waits)
+    return found
+
+
+def _learner_wait(wait: LearnerWait) -> Wait:
+    text = f"{wait.text or wait.reason}{': ' if wait.detail else ''}{wait.detail} for {wait.for_s:.0f} s"
+    return Wait(component="learner", reason=wait.reason, text=text, for_s=wait.for_s)
+
+
+def _component_wait(component: str, text: str, waits: Mapping[str, float]) -> list[Wait]:
+    """`waits`: seconds by reason, the longest first; that one names the whole text."""
+    reason, for_s = next(iter(waits.items()), ("", 0.0))
+    return [Wait(component=component, reason=reason, text=text, for_s=for_s)] if text else []

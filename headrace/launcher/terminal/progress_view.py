@@ -83,7 +83,7 @@ class ProgressView:
     def clear_learner_status(self) -> None:
         """Deletes what the previous learner reported, so that it is not shown for the next one."""
         with suppress(redis.RedisError):
-            self.client.hdel(self.keys.learner, "phase", "reason", "url")
+            self.client.hdel(self.keys.learner, "phase", "reason", "waits", "url")
 
     def refresh(self) -> None:
         """Reads what has happened since the last call, and shows it."""
@@ -137,7 +137,7 @@ class ProgressView:
             with suppress(WireError):
                 replica = decode_heartbeat(self.client.get(name) or b"")
                 state = f"{replica.state} ({replica.reason})" if replica.reason else replica.state
-                if Reason.REWARDS in replica.reason:
+                if Reason.REWARDS_FAILING in replica.waits:
                     self._reward_problem = f"{replica.replica}: {replica.reason}"
                 counts[state] = counts.get(state, 0) + 1
         return ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or nobody

@@ -49,7 +49,7 @@ def status_lines(status: Answer) -> Text:
         "replicas": f"{replicas['running']} of {replicas['live']} running, {target}, {replicas['advised'] or '?'} "
         f"advised{': ' if replicas['advice'] else ''}{replicas['advice']}",
     }
-    rows |= {f"{wait['component']} waits": wait["detail"] for wait in status["waits"]}
+    rows |= {f"{wait['component']} waits": wait["text"] for wait in status["waits"]}
     text = verdict_line(status)
     for check in status["checks"]:
         if check["level"] not in ("healthy", "ended") and check["text"] != status["verdict"]["text"]:

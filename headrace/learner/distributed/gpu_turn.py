@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import redis
 
-from headrace.common.process.waiting import Reason, Waits, parse_waits
+from headrace.common.process.waiting import Reason, Waits
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import Heartbeat, WireError, decode_heartbeat
 
@@ -40,4 +40,4 @@ def _is_served(client: redis.Redis, keys: Keys) -> bool:
 
 def _has_engine(replica: Heartbeat) -> bool:
     """A replica whose engine is not yet up says so."""
-    return replica.state != "quarantined" and Reason.ENGINE_STARTING not in parse_waits(replica.reason)
+    return replica.state != "quarantined" and Reason.ENGINE_STARTING not in replica.waits

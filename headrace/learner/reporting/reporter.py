@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from headrace.common.process.waiting import Waits
 from headrace.learner.checkpoints.checkpoint import num_bytes_in
 from headrace.learner.checkpoints.progress import Progress
@@ -66,7 +68,8 @@ class Telling:
         position = {"step": self.progress.step, "version": self.versions.current, "url": self.versions.url}
         position |= {"settings_version": self.live_config.settings.version, "held_back": self.live_config.held_back}
         advised = {"advised_replicas": advice.replicas, "advice": advice.reason}
-        self.store.report({"phase": phase, "reason": self.waits.describe(), **position, **advised})
+        waits = {"reason": self.waits.describe(), "waits": msgspec.json.encode(self.waits.durations_s()).decode()}
+        self.store.report({"phase": phase, **waits, **position, **advised})
 
     def guard(self, kind: str, reason: str, notch: int) -> None:
         """What it has done, and why."""

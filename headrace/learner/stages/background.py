@@ -51,4 +51,4 @@ class BackgroundWorker:
         """Finishes the running task; logs its failure."""
         self._thread.shutdown()
         if self._running is not None and (error := self._running.exception()):
-            _log.warning("%s: %s", self._reason, error)
+            _log.warning("%s: %s", self._reason.text, error)

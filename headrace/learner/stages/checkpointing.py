@@ -43,7 +43,7 @@ class Checkpointer:
         self._telling = telling
         self._wait_deadlines = wait_deadlines
         self._check_fence = check_fence
-        self._worker = BackgroundWorker("checkpoint", wait_deadlines, Reason.CHECKPOINTING)
+        self._worker = BackgroundWorker("checkpoint", wait_deadlines, Reason.WAITING_FOR_CHECKPOINT)
         self.wait, self.raise_failure, self.close = self._worker.wait, self._worker.raise_failure, self._worker.close
 
     @property
@@ -62,10 +62,10 @@ class Checkpointer:
             saved = save_checkpoint(self._root, record, self._trainer.write_copy, self._check_fence)
         except CheckpointError as error:
             self.is_due = True
-            self._wait_deadlines.note_wait(Reason.CHECKPOINT, str(error))
+            self._wait_deadlines.note_wait(Reason.CHECKPOINT_FAILING, str(error))
             return
         self.last_duration_s = time.monotonic() - started
         _log.info("checkpoint: records %d groups", len(consumed.settlements))
         self._telling.checkpoint(saved, record.step, self.last_duration_s)
-        self._wait_deadlines.waits.over(Reason.CHECKPOINT)
+        self._wait_deadlines.waits.over(Reason.CHECKPOINT_FAILING)
         self._intake.checkpointed(consumed)

@@ -33,7 +33,7 @@ class BackgroundPublisher:
         self._versions = versions
         self._wait_deadlines = wait_deadlines
         self._switches = switches
-        self._worker = BackgroundWorker("publish", wait_deadlines, Reason.PUBLISHING)
+        self._worker = BackgroundWorker("publish", wait_deadlines, Reason.WAITING_FOR_PUBLISH)
         self.raise_failure, self.close = self._worker.raise_failure, self._worker.close
 
     def begin(self, tensors: Mapping[str, Weight], step: int, on_announced: Callable[[int], None]) -> None:
@@ -59,9 +59,9 @@ class BackgroundPublisher:
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
-                self._wait_deadlines.note_wait(Reason.VERSION, str(error))
+                self._wait_deadlines.note_wait(Reason.PUBLISH_FAILING, str(error))
                 if self._switches.stop.wait(RETRY_S):
                     raise
-        self._wait_deadlines.waits.over(Reason.VERSION)
+        self._wait_deadlines.waits.over(Reason.PUBLISH_FAILING)
         self._versions.is_publishing = False
         on_announced(version)

@@ -24,7 +24,7 @@ class WaitDeadlines:
         deadline_s = self.live_config.config.learner.starvation_deadline_s
         lasted_s = self.waits.waiting(reason, detail, deadline_s)
         if lasted_s > deadline_s:
-            raise Starved(f"{reason} for {lasted_s:.0f} s: {detail}")
+            raise Starved(f"{reason.text} for {lasted_s:.0f} s: {detail}")
         return lasted_s
 
     def note_group_wait(self, reason: Reason) -> float:
