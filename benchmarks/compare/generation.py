@@ -37,7 +37,7 @@ from headrace.launcher.run.processes import REDIS_URL_VARIABLE, Service
 from headrace.learner.intake.ticket_source import TicketSource
 from headrace.learner.model.policy import Policy
 from headrace.learner.store.store import Cursor, LearnerStore
-from headrace.learner.weights.publisher import Versions
+from headrace.learner.weights.publisher import WeightVersions
 
 NUM_GROUPS, NUM_WARMING = 512, 64
 GOAL = 0.97
@@ -107,8 +107,8 @@ async def headrace(folder: Path, url: str, config: RunConfig, tickets: list[Tick
     client, keys = connect(url), Keys(f"generation-{turn}")
     store = LearnerStore(client, keys)
     client.set(keys.config, config.model_dump_json(exclude={"redis_url"}))
-    versions = Versions(folder / f"weights-{turn}", store, "http://127.0.0.1:1", TOKEN)
-    versions.publish(versions.copy(policy.tensors()), 0, versions.reserve())
+    versions = WeightVersions(folder / f"weights-{turn}", store, "http://127.0.0.1:1", TOKEN)
+    versions.publish(versions.snapshot(policy.tensors()), 0, versions.reserve())
     with replica_of(folder, url, keys) as service:
         await until(lambda: is_running(client, keys))
         started, spent_s = time.time(), seconds_of(service)

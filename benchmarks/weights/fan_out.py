@@ -37,7 +37,7 @@ from headrace.generation.weights.version_fetch import Published, bring
 from headrace.learner.model.host_snapshots import Snapshot
 from headrace.learner.reporting.http_api import make_app
 from headrace.learner.steering.switches import Switches
-from headrace.learner.weights.publisher import places_above
+from headrace.learner.weights.publisher import ancestors_in_tree
 from headrace.learner.weights.version_writer import VersionWriter
 
 RESULTS = ROOT / "benchmarks" / "results" / "fan_out.json"
@@ -120,7 +120,9 @@ async def spread(
             asked = published._replace(url=url)
             if way == "folder":
                 asked = asked._replace(machine=machine_id(), folder=str(folder.parent / "weights"))
-            above = [[urls[one] for one in places_above(place)] if way == "tree" else [] for place in range(len(urls))]
+            above = [
+                [urls[one] for one in ancestors_in_tree(place)] if way == "tree" else [] for place in range(len(urls))
+            ]
             await asyncio.gather(*(one.take(asked, named) for one, named in zip(replicas, above, strict=True)))
             took_s = time.monotonic() - began_s
             came = sum(sum(replica.fetcher.num_bytes.values()) for replica in replicas)

@@ -40,7 +40,7 @@ from headrace.learner.model.host_snapshots import Snapshot, Snapshots
 from headrace.learner.stages.background import BackgroundWorker
 from headrace.learner.stages.wait_deadlines import WaitDeadlines
 from headrace.learner.store.store import Cursor, LearnerStore
-from headrace.learner.weights.publisher import Versions
+from headrace.learner.weights.publisher import WeightVersions
 from headrace.learner.weights.version_writer import VersionWriter
 
 RESULTS = ROOT / "benchmarks" / "results" / "publish.json"
@@ -110,11 +110,11 @@ def change(weights: Mapping[str, Tensor], share: float) -> None:
 def publications(folder: Path, url: str, num_items: int, num_threads: int) -> list[Row]:
     """After two, which ask for the memory that is then used again and again."""
     weights, waits = made_weights(num_items), Waits()
-    versions = Versions(folder / f"weights-{num_threads}", LearnerStore(connect(url), Keys("publish")), "", "")
+    versions = WeightVersions(folder / f"weights-{num_threads}", LearnerStore(connect(url), Keys("publish")), "", "")
     versions._writer = VersionWriter("benchmark", num_threads)
     worker = BackgroundWorker("publish", WaitDeadlines(waits, None, None, None), Reason.WAITING_FOR_PUBLISH)  # type: ignore[arg-type]
     for step in range(2):
-        versions.publish(versions.copy(weights), step, versions.reserve())
+        versions.publish(versions.snapshot(weights), step, versions.reserve())
     num_bytes = sum(tensor.nbytes for tensor in weights.values())
     alone, rows, announced_s = trained_alone(), list[Row](), list[float]()
 
@@ -126,7 +126,7 @@ def publications(folder: Path, url: str, num_items: int, num_threads: int) -> li
         change(weights, share)
         times = memcpy(weights, versions._snapshots._free[-1])
         began_s, began_cpu_s = time.perf_counter(), time.thread_time()
-        snapshot = versions.copy(weights)
+        snapshot = versions.snapshot(weights)
         worker.begin(partial(publish, snapshot, step))
         times |= {"held_up_s": time.perf_counter() - began_s, "held_up_cpu_s": time.thread_time() - began_cpu_s}
         meanwhile = trained_a_second(lambda _: worker.is_busy)

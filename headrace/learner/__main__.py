@@ -160,7 +160,7 @@ def _learn(
     is_new_epoch: bool,
 ) -> int:
     from headrace.learner.assembly import assemble
-    from headrace.learner.reporting.prometheus import Exported
+    from headrace.learner.reporting.prometheus import LearnerMetrics
     from headrace.learner.stages.wait_deadlines import Starved
     from headrace.learner.store.store import Fenced
 
@@ -174,7 +174,7 @@ def _learn(
         return 0
     status = partial(_status, loop, folder.name)
     app = make_app(loop.versions.root, status, switches, token, loop.versions.memory)
-    mount_metrics(app, Exported(status, loop.telling.metrics.rows, loop.intake, loop.versions))
+    mount_metrics(app, LearnerMetrics(status, loop.reporter.metrics.rows, loop.intake, loop.versions))
     with serve_in_thread(app, sock):
         try:
             is_complete = loop.run()
@@ -210,8 +210,8 @@ def _status(loop: Any, run: str) -> dict[str, Any]:
         "version": loop.versions.current,
         "epoch": loop.store.epoch,
         "desired_replicas": loop.intake.sight.orders.desired_replicas,
-        "advised_replicas": loop.telling.adviser.advice.replicas,
-        "advice": loop.telling.adviser.advice.reason,
+        "advised_replicas": loop.reporter.adviser.advice.replicas,
+        "advice": loop.reporter.adviser.advice.reason,
         "settings_version": loop.live_config.settings.version,
         "unwritten_orders": [" ".join(map(str, order)) for order in loop.switches.unpersisted],
         "counts": dict(loop.intake.books.counts),
@@ -233,13 +233,13 @@ def _write_results(loop: Any, folder: Path, tokenizer: Any) -> None:
     replicas = loop.store.replicas()
     lags = [replica.waiting_s / replica.serving_s for replica in replicas if replica.serving_s > 0]
     counts = {**loop.intake.books.counts, "dead": loop.store.num_dead()}
-    summary = summarise(loop.telling.metrics.rows, counts, sum(lags) / max(1, len(lags)))
+    summary = summarise(loop.reporter.metrics.rows, counts, sum(lags) / max(1, len(lags)))
     policy = folder / "policy"
     shutil.rmtree(policy, ignore_errors=True)
     loop.trainer.policy.save(policy, tokenizer)
     for path in sorted(policy.glob("*.safetensors")):
         _log.info("step %d, weights in %s with SHA-256 %s", loop.progress.step, path, file_entry(path).sha256)
-    draw_curve(loop.telling.metrics.rows, folder / "reward-curve.png")
+    draw_curve(loop.reporter.metrics.rows, folder / "reward-curve.png")
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 

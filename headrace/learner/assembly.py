@@ -39,7 +39,7 @@ from headrace.learner.intake.ticket_source import TicketSource
 from headrace.learner.intake.validation import Limits
 from headrace.learner.loop import Loop
 from headrace.learner.model.policy import Policy
-from headrace.learner.reporting.reporter import Telling
+from headrace.learner.reporting.reporter import RunReporter
 from headrace.learner.reporting.summary import METRICS_FILE, MetricsFile
 from headrace.learner.reporting.trackers import Trackers
 from headrace.learner.scaling.advice import Adviser
@@ -48,7 +48,7 @@ from headrace.learner.steering.live_config import resume_config
 from headrace.learner.steering.switches import Switches
 from headrace.learner.store.store import Cursor, LearnerStore
 from headrace.learner.training.leader import lead, set_up_torch
-from headrace.learner.weights.publisher import Versions
+from headrace.learner.weights.publisher import WeightVersions
 
 _log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def assemble(
         store.order([("HSET", SETTINGS, msgspec.json.encode(settings))])
 
     versions_in_redis = store.version_steps()
-    versions = Versions(folder / "weights", store, url, token)
+    versions = WeightVersions(folder / "weights", store, url, token)
     versions.steps |= {
         v: step for v, step in (record.version_steps if record else {}).items() if v not in versions.steps
     }
@@ -142,9 +142,9 @@ def assemble(
     _save_frame(policy, folder / FRAME, tokenizer)
     best = Best(folder, store.epoch, store.check_fence)
     parts = (store, trainer, intake, versions, switches, progress, waits)
-    telling = Telling(*parts, adviser, metrics, trackers, TokenTexts(tokenizer), live_config)
-    evaluator = Evaluator(intake, versions, best, telling)
-    return Loop(live_config, folder / "checkpoints", *parts, telling, evaluator), tokenizer
+    reporter = RunReporter(*parts, adviser, metrics, trackers, TokenTexts(tokenizer), live_config)
+    evaluator = Evaluator(intake, versions, best, reporter)
+    return Loop(live_config, folder / "checkpoints", *parts, reporter, evaluator), tokenizer
 
 
 def _save_frame(policy: Policy, frame: Path, tokenizer: Any) -> None:

@@ -18,7 +18,7 @@ from headrace.learner.checkpoints.checkpoint import CheckpointError
 from headrace.learner.checkpoints.progress import Progress
 from headrace.learner.checkpoints.record import MAX_VERSION_STEPS, Record
 from headrace.learner.intake.intake import Arrived, Intake
-from headrace.learner.reporting.reporter import Telling
+from headrace.learner.reporting.reporter import RunReporter
 from headrace.learner.stages.checkpointing import Checkpointer
 from headrace.learner.stages.evaluation import Evaluator
 from headrace.learner.stages.publishing import BackgroundPublisher
@@ -27,7 +27,7 @@ from headrace.learner.steering.live_config import LiveConfig
 from headrace.learner.steering.switches import Switches
 from headrace.learner.store.store import LearnerStore
 from headrace.learner.training.trainer import Trainer, nothing_fresh
-from headrace.learner.weights.publisher import Versions
+from headrace.learner.weights.publisher import WeightVersions
 
 SWITCH_POLL_S = 0.2
 WAIT_POLL_S = 1.0
@@ -49,11 +49,11 @@ class Loop:
     store: LearnerStore
     trainer: Trainer
     intake: Intake
-    versions: Versions
+    versions: WeightVersions
     switches: Switches
     progress: Progress
     waits: Waits
-    telling: Telling
+    reporter: RunReporter
     evaluator: Evaluator
     _is_checkpoint_ordered: bool = False
     _obeyed: Orders = field(default_factory=Orders)
@@ -62,7 +62,7 @@ class Loop:
         """What was asked for once before this start counts as obeyed."""
         self._obeyed = self.intake.sight.orders
         self.wait_deadlines = WaitDeadlines(self.waits, self.intake, self.switches, self.live_config)
-        parts = self.trainer, self.intake, self.telling, self.wait_deadlines, self.store.check_fence
+        parts = self.trainer, self.intake, self.reporter, self.wait_deadlines, self.store.check_fence
         self.checkpointer = Checkpointer(self.checkpoints, *parts)
         is_on_hold = self._is_first_evaluation_open
         self.publisher = BackgroundPublisher(self.versions, self.wait_deadlines, self.switches, is_on_hold)
@@ -96,7 +96,7 @@ class Loop:
         is_complete = not self.switches.stop.is_set() and self._evaluate_and_wait()
         self._checkpoint_at_last()
         self.has_ended()
-        self.telling.phase("finished" if is_complete else "stopped")
+        self.reporter.enter_phase("finished" if is_complete else "stopped")
         return is_complete
 
     def publish_first(self) -> None:
@@ -113,13 +113,13 @@ class Loop:
 
     def _wait_for_replica(self) -> None:
         """Nobody could answer the first ticket before one serves."""
-        self.telling.phase("waiting for a replica")
+        self.reporter.enter_phase("waiting for a replica")
         while not any(replica.state == "running" for replica in self.intake.sight.replicas):
             self.wait_deadlines.note_group_wait(Reason.NO_REPLICA)
             if self.switches.stop.wait(SWITCH_POLL_S):
                 break
             self.intake.look_around()
-            self.telling.whether_paused()
+            self.reporter.refresh_paused_phase()
         self.wait_deadlines.end_group_wait(Reason.NO_REPLICA)
 
     @property
@@ -145,12 +145,12 @@ class Loop:
         started = time.monotonic()
         if self.progress.step > 0:
             self._wait_for_first_evaluation()
-        self.telling.phase(self._waiting)
+        self.reporter.enter_phase(self._waiting)
         batch = self._wait_for_batch()
         if batch is None:
             return
         waited = time.monotonic()
-        self.telling.phase("training")
+        self.reporter.enter_phase("training")
         probe = nothing_fresh if self.intake.source.is_recording else self.intake.newest_if_fresh
         groups = [arrived.group for arrived in batch]
         row = self.trainer.train(groups, self.progress.step, self.intake.version_steps, probe)
@@ -160,10 +160,10 @@ class Loop:
         self.intake.mark_trained(batch)
         self._publish(len(batch))
         published = time.monotonic()
-        self.telling.groups()
+        self.reporter.write_group_samples()
         timings = {"wait_s": waited - started, "publish_s": published - trained, "step_s": published - started}
         timings["show_s"] = time.monotonic() - published
-        self.telling.step(row | timings, batch)
+        self.reporter.report_step(row | timings, batch)
         self._update_guard(row)
         is_due = self.progress.step % self.config.learner.checkpoint_interval_steps == 0
         self._checkpoint_if_due(is_due, self._would_checkpoint_help())
@@ -182,8 +182,8 @@ class Loop:
                 self.wait_deadlines.end_group_wait(Reason.WAITING_FOR_GROUPS)
                 return batch
             lasted_s = self.wait_deadlines.note_group_wait(Reason.WAITING_FOR_GROUPS)
-            self.telling.phase(self._waiting)
-            self.telling.groups()
+            self.reporter.enter_phase(self._waiting)
+            self.reporter.write_group_samples()
             self._obey()
             self._evaluate_if_due()
             would_help = self._would_checkpoint_help(has_time)
@@ -259,7 +259,7 @@ class Loop:
             self._is_checkpoint_ordered = False
             self._checkpoint()
         self.evaluator.is_due |= orders.evaluations > obeyed.evaluations
-        self.telling.whether_paused()
+        self.reporter.refresh_paused_phase()
 
     def _change_settings(self, settings: Settings) -> None:
         """From the next step on, and for tickets issued from now on; what is impossible changes nothing."""
@@ -273,7 +273,7 @@ class Loop:
         self._configure()
         _log.info("settings of version %d count after step %d: %s", *change.values())
         self.store.announce("settings_applied", change)
-        self.telling.phase(self.progress.phase)
+        self.reporter.enter_phase(self.progress.phase)
 
     def _configure(self) -> None:
         self.trainer.config = self.config
@@ -284,7 +284,7 @@ class Loop:
         if kind in ("tighten", "loosen"):
             self._configure()
         if kind is not None:
-            self.telling.guard(kind, reason, state.notch)
+            self.reporter.report_guard(kind, reason, state.notch)
 
     def _evaluate_if_due(self) -> None:
         self._raise_background_failure()
@@ -306,7 +306,7 @@ class Loop:
         if self.intake.source.is_recording:
             return True
         self._wait_while_paused()
-        self.telling.phase("evaluating")
+        self.reporter.enter_phase("evaluating")
         if self.intake.is_evaluating:
             self.evaluator.on_result(self._wait_for_evaluation())
         if not self.switches.stop.is_set():
@@ -316,7 +316,7 @@ class Loop:
 
     def _wait_for_first_evaluation(self) -> None:
         if self._is_first_evaluation_open():
-            self.telling.phase("evaluating")
+            self.reporter.enter_phase("evaluating")
             self.evaluator.on_result(self._wait_for_evaluation())
 
     def _wait_for_evaluation(self) -> dict[str, float] | None:
@@ -325,7 +325,7 @@ class Loop:
             if self.switches.stop.is_set():
                 break
             self.wait_deadlines.note_group_wait(Reason.WAITING_FOR_EVALUATION)
-            self.telling.groups()
+            self.reporter.write_group_samples()
             self._obey()
         self.wait_deadlines.end_group_wait(Reason.WAITING_FOR_EVALUATION)
         return result
@@ -334,10 +334,10 @@ class Loop:
         """Neither steps nor tickets; an evaluation that runs is brought to its end."""
         if not self.switches.paused.is_set():
             return
-        self.telling.phase("paused")
+        self.reporter.enter_phase("paused")
         while self.switches.paused.is_set() and not self.switches.stop.wait(SWITCH_POLL_S):
             self.waits.waiting(Reason.PAUSED)
-            self.telling.groups()
+            self.reporter.write_group_samples()
             self._obey()
             self._raise_background_failure()
             self.evaluator.collect()
@@ -352,4 +352,4 @@ class Loop:
         self.checkpointer.close()
         self.versions.close()
         self.evaluator.best.close()
-        self.telling.close()
+        self.reporter.close()

@@ -28,7 +28,7 @@ from headrace.generation.weights import downloads as fetching
 from headrace.generation.weights import local_weights as host_copy
 from headrace.generation.weights.version_fetch import Arrival, Published
 from headrace.learner.weights import version_writer
-from headrace.learner.weights.publisher import places_above
+from headrace.learner.weights.publisher import ancestors_in_tree
 from tests.support.fleet import TOKEN, Fault, Member, Source, Versions, a_source, members
 
 
@@ -332,7 +332,7 @@ def test_a_tree_of_replicas_costs_the_learner_one_copy(versions: Versions, learn
                     published = versions.published(learner.url)
                     await asyncio.gather(
                         *(
-                            member.take(published, *(urls[above] for above in places_above(place)))
+                            member.take(published, *(urls[above] for above in ancestors_in_tree(place)))
                             for place, member in enumerate(fleet)
                         )
                     )

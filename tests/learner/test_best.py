@@ -112,13 +112,13 @@ def test_the_weights_are_those_of_the_version_however_late_they_are_written(tmp_
     writer, snapshots = VersionWriter("epoch-1"), Snapshots()
     parameters = {"a": torch.full((3,), 1.0), "b": torch.arange(4.0)}
     writer.write(tmp_path / "v1", 1, 0, snapshots.take(parameters))
-    copy_of_first = writer.copy_of_newest()
+    copy_of_first = writer.newest_model_writer()
     for version in (2, 3):
         parameters["a"] += 1
         parameters["b"] += 1
         writer.write(tmp_path / f"v{version}", version, version - 1, snapshots.take(parameters))
     copy_of_first(tmp_path / "first.safetensors")
-    writer.copy_of_newest()(tmp_path / "third.safetensors")
+    writer.newest_model_writer()(tmp_path / "third.safetensors")
     first, third = load_file(tmp_path / "first.safetensors"), load_file(tmp_path / "third.safetensors")
     assert first["a"].tolist() == [1.0] * 3 and first["b"].tolist() == [0, 1, 2, 3]
     assert third["a"].tolist() == [3.0] * 3 and third["b"].tolist() == [2, 3, 4, 5]
@@ -146,7 +146,7 @@ def test_what_is_exported_is_the_policy_that_was_asked_for(client: redis.Redis, 
         if loop.progress.step == 2:
             loop.publisher.wait()
             loop.trainer.policy.model.save_pretrained(tmp_path / "two")
-            loop.evaluator.best.set_aside(2, loop.versions.current, loop.versions.copy_of_newest())
+            loop.evaluator.best.set_aside(2, loop.versions.current, loop.versions.newest_model_writer())
 
     loop._publish = publish_and_set_aside  # type: ignore[method-assign]
     assert loop.run()

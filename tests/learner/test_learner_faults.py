@@ -217,13 +217,13 @@ def test_a_run_that_is_scaled_to_0_waits_without_a_deadline(
 
 def test_the_adviser_is_told_how_the_learner_spends_its_time(loop: Loop, tmp_path: Path) -> None:
     told: list[tuple[float, float]] = []
-    observe = loop.telling.adviser.observe
+    observe = loop.reporter.adviser.observe
 
     def listen(waited_s: float, worked_s: float, *others: Any, **named: Any) -> Any:
         told.append((waited_s, worked_s))
         return observe(waited_s, worked_s, *others, **named)
 
-    loop.telling.adviser.observe = listen  # type: ignore[method-assign]
+    loop.reporter.adviser.observe = listen  # type: ignore[method-assign]
     assert loop.run()
     rows = rows_of(tmp_path, "step")
     waited_s, worked_s = (sum(part) for part in zip(*told, strict=True))

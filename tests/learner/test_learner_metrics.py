@@ -19,7 +19,7 @@ from headrace.common.redis.keys import Keys
 from headrace.generation.http_api import make_app as make_replica_app
 from headrace.learner.__main__ import _status
 from headrace.learner.loop import Loop
-from headrace.learner.reporting.prometheus import Exported
+from headrace.learner.reporting.prometheus import LearnerMetrics
 from tests.support.fake_sglang import FakeSglang
 from tests.support.replaying import STEPS, end, take_up
 from tests.support.replicas import a_learner, run, running_replica, until
@@ -32,8 +32,8 @@ def of(families: Families) -> Scrape:
     return scrape_app(app)
 
 
-def exported(loop: Loop) -> Exported:
-    return Exported(lambda: _status(loop, "r"), loop.telling.metrics.rows, loop.intake, loop.versions)
+def exported(loop: Loop) -> LearnerMetrics:
+    return LearnerMetrics(lambda: _status(loop, "r"), loop.reporter.metrics.rows, loop.intake, loop.versions)
 
 
 def test_a_histogram_counts_by_upper_bound() -> None:
@@ -140,7 +140,7 @@ def test_a_learner_says_all_that_its_steps_and_its_status_say(
     assert sum(after.values("headrace_phase")) == 1
     assert after.value("headrace_step_phase_seconds_count", phase="wait") == STEPS
     assert after.value("headrace_trained_tokens_total") == sum(
-        row["trained_tokens"] for row in loop.telling.metrics.rows
+        row["trained_tokens"] for row in loop.reporter.metrics.rows
     )
     assert after.value("headrace_groups_total", state="trained") == 4 * STEPS
     assert after.value("headrace_checkpoint_step") == STEPS and after.value("headrace_checkpoint_bytes") > 1e6

@@ -30,15 +30,15 @@ from headrace.learner.reporting.http_api import make_app
 from headrace.learner.steering import switches as switches_module
 from headrace.learner.steering.switches import Switches
 from headrace.learner.store.store import Fenced, LearnerStore
-from headrace.learner.weights.publisher import Versions, places_above
+from headrace.learner.weights.publisher import WeightVersions, ancestors_in_tree
 
 
-def make_versions(root: Path, client: redis.Redis, keys: Keys) -> Versions:
-    return Versions(root, LearnerStore(client, keys), "http://127.0.0.1:1", "token")
+def make_versions(root: Path, client: redis.Redis, keys: Keys) -> WeightVersions:
+    return WeightVersions(root, LearnerStore(client, keys), "http://127.0.0.1:1", "token")
 
 
-def publish(versions: Versions, weights: Mapping[str, torch.Tensor], step: int) -> Manifest:
-    return versions.publish(versions.copy(weights), step, versions.reserve())
+def publish(versions: WeightVersions, weights: Mapping[str, torch.Tensor], step: int) -> Manifest:
+    return versions.publish(versions.snapshot(weights), step, versions.reserve())
 
 
 def tensors(value: float) -> dict[str, torch.Tensor]:
@@ -181,7 +181,7 @@ def test_a_version_lies_in_memory_for_replicas_that_share_it(
 
 
 def test_replicas_form_a_tree_under_the_learner() -> None:
-    assert [places_above(place) for place in range(8)] == [[], [0], [0], [1, 0], [1, 0], [2, 0], [2, 0], [3, 1, 0]]
+    assert [ancestors_in_tree(place) for place in range(8)] == [[], [0], [0], [1, 0], [1, 0], [2, 0], [2, 0], [3, 1, 0]]
 
 
 def test_versions_grow_over_restarts_and_over_what_replicas_serve(

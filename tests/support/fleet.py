@@ -44,12 +44,12 @@ class Versions:
         version = len(self.manifests) + 1
         self._bits += (torch.rand(self._bits.shape, generator=self._generator) < self.share).to(torch.int16)
         self.tensors = {"w": self._bits.view(torch.bfloat16).clone(), "bias": torch.full((3,), float(version))}
-        weights, alone = Snapshot(self.tensors), memory is not None
+        weights, is_shared = Snapshot(self.tensors), memory is not None
         memory = memory and version_folder(memory, version)
         if memory is not None:
             memory.mkdir()
         folder = version_folder(self.root, version)
-        self.manifests.append(self.writer.write(folder, version, version, weights, memory, alone=alone))
+        self.manifests.append(self.writer.write(folder, version, version, weights, memory, is_memory_only=is_shared))
         return version
 
     def published(self, url: str, version: int | None = None) -> Published:

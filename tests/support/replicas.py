@@ -31,7 +31,7 @@ from headrace.generation.weights.version_fetch import Arrival
 from headrace.learner.reporting.http_api import make_app
 from headrace.learner.steering.switches import Switches
 from headrace.learner.store.store import LearnerStore
-from headrace.learner.weights.publisher import Versions
+from headrace.learner.weights.publisher import WeightVersions
 from tests.support.making import make_ticket
 
 DEADLINE_S = 60.0
@@ -42,12 +42,12 @@ class Learner:
     """What a replica sees of a learner."""
 
     store: LearnerStore
-    versions: Versions
+    versions: WeightVersions
     tensors: dict[str, object]
     prompt_tokens: list[int]
 
     def publish(self, step: int) -> int:
-        weights = self.versions.copy(self.tensors)  # type: ignore[arg-type]
+        weights = self.versions.snapshot(self.tensors)  # type: ignore[arg-type]
         return self.versions.publish(weights, step, self.versions.reserve()).version
 
     def issue(self, *names: str, max_new_tokens: int = 24, **changes: object) -> None:
@@ -67,7 +67,7 @@ def a_learner(client: redis.Redis, keys: Keys, folder: Path, demo_policy: Path) 
         tokenize=False,
     )
     store, sock = LearnerStore(client, keys), listen("127.0.0.1", 0)
-    versions = Versions(folder / "weights", store, url_of(sock), "token")
+    versions = WeightVersions(folder / "weights", store, url_of(sock), "token")
     app = make_app(versions.root, dict, Switches(), "token")
     with serve_in_thread(app, sock):
         tensors = load_file(demo_policy / "model.safetensors")

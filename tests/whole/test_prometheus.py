@@ -27,7 +27,7 @@ from headrace.common.wire import encode
 from headrace.control.assembly import running_app, serving
 from headrace.generation.http_api import make_app as make_replica_app
 from headrace.learner.__main__ import _status
-from headrace.learner.reporting.prometheus import Exported
+from headrace.learner.reporting.prometheus import LearnerMetrics
 from tests.support.fake_sglang import a_fake_sglang, sample
 from tests.support.replaying import end, make_recording, take_up
 from tests.support.replicas import a_learner, running_replica, until
@@ -91,7 +91,7 @@ def learner_at(client: redis.Redis, folder: Path) -> Iterator[str]:
     """It has learnt a recording."""
     loop = take_up(folder / "run", client, LEARNT, make_recording(folder / "recording.msgpack"))
     app, sock = new_app("learner"), listen("127.0.0.1", 0)
-    exported = Exported(lambda: _status(loop, LEARNT.run), loop.telling.metrics.rows, loop.intake, loop.versions)
+    exported = LearnerMetrics(lambda: _status(loop, LEARNT.run), loop.reporter.metrics.rows, loop.intake, loop.versions)
     mount_metrics(app, exported)
     with serve_in_thread(app, sock):
         assert loop.run()

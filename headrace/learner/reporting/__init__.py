@@ -1,4 +1,4 @@
-"""What the learner says of the run: rows of metrics, trackers, the summary, Prometheus, its HTTP side.
+"""Reporting on the run: rows of metrics, trackers, the summary, Prometheus, the learner's HTTP service.
 
 Nothing here can stop a step.
 """

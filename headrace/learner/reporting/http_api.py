@@ -1,7 +1,7 @@
-"""The learner's HTTP side: health, status, the weight versions, and the switches of its loop.
+"""The learner's HTTP service: health, status, files of weight versions, and the loop's switches.
 
-Runs in a thread beside the loop and only reads its status or sets a switch; the loop obeys between steps. An order is
-answered when it stands in Redis, or after a moment, with `unwritten_orders` in the answer.
+It runs in a thread beside the loop and only reads the status or sets a switch; the loop applies switches between
+steps. A command is answered once Redis has it. If that takes too long, the response lists it in `unwritten_orders`.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def make_app(
     token: str,
     weights_in_memory: Path | None = None,
 ) -> FastAPI:
-    """`weights_in_memory` has files of versions as well."""
+    """Version files are looked up in `weights_root`, then in `weights_in_memory`."""
     app = new_app("Headrace learner")
     guarded = [Depends(require_token(token))]
 
@@ -46,7 +46,7 @@ def make_app(
 
     @app.get("/weights/{version}/{name}", dependencies=guarded)
     def weights_file(version: int, name: str) -> FileResponse:
-        """A file of a version, or a range of it."""
+        """A file of a version, or a byte range of it."""
         path = file_of(weights_root, version, name)
         if path is None and weights_in_memory is not None:
             path = file_of(weights_in_memory, version, name)
@@ -57,25 +57,25 @@ def make_app(
     @app.post("/pause", dependencies=guarded)
     def pause() -> dict[str, Any]:
         switches.pause()
-        return written()
+        return status_once_persisted()
 
     @app.post("/resume", dependencies=guarded)
     def resume() -> dict[str, Any]:
         switches.resume()
-        return written()
+        return status_once_persisted()
 
     @app.post("/checkpoint", dependencies=guarded)
     def checkpoint() -> dict[str, Any]:
         switches.request_checkpoint()
-        return written()
+        return status_once_persisted()
 
     @app.post("/stop", dependencies=guarded)
     def stop() -> dict[str, Any]:
         """Ends the run after the step in progress, with a checkpoint."""
         switches.request_stop()
-        return written()
+        return status_once_persisted()
 
-    def written() -> dict[str, Any]:
+    def status_once_persisted() -> dict[str, Any]:
         switches.wait_until_persisted()
         return status()
 

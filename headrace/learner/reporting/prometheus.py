@@ -1,7 +1,7 @@
-"""What the learner's `/metrics` says: all that `/status` says, and what its parts know beside it.
+"""The learner's `/metrics`: the contents of `/status`, and further numbers of the learner's components.
 
-Read at each scrape from memory (and the sizes of two files), so that no scrape waits for Redis, torch or the loop.
-Counters count from the start of this process; what stands for the whole run is a gauge.
+Each scrape reads memory (and the sizes of two files), so that no scrape waits for Redis, torch or the loop. Counters
+count from the start of this process; totals of the whole run are gauges.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,20 +14,20 @@ from headrace.common.metrics.run import GroupTotals, add_files, add_orders, add_
 from headrace.common.metrics.steps import StepTotals, add_latest_evaluation, add_latest_step
 from headrace.common.weights.files import DELTA_FILE, MODEL_FILE
 from headrace.learner.intake.intake import Intake
-from headrace.learner.weights.publisher import Versions
+from headrace.learner.weights.publisher import WeightVersions
 
 
-class Exported:
-    """Call it at each scrape."""
+class LearnerMetrics:
+    """Collects all metric families; called at each scrape."""
 
     def __init__(
         self,
         status: Callable[[], dict[str, Any]],
         rows: Sequence[Mapping[str, Any]],
         intake: Intake,
-        versions: Versions,
+        versions: WeightVersions,
     ) -> None:
-        """`rows` grows by one a step and one an evaluation; what is in it now is of earlier lives."""
+        """`rows` grows by one per step and one per evaluation; the rows already in it are of earlier starts."""
         self._status = status
         self._rows = rows
         self._intake = intake
@@ -64,7 +64,7 @@ class Exported:
             self._num_seen += 1
 
     def _version_bytes(self) -> dict[str, int]:
-        """Of the newest version; it may be deleted at any time."""
+        """Sizes of the newest version's files, which may be deleted at any time."""
         found = {}
         for kind, name in (("delta", DELTA_FILE), ("model", MODEL_FILE)):
             with suppress(OSError):

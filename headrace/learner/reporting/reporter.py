@@ -1,7 +1,6 @@
-"""What the learner tells of itself: rows of metrics, the phase that it is in, groups for people to read.
+"""Reports the run's state: rows of metrics, the learner's phase, samples of groups for people to read.
 
-A row goes to Redis first, so that a learner that is fenced off there writes none, then to `metrics.jsonl` and the
-trackers.
+A row is written to Redis first, so that a fenced learner writes none, then to `metrics.jsonl` and the trackers.
 """
 
 import logging
@@ -25,7 +24,7 @@ from headrace.learner.steering.switches import Switches
 from headrace.learner.store.store import LearnerStore
 from headrace.learner.training.step_metrics import group_durations_s, staleness_metrics
 from headrace.learner.training.trainer import Trainer
-from headrace.learner.weights.publisher import Versions
+from headrace.learner.weights.publisher import WeightVersions
 
 _LOGGED = (
     "held_out",
@@ -40,13 +39,13 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass
-class Telling:
-    """Reads what it tells from the parts of the loop, and changes none of them but `progress`."""
+class RunReporter:
+    """Reads the loop's components to report on them; the only one that it changes is `progress`."""
 
     store: LearnerStore
     trainer: Trainer
     intake: Intake
-    versions: Versions
+    versions: WeightVersions
     switches: Switches
     progress: Progress
     waits: Waits
@@ -55,15 +54,15 @@ class Telling:
     trackers: Trackers
     token_texts: TokenTexts
     live_config: LiveConfig
-    _is_shown_paused: bool = False
-    _shown_at: float = field(default_factory=time.monotonic)
+    _is_reported_paused: bool = False
+    _reported_at: float = field(default_factory=time.monotonic)
 
-    def phase(self, phase: str) -> None:
-        """Begins now."""
+    def enter_phase(self, phase: str) -> None:
+        """Reports that `phase` begins now, with the advised number of replicas."""
         advice = self._advise()
         self.progress.phase = phase
-        self._is_shown_paused = self.switches.paused.is_set()
-        if self._is_shown_paused and phase in ("waiting", "evaluating", "waiting for a replica"):
+        self._is_reported_paused = self.switches.paused.is_set()
+        if self._is_reported_paused and phase in ("waiting", "evaluating", "waiting for a replica"):
             phase = "paused"
         position = {"step": self.progress.step, "version": self.versions.current, "url": self.versions.url}
         position |= {"settings_version": self.live_config.settings.version, "held_back": self.live_config.held_back}
@@ -71,39 +70,40 @@ class Telling:
         waits = {"reason": self.waits.describe(), "waits": msgspec.json.encode(self.waits.durations_s()).decode()}
         self.store.report({"phase": phase, **waits, **position, **advised})
 
-    def guard(self, kind: str, reason: str, notch: int) -> None:
-        """What it has done, and why."""
-        done = {"warn": "warns", "tighten": "tightens", "loosen": "loosens"}[kind]
-        text = f"the guard {done}: {reason}; {self.live_config.held_back or 'everything is as ordered'}"
+    def report_guard(self, kind: str, reason: str, notch: int) -> None:
+        """Reports an action of the divergence guard, with its reason."""
+        action = {"warn": "warns", "tighten": "tightens", "loosen": "loosens"}[kind]
+        text = f"the guard {action}: {reason}; {self.live_config.held_back or 'no setting is tightened'}"
         _log.log(logging.INFO if kind == "loosen" else logging.WARNING, text)
         event = {"action": kind, "reason": reason, "notch": notch, "step": self.progress.step, "text": text}
         self.store.announce("guard", event)
 
-    def whether_paused(self) -> None:
-        if self.switches.paused.is_set() != self._is_shown_paused:
-            self.phase(self.progress.phase)
+    def refresh_paused_phase(self) -> None:
+        """Reports the phase again if the learner was paused or resumed since."""
+        if self.switches.paused.is_set() != self._is_reported_paused:
+            self.enter_phase(self.progress.phase)
 
-    def step(self, row: dict[str, Any], batch: list[Arrived]) -> None:
-        """`row`: what is known of the batch's training."""
+    def report_step(self, row: dict[str, Any], batch: list[Arrived]) -> None:
+        """Writes the step's row: `row`, the training metrics, and what is known of the batch and the whole run."""
         tickets = {
             "tickets": [arrived.entry.ticket_id for arrived in batch],
             "group_s": group_durations_s([arrived.group for arrived in batch]),
         }
         staleness = staleness_metrics([arrived.staleness for arrived in batch])
-        self.row("step", row | staleness | self._whole_run() | tickets)
+        self.write_row("step", row | staleness | self._run_metrics() | tickets)
 
-    def row(self, kind: str, row: dict[str, Any]) -> None:
+    def write_row(self, kind: str, row: dict[str, Any]) -> None:
         position = {"step": self.progress.step, "time_s": time.time(), "wall_s": self.progress.wall_s}
         row = {"kind": kind} | position | row
         self.store.record(kind, row)
         self.metrics.append(row)
         self.trackers.write(row)
         self.progress.latest[kind] = row
-        told = ", ".join(f"{name} {row[name]:.4g}" for name in _LOGGED if row.get(name) is not None)
-        _log.info("%s: %s", kind, told, extra={"step": row["step"]})
+        logged = ", ".join(f"{name} {row[name]:.4g}" for name in _LOGGED if row.get(name) is not None)
+        _log.info("%s: %s", kind, logged, extra={"step": row["step"]})
 
-    def groups(self) -> None:
-        """A sample of those that were decided, for people to read."""
+    def write_group_samples(self) -> None:
+        """Writes a sample of the groups that were settled since, for people to read."""
         decided = self.intake.take_sample()
         trained = [self.trainer.as_trained(one.group) if one.state == "trained" else [] for one in decided]
         if decided:
@@ -111,19 +111,19 @@ class Telling:
                 shown_group(one, rollouts, self.token_texts) for one, rollouts in zip(decided, trained, strict=True)
             )
 
-    def checkpoint(self, saved: Path, step: int, lasted_s: float) -> None:
-        told = {"step": step, "time_s": time.time(), "seconds": lasted_s, "bytes": num_bytes_in(saved)}
-        self.progress.latest["checkpoint"] = told
-        self.store.report({f"checkpoint_{name}": value for name, value in told.items()})
+    def report_checkpoint(self, saved: Path, step: int, lasted_s: float) -> None:
+        row = {"step": step, "time_s": time.time(), "seconds": lasted_s, "bytes": num_bytes_in(saved)}
+        self.progress.latest["checkpoint"] = row
+        self.store.report({f"checkpoint_{name}": value for name, value in row.items()})
 
-    def _whole_run(self) -> dict[str, Any]:
-        """What a row says of the run up to its step, rather than of the batch."""
+    def _run_metrics(self) -> dict[str, Any]:
+        """The numbers of a step's row that describe the run up to that step rather than the batch."""
         counts = self.intake.books.counts
         decided = max(1, counts["trained"] + counts["uniform"] + counts["stale"])
         rewards = self.intake.take_decided_rewards()
         return {
             "reward_mean": sum(rewards) / len(rewards),
-            "version": self.versions.highest,  # that of this step, which is being published
+            "version": self.versions.highest,  # this step's version, which is being published
             "generated_tokens": counts["generated_tokens"],
             "uniform_share": counts["uniform"] / decided,
             "stale_share": counts["stale"] / decided,
@@ -133,9 +133,10 @@ class Telling:
         }
 
     def _advise(self) -> Advice:
-        """By the phase that is over; neither an evaluation nor a pause says how many replicas are right."""
+        """Advice after the phase that ends now. Evaluations and pauses count as neither waiting nor working: they do
+        not show how many replicas are needed."""
         now = time.monotonic()
-        spent_s, self._shown_at = now - self._shown_at, now
+        spent_s, self._reported_at = now - self._reported_at, now
         return self.adviser.observe(
             waited_s=spent_s if self.progress.phase == "waiting" else 0.0,
             worked_s=spent_s if self.progress.phase == "training" else 0.0,

@@ -1,8 +1,8 @@
-"""What a run leaves behind for people: rows of metrics, a summary, a picture of the curve.
+"""The run's results for people: rows of metrics, a summary, a plot of the learning curve.
 
-`metrics.jsonl` has one row a step and one an evaluation, and is the source of everything else here; a resumed
-learner cuts off the rows of steps that it will take again, in a new file of that name, so that nothing a fenced one
-still writes arrives in it.
+`metrics.jsonl` has one row per step and one per evaluation; everything else here is computed from it. A resumed
+learner drops the rows of steps that it will repeat. It writes the remaining rows to a new file of that name, so that
+a fenced learner, which still has the old file open, cannot add to it.
 """
 
 import json
@@ -17,7 +17,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsFile:
-    """Appends rows, each flushed, so that a reader sees whole lines."""
+    """Appends rows and flushes each, so that a reader sees whole lines."""
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
@@ -37,8 +37,8 @@ class MetricsFile:
 
 
 def summarise(rows: Sequence[Row], counts: Mapping[str, int], generation_lag: float) -> dict[str, Any]:
-    """`wall_s` is from the first ticket to the last step. `generation_lag`: share of their time that replicas had
-    nothing to do; the learner's is the share that it waited for groups."""
+    """The run's summary. `wall_s` is from the first ticket to the last step. `generation_lag`: the share of their time
+    that replicas had no ticket; the learner's lag is the share of its time that it waited for groups."""
     steps = [row for row in rows if row["kind"] == "step"]
     wall_s = steps[-1]["wall_s"] if steps else 0.0
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
@@ -67,12 +67,12 @@ def summarise(rows: Sequence[Row], counts: Mapping[str, int], generation_lag: fl
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Linear between the two nearest ranks; 0 for no values."""
+    """The quantile `share`, interpolated linearly between the two nearest ranks; 0 for no values."""
     return float(np.quantile(values, share)) if values else 0.0
 
 
 def draw_curve(rows: Sequence[Row], path: Path) -> None:
-    """Reward of everything that was sampled, and held-out accuracy, over steps, as PNG."""
+    """Plots the reward of all sampled completions and the held-out accuracy over steps, as a PNG."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -95,7 +95,7 @@ def draw_curve(rows: Sequence[Row], path: Path) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Whole rows only: a killed writer may have left half a line."""
+    """The rows of the file, without incomplete lines: a killed writer may have left half a line."""
     if not path.exists():
         return []
     rows = []

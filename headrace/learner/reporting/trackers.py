@@ -1,7 +1,7 @@
-"""Experiment trackers: every row of numbers, also to those that the configuration names.
+"""Experiment trackers: sends the numbers of every row to the trackers that the configuration names.
 
-A tracker never hurts training: all of them live in one thread of their own, behind a bounded queue. One that fails is
-told of once and given up; rows that no tracker keeps up with are left out, and counted at the end.
+A tracker cannot slow training down: all of them run in one thread, behind a bounded queue. A tracker that fails is
+logged once and dropped. Rows are discarded while the queue is full; the number of discarded rows is logged at the end.
 """
 
 import logging
@@ -23,10 +23,10 @@ _log = logging.getLogger(__name__)
 
 class Tracker(Protocol):
     def log(self, numbers: Mapping[str, float], step: int) -> None:
-        """`numbers` by `kind/name`, `kind/step` among them.
+        """Logs `numbers`, by `kind/name`; `kind/step` is one of them.
 
-        Steps of one kind come in order. An evaluation is of an earlier step than the rows before it, and a learner
-        that was killed takes steps again.
+        Rows of one kind arrive in the order of their steps. An evaluation belongs to an earlier step than the rows
+        before it, and a learner that was killed repeats steps.
         """
         ...
 
@@ -50,7 +50,7 @@ class TensorBoard:
 
 
 class Trackio:
-    """Its local database; nothing leaves the machine unless its settings say so. A step taken again stands twice."""
+    """Trackio's local database; nothing leaves the machine by default. A repeated step appears twice."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
         import trackio
@@ -66,10 +66,10 @@ class Trackio:
 
 
 class WeightsAndBiases:
-    """Where its own settings (`WANDB_MODE`, `WANDB_API_KEY`) say.
+    """Weights & Biases, configured by its own environment variables (`WANDB_MODE`, `WANDB_API_KEY`).
 
-    It drops rows whose step is below the last one's. So each row is a step of its own there, and each kind of rows is
-    drawn over its own axis, `step/step` or `evaluation/step`. What is taken again stands twice.
+    It drops rows whose step is below the last one's. So each row is a separate step there, and each kind of row is
+    drawn over its own axis, `step/step` or `evaluation/step`. A repeated step appears twice.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
@@ -96,42 +96,42 @@ KINDS: dict[str, Callable[[Path, Mapping[str, Any], int], Tracker]] = {
 
 
 class Trackers:
-    """Of the run in `folder`, taken up after `step`; without `names` there is no thread."""
+    """The trackers `names` of the run in `folder`, resumed after `step`; without `names` there is no thread."""
 
     def __init__(self, names: Sequence[str], folder: Path, config: Mapping[str, Any], step: int) -> None:
         self._rows: queue.Queue[Mapping[str, Number] | None] = queue.Queue(MAX_QUEUED_ROWS)
-        self._num_left_out = 0
+        self._num_discarded = 0
         self._thread = threading.Thread(
-            target=self._work, args=(list(names), folder, config, step), name="trackers", daemon=True
+            target=self._run, args=(list(names), folder, config, step), name="trackers", daemon=True
         )
         if names:
             self._thread.start()
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Returns at once."""
+        """Queues the row and returns at once."""
         if not self._thread.is_alive():
             return
         try:
             self._rows.put_nowait({"kind": row["kind"]} | numbers_of(row))
         except queue.Full:
-            self._num_left_out += 1
+            self._num_discarded += 1
 
     def close(self) -> None:
-        """Waits a while for what is queued."""
+        """Waits up to `CLOSE_TIMEOUT_S` until the queued rows are logged."""
         if not self._thread.is_alive():
             return
         try:
             self._rows.put(None, timeout=CLOSE_TIMEOUT_S)
         except queue.Full:
-            self._num_left_out += self._rows.qsize()
+            self._num_discarded += self._rows.qsize()
         self._thread.join(CLOSE_TIMEOUT_S)
-        if self._num_left_out or self._thread.is_alive():
-            _log.warning("trackers: %d rows were left out, they were too slow", self._num_left_out)
+        if self._num_discarded or self._thread.is_alive():
+            _log.warning("the trackers were too slow: %d rows were discarded", self._num_discarded)
 
-    def _work(self, names: list[str], folder: Path, config: Mapping[str, Any], step: int) -> None:
+    def _run(self, names: list[str], folder: Path, config: Mapping[str, Any], step: int) -> None:
         trackers: dict[str, Tracker] = {}
         for name in names:
-            self._try(trackers, name, partial(self._begin, trackers, name, folder, config, step))
+            self._try(trackers, name, partial(self._start, trackers, name, folder, config, step))
         while trackers and (row := self._rows.get()) is not None:
             numbers = {f"{row['kind']}/{name}": value for name, value in row.items() if isinstance(value, int | float)}
             for name, tracker in list(trackers.items()):
@@ -139,7 +139,7 @@ class Trackers:
         for name, tracker in list(trackers.items()):
             self._try(trackers, name, tracker.close)
 
-    def _begin(
+    def _start(
         self, trackers: dict[str, Tracker], name: str, folder: Path, config: Mapping[str, Any], step: int
     ) -> None:
         trackers[name] = KINDS[name](folder, config, step)
@@ -149,4 +149,4 @@ class Trackers:
             act()
         except Exception as error:  # noqa: BLE001 - whatever it is, training goes on without this tracker
             trackers.pop(name, None)
-            _log.error("tracker %s failed, and is given no more rows: %s: %s", name, type(error).__name__, error)
+            _log.error("tracker %s failed and gets no more rows: %s: %s", name, type(error).__name__, error)

@@ -15,7 +15,7 @@ from headrace.common.process.waiting import Reason
 from headrace.learner.checkpoints.checkpoint import CheckpointError, save_checkpoint
 from headrace.learner.checkpoints.record import Record
 from headrace.learner.intake.intake import Consumed, Intake
-from headrace.learner.reporting.reporter import Telling
+from headrace.learner.reporting.reporter import RunReporter
 from headrace.learner.stages.background import BackgroundWorker
 from headrace.learner.stages.wait_deadlines import WaitDeadlines
 from headrace.learner.training.trainer import Trainer
@@ -29,7 +29,7 @@ class Checkpointer:
         root: Path,
         trainer: Trainer,
         intake: Intake,
-        telling: Telling,
+        reporter: RunReporter,
         wait_deadlines: WaitDeadlines,
         check_fence: Callable[[], None],
     ) -> None:
@@ -40,7 +40,7 @@ class Checkpointer:
         self._root = root
         self._trainer = trainer
         self._intake = intake
-        self._telling = telling
+        self._reporter = reporter
         self._wait_deadlines = wait_deadlines
         self._check_fence = check_fence
         self._worker = BackgroundWorker("checkpoint", wait_deadlines, Reason.WAITING_FOR_CHECKPOINT)
@@ -66,6 +66,6 @@ class Checkpointer:
             return
         self.last_duration_s = time.monotonic() - started
         _log.info("checkpoint: records %d groups", len(consumed.settlements))
-        self._telling.checkpoint(saved, record.step, self.last_duration_s)
+        self._reporter.report_checkpoint(saved, record.step, self.last_duration_s)
         self._wait_deadlines.waits.over(Reason.CHECKPOINT_FAILING)
         self._intake.checkpointed(consumed)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from headrace.learner.checkpoints.best import Best
 from headrace.learner.intake.intake import Intake
-from headrace.learner.reporting.reporter import Telling
-from headrace.learner.weights.publisher import Versions
+from headrace.learner.reporting.reporter import RunReporter
+from headrace.learner.weights.publisher import WeightVersions
 
 
 @dataclass
@@ -18,9 +18,9 @@ class Evaluator:
     """Runs one evaluation at a time."""
 
     intake: Intake
-    versions: Versions
+    versions: WeightVersions
     best: Best
-    telling: Telling
+    reporter: RunReporter
     is_due: bool = False
     """An evaluation was requested and has not begun."""
     _last_version: int = 0
@@ -33,7 +33,7 @@ class Evaluator:
             self.is_due = False
             self._last_version = self.versions.current
             step = self.versions.steps[self._last_version]
-            self.best.set_aside(step, self._last_version, self.versions.copy_of_newest())
+            self.best.set_aside(step, self._last_version, self.versions.newest_model_writer())
             self.intake.begin_evaluation(step, self._last_version)
 
     def begin_if_due(self) -> None:
@@ -51,4 +51,4 @@ class Evaluator:
 
     def on_result(self, result: dict[str, float] | None) -> None:
         if result is not None:
-            self.telling.row("evaluation", result | {"is_best": self.best.decide(result["held_out"])})
+            self.reporter.write_row("evaluation", result | {"is_best": self.best.decide(result["held_out"])})

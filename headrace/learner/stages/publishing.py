@@ -14,7 +14,7 @@ from headrace.learner.model.host_snapshots import Snapshot, Weight
 from headrace.learner.stages.background import BackgroundWorker
 from headrace.learner.stages.wait_deadlines import WaitDeadlines
 from headrace.learner.steering.switches import Switches
-from headrace.learner.weights.publisher import Versions
+from headrace.learner.weights.publisher import WeightVersions
 
 RETRY_S = 1.0
 HOLD_POLL_S = 0.1
@@ -23,7 +23,7 @@ HOLD_POLL_S = 0.1
 class BackgroundPublisher:
     def __init__(
         self,
-        versions: Versions,
+        versions: WeightVersions,
         wait_deadlines: WaitDeadlines,
         switches: Switches,
         is_on_hold: Callable[[], bool] = lambda: False,
@@ -41,7 +41,7 @@ class BackgroundPublisher:
         however often a full disk refuses them. `on_announced` is called with the version, in another thread, when
         replicas can find it. Raises the failure of the publication before."""
         self.wait()
-        weights = self._versions.copy(tensors)
+        weights = self._versions.snapshot(tensors)
         self._versions.is_publishing = True
         self._worker.begin(partial(self._publish, weights, step, self._versions.reserve(), on_announced))
 

@@ -1,4 +1,4 @@
-"""Weight versions: files first, then Redis, then a hint to each replica.
+"""Publishing weight versions: files first, then Redis, then a hint to each replica.
 
 A version that is announced can be fetched.
 """

@@ -1,9 +1,10 @@
 """Publishing weight versions: files first, then Redis, then a hint to every replica.
 
-Versions only grow. The next number is durable in the run's folder before anything carries it, and a start takes one
-above the largest that the folder, Redis or a replica knows. Each learner writes into a folder of its own epoch, so
-that a fenced one that wakes up cannot touch what its successor serves. The manifest's SHA-256 stands in Redis, so the
-bytes may come from anyone: replicas are told whom to ask so that they form a tree, of which the learner feeds the root.
+Version numbers only grow. The next number is durable in the run's folder before anything uses it, and a learner that
+starts continues above the largest number that the folder, Redis or a replica knows. Each learner writes into a folder
+of its own epoch, so that a fenced learner cannot touch what its successor serves. Redis has the manifest's SHA-256, so
+the bytes may come from anywhere: the hint tells each replica which peers to fetch from, so that the replicas form a
+tree, and only its root fetches from the learner.
 """
 
 import logging
@@ -35,29 +36,29 @@ NOTIFY_TIMEOUT_S = 5.0
 COUNTER_FILE = "VERSION"
 PREFIX = "headrace-versions-"
 SPARE_BYTES = 1 << 24
-"""Of the memory-backed folder, beyond a model's tensors."""
-BRANCHES = 2
-"""Replicas that fetch from each replica."""
+"""Bytes that must stay free in the memory-backed folder beyond a model's tensors."""
+TREE_FANOUT = 2
+"""Number of replicas that fetch from each replica."""
 _log = logging.getLogger(__name__)
 
 
-class Versions:
-    """The run's weight versions; `root` is this learner's folder in `parent`, `current` the version that was published
-    last (0: none yet)."""
+class WeightVersions:
+    """The run's weight versions; `root` is this learner's folder in `parent`, `current` the version published last
+    (0: none yet)."""
 
     def __init__(self, parent: Path, store: LearnerStore, url: str, token: str) -> None:
         self.root = parent / f"epoch-{store.epoch:06d}"
         self.store = store
         self.url = url
         self.steps = store.version_steps()
-        """Which step made a version."""
+        """The step that made each version."""
         self.current = 0
         self.is_publishing = False
-        """A version is on its way: `current` is the one before."""
+        """A version is being published; `current` is still the one before it."""
         self.highest = self._highest_known(parent)
-        """No replica can have sampled with a version above it."""
+        """The highest number in use: no replica can have sampled with a version above it."""
         self.root.mkdir(parents=True, exist_ok=True)
-        self._note_number()
+        self._write_counter()
         for earlier in parent.glob("epoch-*"):
             if earlier.name < self.root.name:
                 shutil.rmtree(earlier, ignore_errors=True)
@@ -66,36 +67,38 @@ class Versions:
         self._notifiers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="notify")
         self._memory = MemoryFolder(PREFIX, memory_backed())
         self.memory = self._memory.root
-        """Models' files, in versions' folders, for replicas that share it."""
+        """Model files, in one folder per version, for replicas that share this memory."""
         self._http = httpx.Client(timeout=NOTIFY_TIMEOUT_S, headers=bearer(token), trust_env=False)
 
-    def copy(self, tensors: Mapping[str, Weight]) -> Snapshot:
-        """What `publish` takes: the tensors may change as soon as this returns."""
+    def snapshot(self, tensors: Mapping[str, Weight]) -> Snapshot:
+        """A copy in host memory, for `publish`: the tensors may change as soon as this returns."""
         return self._snapshots.take(tensors)
 
     def reserve(self) -> int:
-        """The number of the next version, which is the highest from now on; `publish` notes it before a file has it."""
+        """Returns the next version's number and makes it the highest; `publish` makes it durable before it is used."""
         self.highest += 1
         return self.highest
 
     def publish(self, weights: Snapshot, step: int, version: int) -> Manifest:
-        """Makes `weights` the version of the reserved number, which `step` made; returns when replicas can find it.
-        Raises `Fenced` also where a successor has deleted this learner's folder; after another `OSError` it may be
-        called again."""
+        """Publishes `weights`, made by `step`, under the reserved number; returns when replicas can find the version.
+
+        Raises `Fenced`, also where a successor has deleted this learner's folder, or `OSError`, after which it may be
+        called again.
+        """
         sharing = [replica.shares_memory for replica in self.store.replicas()]
         is_shared = any(sharing) and self._has_room(weights)
         try:
-            self._note_number()
+            self._write_counter()
             memory = self._new_folder_in_memory(version) if is_shared else None
-            place, alone = version_folder(self.root, version), is_shared and all(sharing)
-            manifest = self._writer.write(place, version, step, weights, memory, alone=alone)
+            folder, is_memory_only = version_folder(self.root, version), is_shared and all(sharing)
+            manifest = self._writer.write(folder, version, step, weights, memory, is_memory_only=is_memory_only)
         except OSError:
             self.store.check_fence()
             raise
         digest = sha256_of(encode_manifest(manifest))
-        told = {"version": version, "step": step, "sha256": digest, "url": self.url}
-        told |= {"machine": machine_id(), "folder": self.root.resolve(), "memory": self.memory}
-        fields = [str(part) for pair in told.items() for part in pair]
+        announced = {"version": version, "step": step, "sha256": digest, "url": self.url}
+        announced |= {"machine": machine_id(), "folder": self.root.resolve(), "memory": self.memory}
+        fields = [str(part) for pair in announced.items() for part in pair]
         keys = self.store.keys
         self.steps[version] = step  # before a group of this version can come back
         self.store.execute([("HSET", keys.versions, version, step), ("HSET", keys.weights, *fields)])
@@ -105,9 +108,9 @@ class Versions:
         self._notifiers.submit(self._notify_replicas, version)
         return manifest
 
-    def copy_of_newest(self) -> Callable[[Path], None]:
-        """Writes the model's file of the version that is the newest now."""
-        return self._writer.copy_of_newest()
+    def newest_model_writer(self) -> Callable[[Path], None]:
+        """Returns a function that writes the model file of the version that is the newest now."""
+        return self._writer.newest_model_writer()
 
     def close(self) -> None:
         self._notifiers.shutdown()
@@ -115,7 +118,7 @@ class Versions:
         self._memory.close()
 
     def file_of(self, version: int, name: str) -> Path | None:
-        """The version's file of that name, on the disk or in memory; None if there is none."""
+        """The version's file `name`, on disk or in memory; None if there is none."""
         return file_of(self.root, version, name) or file_of(self.memory, version, name)
 
     def _has_room(self, weights: Snapshot) -> bool:
@@ -123,7 +126,7 @@ class Versions:
         return shutil.disk_usage(self.memory).free > num_bytes + SPARE_BYTES
 
     def _new_folder_in_memory(self, version: int) -> Path:
-        """What a version that failed has left there goes."""
+        """A new folder for the version; deletes what a failed version has left."""
         for path in self.memory.glob("v*"):
             if path != version_folder(self.memory, self.current):
                 shutil.rmtree(path, ignore_errors=True)
@@ -132,8 +135,8 @@ class Versions:
         return folder
 
     def _delete_unneeded(self, before: int) -> None:
-        """Whoever serves an older version than the last anchor but one starts from an anchor. In memory the version
-        `before` is left as well: a replica may just be taking it."""
+        """Deletes versions older than the last anchor but one: replicas that serve those start from an anchor. In
+        memory the version `before` is kept as well: a replica may be reading it."""
         for version in stored_versions(self.root):
             if version < self._writer.anchors[-2:][0]:
                 shutil.rmtree(version_folder(self.root, version), ignore_errors=True)
@@ -142,21 +145,23 @@ class Versions:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _notify_replicas(self, version: int) -> None:
-        """A hint only: a replica that misses it looks by itself."""
+        """Sends a hint to every replica; one that misses it finds the version by polling."""
         try:
             replicas = self.store.replicas()
         except redis.RedisError as error:
-            _log.warning("version %d: replicas cannot be listed, they will look by themselves: %s", version, error)
+            _log.warning("version %d: replicas cannot be listed, they will find it by polling: %s", version, error)
             return
         urls = [replica.url for replica in sorted(replicas, key=lambda one: (one.state != "running", one.replica))]
         for index, url in enumerate(urls):
-            self._notifiers.submit(self._notify, url, version, [urls[above] for above in places_above(index)])
+            self._notifiers.submit(
+                self._notify, url, version, [urls[ancestor] for ancestor in ancestors_in_tree(index)]
+            )
 
     def _notify(self, url: str, version: int, sources: Sequence[str]) -> None:
         try:
             self._http.post(f"{url}/weights", json={"version": version, "sources": sources}).raise_for_status()
         except httpx.HTTPError as error:
-            _log.warning("version %d: the replica at %s did not take the hint: %s", version, url, error)
+            _log.warning("version %d: the replica at %s did not accept the hint: %s", version, url, error)
 
     def _highest_known(self, parent: Path) -> int:
         on_disk = [int(counter.read_text() or 0) for counter in parent.glob(f"epoch-*/{COUNTER_FILE}")]
@@ -164,7 +169,7 @@ class Versions:
         serving = [heartbeat.weight_version for heartbeat in self.store.replicas()]
         return max([0, *on_disk, *stored, *self.steps, *serving])
 
-    def _note_number(self) -> None:
+    def _write_counter(self) -> None:
         aside = self.root / f"{COUNTER_FILE}.aside"
         aside.write_text(str(self.highest))
         fsync_path(aside)
@@ -172,10 +177,10 @@ class Versions:
         fsync_path(self.root)
 
 
-def places_above(place: int) -> list[int]:
-    """The way from a place in the tree to its root, the nearest first; the root fetches from the learner."""
-    above = []
-    while place > 0:
-        place = (place - 1) // BRANCHES
-        above.append(place)
-    return above
+def ancestors_in_tree(index: int) -> list[int]:
+    """The ancestors of the node `index`, the nearest first, up to the root 0, which fetches from the learner."""
+    ancestors = []
+    while index > 0:
+        index = (index - 1) // TREE_FANOUT
+        ancestors.append(index)
+    return ancestors

@@ -1,8 +1,8 @@
-"""Writes the files of weight versions: deltas against the version before, and an anchor now and then.
+"""Writes the files of weight versions: deltas against the version before, and anchors (whole models) when due.
 
-The copy of what was published last stays in host memory, beside the one that is being written. An anchor is written
-when the deltas since the last one would cost a joiner as many bytes as the model, or are many, or when a delta would
-not pay. Tensors are hashed and encoded by several threads, which hold Python's lock for moments only.
+Host memory keeps the copy that was published last, beside the one that is being written. An anchor is written when
+there are `MAX_CHAIN` deltas since the last one, when these would cost a new replica more bytes than the model, or when
+a delta would be too large. Several threads hash and encode tensors; they hold Python's lock only briefly.
 """
 
 import os
@@ -33,16 +33,16 @@ from headrace.common.weights.files import (
 from headrace.learner.model.host_snapshots import Snapshot, bytes_of
 
 MAX_CHAIN = 32
-"""Deltas between two anchors."""
-LARGEST_DELTA = 0.9
-"""Share of the model's bytes above which a delta does not pay."""
+"""Maximum number of deltas between two anchors."""
+MAX_DELTA_SHARE = 0.9
+"""A delta larger than this share of the model's bytes is not written."""
 MAX_THREADS = 8
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class _Encoded(NamedTuple):
-    """A tensor, described, and what changes the base's into it."""
+class _EncodedTensor(NamedTuple):
+    """A tensor's manifest entry, and the patch that turns the base version's tensor into it."""
 
     name: str
     entry: TensorEntry
@@ -51,19 +51,19 @@ class _Encoded(NamedTuple):
 
 
 class VersionWriter:
-    """Writes version after version of the same tensors, by `num_threads` threads (default: half of the cores, eight at
-    most)."""
+    """Writes successive versions of the same tensors with `num_threads` threads (default: half of the cores, at most
+    eight)."""
 
     def __init__(self, lineage: str, num_threads: int | None = None) -> None:
         self.lineage = lineage
         self.num_threads = num_threads or min(MAX_THREADS, max(1, len(os.sched_getaffinity(0)) // 2))
         self.anchors: list[int] = []
-        """Versions that a joiner could start from when they were new, in their order."""
+        """WeightVersions, in their order, that a new replica could start from when they were new."""
         self._newest: tuple[Manifest, Snapshot] | None = None
         self._chain_bytes: list[int] = []
-        """Of each delta since the newest anchor."""
+        """The size of each delta since the newest anchor."""
         self._is_anchored = False
-        """That anchor is durable."""
+        """Whether the newest anchor is durable."""
 
     def write(
         self,
@@ -73,22 +73,22 @@ class VersionWriter:
         weights: Snapshot,
         memory: Path | None = None,
         *,
-        alone: bool = False,
+        is_memory_only: bool = False,
     ) -> Manifest:
-        """Returns when `folder` has the version, durably. Raises `OSError` if the disk refuses; the version before is
-        then the base of the next.
+        """Writes the version into `folder`; returns when it is durable. After an `OSError` the version before stays
+        the base of the next one.
 
-        With `memory`, a new folder in memory, the model's file is written there and never to the disk; `alone`: nobody
-        needs anything else, and no delta is made.
+        With `memory`, a new folder in memory, the model file is written there and not to the disk. `is_memory_only`:
+        every replica reads that file, so no delta is made.
         """
         aside = folder.with_name("aside")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-        base = None if alone else self._newest
+        base = None if is_memory_only else self._newest
         entries, delta = self._write_delta(aside / DELTA_FILE, weights, base)
         is_anchor = self._is_anchor_due(delta, entries, is_durable=memory is None)
         manifest = Manifest(version, step, self.lineage, entries, has_model=is_anchor or memory is not None)
-        if delta is not None and delta.num_bytes <= LARGEST_DELTA * manifest.num_model_bytes:
+        if delta is not None and delta.num_bytes <= MAX_DELTA_SHARE * manifest.num_model_bytes:
             manifest = Manifest(version, step, self.lineage, entries, manifest.has_model, delta)
         else:
             (aside / DELTA_FILE).unlink()
@@ -106,24 +106,25 @@ class VersionWriter:
     def _write_delta(
         self, path: Path, weights: Snapshot, newest: tuple[Manifest, Snapshot] | None
     ) -> tuple[dict[str, TensorEntry], Delta | None]:
-        """Every tensor, described, and what changes the base into them in the file."""
+        """Writes the patches of all tensors to `path`; returns the manifest entries and, if there is a base, the
+        delta."""
         base, base_weights = newest or (None, None)
         dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in weights.tensors.items()}
         entries: dict[str, TensorEntry] = {}
         patches: dict[str, Patch] = {}
         digest = blake3()
 
-        def encoded(name: str) -> _Encoded:
+        def encode_tensor(name: str) -> _EncodedTensor:
             tensor, item_bytes = weights.tensors[name], ITEM_BYTES[dtypes[name]]
             content = bytes_of(tensor)
             entry = TensorEntry(dtypes[name], list(tensor.shape), blake3(content.data).hexdigest())
             if base_weights is None:
-                return _Encoded(name, entry, Patch("same"), [])
+                return _EncodedTensor(name, entry, Patch("same"), [])
             base_content = bytes_of(base_weights.tensors[name])
-            return _Encoded(name, entry, *encode(bits_of(content, item_bytes), bits_of(base_content, item_bytes)))
+            return _EncodedTensor(name, entry, *encode(bits_of(content, item_bytes), bits_of(base_content, item_bytes)))
 
         with path.open("wb") as file:
-            for one in _in_order(encoded, file_order(dtypes), self.num_threads):
+            for one in _map_in_order(encode_tensor, file_order(dtypes), self.num_threads):
                 entries[one.name], patches[one.name] = one.entry, one.patch
                 for frame in one.frames:
                     digest.update(frame)
@@ -138,9 +139,9 @@ class VersionWriter:
             return True
         return sum(self._chain_bytes) + delta.num_bytes > sum(entry.num_bytes for entry in entries.values())
 
-    def copy_of_newest(self) -> Callable[[Path], None]:
-        """Writes the model's file as it is now, whenever it is called, from any thread. Until it is forgotten, host
-        memory may hold the model once more."""
+    def newest_model_writer(self) -> Callable[[Path], None]:
+        """Returns a function that writes the model file of the version that is the newest now; it may be called later,
+        from any thread. While it is referenced, host memory may hold one more copy of the model."""
         assert self._newest is not None
         manifest, weights = self._newest
         return lambda path: _write_model(path, manifest.tensors, weights)
@@ -153,8 +154,8 @@ def _write_model(path: Path, entries: Mapping[str, TensorEntry], weights: Snapsh
             file.write(bytes_of(weights.tensors[name]).data)
 
 
-def _in_order(act: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> Iterator[Result]:
-    """What `act` makes of each item, in their order; no more than a few at a time are waiting."""
+def _map_in_order(act: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> Iterator[Result]:
+    """`act` of each item, in their order, on `num_threads` threads; at most twice as many items are in progress."""
     begun: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(num_threads, thread_name_prefix="encode") as threads:
         for item in items:
