@@ -189,7 +189,7 @@ async def keep_swapping(
         if interval_s is not None and busy_s(server) - last_s >= interval_s:
             last_s = busy_s(server)
             timings.append(await engine.swap(*walk.next(lr)))
-            await engine.let_generate(timings[-1])
+            await engine.wait_for_progress(timings[-1])
     return timings
 
 

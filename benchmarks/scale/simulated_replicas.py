@@ -42,12 +42,12 @@ LOGPROBS = -RANDOM.random(1 << 16, np.float32)
 
 
 class Engine:
-    """In the place of `headrace.generation.engine.client.Engine`, as its keeper and the follower of weights use it."""
+    """In the place of `headrace.generation.engine.client.Engine`, as the supervisor and the weight updater use it."""
 
     recorded: RecordedRun
     stretch: float
     is_loading = False
-    is_unsure = False
+    has_unverified_weights = False
 
     def __init__(self, url: str, **_: object) -> None:
         self.url = url
@@ -83,7 +83,7 @@ class Engine:
         self._served = [*self._served[1 - NUM_REMEMBERED :], (time.monotonic(), version)]
         return SwapTimings(pause_s=pause_s, load_s=pause_s, confirm_s=0.0, total_s=pause_s)
 
-    async def let_generate(self, swapped: SwapTimings) -> None:
+    async def wait_for_progress(self, swapped: SwapTimings) -> None:
         await asyncio.sleep(swapped.pause_s)
 
     async def weight_version(self) -> int | None:

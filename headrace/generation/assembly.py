@@ -12,15 +12,15 @@ from headrace.common.redis.client import OUTAGE_DEADLINE_S, connect_async
 from headrace.common.redis.keys import Keys
 from headrace.generation.engine.client import Engine, SwapTimings
 from headrace.generation.engine.server import EngineServer
-from headrace.generation.engine.supervisor import EngineKeeper
+from headrace.generation.engine.supervisor import EngineSupervisor
 from headrace.generation.loop import Replica
 from headrace.generation.rewards.pool import RewardPool
 from headrace.generation.tickets.store import TicketStore
 from headrace.generation.weights.downloads import Fetcher
 from headrace.generation.weights.free_space import check_room
 from headrace.generation.weights.local_weights import HostCopy
-from headrace.generation.weights.swap_slots import Turns
-from headrace.generation.weights.updater import WeightFollower, local_model_folder
+from headrace.generation.weights.swap_slots import SwapSlots
+from headrace.generation.weights.updater import WeightUpdater, local_model_folder
 from headrace.generation.weights.version_fetch import Arrival
 
 MODEL_DEADLINE_S = 3600.0
@@ -66,10 +66,10 @@ async def assembled(
                 "weight_swap", event | {"pause_ms": timings.pause_s * 1e3, "load_ms": timings.load_s * 1e3}
             )
 
-        turns = Turns(client, keys, name, settings.max_concurrent_swap_share)
+        swap_slots = SwapSlots(client, keys, name, settings.max_concurrent_swap_share)
         model = await _model_folder(config.model)
         copy = HostCopy(model)
-        weights = WeightFollower(client, keys, copy, Fetcher(token), turns, announce)
+        weights = WeightUpdater(client, keys, copy, Fetcher(token), swap_slots, announce)
         stack.push_async_callback(weights.close)
         check_room(copy.root, model, config.model.dtype)
         server, engine_url = None, settings.engine.url
@@ -84,14 +84,14 @@ async def assembled(
             engine_url, swap_mode=settings.engine.swap_mode, completion_timeout_s=settings.completion_timeout_s
         )
         stack.push_async_callback(engine.aclose)
-        keeper = EngineKeeper(
+        supervisor = EngineSupervisor(
             engine,
             server,
-            weights.engine_start,
+            weights.start_weights,
             liveness_timeout_s=settings.engine.liveness_timeout_s,
             busy_timeout_s=settings.completion_timeout_s,
         )
-        yield Replica(name, url, settings, tickets, keeper, rewards, weights, waits, config.num_eval_slots)
+        yield Replica(name, url, settings, tickets, supervisor, rewards, weights, waits, config.num_eval_slots)
 
 
 async def _model_folder(model: ModelConfig) -> Path:

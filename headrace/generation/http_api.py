@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 from headrace.common.http.service import new_app, require_token
 from headrace.common.metrics.endpoint import mount_metrics
 from headrace.generation.loop import Replica
-from headrace.generation.prometheus import Exported
+from headrace.generation.prometheus import ReplicaMetrics
 from headrace.generation.weights.peer_api import weights_router
 
 Source = Annotated[str, Field(max_length=2000, pattern="^https?://")]
@@ -22,8 +22,8 @@ class WeightsHint(BaseModel):
 
 def make_app(replica: Replica, token: str) -> FastAPI:
     app = new_app("Headrace generation replica")
-    parts = (replica.waits, replica.keeper, replica.weights, replica.tickets, replica.rewards)
-    mount_metrics(app, Exported(replica.heartbeat, *parts))
+    parts = (replica.waits, replica.supervisor, replica.weights, replica.tickets, replica.rewards)
+    mount_metrics(app, ReplicaMetrics(replica.heartbeat, *parts))
     app.include_router(weights_router(replica.weights.shared, token))
     guarded = [Depends(require_token(token))]
 

@@ -14,13 +14,13 @@ from collections.abc import Awaitable, Callable
 from headrace.common.config import GenerationConfig
 from headrace.common.process.waiting import Reason, Waits
 from headrace.common.wire import Heartbeat, ReplicaState
-from headrace.generation.engine.supervisor import EngineKeeper
+from headrace.generation.engine.supervisor import EngineSupervisor
 from headrace.generation.rewards.pool import RewardPool
-from headrace.generation.ticket_processor import Answering, RedisGrace
+from headrace.generation.ticket_processor import ShutdownBudget, TicketProcessor
 from headrace.generation.tickets.in_flight import InFlight
-from headrace.generation.tickets.retry_elsewhere import Passing
+from headrace.generation.tickets.retry_elsewhere import RetryElsewhere
 from headrace.generation.tickets.store import Lease, TicketStore
-from headrace.generation.weights.updater import WeightFollower
+from headrace.generation.weights.updater import WeightUpdater
 
 LEASE_BLOCK_S = 1.0
 BEAT_INTERVAL_S = 1.0
@@ -47,9 +47,9 @@ class Replica:
         url: str,
         config: GenerationConfig,
         tickets: TicketStore,
-        keeper: EngineKeeper,
+        supervisor: EngineSupervisor,
         rewards: RewardPool,
-        weights: WeightFollower,
+        weights: WeightUpdater,
         waits: Waits,
         num_eval_slots: int,
     ) -> None:
@@ -58,15 +58,15 @@ class Replica:
         self.url = url
         self.config = config
         self.tickets = tickets
-        self.keeper = keeper
+        self.supervisor = supervisor
         self.rewards = rewards
         self.weights = weights
         self.waits = waits
         self._num_eval_slots = num_eval_slots
         self.is_paused = False
-        self._grace = RedisGrace()
-        self._answering = Answering(config, tickets, keeper, rewards, weights, self._grace)
-        self._passing = Passing(tickets.client, tickets.keys, name)
+        self._shutdown_budget = ShutdownBudget()
+        self._answering = TicketProcessor(config, tickets, supervisor, rewards, weights, self._shutdown_budget)
+        self._retry_elsewhere = RetryElsewhere(tickets.client, tickets.keys, name)
         self._in_flight = InFlight()
         self._draining = asyncio.Event()
         self._is_news = asyncio.Event()
@@ -76,8 +76,8 @@ class Replica:
         """Until drained. Raises what any of its parts raises."""
         async with asyncio.TaskGroup() as parts:
             background = [
-                parts.create_task(self.keeper.keep(), name="engine"),
-                parts.create_task(self.weights.follow(self.keeper), name="weights"),
+                parts.create_task(self.supervisor.run(), name="engine"),
+                parts.create_task(self.weights.follow(self.supervisor), name="weights"),
                 parts.create_task(self._keep_beating(), name="heartbeats"),
                 parts.create_task(_every(self.config.ticket_lease_s / 3, self._renew), name="leases"),
                 parts.create_task(self._keep_telling(), name="waits"),
@@ -86,7 +86,7 @@ class Replica:
             await self._answer_tickets()
             for task in background:
                 task.cancel()
-        await self._grace.allows(self.tickets.leave())
+        await self._shutdown_budget.run(self.tickets.leave())
 
     def drain(self) -> None:
         """Finishes or hands back what is in flight; `serve` then returns."""
@@ -117,16 +117,16 @@ class Replica:
     def state(self) -> ReplicaState:
         if self.is_draining:
             return "draining"
-        if self.keeper.problem or self.weights.problem:
+        if self.supervisor.problem or self.weights.problem:
             return "quarantined"
-        if not self._in_flight.is_serving or self.weights.confirmed_life != self.keeper.life:
+        if not self._in_flight.is_serving or self.weights.confirmed_incarnation != self.supervisor.incarnation:
             return "starting"
         return "paused" if self.is_paused else "running"
 
     @property
     def reason(self) -> str:
         problem = self.weights.problem
-        return self.keeper.problem or (f"weights: {problem}" if problem else self.waits.describe())
+        return self.supervisor.problem or (f"weights: {problem}" if problem else self.waits.describe())
 
     async def _until_ready_or_draining(self) -> None:
         ready = asyncio.create_task(self._get_ready())
@@ -144,7 +144,7 @@ class Replica:
     async def _get_ready(self) -> None:
         """Workers start while the engine does, which takes longer."""
         await self.rewards.start()
-        await self.weights.at_least(1, FIRST_VERSION_TIMEOUT_S)
+        await self.weights.wait_for_version(1, FIRST_VERSION_TIMEOUT_S)
 
     async def _answer_tickets(self) -> None:
         self._in_flight.begin_serving()
@@ -174,8 +174,8 @@ class Replica:
             for lease in leases or await self.tickets.lease(stream, free, LEASE_BLOCK_S):
                 if self.state != "running":  # no longer, since the lease was asked for
                     await self.tickets.hand_back(lease)
-                elif await self._passing.passes_on(lease.ticket):
-                    self._in_flight.hold(lease, self._answering.pass_on(lease), answers, takes_slot=False)
+                elif await self._retry_elsewhere.should_hand_back(lease.ticket):
+                    self._in_flight.hold(lease, self._answering.hand_back_later(lease), answers, takes_slot=False)
                 else:
                     self._in_flight.hold(lease, self._answering.answer(lease), answers)
 
@@ -215,14 +215,18 @@ class Replica:
 
     def _current_wait(self) -> tuple[Reason, str, float | None] | None:
         """Reason, detail and deadline of what keeps this replica from answering tickets, or holds some of them up."""
-        keeper, weights, config = self.keeper, self.weights, self.config
-        if keeper.server is not None and not keeper.serving.is_set():
-            return Reason.ENGINE_STARTING, keeper.problem, config.engine.startup_timeout_s
-        if keeper.problem or keeper.is_doubtful:
-            return Reason.ENGINE_SILENT, keeper.problem, None if keeper.problem else keeper.liveness_timeout_s
+        supervisor, weights, config = self.supervisor, self.weights, self.config
+        if supervisor.server is not None and not supervisor.serving.is_set():
+            return Reason.ENGINE_STARTING, supervisor.problem, config.engine.startup_timeout_s
+        if supervisor.problem or supervisor.is_overdue:
+            return (
+                Reason.ENGINE_SILENT,
+                supervisor.problem,
+                None if supervisor.problem else supervisor.liveness_timeout_s,
+            )
         if weights.problem:
             return Reason.WAITING_FOR_WEIGHTS, weights.problem, None
-        if (newest := max(weights.awaited, default=0)) > weights.version:
+        if (newest := max(weights.awaited_versions, default=0)) > weights.version:
             detail = f"version {newest} is awaited, {weights.version} is served"
             is_first = not self._in_flight.is_serving
             return Reason.WAITING_FOR_WEIGHTS, detail, FIRST_VERSION_TIMEOUT_S if is_first else config.weights_timeout_s

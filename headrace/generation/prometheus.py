@@ -7,37 +7,37 @@ from headrace.common.metrics.families import Families
 from headrace.common.metrics.replicas import add_replica, add_replica_waits
 from headrace.common.process.waiting import Waits
 from headrace.common.wire import Heartbeat
-from headrace.generation.engine.supervisor import EngineKeeper
+from headrace.generation.engine.supervisor import EngineSupervisor
 from headrace.generation.rewards.pool import RewardPool
 from headrace.generation.tickets.store import TicketStore
 from headrace.generation.weights.downloads import Fetcher
-from headrace.generation.weights.updater import WeightFollower
+from headrace.generation.weights.updater import WeightUpdater
 
 OUTCOMES = ("committed", "late", "failed", "dead", "handed_back", "interrupted")
 
 
-class Exported:
+class ReplicaMetrics:
     """Call it at each scrape, in the replica's event loop."""
 
     def __init__(
         self,
         heartbeat: Callable[[], Heartbeat],
         waits: Waits,
-        keeper: EngineKeeper,
-        weights: WeightFollower,
+        supervisor: EngineSupervisor,
+        weights: WeightUpdater,
         tickets: TicketStore,
         rewards: RewardPool,
     ) -> None:
         self._heartbeat = heartbeat
         self._waits = waits
-        self._keeper = keeper
+        self._supervisor = supervisor
         self._weights = weights
         self._tickets = tickets
         self._rewards = rewards
 
     def __call__(self) -> Families:
         heartbeat, families = self._heartbeat(), Families(run=self._tickets.keys.run)
-        name, keeper = heartbeat.replica, self._keeper
+        name, supervisor = heartbeat.replica, self._supervisor
         add_replica(families, heartbeat)
         add_replica_waits(families, name, self._waits.durations_s())
         self._weights.totals.collect(families, name)
@@ -45,13 +45,13 @@ class Exported:
         families.counter(
             "headrace_replica_engine_restarts_total",
             "How often its engine was started again, or answered again.",
-            max(0, keeper.life - 1),
+            max(0, supervisor.incarnation - 1),
             replica=name,
         )
         families.gauge(
             "headrace_replica_engine_silent_seconds",
             "Since the engine's last sign of life.",
-            keeper.silent_s,
+            supervisor.silent_s,
             replica=name,
         )
         for outcome in OUTCOMES:

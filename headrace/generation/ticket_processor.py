@@ -19,55 +19,55 @@ from headrace.common.process.logs import about
 from headrace.common.wire import Group, Rollout, Timings, WireError, check_group
 from headrace.generation.engine.client import EngineError
 from headrace.generation.engine.completions import Completion
-from headrace.generation.engine.supervisor import EngineDown, EngineKeeper
+from headrace.generation.engine.supervisor import EngineDown, EngineSupervisor
 from headrace.generation.rewards.pool import RewardPool
 from headrace.generation.rewards.process import RewardError
-from headrace.generation.tickets.retry_elsewhere import PASS_ON_S
+from headrace.generation.tickets.retry_elsewhere import HAND_BACK_DELAY_S
 from headrace.generation.tickets.store import Lease, TicketStore
-from headrace.generation.weights.updater import WeightFollower
+from headrace.generation.weights.updater import WeightUpdater
 
-REDIS_GRACE_S = 1.0
-SPENT_GRACE_S = 0.1
+SHUTDOWN_BUDGET_S = 1.0
+SPENT_BUDGET_S = 0.1
 _log = logging.getLogger(__name__)
 
 
-class RedisGrace:
+class ShutdownBudget:
     """The patience of a replica that ends: a second for Redis, and hardly any once that was in vain."""
 
     def __init__(self) -> None:
-        self._timeout_s = REDIS_GRACE_S
+        self._timeout_s = SHUTDOWN_BUDGET_S
 
-    async def allows(self, call: Awaitable[None]) -> bool:
+    async def run(self, call: Awaitable[None]) -> bool:
         """Whether Redis has taken the call."""
         try:
             async with asyncio.timeout(self._timeout_s):
                 await call
         except (TimeoutError, redis.RedisError):
-            self._timeout_s = SPENT_GRACE_S
+            self._timeout_s = SPENT_BUDGET_S
             return False
         return True
 
 
-class Answering:
+class TicketProcessor:
     """Answers leases; `groups_committed` and `tokens_generated` count what became groups."""
 
     def __init__(
         self,
         config: GenerationConfig,
         tickets: TicketStore,
-        keeper: EngineKeeper,
+        supervisor: EngineSupervisor,
         rewards: RewardPool,
-        weights: WeightFollower,
-        grace: RedisGrace,
+        weights: WeightUpdater,
+        shutdown_budget: ShutdownBudget,
     ) -> None:
         self.groups_committed = 0
         self.tokens_generated = 0
         self._config = config
         self._tickets = tickets
-        self._keeper = keeper
+        self._supervisor = supervisor
         self._rewards = rewards
         self._weights = weights
-        self._grace = grace
+        self._shutdown_budget = shutdown_budget
 
     async def answer(self, lease: Lease) -> None:
         """Cancelled, it hands the ticket back."""
@@ -81,12 +81,12 @@ class Answering:
             async with self._handed_back_if_cancelled(lease):
                 await self._answer(lease, max_attempts)
 
-    async def pass_on(self, lease: Lease) -> None:
+    async def hand_back_later(self, lease: Lease) -> None:
         """Hands the ticket back after a moment, for another replica to take it."""
         with about(ticket=lease.ticket.id):
             _log.info("leased, to be passed on: it failed here")
         async with self._handed_back_if_cancelled(lease):
-            await asyncio.sleep(PASS_ON_S)
+            await asyncio.sleep(HAND_BACK_DELAY_S)
             await self._tickets.hand_back(lease)
 
     @contextlib.asynccontextmanager
@@ -94,18 +94,18 @@ class Answering:
         try:
             yield
         except asyncio.CancelledError:
-            if not await self._grace.allows(self._tickets.hand_back(lease)):
+            if not await self._shutdown_budget.run(self._tickets.hand_back(lease)):
                 _log.warning("cannot be handed back: its lease expires", extra={"ticket": lease.ticket.id})
             raise
 
     async def _answer(self, lease: Lease, max_attempts: int) -> None:
         ticket, leased_s = lease.ticket, time.time()
         try:
-            await self._weights.at_least(ticket.min_weight_version, self._config.weights_timeout_s)
-            completions = await self._keeper.generate(ticket)
+            await self._weights.wait_for_version(ticket.min_weight_version, self._config.weights_timeout_s)
+            completions = await self._supervisor.generate(ticket)
             group = await self._score(lease, completions, leased_s)
         except EngineDown as error:
-            await self._tickets.interrupted(lease, str(error))
+            await self._tickets.requeue_interrupted(lease, str(error))
         except TimeoutError:
             _log.warning("no weights in time")
             await self._tickets.hand_back(lease)

@@ -9,7 +9,7 @@ from headrace.common.redis.client import connect_async
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import decode_group
 from headrace.common.wire.ledger import parse_mark
-from headrace.generation.tickets.commit_batching import MAX_TOGETHER, MAX_TOGETHER_BYTES, Together
+from headrace.generation.tickets.commit_batching import MAX_BATCH_BYTES, MAX_BATCH_ITEMS, Batcher
 from headrace.generation.tickets.store import TicketStore
 from headrace.learner.store.store import LearnerStore
 from tests.generation.test_tickets import as_replica
@@ -48,10 +48,10 @@ async def turns() -> None:
 def test_what_is_due_while_a_batch_is_on_its_way_is_the_next_batch() -> None:
     async def run() -> None:
         sender = Sender()
-        together = Together[int](sender)
-        first = asyncio.create_task(together.add(0, 1))
+        batcher = Batcher[int](sender)
+        first = asyncio.create_task(batcher.add(0, 1))
         await turns()
-        later = [asyncio.create_task(together.add(item, 1)) for item in (1, 2, 3)]
+        later = [asyncio.create_task(batcher.add(item, 1)) for item in (1, 2, 3)]
         await turns()
         assert sender.batches == [[0]], "the first one waits for no company"
         sender.may_answer.set()
@@ -66,11 +66,11 @@ def test_a_batch_is_bounded() -> None:
     async def run() -> None:
         sender = Sender()
         sender.may_answer.set()
-        together = Together[int](sender)
-        count = MAX_TOGETHER + 3
-        await asyncio.gather(*(together.add(item, 1) for item in range(count)))
-        await asyncio.gather(*(together.add(item, MAX_TOGETHER_BYTES // 2) for item in range(3)))
-        assert [len(batch) for batch in sender.batches] == [MAX_TOGETHER, 3, 2, 1]
+        batcher = Batcher[int](sender)
+        count = MAX_BATCH_ITEMS + 3
+        await asyncio.gather(*(batcher.add(item, 1) for item in range(count)))
+        await asyncio.gather(*(batcher.add(item, MAX_BATCH_BYTES // 2) for item in range(3)))
+        assert [len(batch) for batch in sender.batches] == [MAX_BATCH_ITEMS, 3, 2, 1]
 
     asyncio.run(run())
 
@@ -78,10 +78,10 @@ def test_a_batch_is_bounded() -> None:
 def test_who_is_cancelled_takes_nothing_from_the_others_and_the_last_one_ends_the_call() -> None:
     async def run() -> None:
         sender = Sender()
-        together = Together[int](sender)
-        on_its_way = [asyncio.create_task(together.add(item, 1)) for item in (0, 2)]
+        batcher = Batcher[int](sender)
+        on_its_way = [asyncio.create_task(batcher.add(item, 1)) for item in (0, 2)]
         await turns()
-        waiting = asyncio.create_task(together.add(4, 1))
+        waiting = asyncio.create_task(batcher.add(4, 1))
         await turns()
         on_its_way[0].cancel()
         waiting.cancel()
@@ -91,7 +91,7 @@ def test_who_is_cancelled_takes_nothing_from_the_others_and_the_last_one_ends_th
         await turns()
         assert (sender.num_on_their_way, sender.num_cancelled) == (0, 1)
         sender.may_answer.set()
-        assert await together.add(6, 1) is True
+        assert await batcher.add(6, 1) is True
         assert sender.batches == [[0, 2], [6]], "what only waited is not sent"
 
     asyncio.run(run())
@@ -100,10 +100,10 @@ def test_who_is_cancelled_takes_nothing_from_the_others_and_the_last_one_ends_th
 def test_an_error_is_everybodys_of_the_batch_and_nobody_elses() -> None:
     async def run() -> None:
         sender = Sender()
-        together = Together[int](sender)
-        failing = [asyncio.create_task(together.add(item, 1)) for item in (-1, 2)]
+        batcher = Batcher[int](sender)
+        failing = [asyncio.create_task(batcher.add(item, 1)) for item in (-1, 2)]
         await turns()
-        next_one = asyncio.create_task(together.add(4, 1))
+        next_one = asyncio.create_task(batcher.add(4, 1))
         sender.may_answer.set()
         for one in failing:
             with pytest.raises(redis.ConnectionError):

@@ -295,7 +295,7 @@ def test_an_engine_that_took_half_of_a_version_is_found(engine_url: str, policie
         await engine.swap(policies[0], version)
         with pytest.raises(EngineError, match=r"it holds other bytes for \d+ of \d+ tensors"):
             await engine.swap(tmp_path, version + 1)
-        assert engine.is_unsure and await engine.weight_version() == version + 1
+        assert engine.has_unverified_weights and await engine.weight_version() == version + 1
         index.unlink()
         await engine.swap(tmp_path, version + 2)
         [completion] = await engine.generate(ticket(1))
@@ -362,7 +362,7 @@ def test_an_engine_that_kept_its_weights_under_a_new_label_is_found(
 def test_every_tensor_of_the_demo_policy_is_compared(engine_url: str, policies: list[Path]) -> None:
     async def body(engine: Engine) -> int:
         await engine.swap(policies[0], await next_version(engine))
-        confirmed = engine._swapper._confirming._confirmed
+        confirmed = engine._swapper._confirmer._confirmed
         assert confirmed is not None
         given, [held] = confirmed
         parts = made_of(held, given)
@@ -383,7 +383,7 @@ def test_however_fast_versions_come_every_request_gets_ahead_under_each(engine_u
         await until_running(engine, 32)
         while not tickets.done():
             version += 1
-            await engine.let_generate(await engine.swap(policies[version % 2], version))
+            await engine.wait_for_progress(await engine.swap(policies[version % 2], version))
         return list(itertools.chain(*await tickets))
 
     spans = [completion.version_spans for completion in run(engine_url, body)]

@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 
 from headrace.common.wire import Sampling, Ticket
-from headrace.generation.engine import confirmation as confirming
+from headrace.generation.engine import confirmation
 from headrace.generation.engine.client import Engine, EngineError, UnconfirmedWeights
 from tests.support.fake_sglang import FakeSglang, a_fake_sglang, sample, server_info, sha256
 
@@ -193,7 +193,7 @@ def test_on_a_gpu_each_tensor_must_change_with_the_version(
     fake: FakeSglang, folders: list[Path], tp_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also at an engine's first swap, which is held against the folder that it was started on."""
-    monkeypatch.setattr(confirming, "SAMPLE_BYTES", 0)
+    monkeypatch.setattr(confirmation, "SAMPLE_BYTES", 0)
     fake.be_on_cuda()
     fake.replies["/server_info"] = 200, server_info(device="cuda", tp_size=tp_size)
     fake.model_path = folders[0]
@@ -241,7 +241,7 @@ def test_a_first_swap_of_which_nothing_can_be_known_is_warned_of(
         swap(fake, *folders)
     told = [(record.levelname, record.message) for record in caplog.records]
     assert told == [
-        ("WARNING", confirming.BY_ITS_LABEL),
+        ("WARNING", confirmation.BY_ITS_LABEL),
         ("INFO", "3 of the engine's 3 tensors have each changed as the version's have"),
     ]
 
@@ -291,7 +291,7 @@ def test_a_load_that_fails_halfway_refuses_what_is_in_flight_and_what_comes(
         answering.set()
         with pytest.raises(UnconfirmedWeights):
             await in_flight
-        assert engine.is_unsure and await engine.weight_version() == 4
+        assert engine.has_unverified_weights and await engine.weight_version() == 4
         with pytest.raises(UnconfirmedWeights):
             await engine.generate(ticket())
         fake.fails_halfway = False

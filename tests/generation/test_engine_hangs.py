@@ -27,7 +27,7 @@ def learner(tmp_path: Path, client: redis.Redis, keys: Keys, demo_policy: Path) 
 
 @pytest.fixture
 def running_server(engine_server: EngineServer, monkeypatch: pytest.MonkeyPatch) -> EngineServer:
-    """The session's engine, which its keeper finds running at the first of its starts."""
+    """The session's engine, which its supervisor finds running at the first of its starts."""
     start = engine_server.start
 
     async def start_unless_it_runs(model_path: str | Path, weight_version: int | None) -> None:
@@ -60,7 +60,7 @@ def test_a_hung_sglang_is_started_again_on_the_verified_weights(
             stopped_at = time.monotonic()
             learner.issue("0-0")
             await until(lambda: replica.heartbeat().groups_in_flight == 1)
-            await until(lambda: not replica.keeper.serving.is_set())
+            await until(lambda: not replica.supervisor.serving.is_set())
             detected_at = time.monotonic()
             assert replica.state == "quarantined" and "has not answered for" in replica.reason
             await until(lambda: replica.heartbeat().groups_in_flight == 0)

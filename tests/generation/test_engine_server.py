@@ -17,7 +17,6 @@ import pytest
 
 from headrace.common.config import EngineConfig
 from headrace.common.preflight.recipe import check_engine_installed
-from headrace.generation.engine import server as engine_server
 from headrace.generation.engine.client import EngineError
 from headrace.generation.engine.command import launch_command, launch_environment
 from headrace.generation.engine.server import EngineServer
@@ -53,7 +52,7 @@ def server_running(
     program: list[str], monkeypatch: pytest.MonkeyPatch, log_path: Path, timeout_s: float = 30.0
 ) -> EngineServer:
     """An `EngineServer` that starts `program` in SGLang's place."""
-    monkeypatch.setattr(engine_server, "launch_command", lambda *_: program)
+    monkeypatch.setattr("headrace.generation.engine.server.launch_command", lambda *_: program)
     return EngineServer(EngineConfig(device="cpu", startup_timeout_s=timeout_s), "float32", log_path)
 
 
@@ -71,7 +70,7 @@ def test_stop_ends_a_server_and_its_children_that_ignore_sigterm(
 ) -> None:
     script = tmp_path / "stubborn.py"
     script.write_text(STUBBORN)
-    monkeypatch.setattr(engine_server, "STOP_GRACE_S", 0.3)
+    monkeypatch.setattr("headrace.generation.engine.server.STOP_GRACE_S", 0.3)
     server = server_running([sys.executable, str(script)], monkeypatch, tmp_path / "sglang.log", timeout_s=2.0)
     others = set(psutil.Process().children(recursive=True))
     seen: set[psutil.Process] = set()

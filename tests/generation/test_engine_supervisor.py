@@ -1,5 +1,8 @@
-"""An engine that dies, hangs, does not start or is only busy. The engine is a scripted server, where the keeper owns it
-in a process of its own; `test_engine_hangs` does the same to the real SGLang."""
+"""An engine that dies, hangs, does not start or is only busy.
+
+The engine is a scripted server, in a process of its own where the supervisor owns it; `test_engine_hangs` does the
+same to the real SGLang.
+"""
 
 import asyncio
 import contextlib
@@ -15,11 +18,9 @@ import httpx
 import pytest
 
 from headrace.common.config import EngineConfig
-from headrace.generation.engine import server as engine_server
-from headrace.generation.engine import supervisor as engine_keeper
 from headrace.generation.engine.client import Engine, EngineError
 from headrace.generation.engine.server import EngineServer
-from headrace.generation.engine.supervisor import EngineDown, EngineKeeper
+from headrace.generation.engine.supervisor import EngineDown, EngineSupervisor
 from tests.support.fake_sglang import FakeSglang, a_fake_sglang, sample
 from tests.support.making import make_ticket
 from tests.support.replicas import until
@@ -29,7 +30,7 @@ SILENCE_S = 1.0
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_keeper, "PROBE_PAUSE_S", 0.2)
+    monkeypatch.setattr("headrace.generation.engine.supervisor.PROBE_PAUSE_S", 0.2)
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def fake() -> Iterator[FakeSglang]:
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> EngineServer:
     """Not started yet."""
     program = [sys.executable, "-m", "tests.support.fake_sglang"]
-    monkeypatch.setattr(engine_server, "launch_command", lambda *given: [*program, str(given[-1])])
+    monkeypatch.setattr("headrace.generation.engine.server.launch_command", lambda *given: [*program, str(given[-1])])
     return EngineServer(EngineConfig(device="cpu", startup_timeout_s=20.0), "float32", tmp_path / "sglang.log")
 
 
@@ -52,17 +53,17 @@ async def keeping(
     busy_timeout_s: float = 60.0,
     swap_timeout_s: float = 60.0,
     liveness_timeout_s: float = SILENCE_S,
-) -> AsyncIterator[EngineKeeper]:
+) -> AsyncIterator[EngineSupervisor]:
     """From when the engine serves."""
     server = engine if isinstance(engine, EngineServer) else None
     client = Engine(engine.url, completion_timeout_s=30.0, swap_timeout_s=swap_timeout_s)
     timeouts = {"liveness_timeout_s": liveness_timeout_s, "busy_timeout_s": busy_timeout_s}
-    keeper = EngineKeeper(client, server, lambda: (Path("model"), 1), **timeouts)
-    keeping = asyncio.create_task(keeper.keep())
+    supervisor = EngineSupervisor(client, server, lambda: (Path("model"), 1), **timeouts)
+    keeping = asyncio.create_task(supervisor.run())
     try:
         async with asyncio.timeout(60.0):
-            await keeper.serving.wait()
-            yield keeper
+            await supervisor.serving.wait()
+            yield supervisor
     finally:
         keeping.cancel()
         await asyncio.gather(keeping, return_exceptions=True)
@@ -71,14 +72,14 @@ async def keeping(
             await server.stop()
 
 
-async def script(keeper: EngineKeeper, *hanging: str, burn_s: float = 0.0) -> None:
+async def script(supervisor: EngineSupervisor, *hanging: str, burn_s: float = 0.0) -> None:
     async with httpx.AsyncClient(trust_env=False) as http:
-        await http.post(f"{keeper.engine.url}/script", json={"hanging": hanging, "burn_s": burn_s})
+        await http.post(f"{supervisor.engine.url}/script", json={"hanging": hanging, "burn_s": burn_s})
 
 
-async def requests_in_flight(keeper: EngineKeeper, count: int) -> list[asyncio.Task[object]]:
-    requests = [asyncio.create_task(keeper.generate(make_ticket(f"0-{index}"))) for index in range(count)]
-    await until(lambda: len(keeper._requests) == count)
+async def requests_in_flight(supervisor: EngineSupervisor, count: int) -> list[asyncio.Task[object]]:
+    requests = [asyncio.create_task(supervisor.generate(make_ticket(f"0-{index}"))) for index in range(count)]
+    await until(lambda: len(supervisor._requests) == count)
     return requests  # type: ignore[return-value]
 
 
@@ -87,9 +88,9 @@ def test_an_engine_that_hangs_or_dies_is_started_again_and_no_request_is_to_blam
     server: EngineServer, hit: signal.Signals, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def scenario() -> None:
-        async with keeping(server) as keeper:
-            await script(keeper, "/generate")
-            requests = await requests_in_flight(keeper, 3)
+        async with keeping(server) as supervisor:
+            await script(supervisor, "/generate")
+            requests = await requests_in_flight(supervisor, 3)
             assert server._process is not None
             pid, began_at = server._process.pid, time.monotonic()
             os.kill(pid, hit)
@@ -97,12 +98,17 @@ def test_an_engine_that_hangs_or_dies_is_started_again_and_no_request_is_to_blam
             assert [type(outcome) for outcome in outcomes] == [EngineDown] * 3
             if hit is signal.SIGSTOP:
                 assert SILENCE_S <= time.monotonic() - began_at < SILENCE_S + 3.0
-            if keeper.life == 1:  # on a busy machine it may be back by now
-                assert not keeper.serving.is_set() and "restarting it" in keeper.problem
+            if supervisor.incarnation == 1:  # on a busy machine it may be back by now
+                assert not supervisor.serving.is_set() and "restarting it" in supervisor.problem
                 with pytest.raises(EngineDown):
-                    await keeper.generate(make_ticket("0-9"))
-            await until(keeper.serving.is_set)
-            assert keeper.life == 2 and keeper.problem == "" and server.is_alive and server._process.pid != pid
+                    await supervisor.generate(make_ticket("0-9"))
+            await until(supervisor.serving.is_set)
+            assert (
+                supervisor.incarnation == 2
+                and supervisor.problem == ""
+                and server.is_alive
+                and server._process.pid != pid
+            )
 
     asyncio.run(scenario())
     expected = r"has not answered for \d s" if hit is signal.SIGSTOP else "exited with -9"
@@ -116,11 +122,11 @@ def test_a_hung_engine_is_not_asked_to_stop_first(server: EngineServer, monkeypa
         stops.append("SIGTERM")
 
     async def scenario() -> None:
-        async with keeping(server) as keeper:
+        async with keeping(server) as supervisor:
             with monkeypatch.context() as patch:
                 patch.setattr(server, "stop", stop)
-                await script(keeper, "/health")
-                await until(lambda: keeper.life == 2)
+                await script(supervisor, "/health")
+                await until(lambda: supervisor.incarnation == 2)
             assert stops == []
 
     asyncio.run(scenario())
@@ -128,16 +134,16 @@ def test_a_hung_engine_is_not_asked_to_stop_first(server: EngineServer, monkeypa
 
 def test_traffic_is_a_sign_of_life_without_probes(fake: FakeSglang) -> None:
     async def scenario() -> None:
-        async with keeping(fake) as keeper:
+        async with keeping(fake) as supervisor:
             ends_at = time.monotonic() + SILENCE_S
             while time.monotonic() < ends_at:
-                keeper.engine.calls.heard_at = time.monotonic()
+                supervisor.engine.calls.heard_at = time.monotonic()
                 await asyncio.sleep(0.05)
             assert "/health" not in fake.paths
             await until(lambda: "/health" in fake.paths)  # quiet: asked
             fake.calls.clear()
             await until(lambda: fake.paths.count("/health") == 2)
-            assert keeper.life == 1 and keeper.problem == ""
+            assert supervisor.incarnation == 1 and supervisor.problem == ""
 
     asyncio.run(scenario())
 
@@ -149,18 +155,18 @@ def test_a_swap_that_lasts_is_no_silence_but_after_it_the_probe_decides(
     fake.hanging = {"/update_weights_from_disk", "/health"}
 
     async def scenario() -> None:
-        async with keeping(fake, swap_timeout_s=2 * SILENCE_S) as keeper:
+        async with keeping(fake, swap_timeout_s=2 * SILENCE_S) as supervisor:
             if is_probed:  # just when it begins
                 await until(lambda: "/health" in fake.paths)
-            swapping = asyncio.create_task(keeper.engine.swap(tmp_path, 4))
+            swapping = asyncio.create_task(supervisor.engine.swap(tmp_path, 4))
             with pytest.raises(EngineError, match="no answer within"):
                 await swapping
-            assert keeper.silent_s > 1.5 * SILENCE_S and keeper.serving.is_set()
+            assert supervisor.silent_s > 1.5 * SILENCE_S and supervisor.serving.is_set()
             loading = fake.paths[
                 fake.paths.index("/update_weights_from_disk") : fake.paths.index("/continue_generation")
             ]
             assert loading.count("/health") <= (not is_probed), "one may have been on its way when the swap began"
-            await until(lambda: not keeper.serving.is_set())
+            await until(lambda: not supervisor.serving.is_set())
 
     asyncio.run(scenario())
 
@@ -170,12 +176,12 @@ def test_an_engine_that_hashes_its_weights_is_not_silent(fake: FakeSglang, tmp_p
     fake.hanging = {"/weights_checker", "/health"}
 
     async def scenario() -> None:
-        async with keeping(fake, swap_timeout_s=2 * SILENCE_S) as keeper:
+        async with keeping(fake, swap_timeout_s=2 * SILENCE_S) as supervisor:
             with pytest.raises(EngineError, match=r"/weights_checker at .* no answer within"):
-                await keeper.engine.swap(tmp_path, 4)
-            assert keeper.silent_s > 1.5 * SILENCE_S and keeper.serving.is_set()
+                await supervisor.engine.swap(tmp_path, 4)
+            assert supervisor.silent_s > 1.5 * SILENCE_S and supervisor.serving.is_set()
             assert fake.paths.count("/health") <= 1, "one may have been on its way when it began"
-            await until(lambda: not keeper.serving.is_set())
+            await until(lambda: not supervisor.serving.is_set())
 
     asyncio.run(scenario())
 
@@ -185,12 +191,12 @@ def test_an_engine_of_our_own_that_hangs_in_a_swap_is_started_again_as_soon(
     server: EngineServer, path: str, tmp_path: Path
 ) -> None:
     async def scenario() -> None:
-        async with keeping(server) as keeper:
-            await script(keeper, path, "/health")
+        async with keeping(server) as supervisor:
+            await script(supervisor, path, "/health")
             began_at = time.monotonic()
             with pytest.raises(EngineError, match=path):
-                await keeper.engine.swap(tmp_path, 4)
-            await until(lambda: keeper.life == 2)
+                await supervisor.engine.swap(tmp_path, 4)
+            await until(lambda: supervisor.incarnation == 2)
             assert time.monotonic() - began_at < SILENCE_S + 5.0
 
     asyncio.run(scenario())
@@ -200,11 +206,11 @@ def test_a_swap_that_failed_condemns_no_engine_that_answers(fake: FakeSglang, tm
     fake.hanging = {"/update_weights_from_disk"}
 
     async def scenario() -> None:
-        async with keeping(fake, swap_timeout_s=2 * SILENCE_S) as keeper:
+        async with keeping(fake, swap_timeout_s=2 * SILENCE_S) as supervisor:
             with pytest.raises(EngineError, match="no answer within"):
-                await keeper.engine.swap(tmp_path, 4)
-            assert await keeper.answers(keeper.life)
-            assert keeper.serving.is_set() and keeper.life == 1
+                await supervisor.engine.swap(tmp_path, 4)
+            assert await supervisor.is_responsive(supervisor.incarnation)
+            assert supervisor.serving.is_set() and supervisor.incarnation == 1
 
     asyncio.run(scenario())
 
@@ -212,11 +218,11 @@ def test_a_swap_that_failed_condemns_no_engine_that_answers(fake: FakeSglang, tm
 @pytest.mark.parametrize("busy_timeout_s", [60.0, 2 * SILENCE_S])
 def test_an_engine_that_computes_is_given_longer_but_not_for_ever(server: EngineServer, busy_timeout_s: float) -> None:
     async def scenario() -> None:
-        async with keeping(server, busy_timeout_s) as keeper:
-            burning = asyncio.create_task(script(keeper, "/health", burn_s=6 * SILENCE_S))
-            await until(lambda: keeper.silent_s > 5 * SILENCE_S or not keeper.serving.is_set())
-            assert keeper.serving.is_set() == (busy_timeout_s == 60.0)
-            await until(lambda: not keeper.serving.is_set())  # it hangs on when it has done with computing
+        async with keeping(server, busy_timeout_s) as supervisor:
+            burning = asyncio.create_task(script(supervisor, "/health", burn_s=6 * SILENCE_S))
+            await until(lambda: supervisor.silent_s > 5 * SILENCE_S or not supervisor.serving.is_set())
+            assert supervisor.serving.is_set() == (busy_timeout_s == 60.0)
+            await until(lambda: not supervisor.serving.is_set())  # it hangs on when it has done with computing
             await asyncio.gather(burning, return_exceptions=True)
 
     asyncio.run(scenario())
@@ -224,7 +230,7 @@ def test_an_engine_that_computes_is_given_longer_but_not_for_ever(server: Engine
 
 def test_who_was_stopped_himself_asks_again(fake: FakeSglang, monkeypatch: pytest.MonkeyPatch) -> None:
     """A replica that wakes up finds its probe out of time, which says nothing about the engine."""
-    monkeypatch.setattr(engine_keeper, "MIN_PROBE_S", 0.2)
+    monkeypatch.setattr("headrace.generation.engine.supervisor.MIN_PROBE_S", 0.2)
     overslept: list[float] = []
     real = Engine.health
 
@@ -238,9 +244,9 @@ def test_who_was_stopped_himself_asks_again(fake: FakeSglang, monkeypatch: pytes
     monkeypatch.setattr(Engine, "health", oversleep)
 
     async def scenario() -> None:
-        async with keeping(fake, liveness_timeout_s=5.0) as keeper:
-            await until(lambda: keeper.engine.heard_at > 0)
-            assert overslept and keeper.life == 1
+        async with keeping(fake, liveness_timeout_s=5.0) as supervisor:
+            await until(lambda: supervisor.engine.heard_at > 0)
+            assert overslept and supervisor.incarnation == 1
 
     asyncio.run(scenario())
 
@@ -249,15 +255,15 @@ def test_somebody_elses_engine_is_waited_for(fake: FakeSglang) -> None:
     fake.hanging = {"/health", "/generate"}
 
     async def scenario() -> None:
-        async with keeping(fake) as keeper:
-            requests = await requests_in_flight(keeper, 1)
+        async with keeping(fake) as supervisor:
+            requests = await requests_in_flight(supervisor, 1)
             async with asyncio.timeout(SILENCE_S + 5.0):
                 [outcome] = await asyncio.gather(*requests, return_exceptions=True)
-            assert isinstance(outcome, EngineDown) and not keeper.serving.is_set()
-            assert re.fullmatch(r"the engine has not answered for \d s: waiting until it does", keeper.problem)
+            assert isinstance(outcome, EngineDown) and not supervisor.serving.is_set()
+            assert re.fullmatch(r"the engine has not answered for \d s: waiting until it does", supervisor.problem)
             fake.hanging = set()
-            await until(keeper.serving.is_set)
-            assert keeper.problem == "" and keeper.life == 2
+            await until(supervisor.serving.is_set)
+            assert supervisor.problem == "" and supervisor.incarnation == 2
 
     asyncio.run(scenario())
 
@@ -266,22 +272,22 @@ def test_an_error_is_the_tickets_only_if_the_engine_still_answers(fake: FakeSgla
     fake.replies["/generate"] = (500, {"error": "no"})
 
     async def scenario() -> None:
-        async with keeping(fake) as keeper:
+        async with keeping(fake) as supervisor:
             with pytest.raises(EngineError, match="ticket 0-0: /generate answered 500"):
-                await keeper.generate(make_ticket())
+                await supervisor.generate(make_ticket())
             fake.replies["/health"] = (503, {})
             with pytest.raises(EngineDown, match="ticket 0-0: /generate answered 500"):
-                await keeper.generate(make_ticket())
-            assert keeper.serving.is_set(), "known before the silence has lasted long enough to act"
+                await supervisor.generate(make_ticket())
+            assert supervisor.serving.is_set(), "known before the silence has lasted long enough to act"
 
     asyncio.run(scenario())
 
 
 def test_an_error_of_an_earlier_life_is_no_tickets(fake: FakeSglang) -> None:
     async def scenario() -> None:
-        async with keeping(fake) as keeper:
-            assert await keeper.answers(keeper.life)
-            assert not await keeper.answers(keeper.life - 1)
+        async with keeping(fake) as supervisor:
+            assert await supervisor.is_responsive(supervisor.incarnation)
+            assert not await supervisor.is_responsive(supervisor.incarnation - 1)
 
     asyncio.run(scenario())
 
@@ -301,33 +307,33 @@ def programs(monkeypatch: pytest.MonkeyPatch, *sources: str | None) -> list[int]
             *(["-m", "tests.support.fake_sglang", str(given[-1])] if source is None else ["-c", source]),
         ]
 
-    monkeypatch.setattr(engine_server, "launch_command", command)
+    monkeypatch.setattr("headrace.generation.engine.server.launch_command", command)
     return starts
 
 
 def test_a_start_that_fails_is_tried_again(server: EngineServer, monkeypatch: pytest.MonkeyPatch) -> None:
     starts = programs(monkeypatch, DIES, None)
-    monkeypatch.setattr(engine_keeper, "START_PAUSES_S", (0.3, 0.3))
+    monkeypatch.setattr("headrace.generation.engine.supervisor.START_PAUSES_S", (0.3, 0.3))
 
     async def scenario() -> None:
-        async with keeping(server) as keeper:
-            assert len(starts) == 2 and keeper.problem == ""
+        async with keeping(server) as supervisor:
+            assert len(starts) == 2 and supervisor.problem == ""
 
     asyncio.run(scenario())
 
 
 def test_starts_that_fail_end_with_the_log(server: EngineServer, monkeypatch: pytest.MonkeyPatch) -> None:
     starts = programs(monkeypatch, DIES)
-    monkeypatch.setattr(engine_keeper, "START_PAUSES_S", (0.3, 0.3))
+    monkeypatch.setattr("headrace.generation.engine.supervisor.START_PAUSES_S", (0.3, 0.3))
     problems: list[str] = []
 
     async def scenario() -> None:
-        keeper = EngineKeeper(
+        supervisor = EngineSupervisor(
             Engine(server.url), server, lambda: (Path("m"), 1), liveness_timeout_s=2, busy_timeout_s=2
         )
-        keeping = asyncio.create_task(keeper.keep())
+        keeping = asyncio.create_task(supervisor.run())
         while not keeping.done():
-            problems.append(keeper.problem)
+            problems.append(supervisor.problem)
             await asyncio.sleep(0.05)
         await keeping
 
@@ -343,10 +349,10 @@ def test_an_engine_that_is_cancelled_while_it_starts_leaves_nothing(
     programs(monkeypatch, "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)")
 
     async def scenario() -> None:
-        keeper = EngineKeeper(
+        supervisor = EngineSupervisor(
             Engine(server.url), server, lambda: (Path("m"), 1), liveness_timeout_s=2, busy_timeout_s=2
         )
-        keeping = asyncio.create_task(keeper.keep())
+        keeping = asyncio.create_task(supervisor.run())
         await until(lambda: server.is_alive)
         began_at = time.monotonic()
         keeping.cancel()
@@ -361,13 +367,13 @@ def test_weights_that_the_engine_may_not_hold_are_no_fault_of_the_request(fake: 
     fake.replies["/generate"] = (200, [sample()] * make_ticket().num_completions)
 
     async def scenario() -> None:
-        async with keeping(fake) as keeper:
-            await keeper.engine.swap(tmp_path, 4)
+        async with keeping(fake) as supervisor:
+            await supervisor.engine.swap(tmp_path, 4)
             fake.fails_halfway = True
             with pytest.raises(EngineError, match="Rolling back"):
-                await keeper.engine.swap(tmp_path, 5)
+                await supervisor.engine.swap(tmp_path, 5)
             with pytest.raises(EngineDown, match="may hold other weights than it says"):
-                await keeper.generate(make_ticket())
-            assert keeper.serving.is_set()
+                await supervisor.generate(make_ticket())
+            assert supervisor.serving.is_set()
 
     asyncio.run(scenario())

@@ -18,7 +18,7 @@ from headrace.common.redis.keys import Keys
 from headrace.common.weights.files import WeightsError
 from headrace.generation import __main__ as program
 from headrace.generation.assembly import assembled
-from headrace.generation.weights import local_weights as host_copy
+from headrace.generation.weights import local_weights
 from headrace.generation.weights.free_space import NoRoom, allocated, check_room
 from tests.support.fleet import Member, Versions, a_source
 
@@ -62,7 +62,7 @@ def test_a_version_that_does_not_fit_leaves_the_served_one_as_it_is(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_items: int
 ) -> None:
     """3 MB: the second version finds no room beside the first; 5 MB: the first finds none."""
-    monkeypatch.setattr(host_copy, "memory_backed", lambda: small)
+    monkeypatch.setattr(local_weights, "memory_backed", lambda: small)
     versions = Versions(tmp_path / "weights", num_items)
     model = tmp_path / "model"
     model.mkdir()
@@ -96,7 +96,7 @@ def test_a_replica_without_room_is_refused_before_anything_starts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
-    monkeypatch.setattr(host_copy, "memory_backed", lambda: tmp_path)
+    monkeypatch.setattr(local_weights, "memory_backed", lambda: tmp_path)
     config = RunConfig.model_validate({"model": {"path": str(demo_policy)}, "task": {"name": "arithmetic"}})
 
     async def serve(*_: Any) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import redis
 
-from headrace.common import bootstrap as joining
 from headrace.common.config import RunConfig
 from headrace.common.process.waiting import Waits
 from headrace.common.redis.client import connect
@@ -127,8 +126,8 @@ def test_of_several_runs_one_must_be_named(
 
 def test_a_run_that_nobody_begins_is_not_waited_for_for_ever(own_redis: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADRACE_TOKEN", "token")
-    monkeypatch.setattr(joining, "JOIN_TIMEOUT_S", 0.1)
-    monkeypatch.setattr(joining, "POLL_S", 0.01)
+    monkeypatch.setattr("headrace.common.bootstrap.JOIN_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("headrace.common.bootstrap.POLL_S", 0.01)
     with pytest.raises(TimeoutError, match="no learner has begun any run within 0 s"):
         join(own_redis, None, None, Waits())
     with pytest.raises(TimeoutError, match="run 'absent' has no configuration in Redis"):

@@ -14,10 +14,10 @@ from headrace.common.process.waiting import Reason
 from headrace.common.redis.client import connect
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import Heartbeat, decode_group, decode_heartbeat, decode_ticket, encode
-from headrace.generation import ticket_processor as answer
+from headrace.generation import ticket_processor
 from headrace.generation.http_api import make_app
 from headrace.generation.loop import Replica
-from headrace.generation.tickets.retry_elsewhere import MAX_PASSES
+from headrace.generation.tickets.retry_elsewhere import MAX_HAND_BACKS
 from headrace.generation.tickets.store import Lease, TicketStore
 from headrace.launcher.run.redis_server import launch_redis, start_redis, wait_for_redis
 from headrace.learner.store.store import LearnerStore
@@ -100,7 +100,7 @@ def test_somebody_elses_engine_that_was_silent_must_confirm_its_weights(
             assert [(wait["reason"], wait["deadline_s"]) for wait in replica.waits.status()] == [(ENGINE_SILENT, None)]
             await until(lambda: replica.heartbeat().groups_in_flight == 0)
             fake.hanging = {"/model_info"}
-            await until(lambda: replica.keeper.life == 2)
+            await until(lambda: replica.supervisor.incarnation == 2)
             assert replica.state == "starting" and client.xlen(keys.tickets) == 1
             fake.hanging = set()
             fake.closing.set()  # what hangs ends
@@ -132,7 +132,7 @@ def hand_backs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_ticket_that_failed_here_is_left_to_another_replica_but_not_for_ever(
     learner: Learner, start: Start, keys: Keys, hand_backs: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answer, "PASS_ON_S", 0.02)
+    monkeypatch.setattr(ticket_processor, "HAND_BACK_DELAY_S", 0.02)
     client = learner.store.client
     client.set(keys.replica("b"), heartbeat_of("b"))
     learner.publish(0)
@@ -143,7 +143,7 @@ def test_a_ticket_that_failed_here_is_left_to_another_replica_but_not_for_ever(
             await until(lambda: client.xlen(keys.groups) == 1)
 
     run(scenario)
-    assert hand_backs == ["0-0"] * MAX_PASSES
+    assert hand_backs == ["0-0"] * MAX_HAND_BACKS
     [(_, fields)] = client.xrange(keys.groups)
     assert decode_group(fields[b"group"]).ticket.attempts == 1, "passing on is no attempt"
 
@@ -176,7 +176,7 @@ def test_a_ticket_is_not_passed_on_where_that_would_not_help(
 def test_a_ticket_that_is_passed_on_takes_no_slot(
     learner: Learner, start: Start, keys: Keys, hand_backs: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answer, "PASS_ON_S", 30.0)
+    monkeypatch.setattr(ticket_processor, "HAND_BACK_DELAY_S", 30.0)
     client = learner.store.client
     client.set(keys.replica("b"), heartbeat_of("b"))
     learner.publish(0)

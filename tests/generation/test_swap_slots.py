@@ -9,8 +9,8 @@ import redis
 from headrace.common.redis.client import connect_async
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import Heartbeat, encode
-from headrace.generation.weights import swap_slots as turns
-from headrace.generation.weights.swap_slots import Turns
+from headrace.generation.weights import swap_slots
+from headrace.generation.weights.swap_slots import SwapSlots
 
 CASES = [(0.5, 8, 4), (0.3, 8, 2), (0.01, 8, 1), (0.5, 0, 1), (1.0, 8, 8)]
 
@@ -32,7 +32,7 @@ def test_at_most_a_share_swaps_at_the_same_time(
     full = asyncio.Event()
 
     async def swap(client: redis.asyncio.Redis, index: int) -> None:
-        async with Turns(client, keys, f"r{index}", share).turn():
+        async with SwapSlots(client, keys, f"r{index}", share).acquire():
             swapping.add(index)
             seen.append(len(swapping))
             if len(swapping) >= most:
@@ -55,13 +55,13 @@ def test_at_most_a_share_swaps_at_the_same_time(
 def test_who_dies_in_his_turn_does_not_hold_up_the_others_for_long(
     redis_url: str, client: redis.Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turns, "TURN_S", 0.3)
+    monkeypatch.setattr(swap_slots, "SLOT_TTL_S", 0.3)
     seconds, microseconds = client.time()
     client.zadd(keys.swapping, {"dead": seconds * 1000 + microseconds // 1000 + 300})
 
     async def scenario() -> None:
         client = connect_async(redis_url)
-        async with Turns(client, keys, "a", 0.5).turn():
+        async with SwapSlots(client, keys, "a", 0.5).acquire():
             pass
         await client.aclose()
 

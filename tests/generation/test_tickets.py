@@ -141,7 +141,7 @@ def test_a_ticket_under_which_engines_keep_going_down_is_dead_in_the_end(
         for num_before in range(MAX_INTERRUPTIONS):
             lease = await lease_one(store)
             assert (lease.ticket.interruptions, lease.ticket.attempts, lease.ticket.avoid) == (num_before, 0, [])
-            await store.interrupted(lease, "the engine exited with -9")
+            await store.requeue_interrupted(lease, "the engine exited with -9")
 
     as_replica(redis_url, keys, "a", interrupt)
     ((_, dead),) = client.xrange(keys.dead)

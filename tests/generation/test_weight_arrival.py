@@ -24,8 +24,7 @@ from headrace.common.weights.files import (
     version_folder,
 )
 from headrace.common.weights.memory_folder import LOCK_FILE, MemoryFolder, memory_backed
-from headrace.generation.weights import downloads as fetching
-from headrace.generation.weights import local_weights as host_copy
+from headrace.generation.weights import downloads, local_weights
 from headrace.generation.weights.version_fetch import Arrival, Published
 from headrace.learner.weights import version_writer
 from headrace.learner.weights.publisher import ancestors_in_tree
@@ -107,7 +106,7 @@ def test_who_joins_takes_an_anchor_and_the_deltas_after_it(
     versions: Versions, learner: Source, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The anchor becomes the version where it lies: there is room for one beside the served one."""
-    monkeypatch.setattr(host_copy, "allocated", lambda *_: pytest.fail("a second copy"))
+    monkeypatch.setattr(local_weights, "allocated", lambda *_: pytest.fail("a second copy"))
 
     async def scenario() -> None:
         async with members(model) as [member]:
@@ -166,7 +165,7 @@ FAULTS: tuple[Fault, ...] = ("absent", "garbage", "truncated", "stalls", "endles
 def test_what_a_replica_serves_badly_is_had_elsewhere(
     versions: Versions, learner: Source, model: Path, fault: Fault, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetching, "STALL_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(downloads, "STALL_TIMEOUT_S", 0.3)
 
     async def scenario() -> None:
         async with members(model) as [member]:
@@ -189,7 +188,7 @@ def test_what_a_replica_serves_badly_is_had_elsewhere(
 def test_what_one_leaves_unfinished_the_next_one_continues(
     versions: Versions, learner: Source, model: Path, fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetching, "STALL_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(downloads, "STALL_TIMEOUT_S", 0.3)
 
     async def scenario() -> None:
         async with members(model) as [member]:
@@ -415,7 +414,7 @@ def test_only_files_of_versions_are_shared_and_only_for_the_token(
 def test_deltas_are_kept_for_others_within_bounds(
     versions: Versions, learner: Source, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host_copy, "KEPT_SHARE", 0.05)
+    monkeypatch.setattr(local_weights, "KEPT_SHARE", 0.05)
 
     async def scenario() -> None:
         async with members(model) as [member]:
@@ -426,7 +425,7 @@ def test_deltas_are_kept_for_others_within_bounds(
             assert 2 < len(folders) < 8
             assert [folder for folder in folders if (folder / MODEL_FILE).exists()] == [folders[-1]]
             kept = sum(path.stat().st_size for path in member.copy.root.glob(f"v*/{DELTA_FILE}"))
-            assert kept <= host_copy.KEPT_SHARE * versions.manifests[0].num_model_bytes
+            assert kept <= local_weights.KEPT_SHARE * versions.manifests[0].num_model_bytes
 
     run(scenario)
 
@@ -434,15 +433,15 @@ def test_deltas_are_kept_for_others_within_bounds(
 def test_what_a_killed_replica_left_in_memory_is_cleared_away(
     versions: Versions, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host_copy, "memory_backed", lambda: tmp_path)
-    alive = host_copy.HostCopy(model)
-    remains = tmp_path / f"{host_copy.PREFIX}dead"
+    monkeypatch.setattr(local_weights, "memory_backed", lambda: tmp_path)
+    alive = local_weights.HostCopy(model)
+    remains = tmp_path / f"{local_weights.PREFIX}dead"
     remains.mkdir()
     (remains / LOCK_FILE).touch()
-    host_copy.HostCopy(model).close()
+    local_weights.HostCopy(model).close()
     assert alive.root.exists() and not remains.exists()
     alive.close()
-    assert list(tmp_path.glob(f"{host_copy.PREFIX}*")) == []
+    assert list(tmp_path.glob(f"{local_weights.PREFIX}*")) == []
 
 
 def test_the_learners_own_file_in_memory_is_taken_without_a_copy(

@@ -17,18 +17,16 @@ from headrace.common.config import EngineConfig
 from headrace.common.redis.client import connect_async
 from headrace.common.redis.keys import Keys
 from headrace.common.weights.files import version_folder
-from headrace.generation.engine import server as engine_server
 from headrace.generation.engine.client import Engine, SwapTimings
 from headrace.generation.engine.server import EngineServer
-from headrace.generation.engine.supervisor import EngineDown, EngineKeeper
+from headrace.generation.engine.supervisor import EngineDown, EngineSupervisor
 from headrace.generation.engine.swapping import SwapMode
-from headrace.generation.weights import updater as weights
-from headrace.generation.weights import version_fetch as publication
+from headrace.generation.weights import version_fetch
 from headrace.generation.weights.downloads import Fetcher
 from headrace.generation.weights.local_weights import HostCopy
-from headrace.generation.weights.swap_slots import Turns
+from headrace.generation.weights.swap_slots import SwapSlots
 from headrace.generation.weights.update_path import Route
-from headrace.generation.weights.updater import WeightFollower
+from headrace.generation.weights.updater import WeightUpdater
 from headrace.generation.weights.version_fetch import Arrival
 from headrace.learner.weights.version_writer import VersionWriter
 from tests.support.fake_sglang import FakeSglang, a_fake_sglang, server_info
@@ -49,26 +47,28 @@ def fake() -> Iterator[FakeSglang]:
 
 
 @contextlib.asynccontextmanager
-async def following(
+async def updating(
     redis_url: str, keys: Keys, fake: FakeSglang | EngineServer, model: Path, swap_mode: SwapMode = "retract"
-) -> AsyncIterator[tuple[WeightFollower, EngineKeeper]]:
+) -> AsyncIterator[tuple[WeightUpdater, EngineSupervisor]]:
     async def ignore(timings: SwapTimings, arrival: Arrival) -> None:
         pass
 
     client, engine = connect_async(redis_url), Engine(fake.url, swap_mode=swap_mode)
-    follower = WeightFollower(client, keys, HostCopy(model), Fetcher("token"), Turns(client, keys, "a", 0.5), ignore)
+    updater = WeightUpdater(client, keys, HostCopy(model), Fetcher("token"), SwapSlots(client, keys, "a", 0.5), ignore)
     server = fake if isinstance(fake, EngineServer) else None
     timeout_s = 1.0 if server is None else 20.0
-    keeper = EngineKeeper(engine, server, follower.engine_start, liveness_timeout_s=timeout_s, busy_timeout_s=timeout_s)
-    tasks = [asyncio.create_task(keeper.keep()), asyncio.create_task(follower.follow(keeper))]
+    supervisor = EngineSupervisor(
+        engine, server, updater.start_weights, liveness_timeout_s=timeout_s, busy_timeout_s=timeout_s
+    )
+    tasks = [asyncio.create_task(supervisor.run()), asyncio.create_task(updater.follow(supervisor))]
     try:
-        yield follower, keeper
+        yield updater, supervisor
         assert not any(task.done() for task in tasks), "it goes on whatever happens"
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for closing in (engine.aclose(), follower.close(), client.aclose()):
+        for closing in (engine.aclose(), updater.close(), client.aclose()):
             await closing
         if server is not None:
             await server.stop()
@@ -100,13 +100,13 @@ def test_what_redis_says_wrongly_quarantines_with_a_reason_until_it_is_right(
     learner.store.client.hset(keys.weights, mapping=fields)
 
     async def scenario() -> None:
-        async with following(redis_url, keys, fake, demo_policy) as (follower, _):
-            await until(lambda: follower.problem != "")
-            assert problem in follower.problem and len(follower.problem) < 1000
+        async with updating(redis_url, keys, fake, demo_policy) as (updater, _):
+            await until(lambda: updater.problem != "")
+            assert problem in updater.problem and len(updater.problem) < 1000
             learner.store.client.delete(keys.weights)
             version = await asyncio.to_thread(learner.publish, 1)
-            follower.hint(version)
-            await until(lambda: (follower.version, follower.problem) == (version, ""))
+            updater.hint(version)
+            await until(lambda: (updater.version, updater.problem) == (version, ""))
 
     run(scenario)
 
@@ -117,8 +117,8 @@ def test_a_weights_key_of_another_type_is_a_reason_too(
     learner.store.client.set(keys.weights, "nonsense")
 
     async def scenario() -> None:
-        async with following(redis_url, keys, fake, demo_policy) as (follower, _):
-            await until(lambda: "WRONGTYPE" in follower.problem)
+        async with updating(redis_url, keys, fake, demo_policy) as (updater, _):
+            await until(lambda: "WRONGTYPE" in updater.problem)
 
     run(scenario)
 
@@ -128,7 +128,7 @@ def test_a_version_that_was_deleted_meanwhile_is_passed_over_without_a_quarantin
 ) -> None:
     first = learner.publish(0)
     problems: list[str] = []
-    real = publication._Journey._fetch
+    real = version_fetch._Journey._fetch
 
     async def outrun(self: Any, route: Route) -> None:
         """The learner publishes three more while this one is being fetched, each an anchor."""
@@ -139,13 +139,13 @@ def test_a_version_that_was_deleted_meanwhile_is_passed_over_without_a_quarantin
             assert not version_folder(learner.versions.root, first).exists()
         await real(self, route)
 
-    monkeypatch.setattr(publication._Journey, "_fetch", outrun)
-    monkeypatch.setattr(weights._log, "error", lambda *given: problems.append(str(given)))
+    monkeypatch.setattr(version_fetch._Journey, "_fetch", outrun)
+    monkeypatch.setattr("headrace.generation.weights.updater._log.error", lambda *given: problems.append(str(given)))
 
     async def scenario() -> None:
-        async with following(redis_url, keys, fake, demo_policy) as (follower, _):
-            await until(lambda: follower.version == first + 3)
-            assert list(follower.copy.root.glob("v*")) == [follower.copy.folder], "nothing is left"
+        async with updating(redis_url, keys, fake, demo_policy) as (updater, _):
+            await until(lambda: updater.version == first + 3)
+            assert list(updater.copy.root.glob("v*")) == [updater.copy.folder], "nothing is left"
 
     run(scenario)
     assert problems == []
@@ -158,9 +158,9 @@ def test_a_version_that_is_gone_with_none_after_it_is_a_reason(
     learner.store.client.hset(keys.weights, "version", version + 1)
 
     async def scenario() -> None:
-        async with following(redis_url, keys, fake, demo_policy) as (follower, _):
-            await until(lambda: "HTTPStatusError" in follower.problem)
-            assert "404" in follower.problem
+        async with updating(redis_url, keys, fake, demo_policy) as (updater, _):
+            await until(lambda: "HTTPStatusError" in updater.problem)
+            assert "404" in updater.problem
 
     run(scenario)
 
@@ -169,13 +169,13 @@ def test_a_fetch_that_trickles_ends_at_its_deadline(
     learner: Learner, fake: FakeSglang, redis_url: str, keys: Keys, demo_policy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fake sends a byte now and then, so that no single read takes long."""
-    monkeypatch.setattr(publication, "FETCH_DEADLINE_S", 0.5)
+    monkeypatch.setattr(version_fetch, "FETCH_DEADLINE_S", 0.5)
     fake.trickling.add("/weights/7/manifest.json")
     learner.store.client.hset(keys.weights, mapping=GOOD | {"url": fake.url})
 
     async def scenario() -> None:
-        async with following(redis_url, keys, fake, demo_policy) as (follower, _):
-            await until(lambda: "version 7 did not arrive within 0.5 s" in follower.problem)
+        async with updating(redis_url, keys, fake, demo_policy) as (updater, _):
+            await until(lambda: "version 7 did not arrive within 0.5 s" in updater.problem)
 
     run(scenario)
 
@@ -186,16 +186,16 @@ def test_an_engine_that_somebody_has_started_again_gets_its_weights_back(
     version = learner.publish(0)
 
     async def scenario() -> None:
-        async with following(redis_url, keys, fake, demo_policy) as (follower, keeper):
-            await until(lambda: follower.version == version)
+        async with updating(redis_url, keys, fake, demo_policy) as (updater, supervisor):
+            await until(lambda: updater.version == version)
             fake.hanging = {"/health"}
-            await until(lambda: not keeper.serving.is_set())
+            await until(lambda: not supervisor.serving.is_set())
             fake.calls.clear()
             fake.serve_version("default")
             fake.hanging = set()
-            await until(lambda: follower.confirmed_life == 2)
+            await until(lambda: updater.confirmed_incarnation == 2)
             [update] = [body for path, body in fake.calls if path == "/update_weights_from_disk"]
-            assert (update["weight_version"], update["model_path"]) == (str(version), str(follower.copy.folder))
+            assert (update["weight_version"], update["model_path"]) == (str(version), str(updater.copy.folder))
 
     run(scenario)
 
@@ -207,19 +207,19 @@ def test_somebody_elses_engine_that_failed_halfway_is_quarantined_until_a_swap_i
     first = learner.publish(0)
 
     async def scenario() -> None:
-        async with following(redis_url, keys, fake, demo_policy) as (follower, keeper):
-            await until(lambda: follower.version == first)
+        async with updating(redis_url, keys, fake, demo_policy) as (updater, supervisor):
+            await until(lambda: updater.version == first)
             fake.fails_halfway = True
-            follower.hint(await asyncio.to_thread(learner.publish, 1))
-            await until(lambda: "Rolling back" in follower.problem)
+            updater.hint(await asyncio.to_thread(learner.publish, 1))
+            await until(lambda: "Rolling back" in updater.problem)
             with pytest.raises(EngineDown, match="may hold other weights"):
-                await keeper.generate(make_ticket("0-0"))
+                await supervisor.generate(make_ticket("0-0"))
             learner.store.client.delete(keys.weights)
             fake.calls.clear()
             fake.fails_halfway = False
-            await until(lambda: follower.problem == "")
+            await until(lambda: updater.problem == "")
             [update] = [body for path, body in fake.calls if path == "/update_weights_from_disk"]
-            assert (follower.version, update["weight_version"]) == (first, str(first))
+            assert (updater.version, update["weight_version"]) == (first, str(first))
 
     run(scenario)
 
@@ -233,20 +233,20 @@ def test_an_engine_of_our_own_that_failed_halfway_is_started_again_on_the_last_v
         starts.append((model, version))
         return [sys.executable, "-m", "tests.support.fake_sglang", str(port), str(version or "default")]
 
-    monkeypatch.setattr(engine_server, "launch_command", command)
+    monkeypatch.setattr("headrace.generation.engine.server.launch_command", command)
     server = EngineServer(EngineConfig(device="cpu", startup_timeout_s=60.0), "float32", tmp_path / "sglang.log")
 
     async def scenario() -> None:
         first = await asyncio.to_thread(learner.publish, 0)
-        async with following(redis_url, keys, server, demo_policy) as (follower, keeper):
-            await until(lambda: follower.version == first)
-            folder = follower.copy.folder
+        async with updating(redis_url, keys, server, demo_policy) as (updater, supervisor):
+            await until(lambda: updater.version == first)
+            folder = updater.copy.folder
             async with httpx.AsyncClient(trust_env=False) as http:
                 await http.post(f"{server.url}/script", json={"fails_halfway": True})
-            follower.hint(await asyncio.to_thread(learner.publish, 1))
-            await until(lambda: follower.version == first + 1)
-            assert starts == [(demo_policy, None), (folder, first)] and keeper.life == 2
-            assert (follower.problem, keeper.problem, keeper.engine.is_unsure) == ("", "", False)
+            updater.hint(await asyncio.to_thread(learner.publish, 1))
+            await until(lambda: updater.version == first + 1)
+            assert starts == [(demo_policy, None), (folder, first)] and supervisor.incarnation == 2
+            assert (updater.problem, supervisor.problem, supervisor.engine.has_unverified_weights) == ("", "", False)
 
     run(scenario)
 
@@ -260,15 +260,15 @@ def test_nothing_is_swapped_into_an_engine_that_is_down(
     fake.replies["/server_info"] = (500, {})
 
     async def scenario() -> None:
-        async with following(redis_url, keys, fake, demo_policy) as (follower, keeper):
-            await until(lambda: "/server_info answered 500" in follower.problem)
-            await until(lambda: not keeper.serving.is_set())
+        async with updating(redis_url, keys, fake, demo_policy) as (updater, supervisor):
+            await until(lambda: "/server_info answered 500" in updater.problem)
+            await until(lambda: not supervisor.serving.is_set())
             fake.calls.clear()
             await until(lambda: len(fake.calls) >= 2)
             assert set(fake.paths) == {"/health"}
             fake.replies["/server_info"] = answers
             fake.hanging = set()
-            await until(lambda: (follower.version, follower.problem) == (version, ""))
+            await until(lambda: (updater.version, updater.problem) == (version, ""))
 
     run(scenario)
 
@@ -284,21 +284,21 @@ def test_versions_do_not_come_faster_than_what_was_retracted_gets_ahead(
     fake.completes = False
 
     async def scenario() -> None:
-        async with following(redis_url, keys, fake, demo_policy, swap_mode) as (follower, keeper):
-            await until(keeper.serving.is_set)
-            request = asyncio.create_task(keeper.generate(make_ticket("0-0")))
+        async with updating(redis_url, keys, fake, demo_policy, swap_mode) as (updater, supervisor):
+            await until(supervisor.serving.is_set)
+            request = asyncio.create_task(supervisor.generate(make_ticket("0-0")))
             await until(lambda: "/generate" in fake.paths)
             first = await asyncio.to_thread(learner.publish, 0)
-            follower.hint(first)
-            await until(lambda: follower.version == first)
+            updater.hint(first)
+            await until(lambda: updater.version == first)
             began_s = time.monotonic()
-            follower.hint(await asyncio.to_thread(learner.publish, 1))
+            updater.hint(await asyncio.to_thread(learner.publish, 1))
             with contextlib.suppress(TimeoutError):
-                await until(lambda: follower.version > first, 1.0 if waits else 20.0)
-            assert (follower.version == first) == waits
+                await until(lambda: updater.version > first, 1.0 if waits else 20.0)
+            assert (updater.version == first) == waits
             took_s = time.monotonic() - began_s
             recomputed.set()
-            await until(lambda: follower.version > first)
+            await until(lambda: updater.version > first)
             assert time.monotonic() - began_s > 2 * took_s or not waits
             request.cancel()
 
@@ -311,10 +311,10 @@ def test_who_has_nothing_in_flight_is_not_waited_for(
     first = learner.publish(0)
 
     async def scenario() -> None:
-        async with following(redis_url, keys, fake, demo_policy) as (follower, _):
-            await until(lambda: follower.version == first)
-            follower.hint(await asyncio.to_thread(learner.publish, 1))
-            await until(lambda: follower.version == first + 1)
+        async with updating(redis_url, keys, fake, demo_policy) as (updater, _):
+            await until(lambda: updater.version == first)
+            updater.hint(await asyncio.to_thread(learner.publish, 1))
+            await until(lambda: updater.version == first + 1)
             assert "/generate" not in fake.paths
 
     run(scenario)

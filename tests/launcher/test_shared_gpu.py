@@ -21,7 +21,6 @@ from headrace.common.process.waiting import Reason, Waits
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import Heartbeat, ReplicaState, encode
 from headrace.generation.assembly import assembled
-from headrace.generation.engine import server as engine_server
 from headrace.generation.engine.client import EngineError
 from headrace.generation.engine.server import EngineServer
 from headrace.generation.engine.shared_gpu import beside_learner
@@ -77,7 +76,7 @@ def test_the_share_is_reckoned_at_each_start(gpu: FakeGpus, monkeypatch: pytest.
         given.append(settings.memory_fraction)
         return [sys.executable, "-c", ""]
 
-    monkeypatch.setattr(engine_server, "launch_command", launch_command)
+    monkeypatch.setattr("headrace.generation.engine.server.launch_command", launch_command)
     server = EngineServer(SETTINGS, "bfloat16", tmp_path / "sglang.log", learner_fraction=0.5)
     for free_gib in (24, 12):
         gpu.tell((24 * 1024, free_gib * 1024))
@@ -103,8 +102,8 @@ def test_both_services_do_as_they_are_told_of_sharing(
     async def fraction_of_engine(*sharing: bool) -> float | None:
         replica = ("r", "http://127.0.0.1:1", tmp_path, Waits())
         async with assembled(config, keys, redis_url, "token", *replica, *sharing) as found:
-            assert found.keeper.server is not None
-            return found.keeper.server.learner_fraction
+            assert found.supervisor.server is not None
+            return found.supervisor.server.learner_fraction
 
     for sharing in ([], ["--shares-gpu"]):
         given = ["learner", "--run", keys.run, "--runs-folder", str(tmp_path), "--redis-url", redis_url, *sharing]

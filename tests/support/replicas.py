@@ -19,14 +19,14 @@ from headrace.common.redis.keys import Keys
 from headrace.common.wire import Sampling, decode_heartbeat
 from headrace.generation.engine.client import Engine, SwapTimings
 from headrace.generation.engine.server import EngineServer
-from headrace.generation.engine.supervisor import EngineKeeper
+from headrace.generation.engine.supervisor import EngineSupervisor
 from headrace.generation.loop import Replica
 from headrace.generation.rewards.pool import RewardPool
 from headrace.generation.tickets.store import TicketStore
 from headrace.generation.weights.downloads import Fetcher
 from headrace.generation.weights.local_weights import HostCopy
-from headrace.generation.weights.swap_slots import Turns
-from headrace.generation.weights.updater import WeightFollower
+from headrace.generation.weights.swap_slots import SwapSlots
+from headrace.generation.weights.updater import WeightUpdater
 from headrace.generation.weights.version_fetch import Arrival
 from headrace.learner.reporting.http_api import make_app
 from headrace.learner.steering.switches import Switches
@@ -98,14 +98,24 @@ async def running_replica(
         event = {"version": arrival.held.manifest.version, "pause_ms": timings.pause_s * 1e3}
         await tickets.announce("weight_swap", event)
 
-    weights = WeightFollower(client, keys, HostCopy(model), Fetcher("token"), Turns(client, keys, name, 0.5), announce)
+    weights = WeightUpdater(
+        client, keys, HostCopy(model), Fetcher("token"), SwapSlots(client, keys, name, 0.5), announce
+    )
     server = None if isinstance(engine, str) else engine
     url = engine if isinstance(engine, str) else engine.url
     http = Engine(url, swap_mode=config.engine.swap_mode, completion_timeout_s=config.completion_timeout_s)
     timeouts = {"liveness_timeout_s": liveness_timeout_s, "busy_timeout_s": config.completion_timeout_s}
-    keeper = EngineKeeper(http, server, weights.engine_start, **timeouts)
+    supervisor = EngineSupervisor(http, server, weights.start_weights, **timeouts)
     replica = Replica(
-        name, "http://127.0.0.1:1", config, tickets, keeper, rewards, weights, waits, config.max_eval_groups_in_flight
+        name,
+        "http://127.0.0.1:1",
+        config,
+        tickets,
+        supervisor,
+        rewards,
+        weights,
+        waits,
+        config.max_eval_groups_in_flight,
     )
     serving = asyncio.create_task(replica.serve(), name=f"replica {name}")
     try:

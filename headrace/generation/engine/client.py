@@ -1,11 +1,11 @@
 """The replica's client of one SGLang server: generate, swap the weights, ask what it serves.
 
-What comes back from `generate` is checked: every token has a finite behaviour log-probability and belongs to one
-version span, as the engine itself reported, of a version that the engine has been confirmed to hold. `swap` lets
-requests in flight go on under the new weights, always ends with generation continued, and returns only after the
-engine has confirmed the version; `let_generate` keeps the next one from coming before they have got ahead. Every call
-has a deadline. Nothing is retried here: a failure is an `EngineError` that names the ticket or the call, and the
-caller decides.
+`generate` checks the engine's replies: every token has a finite behaviour log-probability and belongs to one version
+span, as reported by the engine, of a version that the engine has been confirmed to hold. `swap` lets requests in
+flight continue under the new weights, always ends with generation continued, and returns only after the engine has
+confirmed the version. `wait_for_progress` delays the next swap until those requests have made progress. Every call has
+a deadline. Nothing is retried here: a failure is an `EngineError` that names the ticket or the call, and the caller
+decides.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from headrace.common.wire import Ticket
 from headrace.generation.engine.completions import Completion, Sample, generate_body, to_completion
 from headrace.generation.engine.deadlines import Deadlines
 from headrace.generation.engine.http_calls import CONTROL_TIMEOUT_S, EngineCalls, EngineError
-from headrace.generation.engine.swapping import SwapMode, Swapper, SwapTimings, UnconfirmedWeights
+from headrace.generation.engine.swapping import SwapMode, SwapTimings, UnconfirmedWeights, WeightSwapper
 
 __all__ = ["Engine", "EngineError", "SwapTimings", "UnconfirmedWeights"]
 
@@ -44,7 +44,7 @@ class Engine:
         swap_timeout_s: float = 300.0,
     ) -> None:
         self.calls = EngineCalls(url)
-        self._swapper = Swapper(self.calls, swap_mode, swap_timeout_s)
+        self._swapper = WeightSwapper(self.calls, swap_mode, swap_timeout_s)
         self._recomputes = swap_mode == "retract"
         self._in_flight: set[object] = set()
         self._deadlines = Deadlines(completion_timeout_s)
@@ -64,13 +64,13 @@ class Engine:
         return self._swapper.is_loading
 
     @property
-    def is_unsure(self) -> bool:
+    def has_unverified_weights(self) -> bool:
         """A swap has failed after its pause, and none was confirmed since: it may hold other weights than it says."""
-        return self._swapper.is_unsure
+        return self._swapper.has_unverified_weights
 
-    def start_anew(self) -> None:
+    def mark_restarted(self) -> None:
         """It has been started again, on verified weights."""
-        self._swapper.start_anew()
+        self._swapper.mark_restarted()
 
     async def aclose(self) -> None:
         await self.calls.aclose()
@@ -81,11 +81,11 @@ class Engine:
         Cancelled or out of time, it aborts the request in the engine before it returns. Raises `UnconfirmedWeights`
         if a version was loaded under it and not confirmed, at once if that was so before it.
         """
-        if self.is_unsure:
+        if self.has_unverified_weights:
             raise UnconfirmedWeights("a swap has failed, and the engine may hold other weights than it says")
         request = uuid.uuid4().hex  # no id may be a prefix of another: SGLang aborts by prefix
         rids = [f"{request}-{index}." for index in range(ticket.num_completions)]
-        num_refuted = self._swapper.num_refuted
+        num_failed_swaps = self._swapper.num_failed_swaps
         try:
             async with self._deadlines.one(ticket.sampling.max_new_tokens):
                 samples = await self.complete(generate_body(ticket, rids))
@@ -107,7 +107,7 @@ class Engine:
         except ValueError as error:
             raise EngineError(f"ticket {ticket.id}: {error}") from error
         versions = {span.version for completion in completions for span in completion.version_spans}
-        await self._swapper.vouch_for(versions, num_refuted)
+        await self._swapper.wait_until_confirmed(versions, num_failed_swaps)
         return completions
 
     async def complete(self, body: dict[str, Any]) -> list[Sample]:
@@ -127,7 +127,7 @@ class Engine:
         """
         return await self._swapper.swap(folder, version)
 
-    async def let_generate(self, swapped: SwapTimings) -> None:
+    async def wait_for_progress(self, swapped: SwapTimings) -> None:
         """Returns when requests in flight have gone on for as long as the swap, with what it recomputes, took; or have
         ended.
 

@@ -54,7 +54,7 @@ class _Checksums(msgspec.Struct):
     ranks: list[_Rank]
 
 
-class Confirming:
+class SwapConfirmer:
     """Of one engine. `timeout_s` is the deadline of its hashing."""
 
     def __init__(self, calls: EngineCalls, timeout_s: float) -> None:

@@ -35,14 +35,14 @@ class EngineDown(RuntimeError):
     """The engine died, fell silent, was started again, or swapped to weights that it may not hold, under a request."""
 
 
-class EngineKeeper:
+class EngineSupervisor:
     """`serving` is set while the engine may be used; `problem` says why it may not, if it is more than its start."""
 
     def __init__(
         self,
         engine: Engine,
         server: EngineServer | None,
-        where: Callable[[], tuple[Path, int | None]],
+        start_weights: Callable[[], tuple[Path, int | None]],
         *,
         liveness_timeout_s: float,
         busy_timeout_s: float,
@@ -53,33 +53,33 @@ class EngineKeeper:
         self.liveness_timeout_s = liveness_timeout_s
         self.serving = asyncio.Event()
         self.problem = ""
-        self.life = 0
+        self.incarnation = 0
         """Counts the engine's starts, and the ends of somebody else's silences."""
-        self._where = where
+        self._start_weights = start_weights
         self._busy_timeout_s = busy_timeout_s
-        self._life_began_at = time.monotonic()
-        self._condemned = ""
-        self._is_asked = False
+        self._incarnation_began_at = time.monotonic()
+        self._restart_reason = ""
+        self._is_probe_requested = False
         self._num_failed_probes = 0
         self._next_probe_at = 0.0
         self._requests: set[asyncio.Task[list[Completion]]] = set()
 
     @property
     def silent_s(self) -> float:
-        return time.monotonic() - max(self.engine.heard_at, self._life_began_at)
+        return time.monotonic() - max(self.engine.heard_at, self._incarnation_began_at)
 
     @property
-    def is_doubtful(self) -> bool:
+    def is_overdue(self) -> bool:
         """It has been silent for so long that it should have answered a probe."""
         return self.serving.is_set() and not self.engine.is_loading and self.silent_s > self.liveness_timeout_s / 2
 
-    async def keep(self) -> None:
+    async def run(self) -> None:
         """Until cancelled. Raises the last `EngineError`, with the end of the log, if the engine cannot be started."""
         while True:
             if self.server is not None:
                 await self._start(self.server)
-            self._begin_life()
-            self.problem = await self._trouble()
+            self._begin_incarnation()
+            self.problem = await self._wait_for_problem()
             _log.error("%s", self.problem)
             self.serving.clear()
             for request in self._requests:
@@ -87,13 +87,13 @@ class EngineKeeper:
             if self.server is not None:
                 await self.server.kill()
             else:
-                await self._until_it_answers()
+                await self._wait_until_responsive()
 
     async def generate(self, ticket: Ticket) -> list[Completion]:
         """As `Engine.generate`; an `EngineError` is the ticket's, `EngineDown` is not."""
         if not self.serving.is_set():
             raise EngineDown(self.problem or "the engine is starting")
-        task, life = asyncio.current_task(), self.life
+        task, incarnation = asyncio.current_task(), self.incarnation
         assert task is not None
         request = asyncio.create_task(self.engine.generate(ticket))
         self._requests.add(request)
@@ -106,34 +106,34 @@ class EngineKeeper:
         except UnconfirmedWeights as error:
             raise EngineDown(str(error)) from error
         except EngineError as error:
-            if await self.answers(life):
+            if await self.is_responsive(incarnation):
                 raise
             raise EngineDown(f"{error}; {self.problem}") from error
         finally:
             self._requests.discard(request)
 
-    async def answers(self, life: int) -> bool:
+    async def is_responsive(self, incarnation: int) -> bool:
         """Whether the engine of this life gives a sign of life before the next failed probe; one is sent at once, or
         when weights are loaded."""
         asked_at, num_failed = time.monotonic(), self._num_failed_probes
-        self._is_asked = True
-        while self.life == life and self.serving.is_set() and self._num_failed_probes == num_failed:
+        self._is_probe_requested = True
+        while self.incarnation == incarnation and self.serving.is_set() and self._num_failed_probes == num_failed:
             if self.engine.heard_at > asked_at:
                 return True
             await asyncio.sleep(POLL_S)
         return False
 
-    def condemn(self, life: int, reason: str) -> None:
+    def request_restart(self, incarnation: int, reason: str) -> None:
         """In this life of it the engine may hold any weights: one of our own is started again, on the verified ones."""
-        if self.server is not None and self.life == life:
-            self._condemned = reason
+        if self.server is not None and self.incarnation == incarnation:
+            self._restart_reason = reason
             self.serving.clear()
 
     async def _start(self, server: EngineServer) -> None:
         for pause_s in (*START_PAUSES_S, None):
             try:
                 _log.info("the engine is started")
-                await server.start(*self._where())
+                await server.start(*self._start_weights())
                 return
             except (EngineError, OSError) as error:
                 if pause_s is None:
@@ -142,28 +142,28 @@ class EngineKeeper:
                 self.problem = f"the engine does not start: {str(error).splitlines()[0]}"
                 await asyncio.sleep(pause_s)
 
-    def _begin_life(self) -> None:
-        self.life += 1
+    def _begin_incarnation(self) -> None:
+        self.incarnation += 1
         if self.problem:
             _log.warning("the engine answers again")
         self.problem = ""
         if self.server is not None:
-            self._condemned = ""
-            self.engine.start_anew()
-        self._life_began_at = time.monotonic()
+            self._restart_reason = ""
+            self.engine.mark_restarted()
+        self._incarnation_began_at = time.monotonic()
         self.serving.set()
         _log.info("the engine serves")
 
-    async def _trouble(self) -> str:
+    async def _wait_for_problem(self) -> str:
         """What is wrong with the engine, once something is."""
         while True:
             await asyncio.sleep(POLL_S)
             if self.server is not None and not self.server.is_alive:
                 return f"the engine exited with {self.server.returncode}: restarting it"
-            if self._condemned:
-                return f"{self._condemned}: restarting it"
-            is_due = self._is_asked or self.silent_s > PROBE_AFTER * self.liveness_timeout_s
-            if not is_due or self._is_excused or time.monotonic() < self._next_probe_at:
+            if self._restart_reason:
+                return f"{self._restart_reason}: restarting it"
+            is_due = self._is_probe_requested or self.silent_s > PROBE_AFTER * self.liveness_timeout_s
+            if not is_due or self._is_busy_loading or time.monotonic() < self._next_probe_at:
                 continue
             if await self._is_silent():
                 what_next = "waiting until it does" if self.server is None else "restarting it"
@@ -174,7 +174,7 @@ class EngineKeeper:
         began_at, busy_s = time.monotonic(), self._busy_s()
         probe_s = min(max(self.liveness_timeout_s - self.silent_s, MIN_PROBE_S), self.liveness_timeout_s)
         if await self.engine.health(probe_s):
-            self._is_asked = False
+            self._is_probe_requested = False
             return False
         now = time.monotonic()
         if now - began_at > probe_s + MIN_PROBE_S:
@@ -183,15 +183,15 @@ class EngineKeeper:
         self._next_probe_at = now + PROBE_PAUSE_S
         is_busy = (self._busy_s() or 0.0) - (busy_s or 0.0) > BUSY_SHARE * max(now - began_at, 1.0)
         timeout_s = max(self.liveness_timeout_s, self._busy_timeout_s) if is_busy else self.liveness_timeout_s
-        return self.silent_s >= timeout_s and not self._is_excused
+        return self.silent_s >= timeout_s and not self._is_busy_loading
 
     @property
-    def _is_excused(self) -> bool:
+    def _is_busy_loading(self) -> bool:
         return self.engine.is_loading and self._busy_s() is None
 
     def _busy_s(self) -> float | None:
         return self.server.busy_s() if self.server is not None else None
 
-    async def _until_it_answers(self) -> None:
+    async def _wait_until_responsive(self) -> None:
         while not await self.engine.health(self.liveness_timeout_s):
             await asyncio.sleep(PROBE_PAUSE_S)

@@ -1,15 +1,15 @@
-"""Swaps an engine's weights while requests are in flight, which go on under the new ones.
+"""Swaps an engine's weights while requests are in flight; they continue under the new weights.
 
-Always ends with generation continued, and returns only after the engine has confirmed the version: by its label, and
-by the checksums of what it holds (`confirming`). That is asked after generation has continued, so it costs no pause;
-completions with tokens of the version wait for it (`vouch_for`), and are refused if it fails. Whatever fails once
-generation is paused leaves an engine that may hold anything under its old label (SGLang that fails half-way "rolls
-back" to the new files): what is in flight then is refused, and so is every request until a swap has been confirmed, or
-the engine has been started anew.
+A swap always ends with generation continued, and returns only after the engine has confirmed the version: by its label
+and by the checksums of its tensors (`confirmation`). The check runs after generation has continued, so it adds no
+pause. Completions with tokens of the version wait for it (`wait_until_confirmed`) and are refused if it fails. A
+failure after the pause leaves an engine that may hold any weights under its old label (an SGLang that fails half-way
+"rolls back" to the new files). Requests in flight are then refused, and so is every later request until a swap has been
+confirmed or the engine has been restarted.
 
-Mode `retract` recomputes the KV cache of everything in flight. `in_place` keeps it, which is exact only in an engine
-that has neither its overlap schedule (one token per request would have the wrong version) nor its radix cache (later
-requests would be given stale KV), and can deadlock under tensor parallelism: other engines are refused.
+Mode `retract` recomputes the KV cache of all requests in flight. `in_place` keeps it. This is exact only in an engine
+without the overlap schedule (else one token per request has the wrong version) and without the radix cache (else later
+requests get stale KV), and it can deadlock under tensor parallelism: other engines are refused.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from typing import Literal
 import msgspec
 
 from headrace.generation.engine.completions import to_version
-from headrace.generation.engine.confirmation import Confirming, Expected
+from headrace.generation.engine.confirmation import Expected, SwapConfirmer
 from headrace.generation.engine.http_calls import CONTROL_TIMEOUT_S, EngineCalls, EngineError
 from headrace.generation.tensors.shapes import Shapes, expected_shapes, safetensors_shapes
 
@@ -66,19 +66,19 @@ class _Server(msgspec.Struct):
     disable_radix_cache: bool
 
 
-class Swapper:
+class WeightSwapper:
     """Of one engine. `timeout_s` is the deadline of the engine's loading of new weights."""
 
     def __init__(self, calls: EngineCalls, mode: SwapMode, timeout_s: float) -> None:
-        self.num_refuted = 0
+        self.num_failed_swaps = 0
         """How often a swap failed after the pause."""
-        self.is_unsure = False
+        self.has_unverified_weights = False
         """One has, and none was confirmed since: the engine may hold other weights than it says."""
         self._is_loading = False
         self._calls = calls
         self._mode = mode
         self._timeout_s = timeout_s
-        self._confirming = Confirming(calls, timeout_s)
+        self._confirmer = SwapConfirmer(calls, timeout_s)
         self._expected_shapes: Shapes | None = None
         self._unconfirmed: set[int] = set()
         self._swapping = asyncio.Lock()
@@ -86,7 +86,7 @@ class Swapper:
     @property
     def is_loading(self) -> bool:
         """It reads and installs weights, or hashes what it holds, and can be asked for no other sign of life."""
-        return self._is_loading or self._confirming.is_hashing
+        return self._is_loading or self._confirmer.is_hashing
 
     async def swap(self, folder: Path, version: int) -> SwapTimings:
         """Loads the safetensors in `folder` as weight `version`.
@@ -98,7 +98,7 @@ class Swapper:
             started_on = Path((await self._calls.call("/model_info", _Model)).model_path)
             self._check_folder(folder, started_on)
             server = await self._suitable_server()
-            expected = await self._confirming.expect(folder, version, started_on, server.device, server.tp_size)
+            expected = await self._confirmer.expect(folder, version, started_on, server.device, server.tp_size)
             self._unconfirmed.add(version)
             pausing_s = time.monotonic()
             async with self._paused():
@@ -109,10 +109,10 @@ class Swapper:
             try:
                 await self._confirm(expected, version)
             except BaseException:
-                self._refute()
+                self._mark_failed()
                 raise
             self._unconfirmed.discard(version)
-            self.is_unsure = False
+            self.has_unverified_weights = False
             ended_s = time.monotonic()
             return SwapTimings(
                 pause_s=continued_s - pausing_s,
@@ -121,24 +121,24 @@ class Swapper:
                 total_s=ended_s - started_s,
             )
 
-    def start_anew(self) -> None:
+    def mark_restarted(self) -> None:
         """The engine has been started again, on verified weights."""
-        self.is_unsure = False
+        self.has_unverified_weights = False
 
-    def _refute(self) -> None:
-        self.num_refuted += 1
-        self.is_unsure = True
+    def _mark_failed(self) -> None:
+        self.num_failed_swaps += 1
+        self.has_unverified_weights = True
 
-    async def vouch_for(self, versions: Collection[int], num_refuted_before: int) -> None:
+    async def wait_until_confirmed(self, versions: Collection[int], num_failed_before: int) -> None:
         """Waits while one of the versions is being confirmed; raises `UnconfirmedWeights` if that has failed.
 
-        `num_refuted_before` is `num_refuted` from when the request began.
+        `num_failed_before` is `num_failed_swaps` from when the request began.
         """
         if not self._unconfirmed.isdisjoint(versions):
             async with self._swapping:
                 pass
         unconfirmed = sorted(self._unconfirmed.intersection(versions))
-        if unconfirmed or self.num_refuted != num_refuted_before:
+        if unconfirmed or self.num_failed_swaps != num_failed_before:
             raise UnconfirmedWeights(f"a swap to {unconfirmed or 'one of its versions'} has not been confirmed")
 
     async def served_version(self) -> int | None:
@@ -161,7 +161,7 @@ class Swapper:
             await self._continue(CONTROL_TIMEOUT_S)
         except BaseException as error:
             if is_paused:
-                self._refute()
+                self._mark_failed()
             is_cancelled = isinstance(error, asyncio.CancelledError)
             with suppress(EngineError):  # which would take the place of the first
                 await self._continue(LAST_CONTINUE_TIMEOUT_S if is_cancelled else CONTROL_TIMEOUT_S)
@@ -188,7 +188,7 @@ class Swapper:
         if served != version:
             raise EngineError(f"the engine reports weight version {served} after a swap to {version}")
         try:
-            await self._confirming.confirm(expected)
+            await self._confirmer.confirm(expected)
         except EngineError as error:
             told = f"the engine reports weight version {version} after a swap to {expected.folder}, but"
             raise EngineError(f"{told} {error}") from error

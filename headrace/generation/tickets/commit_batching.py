@@ -10,8 +10,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-MAX_TOGETHER = 64
-MAX_TOGETHER_BYTES = 8 << 20
+MAX_BATCH_ITEMS = 64
+MAX_BATCH_BYTES = 8 << 20
 """Redis does nothing else meanwhile."""
 
 T = TypeVar("T")
@@ -25,7 +25,7 @@ class _Batch(Generic[T]):
     sent: asyncio.Task[list[bool]] | None = None
 
 
-class Together(Generic[T]):
+class Batcher(Generic[T]):
     """`send` answers a batch of what was given to `add`, one by one and in order."""
 
     def __init__(self, send: Callable[[list[T]], Awaitable[list[bool]]]) -> None:
@@ -50,7 +50,7 @@ class Together(Generic[T]):
 
     def _batch_for(self, num_bytes: int) -> _Batch[T]:
         batch = self._open
-        if batch and len(batch.items) < MAX_TOGETHER and batch.num_bytes + num_bytes <= MAX_TOGETHER_BYTES:
+        if batch and len(batch.items) < MAX_BATCH_ITEMS and batch.num_bytes + num_bytes <= MAX_BATCH_BYTES:
             return batch
         self._open = batch = _Batch()
         batch.sent = asyncio.create_task(self._send_in_turn(batch), name="commits")

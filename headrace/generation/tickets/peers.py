@@ -6,7 +6,7 @@ from headrace.common.redis.keys import Keys
 from headrace.common.wire import Heartbeat, WireError, decode_heartbeat
 
 
-async def others(client: redis.asyncio.Redis, keys: Keys) -> list[Heartbeat]:
+async def live_replicas(client: redis.asyncio.Redis, keys: Keys) -> list[Heartbeat]:
     """Of all that live, the one that asks included; what is no heartbeat is passed over."""
     names = [name async for name in client.scan_iter(match=keys.replicas + "*", count=1000)]
     found = []

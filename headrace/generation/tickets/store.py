@@ -20,7 +20,7 @@ import redis.asyncio
 from headrace.common.redis.client import entries_of
 from headrace.common.redis.keys import MAX_EVENTS, TICKET_GROUP, Keys
 from headrace.common.wire import Group, Heartbeat, Ticket, TicketState, WireError, decode_ticket, encode
-from headrace.generation.tickets.commit_batching import Together
+from headrace.generation.tickets.commit_batching import Batcher
 
 MAX_INTERRUPTIONS = 10
 MAX_DEAD_COMPLETIONS = 4
@@ -104,8 +104,8 @@ class TicketStore:
         self._move_script = client.register_script(MOVE)
         self._renew_script = client.register_script(_RENEW)
         self._commits = {
-            keys.tickets: Together[Move](lambda moves: self._move(keys.tickets, keys.groups, "queued", moves)),
-            keys.eval: Together[Move](lambda moves: self._move(keys.eval, keys.evaluated, "queued", moves)),
+            keys.tickets: Batcher[Move](lambda moves: self._move(keys.tickets, keys.groups, "queued", moves)),
+            keys.eval: Batcher[Move](lambda moves: self._move(keys.eval, keys.evaluated, "queued", moves)),
         }
 
     async def open(self) -> None:
@@ -181,7 +181,7 @@ class TicketStore:
         _log.info("handed back", extra={"ticket": lease.ticket.id})
         await self._reopen(lease, lease.ticket, "handed_back")
 
-    async def interrupted(self, lease: Lease, reason: str) -> None:
+    async def requeue_interrupted(self, lease: Lease, reason: str) -> None:
         """As a hand-back, but a ticket that is in the engine whenever one goes down is dead in the end."""
         ticket = msgspec.structs.replace(lease.ticket, interruptions=lease.ticket.interruptions + 1)
         _log.warning("interrupted for the %d. time: %s", ticket.interruptions, reason, extra={"ticket": ticket.id})

@@ -1,7 +1,7 @@
 """Turns at swapping, so that no more than a share of the run's replicas stand still at the same time.
 
 A turn is an entry with an expiry in a sorted set of the run: who dies in his turn holds the others up for no longer
-than `TURN_S`. Nobody is kept waiting for more than that either.
+than `SLOT_TTL_S`. Nobody is kept waiting for more than that either.
 """
 
 import asyncio
@@ -13,11 +13,11 @@ from collections.abc import AsyncIterator
 import redis.asyncio
 
 from headrace.common.redis.keys import Keys
-from headrace.generation.tickets.peers import others
+from headrace.generation.tickets.peers import live_replicas
 
-TURN_S = 30.0
+SLOT_TTL_S = 30.0
 POLL_S = 0.02
-_TAKE = """
+_ACQUIRE = """
 local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now_ms)
@@ -29,7 +29,7 @@ return 1
 _log = logging.getLogger(__name__)
 
 
-class Turns:
+class SwapSlots:
     """One replica's. `share` of all that live may swap at the same time, and one in any case."""
 
     def __init__(self, client: redis.asyncio.Redis, keys: Keys, replica: str, share: float) -> None:
@@ -37,20 +37,20 @@ class Turns:
         self._keys = keys
         self._replica = replica
         self._share = share
-        self._take = client.register_script(_TAKE)
+        self._acquire = client.register_script(_ACQUIRE)
 
     @contextlib.asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
+    async def acquire(self) -> AsyncIterator[None]:
         """From when it is this replica's turn."""
         if self._share >= 1.0:
             yield
             return
-        num_live = len(await others(self._client, self._keys))
-        arguments = [self._replica, max(1, int(self._share * num_live)), int(TURN_S * 1000)]
-        deadline_s = time.monotonic() + TURN_S
-        while not await self._take(keys=[self._keys.swapping], args=arguments):
+        num_live = len(await live_replicas(self._client, self._keys))
+        arguments = [self._replica, max(1, int(self._share * num_live)), int(SLOT_TTL_S * 1000)]
+        deadline_s = time.monotonic() + SLOT_TTL_S
+        while not await self._acquire(keys=[self._keys.swapping], args=arguments):
             if time.monotonic() > deadline_s:
-                _log.warning("no turn to swap within %g s: swapping out of turn", TURN_S)
+                _log.warning("no turn to swap within %g s: swapping out of turn", SLOT_TTL_S)
                 break
             await asyncio.sleep(POLL_S)
         try:

@@ -22,15 +22,15 @@ from headrace.common.models.hub import download
 from headrace.common.redis.keys import Keys
 from headrace.common.weights.files import WeightsError
 from headrace.generation.engine.client import Engine, EngineError, SwapTimings
-from headrace.generation.engine.supervisor import EngineKeeper
-from headrace.generation.tickets.peers import others
+from headrace.generation.engine.supervisor import EngineSupervisor
+from headrace.generation.tickets.peers import live_replicas
 from headrace.generation.weights.downloads import Fetcher
 from headrace.generation.weights.local_weights import HostCopy
 from headrace.generation.weights.peer_api import Sharing
-from headrace.generation.weights.swap_slots import Turns
+from headrace.generation.weights.swap_slots import SwapSlots
 from headrace.generation.weights.version_fetch import Arrival, Published, bring, newest_version
 
-LOOK_INTERVAL_S = 1.0
+POLL_INTERVAL_S = 1.0
 HINT_GRACE_S = 0.3
 """Who finds a version by himself waits so long for the learner's word on whom to ask for it."""
 MAX_ASKED = 3
@@ -38,7 +38,7 @@ MAX_ASKED = 3
 _log = logging.getLogger(__name__)
 
 
-class WeightFollower:
+class WeightUpdater:
     """`version` is what the engine has confirmed, 0 before the first swap; its files are in `copy.folder`."""
 
     def __init__(
@@ -47,31 +47,31 @@ class WeightFollower:
         keys: Keys,
         copy: HostCopy,
         fetcher: Fetcher,
-        turns: Turns,
+        swap_slots: SwapSlots,
         on_swap: Callable[[SwapTimings, Arrival], Awaitable[None]],
     ) -> None:
         self.client = client
         self.keys = keys
         self.copy = copy
         self.fetcher = fetcher
-        self.turns = turns
+        self.swap_slots = swap_slots
         self.shared = Sharing(copy, fetcher)
         self.totals = SwapTotals()
         self.version = 0
         self.problem = ""
-        self.confirmed_life = 0
-        """The life of the engine (`EngineKeeper.life`) that is known to serve `version`."""
+        self.confirmed_incarnation = 0
+        """The life of the engine (`EngineSupervisor.incarnation`) that is known to serve `version`."""
         self.shares_memory = False
         """With the learner of the version that was taken last."""
-        self.awaited: list[int] = []
-        """The versions that callers of `at_least` wait for."""
+        self.awaited_versions: list[int] = []
+        """The versions that callers of `wait_for_version` wait for."""
         self._on_swap = on_swap
         self._hint = asyncio.Event()
         self._hinted: tuple[int, list[str]] = (0, [])
         """A version, and who can be asked for it."""
         self._swapped = asyncio.Condition()
 
-    def engine_start(self) -> tuple[Path, int | None]:
+    def start_weights(self) -> tuple[Path, int | None]:
         """What an engine starts on: the verified version, or the base model before there is one."""
         return self.copy.folder, self.version or None
 
@@ -81,31 +81,33 @@ class WeightFollower:
             self._hinted = version, list(sources)
         self._hint.set()
 
-    async def at_least(self, version: int, timeout_s: float) -> None:
+    async def wait_for_version(self, version: int, timeout_s: float) -> None:
         """Raises `TimeoutError` if the version is not served in time."""
-        self.awaited.append(version)
+        self.awaited_versions.append(version)
         try:
             async with asyncio.timeout(timeout_s), self._swapped:
                 await self._swapped.wait_for(lambda: self.version >= version and not self.problem)
         finally:
-            self.awaited.remove(version)
+            self.awaited_versions.remove(version)
 
-    async def follow(self, keeper: EngineKeeper) -> None:
+    async def follow(self, supervisor: EngineSupervisor) -> None:
         """Until cancelled. Skips to the newest; a failure is kept in `problem` and tried again."""
         while True:
-            await keeper.serving.wait()
-            life = keeper.life
+            await supervisor.serving.wait()
+            incarnation = supervisor.incarnation
             try:
-                await self._catch_up(keeper.engine, life)
+                await self._catch_up(supervisor.engine, incarnation)
             except (WeightsError, EngineError, redis.RedisError, OSError) as error:
                 self.problem = str(error)
                 _log.error("weights: %s", self.problem)
-                if keeper.engine.is_unsure:
-                    keeper.condemn(life, "the engine may hold other weights than it says, after a swap that failed")
+                if supervisor.engine.has_unverified_weights:
+                    supervisor.request_restart(
+                        incarnation, "the engine may hold other weights than it says, after a swap that failed"
+                    )
                 if isinstance(error, EngineError):
-                    await keeper.answers(life)
+                    await supervisor.is_responsive(incarnation)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_INTERVAL_S):
+                async with asyncio.timeout(POLL_INTERVAL_S):
                     await self._hint.wait()
             self._hint.clear()
 
@@ -113,18 +115,18 @@ class WeightFollower:
         await self.fetcher.aclose()
         self.copy.close()
 
-    async def _catch_up(self, engine: Engine, life: int) -> None:
+    async def _catch_up(self, engine: Engine, incarnation: int) -> None:
         """Returns when the engine, in this life of it, serves the newest version that there is."""
-        if life != self.confirmed_life and self.version and await engine.weight_version() != self.version:
+        if incarnation != self.confirmed_incarnation and self.version and await engine.weight_version() != self.version:
             await engine.swap(self.copy.folder, self.version)  # somebody else has started it again
-        self.confirmed_life = life
+        self.confirmed_incarnation = incarnation
         while (published := await self._published()) is not None and published.version > self.version:
             await self._take(published, engine)
-        if engine.is_unsure:  # of somebody else's: an own one has been started again
+        if engine.has_unverified_weights:  # of somebody else's: an own one has been started again
             if not self.version:
                 raise WeightsError("the engine may hold other weights than it says, and there is no version to give it")
             await engine.swap(self.copy.folder, self.version)
-        await self._are_well()
+        await self._clear_problem()
 
     async def _published(self) -> Published | None:
         return await newest_version(self.client, self.keys.weights)
@@ -141,14 +143,14 @@ class WeightFollower:
             _log.warning("%s; going on to version %d", error, newest.version)
             return
         try:
-            async with self.turns.turn():
+            async with self.swap_slots.acquire():
                 timings = await engine.swap(self.copy.folder_of(published.version), published.version)
         except BaseException:
             self.copy.drop(published.version)
             raise
         self.copy.serve(arrival.held)
         self.version = published.version
-        await self._are_well()
+        await self._clear_problem()
         _log.info(
             "serving: %d bytes in %.3f s, applied in %.3f s, paused %.3f s",
             arrival.num_bytes, arrival.fetch_s, arrival.apply_s, timings.pause_s, extra={"version": self.version},
@@ -156,7 +158,7 @@ class WeightFollower:
         spent_s = {"pause": timings.pause_s, "load": timings.load_s, "confirm": timings.confirm_s}
         self.totals.add(arrival.num_bytes, spent_s | {"fetch": arrival.fetch_s, "apply": arrival.apply_s})
         await self._on_swap(timings, arrival)
-        await engine.let_generate(timings)
+        await engine.wait_for_progress(timings)
 
     async def _sources(self, version: int) -> list[str]:
         """Replicas to ask: whom the learner has named, else whoever serves the version."""
@@ -166,10 +168,10 @@ class WeightFollower:
                     await self._hint.wait()
         if self._hinted[0] >= version:
             return self._hinted[1]
-        serving = [one.url for one in await others(self.client, self.keys) if one.weight_version == version]
+        serving = [one.url for one in await live_replicas(self.client, self.keys) if one.weight_version == version]
         return random.sample(serving, min(len(serving), MAX_ASKED))
 
-    async def _are_well(self) -> None:
+    async def _clear_problem(self) -> None:
         async with self._swapped:
             self.problem = ""
             self._swapped.notify_all()
