@@ -174,7 +174,7 @@ async def answer(engine: Engine, ticket: Ticket, shape: Shape, slots: asyncio.Se
     body = generate_body(ticket, [f"{request}-{index}." for index in range(GROUP_SIZE)])
     body["sampling_params"]["ignore_eos"] = not shape.ends
     async with slots:
-        samples = await engine.complete(body)
+        samples = await engine.generate_unchecked(body)
     return [to_completion(sample) for sample in samples]
 
 

@@ -126,7 +126,7 @@ async def serve(joined: Joined, redis_url: str, name: str) -> None:
     sock = listen("127.0.0.1", 0)
     where = (name, url_of(sock), Path(), Waits())
     async with (
-        assembly.assembled(joined.config, joined.keys, redis_url, joined.token, *where) as replica,
+        assembly.assemble_replica(joined.config, joined.keys, redis_url, joined.token, *where) as replica,
         serve_in_loop(make_app(replica, joined.token), sock),
     ):
         await replica.serve()

@@ -31,9 +31,9 @@ from headrace.common.http.addresses import listen, url_of
 from headrace.common.http.service import new_app, serve_in_loop, serve_in_thread
 from headrace.common.weights.files import encode_manifest, sha256_of, version_folder
 from headrace.generation.weights.downloads import Fetcher
-from headrace.generation.weights.local_weights import HostCopy
-from headrace.generation.weights.peer_api import Sharing, weights_router
-from headrace.generation.weights.version_fetch import Published, bring
+from headrace.generation.weights.local_weights import LocalWeights
+from headrace.generation.weights.peer_api import WeightFileServer, weights_router
+from headrace.generation.weights.version_fetch import PublishedVersion, fetch_version
 from headrace.learner.model.host_snapshots import Snapshot
 from headrace.learner.reporting.http_api import make_app
 from headrace.learner.steering.switches import Switches
@@ -78,24 +78,24 @@ class Relay:
 
 class Replica:
     def __init__(self, model_folder: Path) -> None:
-        self.copy = HostCopy(model_folder)
+        self.local = LocalWeights(model_folder)
         self.fetcher = Fetcher(TOKEN)
 
     @contextlib.asynccontextmanager
     async def served(self) -> AsyncIterator[str]:
         app, sock = new_app("replica"), listen("127.0.0.1", 0)
-        app.include_router(weights_router(Sharing(self.copy, self.fetcher), TOKEN))
+        app.include_router(weights_router(WeightFileServer(self.local, self.fetcher), TOKEN))
         async with serve_in_loop(app, sock):
             yield url_of(sock)
         await self.fetcher.aclose()
-        self.copy.close()
+        self.local.close()
 
-    async def take(self, published: Published, named: list[str]) -> None:
-        arrival = await bring(self.copy, self.fetcher, published, named)
-        self.copy.serve(arrival.held)
+    async def take(self, published: PublishedVersion, peers: list[str]) -> None:
+        fetched = await fetch_version(self.local, self.fetcher, published, peers)
+        self.local.activate(fetched.local)
 
 
-def write_versions(root: Path, num_items: int) -> list[Published]:
+def write_versions(root: Path, num_items: int) -> list[PublishedVersion]:
     """An anchor, and deltas of 1.5 % by one unit."""
     root.mkdir()
     writer, found = VersionWriter("benchmark"), []
@@ -104,12 +104,12 @@ def write_versions(root: Path, num_items: int) -> list[Published]:
         bits = before if version % 2 else after
         tensor = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
         manifest = writer.write(version_folder(root, version), version, version, Snapshot({"weights": tensor}))
-        found.append(Published(version, sha256_of(encode_manifest(manifest)), ""))
+        found.append(PublishedVersion(version, sha256_of(encode_manifest(manifest)), ""))
     return found
 
 
 async def spread(
-    way: str, versions: list[Published], num_replicas: int, relay: Relay, url: str, folder: Path
+    way: str, versions: list[PublishedVersion], num_replicas: int, relay: Relay, url: str, folder: Path
 ) -> list[Row]:
     rows = []
     async with contextlib.AsyncExitStack() as stack:

@@ -27,11 +27,11 @@ from headrace.common.preflight.recipe import check_engine_installed
 from headrace.common.process.logs import set_up_logging
 from headrace.common.process.waiting import Waits
 from headrace.common.wire import one_line
-from headrace.generation.assembly import assembled
+from headrace.generation.assembly import assemble_replica
 from headrace.generation.bootstrap import check_name, join
 from headrace.generation.http_api import make_app
 from headrace.generation.rewards.pool import TaskError
-from headrace.generation.weights.free_space import NoRoom
+from headrace.generation.weights.free_space import InsufficientSpace
 
 EXIT_DEADLINE_S = 9.0
 _log = logging.getLogger("headrace.generation")
@@ -57,7 +57,7 @@ def main() -> int:
         pass  # asked to end before there was anything to drain
     except Exception as error:  # noqa: BLE001 - the process's top
         reason = _innermost(error)
-        if isinstance(reason, NoRoom | TaskError):
+        if isinstance(reason, InsufficientSpace | TaskError):
             print(f"headrace generation: {one_line(str(reason))}", file=sys.stderr)
             return 2
         _log.exception("the replica failed: %s", f"{type(reason).__name__}: {reason}")
@@ -89,12 +89,12 @@ async def _serve(arguments: argparse.Namespace, joined: Joined, sock: socket.soc
     try:
         name, log_folder = arguments.name, arguments.log_folder
         who = (joined.config, joined.keys, arguments.redis_url, joined.token, name, url, log_folder, waits)
-        parts = assembled(*who, arguments.shares_gpu)
+        parts = assemble_replica(*who, arguments.shares_gpu)
         async with parts as replica, serve_in_loop(make_app(replica, joined.token), sock):
             _on_signals(replica.drain)
             await replica.serve()
     finally:
-        _end_in_time()  # a thread of a library may go on
+        _exit_by_deadline()  # a thread of a library may go on
 
 
 def _on_signals(end: Callable[[], object]) -> None:
@@ -102,14 +102,14 @@ def _on_signals(end: Callable[[], object]) -> None:
     loop = asyncio.get_running_loop()
 
     def receive(*_: object) -> None:
-        _end_in_time()
+        _exit_by_deadline()
         loop.call_soon_threadsafe(end)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, receive)
 
 
-def _end_in_time() -> None:
+def _exit_by_deadline() -> None:
     """The process ends within `EXIT_DEADLINE_S`, whatever hangs; the engine and the reward workers die with it."""
 
     def give_up() -> None:

@@ -17,18 +17,18 @@ from headrace.generation.loop import Replica
 from headrace.generation.rewards.pool import RewardPool
 from headrace.generation.tickets.store import TicketStore
 from headrace.generation.weights.downloads import Fetcher
-from headrace.generation.weights.free_space import check_room
-from headrace.generation.weights.local_weights import HostCopy
+from headrace.generation.weights.free_space import check_capacity
+from headrace.generation.weights.local_weights import LocalWeights
 from headrace.generation.weights.swap_slots import SwapSlots
 from headrace.generation.weights.updater import WeightUpdater, local_model_folder
-from headrace.generation.weights.version_fetch import Arrival
+from headrace.generation.weights.version_fetch import FetchedVersion
 
 MODEL_DEADLINE_S = 3600.0
 _log = logging.getLogger(__name__)
 
 
 @contextlib.asynccontextmanager
-async def assembled(
+async def assemble_replica(
     config: RunConfig,
     keys: Keys,
     redis_url: str,
@@ -39,10 +39,10 @@ async def assembled(
     waits: Waits,
     shares_gpu: bool = False,
 ) -> AsyncIterator[Replica]:
-    """A replica that is ready to `serve`; when the block ends nothing of it is left. Raises `NoRoom` where its weights
-    would find none.
+    """A replica that is ready to `serve`; all of its parts are closed when the block ends.
 
-    `shares_gpu`: its engine has what `learner.memory_fraction` leaves of the GPU.
+    `shares_gpu`: the engine gets the part of the GPU's memory that `learner.memory_fraction` leaves. Raises
+    `InsufficientSpace` if the weights do not fit into the folder for them.
     """
     settings = config.generation
     async with contextlib.AsyncExitStack() as stack:
@@ -59,19 +59,19 @@ async def assembled(
         )
         stack.push_async_callback(rewards.close)
 
-        async def announce(timings: SwapTimings, arrival: Arrival) -> None:
-            event = {"replica": name, "version": arrival.held.manifest.version, "bytes": arrival.num_bytes}
-            event |= {"fetch_ms": arrival.fetch_s * 1e3, "apply_ms": arrival.apply_s * 1e3}
+        async def announce(timings: SwapTimings, fetched: FetchedVersion) -> None:
+            event = {"replica": name, "version": fetched.local.manifest.version, "bytes": fetched.num_bytes}
+            event |= {"fetch_ms": fetched.fetch_s * 1e3, "apply_ms": fetched.apply_s * 1e3}
             await tickets.announce(
                 "weight_swap", event | {"pause_ms": timings.pause_s * 1e3, "load_ms": timings.load_s * 1e3}
             )
 
         swap_slots = SwapSlots(client, keys, name, settings.max_concurrent_swap_share)
         model = await _model_folder(config.model)
-        copy = HostCopy(model)
-        weights = WeightUpdater(client, keys, copy, Fetcher(token), swap_slots, announce)
+        local = LocalWeights(model)
+        weights = WeightUpdater(client, keys, local, Fetcher(token), swap_slots, announce)
         stack.push_async_callback(weights.close)
-        check_room(copy.root, model, config.model.dtype)
+        check_capacity(local.root, model, config.model.dtype)
         server, engine_url = None, settings.engine.url
         if engine_url is None:
             log = log_folder / f"sglang-{name}.log"

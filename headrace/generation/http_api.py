@@ -24,7 +24,7 @@ def make_app(replica: Replica, token: str) -> FastAPI:
     app = new_app("Headrace generation replica")
     parts = (replica.waits, replica.supervisor, replica.weights, replica.tickets, replica.rewards)
     mount_metrics(app, ReplicaMetrics(replica.heartbeat, *parts))
-    app.include_router(weights_router(replica.weights.shared, token))
+    app.include_router(weights_router(replica.weights.file_server, token))
     guarded = [Depends(require_token(token))]
 
     def status() -> dict[str, Any]:

@@ -23,12 +23,12 @@ from headrace.generation.tickets.store import Lease, TicketStore
 from headrace.generation.weights.updater import WeightUpdater
 
 LEASE_BLOCK_S = 1.0
-BEAT_INTERVAL_S = 1.0
-BEAT_TTL_S = 10.0
+HEARTBEAT_INTERVAL_S = 1.0
+HEARTBEAT_TTL_S = 10.0
 DRAIN_TIMEOUT_S = 2.0
 STATE_POLL_S = 0.2
 FIRST_VERSION_TIMEOUT_S = 3600.0
-TOLD = (
+REPORTED_REASONS = (
     Reason.ENGINE_STARTING,
     Reason.ENGINE_SILENT,
     Reason.WAITING_FOR_WEIGHTS,
@@ -65,11 +65,11 @@ class Replica:
         self._num_eval_slots = num_eval_slots
         self.is_paused = False
         self._shutdown_budget = ShutdownBudget()
-        self._answering = TicketProcessor(config, tickets, supervisor, rewards, weights, self._shutdown_budget)
+        self._processor = TicketProcessor(config, tickets, supervisor, rewards, weights, self._shutdown_budget)
         self._retry_elsewhere = RetryElsewhere(tickets.client, tickets.keys, name)
         self._in_flight = InFlight()
         self._draining = asyncio.Event()
-        self._is_news = asyncio.Event()
+        self._heartbeat_due = asyncio.Event()
         """For the next heartbeat."""
 
     async def serve(self) -> None:
@@ -77,16 +77,16 @@ class Replica:
         async with asyncio.TaskGroup() as parts:
             background = [
                 parts.create_task(self.supervisor.run(), name="engine"),
-                parts.create_task(self.weights.follow(self.supervisor), name="weights"),
-                parts.create_task(self._keep_beating(), name="heartbeats"),
+                parts.create_task(self.weights.run(self.supervisor), name="weights"),
+                parts.create_task(self._send_heartbeats(), name="heartbeats"),
                 parts.create_task(_every(self.config.ticket_lease_s / 3, self._renew), name="leases"),
-                parts.create_task(self._keep_telling(), name="waits"),
+                parts.create_task(self._refresh_waits(), name="waits"),
             ]
             await self._until_ready_or_draining()
-            await self._answer_tickets()
+            await self._process_tickets()
             for task in background:
                 task.cancel()
-        await self._shutdown_budget.run(self.tickets.leave())
+        await self._shutdown_budget.run(self.tickets.delete_heartbeat())
 
     def drain(self) -> None:
         """Finishes or hands back what is in flight; `serve` then returns."""
@@ -97,7 +97,7 @@ class Replica:
         return self._draining.is_set()
 
     def heartbeat(self) -> Heartbeat:
-        self.tell_waits()
+        self.update_waits()
         return Heartbeat(
             replica=self.name,
             url=self.url,
@@ -106,8 +106,8 @@ class Replica:
             waits=self.waits.durations_s(),
             weight_version=self.weights.version,
             groups_in_flight=len(self._in_flight),
-            groups_committed=self._answering.groups_committed,
-            tokens_generated=self._answering.tokens_generated,
+            groups_committed=self._processor.groups_committed,
+            tokens_generated=self._processor.tokens_generated,
             waiting_s=self._in_flight.idle_s,
             serving_s=self._in_flight.serving_s,
             shares_memory=self.weights.shares_memory,
@@ -146,19 +146,21 @@ class Replica:
         await self.rewards.start()
         await self.weights.wait_for_version(1, FIRST_VERSION_TIMEOUT_S)
 
-    async def _answer_tickets(self) -> None:
+    async def _process_tickets(self) -> None:
         self._in_flight.begin_serving()
-        self._is_news.set()
+        self._heartbeat_due.set()
         keys, config = self.tickets.keys, self.config
         async with asyncio.TaskGroup() as answers:
             streams = {keys.tickets: config.max_groups_in_flight, keys.eval: self._num_eval_slots}
-            workers = [answers.create_task(self._work(*stream, answers), name=stream[0]) for stream in streams.items()]
+            workers = [
+                answers.create_task(self._fill_slots(*stream, answers), name=stream[0]) for stream in streams.items()
+            ]
             await self._draining.wait()
             await asyncio.wait([*workers, *self._in_flight.tasks], timeout=DRAIN_TIMEOUT_S)
             for task in (*workers, *self._in_flight.tasks):
                 task.cancel()
 
-    async def _work(self, stream: str, num_slots: int, answers: asyncio.TaskGroup) -> None:
+    async def _fill_slots(self, stream: str, num_slots: int, answers: asyncio.TaskGroup) -> None:
         """Keeps up to `num_slots` tickets of `stream` in flight; silent replicas' tickets first."""
         next_claim = time.monotonic() + self.config.ticket_lease_s
         while not self.is_draining:
@@ -175,9 +177,9 @@ class Replica:
                 if self.state != "running":  # no longer, since the lease was asked for
                     await self.tickets.hand_back(lease)
                 elif await self._retry_elsewhere.should_hand_back(lease.ticket):
-                    self._in_flight.hold(lease, self._answering.hand_back_later(lease), answers, takes_slot=False)
+                    self._in_flight.add(lease, self._processor.hand_back_later(lease), answers, takes_slot=False)
                 else:
-                    self._in_flight.hold(lease, self._answering.answer(lease), answers)
+                    self._in_flight.add(lease, self._processor.process(lease), answers)
 
     async def _wait_for_slot(self) -> None:
         """Or for a while, after which the state may be another."""
@@ -186,28 +188,28 @@ class Replica:
             async with asyncio.timeout(STATE_POLL_S):
                 await self._in_flight.slot_freed.wait()
 
-    async def _keep_beating(self) -> None:
+    async def _send_heartbeats(self) -> None:
         """At once where the learner waits for it."""
         while True:
-            self._is_news.clear()
-            await self.tickets.beat(self.heartbeat(), BEAT_TTL_S)
+            self._heartbeat_due.clear()
+            await self.tickets.write_heartbeat(self.heartbeat(), HEARTBEAT_TTL_S)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(BEAT_INTERVAL_S):
-                    await self._is_news.wait()
+                async with asyncio.timeout(HEARTBEAT_INTERVAL_S):
+                    await self._heartbeat_due.wait()
 
     async def _renew(self) -> None:
         await self.tickets.renew(self._in_flight.leases)
 
-    async def _keep_telling(self) -> None:
+    async def _refresh_waits(self) -> None:
         """Also while heartbeats wait for Redis."""
         while True:
-            self.tell_waits()
-            await asyncio.sleep(BEAT_INTERVAL_S)
+            self.update_waits()
+            await asyncio.sleep(HEARTBEAT_INTERVAL_S)
 
-    def tell_waits(self) -> None:
+    def update_waits(self) -> None:
         """Brings `waits` up to date, but for the outages of Redis, which its client tells."""
         now = self._current_wait()
-        for reason in TOLD:
+        for reason in REPORTED_REASONS:
             if now is None or now[0] is not reason:
                 self.waits.over(reason)
         if now is not None:

@@ -75,22 +75,22 @@ def _add_sources(families: Families, fetcher: Fetcher, replica: str) -> None:
         families.counter(
             "headrace_replica_fetched_bytes_total",
             "Bytes of weights by source.",
-            _of(fetcher.num_bytes, source),
+            _sum_by_kind(fetcher.num_bytes, source),
             **labels,
         )
         families.counter(
             "headrace_replica_fetch_failures_total",
             "Sources that could not serve what they were asked for.",
-            _of(fetcher.failures, source),
+            _sum_by_kind(fetcher.failures, source),
             **labels,
         )
         families.counter(
             "headrace_replica_fetch_refusals_total",
             "Sources whose bytes were the wrong ones.",
-            _of(fetcher.refusals, source),
+            _sum_by_kind(fetcher.checksum_mismatches, source),
             **labels,
         )
 
 
-def _of(counts: Counter[str], kind: str) -> int:
+def _sum_by_kind(counts: Counter[str], kind: str) -> int:
     return sum(count for source, count in counts.items() if source.startswith("file:") == (kind == "folder"))

@@ -69,7 +69,7 @@ class TicketProcessor:
         self._weights = weights
         self._shutdown_budget = shutdown_budget
 
-    async def answer(self, lease: Lease) -> None:
+    async def process(self, lease: Lease) -> None:
         """Cancelled, it hands the ticket back."""
         max_attempts = self._config.max_attempts
         if lease.num_deliveries > max_attempts:
@@ -79,7 +79,7 @@ class TicketProcessor:
         with about(ticket=lease.ticket.id):
             _log.info("leased, for version %d or later", lease.ticket.min_weight_version)
             async with self._handed_back_if_cancelled(lease):
-                await self._answer(lease, max_attempts)
+                await self._process(lease, max_attempts)
 
     async def hand_back_later(self, lease: Lease) -> None:
         """Hands the ticket back after a moment, for another replica to take it."""
@@ -98,7 +98,7 @@ class TicketProcessor:
                 _log.warning("cannot be handed back: its lease expires", extra={"ticket": lease.ticket.id})
             raise
 
-    async def _answer(self, lease: Lease, max_attempts: int) -> None:
+    async def _process(self, lease: Lease, max_attempts: int) -> None:
         ticket, leased_s = lease.ticket, time.time()
         try:
             await self._weights.wait_for_version(ticket.min_weight_version, self._config.weights_timeout_s)

@@ -18,7 +18,7 @@ from headrace.common.http.addresses import listen, url_of
 from headrace.common.http.service import serve_in_loop, serve_in_thread
 from headrace.common.process.waiting import Waits
 from headrace.common.redis.keys import Keys
-from headrace.generation.assembly import assembled
+from headrace.generation.assembly import assemble_replica
 from headrace.generation.http_api import make_app as replica_app
 from headrace.learner.reporting.http_api import make_app as learner_app
 from headrace.learner.steering.switches import Switches
@@ -42,7 +42,7 @@ def a_replica(redis_url: str, folder: Path) -> Iterator[str]:
     sock, is_over, is_up = listen("127.0.0.1", 0), threading.Event(), threading.Event()
 
     async def serve() -> None:
-        parts = assembled(config, Keys("test-http-limits"), redis_url, TOKEN, "a", NOBODY, folder, Waits())
+        parts = assemble_replica(config, Keys("test-http-limits"), redis_url, TOKEN, "a", NOBODY, folder, Waits())
         async with parts as replica, serve_in_loop(replica_app(replica, TOKEN), sock):
             is_up.set()
             await asyncio.to_thread(is_over.wait)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from headrace.generation.engine.cpu.attention import MAX_SCORES, _of_about_one_length, decode, extend
+from headrace.generation.engine.cpu.attention import MAX_SCORES, _length_buckets, decode, extend
 
 HEADS, KV_HEADS, DIM, SLOTS = 4, 2, 8, 512
 
@@ -68,10 +68,10 @@ def test_decode_equals_one_sequence_at_a_time(seq_lens: list[int], seed: int) ->
 def test_a_few_long_sequences_do_not_make_all_of_them_long() -> None:
     torch.manual_seed(0)
     lengths = torch.tensor([40, 500, 35, 30, 460, 33] + [38] * 20)
-    parts = list(_of_about_one_length(lengths))
+    parts = list(_length_buckets(lengths))
     assert [sorted(lengths[part].tolist()) for part in parts] == [[460, 500], [30, 33, 35] + [38] * 20 + [40]]
     assert sorted(torch.cat(parts).tolist()) == list(range(len(lengths)))
-    (all_of_them,) = _of_about_one_length(torch.tensor([20, 3, 7]))
+    (all_of_them,) = _length_buckets(torch.tensor([20, 3, 7]))
     assert all_of_them.tolist() == [0, 2, 1]
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from headrace.generation.engine.cpu.attention import BACKEND, extend
-from headrace.generation.engine.cpu.prefill import NOT_PLAIN, attention, logits, prefill, share
+from headrace.generation.engine.cpu.prefill import UNSUPPORTED_FIELDS, attention, deduplicate, logits, prefill
 from tests.generation.test_cpu_attention import DIM, HEADS, KV_HEADS, OPTIONS, SLOTS, refuse
 
 VOCABULARY, LAYERS = 4, 2
@@ -123,7 +123,7 @@ def test_tokens_are_shared_exactly_if_they_are_the_same_after_the_same(
     sequences: list[list[int]], data: st.DataObject
 ) -> None:
     prefixes = data.draw(st.lists(st.sampled_from((0, 0, 3)), min_size=len(sequences), max_size=len(sequences)))
-    computed, sources = share(
+    computed, sources = deduplicate(
         *(np.array(part) for part in ([*chain(*sequences)], [len(one) for one in sequences], prefixes))
     )
     beginnings = [
@@ -156,7 +156,7 @@ def test_a_shared_prefill_is_the_whole_one(sequences: list[list[int]], group_siz
         assert shared.num_computed <= whole.num_computed - (group_size - 1) * sum(map(len, sequences)) // group_size
 
 
-@pytest.mark.parametrize("field_name", [*NOT_PLAIN, "lora_ids", "mm_inputs", "is_prefill_only"])
+@pytest.mark.parametrize("field_name", [*UNSUPPORTED_FIELDS, "lora_ids", "mm_inputs", "is_prefill_only"])
 def test_what_is_no_plain_prefill_of_text_is_computed_as_it_stands(field_name: str) -> None:
     runner = Runner(2)
     batch = batch_of(runner, [[1, 2], [1, 2]], [0, 0])

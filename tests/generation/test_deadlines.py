@@ -4,25 +4,29 @@ import asyncio
 
 import pytest
 
-from headrace.generation.engine.deadlines import MAX_ALLOWANCES, NUM_TOKENS, Deadlines
+from headrace.generation.engine.deadlines import MAX_ALLOWANCES, TOKENS_PER_TIMEOUT, CompletionDeadlines
 
 TICK_S = 0.02
 
 
-async def given_up_after(deadlines: Deadlines, max_new_tokens: int = 8) -> float:
+async def given_up_after(deadlines: CompletionDeadlines, max_new_tokens: int = 8) -> float:
     """Seconds, of a request that is never answered."""
     loop = asyncio.get_running_loop()
     began_at = loop.time()
     with pytest.raises(TimeoutError):
-        async with deadlines.one(max_new_tokens):
+        async with deadlines.enforce(max_new_tokens):
             await asyncio.Event().wait()
     return loop.time() - began_at
 
 
 def test_longer_completions_are_given_more_time() -> None:
-    deadlines = Deadlines(600.0)
-    assert [deadlines.allowance_s(count) for count in (1, NUM_TOKENS, 8 * NUM_TOKENS)] == [600.0, 600.0, 4800.0]
-    assert asyncio.run(given_up_after(Deadlines(0.1), 3 * NUM_TOKENS)) >= 0.3
+    deadlines = CompletionDeadlines(600.0)
+    assert [deadlines.allowance_s(count) for count in (1, TOKENS_PER_TIMEOUT, 8 * TOKENS_PER_TIMEOUT)] == [
+        600.0,
+        600.0,
+        4800.0,
+    ]
+    assert asyncio.run(given_up_after(CompletionDeadlines(0.1), 3 * TOKENS_PER_TIMEOUT)) >= 0.3
 
 
 @pytest.mark.parametrize("is_answered", [True, False])
@@ -31,12 +35,12 @@ def test_answers_to_others_begin_it_anew_but_not_for_ever(is_answered: bool) -> 
     allowance_s = 20 * TICK_S
 
     async def scenario() -> float:
-        deadlines = Deadlines(allowance_s)
+        deadlines = CompletionDeadlines(allowance_s)
 
         async def others() -> None:
             while True:
                 try:
-                    async with deadlines.one(8):
+                    async with deadlines.enforce(8):
                         await asyncio.sleep(TICK_S)
                         if not is_answered:
                             raise ConnectionError

@@ -25,7 +25,7 @@ from headrace.common.wire import Sampling, Ticket
 from headrace.generation.engine.client import Engine, EngineError, UnconfirmedWeights
 from headrace.generation.engine.completions import Completion
 from headrace.generation.engine.server import EngineServer
-from headrace.generation.tensors.verification import made_of
+from headrace.generation.tensors.verification import map_to_checkpoint
 
 Result = TypeVar("Result")
 
@@ -365,7 +365,7 @@ def test_every_tensor_of_the_demo_policy_is_compared(engine_url: str, policies: 
         confirmed = engine._swapper._confirmer._confirmed
         assert confirmed is not None
         given, [held] = confirmed
-        parts = made_of(held, given)
+        parts = map_to_checkpoint(held, given)
         assert parts.keys() == held.keys() and sum(map(len, parts.values())) == len(given)
         return len(held)
 

@@ -241,7 +241,7 @@ def test_a_first_swap_of_which_nothing_can_be_known_is_warned_of(
         swap(fake, *folders)
     told = [(record.levelname, record.message) for record in caplog.records]
     assert told == [
-        ("WARNING", confirmation.BY_ITS_LABEL),
+        ("WARNING", confirmation.LABEL_ONLY),
         ("INFO", "3 of the engine's 3 tensors have each changed as the version's have"),
     ]
 
@@ -386,7 +386,7 @@ def test_a_cancelled_swap_continues_and_stays_cancelled(
     fake: FakeSglang, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where continuing fails, which must not take the cancellation's place: whoever drains would wait for ever."""
-    monkeypatch.setattr("headrace.generation.engine.swapping.LAST_CONTINUE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("headrace.generation.engine.swapping.CANCELLED_CONTINUE_TIMEOUT_S", 0.2)
     fake.hanging = {"/update_weights_from_disk", "/continue_generation"}
 
     async def scenario() -> None:

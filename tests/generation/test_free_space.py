@@ -17,9 +17,9 @@ from headrace.common.process.waiting import Waits
 from headrace.common.redis.keys import Keys
 from headrace.common.weights.files import WeightsError
 from headrace.generation import __main__ as program
-from headrace.generation.assembly import assembled
+from headrace.generation.assembly import assemble_replica
 from headrace.generation.weights import local_weights
-from headrace.generation.weights.free_space import NoRoom, allocated, check_room
+from headrace.generation.weights.free_space import InsufficientSpace, allocate, check_capacity
 from tests.support.fleet import Member, Versions, a_source
 
 SMALL_BYTES = 4 << 20
@@ -50,10 +50,12 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_more_than_there_is_is_a_reason_and_leaves_nothing(small: Path) -> None:
-    file = allocated(small / "fits", 3 << 20)
+    file = allocate(small / "fits", 3 << 20)
     file[:] = 7
-    with pytest.raises(NoRoom, match=r"small/more: 0\.00195 GiB cannot be allocated \(No space left.*HEADRACE_SHM"):
-        allocated(small / "more", 2 << 20)
+    with pytest.raises(
+        InsufficientSpace, match=r"small/more: 0\.00195 GiB cannot be allocated \(No space left.*HEADRACE_SHM"
+    ):
+        allocate(small / "more", 2 << 20)
     assert [path.name for path in small.iterdir()] == ["fits"] and bool((file == 7).all())
 
 
@@ -76,7 +78,7 @@ def test_a_version_that_does_not_fit_leaves_the_served_one_as_it_is(
                 versions.publish()
             with pytest.raises(WeightsError, match=r"GiB (cannot be allocated|are to come).*make it larger"):
                 await member.take(versions.published(learner.url))
-            served = [path.name for path in member.copy.root.glob("v*")]
+            served = [path.name for path in member.local.root.glob("v*")]
             assert served == (["v00000001"] if num_items < 2_000_000 else [])
             await member.close()
 
@@ -85,10 +87,12 @@ def test_a_version_that_does_not_fit_leaves_the_served_one_as_it_is(
 
 def test_two_versions_must_fit(demo_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4_000_000))
-    check_room(tmp_path, demo_policy, "bfloat16")  # 0.66 M parameters: 2.6 MB
-    with pytest.raises(NoRoom, match=r"0\.00373 GiB free, 2 versions of .*policy in float32 need 0\.00\d+ GiB: "):
-        check_room(tmp_path, demo_policy, "float32")
-    check_room(tmp_path, tmp_path, "float32")  # nothing to measure
+    check_capacity(tmp_path, demo_policy, "bfloat16")  # 0.66 M parameters: 2.6 MB
+    with pytest.raises(
+        InsufficientSpace, match=r"0\.00373 GiB free, 2 versions of .*policy in float32 need 0\.00\d+ GiB: "
+    ):
+        check_capacity(tmp_path, demo_policy, "float32")
+    check_capacity(tmp_path, tmp_path, "float32")  # nothing to measure
 
 
 def test_a_replica_without_room_is_refused_before_anything_starts(
@@ -100,7 +104,7 @@ def test_a_replica_without_room_is_refused_before_anything_starts(
     config = RunConfig.model_validate({"model": {"path": str(demo_policy)}, "task": {"name": "arithmetic"}})
 
     async def serve(*_: Any) -> None:
-        async with assembled(config, keys, redis_url, "token", "a", "http://127.0.0.1:1", tmp_path, Waits()):
+        async with assemble_replica(config, keys, redis_url, "token", "a", "http://127.0.0.1:1", tmp_path, Waits()):
             raise AssertionError("it must not serve")
 
     joined = SimpleNamespace(config=config, keys=keys, token="token")

@@ -118,7 +118,7 @@ def test_a_task_that_no_worker_can_load_ends_the_replica(learner: Learner, start
 def test_the_learner_hears_at_once_of_a_replica_that_begins_to_serve(
     learner: Learner, start: Start, client: redis.Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "BEAT_INTERVAL_S", 1000.0)
+    monkeypatch.setattr(loop, "HEARTBEAT_INTERVAL_S", 1000.0)
 
     async def scenario() -> None:
         async with start():

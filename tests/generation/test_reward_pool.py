@@ -88,7 +88,7 @@ def test_a_worker_is_handed_neither_the_token_nor_redis(tmp_path: Path, monkeypa
 
 @pytest.fixture
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headrace.generation.rewards.pool.PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr("headrace.generation.rewards.pool.RETRY_PAUSES_S", (0.0, 0.0))
 
 
 def test_a_reward_that_raises_or_is_no_number_costs_its_group_only(no_pauses: None) -> None:

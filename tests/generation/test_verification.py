@@ -9,7 +9,13 @@ import torch
 from safetensors.torch import save_file
 
 from headrace.generation.tensors.checksum import cuda_checksum
-from headrace.generation.tensors.verification import Confirmed, compare_changes, made_of, other_bytes, sample_of
+from headrace.generation.tensors.verification import (
+    ConfirmedState,
+    compare_bytes,
+    compare_changes,
+    map_to_checkpoint,
+    sample_checksums,
+)
 
 LAYER = "model.layers.0"
 PARTS = {
@@ -33,8 +39,10 @@ HELD = [dict.fromkeys(PARTS, f"rank {rank}") for rank in range(2)]
 
 
 def test_fused_tied_and_stacked_tensors_are_made_of_theirs_in_order() -> None:
-    assert made_of([*PARTS, "model.rotary.cache"], STORED) == PARTS
-    assert made_of(["a.qkv_proj.weight"], ["a.q_proj.weight", "a.k_proj.weight"]) == {}, "not all of it is there"
+    assert map_to_checkpoint([*PARTS, "model.rotary.cache"], STORED) == PARTS
+    assert map_to_checkpoint(["a.qkv_proj.weight"], ["a.q_proj.weight", "a.k_proj.weight"]) == {}, (
+        "not all of it is there"
+    )
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -46,33 +54,33 @@ def test_one_part_that_changed_must_show_on_some_rank(name: str, changed_ranks: 
     held = [dict(rank) for rank in HELD]
     for rank in changed_ranks:
         held[rank] |= dict.fromkeys(affected, "new")
-    before = Confirmed(GIVEN, HELD)
+    before = ConfirmedState(GIVEN, HELD)
     right = compare_changes(GIVEN | {part: "new"}, held, before)
-    assert (right.contradiction == "") == bool(changed_ranks) and right.num_compared == len(PARTS)
+    assert (right.mismatch == "") == bool(changed_ranks) and right.num_compared == len(PARTS)
     still = compare_changes(GIVEN, held, before)
-    assert (still.contradiction == "") == (not changed_ranks)
+    assert (still.mismatch == "") == (not changed_ranks)
     if changed_ranks:
-        assert f"{affected[0]} has changed with the same bytes" in still.contradiction
+        assert f"{affected[0]} has changed with the same bytes" in still.mismatch
 
 
 def test_an_engine_that_took_one_tensor_of_many_is_found() -> None:
     held = [rank | {"lm_head.weight": "new", "model.embed_tokens.weight": "new"} for rank in HELD]
-    compared = compare_changes(dict.fromkeys(STORED, "new"), held, Confirmed(GIVEN, HELD))
-    assert f"{len(PARTS) - 2} of its {len(PARTS)} tensors contradict them" in compared.contradiction
+    compared = compare_changes(dict.fromkeys(STORED, "new"), held, ConfirmedState(GIVEN, HELD))
+    assert f"{len(PARTS) - 2} of its {len(PARTS)} tensors contradict them" in compared.mismatch
 
 
 def test_names_that_say_nothing_are_compared_as_a_whole() -> None:
     """`renamed.*` stands for a family whose engine calls everything by other names."""
-    before = Confirmed({"a": "old", "b": "old", "c": "old"}, [{"c": "x", "renamed.a": "x", "renamed.b": "x"}])
+    before = ConfirmedState({"a": "old", "b": "old", "c": "old"}, [{"c": "x", "renamed.a": "x", "renamed.b": "x"}])
     given, held = {"a": "new", "b": "old", "c": "old"}, [{"c": "x", "renamed.a": "y", "renamed.b": "x"}]
     compared = compare_changes(given, held, before)
     assert compared == ("", 1, ["renamed.a", "renamed.b"])
-    assert "are as before with other bytes" in compare_changes(given, before.held, before).contradiction
-    assert "have changed with the same bytes" in compare_changes(before.given, held, before).contradiction
+    assert "are as before with other bytes" in compare_changes(given, before.checksums, before).mismatch
+    assert "have changed with the same bytes" in compare_changes(before.digests, held, before).mismatch
 
 
 def test_what_was_not_known_before_is_not_compared() -> None:
-    before = Confirmed({"a": "old"}, [{"a": "x", "b": "x"}])
+    before = ConfirmedState({"a": "old"}, [{"a": "x", "b": "x"}])
     assert compare_changes({"a": "new", "b": "new"}, [{"a": "y", "b": "x"}], before) == ("", 1, [])
 
 
@@ -103,9 +111,9 @@ def held_by_sglang(tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
 
 def test_bytes_are_the_files_also_fused_padded_and_in_float32(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
     held = {name: hashlib.sha256(payload).hexdigest()[:16] for name, payload in held_by_sglang(tensors).items()}
-    assert other_bytes(tmp_path, tensors.keys(), held) == ("", 3)
+    assert compare_bytes(tmp_path, tensors.keys(), held) == ("", 3)
     for name in held:
-        problem, _ = other_bytes(tmp_path, tensors.keys(), held | {name: "0" * 16})
+        problem, _ = compare_bytes(tmp_path, tensors.keys(), held | {name: "0" * 16})
         assert f"other bytes for 1 of 3 tensors, {name} first" in problem
 
 
@@ -114,11 +122,11 @@ def test_a_sample_is_another_for_each_version_and_within_bounds(
 ) -> None:
     held = held_by_sglang(tensors)
     names = [*held, "layer.experts.w2_weight"]
-    whole = sample_of(tmp_path, names, 0, 1 << 20)
+    whole = sample_checksums(tmp_path, names, 0, 1 << 20)
     assert whole.keys() == held.keys()
     assert all(cuda_checksum(payload) in whole[name] for name, payload in held.items())
     sizes = {name: len(payload) for name, payload in held.items()}
-    samples = [set(sample_of(tmp_path, names, version, 140)) for version in range(1, 20)]
+    samples = [set(sample_checksums(tmp_path, names, version, 140)) for version in range(1, 20)]
     assert set.union(*samples) == {"layer.qkv_proj.weight", "layer.A_log"}, "the embedding does not fit"
     assert all(sum(sizes[name] for name in sample) <= 152 for sample in samples)
     assert np.mean([len(sample) for sample in samples]) > 1

@@ -25,7 +25,7 @@ from headrace.common.weights.files import (
 )
 from headrace.common.weights.memory_folder import LOCK_FILE, MemoryFolder, memory_backed
 from headrace.generation.weights import downloads, local_weights
-from headrace.generation.weights.version_fetch import Arrival, Published
+from headrace.generation.weights.version_fetch import FetchedVersion, PublishedVersion
 from headrace.learner.weights import version_writer
 from headrace.learner.weights.publisher import ancestors_in_tree
 from tests.support.fleet import TOKEN, Fault, Member, Source, Versions, a_source, members
@@ -61,11 +61,11 @@ def run(scenario: Callable[[], Awaitable[None]]) -> None:
 
 
 def expect(member: Member, versions: Versions) -> None:
-    loaded = load_file(member.copy.folder / MODEL_FILE)
+    loaded = load_file(member.local.current_folder / MODEL_FILE)
     assert loaded.keys() == versions.tensors.keys()
     for name, tensor in versions.tensors.items():
         assert loaded[name].dtype == tensor.dtype and bool((loaded[name] == tensor).all())
-    assert (member.copy.folder / "config.json").read_text() == "{}"
+    assert (member.local.current_folder / "config.json").read_text() == "{}"
 
 
 def test_who_is_up_to_date_fetches_the_delta_alone(versions: Versions, learner: Source, model: Path) -> None:
@@ -78,10 +78,10 @@ def test_who_is_up_to_date_fetches_the_delta_alone(versions: Versions, learner: 
             for _ in range(3):
                 learner.requests.clear()
                 versions.publish()
-                arrival = await member.take(versions.published(learner.url))
+                fetched = await member.take(versions.published(learner.url))
                 expect(member, versions)
                 assert [name for name, _ in learner.requests] == [MANIFEST_FILE, DELTA_FILE]
-                assert 0 < arrival.num_bytes < 0.02 * first.num_bytes
+                assert 0 < fetched.num_bytes < 0.02 * first.num_bytes
 
     run(scenario)
 
@@ -106,7 +106,7 @@ def test_who_joins_takes_an_anchor_and_the_deltas_after_it(
     versions: Versions, learner: Source, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The anchor becomes the version where it lies: there is room for one beside the served one."""
-    monkeypatch.setattr(local_weights, "allocated", lambda *_: pytest.fail("a second copy"))
+    monkeypatch.setattr(local_weights, "allocate", lambda *_: pytest.fail("a second copy"))
 
     async def scenario() -> None:
         async with members(model) as [member]:
@@ -179,7 +179,7 @@ def test_what_a_replica_serves_badly_is_had_elsewhere(
             expect(member, versions)
             is_refused = fault in ("garbage", "endless")
             expected = (0, 0) if fault == "refuses ranges" else (1, 0) if is_refused else (0, 1)
-            assert (member.fetcher.refusals[bad.url], member.fetcher.failures[bad.url]) == expected
+            assert (member.fetcher.checksum_mismatches[bad.url], member.fetcher.failures[bad.url]) == expected
 
     run(scenario)
 
@@ -195,11 +195,11 @@ def test_what_one_leaves_unfinished_the_next_one_continues(
             versions.publish()
             with a_source(versions.root) as bad:
                 bad.faults[MODEL_FILE] = fault
-                arrival = await member.take(versions.published(learner.url), bad.url)
+                fetched = await member.take(versions.published(learner.url), bad.url)
             expect(member, versions)
             num_bytes = versions.manifests[0].num_model_bytes
             assert learner.requests == [(MODEL_FILE, f"bytes={num_bytes // 2}-")]
-            assert arrival.num_bytes == num_bytes, "nothing came twice"
+            assert fetched.num_bytes == num_bytes, "nothing came twice"
 
     run(scenario)
 
@@ -229,14 +229,14 @@ def test_a_copy_that_went_bad_is_replaced_by_an_anchor(
             for _ in range(num_held):
                 versions.publish()
                 await member.take(versions.published(learner.url))
-            path = member.copy.folder / MODEL_FILE
+            path = member.local.current_folder / MODEL_FILE
             content = bytearray(path.read_bytes())
             content[-1] ^= 1
             path.write_bytes(content)
             versions.publish()
             await member.take(versions.published(learner.url))
             expect(member, versions)
-            assert not list(member.copy.root.glob("*/*.start"))
+            assert not list(member.local.root.glob("*/*.start"))
 
     run(scenario)
 
@@ -252,11 +252,11 @@ def test_a_version_that_nobody_has_rightly_leaves_what_is_served(
                 await member.take(versions.published(learner.url))
             versions.publish()
             learner.faults = {DELTA_FILE: "garbage", MODEL_FILE: "garbage"}
-            before = member.copy.folder
+            before = member.local.current_folder
             with pytest.raises(WeightsError, match=r"BLAKE3|laid out"):
                 await member.take(versions.published(learner.url))
-            assert member.copy.folder == before
-            assert list(member.copy.root.glob("v*")) == ([before] if num_held else [])
+            assert member.local.current_folder == before
+            assert list(member.local.root.glob("v*")) == ([before] if num_held else [])
             learner.faults = {}
             await member.take(versions.published(learner.url))
             expect(member, versions)
@@ -277,7 +277,7 @@ def test_a_manifest_whose_digests_lie_is_found_before_the_swap(
     async def scenario() -> None:
         async with members(model) as [member]:
             with pytest.raises(WeightsError, match="tensor w: BLAKE3"):
-                await member.take(Published(1, sha256_of(path.read_bytes()), learner.url))
+                await member.take(PublishedVersion(1, sha256_of(path.read_bytes()), learner.url))
 
     run(scenario)
 
@@ -347,7 +347,7 @@ def test_a_tree_of_replicas_costs_the_learner_one_copy(versions: Versions, learn
 @contextlib.asynccontextmanager
 async def flowing(
     versions: Versions, learner: Source, first: Member, second: Member
-) -> AsyncIterator[tuple[str, asyncio.Task[Arrival], asyncio.Task[Arrival]]]:
+) -> AsyncIterator[tuple[str, asyncio.Task[FetchedVersion], asyncio.Task[FetchedVersion]]]:
     """The learner is slow, and the second has bytes of what is on its way to the first, at that URL."""
     versions.publish()
     published = versions.published(learner.url)
@@ -382,10 +382,10 @@ def test_a_replica_that_vanishes_in_the_middle_is_replaced_by_the_learner(
             async with flowing(versions, learner, first, second) as (url, taking, follow):
                 taking.cancel()
                 await asyncio.gather(taking, return_exceptions=True)
-                arrival = await follow
+                fetched = await follow
             expect(second, versions)
             assert second.fetcher.num_bytes[url] > 0 and second.fetcher.num_bytes[learner.url] > 0
-            assert arrival.num_bytes == versions.manifests[0].num_model_bytes
+            assert fetched.num_bytes == versions.manifests[0].num_model_bytes
 
     run(scenario)
 
@@ -414,18 +414,18 @@ def test_only_files_of_versions_are_shared_and_only_for_the_token(
 def test_deltas_are_kept_for_others_within_bounds(
     versions: Versions, learner: Source, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local_weights, "KEPT_SHARE", 0.05)
+    monkeypatch.setattr(local_weights, "RETAINED_DELTA_SHARE", 0.05)
 
     async def scenario() -> None:
         async with members(model) as [member]:
             for _ in range(8):
                 versions.publish()
                 await member.take(versions.published(learner.url))
-            folders = sorted(member.copy.root.glob("v*"))
+            folders = sorted(member.local.root.glob("v*"))
             assert 2 < len(folders) < 8
             assert [folder for folder in folders if (folder / MODEL_FILE).exists()] == [folders[-1]]
-            kept = sum(path.stat().st_size for path in member.copy.root.glob(f"v*/{DELTA_FILE}"))
-            assert kept <= local_weights.KEPT_SHARE * versions.manifests[0].num_model_bytes
+            kept = sum(path.stat().st_size for path in member.local.root.glob(f"v*/{DELTA_FILE}"))
+            assert kept <= local_weights.RETAINED_DELTA_SHARE * versions.manifests[0].num_model_bytes
 
     run(scenario)
 
@@ -434,11 +434,11 @@ def test_what_a_killed_replica_left_in_memory_is_cleared_away(
     versions: Versions, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local_weights, "memory_backed", lambda: tmp_path)
-    alive = local_weights.HostCopy(model)
+    alive = local_weights.LocalWeights(model)
     remains = tmp_path / f"{local_weights.PREFIX}dead"
     remains.mkdir()
     (remains / LOCK_FILE).touch()
-    local_weights.HostCopy(model).close()
+    local_weights.LocalWeights(model).close()
     assert alive.root.exists() and not remains.exists()
     alive.close()
     assert list(tmp_path.glob(f"{local_weights.PREFIX}*")) == []
@@ -450,7 +450,7 @@ def test_the_learners_own_file_in_memory_is_taken_without_a_copy(
     """It stays whole whatever a replica does with it; wrong bytes are refused, and had elsewhere."""
     memory = MemoryFolder("test-", memory_backed())
 
-    def publish() -> tuple[Published, Path]:
+    def publish() -> tuple[PublishedVersion, Path]:
         version = versions.publish(memory.root)
         published = versions.published(learner.url)._replace(machine=machine_id(), memory=str(memory.root))
         return published, version_folder(memory.root, version) / MODEL_FILE
@@ -459,10 +459,12 @@ def test_the_learners_own_file_in_memory_is_taken_without_a_copy(
         async with members(model, 2) as (one, other):
             first, path = publish()
             arrivals = [await member.take(first) for member in (one, other)]
-            assert [arrival.num_bytes for arrival in arrivals] == [0, 0] and all(
+            assert [fetched.num_bytes for fetched in arrivals] == [0, 0] and all(
                 name != MODEL_FILE for name, _ in learner.requests
             )
-            assert {(member.copy.folder / MODEL_FILE).stat().st_ino for member in (one, other)} == {path.stat().st_ino}
+            assert {(member.local.current_folder / MODEL_FILE).stat().st_ino for member in (one, other)} == {
+                path.stat().st_ino
+            }
             content = path.read_bytes()
             shutil.rmtree(path.parent)
             assert one.model == other.model == content, "for as long as it is served"
@@ -476,8 +478,8 @@ def test_the_learners_own_file_in_memory_is_taken_without_a_copy(
             assert path.read_bytes() == wrong and one.model == content, "neither file was touched"
             (version_folder(versions.root, 2) / MODEL_FILE).write_bytes(right)
             assert (await one.take(second)).num_bytes == len(right) and one.model == right
-            assert not second._replace(machine="elsewhere").shares_memory_with(one.copy.root)
-            assert not second._replace(memory=str(tmp_path / "gone")).shares_memory_with(one.copy.root)
+            assert not second._replace(machine="elsewhere").shares_memory_with(one.local.root)
+            assert not second._replace(memory=str(tmp_path / "gone")).shares_memory_with(one.local.root)
 
     run(scenario)
     memory.close()

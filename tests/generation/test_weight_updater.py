@@ -23,11 +23,11 @@ from headrace.generation.engine.supervisor import EngineDown, EngineSupervisor
 from headrace.generation.engine.swapping import SwapMode
 from headrace.generation.weights import version_fetch
 from headrace.generation.weights.downloads import Fetcher
-from headrace.generation.weights.local_weights import HostCopy
+from headrace.generation.weights.local_weights import LocalWeights
 from headrace.generation.weights.swap_slots import SwapSlots
-from headrace.generation.weights.update_path import Route
+from headrace.generation.weights.update_path import UpdatePath
 from headrace.generation.weights.updater import WeightUpdater
-from headrace.generation.weights.version_fetch import Arrival
+from headrace.generation.weights.version_fetch import FetchedVersion
 from headrace.learner.weights.version_writer import VersionWriter
 from tests.support.fake_sglang import FakeSglang, a_fake_sglang, server_info
 from tests.support.making import make_ticket
@@ -50,17 +50,19 @@ def fake() -> Iterator[FakeSglang]:
 async def updating(
     redis_url: str, keys: Keys, fake: FakeSglang | EngineServer, model: Path, swap_mode: SwapMode = "retract"
 ) -> AsyncIterator[tuple[WeightUpdater, EngineSupervisor]]:
-    async def ignore(timings: SwapTimings, arrival: Arrival) -> None:
+    async def ignore(timings: SwapTimings, fetched: FetchedVersion) -> None:
         pass
 
     client, engine = connect_async(redis_url), Engine(fake.url, swap_mode=swap_mode)
-    updater = WeightUpdater(client, keys, HostCopy(model), Fetcher("token"), SwapSlots(client, keys, "a", 0.5), ignore)
+    updater = WeightUpdater(
+        client, keys, LocalWeights(model), Fetcher("token"), SwapSlots(client, keys, "a", 0.5), ignore
+    )
     server = fake if isinstance(fake, EngineServer) else None
     timeout_s = 1.0 if server is None else 20.0
     supervisor = EngineSupervisor(
         engine, server, updater.start_weights, liveness_timeout_s=timeout_s, busy_timeout_s=timeout_s
     )
-    tasks = [asyncio.create_task(supervisor.run()), asyncio.create_task(updater.follow(supervisor))]
+    tasks = [asyncio.create_task(supervisor.run()), asyncio.create_task(updater.run(supervisor))]
     try:
         yield updater, supervisor
         assert not any(task.done() for task in tasks), "it goes on whatever happens"
@@ -128,24 +130,24 @@ def test_a_version_that_was_deleted_meanwhile_is_passed_over_without_a_quarantin
 ) -> None:
     first = learner.publish(0)
     problems: list[str] = []
-    real = version_fetch._Journey._fetch
+    real = version_fetch._FetchAttempt._fetch
 
-    async def outrun(self: Any, route: Route) -> None:
+    async def outrun(self: Any, update_path: UpdatePath) -> None:
         """The learner publishes three more while this one is being fetched, each an anchor."""
-        if route.model is not None and route.model.version == first:
+        if update_path.model is not None and update_path.model.version == first:
             for step in (1, 2, 3):
                 learner.versions._writer = VersionWriter("another")
                 await asyncio.to_thread(learner.publish, step)
             assert not version_folder(learner.versions.root, first).exists()
-        await real(self, route)
+        await real(self, update_path)
 
-    monkeypatch.setattr(version_fetch._Journey, "_fetch", outrun)
+    monkeypatch.setattr(version_fetch._FetchAttempt, "_fetch", outrun)
     monkeypatch.setattr("headrace.generation.weights.updater._log.error", lambda *given: problems.append(str(given)))
 
     async def scenario() -> None:
         async with updating(redis_url, keys, fake, demo_policy) as (updater, _):
             await until(lambda: updater.version == first + 3)
-            assert list(updater.copy.root.glob("v*")) == [updater.copy.folder], "nothing is left"
+            assert list(updater.local.root.glob("v*")) == [updater.local.current_folder], "nothing is left"
 
     run(scenario)
     assert problems == []
@@ -195,7 +197,7 @@ def test_an_engine_that_somebody_has_started_again_gets_its_weights_back(
             fake.hanging = set()
             await until(lambda: updater.confirmed_incarnation == 2)
             [update] = [body for path, body in fake.calls if path == "/update_weights_from_disk"]
-            assert (update["weight_version"], update["model_path"]) == (str(version), str(updater.copy.folder))
+            assert (update["weight_version"], update["model_path"]) == (str(version), str(updater.local.current_folder))
 
     run(scenario)
 
@@ -240,7 +242,7 @@ def test_an_engine_of_our_own_that_failed_halfway_is_started_again_on_the_last_v
         first = await asyncio.to_thread(learner.publish, 0)
         async with updating(redis_url, keys, server, demo_policy) as (updater, supervisor):
             await until(lambda: updater.version == first)
-            folder = updater.copy.folder
+            folder = updater.local.current_folder
             async with httpx.AsyncClient(trust_env=False) as http:
                 await http.post(f"{server.url}/script", json={"fails_halfway": True})
             updater.hint(await asyncio.to_thread(learner.publish, 1))

@@ -20,10 +20,10 @@ from headrace.common.hardware.placement import MIB, engine_static_bytes
 from headrace.common.process.waiting import Reason, Waits
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import Heartbeat, ReplicaState, encode
-from headrace.generation.assembly import assembled
+from headrace.generation.assembly import assemble_replica
 from headrace.generation.engine.client import EngineError
 from headrace.generation.engine.server import EngineServer
-from headrace.generation.engine.shared_gpu import beside_learner
+from headrace.generation.engine.shared_gpu import settings_beside_learner
 from headrace.learner import __main__ as learner_process
 from headrace.learner.distributed import gpu_turn as shared_gpu
 from headrace.learner.distributed.ranks import Ranks
@@ -51,7 +51,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeGpus:
 def test_an_engine_gets_the_same_bytes_whatever_the_learner_holds(gpu: FakeGpus, free_mib: int) -> None:
     """SGLang takes its fraction of what is free."""
     gpu.tell((24 * 1024, free_mib))
-    settings = beside_learner(SETTINGS, 0.5)
+    settings = settings_beside_learner(SETTINGS, 0.5)
     assert settings.memory_fraction is not None and settings.memory_fraction < 1
     assert settings.memory_fraction * free_mib * MIB == pytest.approx(ENGINES, rel=1e-3)
     assert settings.extra_args == ["--chunked-prefill-size", "2048", "--log-level", "info"]
@@ -62,10 +62,10 @@ def test_an_engine_that_cannot_have_its_share_says_so(gpu: FakeGpus) -> None:
     share = f"the engine's share beside learner.memory_fraction 0.5 is {ENGINES // MIB} MiB"
     line = f"GPU 0 has 6144 of 24576 MiB free, and {share}"
     with pytest.raises(EngineError, match=re.escape(line)):
-        beside_learner(SETTINGS, 0.5)
+        settings_beside_learner(SETTINGS, 0.5)
     gpu.query.unlink()
     with pytest.raises(EngineError, match="expected one GPU whose memory nvidia-smi tells"):
-        beside_learner(SETTINGS, 0.5)
+        settings_beside_learner(SETTINGS, 0.5)
 
 
 def test_the_share_is_reckoned_at_each_start(gpu: FakeGpus, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_both_services_do_as_they_are_told_of_sharing(
 
     async def fraction_of_engine(*sharing: bool) -> float | None:
         replica = ("r", "http://127.0.0.1:1", tmp_path, Waits())
-        async with assembled(config, keys, redis_url, "token", *replica, *sharing) as found:
+        async with assemble_replica(config, keys, redis_url, "token", *replica, *sharing) as found:
             assert found.supervisor.server is not None
             return found.supervisor.server.learner_fraction
 

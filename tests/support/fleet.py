@@ -15,9 +15,9 @@ from headrace.common.http.addresses import listen, url_of
 from headrace.common.http.service import new_app, serve_in_loop
 from headrace.common.weights.files import MODEL_FILE, Manifest, encode_manifest, file_of, sha256_of, version_folder
 from headrace.generation.weights.downloads import Fetcher
-from headrace.generation.weights.local_weights import HostCopy
-from headrace.generation.weights.peer_api import Sharing, weights_router
-from headrace.generation.weights.version_fetch import Arrival, Published, bring
+from headrace.generation.weights.local_weights import LocalWeights
+from headrace.generation.weights.peer_api import WeightFileServer, weights_router
+from headrace.generation.weights.version_fetch import FetchedVersion, PublishedVersion, fetch_version
 from headrace.learner.model.host_snapshots import Snapshot
 from headrace.learner.weights.version_writer import VersionWriter
 from tests.support.fake_sglang import ScriptedServer, in_a_thread
@@ -52,38 +52,38 @@ class Versions:
         self.manifests.append(self.writer.write(folder, version, version, weights, memory, is_memory_only=is_shared))
         return version
 
-    def published(self, url: str, version: int | None = None) -> Published:
+    def published(self, url: str, version: int | None = None) -> PublishedVersion:
         manifest = self.manifests[(version or len(self.manifests)) - 1]
-        return Published(manifest.version, sha256_of(encode_manifest(manifest)), url)
+        return PublishedVersion(manifest.version, sha256_of(encode_manifest(manifest)), url)
 
 
 class Member:
     """What one replica has of the weights."""
 
     def __init__(self, model_folder: Path) -> None:
-        self.copy = HostCopy(model_folder)
+        self.local = LocalWeights(model_folder)
         self.fetcher = Fetcher(TOKEN)
-        self.sharing = Sharing(self.copy, self.fetcher)
+        self.file_server = WeightFileServer(self.local, self.fetcher)
 
-    async def take(self, published: Published, *named: str) -> Arrival:
-        arrival = await bring(self.copy, self.fetcher, published, named)
-        self.copy.serve(arrival.held)
-        return arrival
+    async def take(self, published: PublishedVersion, *peers: str) -> FetchedVersion:
+        fetched = await fetch_version(self.local, self.fetcher, published, peers)
+        self.local.activate(fetched.local)
+        return fetched
 
     @property
     def model(self) -> bytes:
-        return (self.copy.folder / MODEL_FILE).read_bytes()
+        return (self.local.current_folder / MODEL_FILE).read_bytes()
 
     @contextlib.asynccontextmanager
     async def served(self) -> AsyncIterator[str]:
         app, sock = new_app("member"), listen("127.0.0.1", 0)
-        app.include_router(weights_router(self.sharing, TOKEN))
+        app.include_router(weights_router(self.file_server, TOKEN))
         async with serve_in_loop(app, sock):
             yield url_of(sock)
 
     async def close(self) -> None:
         await self.fetcher.aclose()
-        self.copy.close()
+        self.local.close()
 
 
 @contextlib.asynccontextmanager

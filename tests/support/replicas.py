@@ -24,10 +24,10 @@ from headrace.generation.loop import Replica
 from headrace.generation.rewards.pool import RewardPool
 from headrace.generation.tickets.store import TicketStore
 from headrace.generation.weights.downloads import Fetcher
-from headrace.generation.weights.local_weights import HostCopy
+from headrace.generation.weights.local_weights import LocalWeights
 from headrace.generation.weights.swap_slots import SwapSlots
 from headrace.generation.weights.updater import WeightUpdater
-from headrace.generation.weights.version_fetch import Arrival
+from headrace.generation.weights.version_fetch import FetchedVersion
 from headrace.learner.reporting.http_api import make_app
 from headrace.learner.steering.switches import Switches
 from headrace.learner.store.store import LearnerStore
@@ -94,12 +94,12 @@ async def running_replica(
     await tickets.open()
     rewards = RewardPool(task, {}, num_workers=1, deadline_s=20.0, memory_bytes=4 << 30)
 
-    async def announce(timings: SwapTimings, arrival: Arrival) -> None:
-        event = {"version": arrival.held.manifest.version, "pause_ms": timings.pause_s * 1e3}
+    async def announce(timings: SwapTimings, fetched: FetchedVersion) -> None:
+        event = {"version": fetched.local.manifest.version, "pause_ms": timings.pause_s * 1e3}
         await tickets.announce("weight_swap", event)
 
     weights = WeightUpdater(
-        client, keys, HostCopy(model), Fetcher("token"), SwapSlots(client, keys, name, 0.5), announce
+        client, keys, LocalWeights(model), Fetcher("token"), SwapSlots(client, keys, name, 0.5), announce
     )
     server = None if isinstance(engine, str) else engine
     url = engine if isinstance(engine, str) else engine.url

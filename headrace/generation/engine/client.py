@@ -19,7 +19,7 @@ import msgspec
 
 from headrace.common.wire import Ticket
 from headrace.generation.engine.completions import Completion, Sample, generate_body, to_completion
-from headrace.generation.engine.deadlines import Deadlines
+from headrace.generation.engine.deadlines import CompletionDeadlines
 from headrace.generation.engine.http_calls import CONTROL_TIMEOUT_S, EngineCalls, EngineError
 from headrace.generation.engine.swapping import SwapMode, SwapTimings, UnconfirmedWeights, WeightSwapper
 
@@ -32,7 +32,7 @@ ONE_TOKEN = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1}}
 
 
 class Engine:
-    """One SGLang server at `url`. `completion_timeout_s` is the deadline of a `generate` (`Deadlines`),
+    """One SGLang server at `url`. `completion_timeout_s` is the deadline of a `generate` (`CompletionDeadlines`),
     `swap_timeout_s` of the engine's loading of new weights."""
 
     def __init__(
@@ -47,7 +47,7 @@ class Engine:
         self._swapper = WeightSwapper(self.calls, swap_mode, swap_timeout_s)
         self._recomputes = swap_mode == "retract"
         self._in_flight: set[object] = set()
-        self._deadlines = Deadlines(completion_timeout_s)
+        self._deadlines = CompletionDeadlines(completion_timeout_s)
 
     @property
     def url(self) -> str:
@@ -87,8 +87,8 @@ class Engine:
         rids = [f"{request}-{index}." for index in range(ticket.num_completions)]
         num_failed_swaps = self._swapper.num_failed_swaps
         try:
-            async with self._deadlines.one(ticket.sampling.max_new_tokens):
-                samples = await self.complete(generate_body(ticket, rids))
+            async with self._deadlines.enforce(ticket.sampling.max_new_tokens):
+                samples = await self.generate_unchecked(generate_body(ticket, rids))
         except TimeoutError as error:
             await self._abort(rids)
             allowance_s = self._deadlines.allowance_s(ticket.sampling.max_new_tokens)
@@ -110,7 +110,7 @@ class Engine:
         await self._swapper.wait_until_confirmed(versions, num_failed_swaps)
         return completions
 
-    async def complete(self, body: dict[str, Any]) -> list[Sample]:
+    async def generate_unchecked(self, body: dict[str, Any]) -> list[Sample]:
         """What the engine answers, unchecked and without a deadline."""
         request = object()
         self._in_flight.add(request)
@@ -135,7 +135,7 @@ class Engine:
         version, or none.
         """
         in_flight = set(self._in_flight) if self._recomputes else set()
-        going_on = asyncio.create_task(self._go_on(swapped))
+        going_on = asyncio.create_task(self._wait_for_recompute(swapped))
         try:
             while not (going_on.done() or in_flight.isdisjoint(self._in_flight)):
                 await asyncio.wait([going_on], timeout=POLL_S)
@@ -154,7 +154,7 @@ class Engine:
             return False
         return True
 
-    async def _go_on(self, swapped: SwapTimings) -> None:
+    async def _wait_for_recompute(self, swapped: SwapTimings) -> None:
         """Retracted requests are computed again in the order of their coming, before this small one, whose answer tells
         that they have been."""
         asked_s = time.monotonic()

@@ -20,25 +20,25 @@ from headrace.common.weights.files import MANIFEST_FILE, Manifest
 from headrace.generation.engine.http_calls import EngineCalls, EngineError
 from headrace.generation.tensors.shapes import StoredTensor, safetensors_entries
 from headrace.generation.tensors.verification import (
+    Checksums,
     Comparison,
-    Confirmed,
-    Hashes,
+    ConfirmedState,
+    compare_bytes,
     compare_changes,
-    other_bytes,
-    sample_of,
+    sample_checksums,
 )
 
 SAMPLE_BYTES = 64 << 20
 """Of the tensors whose bytes are held against the file's at a swap on CUDA: a fraction of a second of one core."""
-BY_ITS_LABEL = "the swap is confirmed by the engine's label alone: what it held before is not known"
+LABEL_ONLY = "the swap is confirmed by the engine's label alone: what it held before is not known"
 _log = logging.getLogger(__name__)
 
 
-class Expected(NamedTuple):
+class ExpectedWeights(NamedTuple):
     """What an engine must hold after it has loaded `folder`."""
 
     folder: Path
-    is_exact: bool
+    is_byte_exact: bool
     """Each tensor's bytes can be held against the file's."""
     digests: dict[str, str]
     """By the checkpoint's tensors."""
@@ -47,7 +47,7 @@ class Expected(NamedTuple):
 
 
 class _Rank(msgspec.Struct):
-    checksums: Hashes
+    checksums: Checksums
 
 
 class _Checksums(msgspec.Struct):
@@ -63,33 +63,35 @@ class SwapConfirmer:
         life."""
         self._calls = calls
         self._timeout_s = timeout_s
-        self._confirmed: Confirmed | None = None
-        self._told: str | None = None
+        self._confirmed: ConfirmedState | None = None
+        self._last_evidence: str | None = None
 
-    async def expect(self, folder: Path, version: int, started_on: Path, device: str, tp_size: int) -> Expected:
+    async def expect(self, folder: Path, version: int, started_on: Path, device: str, tp_size: int) -> ExpectedWeights:
         """`started_on` is the folder whose weights the engine says it has."""
         digests = await asyncio.to_thread(_digests, folder)
         if self._confirmed is None:
-            begun = await asyncio.to_thread(_comparable, started_on, folder)
-            self._confirmed = Confirmed(begun, await self._held())
+            begun = await asyncio.to_thread(_comparable_digests, started_on, folder)
+            self._confirmed = ConfirmedState(begun, await self._read_checksums())
         sample: dict[str, set[str]] = {}
-        if device == "cuda" and tp_size == 1 and len(self._confirmed.held) == 1:
-            names = self._confirmed.held[0].keys()
-            sample = await asyncio.to_thread(sample_of, folder, names, version, SAMPLE_BYTES)
-        return Expected(folder, device == "cpu" and tp_size == 1, digests, sample)
+        if device == "cuda" and tp_size == 1 and len(self._confirmed.checksums) == 1:
+            names = self._confirmed.checksums[0].keys()
+            sample = await asyncio.to_thread(sample_checksums, folder, names, version, SAMPLE_BYTES)
+        return ExpectedWeights(folder, device == "cpu" and tp_size == 1, digests, sample)
 
-    async def confirm(self, expected: Expected) -> None:
+    async def confirm(self, expected: ExpectedWeights) -> None:
         """Raises `EngineError` saying what is wrong."""
-        held = await self._held()
+        checksums = await self._read_checksums()
         problem, num_exact = "", len(expected.sample)
-        if expected.is_exact:
-            problem, num_exact = await asyncio.to_thread(other_bytes, expected.folder, expected.digests.keys(), held[0])
-        problem = problem or self._contradiction(expected, held, num_exact)
+        if expected.is_byte_exact:
+            problem, num_exact = await asyncio.to_thread(
+                compare_bytes, expected.folder, expected.digests.keys(), checksums[0]
+            )
+        problem = problem or self._checksum_mismatch(expected, checksums, num_exact)
         if problem:
             raise EngineError(problem)
-        self._confirmed = Confirmed(expected.digests, held)
+        self._confirmed = ConfirmedState(expected.digests, checksums)
 
-    async def _held(self) -> list[Hashes]:
+    async def _read_checksums(self) -> list[Checksums]:
         """The engine's checksums, by rank."""
         self.is_hashing = True
         try:
@@ -100,37 +102,41 @@ class SwapConfirmer:
             raise EngineError("/weights_checker told of no rank")
         return [rank.checksums for rank in reply.ranks]
 
-    def _contradiction(self, expected: Expected, held: Sequence[Hashes], num_exact: int) -> str:
+    def _checksum_mismatch(self, expected: ExpectedWeights, checksums: Sequence[Checksums], num_exact: int) -> str:
         assert self._confirmed is not None, "expect comes first"
-        wrong = [name for name, may_be in expected.sample.items() if held[0].get(name) not in may_be]
+        wrong = [name for name, may_be in expected.sample.items() if checksums[0].get(name) not in may_be]
         if wrong:
             num_sampled = len(expected.sample)
             return (
                 f"it holds other bytes for {len(wrong)} of {num_sampled} sampled tensors, {wrong[0]} first (it must "
                 "run in the dtype of the weights, model.dtype)"
             )
-        if [rank.keys() for rank in held] != [rank.keys() for rank in self._confirmed.held]:
-            return "" if expected.is_exact else "its tensors or ranks are others than before: start this replica again"
-        compared = compare_changes(expected.digests, held, self._confirmed)
-        if not compared.contradiction:
-            self._tell(compared, len(held[0]), num_exact)
-        return compared.contradiction
+        if [rank.keys() for rank in checksums] != [rank.keys() for rank in self._confirmed.checksums]:
+            return (
+                ""
+                if expected.is_byte_exact
+                else "its tensors or ranks are others than before: start this replica again"
+            )
+        compared = compare_changes(expected.digests, checksums, self._confirmed)
+        if not compared.mismatch:
+            self._log_evidence(compared, len(checksums[0]), num_exact)
+        return compared.mismatch
 
-    def _tell(self, compared: Comparison, num_tensors: int, num_exact: int) -> None:
+    def _log_evidence(self, compared: Comparison, num_tensors: int, num_exact: int) -> None:
         """By what a swap is confirmed: once, until it is by something else."""
-        told = _described(compared, num_tensors, num_exact)
-        if told != self._told:
-            _log.log(logging.INFO if told else logging.WARNING, told or BY_ITS_LABEL)
-        self._told = told
+        told = _describe_evidence(compared, num_tensors, num_exact)
+        if told != self._last_evidence:
+            _log.log(logging.INFO if told else logging.WARNING, told or LABEL_ONLY)
+        self._last_evidence = told
 
 
-def _described(compared: Comparison, num_tensors: int, num_exact: int) -> str:
+def _describe_evidence(compared: Comparison, num_tensors: int, num_exact: int) -> str:
     """Empty if nothing could be compared."""
-    if not (compared.num_compared or compared.unknown or num_exact):
+    if not (compared.num_compared or compared.unmatched or num_exact):
         return ""
     told = f"{compared.num_compared} of the engine's {num_tensors} tensors have each changed as the version's have"
-    if compared.unknown:
-        told += f"; the {len(compared.unknown)} whose names say nothing ({compared.unknown[0]}, …) as a whole"
+    if compared.unmatched:
+        told += f"; the {len(compared.unmatched)} whose names say nothing ({compared.unmatched[0]}, …) as a whole"
     return told + (f"; {num_exact} are the file's bit for bit" if num_exact else "")
 
 
@@ -142,14 +148,14 @@ def _digests(folder: Path) -> dict[str, str]:
         except msgspec.MsgspecError as error:
             raise EngineError(f"{manifest} cannot be read: {error}") from error
         return {name: entry.blake3 for name, entry in tensors.items()}
-    return _hashed(safetensors_entries(folder))
+    return _hash_tensors(safetensors_entries(folder))
 
 
-def _hashed(entries: Iterable[StoredTensor]) -> dict[str, str]:
+def _hash_tensors(entries: Iterable[StoredTensor]) -> dict[str, str]:
     return {entry.name: blake3(entry.read()).hexdigest() for entry in entries}
 
 
-def _comparable(begun: Path, folder: Path) -> dict[str, str]:
+def _comparable_digests(begun: Path, folder: Path) -> dict[str, str]:
     """Digests of the tensors in `begun` that have the same dtype in `folder`; in another equal numbers have other
     bytes. None if `begun` is not here, or is gone while it is read."""
     dtypes = {entry.name: entry.dtype for entry in safetensors_entries(folder)}
@@ -158,6 +164,6 @@ def _comparable(begun: Path, folder: Path) -> dict[str, str]:
         if (begun / MANIFEST_FILE).is_file():
             digests = _digests(begun)
             return {entry.name: digests[entry.name] for entry in same if entry.name in digests}
-        return _hashed(same)
+        return _hash_tensors(same)
     except (OSError, ValueError):
         return {}

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-NUM_TOKENS = 4096
+TOKENS_PER_TIMEOUT = 4096
 """Completions that may be longer are given more time, in proportion."""
 MAX_ALLOWANCES = 4
 """After so many a request is given up, whatever else is answered."""
@@ -23,18 +23,18 @@ class _Deadline:
     last_at: float
 
 
-class Deadlines:
-    """Of the tickets in one engine. `timeout_s` is what one of at most `NUM_TOKENS` new tokens is given."""
+class CompletionDeadlines:
+    """Of the tickets in one engine. `timeout_s` is what one of at most `TOKENS_PER_TIMEOUT` new tokens is given."""
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
         self._waiting: set[_Deadline] = set()
 
     def allowance_s(self, max_new_tokens: int) -> float:
-        return self._timeout_s * max(1.0, max_new_tokens / NUM_TOKENS)
+        return self._timeout_s * max(1.0, max_new_tokens / TOKENS_PER_TIMEOUT)
 
     @contextlib.asynccontextmanager
-    async def one(self, max_new_tokens: int) -> AsyncIterator[None]:
+    async def enforce(self, max_new_tokens: int) -> AsyncIterator[None]:
         """Raises `TimeoutError` when the block has taken too long; its end in any other way than by an error is an
         answer."""
         loop, allowance_s = asyncio.get_running_loop(), self.allowance_s(max_new_tokens)

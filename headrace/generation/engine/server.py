@@ -25,7 +25,7 @@ from headrace.common.preflight.recipe import check_engine_installed
 from headrace.common.process.child_process import dies_with_parent
 from headrace.generation.engine.client import EngineError
 from headrace.generation.engine.command import HOST, launch_command, launch_environment
-from headrace.generation.engine.shared_gpu import beside_learner
+from headrace.generation.engine.shared_gpu import settings_beside_learner
 
 POLL_S = 0.05
 HEALTH_TIMEOUT_S = 30.0
@@ -81,7 +81,7 @@ class EngineServer:
         check_engine_installed()
         settings = self.settings
         if self.learner_fraction is not None:
-            settings = await asyncio.to_thread(beside_learner, settings, self.learner_fraction)
+            settings = await asyncio.to_thread(settings_beside_learner, settings, self.learner_fraction)
         command = launch_command(settings, self.dtype, model_path, weight_version, self.port)
         command += ["--trust-remote-code"] * self.trust_remote_code
         self.log_path.parent.mkdir(parents=True, exist_ok=True)

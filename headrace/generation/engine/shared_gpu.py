@@ -13,7 +13,7 @@ from headrace.generation.engine.http_calls import EngineError
 MIB = 1 << 20
 
 
-def beside_learner(settings: EngineConfig, learner_fraction: float) -> EngineConfig:
+def settings_beside_learner(settings: EngineConfig, learner_fraction: float) -> EngineConfig:
     """The settings of an engine that starts now. Raises `EngineError` if the GPU has less free than is the engine's."""
     gpus = visible_gpus()
     if len(gpus) != 1 or not gpus[0].total_bytes:

@@ -23,12 +23,12 @@ from typing import Literal
 import msgspec
 
 from headrace.generation.engine.completions import to_version
-from headrace.generation.engine.confirmation import Expected, SwapConfirmer
+from headrace.generation.engine.confirmation import ExpectedWeights, SwapConfirmer
 from headrace.generation.engine.http_calls import CONTROL_TIMEOUT_S, EngineCalls, EngineError
 from headrace.generation.tensors.shapes import Shapes, expected_shapes, safetensors_shapes
 
 SwapMode = Literal["retract", "in_place"]
-LAST_CONTINUE_TIMEOUT_S = 2.0
+CANCELLED_CONTINUE_TIMEOUT_S = 2.0
 """Of a swap that was cancelled: whoever drains has no longer."""
 
 
@@ -49,17 +49,17 @@ class SwapTimings:
     total_s: float
 
 
-class _Update(msgspec.Struct):
+class _UpdateReply(msgspec.Struct):
     success: bool
     message: str
 
 
-class _Model(msgspec.Struct):
+class _ModelInfo(msgspec.Struct):
     model_path: str
     weight_version: str
 
 
-class _Server(msgspec.Struct):
+class _ServerInfo(msgspec.Struct):
     device: str
     tp_size: int
     disable_overlap_schedule: bool
@@ -95,7 +95,7 @@ class WeightSwapper:
         """
         async with self._swapping:
             started_s = time.monotonic()
-            started_on = Path((await self._calls.call("/model_info", _Model)).model_path)
+            started_on = Path((await self._calls.call("/model_info", _ModelInfo)).model_path)
             self._check_folder(folder, started_on)
             server = await self._suitable_server()
             expected = await self._confirmer.expect(folder, version, started_on, server.device, server.tp_size)
@@ -143,7 +143,7 @@ class WeightSwapper:
 
     async def served_version(self) -> int | None:
         """The version that the engine says it serves; None if it was started without one."""
-        label = (await self._calls.call("/model_info", _Model)).weight_version
+        label = (await self._calls.call("/model_info", _ModelInfo)).weight_version
         try:
             return None if label == "default" else to_version(label)
         except ValueError as error:
@@ -164,7 +164,7 @@ class WeightSwapper:
                 self._mark_failed()
             is_cancelled = isinstance(error, asyncio.CancelledError)
             with suppress(EngineError):  # which would take the place of the first
-                await self._continue(LAST_CONTINUE_TIMEOUT_S if is_cancelled else CONTROL_TIMEOUT_S)
+                await self._continue(CANCELLED_CONTINUE_TIMEOUT_S if is_cancelled else CONTROL_TIMEOUT_S)
             raise
 
     async def _load(self, folder: Path, version: int) -> None:
@@ -174,7 +174,7 @@ class WeightSwapper:
         update = {"model_path": str(folder), "weight_version": str(version), "flush_cache": flush_cache}
         self._is_loading = True
         try:
-            reply = await self._calls.call(path, _Update, update, timeout_s=self._timeout_s)
+            reply = await self._calls.call(path, _UpdateReply, update, timeout_s=self._timeout_s)
         finally:
             self._is_loading = False
         if not reply.success:
@@ -183,7 +183,7 @@ class WeightSwapper:
     async def _continue(self, timeout_s: float) -> None:
         await self._calls.call("/continue_generation", msgspec.Raw, {"torch_empty_cache": False}, timeout_s)
 
-    async def _confirm(self, expected: Expected, version: int) -> None:
+    async def _confirm(self, expected: ExpectedWeights, version: int) -> None:
         served = await self.served_version()
         if served != version:
             raise EngineError(f"the engine reports weight version {served} after a swap to {version}")
@@ -193,9 +193,9 @@ class WeightSwapper:
             told = f"the engine reports weight version {version} after a swap to {expected.folder}, but"
             raise EngineError(f"{told} {error}") from error
 
-    async def _suitable_server(self) -> _Server:
+    async def _suitable_server(self) -> _ServerInfo:
         """Raises `EngineError` if swaps in this mode would go wrong in the engine as it was started."""
-        server = await self._calls.call("/server_info", _Server)
+        server = await self._calls.call("/server_info", _ServerInfo)
         is_suitable = server.disable_overlap_schedule and server.disable_radix_cache and server.tp_size == 1
         if self._mode == "in_place" and not is_suitable:
             raise EngineError(

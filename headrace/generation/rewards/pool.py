@@ -15,11 +15,11 @@ from typing import Any
 
 from headrace.common.metrics.families import SHORT_S, Histogram
 from headrace.common.wire import Ticket
-from headrace.generation.rewards.process import RewardError, Worker, spawn
-from headrace.generation.rewards.worker import Answer, Job, Setup
+from headrace.generation.rewards.process import RewardError, WorkerProcess, spawn
+from headrace.generation.rewards.worker import ScoreRequest, Setup, WorkerReply
 
 START_DEADLINE_S = 120.0
-PAUSES_S = (0.1, 1.0)
+RETRY_PAUSES_S = (0.1, 1.0)
 """Before a completion is scored for the second time, and for the third."""
 _log = logging.getLogger(__name__)
 
@@ -51,10 +51,10 @@ class RewardPool:
         """What workers took for a group, failures included."""
         self.problem = ""
         """Of the latest group that could not be scored; empty once another could."""
-        self._open = False
-        self._free: asyncio.Queue[Worker] = asyncio.Queue()
+        self._is_open = False
+        self._free: asyncio.Queue[WorkerProcess] = asyncio.Queue()
         """`num_workers` places, less those in use. A place may hold a dead worker, to be replaced when it is used."""
-        self._running: set[Worker] = set()
+        self._running: set[WorkerProcess] = set()
         """Every worker whose process may not have ended yet."""
 
     async def start(self) -> None:
@@ -62,7 +62,7 @@ class RewardPool:
 
         The calling thread must outlive the pool: Linux ends a worker with the thread that started it.
         """
-        self._open = True
+        self._is_open = True
         starts = [self._start_worker() for _ in range(self._num_workers)]
         for started in await asyncio.gather(*starts, return_exceptions=True):
             if isinstance(started, BaseException):
@@ -72,25 +72,25 @@ class RewardPool:
 
     async def close(self) -> None:
         """Returns when every worker has ended. A group still being scored, or waiting to be, gets `RewardError`."""
-        self._open = False
+        self._is_open = False
         workers = list(self._running)
         for worker in workers:
             worker.kill()
-        await asyncio.gather(*(worker.ended() for worker in workers))
+        await asyncio.gather(*(worker.wait() for worker in workers))
 
     async def score(self, ticket: Ticket, completions: list[str]) -> list[float]:
         """One finite reward for each completion, in order; raises `RewardError` naming the ticket.
 
         Waits for a free worker; the deadline counts from when the worker gets the group, each time that it does.
         """
-        assert self._open, "score() is for after start() and before close()"
+        assert self._is_open, "score() is for after start() and before close()"
         rewards: list[float | None] = [None] * len(completions)
-        for pause_s in (0.0, *PAUSES_S):
+        for pause_s in (0.0, *RETRY_PAUSES_S):
             await asyncio.sleep(pause_s)
             missing = [index for index, reward in enumerate(rewards) if reward is None]
             texts = [completions[index] for index in missing]
             try:
-                answer = await self._score_once(Job(ticket, texts))
+                answer = await self._score_once(ScoreRequest(ticket, texts))
             except (RewardError, OSError) as error:
                 self.problem = f"ticket {ticket.id}: {error}"
                 raise RewardError(self.problem, texts) from error
@@ -106,28 +106,28 @@ class RewardPool:
         self.problem = f"ticket {ticket.id}: completion {first + 1} of {len(rewards)}: {answer.problem}"
         raise RewardError(self.problem, [completions[i] for i, reward in enumerate(rewards) if reward is None])
 
-    async def _score_once(self, job: Job) -> Answer:
+    async def _score_once(self, job: ScoreRequest) -> WorkerReply:
         worker = await self._free.get()
         started = time.monotonic()
         try:
             if not worker.is_usable:
                 worker.kill()
                 worker = await self._start_worker()
-            return await worker.ask(job, self._deadline_s)
+            return await worker.request(job, self._deadline_s)
         finally:
             self.seconds.observe(time.monotonic() - started)
             self._free.put_nowait(worker)
 
-    async def _start_worker(self) -> Worker:
+    async def _start_worker(self) -> WorkerProcess:
         ours, theirs = socket.socketpair()
         answers, messages = await asyncio.open_unix_connection(sock=ours)
         with theirs:
-            if not self._open:
+            if not self._is_open:
                 messages.close()
                 raise RewardError("the reward pool was closed")
-            worker = Worker(spawn(theirs), answers, messages)
+            worker = WorkerProcess(spawn(theirs), answers, messages)
         self._running = {worker, *(other for other in self._running if other.process.poll() is None)}
-        answer = await worker.ask(self._setup, START_DEADLINE_S)
+        answer = await worker.request(self._setup, START_DEADLINE_S)
         if answer.problem:
             raise TaskError(answer.problem)
         return worker

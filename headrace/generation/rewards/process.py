@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import msgspec
 
 from headrace.common.process.child_process import environment_of_foreign_code, import_path
-from headrace.generation.rewards.worker import LENGTH_BYTES, Answer, Job, Setup
+from headrace.generation.rewards.worker import LENGTH_BYTES, ScoreRequest, Setup, WorkerReply
 
 
 class RewardError(Exception):
@@ -27,7 +27,7 @@ class RewardError(Exception):
         """Those without a reward."""
 
 
-class Worker:
+class WorkerProcess:
     """A worker as its parent sees it: a process that owes one answer to each message."""
 
     def __init__(
@@ -36,59 +36,59 @@ class Worker:
         self.process = process
         self._answers = answers
         self._messages = messages
-        self._killed = False
+        self._is_killed = False
 
     @property
     def is_usable(self) -> bool:
-        return not self._killed and self.process.poll() is None
+        return not self._is_killed and self.process.poll() is None
 
     def kill(self) -> None:
         """Ends what is left of it, its process group and the connection, without waiting."""
-        if self._killed:
+        if self._is_killed:
             return
-        self._killed = True
+        self._is_killed = True
         self._messages.close()
         if self.process.returncode is None:  # not reaped, so that the process group is still its own
             os.killpg(self.process.pid, signal.SIGKILL)
 
-    async def ended(self) -> int:
+    async def wait(self) -> int:
         """The exit status of a killed worker, once its process has ended and the connection is closed."""
         status = await asyncio.to_thread(self.process.wait)
         with contextlib.suppress(ConnectionError):
             await self._messages.wait_closed()
         return status
 
-    async def ask(self, message: Setup | Job, deadline_s: float) -> Answer:
+    async def request(self, message: Setup | ScoreRequest, deadline_s: float) -> WorkerReply:
         """The answer. A worker that gives none, or says that it is not sound, is killed, and so it is if the caller is
         cancelled. Raises `RewardError` where there is none."""
         try:
             payload = msgspec.msgpack.encode(message)
         except UnicodeEncodeError as error:
             raise RewardError(f"{type(error).__name__}: {error}") from error
-        is_sound = False
+        is_usable = False
         try:
             async with asyncio.timeout(deadline_s):
                 answer = await self._exchange(payload)
-            is_sound = answer.is_sound
-            if not is_sound and isinstance(message, Job):
+            is_usable = answer.is_usable
+            if not is_usable and isinstance(message, ScoreRequest):
                 raise RewardError(answer.problem)
             return answer
         except TimeoutError as error:
             raise RewardError(f"no answer within the deadline of {deadline_s:g} s") from error
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             self.kill()  # it is dead already, or as good as: a dead process keeps its own exit status
-            raise RewardError(f"the worker's process ended with status {await self.ended()}") from error
+            raise RewardError(f"the worker's process ended with status {await self.wait()}") from error
         except msgspec.DecodeError as error:
             raise RewardError(f"{type(error).__name__}: {error}") from error
         finally:
-            if not is_sound:
+            if not is_usable:
                 self.kill()
 
-    async def _exchange(self, payload: bytes) -> Answer:
+    async def _exchange(self, payload: bytes) -> WorkerReply:
         self._messages.write(len(payload).to_bytes(LENGTH_BYTES) + payload)
         await self._messages.drain()
         length = int.from_bytes(await self._answers.readexactly(LENGTH_BYTES))
-        return msgspec.msgpack.decode(await self._answers.readexactly(length), type=Answer)
+        return msgspec.msgpack.decode(await self._answers.readexactly(length), type=WorkerReply)
 
 
 def spawn(connection: socket.socket) -> subprocess.Popen[bytes]:

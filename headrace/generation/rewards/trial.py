@@ -19,7 +19,7 @@ from headrace.generation.rewards.process import RewardError
 
 
 def main() -> int:
-    problem = asyncio.run(try_reward(RunConfig.model_validate_json(sys.stdin.buffer.readline()), _tickets))
+    problem = asyncio.run(score_empty_completions(RunConfig.model_validate_json(sys.stdin.buffer.readline()), _tickets))
     Path(sys.argv[1]).write_text(problem)
     return 0
 
@@ -28,7 +28,7 @@ def _tickets() -> list[bytes]:
     return msgspec.msgpack.decode(sys.stdin.buffer.read(), type=list[bytes])
 
 
-async def try_reward(config: RunConfig, read_tickets: Callable[[], list[bytes]]) -> str:
+async def score_empty_completions(config: RunConfig, read_tickets: Callable[[], list[bytes]]) -> str:
     """Why a completion could not be scored; empty if all could. The workers start before the tickets are read."""
     settings = config.generation
     pool = RewardPool(

@@ -24,7 +24,7 @@ from headrace.common.wire import Ticket
 
 LENGTH_BYTES = 4
 MAX_PROBLEM_CHARS = 500
-NO_NUMBER = "expected a finite number for a reward, got {}"
+NOT_A_NUMBER = "expected a finite number for a reward, got {}"
 
 
 class Setup(msgspec.Struct, frozen=True):
@@ -36,30 +36,30 @@ class Setup(msgspec.Struct, frozen=True):
     parent_pid: int
 
 
-class Job(msgspec.Struct, frozen=True):
+class ScoreRequest(msgspec.Struct, frozen=True):
     """Every later message to a worker."""
 
     ticket: Ticket
     completions: list[str]
 
 
-class Answer(msgspec.Struct, frozen=True):
-    """To a `Setup`: no rewards; to a `Job`: one for each completion, None for one that has none."""
+class WorkerReply(msgspec.Struct, frozen=True):
+    """To a `Setup`: no rewards; to a `ScoreRequest`: one for each completion, None for one that has none."""
 
     rewards: list[float | None] = []
     problem: str = ""
     """The first one; empty: there is none."""
-    is_sound: bool = True
+    is_usable: bool = True
     """False: the worker is not to be used any more."""
 
 
-Received = TypeVar("Received", Setup, Job)
+Received = TypeVar("Received", Setup, ScoreRequest)
 
 
-def work() -> None:
+def run_worker() -> None:
     """A worker's life, from its parent's first message to its last."""
     assert ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) == 0
-    parent = claim_connection()
+    parent = take_over_connection()
     setup = receive(parent, Setup)
     if setup is None or os.getppid() != setup.parent_pid:  # the parent died before prctl could notice
         return
@@ -67,14 +67,14 @@ def work() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (setup.memory_bytes, setup.memory_bytes))
         task = load_task(setup.task_name, setup.task_settings)
     except BaseException as error:  # noqa: BLE001 - a task is foreign code: it may raise anything
-        send(parent, Answer(problem=describe(error), is_sound=False))
+        send(parent, WorkerReply(problem=describe_error(error), is_usable=False))
         return
-    send(parent, Answer())
-    while job := receive(parent, Job):
-        send(parent, judge(task, job))
+    send(parent, WorkerReply())
+    while job := receive(parent, ScoreRequest):
+        send(parent, score_group(task, job))
 
 
-def claim_connection() -> BufferedRWPair:
+def take_over_connection() -> BufferedRWPair:
     """The connection to the parent, moved away from where a reward reads; a reward finds nothing to read there."""
     connection = socket.socket(fileno=os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -87,13 +87,13 @@ def receive(parent: BufferedRWPair, kind: type[Received]) -> Received | None:
     return msgspec.msgpack.decode(parent.read(int.from_bytes(length)), type=kind) if length else None
 
 
-def send(parent: BufferedRWPair, answer: Answer) -> None:
+def send(parent: BufferedRWPair, answer: WorkerReply) -> None:
     payload = msgspec.msgpack.encode(answer)
     parent.write(len(payload).to_bytes(LENGTH_BYTES) + payload)
     parent.flush()
 
 
-def judge(task: Task, job: Job) -> Answer:
+def score_group(task: Task, job: ScoreRequest) -> WorkerReply:
     """The rewards of one group. One that raises or is no finite number costs the others nothing."""
     rewards: list[float | None] = []
     problem = ""
@@ -101,26 +101,26 @@ def judge(task: Task, job: Job) -> Answer:
         reward = None
         try:
             given = task.reward(completion, job.ticket)
-            reward = finite_number(given)
-            problem = problem or (NO_NUMBER.format(reprlib.repr(given)) if reward is None else "")
+            reward = to_finite_number(given)
+            problem = problem or (NOT_A_NUMBER.format(reprlib.repr(given)) if reward is None else "")
         except MemoryError as error:
-            return Answer(problem=describe(error), is_sound=False)
+            return WorkerReply(problem=describe_error(error), is_usable=False)
         except Exception as error:  # noqa: BLE001 - as above
-            problem = problem or describe(error)
+            problem = problem or describe_error(error)
         except BaseException as error:  # noqa: BLE001 - it wants to end the process
-            return Answer(problem=describe(error), is_sound=False)
+            return WorkerReply(problem=describe_error(error), is_usable=False)
         rewards.append(reward)
-    return Answer(rewards, problem)
+    return WorkerReply(rewards, problem)
 
 
-def finite_number(given: Any) -> float | None:
+def to_finite_number(given: Any) -> float | None:
     """Also of numpy's and torch's scalars, truth values among them."""
     if not isinstance(given, numbers.Real) and hasattr(given, "item"):
         given = given.item()
     return float(given) if isinstance(given, numbers.Real) and math.isfinite(given) else None
 
 
-def describe(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """What was raised and where, in a form that any text survives."""
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)
     raised = "".join(traceback.format_exception_only(error)).strip()[:MAX_PROBLEM_CHARS]
@@ -128,4 +128,4 @@ def describe(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    work()
+    run_worker()

@@ -39,17 +39,17 @@ VOCABULARY_MULTIPLE = 64
 """SGLang pads the rows of both to it with zeros."""
 MAX_CAST_BYTES = 1 << 20
 """What SGLang holds in float32 beside a bfloat16 model (decays, a router's bias) is small."""
-Hashes = dict[str, str]
+Checksums = dict[str, str]
 """By the engine's tensors."""
 Digests = Mapping[str, str]
 """By the checkpoint's tensors."""
 
 
-class Confirmed(NamedTuple):
+class ConfirmedState(NamedTuple):
     """What the engine held, by rank, when what it had been given was this."""
 
-    given: Digests
-    held: Sequence[Hashes]
+    digests: Digests
+    checksums: Sequence[Checksums]
 
 
 class Comparison(NamedTuple):
@@ -57,63 +57,65 @@ class Comparison(NamedTuple):
     tensors were held one by one against what they are made of, `unknown` are those whose names are not understood and
     that were held against the rest of the checkpoint as a whole."""
 
-    contradiction: str
+    mismatch: str
     num_compared: int
-    unknown: list[str]
+    unmatched: list[str]
 
 
-def made_of(names: Collection[str], stored: Collection[str]) -> dict[str, list[str]]:
+def map_to_checkpoint(names: Collection[str], stored: Collection[str]) -> dict[str, list[str]]:
     """Of the engine's tensors `names` those that are made of the checkpoint's `stored`: of which, in their order."""
-    parts = {name: _parts(name, stored) for name in names}
+    parts = {name: _parts_of(name, stored) for name in names}
     return {name: found for name, found in parts.items() if found}
 
 
-def compare_changes(given: Digests, held: Sequence[Hashes], before: Confirmed) -> Comparison:
+def compare_changes(given: Digests, held: Sequence[Checksums], before: ConfirmedState) -> Comparison:
     """Each of the engine's tensors must have changed since `before`, on some rank, exactly if what it is made of has.
 
     What `before` does not know of is not compared.
     """
     names = list(dict.fromkeys(name for rank in held for name in rank))
-    parts = made_of(names, given)
-    ranks = list(zip(held, before.held, strict=True))
+    parts = map_to_checkpoint(names, given)
+    ranks = list(zip(held, before.checksums, strict=True))
     changed = {name for name in names if any(now.get(name) != then.get(name) for now, then in ranks)}
-    anew = {name for name, digest in given.items() if name in before.given and digest != before.given[name]}
-    known = {name: of for name, of in parts.items() if before.given.keys() >= set(of)}
+    anew = {name for name, digest in given.items() if name in before.digests and digest != before.digests[name]}
+    known = {name: of for name, of in parts.items() if before.digests.keys() >= set(of)}
     wrong = [name for name, of in known.items() if (name in changed) == anew.isdisjoint(of)]
     if wrong:
         how = "has changed with the same bytes" if wrong[0] in changed else "is as before with other bytes"
         return Comparison(f"{len(wrong)} of its {len(known)} tensors contradict them: {wrong[0]} {how}", len(known), [])
     unknown = [name for name in names if name not in parts]
     rest = given.keys() - {part for of in parts.values() for part in of}
-    is_known = bool(unknown and rest) and rest <= before.given.keys()
+    is_known = bool(unknown and rest) and rest <= before.digests.keys()
     if is_known and changed.isdisjoint(unknown) != anew.isdisjoint(rest):
         how = "are as before with other bytes" if changed.isdisjoint(unknown) else "have changed with the same bytes"
         return Comparison(f"its tensors {unknown[0]} and {len(unknown) - 1} more {how}", len(known), unknown)
     return Comparison("", len(known), unknown if is_known else [])
 
 
-def other_bytes(folder: Path, names: Set[str], held: Hashes) -> tuple[str, int]:
+def compare_bytes(folder: Path, names: Set[str], held: Checksums) -> tuple[str, int]:
     """What says that an engine on a CPU, on one rank, does not hold the bytes of the folder's tensors `names`, or "";
     and of how many of its own that is known."""
     stored = {entry.name: entry for entry in safetensors_entries(folder)}
     if missing := names - stored.keys():
         return f"{min(missing)} is no longer in {folder}", 0
-    parts = made_of(held, stored)
+    parts = map_to_checkpoint(held, stored)
     wrong = sorted(
-        name for name, of in parts.items() if held[name] not in _checksums([stored[part] for part in of], _sha256)
+        name
+        for name, of in parts.items()
+        if held[name] not in _possible_checksums([stored[part] for part in of], _sha256)
     )
     told = f"it holds other bytes for {len(wrong)} of {len(parts)} tensors, {wrong[0]} first" if wrong else ""
     return told, len(parts)
 
 
-def sample_of(folder: Path, names: Collection[str], seed: int, max_bytes: int) -> dict[str, set[str]]:
+def sample_checksums(folder: Path, names: Collection[str], seed: int, max_bytes: int) -> dict[str, set[str]]:
     """The checksums that an engine on CUDA, on one rank, may tell of some of its tensors `names`, drawn by `seed`, of
     `max_bytes` together at most.
 
     Experts are left out: kernels for them may lay them out anew.
     """
     stored = {entry.name: entry for entry in safetensors_entries(folder)}
-    parts = {name: of for name, of in made_of(names, stored).items() if ".experts." not in name}
+    parts = {name: of for name, of in map_to_checkpoint(names, stored).items() if ".experts." not in name}
     sizes = {name: sum(stored[part].num_bytes for part in of) for name, of in parts.items()}
     fitting = sorted(name for name, size in sizes.items() if size <= max_bytes)
     drawn, left_bytes = [], max_bytes
@@ -122,10 +124,10 @@ def sample_of(folder: Path, names: Collection[str], seed: int, max_bytes: int) -
         if left_bytes < 0:
             break
         drawn.append(name)
-    return {name: set(_checksums([stored[part] for part in parts[name]], cuda_checksum)) for name in drawn}
+    return {name: set(_possible_checksums([stored[part] for part in parts[name]], cuda_checksum)) for name in drawn}
 
 
-def _parts(name: str, stored: Collection[str]) -> list[str]:
+def _parts_of(name: str, stored: Collection[str]) -> list[str]:
     """None if they are not all there."""
     if name in stored:
         return [name]
@@ -149,7 +151,7 @@ def _experts(layer: str, conventions: Iterable[Sequence[str]], stored: Collectio
     return []
 
 
-def _checksums(parts: Sequence[StoredTensor], digest: Callable[[bytes], str]) -> Iterator[str]:
+def _possible_checksums(parts: Sequence[StoredTensor], digest: Callable[[bytes], str]) -> Iterator[str]:
     """Of the bytes as they lie in the file, then of those by which SGLang may hold the same numbers."""
     payload = b"".join(part.read() for part in parts)
     yield digest(payload)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from headrace.generation.tickets.store import Lease
 
 
-class _Held(NamedTuple):
+class _Entry(NamedTuple):
     lease: Lease
     task: asyncio.Task[None]
     takes_slot: bool
@@ -19,7 +19,7 @@ class InFlight:
 
     def __init__(self) -> None:
         self.slot_freed = asyncio.Event()
-        self._held: dict[tuple[str, str], _Held] = {}
+        self._entries: dict[tuple[str, str], _Entry] = {}
         """By stream and entry id."""
         self._serving_since: float | None = None
         self._idle_since: float | None = None
@@ -28,7 +28,7 @@ class InFlight:
     def begin_serving(self) -> None:
         self._serving_since = self._idle_since = time.monotonic()
 
-    def hold(
+    def add(
         self, lease: Lease, work: Coroutine[Any, Any, None], tasks: asyncio.TaskGroup, takes_slot: bool = True
     ) -> None:
         """Does the work as one of `tasks`."""
@@ -36,25 +36,25 @@ class InFlight:
             self._idle_s += time.monotonic() - self._idle_since
             self._idle_since = None
         task = tasks.create_task(work, name=f"ticket {lease.ticket.id}")
-        self._held[lease.stream, lease.entry_id] = _Held(lease, task, takes_slot)
+        self._entries[lease.stream, lease.entry_id] = _Entry(lease, task, takes_slot)
         task.add_done_callback(lambda _: self._release(lease))
 
     def __contains__(self, lease: Lease) -> bool:
-        return (lease.stream, lease.entry_id) in self._held
+        return (lease.stream, lease.entry_id) in self._entries
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._entries)
 
     def num_slots_taken(self, stream: str) -> int:
-        return sum(held.takes_slot and held.lease.stream == stream for held in self._held.values())
+        return sum(entry.takes_slot and entry.lease.stream == stream for entry in self._entries.values())
 
     @property
     def leases(self) -> list[Lease]:
-        return [held.lease for held in self._held.values()]
+        return [entry.lease for entry in self._entries.values()]
 
     @property
     def tasks(self) -> list[asyncio.Task[None]]:
-        return [held.task for held in self._held.values()]
+        return [entry.task for entry in self._entries.values()]
 
     @property
     def is_serving(self) -> bool:
@@ -70,7 +70,7 @@ class InFlight:
         return self._idle_s + (0.0 if self._idle_since is None else time.monotonic() - self._idle_since)
 
     def _release(self, lease: Lease) -> None:
-        del self._held[lease.stream, lease.entry_id]
+        del self._entries[lease.stream, lease.entry_id]
         self.slot_freed.set()
-        if not self._held:
+        if not self._entries:
             self._idle_since = time.monotonic()

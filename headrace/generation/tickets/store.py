@@ -65,7 +65,7 @@ return renewed
 """
 
 
-def cut(text: str) -> str:
+def truncate(text: str) -> str:
     """To `MAX_DEAD_CHARS`, its end included; what no encoding takes is written out."""
     text = text.encode(errors="backslashreplace").decode()
     if len(text) <= MAX_DEAD_CHARS:
@@ -125,7 +125,7 @@ class TicketStore:
                 TICKET_GROUP, self.replica, {stream: ">"}, count=count, block=max(1, int(block_s * 1000))
             )
         except redis.ResponseError as error:
-            await self._open_again(error)
+            await self._recreate_streams(error)
             return []
         return await self._leases(stream, [(entry_id, fields) for _, entry_id, fields in entries_of(found)])
 
@@ -136,7 +136,7 @@ class TicketStore:
                 stream, TICKET_GROUP, self.replica, min_idle_time=int(idle_s * 1000), start_id="0-0", count=count
             )
         except redis.ResponseError as error:
-            await self._open_again(error)
+            await self._recreate_streams(error)
             return []
         leases = await self._leases(stream, rows)
         return [lease._replace(num_deliveries=await self._num_deliveries(lease)) for lease in leases]
@@ -148,7 +148,7 @@ class TicketStore:
             try:
                 await self._renew_script(keys=[stream], args=[TICKET_GROUP, self.replica, *entry_ids])
             except redis.ResponseError as error:
-                await self._open_again(error)
+                await self._recreate_streams(error)
 
     async def commit(self, lease: Lease, group: Group) -> bool:
         """Adds the group and retires its ticket; False if somebody else already has."""
@@ -171,8 +171,8 @@ class TicketStore:
         told = ticket.attempts, max_attempts, reason
         _log.warning("attempt %d of %d failed: %s", *told, extra={"ticket": ticket.id})
         if ticket.attempts >= max_attempts:
-            shown = [cut(completion) for completion in completions[:MAX_DEAD_COMPLETIONS]]
-            await self._bury(lease.stream, lease.entry_id, ticket.id, reason, encode(ticket), shown)
+            shown = [truncate(completion) for completion in completions[:MAX_DEAD_COMPLETIONS]]
+            await self._dead_letter(lease.stream, lease.entry_id, ticket.id, reason, encode(ticket), shown)
         else:
             await self._reopen(lease, ticket, "failed")
 
@@ -187,21 +187,21 @@ class TicketStore:
         _log.warning("interrupted for the %d. time: %s", ticket.interruptions, reason, extra={"ticket": ticket.id})
         if ticket.interruptions >= MAX_INTERRUPTIONS:
             reason = f"interrupted {ticket.interruptions} times: {reason}"
-            await self._bury(lease.stream, lease.entry_id, ticket.id, reason, encode(ticket))
+            await self._dead_letter(lease.stream, lease.entry_id, ticket.id, reason, encode(ticket))
         else:
             await self._reopen(lease, ticket, "interrupted")
 
-    async def beat(self, heartbeat: Heartbeat, ttl_s: float) -> None:
+    async def write_heartbeat(self, heartbeat: Heartbeat, ttl_s: float) -> None:
         await self.client.set(self.keys.replica(self.replica), encode(heartbeat), px=int(ttl_s * 1000))
 
-    async def leave(self) -> None:
+    async def delete_heartbeat(self) -> None:
         await self.client.delete(self.keys.replica(self.replica))
 
     async def announce(self, kind: str, event: dict[str, Any]) -> None:
         fields: Any = {"kind": kind, "event": msgspec.json.encode(event)}
         await self.client.xadd(self.keys.events, fields, maxlen=MAX_EVENTS)
 
-    async def _open_again(self, error: redis.ResponseError) -> None:
+    async def _recreate_streams(self, error: redis.ResponseError) -> None:
         """After a Redis that lost its streams; raises any other error again."""
         if not str(error).startswith("NOGROUP"):
             raise error
@@ -217,7 +217,7 @@ class TicketStore:
                 leases.append(Lease(stream, entry_id.decode(), decode_ticket(fields[b"ticket"])))
             except (KeyError, WireError) as error:
                 name = fields.get(b"id", b"?").decode(errors="replace")
-                await self._bury(stream, entry_id.decode(), name, f"undecodable ticket: {error}", b"")
+                await self._dead_letter(stream, entry_id.decode(), name, f"undecodable ticket: {error}", b"")
         return leases
 
     async def _num_deliveries(self, lease: Lease) -> int:
@@ -229,7 +229,7 @@ class TicketStore:
         (moved,) = await self._move(lease.stream, lease.stream, "open", [move])
         self.outcomes[outcome] += moved
 
-    async def _bury(
+    async def _dead_letter(
         self, stream: str, entry_id: str, ticket_id: str, reason: str, payload: bytes, completions: Sequence[str] = ()
     ) -> None:
         _log.error("dead: %s", reason, extra={"ticket": ticket_id})
@@ -248,6 +248,6 @@ class TicketStore:
         try:
             moved = await self._move_script(keys=keys, args=arguments)
         except redis.ResponseError as error:
-            await self._open_again(error)
+            await self._recreate_streams(error)
             return [False] * len(moves)
         return [bool(one) for one in moved]

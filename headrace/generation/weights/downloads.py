@@ -40,13 +40,13 @@ class Download:
         self.path = path
         self.num_bytes = num_bytes
         self.num_arrived = 0
-        self.is_over = False
+        self.is_finished = False
         self._grown = asyncio.Condition()
 
-    async def arrived(self, num_bytes: int, is_over: bool = False) -> None:
+    async def advance(self, num_bytes: int, is_finished: bool = False) -> None:
         """It has `num_bytes` now; fewer than before if it begins anew, which ends those who read it."""
         async with self._grown:
-            self.is_over = self.is_over or is_over or num_bytes < self.num_arrived
+            self.is_finished = self.is_finished or is_finished or num_bytes < self.num_arrived
             self.num_arrived = num_bytes
             self._grown.notify_all()
 
@@ -56,18 +56,18 @@ class Download:
             file.seek(first)
             while file.tell() < self.num_bytes:
                 async with self._grown:
-                    await self._grown.wait_for(lambda: self.is_over or self.num_arrived > file.tell())
+                    await self._grown.wait_for(lambda: self.is_finished or self.num_arrived > file.tell())
                 if not (chunk := file.read(max(0, min(CHUNK_BYTES, self.num_arrived - file.tell())))):
                     return
                 yield chunk
 
 
 class Fetcher:
-    """`failures` and `refusals` count by source what it could not serve, and what it served wrongly."""
+    """`failures` and `checksum_mismatches` count by source what it could not serve, and what it served wrongly."""
 
     def __init__(self, token: str) -> None:
         self.failures: Counter[str] = Counter()
-        self.refusals: Counter[str] = Counter()
+        self.checksum_mismatches: Counter[str] = Counter()
         self.num_bytes: Counter[str] = Counter()
         """That came from each source."""
         self.downloads: dict[tuple[int, str], Download] = {}
@@ -77,7 +77,7 @@ class Fetcher:
     async def aclose(self) -> None:
         await self._http.aclose()
 
-    async def manifest(self, sources: Sequence[str], version: int, sha256: str) -> tuple[Manifest, bytes]:
+    async def fetch_manifest(self, sources: Sequence[str], version: int, sha256: str) -> tuple[Manifest, bytes]:
         """The manifest with that SHA-256 and its bytes. Raises `WeightsError` if nobody has it."""
         problems = []
         for source in sources:
@@ -90,10 +90,10 @@ class Fetcher:
                     raise WeightsError(f"the manifest is of version {manifest.version}")
                 return manifest, payload
             except (WeightsError, httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-                problems.append(self._blame(source, error))
+                problems.append(self._note_failure(source, error))
         raise WeightsError(f"version {version}: {'; '.join(problems)}")
 
-    async def file(
+    async def fetch_file(
         self,
         sources: Sequence[str],
         version: int,
@@ -120,17 +120,17 @@ class Fetcher:
                     await asyncio.to_thread(check, path)
                     return num_fetched + num_bytes - begun_at
                 except (WeightsError, httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-                    problems.append(self._blame(source, error))
+                    problems.append(self._note_failure(source, error))
                     num_fetched += download.num_arrived - begun_at
                     if isinstance(error, WeightsError):  # whose bytes are wrong nobody knows: all of them anew
                         path.write_bytes(b"")
-                        await download.arrived(0)
+                        await download.advance(0)
             raise WeightsError(f"version {version}, {name}: {'; '.join(problems)}")
         except BaseException:
             path.unlink()
             raise
         finally:
-            await download.arrived(download.num_arrived, is_over=True)
+            await download.advance(download.num_arrived, is_finished=True)
             del self.downloads[version, name]
 
     async def _continue(self, download: Download, source: str, version: int, name: str) -> None:
@@ -139,7 +139,7 @@ class Fetcher:
                 file.write(chunk)
                 file.flush()
                 self.num_bytes[source] += len(chunk)
-                await download.arrived(download.num_arrived + len(chunk))
+                await download.advance(download.num_arrived + len(chunk))
         if download.num_arrived != download.num_bytes:
             raise OSError(f"ended after {download.num_arrived} of {download.num_bytes} bytes")
 
@@ -164,8 +164,8 @@ class Fetcher:
             async for chunk in response.aiter_raw():
                 yield chunk
 
-    def _blame(self, source: str, error: Exception) -> str:
-        (self.refusals if isinstance(error, WeightsError) else self.failures)[source] += 1
+    def _note_failure(self, source: str, error: Exception) -> str:
+        (self.checksum_mismatches if isinstance(error, WeightsError) else self.failures)[source] += 1
         kind = "" if isinstance(error, WeightsError) else f"{type(error).__name__}: "
         problem = f"{source}: {kind}{str(error).partition(chr(10))[0]}"
         _log.warning("weights: %s", problem)

@@ -23,39 +23,41 @@ NEXT_STEP = (
 )
 
 
-class NoRoom(WeightsError):
+class InsufficientSpace(WeightsError):
     """The folder of the weights is too small for them."""
 
 
-def check_room(folder: Path, model_folder: Path, dtype: str) -> None:
-    """Raises `NoRoom` unless `folder` has room for the versions of the model that lie there at a time, each in `dtype`.
+def check_capacity(folder: Path, model_folder: Path, dtype: str) -> None:
+    """Raises `InsufficientSpace` unless `NUM_VERSIONS` versions of the model, stored in `dtype`, fit into `folder`.
 
-    A model whose folder has no safetensors files is not measured.
+    A model folder without safetensors files is not checked.
     """
     num_items = sum(math.prod(shape) for shape in expected_shapes(model_folder).values())
     needed, free = NUM_VERSIONS * num_items * ITEM_BYTES[dtype], shutil.disk_usage(folder).free
     if free < needed:
-        raise NoRoom(
+        raise InsufficientSpace(
             f"{folder} has {_gib(free)} free, {NUM_VERSIONS} versions of {model_folder} in {dtype} need "
             f"{_gib(needed)}: {NEXT_STEP}"
         )
 
 
-def check_free(folder: Path, num_bytes: int) -> None:
-    """Raises `NoRoom` if so many bytes do not fit into `folder`."""
+def check_free_space(folder: Path, num_bytes: int) -> None:
+    """Raises `InsufficientSpace` if so many bytes do not fit into `folder`."""
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
-        raise NoRoom(f"{folder} has {_gib(free)} free, {_gib(num_bytes)} are to come: {NEXT_STEP}")
+        raise InsufficientSpace(f"{folder} has {_gib(free)} free, {_gib(num_bytes)} are to come: {NEXT_STEP}")
 
 
-def allocated(path: Path, num_bytes: int) -> Bytes:
-    """A new file of that length, to be written through; raises `NoRoom` if it does not fit, and leaves nothing then."""
+def allocate(path: Path, num_bytes: int) -> Bytes:
+    """Maps a new file of `num_bytes` for writing. Raises `InsufficientSpace`, leaving no file, if it does not fit."""
     with path.open("wb") as file:
         try:
             os.posix_fallocate(file.fileno(), 0, num_bytes)
         except OSError as error:
             path.unlink()
-            raise NoRoom(f"{path}: {_gib(num_bytes)} cannot be allocated ({error.strerror}): {NEXT_STEP}") from error
+            raise InsufficientSpace(
+                f"{path}: {_gib(num_bytes)} cannot be allocated ({error.strerror}): {NEXT_STEP}"
+            ) from error
     return np.memmap(path, np.uint8, "r+")
 
 

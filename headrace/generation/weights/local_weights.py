@@ -29,26 +29,26 @@ from headrace.common.weights.files import (
     version_folder,
 )
 from headrace.common.weights.memory_folder import MemoryFolder, memory_backed
-from headrace.generation.weights.free_space import allocated
+from headrace.generation.weights.free_space import allocate
 
 PREFIX = "headrace-weights-"
-KEPT_SHARE = 0.5
+RETAINED_DELTA_SHARE = 0.5
 """Of the model's bytes: so many bytes of earlier deltas are kept for other replicas."""
 
 
-class Held(NamedTuple):
+class LocalVersion(NamedTuple):
     """A version that is here whole."""
 
     manifest: Manifest
     sha256: str
 
 
-class HostCopy:
+class LocalWeights:
     """`held` is the version that is served, None before the first."""
 
     def __init__(self, model_folder: Path) -> None:
         self.model_folder = model_folder
-        self.held: Held | None = None
+        self.current: LocalVersion | None = None
         self._memory = MemoryFolder(PREFIX, memory_backed())
         self.root = self._memory.root
 
@@ -56,10 +56,10 @@ class HostCopy:
         return version_folder(self.root, version)
 
     @property
-    def folder(self) -> Path:
-        return self.folder_of(self.held.manifest.version) if self.held else self.model_folder
+    def current_folder(self) -> Path:
+        return self.folder_of(self.current.manifest.version) if self.current else self.model_folder
 
-    def build(self, start: Path, manifests: Sequence[Manifest]) -> None:
+    def build_from_deltas(self, start: Path, manifests: Sequence[Manifest]) -> None:
         """Makes the model's file of the last of `manifests`, in its folder, out of `start`, the model's file of the
         first one's base, and the delta of each. Raises `WeightsError` if it does not become what the last one says, or
         if there is no room for it. A `start` in that folder was fetched for this alone, and becomes it: beside the
@@ -74,7 +74,7 @@ class HostCopy:
         deltas = [(manifest.delta, file) for manifest, file in zip(manifests, files, strict=True) if manifest.delta]
         frames = [(delta.patches, file, delta.places()) for delta, file in deltas]
         if is_copied:
-            out = allocated(aside, len(begun))
+            out = allocate(aside, len(begun))
             out[: len(layout.header)] = begun[: len(layout.header)]
         else:
             out = np.memmap(start.rename(aside), np.uint8, "r+")
@@ -90,11 +90,11 @@ class HostCopy:
             check_tensor(name, newest.tensors[name], out[place].data)
         aside.rename(aside.with_name(MODEL_FILE))
 
-    def serve(self, held: Held) -> None:
+    def activate(self, held: LocalVersion) -> None:
         """The version in its folder takes the place of the one that was served."""
-        self.held = held
+        self.current = held
         newest = held.manifest.version
-        left_bytes = held.manifest.num_model_bytes * KEPT_SHARE
+        left_bytes = held.manifest.num_model_bytes * RETAINED_DELTA_SHARE
         for version in sorted(stored_versions(self.root), reverse=True):
             folder = self.folder_of(version)
             delta = folder / DELTA_FILE
@@ -108,7 +108,7 @@ class HostCopy:
         """What was fetched or built of a version that is not served."""
         shutil.rmtree(self.folder_of(version), ignore_errors=True)
 
-    def link_rest(self, version: int) -> None:
+    def link_config_and_tokenizer(self, version: int) -> None:
         """The configuration and the tokenizer, which no version brings."""
         folder = self.folder_of(version)
         for path in self.model_folder.iterdir():

@@ -15,25 +15,25 @@ from starlette.exceptions import HTTPException
 from headrace.common.http.service import require_token
 from headrace.common.weights.files import file_of
 from headrace.generation.weights.downloads import Download, Fetcher
-from headrace.generation.weights.local_weights import HostCopy
+from headrace.generation.weights.local_weights import LocalWeights
 
 WAIT_S = 2.0
 POLL_S = 0.02
 
 
-class Sharing:
-    def __init__(self, copy: HostCopy, fetcher: Fetcher) -> None:
-        self._copy = copy
+class WeightFileServer:
+    def __init__(self, local: LocalWeights, fetcher: Fetcher) -> None:
+        self._local = local
         self._fetcher = fetcher
 
     async def response(self, version: int, name: str, byte_range: str) -> Response:
         """Raises `HTTPException` 404 if the file is not here and not about to be, 416 for a range beyond it."""
-        held = self._copy.held.manifest.version if self._copy.held else 0
+        held = self._local.current.manifest.version if self._local.current else 0
         deadline_s = time.monotonic() + (WAIT_S if version > held else 0.0)
         while True:
             if download := self._fetcher.downloads.get((version, name)):
                 return self._stream(download, byte_range)
-            if path := file_of(self._copy.root, version, name):
+            if path := file_of(self._local.root, version, name):
                 return FileResponse(path)
             if time.monotonic() >= deadline_s:
                 raise HTTPException(404, f"weight version {version} has no file {name!r} here")
@@ -50,12 +50,12 @@ class Sharing:
         return StreamingResponse(download.read(first), 206 if asked else 200, headers, "application/octet-stream")
 
 
-def weights_router(sharing: Sharing, token: str) -> APIRouter:
+def weights_router(file_server: WeightFileServer, token: str) -> APIRouter:
     router = APIRouter(dependencies=[Depends(require_token(token))])
 
     @router.get("/weights/{version}/{name}")
     async def weights_file(version: int, name: str, request: Request) -> Response:
         """A file of a version, or a range of it, for other replicas; also one that is still on its way here."""
-        return await sharing.response(version, name, request.headers.get("range", ""))
+        return await file_server.response(version, name, request.headers.get("range", ""))
 
     return router

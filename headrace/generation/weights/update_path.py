@@ -8,14 +8,14 @@ from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from headrace.common.weights.files import Manifest, WeightsError
-from headrace.generation.weights.local_weights import Held
+from headrace.generation.weights.local_weights import LocalVersion
 
 MAX_CHAIN = 64
 Ask = Callable[[int, str], Awaitable[Manifest]]
 """For the manifest of a version, with that SHA-256."""
 
 
-class Route(NamedTuple):
+class UpdatePath(NamedTuple):
     """`model` is whose model's file is fetched first, None to start from the held one; `deltas` are applied to it, in
     this order."""
 
@@ -28,21 +28,23 @@ class Route(NamedTuple):
         return whole + sum(one.delta.num_bytes for one in self.deltas if one.delta)
 
 
-async def routes(newest: Manifest, held: Held | None, can_be_whole: bool, ask: Ask) -> list[Route]:
+async def find_update_paths(
+    newest: Manifest, held: LocalVersion | None, can_be_whole: bool, ask: Ask
+) -> list[UpdatePath]:
     """Those that there are, the fewest bytes first. `can_be_whole`: somebody has the newest version's model even if it
     is no anchor. Raises `WeightsError` if there are none."""
-    found = [Route(newest, [])] if can_be_whole and not newest.has_model else []
+    found = [UpdatePath(newest, [])] if can_be_whole and not newest.has_model else []
     manifest, deltas, problem = newest, list[Manifest](), "no anchor"
     while len(deltas) <= MAX_CHAIN:
         if manifest.has_model:
-            found.append(Route(manifest, deltas))
+            found.append(UpdatePath(manifest, deltas))
         if manifest.delta is None:
             break
         deltas = [manifest, *deltas]
         if held is not None and manifest.delta.base_sha256 == held.sha256:
-            found.append(Route(None, deltas))
+            found.append(UpdatePath(None, deltas))
             break
-        if found and Route(None, deltas).num_bytes >= min(route.num_bytes for route in found):
+        if found and UpdatePath(None, deltas).num_bytes >= min(update_path.num_bytes for update_path in found):
             break
         try:
             manifest = await ask(manifest.delta.base, manifest.delta.base_sha256)
@@ -51,4 +53,4 @@ async def routes(newest: Manifest, held: Held | None, can_be_whole: bool, ask: A
             break
     if not found:
         raise WeightsError(f"version {newest.version} cannot be built: {problem}")
-    return sorted(found, key=lambda route: route.num_bytes)
+    return sorted(found, key=lambda update_path: update_path.num_bytes)

@@ -25,15 +25,20 @@ from headrace.generation.engine.client import Engine, EngineError, SwapTimings
 from headrace.generation.engine.supervisor import EngineSupervisor
 from headrace.generation.tickets.peers import live_replicas
 from headrace.generation.weights.downloads import Fetcher
-from headrace.generation.weights.local_weights import HostCopy
-from headrace.generation.weights.peer_api import Sharing
+from headrace.generation.weights.local_weights import LocalWeights
+from headrace.generation.weights.peer_api import WeightFileServer
 from headrace.generation.weights.swap_slots import SwapSlots
-from headrace.generation.weights.version_fetch import Arrival, Published, bring, newest_version
+from headrace.generation.weights.version_fetch import (
+    FetchedVersion,
+    PublishedVersion,
+    fetch_version,
+    read_newest_version,
+)
 
 POLL_INTERVAL_S = 1.0
 HINT_GRACE_S = 0.3
 """Who finds a version by himself waits so long for the learner's word on whom to ask for it."""
-MAX_ASKED = 3
+MAX_PEERS = 3
 """Replicas, by one that has not been told whom to ask."""
 _log = logging.getLogger(__name__)
 
@@ -45,17 +50,17 @@ class WeightUpdater:
         self,
         client: redis.asyncio.Redis,
         keys: Keys,
-        copy: HostCopy,
+        local: LocalWeights,
         fetcher: Fetcher,
         swap_slots: SwapSlots,
-        on_swap: Callable[[SwapTimings, Arrival], Awaitable[None]],
+        on_swap: Callable[[SwapTimings, FetchedVersion], Awaitable[None]],
     ) -> None:
         self.client = client
         self.keys = keys
-        self.copy = copy
+        self.local = local
         self.fetcher = fetcher
         self.swap_slots = swap_slots
-        self.shared = Sharing(copy, fetcher)
+        self.file_server = WeightFileServer(local, fetcher)
         self.totals = SwapTotals()
         self.version = 0
         self.problem = ""
@@ -67,18 +72,18 @@ class WeightUpdater:
         """The versions that callers of `wait_for_version` wait for."""
         self._on_swap = on_swap
         self._hint = asyncio.Event()
-        self._hinted: tuple[int, list[str]] = (0, [])
+        self._hinted_peers: tuple[int, list[str]] = (0, [])
         """A version, and who can be asked for it."""
         self._swapped = asyncio.Condition()
 
     def start_weights(self) -> tuple[Path, int | None]:
         """What an engine starts on: the verified version, or the base model before there is one."""
-        return self.copy.folder, self.version or None
+        return self.local.current_folder, self.version or None
 
     def hint(self, version: int, sources: Sequence[str] = ()) -> None:
         """There is a newer version; those are on their way to have it."""
-        if version > self._hinted[0]:
-            self._hinted = version, list(sources)
+        if version > self._hinted_peers[0]:
+            self._hinted_peers = version, list(sources)
         self._hint.set()
 
     async def wait_for_version(self, version: int, timeout_s: float) -> None:
@@ -90,7 +95,7 @@ class WeightUpdater:
         finally:
             self.awaited_versions.remove(version)
 
-    async def follow(self, supervisor: EngineSupervisor) -> None:
+    async def run(self, supervisor: EngineSupervisor) -> None:
         """Until cancelled. Skips to the newest; a failure is kept in `problem` and tried again."""
         while True:
             await supervisor.serving.wait()
@@ -113,29 +118,29 @@ class WeightUpdater:
 
     async def close(self) -> None:
         await self.fetcher.aclose()
-        self.copy.close()
+        self.local.close()
 
     async def _catch_up(self, engine: Engine, incarnation: int) -> None:
         """Returns when the engine, in this life of it, serves the newest version that there is."""
         if incarnation != self.confirmed_incarnation and self.version and await engine.weight_version() != self.version:
-            await engine.swap(self.copy.folder, self.version)  # somebody else has started it again
+            await engine.swap(self.local.current_folder, self.version)  # somebody else has started it again
         self.confirmed_incarnation = incarnation
         while (published := await self._published()) is not None and published.version > self.version:
             await self._take(published, engine)
         if engine.has_unverified_weights:  # of somebody else's: an own one has been started again
             if not self.version:
                 raise WeightsError("the engine may hold other weights than it says, and there is no version to give it")
-            await engine.swap(self.copy.folder, self.version)
+            await engine.swap(self.local.current_folder, self.version)
         await self._clear_problem()
 
-    async def _published(self) -> Published | None:
-        return await newest_version(self.client, self.keys.weights)
+    async def _published(self) -> PublishedVersion | None:
+        return await read_newest_version(self.client, self.keys.weights)
 
-    async def _take(self, published: Published, engine: Engine) -> None:
+    async def _take(self, published: PublishedVersion, engine: Engine) -> None:
         """Returns, too, if the version cannot be had because a newer one has taken its place."""
-        self.shares_memory = published.shares_memory_with(self.copy.root)
+        self.shares_memory = published.shares_memory_with(self.local.root)
         try:
-            arrival = await bring(self.copy, self.fetcher, published, await self._sources(published.version))
+            fetched = await fetch_version(self.local, self.fetcher, published, await self._sources(published.version))
         except WeightsError as error:
             newest = await self._published()
             if newest is None or newest.version <= published.version:
@@ -144,32 +149,32 @@ class WeightUpdater:
             return
         try:
             async with self.swap_slots.acquire():
-                timings = await engine.swap(self.copy.folder_of(published.version), published.version)
+                timings = await engine.swap(self.local.folder_of(published.version), published.version)
         except BaseException:
-            self.copy.drop(published.version)
+            self.local.drop(published.version)
             raise
-        self.copy.serve(arrival.held)
+        self.local.activate(fetched.local)
         self.version = published.version
         await self._clear_problem()
         _log.info(
             "serving: %d bytes in %.3f s, applied in %.3f s, paused %.3f s",
-            arrival.num_bytes, arrival.fetch_s, arrival.apply_s, timings.pause_s, extra={"version": self.version},
+            fetched.num_bytes, fetched.fetch_s, fetched.apply_s, timings.pause_s, extra={"version": self.version},
         )  # fmt: skip
         spent_s = {"pause": timings.pause_s, "load": timings.load_s, "confirm": timings.confirm_s}
-        self.totals.add(arrival.num_bytes, spent_s | {"fetch": arrival.fetch_s, "apply": arrival.apply_s})
-        await self._on_swap(timings, arrival)
+        self.totals.add(fetched.num_bytes, spent_s | {"fetch": fetched.fetch_s, "apply": fetched.apply_s})
+        await self._on_swap(timings, fetched)
         await engine.wait_for_progress(timings)
 
     async def _sources(self, version: int) -> list[str]:
         """Replicas to ask: whom the learner has named, else whoever serves the version."""
-        if self._hinted[0] < version:
+        if self._hinted_peers[0] < version:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(HINT_GRACE_S):
                     await self._hint.wait()
-        if self._hinted[0] >= version:
-            return self._hinted[1]
+        if self._hinted_peers[0] >= version:
+            return self._hinted_peers[1]
         serving = [one.url for one in await live_replicas(self.client, self.keys) if one.weight_version == version]
-        return random.sample(serving, min(len(serving), MAX_ASKED))
+        return random.sample(serving, min(len(serving), MAX_PEERS))
 
     async def _clear_problem(self) -> None:
         async with self._swapped:

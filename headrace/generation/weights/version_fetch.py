@@ -28,17 +28,17 @@ from headrace.common.weights.files import (
 )
 from headrace.common.weights.memory_folder import LOCK_FILE
 from headrace.generation.weights.downloads import Fetcher, file_source
-from headrace.generation.weights.free_space import check_free
-from headrace.generation.weights.local_weights import Held, HostCopy, check_delta, check_model
-from headrace.generation.weights.update_path import Route, routes
+from headrace.generation.weights.free_space import check_free_space
+from headrace.generation.weights.local_weights import LocalVersion, LocalWeights, check_delta, check_model
+from headrace.generation.weights.update_path import UpdatePath, find_update_paths
 
 FETCH_DEADLINE_S = 600.0
-MAX_TOLD_CHARS = 500
+MAX_QUOTED_CHARS = 500
 _log = logging.getLogger(__name__)
 _FIELDS = ("version", "sha256", "url", "machine", "folder", "memory")
 
 
-class Published(NamedTuple):
+class PublishedVersion(NamedTuple):
     """What Redis says of the newest version."""
 
     version: int
@@ -51,7 +51,7 @@ class Published(NamedTuple):
     """The learner's memory-backed folder, which may have models' files."""
 
     @property
-    def is_here(self) -> bool:
+    def is_on_this_machine(self) -> bool:
         """The learner is on this machine."""
         return bool(self.machine) and self.machine == machine_id()
 
@@ -59,48 +59,50 @@ class Published(NamedTuple):
         """A file in the learner's memory can be had under a name in `folder` as well, without a copy: it is tried."""
         probe = folder / "probe"
         with contextlib.suppress(OSError):
-            if self.is_here and self.memory:
+            if self.is_on_this_machine and self.memory:
                 os.link(Path(self.memory) / LOCK_FILE, probe)
                 probe.unlink()
                 return True
         return False
 
-    def sources(self, named: Sequence[str]) -> list[str]:
+    def sources(self, peers: Sequence[str]) -> list[str]:
         """Where to ask for its files, in this order: the learner's folder if it is here, those who were named, the
         learner."""
-        here = [file_source(Path(self.folder))] if self.is_here and Path(self.folder).is_dir() else []
-        return list(dict.fromkeys([*here, *named, self.url]))
+        here = [file_source(Path(self.folder))] if self.is_on_this_machine and Path(self.folder).is_dir() else []
+        return list(dict.fromkeys([*here, *peers, self.url]))
 
 
-class Arrival(NamedTuple):
+class FetchedVersion(NamedTuple):
     """A version that is here: how many bytes came for it, and where the time went."""
 
     num_bytes: int
     fetch_s: float
     apply_s: float
-    held: Held
+    local: LocalVersion
 
 
-async def newest_version(client: redis.asyncio.Redis, key: str) -> Published | None:
+async def read_newest_version(client: redis.asyncio.Redis, key: str) -> PublishedVersion | None:
     """None before the first version, and after a Redis that lost it."""
     values = await client.hmget(key, _FIELDS)
     if not any(values):
         return None
     fields = {name: (value or b"").decode(errors="replace") for name, value in zip(_FIELDS, values, strict=True)}
     if not re.fullmatch("[1-9][0-9]{0,15}", fields["version"]) or not fields["sha256"] or not fields["url"]:
-        told = str(fields)[:MAX_TOLD_CHARS]
+        told = str(fields)[:MAX_QUOTED_CHARS]
         raise WeightsError(f"Redis says of the newest version {told}: expected a number, a SHA-256 and a URL")
-    return Published(int(fields["version"]), *(fields[name] for name in _FIELDS[1:]))
+    return PublishedVersion(int(fields["version"]), *(fields[name] for name in _FIELDS[1:]))
 
 
-async def bring(copy: HostCopy, fetcher: Fetcher, published: Published, named: Sequence[str]) -> Arrival:
+async def fetch_version(
+    local: LocalWeights, fetcher: Fetcher, published: PublishedVersion, peers: Sequence[str]
+) -> FetchedVersion:
     """The version in its folder of `copy`, verified, with what else an engine needs to start on it."""
-    journey = _Journey(copy, fetcher, published, named)
+    attempt = _FetchAttempt(local, fetcher, published, peers)
     try:
         async with asyncio.timeout(FETCH_DEADLINE_S):
-            return await journey.make()
+            return await attempt.run()
     except BaseException as error:
-        journey.leave_nothing()
+        attempt.clean_up()
         if isinstance(error, TimeoutError):
             raise WeightsError(f"version {published.version} did not arrive within {FETCH_DEADLINE_S:g} s") from error
         if isinstance(error, OSError):
@@ -108,47 +110,49 @@ async def bring(copy: HostCopy, fetcher: Fetcher, published: Published, named: S
         raise
 
 
-class _Journey:
-    def __init__(self, copy: HostCopy, fetcher: Fetcher, published: Published, named: Sequence[str]) -> None:
-        self.copy = copy
+class _FetchAttempt:
+    def __init__(
+        self, local: LocalWeights, fetcher: Fetcher, published: PublishedVersion, peers: Sequence[str]
+    ) -> None:
+        self.local = local
         self.fetcher = fetcher
         self.published = published
-        self.named = named
-        self.sources = published.sources(named)
+        self.peers = peers
+        self.sources = published.sources(peers)
         self.payloads: dict[int, bytes] = {}
         """The manifests that were read, by version."""
         self.begun: set[int] = set()
         self.num_bytes = 0
 
-    async def make(self) -> Arrival:
+    async def run(self) -> FetchedVersion:
         newest = await self._manifest(self.published.version, self.published.sha256)
         if newest.has_model and await self._link(newest):
-            return await self._follow(Route(newest, []), newest)
+            return await self._take(UpdatePath(newest, []), newest)
         problems = []
-        for held in [self.copy.held, None] if self.copy.held else [None]:
-            for route in await routes(newest, held, bool(self.named), self._manifest):
+        for held in [self.local.current, None] if self.local.current else [None]:
+            for update_path in await find_update_paths(newest, held, bool(self.peers), self._manifest):
                 try:
-                    return await self._follow(route, newest)
+                    return await self._take(update_path, newest)
                 except WeightsError as error:
                     problems.append(str(error))
                     _log.warning("%s", error)
         raise WeightsError("; ".join(problems))
 
-    async def _follow(self, route: Route, newest: Manifest) -> Arrival:
+    async def _take(self, update_path: UpdatePath, newest: Manifest) -> FetchedVersion:
         started_s = time.monotonic()
-        await self._fetch(route)
+        await self._fetch(update_path)
         fetched_s = time.monotonic()
-        await asyncio.to_thread(self._build, route)
-        self.copy.link_rest(newest.version)
-        held = Held(newest, self.published.sha256)
-        return Arrival(self.num_bytes, fetched_s - started_s, time.monotonic() - fetched_s, held)
+        await asyncio.to_thread(self._build, update_path)
+        self.local.link_config_and_tokenizer(newest.version)
+        held = LocalVersion(newest, self.published.sha256)
+        return FetchedVersion(self.num_bytes, fetched_s - started_s, time.monotonic() - fetched_s, held)
 
     async def _link(self, newest: Manifest) -> bool:
         """The learner's own file becomes ours as well, once its bytes are verified: nobody ever changes it."""
-        if not self.published.shares_memory_with(self.copy.root):
+        if not self.published.shares_memory_with(self.local.root):
             return False
         self._begin(newest.version)
-        path = self.copy.folder_of(newest.version) / MODEL_FILE
+        path = self.local.folder_of(newest.version) / MODEL_FILE
         try:
             os.link(version_folder(Path(self.published.memory), newest.version) / MODEL_FILE, path)
             await asyncio.to_thread(check_model, path, newest)
@@ -160,41 +164,50 @@ class _Journey:
             return False
         return True
 
-    def leave_nothing(self) -> None:
+    def clean_up(self) -> None:
         for version in self.begun:
-            self.copy.drop(version)
+            self.local.drop(version)
 
     async def _manifest(self, version: int, sha256: str) -> Manifest:
-        manifest, self.payloads[version] = await self.fetcher.manifest(self.sources, version, sha256)
+        manifest, self.payloads[version] = await self.fetcher.fetch_manifest(self.sources, version, sha256)
         return manifest
 
-    async def _fetch(self, route: Route) -> None:
+    async def _fetch(self, update_path: UpdatePath) -> None:
         self._begin(self.published.version)
-        if route.model is not None:
-            check = partial(check_model, manifest=route.model)
+        if update_path.model is not None:
+            check = partial(check_model, manifest=update_path.model)
             # of a version that is no anchor only other replicas have all of it
-            sources = self.sources if route.model.has_model else self.named
-            await self._file(route.model, MODEL_FILE, self._start(route), route.model.num_model_bytes, sources, check)
-        for manifest in route.deltas:
+            sources = self.sources if update_path.model.has_model else self.peers
+            await self._file(
+                update_path.model,
+                MODEL_FILE,
+                self._start(update_path),
+                update_path.model.num_model_bytes,
+                sources,
+                check,
+            )
+        for manifest in update_path.deltas:
             assert manifest.delta is not None
             self._begin(manifest.version)
-            path = self.copy.folder_of(manifest.version) / DELTA_FILE
+            path = self.local.folder_of(manifest.version) / DELTA_FILE
             check = partial(check_delta, delta=manifest.delta)
             await self._file(manifest, DELTA_FILE, path, manifest.delta.num_bytes, self.sources, check)
 
     def _begin(self, version: int) -> None:
         """Its folder, with its manifest, which others may ask for from now on; the served one stays as it is."""
-        folder = self.copy.folder_of(version)
+        folder = self.local.folder_of(version)
         if not folder.exists():
             folder.mkdir()
             self.begun.add(version)
             (folder / MANIFEST_FILE).write_bytes(self.payloads[version])
 
-    def _start(self, route: Route) -> Path:
+    def _start(self, update_path: UpdatePath) -> Path:
         """The model's file that the deltas are applied to, or, if there are none, the one that results."""
-        if route.model is None:
-            return self.copy.folder / MODEL_FILE
-        return self.copy.folder_of(self.published.version) / (f"{MODEL_FILE}.start" if route.deltas else MODEL_FILE)
+        if update_path.model is None:
+            return self.local.current_folder / MODEL_FILE
+        return self.local.folder_of(self.published.version) / (
+            f"{MODEL_FILE}.start" if update_path.deltas else MODEL_FILE
+        )
 
     async def _file(
         self,
@@ -205,10 +218,10 @@ class _Journey:
         sources: Sequence[str],
         check: Callable[[Path], None],
     ) -> None:
-        if not path.exists():  # else an earlier journey has brought it, or another route of this one
-            check_free(path.parent, num_bytes)
-            self.num_bytes += await self.fetcher.file(sources, manifest.version, name, path, num_bytes, check)
+        if not path.exists():  # else an earlier attempt has brought it, or another update_path of this one
+            check_free_space(path.parent, num_bytes)
+            self.num_bytes += await self.fetcher.fetch_file(sources, manifest.version, name, path, num_bytes, check)
 
-    def _build(self, route: Route) -> None:
-        if route.deltas:
-            self.copy.build(self._start(route), route.deltas)
+    def _build(self, update_path: UpdatePath) -> None:
+        if update_path.deltas:
+            self.local.build_from_deltas(self._start(update_path), update_path.deltas)

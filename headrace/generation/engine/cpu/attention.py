@@ -40,11 +40,11 @@ def decode(
         return original(
             backend, query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, encoder_lens, **options
         )
-    for part in _of_about_one_length(seq_lens):
+    for part in _length_buckets(seq_lens):
         slots, inside = _slots(req_to_token, req_pool_indices[part], seq_lens[part])
         # Not named: memory of one part must be free for the next, or the kernel gives new pages each time.
         output[part] = _attend(
-            query[part, None], _taken(k_cache, slots), _taken(v_cache, slots), inside[:, None, :], options
+            query[part, None], _gather(k_cache, slots), _gather(v_cache, slots), inside[:, None, :], options
         )[:, 0]
     return output
 
@@ -78,11 +78,11 @@ def extend(
     slots, inside = _slots(req_to_token, req_pool_indices, seq_lens)
     last_seen = extend_prefix_lens[:, None] + torch.arange(longest)
     visible = inside[:, None, :] & (torch.arange(slots.shape[1]) <= last_seen[:, :, None])
-    output.copy_(_attend(padded, _taken(k_cache, slots), _taken(v_cache, slots), visible, options)[row, place])
+    output.copy_(_attend(padded, _gather(k_cache, slots), _gather(v_cache, slots), visible, options)[row, place])
     return output
 
 
-def _of_about_one_length(seq_lens: Tensor) -> Iterator[Tensor]:
+def _length_buckets(seq_lens: Tensor) -> Iterator[Tensor]:
     """Indices of the sequences in parts, the longest first."""
     order = seq_lens.argsort(descending=True)
     lengths, first = seq_lens[order].tolist(), 0
@@ -94,7 +94,7 @@ def _of_about_one_length(seq_lens: Tensor) -> Iterator[Tensor]:
     yield order[first:]
 
 
-def _taken(cache: Tensor, slots: Tensor) -> Tensor:
+def _gather(cache: Tensor, slots: Tensor) -> Tensor:
     """`(B, longest, kv_heads, dim)`: as `cache[slots]`, by whole rows."""
     return cache.flatten(1).index_select(0, slots.flatten()).view(*slots.shape, *cache.shape[1:])
 

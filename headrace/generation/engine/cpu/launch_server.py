@@ -77,7 +77,7 @@ def declare_torchvision_ops() -> None:
             torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
-def hook_in_what_is_faster() -> None:
+def register_cpu_hooks() -> None:
     """Registers the hooks around SGLang's functions; its processes apply them when they load plugins."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -89,7 +89,7 @@ def hook_in_what_is_faster() -> None:
         HookRegistry.register(target, hook, HookType.AROUND)
 
 
-class HeldBack(logging.Filter):
+class ImportErrorBuffer(logging.Filter):
     """Keeps to itself which models SGLang cannot import here: a dozen that need compiled kernels, at every start."""
 
     def __init__(self) -> None:
@@ -97,23 +97,23 @@ class HeldBack(logging.Filter):
         self.lines: list[str] = []
 
     def filter(self, record: logging.LogRecord) -> bool:
-        is_told = not record.getMessage().startswith("Ignore import error")
-        if not is_told:
+        is_passed = not record.getMessage().startswith("Ignore import error")
+        if not is_passed:
             self.lines.append(record.getMessage())
-        return is_told
+        return is_passed
 
-    def tell(self, *_args: object, **_kwargs: object) -> None:
+    def print_lines(self, *_args: object, **_kwargs: object) -> None:
         """Where the model that is asked for is none that could be imported."""
         print(*self.lines, sep="\n", file=sys.stderr, flush=True)
 
 
-def hold_back_failed_imports() -> None:
+def buffer_import_errors() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    held_back = HeldBack()
-    logging.getLogger("sglang.srt.models.registry").addFilter(held_back)
+    import_errors = ImportErrorBuffer()
+    logging.getLogger("sglang.srt.models.registry").addFilter(import_errors)
     unsupported = "sglang.srt.models.registry._ModelRegistry._raise_for_unsupported"
-    HookRegistry.register(unsupported, held_back.tell, HookType.BEFORE)
+    HookRegistry.register(unsupported, import_errors.print_lines, HookType.BEFORE)
 
 
 def fork_children() -> None:
@@ -134,7 +134,7 @@ def fork_children() -> None:
 if __name__ == "__main__":
     install_sgl_kernel()
     declare_torchvision_ops()
-    hook_in_what_is_faster()
-    hold_back_failed_imports()
+    register_cpu_hooks()
+    buffer_import_errors()
     fork_children()
     runpy.run_module("sglang.launch_server", run_name="__main__")

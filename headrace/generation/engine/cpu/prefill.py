@@ -21,14 +21,14 @@ from headrace.generation.engine.cpu.attention import BACKEND
 
 MAX_SHARE = 0.9
 """Of the tokens that are computed: above it, too little is saved."""
-NOT_PLAIN = (
+UNSUPPORTED_FIELDS = (
     *("input_embeds", "replace_embeds", "token_type_ids", "mrope_positions", "encoder_lens", "spec_info"),
     *("mamba_track_indices", "ngram_embedding_info", "engram_history", "global_num_tokens_cpu"),
 )
 """Fields of a batch that say nothing in a plain prefill of text."""
 
 
-class Rows(NamedTuple):
+class AttentionBatch(NamedTuple):
     """All that attention reads of a batch; its fields are SGLang's."""
 
     out_cache_loc: Tensor
@@ -40,20 +40,20 @@ class Rows(NamedTuple):
     encoder_lens: None = None
 
 
-class Prefill(NamedTuple):
+class DeduplicatedPrefill(NamedTuple):
     """One that goes on: U of the N tokens of its batch are computed, M are of sequences with any of these."""
 
     source: Tensor
     """`(N,)` int64: for each token of the batch, which of the computed ones it equals."""
-    rows: Rows
+    rows: AttentionBatch
     """The sequences with computed tokens."""
-    asked: Tensor
+    query_source: Tensor
     """`(M,)` int64: for each token of `rows`, which of the computed ones it equals."""
-    answers: Tensor
+    outputs: Tensor
     """`(U,)` int64: where each computed token stands among those of `rows`."""
 
 
-_current: Prefill | None = None
+_current: DeduplicatedPrefill | None = None
 """A scheduler computes one at a time."""
 
 
@@ -63,7 +63,7 @@ def prefill(original: Callable[..., Any], runner: Any, batch: Any, *arguments: A
     if not _is_plain(runner.model_runner.attn_backend, batch):
         return original(runner, batch, *arguments)
     ids, lengths, prefixes = batch.input_ids, batch.extend_seq_lens, batch.extend_prefix_lens
-    computed, source = share(ids.numpy(), lengths.numpy(), prefixes.numpy())
+    computed, source = deduplicate(ids.numpy(), lengths.numpy(), prefixes.numpy())
     if len(computed) > MAX_SHARE * len(source):
         return original(runner, batch, *arguments)
     _current = _prefill(batch, computed, source)
@@ -89,8 +89,10 @@ def attention(
     values, what has a computed token asks."""
     if _current is None:
         return original(backend, query, key, value, layer, batch, *arguments, **options)
-    source, rows, asked, answers = _current
-    return original(backend, query[asked], key[source], value[source], layer, rows, *arguments, **options)[answers]
+    source, rows, query_source, outputs = _current
+    return original(backend, query[query_source], key[source], value[source], layer, rows, *arguments, **options)[
+        outputs
+    ]
 
 
 def logits(
@@ -101,7 +103,7 @@ def logits(
     return original(processor, tokens, whole, *others, **named)
 
 
-def share(tokens: np.ndarray, lengths: np.ndarray, prefixes: np.ndarray) -> tuple[Tensor, Tensor]:
+def deduplicate(tokens: np.ndarray, lengths: np.ndarray, prefixes: np.ndarray) -> tuple[Tensor, Tensor]:
     """The places `(U,)` of the tokens that are computed, and for each token `(N,)` which of these it equals; int64.
 
     `tokens` `(N,)` are of B sequences one after another, `lengths` `(B,)` of each; what stands before those whose
@@ -124,13 +126,13 @@ def share(tokens: np.ndarray, lengths: np.ndarray, prefixes: np.ndarray) -> tupl
     return torch.from_numpy(np.concatenate([*computed, rest])), torch.from_numpy(source)
 
 
-def _prefill(batch: Any, computed: Tensor, source: Tensor) -> Prefill:
+def _prefill(batch: Any, computed: Tensor, source: Tensor) -> DeduplicatedPrefill:
     """Sequences of which nothing is computed need not ask."""
     row_of = torch.arange(len(batch.seq_lens)).repeat_interleave(batch.extend_seq_lens)
     asking = row_of[computed].unique()
-    rows = Rows(batch.out_cache_loc, *(getattr(batch, name)[asking] for name in Rows._fields[1:5]))
+    rows = AttentionBatch(batch.out_cache_loc, *(getattr(batch, name)[asking] for name in AttentionBatch._fields[1:5]))
     places = torch.isin(row_of, asking).nonzero().flatten()
-    return Prefill(source, rows, source[places], torch.searchsorted(places, computed))
+    return DeduplicatedPrefill(source, rows, source[places], torch.searchsorted(places, computed))
 
 
 def _is_plain(attention_backend: Any, batch: Any) -> bool:
@@ -139,7 +141,7 @@ def _is_plain(attention_backend: Any, batch: Any) -> bool:
         batch.forward_mode.is_extend_without_speculative()
         and type(attention_backend).__name__ == BACKEND.rpartition(".")[2]
         and not attention_backend.use_sliding_window_kv_pool
-        and all(getattr(batch, name) is None for name in NOT_PLAIN)
+        and all(getattr(batch, name) is None for name in UNSUPPORTED_FIELDS)
         and not any(batch.lora_ids or ())
         and not any(batch.mm_inputs or ())
         and not batch.is_prefill_only
