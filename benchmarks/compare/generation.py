@@ -60,7 +60,7 @@ async def turns(recipe: str, folder: Path, repeats: int) -> list[Row]:
     policy = Policy(config.model, LearnerConfig(device="cpu"))
     server = EngineServer(config.generation.engine, config.model.dtype, folder / "sglang.log")
     rows: list[Row] = []
-    await server.start(config.model.path, None)
+    await server.start(config.model.location, None)
     try:
         replicas = load_recipe(recipe, [f"generation.engine.url={server.url}"]).config
         with redis_server(folder, True) as url:

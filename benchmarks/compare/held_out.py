@@ -19,7 +19,7 @@ def accuracy(policy: Path, config: RunConfig, num_problems: int) -> float:
     task = load_task(config.task.name, config.task.settings)
     prompts = itertools.islice(task.prompts("held_out", seed=config.seed, epoch=0), num_problems)
     problems = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.location)
     model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

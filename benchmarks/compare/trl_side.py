@@ -71,7 +71,7 @@ def spec_for(workload: Workload, config: RunConfig, num_threads: int) -> dict[st
         "use_cpu": resolve_device(config.learner.device) == "cpu",
     }
     return {
-        "model": config.model.path,
+        "model": config.model.location,
         "task": [config.task.name, config.task.settings],
         "prompts": list(prompts_of(config)),
         "num_threads": num_threads,

@@ -47,7 +47,7 @@ def run(config: RunConfig, num_held_out: int, evaluate_every: int) -> Iterator[d
     chat = Chat(tokenizer, config.model, config.task.system_prompt)
     trainer = Trainer(config, Policy(config.model, config.learner))
     model = trainer.policy.model
-    sampler = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=model.dtype).eval()
+    sampler = AutoModelForCausalLM.from_pretrained(config.model.location, dtype=model.dtype).eval()
     stops = stop_token_ids(chat, model.generation_config)
     source = TicketSource(config, task, chat, stops, Cursor(0, 0))
     past = deque([_copy(model)], maxlen=config.learner.max_staleness + 1)

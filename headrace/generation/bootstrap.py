@@ -15,7 +15,7 @@ def join(redis_url: str, run: str | None, token_file: Path | None, waits: Waits)
     joined = join_run(redis_url, run, token_file, waits)
     model = joined.config.model
     if not is_hub_name(model.path):
-        model_files(model.path, model.revision)
+        model_files(model.location, model.revision)
     return joined
 
 

@@ -5,16 +5,24 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 import headrace
+from headrace.common.config import ModelConfig, RunConfig
 from headrace.common.config.recipe import resolve
+from headrace.common.models.chat import load_tokenizer
+from headrace.common.models.context_length import load_model_config
 from headrace.common.preflight.installation import LIBRARIES, ON_CPU, ON_GPU, SGLANG, TORCHVISION, check_installed
+from headrace.common.preflight.recipe import check_model
+from headrace.generation.weights.updater import local_model_folder
+from headrace.launcher.estimates.model_size import shape_of
+from headrace.learner.model.loading import load
 
 ROOT = Path(__file__).parents[2]
 
 
-def path_of(path: str) -> str:
-    return resolve({"model": {"path": path}, "task": {"name": "arithmetic"}}, "recipe").config.model.path
+def model_at(path: str) -> ModelConfig:
+    return resolve({"model": {"path": path}, "task": {"name": "arithmetic"}}, "recipe").config.model
 
 
 def test_missing_packages_are_named_with_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,10 +43,26 @@ def test_the_commands_install_what_is_required_in_the_versions_of_the_checkout()
 
 def test_the_demo_policy_is_found_from_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    assert path_of("headrace/demo/policy") == "headrace/demo/policy"
+    assert model_at("headrace/demo/policy").location == "headrace/demo/policy"
     monkeypatch.chdir(tmp_path)
-    assert path_of("headrace/demo/policy") == f"{Path(headrace.__file__).parent}/demo/policy"
-    assert path_of("headrace/demo/nothing") == "headrace/demo/nothing"
+    assert model_at("headrace/demo/policy").location == f"{Path(headrace.__file__).parent}/demo/policy"
+    assert model_at("headrace/demo/nothing").location == "headrace/demo/nothing"
     own = tmp_path / "headrace" / "demo" / "policy"
     own.mkdir(parents=True)
-    assert path_of("headrace/demo/policy") == "headrace/demo/policy"
+    assert model_at("headrace/demo/policy").location == "headrace/demo/policy"
+
+
+def test_a_run_stores_the_demo_policys_name_and_every_service_finds_it_where_its_own_package_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = resolve({"model": {"path": "headrace/demo/policy"}, "task": {"name": "arithmetic"}}, "recipe").config
+    stored = config.model_dump_json()
+    assert str(Path(headrace.__file__).parent) not in stored
+    model = RunConfig.model_validate_json(stored).model
+    assert model.path == "headrace/demo/policy"
+    assert load_tokenizer(model).chat_template and load_model_config(model).vocab_size
+    assert local_model_folder(model) == Path(headrace.__file__).parent / "demo" / "policy"
+    check_model(config)
+    assert shape_of(config).num_parameters > 0
+    assert load(model, torch.device("cpu"), torch.float32).model.num_parameters() > 0

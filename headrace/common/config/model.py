@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 import headrace
 from headrace.common.config.section import Section
@@ -14,8 +14,8 @@ DType = Literal["float32", "bfloat16"]
 
 class ModelConfig(Section):
     path: str = Field(
-        description="Policy to start from: a folder in Hugging Face format, or a hub name. headrace/demo/policy is the "
-        "demo's, which comes with the package."
+        description="Policy to start from: a folder in Hugging Face format, or a hub name. `headrace/demo/policy` is "
+        "the demo's policy, which comes with the package."
     )
     revision: str | None = Field(
         None, min_length=1, description="Branch, tag or commit of a model on the hub; default: the newest."
@@ -36,13 +36,16 @@ class ModelConfig(Section):
         {}, description="Variables of the chat template, such as enable_thinking: false for Qwen3."
     )
 
-    @field_validator("path")
-    @classmethod
-    def _of_the_package(cls, path: str) -> str:
-        """`headrace/demo/policy` is the installed package's folder where the working directory has none."""
-        packaged = Path(headrace.__file__).parents[1] / path
-        is_packaged = path.startswith("headrace/") and not Path(path).exists() and packaged.is_dir()
-        return str(packaged) if is_packaged else path
+    @property
+    def location(self) -> str:
+        """`path` as this machine opens it; always open this, and store and report `path`.
+
+        `headrace/demo/policy` is the installed package's folder if the working directory has no such folder. It is
+        resolved at each use, because a run's services may have the package in different folders.
+        """
+        packaged = Path(headrace.__file__).parents[1] / self.path
+        is_packaged = self.path.startswith("headrace/") and not Path(self.path).exists() and packaged.is_dir()
+        return str(packaged) if is_packaged else self.path
 
 
 class TaskConfig(Section):

@@ -37,7 +37,7 @@ def load_tokenizer(model: ModelConfig) -> Any:
     from transformers import AutoTokenizer  # seconds, and torch
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.path, **loading(model))
+        tokenizer = AutoTokenizer.from_pretrained(model.location, **loading(model))
     except (OSError, ValueError) as error:
         raise ValueError(f"model {model.path!r} has no tokenizer that loads: {str(error).splitlines()[0]}") from error
     if model.chat_template is not None:

@@ -20,7 +20,7 @@ def load_model_config(model: ModelConfig) -> Any:
     from transformers import AutoConfig  # seconds, and torch
 
     try:
-        return AutoConfig.from_pretrained(model.path, **loading(model)).get_text_config()
+        return AutoConfig.from_pretrained(model.location, **loading(model)).get_text_config()
     except (OSError, ValueError) as error:
         raise ValueError(f"model {model.path!r}: no configuration that loads: {str(error).splitlines()[0]}") from error
 

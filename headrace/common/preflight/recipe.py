@@ -140,7 +140,7 @@ def check_model(config: RunConfig) -> None:
     model = config.model
     if model.chat_template is not None:
         read_chat_template(model.chat_template)
-    check_model_folder(model.path, model.revision, has_template=model.chat_template is not None)
+    check_model_folder(model.location, model.revision, has_template=model.chat_template is not None)
 
 
 def check_model_folder(path: str, revision: str | None = None, has_template: bool = False) -> None:

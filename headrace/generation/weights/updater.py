@@ -185,8 +185,8 @@ class WeightUpdater:
 def local_model_folder(model: ModelConfig) -> Path:
     """The folder itself, or where the hub's files are on this machine (downloaded if they are not yet). Raises
     `ValueError` if the model there has no safetensors."""
-    if Path(model.path).is_dir():
-        return Path(model.path)
+    if (folder := Path(model.location)).is_dir():
+        return folder
     folder = download(model)
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"model.path {model.path!r}: expected weights as *.safetensors on the hub, found none")

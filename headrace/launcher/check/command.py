@@ -54,7 +54,7 @@ def check_recipe(recipe: Recipe, console: Console, as_json: bool) -> None:
 def _try(config: RunConfig, notes: list[str]) -> TaskTrial:
     """Tries the prompts and the reward; without the model, only the task."""
     try:
-        model_files(config.model.path, config.model.revision)
+        model_files(config.model.location, config.model.revision)
         is_model_here = True
     except NotHere:
         is_model_here = False

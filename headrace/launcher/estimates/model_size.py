@@ -80,8 +80,8 @@ class Shape:
 def shape_of(config: RunConfig) -> Shape:
     """Of the run's model. Raises `ValueError` if it is not here, or not known."""
     model = config.model
-    folder = model_files(model.path, model.revision)
-    return shape_in(folder, read_model_file(model.path, folder / "config.json"))
+    folder = model_files(model.location, model.revision)
+    return shape_in(folder, read_model_file(model.location, folder / "config.json"))
 
 
 def shape_in(folder: Path, model_config: dict[str, Any]) -> Shape:

@@ -37,7 +37,7 @@ class Loaded:
 def load(settings: ModelConfig, device: torch.device, compute: torch.dtype) -> Loaded:
     """In evaluation mode, on `device`. Raises `ValueError` if it cannot be loaded or trained."""
     disable_progress_bar()
-    path, dtype = settings.path, DTYPES[settings.dtype]
+    path, dtype = settings.location, DTYPES[settings.dtype]
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **loading(settings))
     except (OSError, ValueError) as error:
@@ -55,7 +55,7 @@ def load(settings: ModelConfig, device: torch.device, compute: torch.dtype) -> L
 
 def load_without_values(settings: ModelConfig, compute: torch.dtype) -> PreTrainedModel:
     """The same model, in evaluation mode, in memory of which no page has been touched."""
-    config = AutoConfig.from_pretrained(settings.path, **loading(settings))
+    config = AutoConfig.from_pretrained(settings.location, **loading(settings))
     trust = settings.trust_remote_code
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=compute, trust_remote_code=trust)
