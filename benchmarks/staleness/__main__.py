@@ -70,7 +70,7 @@ def main() -> int:
 
 def runs_of(part: str, results: Results, arguments: argparse.Namespace) -> Iterator[Run]:
     """In their order; what `study` and `long` are made of is decided by the screening."""
-    losses = arguments.losses or ["seed", *best(results)]
+    losses = arguments.losses or ["baseline", *best(results)]
     if part == "screen":
         yield from (Run(loss, SCREENED, SEEDS[0]) for loss in arguments.losses or LOSSES)
     elif part == "study":
@@ -108,7 +108,7 @@ def best(results: Results) -> list[str]:
         row = results.of(Run(loss, SCREENED, SEEDS[0]))
         return sum(row["accuracy"].values()) if row else 0.0
 
-    return sorted((loss for loss in LOSSES if loss != "seed"), key=merit, reverse=True)[:NUM_BEST]
+    return sorted((loss for loss in LOSSES if loss != "baseline"), key=merit, reverse=True)[:NUM_BEST]
 
 
 def run_all(runs: Iterable[Run], results: Results, num_processes: int, ends_at: float) -> None:

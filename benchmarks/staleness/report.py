@@ -49,9 +49,9 @@ def _screening(results: Results) -> str:
     found = {loss: row for loss, row in rows.items() if row}
     ranked = sorted(found, key=lambda loss: sum(found[loss]["accuracy"].values()), reverse=True)
     lines = [
-        f"**Screening**: staleness {SCREENED}, one seed, held-out accuracy by step; lowest mean reward of a step after "
-        "the tenth; highest KL(behaviour ‖ proximal) and lowest effective sample size of a step; the step after which "
-        "the guard would have tightened (it only warned).",
+        f"**Screening** at staleness {SCREENED}, one seed. Columns: held-out accuracy by step; the lowest mean reward "
+        "of a step after the tenth; a step's highest KL(behaviour ‖ proximal) and lowest effective sample size (ESS); "
+        "the step after which the guard would have tightened (it only warned).",
         "",
         "| loss | 20 | 40 | 60 | lowest reward | highest KL | lowest ESS | guard |",
         "|---|---|---|---|---|---|---|---|",
@@ -70,8 +70,8 @@ def _screening(results: Results) -> str:
 def _study(results: Results, is_long: bool = False) -> str:
     told = (
         f"**Study{', longer answers' if is_long else ''}**: held-out accuracy after the last step, mean of the seeds "
-        "(lowest–highest; number of seeds). Kept: accuracy at staleness 16 and 32 over that at 0, of the seed that "
-        "keeps least. Lowest: of all evaluations on the way."
+        "(lowest–highest; number of seeds). Kept: accuracy at staleness 16 and 32 divided by that at 0, for the seed "
+        "with the lowest ratio. Lowest: the lowest accuracy of all evaluations during the runs."
     )
     losses = _studied(results, is_long)
     header, rule, *rows = _by_staleness(results, "loss", losses, FIRST_STALENESSES if is_long else STALENESSES, is_long)
@@ -82,8 +82,8 @@ def _study(results: Results, is_long: bool = False) -> str:
 
 def _splits(results: Results) -> str:
     told = (
-        "**Mini-batches**: of whole groups, or of completions dealt out (`actor.mini_batch_split`); uniform groups "
-        "dropped or kept in the batch (`actor.dynamic_sampling`); as above."
+        "**Mini-batches** of whole groups, or with each group's completions dealt out over them "
+        "(`actor.mini_batch_split`); uniform groups dropped or kept in the batch (`actor.dynamic_sampling`). Cells as above."
     )
     return "\n".join([told, "", *_by_staleness(results, "mini-batches", SPLITS, SPLIT_STALENESSES)])
 
@@ -116,11 +116,11 @@ def _lowest(results: Results, loss: str, is_long: bool) -> float:
 
 def _guard(results: Results) -> str:
     lines = [
-        "**Guard**: runs that collapse, each without the guard and with it: on the first task 40 steps at three times "
-        "the demo's lr, on the second 60 at the demo's; a value per seed; at last how many notches of its ladder the "
-        "guard went down.",
+        "**Guard**: runs that collapse, without and with the guard: on the first task 40 steps at three times the "
+        "demo's lr, on the second task 60 steps at the demo's lr. One value per seed. The last column is the number of "
+        "levels by which the guard tightened.",
         "",
-        "| run | 20 | 40 | 60 | lowest reward | highest KL | notches |",
+        "| run | 20 | 40 | 60 | lowest reward | highest KL | levels |",
         "|---|---|---|---|---|---|---|",
     ]
     for of_seeds in zip(*(guarded(seed) for seed in SEEDS), strict=True):
@@ -144,7 +144,8 @@ def _would_have_tightened(results: Results) -> str:
     known = {run: row["columns"] for run in runs if (row := results.of(run))}
     steps = {run.name: step for run, columns in known.items() if (step := _first_tightening(run, columns)) != MISSING}
     told = "; ".join(f"{name}: after step {step}" for name, step in steps.items())
-    return f"Of the {len(known)} runs above, in which it only warned, it would have tightened {len(steps)}. {told}."
+    count = f"In the {len(known)} runs above the guard only warned. It would have tightened in {len(steps)} of them."
+    return f"{count} {told}."
 
 
 def _first_tightening(run: Run, columns: dict[str, list[float | None]]) -> str:

@@ -25,10 +25,10 @@ COUPLED, TOKEN = "actor.use_decoupled_loss=false", "actor.importance_sampling_le
 WEIGHTS, CAP = "actor.behav_imp_weight_mode", "actor.behav_imp_weight_cap"
 NARROW = ["actor.eps_clip=0.067", "actor.eps_clip_higher=0.093"]
 LOSSES: dict[str, list[str]] = {
-    "seed": [SEQUENCE, NO_CLIP, "actor.num_mini_batches=1"],
-    "both": [],
-    "seed, 4 mini-batches": [SEQUENCE, NO_CLIP],
-    "both, 1 mini-batch": ["actor.num_mini_batches=1"],
+    "baseline": [SEQUENCE, NO_CLIP, "actor.num_mini_batches=1"],
+    "default, wide clip": [],
+    "baseline, 4 mini-batches": [SEQUENCE, NO_CLIP],
+    "default, wide clip, 1 mini-batch": ["actor.num_mini_batches=1"],
     "coupled": [SEQUENCE, NO_CLIP, COUPLED],
     "behaviour clip": [SEQUENCE],
     "gradient per token": [NO_CLIP],
@@ -40,35 +40,35 @@ LOSSES: dict[str, list[str]] = {
     "paper": ["actor.preset=paper", COUPLED, "actor.eps_clip=3e-4", "actor.eps_clip_higher=4e-4"],
     "sequence weights truncated": [SEQUENCE, NO_CLIP, f"{WEIGHTS}=sequence_truncate", f"{CAP}=1.5"],
     "sequence weights masked": [SEQUENCE, NO_CLIP, f"{WEIGHTS}=sequence_mask", f"{CAP}=1.5"],
-    "both, clip at a third": NARROW,
+    "default": NARROW,
     "preset baseline": [
         *("actor.preset=baseline", "actor.num_mini_batches=1", "actor.group_size=8"),
         *("actor.eps_clip=0.4", "actor.eps_clip_higher=null"),
     ],
-    "both, 2 mini-batches": ["actor.num_mini_batches=2"],
+    "default, wide clip, 2 mini-batches": ["actor.num_mini_batches=2"],
     "uncorrected": [SEQUENCE, NO_CLIP, f"{WEIGHTS}=disabled"],
 }
-"""Settings over `BASE`, 4 mini-batches where nothing else is said. `seed`: the baseline objective, with the demo's clip
-range and aggregation, `preset baseline` with its own; `both`: a gradient per token and the behaviour clip, the
-default."""
+"""Settings over `BASE`, with 4 mini-batches unless the name says otherwise. `baseline`: the baseline objective with the
+demo's clip range and aggregation; `preset baseline`: with its own. `default`: Headrace's default, a gradient per token
+and the behaviour clip with eps 0.067/0.093; `default, wide clip`: the same with eps 0.2/0.28."""
 DEALT, KEPT = "actor.mini_batch_split=completions", "actor.dynamic_sampling=false"
 SPLITS: dict[str, list[str]] = {
-    "both, clip at a third": NARROW,
+    "default": NARROW,
     "dealt": [*NARROW, DEALT],
     "kept": [*NARROW, KEPT],
     "kept and dealt": [*NARROW, KEPT, DEALT],
 }
 """Mini-batches of whole groups, or of completions dealt out; uniform groups dropped, or kept in the batch."""
 SPLIT_STALENESSES = (0, 2, 16)
-FAST = [*LOSSES["seed, 4 mini-batches"], "optimizer.lr=6e-4", "learner.steps=40"]
+FAST = [*LOSSES["baseline, 4 mini-batches"], "optimizer.lr=6e-4", "learner.steps=40"]
 GUARDED: dict[str, list[str]] = {
-    "seed, 4 mini-batches, lr 6e-4": FAST,
-    "seed, 4 mini-batches, lr 6e-4, guarded": [*FAST, "actor.divergence_guard=act"],
+    "baseline, 4 mini-batches, lr 6e-4": FAST,
+    "baseline, 4 mini-batches, lr 6e-4, guarded": [*FAST, "actor.divergence_guard=act"],
 }
 """At three times the demo's lr, 40 steps, without the guard and with it."""
 GUARDED_LONG: dict[str, list[str]] = {
-    "seed": LOSSES["seed"],
-    "seed, guarded": [*LOSSES["seed"], "actor.divergence_guard=act"],
+    "baseline": LOSSES["baseline"],
+    "baseline, guarded": [*LOSSES["baseline"], "actor.divergence_guard=act"],
 }
 """Likewise at the demo's lr, on the second task, where the baseline loss collapses."""
 BY_NAME = LOSSES | GUARDED | GUARDED_LONG | SPLITS

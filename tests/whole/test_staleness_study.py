@@ -29,8 +29,10 @@ def row(run: Run, *accuracies: float) -> dict[str, Any]:
 
 
 def test_the_decisive_runs_come_first() -> None:
-    runs = list(study(["seed", "a", "b"], (0, 1, 8, 16), (0, 1)))
-    assert [(run.loss, run.staleness) for run in runs[:6]] == [(loss, s) for s in (0, 8, 16) for loss in ("seed", "a")]
+    runs = list(study(["baseline", "a", "b"], (0, 1, 8, 16), (0, 1)))
+    assert [(run.loss, run.staleness) for run in runs[:6]] == [
+        (loss, s) for s in (0, 8, 16) for loss in ("baseline", "a")
+    ]
     assert len(runs) == len(set(runs)) == 3 * 4 * 2
 
 
@@ -42,7 +44,7 @@ def test_every_loss_is_a_valid_recipe(loss: str) -> None:
 
 
 def test_what_has_been_run_counts_as_long_as_its_settings_are_the_same(tmp_path: Path) -> None:
-    run = Run("both", 8, 0)
+    run = Run("default, wide clip", 8, 0)
     Results(tmp_path / "rows.json").add(run, row(run, 0.1, 0.2, 0.3))
     again = Results(tmp_path / "rows.json")
     assert again.of(run) == row(run, 0.1, 0.2, 0.3)
@@ -52,9 +54,13 @@ def test_what_has_been_run_counts_as_long_as_its_settings_are_the_same(tmp_path:
 
 def test_a_dip_costs_a_loss_its_rank(tmp_path: Path) -> None:
     results = Results(tmp_path / "rows.json")
-    for loss, accuracies in {"both": (0.5, 0.6, 0.7), "coupled": (0.1, 0.1, 0.8), "seed": (0.9, 0.9, 0.9)}.items():
+    for loss, accuracies in {
+        "default, wide clip": (0.5, 0.6, 0.7),
+        "coupled": (0.1, 0.1, 0.8),
+        "baseline": (0.9, 0.9, 0.9),
+    }.items():
         results.add(Run(loss, 8, 0), row(Run(loss, 8, 0), *accuracies))
-    assert best(results)[:2] == ["both", "coupled"]
+    assert best(results)[:2] == ["default, wide clip", "coupled"]
 
 
 def test_the_report_shows_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,14 +68,14 @@ def test_the_report_shows_what_is_missing(tmp_path: Path, monkeypatch: pytest.Mo
     page = tmp_path / "staleness.md"
     page.write_text(f"before\n\n{staleness_report.BEGIN}\nold\n{staleness_report.END}\n\nafter\n")
     results = Results(tmp_path / "rows.json")
-    for run in (Run("seed", 8, 0), Run("seed", 16, 0), Run("seed", 16, 1)):
+    for run in (Run("baseline", 8, 0), Run("baseline", 16, 0), Run("baseline", 16, 1)):
         results.add(run, row(run, 0.4, 0.5, 0.6 + run.seed / 10))
     for _ in range(2):
         staleness_report.write_report(results)
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert "| seed | – | – | – | 0.600 (1) | 0.650 (0.600–0.700; 2) | – |" in text
-    assert "Not run: both, " in text
+    assert "| baseline | – | – | – | 0.600 (1) | 0.650 (0.600–0.700; 2) | – |" in text
+    assert "Not run: default, wide clip, " in text
     assert (tmp_path / "staleness.svg").exists()
 
 
@@ -118,7 +124,7 @@ def test_groups_are_as_stale_as_is_said_and_the_guard_makes_them_fresher(monkeyp
     sizes = ["learner.steps=7", "learner.groups_per_step=6", "actor.group_size=4", "evaluation.num_prompts=4"]
     sizes += ["actor.num_mini_batches=1"]
     settings = [
-        *Run("seed, 4 mini-batches, lr 6e-4, guarded", 3, 0).settings,
+        *Run("baseline, 4 mini-batches, lr 6e-4, guarded", 3, 0).settings,
         *sizes,
         f"model.path={ROOT}/headrace/demo/policy",
     ]
@@ -134,4 +140,4 @@ def test_the_settings_of_stored_results_still_exist() -> None:
     assert len(stored) > 100
     for settings in {tuple(row["settings"]) for row in stored.values()}:
         load_recipe(ROOT / "configs" / "tiny-cpu.yaml", settings)
-    assert all(Results().of(Run(loss, 8, 0)) for loss in ("seed", "SAPO", "TIS"))
+    assert all(Results().of(Run(loss, 8, 0)) for loss in ("baseline", "SAPO", "TIS"))
