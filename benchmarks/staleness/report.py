@@ -83,7 +83,8 @@ def _study(results: Results, is_long: bool = False) -> str:
 def _splits(results: Results) -> str:
     told = (
         "**Mini-batches** of whole groups, or with each group's completions dealt out over them "
-        "(`actor.mini_batch_split`); uniform groups dropped or kept in the batch (`actor.dynamic_sampling`). Cells as above."
+        "(`actor.mini_batch_split`); uniform groups dropped or kept in the batch (`actor.dynamic_sampling`). Cells as "
+        "above."
     )
     return "\n".join([told, "", *_by_staleness(results, "mini-batches", SPLITS, SPLIT_STALENESSES)])
 
