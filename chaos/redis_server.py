@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 from headrace.common.http.addresses import free_port
-from headrace.common.process.child_process import dies_with_parent
+from headrace.common.process.child_process import set_parent_death_signal
 from headrace.common.redis.client import DURABLE
 from headrace.launcher.run.redis_server import is_answering, redis_binary, redis_url_at
 
@@ -61,5 +61,5 @@ class RedisServer:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=dies_with_parent(),
+                preexec_fn=set_parent_death_signal(),
             )

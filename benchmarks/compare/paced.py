@@ -21,7 +21,7 @@ from benchmarks.compare.part import Part, Ratio
 from benchmarks.compare.streams import SIZES, Learner, Row, groups_of
 from benchmarks.demo import RESULTS
 from benchmarks.overhead.durability import redis_server
-from headrace.common.process.logs import logging_to
+from headrace.common.process.logs import log_to_file
 from headrace.common.redis.client import connect, connect_async
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import Group, encode
@@ -42,7 +42,7 @@ def measure(repeats: int) -> Part:
 def share_of_a_step(folder: Path) -> Row:
     groups_per_step, step_s = demo_pace()
     groups = groups_of(SIZE._replace(num_groups=int(PACED_S * groups_per_step / step_s)))
-    with redis_server(folder, True) as url, logging_to(folder / "learner.log", "learner", run="streams"):
+    with redis_server(folder, True) as url, log_to_file(folder / "learner.log", "learner", run="streams"):
         keys = Keys("streams")
         learner = Learner(connect(url), keys, SIZE)
         learner.store.add_tickets(keys.tickets, [group.ticket for group in groups])

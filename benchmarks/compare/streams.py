@@ -21,7 +21,7 @@ from benchmarks.compare.part import Part, Ratio
 from benchmarks.demo import RECIPE
 from benchmarks.overhead.durability import random_group, redis_server
 from headrace.common.config import RunConfig, load_recipe
-from headrace.common.process.logs import logging_to
+from headrace.common.process.logs import log_to_file
 from headrace.common.redis.client import connect, connect_async
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import Group, Ticket, decode_group, encode
@@ -110,7 +110,7 @@ def measure(repeats: int) -> Part:
 def both(folder: Path, size: Size, turn: int) -> tuple[Row, Row]:
     """Headrace's row and the raw one, measured in an order that alternates."""
     groups = groups_of(size)
-    with redis_server(folder, True) as url, logging_to(folder / "learner.log", "learner", run="streams"):
+    with redis_server(folder, True) as url, log_to_file(folder / "learner.log", "learner", run="streams"):
         sides = {"headrace": headrace, "raw": raw}
         names = list(sides) if turn % 2 else list(sides)[::-1]
         found = {name: sides[name](url, size, groups) for name in names}

@@ -32,7 +32,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from benchmarks.demo import RECIPE, ROOT, headrace_up
-from headrace.common.weights.delta import Bits, apply, encode
+from headrace.common.weights.delta import Bits, apply_patch, make_patch
 from headrace.common.weights.files import MODEL_FILE
 from headrace.common.weights.memory_folder import MemoryFolder, memory_backed
 from headrace.learner.weights.publisher import PREFIX
@@ -176,12 +176,12 @@ def _unxor(sent: bytes, before: Bits, out: Bits) -> None:
 
 
 def _ours(after: Bits, before: Bits) -> Any:
-    patch, frames = encode(after, before)
+    patch, frames = make_patch(after, before)
     return patch, b"".join(frames)
 
 
 def _apply_ours(sent: Any, before: Bits, out: Bits) -> None:
-    apply(sent[0], memoryview(sent[1]), before, out)
+    apply_patch(sent[0], memoryview(sent[1]), before, out)
 
 
 METHODS: dict[str, tuple[Encode, Decode]] = {

@@ -16,8 +16,8 @@ import redis
 from pydantic import ValidationError
 
 from headrace.common.config import ConfigError, RunConfig
-from headrace.common.process.logs import from_now_on
-from headrace.common.process.run_token import TOKEN_VARIABLE, token_given, token_in
+from headrace.common.process.logs import add_process_fields
+from headrace.common.process.run_token import TOKEN_VARIABLE, read_token_file, token_from_environment
 from headrace.common.process.waiting import Reason, Waits
 from headrace.common.redis.client import connect
 from headrace.common.redis.keys import Keys, of_every_run, run_of
@@ -54,7 +54,7 @@ def join(redis_url: str, run: str | None, token_file: Path | None, waits: Waits)
     """Waits `JOIN_TIMEOUT_S` for each, then raises `TimeoutError`; `ValueError` for what no wait would mend."""
     if not redis_url:
         raise ValueError("no Redis: expected the variable HEADRACE_REDIS_URL or --redis-url")
-    token = token_given()
+    token = token_from_environment()
     if token is None and token_file is None:
         raise ValueError(f"no token: expected the variable {TOKEN_VARIABLE} or --token-file")
     with connect(redis_url, waits, deadline_s=JOIN_TIMEOUT_S) as client:
@@ -63,8 +63,8 @@ def join(redis_url: str, run: str | None, token_file: Path | None, waits: Waits)
         config = _read_config(_wait_for(lambda: client.get(keys.config), what, waits))
     if token is None:
         assert token_file is not None
-        token = _wait_for(lambda: token_in(token_file), f"no token in {token_file}", waits)
-    from_now_on(run=keys.run)
+        token = _wait_for(lambda: read_token_file(token_file), f"no token in {token_file}", waits)
+    add_process_fields(run=keys.run)
     return Joined(keys, config, token)
 
 

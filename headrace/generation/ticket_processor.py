@@ -15,7 +15,7 @@ import numpy as np
 import redis
 
 from headrace.common.config import GenerationConfig
-from headrace.common.process.logs import about
+from headrace.common.process.logs import log_context
 from headrace.common.wire import Group, Rollout, Timings, WireError, check_group
 from headrace.generation.engine.client import EngineError
 from headrace.generation.engine.completions import Completion
@@ -76,14 +76,14 @@ class TicketProcessor:
             reason = f"delivered {lease.num_deliveries} times, never answered"
             await self._tickets.fail(lease, reason, max_attempts)
             return
-        with about(ticket=lease.ticket.id):
+        with log_context(ticket=lease.ticket.id):
             _log.info("leased, for version %d or later", lease.ticket.min_weight_version)
             async with self._handed_back_if_cancelled(lease):
                 await self._process(lease, max_attempts)
 
     async def hand_back_later(self, lease: Lease) -> None:
         """Hands the ticket back after a moment, for another replica to take it."""
-        with about(ticket=lease.ticket.id):
+        with log_context(ticket=lease.ticket.id):
             _log.info("leased, to be passed on: it failed here")
         async with self._handed_back_if_cancelled(lease):
             await asyncio.sleep(HAND_BACK_DELAY_S)

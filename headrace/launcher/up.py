@@ -20,8 +20,8 @@ from headrace.common.config import Recipe
 from headrace.common.http.addresses import free_port, url_at
 from headrace.common.preflight.installation import check_installed
 from headrace.common.preflight.recipe import check_run
-from headrace.common.process.logs import logging_to
-from headrace.common.process.run_token import token_at, token_given
+from headrace.common.process.logs import log_to_file
+from headrace.common.process.run_token import load_or_create_token, token_from_environment
 from headrace.common.redis.keys import Keys
 from headrace.launcher.check.before_start import preflight_notes
 from headrace.launcher.placement.devices import Devices, device_lines, devices_of
@@ -68,7 +68,7 @@ def up(
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         lock = stack.enter_context(run_lock(folder))
-        stack.enter_context(logging_to(folder / "logs" / "launcher.log", "launcher", run=run))
+        stack.enter_context(log_to_file(folder / "logs" / "launcher.log", "launcher", run=run))
         write_config(folder, recipe)
         token = _new_token(folder / "token")
         port = free_port()
@@ -119,8 +119,8 @@ def up(
 
 def _new_token(path: Path) -> str:
     """Creates the run's token at its first start and returns it, to be shown once; later empty."""
-    is_new = token_given() is None and not path.exists()
-    token = token_at(path)
+    is_new = token_from_environment() is None and not path.exists()
+    token = load_or_create_token(path)
     return token if is_new else ""
 
 

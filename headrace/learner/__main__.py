@@ -32,8 +32,8 @@ from headrace.common.metrics.endpoint import mount_metrics
 from headrace.common.preflight.recipe import check_model, check_trackers
 from headrace.common.preflight.task import check_task
 from headrace.common.process.atomic_files import file_entry
-from headrace.common.process.logs import from_now_on, set_up_logging
-from headrace.common.process.run_token import token_at
+from headrace.common.process.logs import add_process_fields, set_up_logging
+from headrace.common.process.run_token import load_or_create_token
 from headrace.common.process.waiting import Waits
 from headrace.common.redis.client import OUTAGE_DEADLINE_S, connect, durability_problem
 from headrace.common.redis.keys import Keys
@@ -136,7 +136,7 @@ def _run(arguments: argparse.Namespace, config: RunConfig, recording: Recording 
     sock = listen_with_overrides(config.learner, arguments.host, arguments.port)
     folder = arguments.runs_folder / arguments.run
     folder.mkdir(parents=True, exist_ok=True)
-    token = token_at(folder / "token")
+    token = load_or_create_token(folder / "token")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: switches.stop.set())
     if arguments.shares_gpu:
@@ -167,7 +167,7 @@ def _learn(
     _log.info("the libraries are imported")
     arguments = (config, folder, token, client, keys, url_of(sock), task, switches, waits, recording, ranks)
     loop, tokenizer = assemble(*arguments, is_new_epoch)
-    from_now_on(step=lambda: loop.progress.step)
+    add_process_fields(step=lambda: loop.progress.step)
     if loop.is_at_last_step and (folder / "summary.json").exists():
         _log.info("run %s is complete: more learner.steps would go on with it", folder.name)
         loop.has_ended()

@@ -17,7 +17,7 @@ from headrace.common.config import RunConfig
 from headrace.common.models.chat import Chat, load_tokenizer, stop_token_ids
 from headrace.common.models.context_length import context_tokens
 from headrace.common.preflight.recipe import check_vocabulary
-from headrace.common.process.atomic_files import move_into_place
+from headrace.common.process.atomic_files import publish_atomically
 from headrace.common.process.waiting import Waits
 from headrace.common.redis.keys import Keys
 from headrace.common.tasks import Task
@@ -152,10 +152,10 @@ def _save_frame(policy: Policy, frame: Path, tokenizer: Any) -> None:
     aside = frame.with_name(f"{frame.name}-aside")
     shutil.rmtree(aside, ignore_errors=True)
     policy.save_frame(aside, tokenizer)
-    move_into_place(aside, frame)
+    publish_atomically(aside, frame)
     aside.mkdir()
     policy.save_unchanged(aside / MODEL_FILE)
-    move_into_place(aside, frame.with_name(UNCHANGED))
+    publish_atomically(aside, frame.with_name(UNCHANGED))
 
 
 def _stop_unfinished(checkpoints: Path) -> None:

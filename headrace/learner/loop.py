@@ -13,7 +13,7 @@ from pathlib import Path
 
 from headrace.common.config import RunConfig
 from headrace.common.process.waiting import Reason, Waits
-from headrace.common.wire.desired_state import Orders, Settings
+from headrace.common.wire.desired_state import DesiredState, Settings
 from headrace.learner.checkpoints.checkpoint import CheckpointError
 from headrace.learner.checkpoints.progress import Progress
 from headrace.learner.checkpoints.record import MAX_VERSION_STEPS, Record
@@ -56,7 +56,7 @@ class Loop:
     reporter: RunReporter
     evaluator: Evaluator
     _is_checkpoint_ordered: bool = False
-    _obeyed: Orders = field(default_factory=Orders)
+    _obeyed: DesiredState = field(default_factory=DesiredState)
 
     def __post_init__(self) -> None:
         """What was asked for once before this start counts as obeyed."""

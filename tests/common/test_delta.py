@@ -11,13 +11,13 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.common.weights.delta import Bits, DeltaError, Patch, apply, changed_places, encode
+from headrace.common.weights.delta import Bits, DeltaError, Patch, apply_patch, changed_indices, make_patch
 
 
 def round_trip(current: Bits, base: Bits | None) -> Patch:
-    patch, frames = encode(current, base)
+    patch, frames = make_patch(current, base)
     out = np.empty_like(current)
-    apply(patch, memoryview(b"".join(frames)), base, out)
+    apply_patch(patch, memoryview(b"".join(frames)), base, out)
     assert np.array_equal(out, current)
     return patch
 
@@ -51,7 +51,7 @@ def test_any_change_of_any_bits_comes_back(dtype: Any, num_items: int, share: fl
     rng = np.random.default_rng(seed)
     base = rng.integers(0, np.iinfo(dtype).max, num_items, dtype, endpoint=True)
     current = changed(base, share, rng, by)
-    assert np.array_equal(changed_places(current, base), np.flatnonzero(current != base))
+    assert np.array_equal(changed_indices(current, base), np.flatnonzero(current != base))
     round_trip(current, base)
     assert round_trip(current, None).method == "full"
 
@@ -99,14 +99,14 @@ def test_bits_that_numbers_do_not_tell_apart_are_kept() -> None:
 def sparse_case() -> tuple[Patch, bytes, Bits]:
     rng = np.random.default_rng(2)
     base = bfloat16_weights(2000, rng)
-    patch, frames = encode(changed(base, 0.02, rng), base)
+    patch, frames = make_patch(changed(base, 0.02, rng), base)
     assert patch.method == "sparse"
     return patch, b"".join(frames), base
 
 
 def refused(patch: Patch, content: bytes, base: Bits | None, num_items: int) -> str:
     with pytest.raises(DeltaError) as caught:
-        apply(patch, memoryview(content), base, np.empty(num_items, np.uint16))
+        apply_patch(patch, memoryview(content), base, np.empty(num_items, np.uint16))
     return str(caught.value)
 
 
@@ -171,11 +171,11 @@ def test_mutated_bytes_are_refused_or_give_a_tensor(data: st.DataObject) -> None
         mutated[data.draw(st.integers(0, len(mutated) - 1))] = data.draw(st.integers(0, 255))
     out = np.empty_like(base)
     with contextlib.suppress(DeltaError):
-        apply(patch, memoryview(bytes(mutated)), base, out)
+        apply_patch(patch, memoryview(bytes(mutated)), base, out)
 
 
 def test_the_wrong_base_gives_another_tensor() -> None:
     patch, content, base = sparse_case()
     out = np.empty_like(base)
-    apply(patch, memoryview(content), base + np.uint16(1), out)
+    apply_patch(patch, memoryview(content), base + np.uint16(1), out)
     assert not np.array_equal(out, base)

@@ -12,8 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from headrace.common.process.logs import LineFormatter, about, as_json, from_now_on, parse_line, shown_line
-from headrace.common.process.run_token import token_at
+from headrace.common.process.logs import (
+    LineFormatter,
+    add_process_fields,
+    format_line,
+    line_as_dict,
+    log_context,
+    parse_line,
+)
+from headrace.common.process.run_token import load_or_create_token
 from headrace.common.redis.client import connect
 from tests.support.fake_services import Faking, ended, faking
 
@@ -49,13 +56,13 @@ def logged() -> Iterator[Logged]:
 
 
 def test_a_line_is_read_as_it_was_written(log: logging.Logger, logged: Logged) -> None:
-    from_now_on(step=lambda: 12)
+    add_process_fields(step=lambda: 12)
     log.info("trained: %d of 2", 1, extra={"tickets": ["0-1", "eval-3-4", "0-2.1"]})
     (text,) = logged()
     assert text.split(" ", 1)[1] == "INFO learner run=demo step=12 tickets=0-1,eval-3-4,0-2.1: trained: 1 of 2"
     line = parse_line(text)
-    assert line is not None and shown_line(line) == text
-    assert as_json(line) == {
+    assert line is not None and format_line(line) == text
+    assert line_as_dict(line) == {
         "time": text.split()[0],
         "level": "INFO",
         "service": "learner",
@@ -67,8 +74,8 @@ def test_a_line_is_read_as_it_was_written(log: logging.Logger, logged: Logged) -
 
 
 def test_the_nearest_says_a_field(log: logging.Logger, logged: Logged) -> None:
-    from_now_on(step=1)
-    with about(step=2, ticket="0-1"):
+    add_process_fields(step=1)
+    with log_context(step=2, ticket="0-1"):
         log.info("work")
         log.info("call", extra={"step": 3})
     log.info("process")
@@ -82,7 +89,7 @@ def test_the_nearest_says_a_field(log: logging.Logger, logged: Logged) -> None:
 
 def test_tasks_and_threads_do_not_mix_their_tickets(log: logging.Logger, logged: Logged) -> None:
     async def answer(ticket: str, mine: asyncio.Event, other: asyncio.Event) -> None:
-        with about(ticket=ticket):
+        with log_context(ticket=ticket):
             mine.set()
             await other.wait()
             log.info("task")
@@ -92,7 +99,7 @@ def test_tasks_and_threads_do_not_mix_their_tickets(log: logging.Logger, logged:
         await asyncio.gather(answer("0-1", one, other), answer("0-2", other, one))
 
     asyncio.run(both())
-    with about(ticket="0-3"):
+    with log_context(ticket="0-3"):
         thread = threading.Thread(target=log.info, args=("thread",))
         thread.start()
         thread.join()
@@ -127,7 +134,7 @@ def test_a_library_is_named_and_a_long_text_bounded(logged: Logged) -> None:
 
 
 def test_no_line_has_a_secret(log: logging.Logger, logged: Logged, tmp_path: Path) -> None:
-    token = token_at(tmp_path / "token")
+    token = load_or_create_token(tmp_path / "token")
     connect("redis://user:pass%2Fword@127.0.0.1:1/0").close()
     try:
         raise ValueError(f"token {token}")

@@ -16,7 +16,7 @@ from headrace.common.config import RunConfig
 from headrace.common.http.addresses import listen
 from headrace.common.models.hub import is_hub_name
 from headrace.common.preflight import recipe as preflight
-from headrace.common.preflight.recipe import NotHere, check_model_folder, check_run
+from headrace.common.preflight.recipe import UnavailableHere, check_model_folder, check_run
 
 HUB_MODEL = "acme/tiny-instruct"
 
@@ -140,7 +140,7 @@ def test_a_model_that_the_hub_does_not_give(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     problem = problem_of(config_of(HUB_MODEL))
     assert HUB_MODEL in str(problem) and text in str(problem)
-    assert isinstance(problem, NotHere) != is_here
+    assert isinstance(problem, UnavailableHere) != is_here
 
 
 def test_of_a_model_on_the_hub_what_is_here_is_checked(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,13 +152,13 @@ def test_of_a_model_on_the_hub_what_is_here_is_checked(model: Path, monkeypatch:
     (model / "tokenizer.json").unlink()
     check_model_folder(HUB_MODEL)
     (model / "config.json").unlink()
-    assert isinstance(problem_of(config_of(HUB_MODEL)), NotHere)
+    assert isinstance(problem_of(config_of(HUB_MODEL)), UnavailableHere)
 
 
 def test_without_sglang_a_servers_url_is_needed(demo_policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     problem = problem_of(config_of(demo_policy))
-    assert isinstance(problem, NotHere) and "SGLang is not installed" in str(problem)
+    assert isinstance(problem, UnavailableHere) and "SGLang is not installed" in str(problem)
     check_run(config_of(demo_policy, generation={"engine": {"url": "http://127.0.0.1:30000"}}))
 
 
@@ -167,7 +167,7 @@ def test_a_port_in_use_is_refused_and_a_free_one_left_free(section: str, demo_po
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         problem = problem_of(config_of(demo_policy, **{section: {"port": port}}))
-    assert isinstance(problem, NotHere) and f"{section}.port {port}: cannot listen" in str(problem)
+    assert isinstance(problem, UnavailableHere) and f"{section}.port {port}: cannot listen" in str(problem)
     for _ in range(2):
         check_run(config_of(demo_policy, **{section: {"port": port}}))
 
@@ -193,7 +193,7 @@ def test_one_port_for_two_is_refused(sections: dict[str, Any], text: str, demo_p
 def test_a_redis_that_is_not_there_is_refused(url: str, is_here: bool, text: str, demo_policy: Path) -> None:
     problem = problem_of(config_of(demo_policy, redis_url=url))
     assert text in str(problem) and "secret" not in str(problem)
-    assert isinstance(problem, NotHere) != is_here
+    assert isinstance(problem, UnavailableHere) != is_here
 
 
 def test_what_is_only_not_here_is_collected_and_the_rest_raised(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:

@@ -11,7 +11,7 @@ import redis
 
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import encode
-from headrace.common.wire.desired_state import Launcher, Orders, Settings, parse_orders
+from headrace.common.wire.desired_state import DesiredState, Launcher, Settings, parse_desired_state
 from headrace.control.http import drain
 from headrace.control.models.commands import CommandAccepted, SettingsResponse
 from tests.support.controls import TOKEN, Control, a_control
@@ -28,8 +28,8 @@ def control(redis_url: str, client: redis.Redis, keys: Keys) -> Iterator[Control
         yield served
 
 
-def desired_state(client: redis.Redis, keys: Keys) -> Orders:
-    return parse_orders(client.hgetall(keys.control))
+def desired_state(client: redis.Redis, keys: Keys) -> DesiredState:
+    return parse_desired_state(client.hgetall(keys.control))
 
 
 def latest_event(control: Control) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import redis
 from headrace.common.redis.client import connect_async
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import decode_group
-from headrace.common.wire.ledger import parse_mark
+from headrace.common.wire.ledger import parse_ledger_entry
 from headrace.generation.tickets.commit_batching import MAX_BATCH_BYTES, MAX_BATCH_ITEMS, Batcher
 from headrace.generation.tickets.store import TicketStore
 from headrace.learner.store.store import LearnerStore
@@ -139,7 +139,7 @@ def test_commits_in_one_script_stand_each_for_itself(redis_url: str, client: red
     assert {name: group.rewards[0] for name, group in groups.items()} == {b"0-0": 1.0, b"0-3": 3.0, b"0-4": 4.0}
     assert [fields[b"id"] for _, fields in client.xrange(keys.dead)] == [b"0-2"]
     marks = client.hgetall(keys.ledger)
-    assert {name: parse_mark(mark).state for name, mark in marks.items()} == {
+    assert {name: parse_ledger_entry(mark).state for name, mark in marks.items()} == {
         b"0-0": "queued", b"0-1": "open", b"0-3": "queued", b"0-4": "queued"
     }  # fmt: skip
 

@@ -13,7 +13,7 @@ import redis
 from headrace.common.http.addresses import bearer
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import decode_group, decode_ticket
-from headrace.common.wire.ledger import parse_mark
+from headrace.common.wire.ledger import parse_ledger_entry
 from headrace.generation import loop
 from headrace.generation.engine.server import EngineServer
 from headrace.generation.http_api import make_app as make_replica_app
@@ -100,7 +100,7 @@ def test_a_reward_that_fails_costs_attempts_and_then_the_ticket_not_the_replica(
     ((_, dead),) = client.xrange(keys.dead)
     assert dead[b"id"] == b"0-0" and b"ticket 0-0" in dead[b"reason"]
     assert len(json.loads(dead[b"completions"])) == 2, "what could not be scored is kept"
-    assert parse_mark(client.hget(keys.ledger, "0-0")).state == "dead"
+    assert parse_ledger_entry(client.hget(keys.ledger, "0-0")).state == "dead"
 
 
 def test_a_task_that_no_worker_can_load_ends_the_replica(learner: Learner, start: Start) -> None:
@@ -158,7 +158,7 @@ def test_a_drained_replica_hands_back_what_it_cannot_finish(
             await until(lambda: replica.heartbeat().groups_in_flight == 1)
 
     run(scenario)
-    assert parse_mark(client.hget(keys.ledger, "0-9")).state == "open"
+    assert parse_ledger_entry(client.hget(keys.ledger, "0-9")).state == "open"
     ((_, fields),) = client.xrange(keys.tickets)
     assert decode_ticket(fields[b"ticket"]).attempts == 0, "a hand-back is no attempt"
 

@@ -10,7 +10,7 @@ import redis
 from headrace.common.redis.client import connect_async
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import decode_group, decode_ticket, encode
-from headrace.common.wire.ledger import parse_mark
+from headrace.common.wire.ledger import parse_ledger_entry
 from headrace.generation.tickets.store import (
     MAX_DEAD_CHARS,
     MAX_DEAD_COMPLETIONS,
@@ -40,7 +40,7 @@ def as_replica(url: str, keys: Keys, name: str, act: Replica[T], deadline_s: flo
 
 
 def states(client: redis.Redis, keys: Keys) -> dict[str, str]:
-    return {name.decode(): parse_mark(mark).state for name, mark in client.hgetall(keys.ledger).items()}
+    return {name.decode(): parse_ledger_entry(mark).state for name, mark in client.hgetall(keys.ledger).items()}
 
 
 async def lease_one(store: TicketStore) -> Lease:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from headrace.common.http.addresses import free_port
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import DecidedState, TicketKind
-from headrace.common.wire.desired_state import parse_orders
+from headrace.common.wire.desired_state import parse_desired_state
 from headrace.launcher.__main__ import app
 from headrace.launcher.commands import observe
 from headrace.launcher.commands.logs import Level
@@ -134,7 +134,7 @@ def test_replicas_groups_and_evaluations(headrace: Command, runs: Path, keys: Ke
 
 def test_orders_reach_redis(headrace: Command, runs: Path, keys: Keys, client: redis.Redis, fake: FakeSglang) -> None:
     def standing() -> Any:
-        return parse_orders(client.hgetall(keys.control))
+        return parse_desired_state(client.hgetall(keys.control))
 
     assert headrace("pause").stdout == f"run {keys.run}: paused after the step in progress\n"
     assert standing().is_paused
@@ -165,7 +165,7 @@ def test_settings_are_shown_and_changed(headrace: Command, runs: Path, keys: Key
     lines = headrace("settings", "optimizer.lr=1e-5", "learner.max_staleness=3").stdout.splitlines()
     assert any(line.split()[:4] == ["optimizer.lr", "1e-05", "configured", "0.0002"] for line in lines)
     assert lines[-1] == "version 1, applied from the learner's next step on"
-    values = parse_orders(client.hgetall(keys.control)).settings.values
+    values = parse_desired_state(client.hgetall(keys.control)).settings.values
     assert values == {"optimizer.lr": 1e-5, "learner.max_staleness": 3}
     found = answer(headrace("settings", "--reset", "optimizer.lr", "--json"))
     assert found["version"] == 2 and found["settings"]["optimizer.lr"]["value"] == 0.0002
@@ -226,7 +226,7 @@ def test_a_note_that_a_killed_launcher_left_leads_to_no_other_run(
     (runs / "earlier").mkdir()
     (runs / "earlier" / "control-url").write_text(control.url)
     assert "run 'earlier' is not live" in error(headrace("stop", "--run", "earlier", code=3))
-    assert not parse_orders(client.hgetall(keys.control)).is_stopping
+    assert not parse_desired_state(client.hgetall(keys.control)).is_stopping
     assert keys.run in headrace("status").stdout.splitlines()[0], "and of two notes one is true"
 
 

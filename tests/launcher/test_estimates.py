@@ -15,9 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from headrace.common.config import OptimizerConfig, Recipe, RunConfig
 from headrace.common.hardware import device as device_module
 from headrace.common.hardware.gpus import Gpu
-from headrace.common.preflight.recipe import NotHere
-from headrace.common.weights.delta import bits_of
-from headrace.common.weights.delta import encode as encode_delta
+from headrace.common.preflight.recipe import UnavailableHere
+from headrace.common.weights.delta import bits_of, make_patch
 from headrace.common.wire import Group, Rollout, Sampling, Ticket, Timings, VersionSpan, encode
 from headrace.launcher.check import estimate_inputs, sections
 from headrace.launcher.check.estimate_inputs import EstimateInputs
@@ -306,7 +305,7 @@ def test_a_delta_is_what_the_code_makes_of_such_changes(dtype: str, lr: float) -
     after = before + moved * torch.randn(1 << 20)
     size = 4 if dtype == "float32" else 2
     bits = [bits_of(one.to(getattr(torch, dtype)).view(torch.uint8).numpy(), size) for one in (after, before)]
-    patch, _ = encode_delta(*bits)
+    patch, _ = make_patch(*bits)
     assert patch.num_bytes / (size << 20) == pytest.approx(delta_share(config), rel=0.5)
 
 
@@ -346,7 +345,7 @@ def test_weights_that_do_not_fit_into_shared_memory_are_refused_before_anything_
     shape = shape_of_run(one)
     assert shared_memory_problem(shape, one) == ""
     assert "/dev/shm has 0.0 GiB free" in shared_memory_problem(shape, two)
-    with pytest.raises(NotHere, match="3 versions of the weights take"):
+    with pytest.raises(UnavailableHere, match="3 versions of the weights take"):
         up(Recipe(two, {}), "run", tmp_path / "runs", Console())
     assert not (tmp_path / "runs").exists()
 

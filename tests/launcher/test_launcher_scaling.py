@@ -10,7 +10,7 @@ import pytest
 import redis
 
 from headrace.common.redis.keys import Keys
-from headrace.common.wire.desired_state import desired_replicas
+from headrace.common.wire.desired_state import parse_desired_replicas
 from tests.support.fake_services import RECIPE, SERVES, Fakes, Faking, ended, faking, processes_of, until
 from tests.support.redis_servers import as_launched
 
@@ -226,7 +226,7 @@ KEEPS_A_BAD_ORDER = f"redis('HSET', '{CONTROL}', 'desired_replicas', 'many')\n{S
 @pytest.mark.parametrize("order", ["-1", "65", "1.5", "many", "", "１", "0000000099"])
 def test_what_is_no_number_of_replicas_is_refused(order: str) -> None:
     with pytest.raises(ValueError, match=f"{order!r} replicas: expected a number from 0 to 64"):
-        desired_replicas(order)
+        parse_desired_replicas(order)
 
 
 def test_a_bad_order_is_one_line(faking: Faking) -> None:

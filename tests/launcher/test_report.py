@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from headrace.common.config import load_recipe
 from headrace.common.redis.keys import Keys
-from headrace.common.wire.group_samples import ShownRollout
+from headrace.common.wire.group_samples import RolloutSample
 from headrace.launcher.__main__ import app
 from headrace.launcher.report.curves import MAX_POINTS, Series, draw, thinned, ticks_between
 from headrace.launcher.report.headline import settings
@@ -95,7 +95,7 @@ def test_it_needs_nothing_else_and_runs_nothing(
     runs: Path, keys: Keys, redis_url: str, client: redis.Redis, tmp_path: Path
 ) -> None:
     seed_run(client, keys, at=AT)
-    rollout = ShownRollout(HOSTILE, 1.0, 0.5, "stop", [HOSTILE, " b"], [3, 4], [-1.0, -1.0], [-1.0, -3.0])
+    rollout = RolloutSample(HOSTILE, 1.0, 0.5, "stop", [HOSTILE, " b"], [3, 4], [-1.0, -1.0], [-1.0, -3.0])
     group = msgspec.structs.replace(
         shown_group(0, 40, AT), id="0-hostile", replica=HOSTILE, prompt=[{"role": HOSTILE, "content": HOSTILE}]
     )
@@ -147,14 +147,17 @@ def test_a_spell_lasts_as_long_as_the_median_of_five_is_bad() -> None:
 
 
 def test_warnings_that_differ_in_numbers_are_one() -> None:
-    from headrace.common.process.logs import Line
+    from headrace.common.process.logs import LogLine
 
-    lines = [Line(at, "WARNING", "learner", {}, f"waiting for {at} s") for at in (5.0, 10.5, 20.0)]
-    lines += [Line(30.0, "ERROR", "generation", {"replica": "generation-1"}, "dead"), Line(1.0, "INFO", "x", {}, "x")]
+    lines = [LogLine(at, "WARNING", "learner", {}, f"waiting for {at} s") for at in (5.0, 10.5, 20.0)]
+    lines += [
+        LogLine(30.0, "ERROR", "generation", {"replica": "generation-1"}, "dead"),
+        LogLine(1.0, "INFO", "x", {}, "x"),
+    ]
     (first, second), left_out = incidents(lines)
     assert (first.count, first.first_at, first.last_at, first.text) == (3, 5.0, 20.0, "waiting for 5.0 s")
     assert second.service == "generation-1" and left_out == 0
-    many = [Line(float(at), "WARNING", "x", {}, "x" * at) for at in range(1, 100)] + lines
+    many = [LogLine(float(at), "WARNING", "x", {}, "x" * at) for at in range(1, 100)] + lines
     kept, left_out = incidents(many)
     assert len(kept) == 60 and left_out == 41 and any(one.level == "ERROR" for one in kept)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from headrace.common.config import RunConfig
-from headrace.common.preflight.recipe import NotHere
+from headrace.common.preflight.recipe import UnavailableHere
 from headrace.common.preflight.task import check_task
 from headrace.common.tasks import BadRow, Prompt, Split
 from headrace.common.wire import Ticket, decode_ticket
@@ -136,7 +136,7 @@ def problem_of(task: dict[str, Any]) -> ValueError:
 def test_a_task_that_is_wrong_is_refused(task: dict[str, Any], text: str) -> None:
     problem = problem_of(task)
     assert text in str(problem)
-    assert not isinstance(problem, NotHere)
+    assert not isinstance(problem, UnavailableHere)
 
 
 @pytest.mark.parametrize(("content", "problem"), [("", "found none"), ('{"question": "a", ', "JSON")])
@@ -151,7 +151,7 @@ def test_a_local_data_set_that_is_empty_or_broken_is_refused(content: str, probl
 def test_a_data_set_out_of_reach_is_not_here() -> None:
     task = {"name": "tests.launcher.test_task_check:OnlyTrain", "settings": {"path": "acme/rows"}}
     problem = problem_of(task)
-    assert isinstance(problem, NotHere)
+    assert isinstance(problem, UnavailableHere)
     assert "Couldn't reach the hub" in str(problem)
 
 

@@ -457,7 +457,11 @@ def test_a_ticket_is_made_again_from_its_id() -> None:
     assert source.rebuild(["1-7", "1-2"], 3, 4) == [tickets[7], tickets[2]]
     (second_life,) = source.rebuild(["1-2.1"], 3, 4)
     assert second_life == msgspec.structs.replace(tickets[2], id="1-2.1", reissues=1)
-    for name, reason in (("1-9", "no such prompt"), ("eval-1-0", "evaluation is over"), ("x", "expected epoch-place")):
+    for name, reason in (
+        ("1-9", "no such prompt"),
+        ("eval-1-0", "evaluation is over"),
+        ("x", "expected epoch-position"),
+    ):
         with pytest.raises(ValueError, match=reason):
             source.rebuild([name], 3, 4)
 

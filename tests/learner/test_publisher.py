@@ -116,7 +116,7 @@ def test_a_disk_that_refused_costs_nothing_more(
     steps = small_steps(4)
     publish(versions, next(steps), 0)
     with monkeypatch.context() as patch:
-        patch.setattr("headrace.learner.weights.version_writer.move_into_place", refuse)
+        patch.setattr("headrace.learner.weights.version_writer.publish_atomically", refuse)
         with pytest.raises(OSError, match="No space"):
             publish(versions, next(steps), 1)
     manifest = publish(versions, next(steps), 2)

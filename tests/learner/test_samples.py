@@ -15,7 +15,7 @@ from headrace.common.config import ModelConfig
 from headrace.common.models.chat import load_tokenizer
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import VersionSpan
-from headrace.common.wire.group_samples import MAX_SHOWN_BYTES, ShownGroup
+from headrace.common.wire.group_samples import MAX_SAMPLE_BYTES, GroupSample
 from headrace.learner.intake.samples import MAX_SAMPLED, Decided, DecidedSample, TokenTexts, TrainedRollout, shown_group
 from tests.learner.test_trainer import STEPS as VERSION_STEPS
 from tests.learner.test_trainer import make_batch, make_config, make_trainer
@@ -97,7 +97,7 @@ def test_completions_that_would_make_a_group_too_large_are_left_out(byte_level: 
     shown = shown_group(Decided(group, "uniform", 1, 0, 0.0), [], TokenTexts(byte_level))
     assert 0 < len(shown.rollouts) < 8 and len(shown.rollouts) + shown.num_left_out == 8
     size = len(msgspec.json.encode(shown))
-    assert MAX_SHOWN_BYTES * 0.7 < size < MAX_SHOWN_BYTES
+    assert MAX_SAMPLE_BYTES * 0.7 < size < MAX_SAMPLE_BYTES
 
 
 def test_a_sample_is_the_first_of_each_state_until_the_next_step() -> None:
@@ -139,7 +139,7 @@ def test_a_run_shows_some_groups_of_every_step(client: redis.Redis, keys: Keys, 
     assert loop.run()
     end(loop)
     entries = [fields for _, fields in client.xrange(keys.shown)]
-    groups = [msgspec.json.decode(fields[b"group"], type=ShownGroup) for fields in entries]
+    groups = [msgspec.json.decode(fields[b"group"], type=GroupSample) for fields in entries]
     for fields, group in zip(entries, groups, strict=True):
         named = {name: fields[name.encode()].decode() for name in ("id", "kind", "state", "step")}
         assert named == {"id": group.id, "kind": "train", "state": group.state, "step": str(group.step)}

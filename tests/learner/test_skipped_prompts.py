@@ -11,7 +11,7 @@ import redis
 from headrace.common.config import RunConfig
 from headrace.common.redis.keys import Keys
 from headrace.common.tasks import BadRow, Prompt
-from headrace.common.wire.ledger import Mark
+from headrace.common.wire.ledger import LedgerEntry
 from headrace.learner.commands.audit import audit
 from headrace.learner.commands.dead_letters import dead_entries, retry
 from headrace.learner.intake import ticket_source as prompts
@@ -84,7 +84,7 @@ def test_a_prompt_that_never_fits_is_skipped_and_counted(client: redis.Redis, ke
     intake = Intake(make_config(), store, source, {1: 0}, lambda: LIMITS, [], Switches())
     intake.turn()
     assert intake.books.counts["skipped"] == 4 and intake.books.counts["dead"] == 0
-    assert store.marks(["0-0", "0-1", "0-2"])[1] == Mark("skipped")
+    assert store.marks(["0-0", "0-1", "0-2"])[1] == LedgerEntry("skipped")
     assert not dead_entries(client, keys) and client.xlen(keys.tickets) == 8
     found = audit(client, keys, tmp_path)
     assert not found.violations and found.counts == {"open": 8, "skipped": 4}
@@ -95,7 +95,7 @@ def test_what_was_passed_stays_passed_after_a_restart(client: redis.Redis, keys:
     source_of(GOOD, BAD["none"][0]).issue(store, 2, 0, 1)
     again = source_of(GOOD, GOOD)
     again.issue(store, 2, 0, 1)  # a checkpoint's cursor, older than Redis's
-    assert store.marks(["0-1"]) == [Mark("dead", dead_entries(client, keys)[0].entry_id)]
+    assert store.marks(["0-1"]) == [LedgerEntry("dead", dead_entries(client, keys)[0].entry_id)]
     assert len(dead_entries(client, keys)) == 1 and client.xlen(keys.tickets) == 2
 
 

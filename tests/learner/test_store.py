@@ -9,7 +9,7 @@ import redis
 from headrace.common.redis.client import durability_problem
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import Heartbeat, encode
-from headrace.common.wire.ledger import Mark
+from headrace.common.wire.ledger import LedgerEntry
 from headrace.learner.store import scripts
 from headrace.learner.store.store import DEAD_PAYLOAD_BYTES, Cursor, Fenced, LearnerStore, RedisLost, Settlement
 from tests.support.committing import queue
@@ -76,7 +76,7 @@ def test_a_group_that_cannot_be_used_is_buried_with_the_reason(client: redis.Red
         b"bytes": b"100000",
     }
     assert (client.xlen(keys.groups), store.num_dead()) == (0, 1)
-    assert store.marks(["0-0"]) == [Mark("dead", dead_id.decode())] and entry_id == entry.entry_id
+    assert store.marks(["0-0"]) == [LedgerEntry("dead", dead_id.decode())] and entry_id == entry.entry_id
 
 
 def test_what_a_checkpoint_knows_and_redis_forgot_is_repaired(client: redis.Redis, keys: Keys) -> None:
@@ -100,7 +100,7 @@ def test_what_was_answered_again_after_redis_forgot_is_no_second_group(
     forgotten, second = "17-0", queue(client, keys, "0-0", b"group")
     assert second != forgotten
     store.settle([Settlement(keys.groups, forgotten, "0-0", "trained")], groups=groups)
-    assert store.marks(["0-0"]) == [Mark("trained")] and client.xlen(keys.groups) == 0
+    assert store.marks(["0-0"]) == [LedgerEntry("trained")] and client.xlen(keys.groups) == 0
 
 
 def test_a_redis_that_lost_everything_is_told_from_a_newer_learner(client: redis.Redis, keys: Keys) -> None:

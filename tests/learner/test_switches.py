@@ -11,9 +11,9 @@ import msgspec
 import pytest
 import redis
 
-from headrace.common.config.hot_reload import hot_values
+from headrace.common.config.hot_reload import hot_reloadable_values
 from headrace.common.redis.keys import Keys
-from headrace.common.wire.desired_state import Settings, parse_orders
+from headrace.common.wire.desired_state import Settings, parse_desired_state
 from headrace.learner.algorithm.guard import GuardState
 from headrace.learner.checkpoints.checkpoint import newest
 from headrace.learner.checkpoints.record import Record, checkpoint_folders, read_record
@@ -156,10 +156,10 @@ def test_what_comes_over_http_counts_at_once_and_is_written_to_redis(
 ) -> None:
     loop.switches.pause()
     assert loop.switches.paused.is_set() and not client.exists(keys.control)
-    loop.switches.sync_from(parse_orders({}))
+    loop.switches.sync_from(parse_desired_state({}))
     assert loop.switches.paused.is_set(), "what was read before it was written is older"
     loop.intake.turn()
-    assert parse_orders(client.hgetall(keys.control)).is_paused and loop.switches.unpersisted == []
+    assert parse_desired_state(client.hgetall(keys.control)).is_paused and loop.switches.unpersisted == []
     loop.switches.resume()
     loop.switches.request_checkpoint()
     loop.intake.look_at_orders()
@@ -212,7 +212,7 @@ def test_settings_are_taken_up_from_the_checkpoint_when_redis_has_none(
     assert again.live_config.settings.version == 7 and again.intake.config == again.trainer.config == again.config
     assert (again.config.sampling.temperature, again.intake.config.learner.max_staleness) == (0.5, 1)
     assert again.live_config.configured == make_config()
-    assert parse_orders(client.hgetall(keys.control)).settings == again.live_config.settings
+    assert parse_desired_state(client.hgetall(keys.control)).settings == again.live_config.settings
     end(again)
 
 
@@ -221,7 +221,7 @@ def test_which_settings_count_at_a_start() -> None:
 
     def take(in_redis: Settings, in_checkpoint: Settings) -> tuple[float | None, int, int]:
         found, newest = live_config.resume_config(config, in_redis, in_checkpoint, GuardState())
-        return hot_values(found.config)["optimizer.lr"], found.settings.version, newest.version
+        return hot_reloadable_values(found.config)["optimizer.lr"], found.settings.version, newest.version
 
     def lr(version: int, value: float) -> Settings:
         return Settings(version, {"optimizer.lr": value})

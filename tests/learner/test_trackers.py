@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from headrace.common.config import RunConfig
-from headrace.common.preflight.recipe import NotHere, check_trackers
+from headrace.common.preflight.recipe import UnavailableHere, check_trackers
 from headrace.learner.reporting import trackers as trackers_module
 from headrace.learner.reporting.trackers import Trackers
 
@@ -209,5 +209,5 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_starts(monke
     )
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
-    with pytest.raises(NotHere, match="trackers: wandb is not installed here; expected `pip install wandb`"):
+    with pytest.raises(UnavailableHere, match="trackers: wandb is not installed here; expected `pip install wandb`"):
         check_trackers(config)

@@ -23,7 +23,7 @@ from headrace.common.http.addresses import free_port, listen, url_of
 from headrace.common.process.run_token import TOKEN_VARIABLE
 from headrace.common.redis.client import connect
 from headrace.common.redis.keys import MAX_EVENTS, MAX_HISTORY, MAX_SHOWN, Keys
-from headrace.common.wire.group_samples import ShownGroup
+from headrace.common.wire.group_samples import GroupSample
 from headrace.control.assembly import running_app, serving
 
 TOKEN = "the-run's-token"
@@ -138,7 +138,7 @@ def add_event(client: redis.Redis, keys: Keys, kind: str, event: dict[str, Any])
     client.xadd(keys.events, {"kind": kind, "event": json.dumps(event)}, maxlen=MAX_EVENTS, approximate=True)
 
 
-def add_group(client: redis.Redis, keys: Keys, group: ShownGroup) -> None:
+def add_group(client: redis.Redis, keys: Keys, group: GroupSample) -> None:
     summary = {"id": group.id, "kind": group.kind, "state": group.state, "step": group.step}
     fields = summary | {"group": msgspec.json.encode(group)}
     client.xadd(keys.shown, fields, maxlen=MAX_SHOWN, approximate=True)

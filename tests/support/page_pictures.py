@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 from PIL import Image
 
-from headrace.common.process.run_token import token_in
+from headrace.common.process.run_token import read_token_file
 from tests.support.page_in_chromium import a_browser, a_page, open_page
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DOCS)
     arguments = parser.parse_args()
     folder = arguments.runs_folder / arguments.run
-    url, token = (folder / "control-url").read_text().strip(), token_in(folder / "token")
+    url, token = (folder / "control-url").read_text().strip(), read_token_file(folder / "token")
     with httpx.Client(base_url=url, trust_env=False, timeout=30) as http:
         while http.get("/status").raise_for_status().json()["step"] < arguments.after_step:
             time.sleep(POLL_INTERVAL_S)

@@ -16,7 +16,7 @@ import redis
 from headrace.common.config import load_recipe
 from headrace.common.redis.keys import MAX_EVENTS, MAX_HISTORY, MAX_SHOWN, TICKET_GROUP, Keys
 from headrace.common.wire import Heartbeat, encode
-from headrace.common.wire.group_samples import ShownGroup, ShownRollout
+from headrace.common.wire.group_samples import GroupSample, RolloutSample
 from tests.support.making import make_ticket
 
 RECIPE = "configs/tiny-cpu.yaml"
@@ -156,13 +156,13 @@ def heartbeat(name: str, url: str, num_steps: int, index: int = 0) -> Heartbeat:
     )
 
 
-def shown_group(index: int, num_steps: int, at: float, num_completions: int = 4) -> ShownGroup:
+def shown_group(index: int, num_steps: int, at: float, num_completions: int = 4) -> GroupSample:
     """Every fourth group is uniform, every eighth of an evaluation, the others trained; two versions sampled each."""
     state = "evaluated" if index % 8 == 7 else "uniform" if index % 4 == 3 else "trained"
     step, is_trained = max(1, num_steps - index // 4), state == "trained"
     half = len(WORDS) // 2
     rollouts = [
-        ShownRollout(
+        RolloutSample(
             text="".join(WORDS),
             reward=1.0 if state == "uniform" or place % 2 == 0 else 0.0,
             advantage=(0.9 if place % 2 == 0 else -0.9) if is_trained else None,
@@ -176,7 +176,7 @@ def shown_group(index: int, num_steps: int, at: float, num_completions: int = 4)
         )
         for place in range(num_completions)
     ]
-    return ShownGroup(
+    return GroupSample(
         id=f"eval-{step}-{index}" if state == "evaluated" else f"0-{index}",
         kind="eval" if state == "evaluated" else "train",
         state=state,  # type: ignore[arg-type]

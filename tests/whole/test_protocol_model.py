@@ -53,7 +53,7 @@ from headrace.common.redis.keys import TICKET_GROUP, Keys
 from headrace.common.tasks import BadRow, Prompt
 from headrace.common.weights.files import MANIFEST_FILE, decode_manifest, version_folder
 from headrace.common.wire import Group, TicketState, Timings, decode_ticket, encode
-from headrace.common.wire.ledger import Mark, TicketName, parse_mark, parse_name
+from headrace.common.wire.ledger import LedgerEntry, TicketId, parse_ledger_entry, parse_ticket_id
 from headrace.generation.tickets import store as tickets
 from headrace.generation.tickets.store import Lease, TicketStore
 from headrace.learner import assembly
@@ -291,11 +291,11 @@ def server(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def is_training(name: str) -> bool:
-    return parse_name(name).kind == "train"
+    return parse_ticket_id(name).kind == "train"
 
 
 def birth_of(name: str) -> TicketState:
-    return PASSED.get(parse_name(name).place, "open") if is_training(name) else "open"
+    return PASSED.get(parse_ticket_id(name).position, "open") if is_training(name) else "open"
 
 
 class Protocol(RuleBasedStateMachine):
@@ -313,7 +313,7 @@ class Protocol(RuleBasedStateMachine):
         self.as_overtaken: object = None
         self.saved: dict[str, Line | None] = {}
         """What each checkpoint holds; None if it was corrupted."""
-        self.marks: dict[str, Mark] = {}
+        self.marks: dict[str, LedgerEntry] = {}
         self.died: set[str] = set()
         self.skipped: set[str] = set()
         self.groups: dict[tuple[str, str], tuple[str, Group]] = {}
@@ -435,7 +435,7 @@ class Protocol(RuleBasedStateMachine):
         if self.is_lost:
             return
         ledger, (epoch, place), pending, *streams = self._read()
-        self._compare({name.decode(): parse_mark(mark) for name, mark in ledger.items()})
+        self._compare({name.decode(): parse_ledger_entry(mark) for name, mark in ledger.items()})
         copied = self._check_streams({entry.decode() for entry in pending}, dict(zip(STREAMS, streams, strict=True)))
         for name, mark in self.marks.items():
             if mark.state in FINAL:
@@ -448,7 +448,7 @@ class Protocol(RuleBasedStateMachine):
         found = audit(self.client, self.keys, self.folder)
         assert not [one for one in found.violations if not (one[0] in copied and one[1].endswith("as well"))]
 
-    def _compare(self, marks: dict[str, Mark]) -> None:
+    def _compare(self, marks: dict[str, LedgerEntry]) -> None:
         """What the ledger says follows from what it said."""
         for name, old in self.marks.items():
             new = marks.get(name)
@@ -508,9 +508,9 @@ class Protocol(RuleBasedStateMachine):
         else:
             line = self._line(newest[0]) if newest else Line()
             waiting = read_record(newest[0]).unfinished if newest else []
-        stale = [parse_name(name) for name, state in line.states.items() if state == "stale"]
+        stale = [parse_ticket_id(name) for name, state in line.states.items() if state == "stale"]
         names = [name._replace(reissue=1) for name in stale if not name.reissue]
-        names += [TicketName("train", *divmod(number, NUM_PROMPTS)) for number in range(count)]
+        names += [TicketId("train", *divmod(number, NUM_PROMPTS)) for number in range(count)]
         gone = self.died | self.skipped | line.states.keys() if self.was_lost else set()
         known = self.marks.keys() | set(waiting) | gone
         assert not {str(name) for name in names} - known
@@ -713,14 +713,14 @@ class Protocol(RuleBasedStateMachine):
         key: str = getattr(self.keys, stream)
         return key
 
-    def _home(self, name: str, mark: Mark) -> str:
+    def _home(self, name: str, mark: LedgerEntry) -> str:
         return HOMES[mark.state][not is_training(name)] if mark.entry_id else ""
 
     def _is_open(self, lease: Lease) -> bool:
-        return self.marks.get(lease.ticket.id) == Mark("open", lease.entry_id)
+        return self.marks.get(lease.ticket.id) == LedgerEntry("open", lease.entry_id)
 
-    def _ledger(self) -> dict[str, Mark]:
-        return {name.decode(): parse_mark(mark) for name, mark in self.client.hgetall(self.keys.ledger).items()}
+    def _ledger(self) -> dict[str, LedgerEntry]:
+        return {name.decode(): parse_ledger_entry(mark) for name, mark in self.client.hgetall(self.keys.ledger).items()}
 
     def _pending(self) -> dict[bytes, bytes]:
         """Leased entries, and whose they are."""

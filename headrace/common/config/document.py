@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from headrace.common.config.hot_reload import HOT
+from headrace.common.config.hot_reload import HOT_RELOADABLE
 from headrace.common.config.run import RunConfig
 from headrace.common.config.section import section_in
 
@@ -44,7 +44,7 @@ def _section(name: str, model: type[BaseModel]) -> Iterator[str]:
         yield "|---|---|---|---|---|"
         for key, field in own.items():
             dotted = f"{name}.{key}" if name else key
-            live = "yes" if dotted in HOT else ""
+            live = "yes" if dotted in HOT_RELOADABLE else ""
             text = " ".join((field.description or "").split())
             cells = (f"`{dotted}`", _type(field), _default(field), live, text)
             yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

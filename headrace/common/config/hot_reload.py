@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from headrace.common.config.recipe import describe
 from headrace.common.config.run import RunConfig
 
-HOT = (
+HOT_RELOADABLE = (
     "optimizer.lr",
     "learner.max_staleness",
     "learner.max_mean_staleness",
@@ -23,8 +23,10 @@ def with_settings(config: RunConfig, values: Mapping[str, int | float | None]) -
     what it was given and what was expected."""
     settings = config.model_dump()
     for name, value in values.items():
-        if name not in HOT:
-            raise ValueError(f"{name[:60]} cannot change while the run goes on: expected one of {', '.join(HOT)}")
+        if name not in HOT_RELOADABLE:
+            raise ValueError(
+                f"{name[:60]} cannot change while the run goes on: expected one of {', '.join(HOT_RELOADABLE)}"
+            )
         section, field = name.split(".")
         settings[section][field] = value
     try:
@@ -33,7 +35,7 @@ def with_settings(config: RunConfig, values: Mapping[str, int | float | None]) -
         raise ValueError("; ".join(map(describe, error.errors()))) from error
 
 
-def hot_values(config: RunConfig) -> dict[str, int | float | None]:
+def hot_reloadable_values(config: RunConfig) -> dict[str, int | float | None]:
     """What stands of each."""
     settings = config.model_dump()
-    return {name: settings[name.split(".")[0]][name.split(".")[1]] for name in HOT}
+    return {name: settings[name.split(".")[0]][name.split(".")[1]] for name in HOT_RELOADABLE}

@@ -1,8 +1,8 @@
 """What can be known to be wrong before anything starts, read from files without torch or transformers.
 
 Every check raises `ValueError` with one line that names the value and what was expected: as its subclass
-`NotHere` if the configuration may be right and only this machine cannot run it now. Of a model on the hub the
-small files are downloaded; without a way to the hub, its local cache is all there is.
+`UnavailableHere` if the configuration may be right and only this machine cannot run it now. The small files of a model
+on the hub are downloaded; if the hub cannot be reached, they are read from its local cache.
 """
 
 import os
@@ -17,7 +17,7 @@ from headrace.common.models.chat import read_chat_template
 from headrace.common.models.hub import download, is_hub_name
 from headrace.common.preflight import installation
 from headrace.common.preflight.installation import is_installed
-from headrace.common.process.redaction import without_password
+from headrace.common.process.redaction import redact_url_passwords
 
 HUB_TASKS = {"gsm8k"}
 """The built-in tasks whose prompts may come from the hub."""
@@ -25,7 +25,7 @@ HUB_TIMEOUT_S = 3.0
 REDIS_TIMEOUT_S = 3.0
 
 
-class NotHere(ValueError):
+class UnavailableHere(ValueError):
     """Something is missing on this machine, busy, or out of its reach; elsewhere the configuration may run."""
 
 
@@ -58,7 +58,7 @@ def check_run(config: RunConfig, missing: list[str] | None = None) -> None:
     for check in (check_addresses, check_redis, check_model, check_engine, check_trackers):
         try:
             check(config)
-        except NotHere as problem:
+        except UnavailableHere as problem:
             if missing is None:
                 raise
             missing.append(str(problem))
@@ -96,7 +96,7 @@ def check_addresses(config: RunConfig) -> None:
             try:
                 listen(section.host, section.port).close()
             except ValueError as error:
-                raise NotHere(f"{name}.port {section.port}: {error}") from error
+                raise UnavailableHere(f"{name}.port {section.port}: {error}") from error
 
 
 def check_redis(config: RunConfig) -> None:
@@ -107,13 +107,13 @@ def check_redis(config: RunConfig) -> None:
 
     from headrace.common.redis.address import client_of
 
-    address = without_password(config.redis_url)
+    address = redact_url_passwords(config.redis_url)
     try:
         client = client_of(config.redis_url, socket_connect_timeout=REDIS_TIMEOUT_S, socket_timeout=REDIS_TIMEOUT_S)
         client.ping()
         client.close()
     except redis.RedisError as error:
-        raise NotHere(f"redis_url {address!r} does not answer: {one_line(error)}") from error
+        raise UnavailableHere(f"redis_url {address!r} does not answer: {one_line(error)}") from error
     except ValueError as error:
         raise ValueError(f"redis_url {address!r}: {one_line(error)}") from error
 
@@ -125,7 +125,7 @@ def check_engine(config: RunConfig) -> None:
 
 def check_engine_installed() -> None:
     if not is_installed("sglang"):
-        raise NotHere(
+        raise UnavailableHere(
             f"SGLang is not installed here; expected generation.engine.url of a server, or, {installation.COMMANDS}"
         )
 
@@ -133,7 +133,9 @@ def check_engine_installed() -> None:
 def check_trackers(config: RunConfig) -> None:
     for name in config.trackers:
         if not is_installed(name):
-            raise NotHere(f"trackers: {name} is not installed here; expected `pip install {name}`, or no such tracker")
+            raise UnavailableHere(
+                f"trackers: {name} is not installed here; expected `pip install {name}`, or no such tracker"
+            )
 
 
 def check_model(config: RunConfig) -> None:
@@ -193,9 +195,9 @@ def model_files(path: str, revision: str | None = None) -> Path:
         raise ValueError(f"model.path {path!r}: neither a folder here nor a model that the hub shows") from error
     except (OSError, errors.HfHubHTTPError, httpx.HTTPError) as error:
         where = "no folder here, and of a model of the hub the files are not on this machine: it is out of reach"
-        raise NotHere(f"model.path {path!r}: {where}") from error
+        raise UnavailableHere(f"model.path {path!r}: {where}") from error
     if not (folder / "config.json").is_file():
-        raise NotHere(f"model.path {path!r}: the hub's cache on this machine has no config.json of it")
+        raise UnavailableHere(f"model.path {path!r}: the hub's cache on this machine has no config.json of it")
     return folder
 
 

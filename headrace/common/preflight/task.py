@@ -1,7 +1,8 @@
 """What a task must be before anything starts: its two methods, and prompts in every split.
 
-Every check raises `ValueError` with one line that names the task, the split and what was expected, or `NotHere` if only
-this machine lacks the data. A task is foreign code: whatever it raises is told with the line that raised it.
+Every check raises `ValueError` with one line that names the task, the split and what was expected, or
+`UnavailableHere` if only this machine lacks the data. A task is foreign code: an error that it raises is reported with
+the line that raised it.
 """
 
 import inspect
@@ -12,7 +13,7 @@ from typing import Any
 
 from headrace.common.config import RunConfig
 from headrace.common.models.hub import is_hub_name
-from headrace.common.preflight.recipe import NotHere, one_line
+from headrace.common.preflight.recipe import UnavailableHere, one_line
 from headrace.common.tasks import BadRow, Prompt, Split, Task, load_task
 
 DATA_SUFFIXES = {".csv", ".json", ".jsonl", ".parquet"}
@@ -74,7 +75,7 @@ def _told(config: RunConfig, ask: Any, what: str) -> Any:
         return ask()
     except ConnectionError as error:
         _check_file_exists(name, config.task.settings.get("path"))
-        raise NotHere(
+        raise UnavailableHere(
             f"task {name!r}: its data set is not on this machine and not to be had: {one_line(error)}"
         ) from error
     except ValueError as error:

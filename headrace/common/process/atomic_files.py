@@ -28,7 +28,7 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def move_into_place(aside: Path, final: Path) -> None:
+def publish_atomically(aside: Path, final: Path) -> None:
     """Makes a folder that was written aside durable, under its final name, in place of what was there."""
     for path in aside.iterdir():
         fsync_path(path)

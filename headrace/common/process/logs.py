@@ -2,9 +2,9 @@
 
     2026-11-23T01:02:03.456Z INFO learner run=demo step=12 ticket=0-17: message
 
-A field is said by the process (`set_up_logging`, `from_now_on`), by the work at hand (`about`) or by the call
-(`extra`); the nearest counts. Further lines of an event are indented and control characters written out, so that no
-text can forge a line. Passwords in URLs are left out, and whatever was named to `keep_out`.
+A field is set for the process (`set_up_logging`, `add_process_fields`), for the work at hand (`log_context`) or for one
+call (`extra`); the most specific one applies. Further lines of an event are indented and control characters escaped, so
+that no text can forge a line. Passwords in URLs and every text given to `redact` are left out.
 """
 
 import logging
@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from headrace.common.process.redaction import without_password
+from headrace.common.process.redaction import redact_url_passwords
 
 FIELDS = ("run", "step", "replica", "version", "ticket", "tickets")
 """In this order; `tickets` are many, separated by commas."""
@@ -33,7 +33,7 @@ _CONTROL = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *rang
 _work: ContextVar[Mapping[str, Field]] = ContextVar("work", default=MappingProxyType({}))
 
 
-class Line(NamedTuple):
+class LogLine(NamedTuple):
     """One event of a log."""
 
     at: float
@@ -46,7 +46,7 @@ class Line(NamedTuple):
 
 
 @contextmanager
-def about(**fields: Field) -> Iterator[None]:
+def log_context(**fields: Field) -> Iterator[None]:
     """What this task or thread logs meanwhile carries these fields."""
     token = _work.set({**_work.get(), **fields})
     try:
@@ -66,19 +66,19 @@ class LineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         fields = {**self.fields, **_work.get(), **{name: vars(record)[name] for name in FIELDS if name in vars(record)}}
-        told = "".join(f" {name}={_shown(fields[name])}" for name in FIELDS if name in fields)
+        told = "".join(f" {name}={_field_text(fields[name])}" for name in FIELDS if name in fields)
         text = record.getMessage()
         if record.name.partition(".")[0] not in ("headrace", "root"):
             text = f"{record.name}: {text}"
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
-        head = f"{_stamp(record.created)} {record.levelname} {self.service}{told}"
-        return f"{head}: {_bounded(self._discreet(text))}".translate(_CONTROL).replace("\n", "\n  ")
+        head = f"{_timestamp(record.created)} {record.levelname} {self.service}{told}"
+        return f"{head}: {_truncated(self._discreet(text))}".translate(_CONTROL).replace("\n", "\n  ")
 
     def _discreet(self, text: str) -> str:
         for secret in self.secrets:
             text = text.replace(secret, "...")
-        return without_password(text)
+        return redact_url_passwords(text)
 
 
 def set_up_logging(service: str, **fields: Field) -> None:
@@ -91,7 +91,7 @@ def set_up_logging(service: str, **fields: Field) -> None:
 
 
 @contextmanager
-def logging_to(path: Path, service: str, **fields: Field) -> Iterator[None]:
+def log_to_file(path: Path, service: str, **fields: Field) -> Iterator[None]:
     """While the block runs, what this process logs goes to the end of a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(path, encoding="utf-8")
@@ -108,13 +108,13 @@ def logging_to(path: Path, service: str, **fields: Field) -> Iterator[None]:
         file.close()
 
 
-def from_now_on(**fields: Field) -> None:
+def add_process_fields(**fields: Field) -> None:
     """Every line of the process carries these fields as well."""
     for formatter in _formatters():
         formatter.fields |= fields
 
 
-def keep_out(secret: str) -> None:
+def redact(secret: str) -> None:
     """From now on no line has it."""
     for formatter in _formatters():
         formatter.secrets |= {secret} - {""}
@@ -125,43 +125,49 @@ def _formatters() -> list[LineFormatter]:
     return [formatter for formatter in found if isinstance(formatter, LineFormatter)]
 
 
-def parse_line(line: str) -> Line | None:
+def parse_line(line: str) -> LogLine | None:
     """None of what is no event's first line."""
     found = _LINE.fullmatch(line)
     if found is None:
         return None
     fields = dict(pair.split("=", 1) for pair in found["fields"].split())
     at = datetime.fromisoformat(found["time"]).timestamp()
-    return Line(at, found["level"], found["service"], fields, found["message"])
+    return LogLine(at, found["level"], found["service"], fields, found["message"])
 
 
-def shown_line(line: Line) -> str:
+def format_line(line: LogLine) -> str:
     """As it stands in a log."""
     told = "".join(f" {name}={value}" for name, value in line.fields.items())
-    return f"{_stamp(line.at)} {line.level} {line.service}{told}: {line.message}".replace("\n", "\n  ")
+    return f"{_timestamp(line.at)} {line.level} {line.service}{told}: {line.message}".replace("\n", "\n  ")
 
 
-def as_json(line: Line) -> dict[str, Any]:
+def line_as_dict(line: LogLine) -> dict[str, Any]:
     """For programs: the fields beside the rest, `tickets` as a list."""
     fields: dict[str, Any] = dict(line.fields)
     if "tickets" in fields:
         fields["tickets"] = fields["tickets"].split(",")
     if str(fields.get("step", "")).isdecimal():
         fields["step"] = int(fields["step"])
-    return {"time": _stamp(line.at), "level": line.level, "service": line.service, **fields, "message": line.message}
+    return {
+        "time": _timestamp(line.at),
+        "level": line.level,
+        "service": line.service,
+        **fields,
+        "message": line.message,
+    }
 
 
-def _stamp(at: float) -> str:
+def _timestamp(at: float) -> str:
     return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%S.") + f"{int(at * 1000) % 1000:03d}Z"
 
 
-def _shown(field: Field) -> str:
+def _field_text(field: Field) -> str:
     value = field() if callable(field) else field
     text = str(value) if isinstance(value, str | int) else ",".join(value)
     return re.sub(r"[\s,]" if isinstance(value, str) else r"\s", "_", text) or "-"
 
 
-def _bounded(text: str) -> str:
+def _truncated(text: str) -> str:
     if len(text) <= MAX_MESSAGE_CHARS:
         return text
     half = MAX_MESSAGE_CHARS // 2

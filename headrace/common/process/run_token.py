@@ -9,7 +9,7 @@ import re
 import secrets
 from pathlib import Path
 
-from headrace.common.process.logs import keep_out
+from headrace.common.process.logs import redact
 
 TOKEN_VARIABLE = "HEADRACE_TOKEN"
 MAX_CHARS = 4096
@@ -17,13 +17,13 @@ _VISIBLE = re.compile(rf"[!-~]{{1,{MAX_CHARS}}}")
 """What a header carries as it is."""
 
 
-def token_given() -> str | None:
+def token_from_environment() -> str | None:
     """HEADRACE_TOKEN's, which is not set where it is empty. Raises `ValueError` if it can be no token."""
     given = os.environ.get(TOKEN_VARIABLE)
     return _checked(given, f"the variable {TOKEN_VARIABLE}") if given else None
 
 
-def token_in(path: Path) -> str | None:
+def read_token_file(path: Path) -> str | None:
     """The file's; None if there is no such file. Raises `ValueError` if it cannot be read, or can hold no token."""
     try:
         return _checked(path.read_bytes().decode(errors="replace"), f"the file {path}")
@@ -33,16 +33,16 @@ def token_in(path: Path) -> str | None:
         raise ValueError(f"the token's file {path} cannot be read: {error.strerror}") from error
 
 
-def token_at(path: Path) -> str:
+def load_or_create_token(path: Path) -> str:
     """HEADRACE_TOKEN's, else the one in `path`, made there at the first start with mode 600."""
-    if found := token_given() or token_in(path):
+    if found := token_from_environment() or read_token_file(path):
         return found
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}-{secrets.token_hex(8)}")
     with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(secrets.token_urlsafe(32))
     aside.rename(path)  # so that nobody reads half of it
-    found = token_in(path)
+    found = read_token_file(path)
     assert found is not None, path
     return found
 
@@ -53,5 +53,5 @@ def _checked(text: str, origin: str) -> str:
         signs = f"up to {MAX_CHARS} visible ASCII characters, as in runs/NAME/token"
         found = "other characters or more of them" if token else "only white space"
         raise ValueError(f"{origin} has {found}: expected the run's token, {signs}")
-    keep_out(token)
+    redact(token)
     return token

@@ -12,7 +12,7 @@ from typing import Any
 import redis
 import redis.asyncio
 
-from headrace.common.process.logs import keep_out
+from headrace.common.process.logs import redact
 from headrace.common.process.waiting import Waits
 from headrace.common.redis.address import async_client_of, client_of, parse_address
 from headrace.common.redis.retry import AsyncRetry, Cancellable, Outage, SyncRetry
@@ -53,7 +53,7 @@ def connect_async(url: str, waits: Waits | None = None, *, deadline_s: float = R
 
 def _outage(url: str, waits: Waits | None, deadline_s: float, is_stopping: Callable[[], bool]) -> Outage:
     address = parse_address(url)
-    keep_out(address.password)
+    redact(address.password)
     return Outage(address.server, address.password, waits or Waits(), deadline_s, is_stopping)
 
 

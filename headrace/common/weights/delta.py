@@ -39,7 +39,7 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class DeltaError(ValueError):
-    """A patch, or its bytes, cannot be what `encode` has made."""
+    """A patch, or its bytes, cannot be what `make_patch` has made."""
 
 
 class Patch(msgspec.Struct, frozen=True):
@@ -61,50 +61,50 @@ def bits_of(content: Bytes, item_bytes: int) -> Bits:
     return bits
 
 
-def encode(current: Bits, base: Bits | None) -> tuple[Patch, list[bytes]]:
+def make_patch(current: Bits, base: Bits | None) -> tuple[Patch, list[bytes]]:
     """What makes `base` into `current`, both flat and of one dtype; without a base, `current` itself."""
     if base is None:
-        return _sent("full", _planes(current))
+        return _compressed("full", _byte_planes(current))
     num_sampled = len(current[::SAMPLE_STRIDE])
     if np.count_nonzero(current[::SAMPLE_STRIDE] != base[::SAMPLE_STRIDE]) <= DENSE_SHARE * num_sampled:
-        places = changed_places(current, base)
+        places = changed_indices(current, base)
         if not len(places):
             return Patch("same"), []
-        sent = _sent("sparse", _sparse(current[places] - base[places], places), len(places))
+        sent = _compressed("sparse", _sparse(current[places] - base[places], places), len(places))
     else:
-        sent = _sent("dense", _planes(_fold(current - base)))
+        sent = _compressed("dense", _byte_planes(_zigzag(current - base)))
     if sent[0].num_bytes <= FULL_SHARE * current.nbytes:
         return sent
-    return min(sent, _sent("full", _planes(current)), key=lambda one: one[0].num_bytes)
+    return min(sent, _compressed("full", _byte_planes(current)), key=lambda one: one[0].num_bytes)
 
 
-def apply(patch: Patch, content: memoryview, base: Bits | None, out: Bits) -> None:
-    """Writes into `out`, which may be `base` itself, what `encode` was given as current. `content` are the patch's
+def apply_patch(patch: Patch, content: memoryview, base: Bits | None, out: Bits) -> None:
+    """Writes into `out`, which may be `base` itself, what `make_patch` was given as current. `content` are the patch's
     frames.
 
-    Raises `DeltaError` for everything that `encode` cannot have made; no more memory is taken than for a tensor of
+    Raises `DeltaError` for everything that `make_patch` cannot have made; no more memory is taken than for a tensor of
     `out`'s size. `out` is of no use then.
     """
     _check(patch, out, len(content))
     ends = itertools.accumulate(patch.frame_bytes, initial=0)
     frames = [content[first:end] for first, end in itertools.pairwise(ends)]
     if patch.method == "full":
-        _join(frames, out)
+        _read_byte_planes(frames, out)
         return
     if base is None:
         raise DeltaError(f"{patch.method}: expected full, where there is no base")
     if patch.method == "dense":
         folded = np.empty_like(out)
-        _join(frames, folded)
-        np.add(base, _unfold(folded), out=out)
+        _read_byte_planes(frames, folded)
+        np.add(base, _undo_zigzag(folded), out=out)
         return
     if base is not out:
         np.copyto(out, base)
     if patch.method == "sparse":
-        _change(patch.num_changed, frames, out)
+        _apply_sparse(patch.num_changed, frames, out)
 
 
-def changed_places(current: Bits, base: Bits) -> npt.NDArray[np.int64]:
+def changed_indices(current: Bits, base: Bits) -> npt.NDArray[np.int64]:
     """Where they differ, ascending. Both contiguous; compared by 64-bit words, of which hardly any differ."""
     lanes = 8 // current.itemsize
     num_words = len(current) // lanes
@@ -120,7 +120,7 @@ def changed_places(current: Bits, base: Bits) -> npt.NDArray[np.int64]:
     return np.concatenate(found)
 
 
-def _sent(method: Method, parts: list[Bytes], num_changed: int = 0) -> tuple[Patch, list[bytes]]:
+def _compressed(method: Method, parts: list[Bytes], num_changed: int = 0) -> tuple[Patch, list[bytes]]:
     compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
     frames = [compressor.compress(np.ascontiguousarray(part).data) for part in parts]  # `tobytes` holds Python's lock
     return Patch(method, num_changed, [len(frame) for frame in frames]), frames
@@ -134,10 +134,10 @@ def _sparse(differences: Bits, places: npt.NDArray[np.int64]) -> list[Bytes]:
     is_negative = _is_negative(differences)
     one = differences.dtype.type(1)
     magnitudes = np.where(is_negative, ~differences, differences - one)
-    return [gap_bytes, np.packbits(is_negative), *_planes(magnitudes)]
+    return [gap_bytes, np.packbits(is_negative), *_byte_planes(magnitudes)]
 
 
-def _change(num_changed: int, frames: list[memoryview], out: Bits) -> None:
+def _apply_sparse(num_changed: int, frames: list[memoryview], out: Bits) -> None:
     gap_bytes = _decompress(frames[0], num_changed, num_changed + len(out) // MORE)
     (ends,) = np.nonzero(gap_bytes != MORE)
     if len(ends) != num_changed or gap_bytes[-1] == MORE:
@@ -148,7 +148,7 @@ def _change(num_changed: int, frames: list[memoryview], out: Bits) -> None:
     num_sign_bytes = (num_changed + 7) // 8
     is_negative = np.unpackbits(_decompress(frames[1], num_sign_bytes, num_sign_bytes), count=num_changed)
     magnitudes = np.empty(num_changed, out.dtype)
-    _join(frames[2:], magnitudes)
+    _read_byte_planes(frames[2:], magnitudes)
     out[places] += np.where(is_negative, ~magnitudes, magnitudes + out.dtype.type(1))
 
 
@@ -172,12 +172,12 @@ def _decompress(frame: memoryview, fewest: int, most: int) -> Bytes:
     return np.frombuffer(content, np.uint8)
 
 
-def _planes(bits: Bits) -> list[Bytes]:
+def _byte_planes(bits: Bits) -> list[Bytes]:
     """The lowest byte of each, then the second and so on."""
     return list(np.ascontiguousarray(bits).view(np.uint8).reshape(-1, bits.itemsize).T)
 
 
-def _join(frames: list[memoryview], out: Bits) -> None:
+def _read_byte_planes(frames: list[memoryview], out: Bits) -> None:
     planes = out.view(np.uint8).reshape(-1, out.itemsize).T
     for plane, frame in zip(planes, frames, strict=True):
         plane[:] = _decompress(frame, len(out), len(out))
@@ -188,14 +188,14 @@ def _is_negative(differences: Bits) -> npt.NDArray[np.bool_]:
     return np.not_equal(highest, 0)
 
 
-def _fold(differences: Bits) -> Bits:
+def _zigzag(differences: Bits) -> Bits:
     """0, -1, 1, -2, … as 0, 1, 2, 3, …, so that what is small in either direction has high bytes of zero."""
     one = differences.dtype.type(1)
     folded: Bits = (differences << one) ^ -(differences >> differences.dtype.type(8 * differences.itemsize - 1))
     return folded
 
 
-def _unfold(folded: Bits) -> Bits:
+def _undo_zigzag(folded: Bits) -> Bits:
     one = folded.dtype.type(1)
     differences: Bits = (folded >> one) ^ -(folded & one)
     return differences

@@ -33,7 +33,7 @@ class Settings(msgspec.Struct, frozen=True):
     values: dict[str, int | float | None] = {}
 
 
-class Orders(NamedTuple):
+class DesiredState(NamedTuple):
     """All that stands."""
 
     desired_replicas: int | None = None
@@ -69,11 +69,11 @@ def parse_launcher(text: str) -> Launcher:
     return Launcher(found[1], int(found[2])) if found else Launcher(text)
 
 
-def parse_orders(fields: Mapping[bytes, bytes]) -> Orders:
+def parse_desired_state(fields: Mapping[bytes, bytes]) -> DesiredState:
     """Of the hash `control`."""
     text = {name.decode(errors="replace"): value.decode(errors="replace") for name, value in fields.items()}
-    return Orders(
-        desired_replicas=_desired_replicas_or_none(text.get(DESIRED_REPLICAS, "")),
+    return DesiredState(
+        desired_replicas=_desired_replicas(text.get(DESIRED_REPLICAS, "")),
         is_paused=PAUSED in text,
         is_stopping=STOP in text,
         checkpoints=_count(text.get(CHECKPOINTS, "")),
@@ -82,16 +82,16 @@ def parse_orders(fields: Mapping[bytes, bytes]) -> Orders:
     )
 
 
-def desired_replicas(text: str) -> int:
+def parse_desired_replicas(text: str) -> int:
     """The number that is ordered. Raises `ValueError` naming what is none."""
     if not (re.fullmatch("[0-9]{1,4}", text) and int(text) <= MAX_REPLICAS):
         raise ValueError(f"{text[:40]!r} replicas: expected a number from 0 to {MAX_REPLICAS}")
     return int(text)
 
 
-def _desired_replicas_or_none(text: str) -> int | None:
+def _desired_replicas(text: str) -> int | None:
     try:
-        return desired_replicas(text)
+        return parse_desired_replicas(text)
     except ValueError:
         return None
 

@@ -7,11 +7,11 @@ import msgspec
 
 from headrace.common.wire import DecidedState, FinishReason, TicketKind
 
-MAX_SHOWN_BYTES = 1 << 20
+MAX_SAMPLE_BYTES = 1 << 20
 """Of one group as JSON; completions beyond it are left out, from the last (`num_left_out`)."""
 
 
-class ShownRollout(msgspec.Struct, frozen=True):
+class RolloutSample(msgspec.Struct, frozen=True):
     """`tokens`, `versions`, `behaviour_logprobs` and `proximal_logprobs` have one entry per trained token."""
 
     text: str
@@ -26,7 +26,7 @@ class ShownRollout(msgspec.Struct, frozen=True):
     """None: it was not trained."""
 
 
-class ShownGroup(msgspec.Struct, frozen=True):
+class GroupSample(msgspec.Struct, frozen=True):
     id: str
     """Of its ticket."""
     kind: TicketKind
@@ -39,7 +39,7 @@ class ShownGroup(msgspec.Struct, frozen=True):
     replica: str
     prompt: list[dict[str, str]]
     """Chat messages."""
-    rollouts: list[ShownRollout]
+    rollouts: list[RolloutSample]
     leased_s: float
     sampled_s: float
     scored_s: float

@@ -13,7 +13,7 @@ import redis
 import redis.asyncio
 
 from headrace.common.config import RunConfig
-from headrace.common.config.hot_reload import hot_values, with_settings
+from headrace.common.config.hot_reload import hot_reloadable_values, with_settings
 from headrace.common.redis.keys import MAX_EVENTS, Keys
 from headrace.common.wire.desired_state import (
     CHECKPOINTS,
@@ -23,7 +23,7 @@ from headrace.common.wire.desired_state import (
     SETTINGS,
     STOP,
     Settings,
-    parse_orders,
+    parse_desired_state,
 )
 
 COMMAND_DEADLINE_S = 5.0
@@ -85,13 +85,13 @@ class CommandWriter:
         self, config: RunConfig, changes: Mapping[str, int | float | None], version: int | None, caller: str
     ) -> Settings:
         """Returns the new settings. `None` resets one. Raises `ValueError` for invalid ones, or `VersionConflict`."""
-        configured = hot_values(config)
+        configured = hot_reloadable_values(config)
         unknown = [name for name in changes if name not in configured]
         if unknown:
             with_settings(config, {unknown[0]: 0})  # raises, naming what can be changed
         for _ in range(MAX_ATTEMPTS):
             standing = await self._with_deadline(self._client.hget(self._keys.control, SETTINGS)) or b""
-            before = parse_orders({SETTINGS.encode(): standing}).settings
+            before = parse_desired_state({SETTINGS.encode(): standing}).settings
             if version is not None and version != before.version:
                 raise VersionConflict(f"the settings have version {before.version}, not {version}: read them again")
             wanted = {**before.values, **changes}

@@ -11,7 +11,7 @@ import msgspec
 
 from headrace.common.redis.keys import MAX_SHOWN
 from headrace.common.wire import name_problem
-from headrace.common.wire.group_samples import MAX_SHOWN_BYTES, ShownGroup, ShownRollout
+from headrace.common.wire.group_samples import MAX_SAMPLE_BYTES, GroupSample, RolloutSample
 from headrace.control.models.groups import GroupDetail, GroupSummary, Rollout
 from headrace.control.polling.redis_poll import Entry
 
@@ -56,17 +56,17 @@ class GroupSamples:
         return None if kept is None or group is None else _detail(kept.summary, group)
 
 
-def _decode(payload: bytes) -> ShownGroup | None:
-    if len(payload) > 2 * MAX_SHOWN_BYTES:
+def _decode(payload: bytes) -> GroupSample | None:
+    if len(payload) > 2 * MAX_SAMPLE_BYTES:
         return None
     try:
-        group = msgspec.json.decode(payload, type=ShownGroup)
+        group = msgspec.json.decode(payload, type=GroupSample)
     except (ValueError, RecursionError):
         return None
     return None if name_problem(group.id) else group
 
 
-def _summary(group: ShownGroup) -> GroupSummary:
+def _summary(group: GroupSample) -> GroupSummary:
     question = group.prompt[-1].get("content", "") if group.prompt else ""
     return GroupSummary(
         id=group.id,
@@ -82,7 +82,7 @@ def _summary(group: ShownGroup) -> GroupSummary:
     )
 
 
-def _detail(summary: GroupSummary, group: ShownGroup) -> GroupDetail:
+def _detail(summary: GroupSummary, group: GroupSample) -> GroupDetail:
     return GroupDetail(
         **summary.model_dump(),
         messages=group.prompt,
@@ -95,7 +95,7 @@ def _detail(summary: GroupSummary, group: ShownGroup) -> GroupDetail:
     )
 
 
-def _rollout(sample: ShownRollout) -> Rollout:
+def _rollout(sample: RolloutSample) -> Rollout:
     return Rollout(
         text=sample.text,
         reward=sample.reward,

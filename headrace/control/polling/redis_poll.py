@@ -12,7 +12,7 @@ import redis.asyncio
 
 from headrace.common.redis.keys import TICKET_GROUP, Keys
 from headrace.common.wire import Heartbeat, WireError, decode_heartbeat, one_line
-from headrace.common.wire.desired_state import Orders, parse_orders
+from headrace.common.wire.desired_state import DesiredState, parse_desired_state
 from headrace.control.models.status import Queues
 
 MAX_ROWS = 2000
@@ -32,7 +32,7 @@ class PollResult(NamedTuple):
     """The state in Redis at one time, and the stream entries since the previous poll."""
 
     learner: dict[str, str]
-    desired_state: Orders
+    desired_state: DesiredState
     config: bytes | None
     epoch: int
     launcher: str | None
@@ -81,7 +81,7 @@ class RedisPoller:
         leased = pending.get("pending", 0) if isinstance(pending, dict) else 0
         return PollResult(
             learner={_text(name): _text(value) for name, value in learner.items()},
-            desired_state=parse_orders(control),
+            desired_state=parse_desired_state(control),
             config=config,
             epoch=int(epoch) if epoch is not None and epoch.isdigit() else 0,
             launcher=None if launcher is None else _text(launcher),

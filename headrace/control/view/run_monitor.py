@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from headrace.common.config import RunConfig
 from headrace.common.redis.retry import words_of
-from headrace.common.wire.desired_state import Orders
+from headrace.common.wire.desired_state import DesiredState
 from headrace.control.models.replicas import Replicas
 from headrace.control.models.status import Status
 from headrace.control.polling.event_log import EventLog
@@ -41,7 +41,7 @@ class RunView(NamedTuple):
     replicas: Replicas
     config: RunConfig
     """At the start of the run."""
-    desired_state: Orders
+    desired_state: DesiredState
     applied_version: int
     """Of the settings."""
     status_json: bytes

@@ -12,7 +12,7 @@ import headrace
 from headrace.common.config import EngineConfig
 from headrace.common.hardware.device import CPU_MAX_TOTAL_TOKENS, VISIBLE_DEVICES, resolve_device
 from headrace.common.preflight.installation import CPU_PACKAGES
-from headrace.common.process.child_process import environment_of_foreign_code
+from headrace.common.process.child_process import untrusted_code_environment
 
 HOST = "127.0.0.1"
 CPU_MEMORY_FRACTION = 0.3
@@ -60,7 +60,7 @@ def launch_command(
 def launch_environment(settings: EngineConfig) -> dict[str, str]:
     """Ours without the run's secrets, with log-probabilities of what is sampled from, after the temperature; on a CPU
     with what makes SGLang use it, whatever GPU is there, by few threads that do not spin beside the learner's."""
-    environment = environment_of_foreign_code() | {"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"}
+    environment = untrusted_code_environment() | {"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"}
     if resolve_device(settings.device) == "cpu":
         search_path = [str(IMPORT_ROOT), str(CPU_PACKAGES), *filter(None, [environment.get("PYTHONPATH")])]
         environment |= {

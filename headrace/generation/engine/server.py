@@ -22,7 +22,7 @@ from headrace.common.config import EngineConfig
 from headrace.common.hardware.device import resolve_device
 from headrace.common.http.addresses import free_port
 from headrace.common.preflight.recipe import check_engine_installed
-from headrace.common.process.child_process import dies_with_parent
+from headrace.common.process.child_process import set_parent_death_signal
 from headrace.generation.engine.client import EngineError
 from headrace.generation.engine.command import HOST, launch_command, launch_environment
 from headrace.generation.engine.shared_gpu import settings_beside_learner
@@ -94,7 +94,7 @@ class EngineServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a Ctrl-C in our terminal is ours; and the group is killed as one
-                preexec_fn=dies_with_parent(),
+                preexec_fn=set_parent_death_signal(),
             )
         try:
             await self._wait_until_healthy()

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from headrace.common.process.child_process import environment_of_foreign_code, import_path
+from headrace.common.process.child_process import python_path, untrusted_code_environment
 from headrace.generation.rewards.worker import LENGTH_BYTES, ScoreRequest, Setup, WorkerReply
 
 
@@ -103,6 +103,6 @@ def spawn(connection: socket.socket) -> subprocess.Popen[bytes]:
         [sys.executable, "-m", "headrace.generation.rewards.worker"],
         stdin=connection.fileno(),
         stdout=2,
-        env={**environment_of_foreign_code(), **one_thread, "PYTHONPATH": import_path()},
+        env={**untrusted_code_environment(), **one_thread, "PYTHONPATH": python_path()},
         start_new_session=True,
     )

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from blake3 import blake3
 
-from headrace.common.weights.delta import Bytes, DeltaError, apply, bits_of
+from headrace.common.weights.delta import Bytes, DeltaError, apply_patch, bits_of
 from headrace.common.weights.files import (
     DELTA_FILE,
     ITEM_BYTES,
@@ -84,7 +84,7 @@ class LocalWeights:
             bits = bits_of(out[place], ITEM_BYTES[newest.tensors[name].dtype])
             for patches, content, places in frames:
                 try:
-                    apply(patches[name], content[places[name]].data, bits, bits)
+                    apply_patch(patches[name], content[places[name]].data, bits, bits)
                 except DeltaError as error:
                     raise WeightsError(f"version {newest.version}, tensor {name}: {error}") from error
             check_tensor(name, newest.tensors[name], out[place].data)

@@ -13,8 +13,8 @@ from rich.text import Text
 
 from headrace.common.config import Recipe, RunConfig
 from headrace.common.preflight.installation import check_installed
-from headrace.common.preflight.recipe import NotHere, check_run, model_files
-from headrace.common.process.redaction import without_password
+from headrace.common.preflight.recipe import UnavailableHere, check_run, model_files
+from headrace.common.process.redaction import redact_url_passwords
 from headrace.launcher.check.estimate_inputs import EstimateInputs
 from headrace.launcher.check.prompt_trial import TaskTrial
 from headrace.launcher.check.sections import SECTIONS, Section
@@ -56,11 +56,11 @@ def _try(config: RunConfig, notes: list[str]) -> TaskTrial:
     try:
         model_files(config.model.location, config.model.revision)
         is_model_here = True
-    except NotHere:
+    except UnavailableHere:
         is_model_here = False
     try:
         found = try_task(config, is_model_here)
-    except NotHere as problem:
+    except UnavailableHere as problem:
         notes.append(str(problem))
         return TaskTrial()
     notes += notes_of(found, config)
@@ -79,8 +79,8 @@ def _as_json(recipe: Recipe, inputs: EstimateInputs, sections: Iterable[Section]
     """`estimates`: bytes or seconds by title and by what; null where the model's shape is unknown."""
     shown: dict[str, Any] = {"settings": {}, "notes": inputs.notes, "estimates": None}
     for name, source in recipe.sources.items():
-        value = json.loads(without_password(json.dumps(_value(recipe.config, name))))
-        shown["settings"][name] = {"value": value, "source": without_password(source)}
+        value = json.loads(redact_url_passwords(json.dumps(_value(recipe.config, name))))
+        shown["settings"][name] = {"value": value, "source": redact_url_passwords(source)}
     shown |= {section.title: section.value for section in sections if not section.is_estimate}
     if inputs.shape is not None:
         estimates = {section.title: section.value for section in sections if section.is_estimate}
@@ -97,8 +97,8 @@ def settings_lines(recipe: Recipe) -> Iterator[str]:
         sections.setdefault(name.rpartition(".")[0].partition(".")[0], []).append(name)
     for section in sections.values():
         for name in section:
-            value = without_password(_shown(_value(recipe.config, name)))
-            yield f"{name:{width}}  {value:{VALUE_WIDTH}}  {without_password(recipe.sources[name])}"
+            value = redact_url_passwords(_shown(_value(recipe.config, name)))
+            yield f"{name:{width}}  {value:{VALUE_WIDTH}}  {redact_url_passwords(recipe.sources[name])}"
         yield ""
 
 

@@ -20,7 +20,7 @@ from headrace.common.config import RunConfig
 from headrace.common.models.context_length import context_tokens, load_model_config
 from headrace.common.models.hub import is_hub_name
 from headrace.common.models.prompt_cost import unshared_prompts
-from headrace.common.preflight.recipe import NotHere, one_line
+from headrace.common.preflight.recipe import UnavailableHere, one_line
 from headrace.common.preflight.task import SPLITS, check_task, load_checked, prompts_of
 from headrace.common.tasks import BadRow, Prompt, Split
 from headrace.common.wire import Sampling, encode
@@ -56,14 +56,16 @@ def main() -> int:
     try:
         found = try_prompts(RunConfig.model_validate_json(sys.stdin.readline()), int(num_prompts))
     except ValueError as problem:
-        found = TaskTrial(one_line(problem), is_only_here=isinstance(problem, NotHere))
+        found = TaskTrial(one_line(problem), is_only_here=isinstance(problem, UnavailableHere))
     Path(output).write_bytes(msgspec.msgpack.encode(found))
     return 0
 
 
 def try_prompts(config: RunConfig, num_prompts: int) -> TaskTrial:
-    """Raises `ValueError`, or its subclass `NotHere`, if a split has no prompts or none of them can become a ticket.
-    With `num_prompts` 0 (the model is missing) only the task is tried."""
+    """With `num_prompts` 0 (the model is missing), tries only the task.
+
+    Raises `ValueError`, or its subclass `UnavailableHere`, if a split has no prompts or none can become a ticket.
+    """
     if num_prompts == 0:
         check_task(config)
         return TaskTrial()
@@ -99,7 +101,7 @@ def _load(config: RunConfig) -> tuple[Any, Any]:
         return chat, load_model_config(config.model)
     except ValueError as error:
         if is_hub_name(config.model.path) and os.environ.get("HF_HUB_OFFLINE"):
-            raise NotHere(f"the prompts were not tried: {one_line(error)}") from error
+            raise UnavailableHere(f"the prompts were not tried: {one_line(error)}") from error
         raise
     finally:
         if is_kept_out:

@@ -17,8 +17,8 @@ import msgspec
 
 from headrace.common.config import RunConfig
 from headrace.common.models.context_length import fits
-from headrace.common.preflight.recipe import NotHere
-from headrace.common.process.child_process import dies_with_parent, import_path
+from headrace.common.preflight.recipe import UnavailableHere
+from headrace.common.process.child_process import python_path, set_parent_death_signal
 from headrace.launcher.check.prompt_trial import SplitTrial, TaskTrial
 
 NUM_PROMPTS = 100
@@ -29,8 +29,10 @@ MISSING = "ModuleNotFoundError"
 
 
 def try_task(config: RunConfig, is_model_here: bool = True) -> TaskTrial:
-    """Without the model, only the task itself is tried. Raises `ValueError`, or its subclass `NotHere`, with one line
-    that names the task, the split and the row."""
+    """Without the model, tries only the task.
+
+    Raises `ValueError`, or its subclass `UnavailableHere`, with one line that names the task, the split and the row.
+    """
     name, plain = config.task.name, config.model_copy(update={"redis_url": None}).model_dump_json()
     with (
         _child("headrace.generation.rewards.trial", plain) as reward,
@@ -38,7 +40,7 @@ def try_task(config: RunConfig, is_model_here: bool = True) -> TaskTrial:
     ):
         found = msgspec.msgpack.decode(prompts.answer(name), type=TaskTrial)
         if found.problem:
-            raise (NotHere if found.is_only_here else ValueError)(found.problem)
+            raise (UnavailableHere if found.is_only_here else ValueError)(found.problem)
         for split, trial in found.splits.items():
             if trial.lengths and not num_fitting(trial, config, found.context):
                 raise ValueError(_none_fits(split, trial, config, found.context))
@@ -46,7 +48,7 @@ def try_task(config: RunConfig, is_model_here: bool = True) -> TaskTrial:
         problem = reward.answer(name, msgspec.msgpack.encode(tickets)).decode()
     if problem:
         text = f"task {name!r}: its reward of an empty completion: {problem}; expected a finite number"
-        raise (NotHere if MISSING in problem else ValueError)(text)
+        raise (UnavailableHere if MISSING in problem else ValueError)(text)
     return found
 
 
@@ -111,9 +113,9 @@ def _child(module: str, config: str, *arguments: str) -> Iterator[_Child]:
             [sys.executable, "-m", module, output.name, *arguments],
             stdin=subprocess.PIPE,
             stdout=2,
-            env=os.environ | {"PYTHONPATH": import_path(), "OPENBLAS_NUM_THREADS": "1"},
+            env=os.environ | {"PYTHONPATH": python_path(), "OPENBLAS_NUM_THREADS": "1"},
             start_new_session=True,
-            preexec_fn=dies_with_parent(),
+            preexec_fn=set_parent_death_signal(),
         ) as process,
     ):
         try:

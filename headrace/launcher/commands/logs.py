@@ -22,7 +22,7 @@ from headrace.launcher.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from headrace.common.process.logs import Line
+    from headrace.common.process.logs import LogLine
 
 app = typer.Typer()
 FOLLOW_INTERVAL_S = 0.2
@@ -73,18 +73,18 @@ def logs(
             time.sleep(FOLLOW_INTERVAL_S)
 
 
-def _print_line(line: "Line", as_json: bool) -> None:
+def _print_line(line: "LogLine", as_json: bool) -> None:
     from rich.text import Text
 
     from headrace.common.process import logs as log_lines
 
     if as_json:
-        print_json(log_lines.as_json(line), one_line=True)
+        print_json(log_lines.line_as_dict(line), one_line=True)
     else:
-        console().print(Text(log_lines.shown_line(line), LEVEL_COLOURS.get(line.level, "")), soft_wrap=True)
+        console().print(Text(log_lines.format_line(line), LEVEL_COLOURS.get(line.level, "")), soft_wrap=True)
 
 
-def _with_one_ticket(line: "Line", ticket: str | None) -> "Line":
+def _with_one_ticket(line: "LogLine", ticket: str | None) -> "LogLine":
     """Of the many tickets of a line only the given one."""
     if ticket is None or "tickets" not in line.fields:
         return line

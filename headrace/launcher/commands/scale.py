@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from headrace.common.redis.keys import Keys
-from headrace.common.wire.desired_state import DESIRED_REPLICAS, desired_replicas, parse_launcher
+from headrace.common.wire.desired_state import DESIRED_REPLICAS, parse_desired_replicas, parse_launcher
 from headrace.launcher.run.control_client import find_control
 from headrace.launcher.run.errors import ControlFailed, NotRunning
 from headrace.launcher.run.live_runs import answering_redis, launched_at, launched_in
@@ -26,7 +26,7 @@ def scale(target: str | None, run: str | None, runs_folder: Path, redis_url: str
 
     Raises `NotRunning`, and changes nothing, where no launcher would follow, and `ValueError` for an invalid number.
     """
-    number = None if target is None else desired_replicas(target)
+    number = None if target is None else parse_desired_replicas(target)
     if run is not None:
         Keys(run)  # refuses a name that cannot be a folder's
     name = None if redis_url and not url else _through_control(number, run, runs_folder, url)

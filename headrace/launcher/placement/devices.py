@@ -18,7 +18,7 @@ from headrace.common.hardware.device import (
 )
 from headrace.common.hardware.gpus import Gpu, visible_gpus
 from headrace.common.hardware.placement import Placement, place
-from headrace.common.preflight.recipe import NotHere
+from headrace.common.preflight.recipe import UnavailableHere
 from headrace.launcher.placement.shared_gpu import check_split, proposed_split
 
 ORDER = "CUDA_DEVICE_ORDER"
@@ -56,14 +56,14 @@ class Devices(NamedTuple):
 
 
 def devices_of(config: RunConfig) -> Devices:
-    """Raises `NotHere` where this machine lacks what its services need, `ValueError` for a split that cannot be."""
+    """Raises `UnavailableHere` if this machine lacks what the services need, `ValueError` for an impossible split."""
     learner, engine = config.learner, config.generation.engine
     ranks = learner.num_ranks if resolve_device(learner.device) == "cuda" else 0
     tp_size = engine.tp_size if engine.url is None and resolve_device(engine.device) == "cuda" else 0
     for name, device, is_engine in (("learner", learner.device, False), ("generation.engine", engine.device, True)):
         is_wanted = device == "cuda" and (tp_size if is_engine else ranks)
         if is_wanted and (missing := missing_for_cuda(is_engine)):
-            raise NotHere(
+            raise UnavailableHere(
                 f"{name}.device is 'cuda', and {missing}; expected the installation for GPUs (docs/running.md)"
             )
     gpus = visible_gpus() if ranks or tp_size else []
@@ -72,7 +72,7 @@ def devices_of(config: RunConfig) -> Devices:
         names = [gpu.name for gpu in gpus]
         placement = place(names, ranks=ranks, replicas=config.generation.replicas, tp_size=tp_size, is_split=is_split)
     except ValueError as error:
-        raise NotHere(f"{error}{_proposal(config, gpus)}") from error
+        raise UnavailableHere(f"{error}{_proposal(config, gpus)}") from error
     if placement.is_shared:
         check_split(config, gpus[0])
     return Devices(placement, {gpu.name: gpu for gpu in gpus}, list(_notes(config)))
@@ -101,7 +101,7 @@ def plan_lines(config: RunConfig, missing: list[str]) -> list[str]:
     """Who would get what, and notes; in `missing` what this machine lacks for it."""
     try:
         devices = devices_of(config)
-    except NotHere as problem:
+    except UnavailableHere as problem:
         missing.append(str(problem))
         return []
     return [*device_lines(config, devices), *devices.notes]

@@ -10,7 +10,7 @@ import math
 from headrace.common.config import RunConfig
 from headrace.common.hardware.gpus import Gpu
 from headrace.common.hardware.placement import engine_static_bytes
-from headrace.common.preflight.recipe import NotHere
+from headrace.common.preflight.recipe import UnavailableHere
 from headrace.launcher.estimates.device_memory import (
     BYTES,
     TYPICAL_PROMPT_TOKENS,
@@ -25,7 +25,7 @@ GIB = 1 << 30
 
 
 def proposed_split(config: RunConfig, gpu: Gpu) -> str:
-    """For people: the setting that would do, or why none would. Raises `NotHere` if nothing fits."""
+    """For people: the setting that would do, or why none would. Raises `UnavailableHere` if nothing fits."""
     shape = _shape(config)
     if shape is None or not gpu.total_bytes:
         return "no share can be proposed, since the model's shape or the GPU's memory is not known here"
@@ -33,7 +33,7 @@ def proposed_split(config: RunConfig, gpu: Gpu) -> str:
     fraction = math.ceil(100 * needed * SLACK / gpu.total_bytes) / 100
     left = engine_static_bytes(gpu.total_bytes, fraction, config.generation.engine.max_running_requests)
     if left < (least := _least_engine_bytes(shape, config)):
-        raise NotHere(
+        raise UnavailableHere(
             f"GPU {gpu.name} has {_gib(gpu.total_bytes)}, and learner and engine do not fit it together: the learner "
             f"needs {_gib(needed)} by estimate, and an engine would have {_gib(max(0, left))} of the {_gib(least)} "
             "that it needs at least; expected a second GPU, a smaller model or less "
@@ -52,19 +52,19 @@ def check_split(config: RunConfig, gpu: Gpu) -> None:
             f"learner.memory_fraction {fraction} leaves; expected one of the two settings"
         )
     if not gpu.total_bytes:
-        raise NotHere(
+        raise UnavailableHere(
             f"the memory of GPU {gpu.name} is not known: sharing it needs the driver's nvidia-smi on the PATH"
         )
     left = engine_static_bytes(gpu.total_bytes, fraction, engine.max_running_requests)
     shape = _shape(config)
     least = 0 if shape is None else _least_engine_bytes(shape, config)
     if left <= least:
-        raise NotHere(
+        raise UnavailableHere(
             f"learner.memory_fraction {fraction} leaves {_gib(max(0, left))} of GPU {gpu.name} for the engine's "
             f"weights and KV cache, which need {_gib(least)} at least; expected a smaller fraction, or a second GPU"
         )
     if shape is not None and (needed := _learner_bytes(shape, config)) > fraction * gpu.total_bytes:
-        raise NotHere(
+        raise UnavailableHere(
             f"learner.memory_fraction {fraction} of GPU {gpu.name} is {_gib(int(fraction * gpu.total_bytes))}, and the "
             f"learner needs {_gib(needed)} by estimate; expected a larger fraction, or a second GPU"
         )

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from headrace.common.config import RunConfig
-from headrace.common.process.redaction import without_password
+from headrace.common.process.redaction import redact_url_passwords
 from headrace.launcher.report.rows import Row, is_number
 from headrace.launcher.terminal.render import number
 
@@ -36,7 +36,7 @@ def _settings(given: dict[str, Any], section: type[BaseModel] | None, prefix: st
         has_default = default is not PydanticUndefined
         yield Setting(
             f"{prefix}{key}",
-            without_password(str(value)),
+            redact_url_passwords(str(value)),
             default if has_default else None,
             has_default and value == default,
         )

@@ -21,7 +21,7 @@ import redis
 from headrace.common.config import yaml_text
 from headrace.common.metrics.thresholds import are_exact
 from headrace.common.redis.keys import Keys
-from headrace.common.wire.group_samples import ShownGroup, ShownRollout
+from headrace.common.wire.group_samples import GroupSample, RolloutSample
 from headrace.launcher.report import curves
 from headrace.launcher.report.headline import headline, settings
 from headrace.launcher.report.panels import panels
@@ -52,7 +52,7 @@ class RedisContent(NamedTuple):
     """The part of a report that is only in Redis."""
 
     audit: dict[str, Any] | None = None
-    groups: Sequence[ShownGroup] = ()
+    groups: Sequence[GroupSample] = ()
     problem: str = ""
 
 
@@ -114,7 +114,7 @@ def _audit(run: str, runs_folder: Path, url: str) -> dict[str, Any] | None:
     return None
 
 
-def _examples(url: str, keys: Keys) -> list[ShownGroup]:
+def _examples(url: str, keys: Keys) -> list[GroupSample]:
     """The newest samples of each state."""
     left = dict(WANTED_EXAMPLES)
     found = []
@@ -122,14 +122,14 @@ def _examples(url: str, keys: Keys) -> list[ShownGroup]:
         rows: Any = client.xrevrange(keys.shown)
     for _, fields in rows:
         with suppress(msgspec.MsgspecError):
-            group = msgspec.json.decode(fields.get(b"group", b""), type=ShownGroup)
+            group = msgspec.json.decode(fields.get(b"group", b""), type=GroupSample)
             if left.get(group.state, 0) > 0:
                 left[group.state] -= 1
                 found.append(group)
     return sorted(found, key=lambda group: (list(WANTED_EXAMPLES).index(group.state), -group.step))
 
 
-def _tokens(rollout: ShownRollout) -> list[Token]:
+def _tokens(rollout: RolloutSample) -> list[Token]:
     learner = rollout.proximal_logprobs or rollout.behaviour_logprobs
     parts = zip(rollout.tokens, rollout.versions, learner, rollout.behaviour_logprobs, strict=False)
     return [

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from headrace.common.metrics.thresholds import SMOOTHED_STEPS, THRESHOLDS, Threshold, numeric_gap
-from headrace.common.process.logs import Line
+from headrace.common.process.logs import LogLine
 from headrace.launcher.report.rows import Row, is_number
 
 MAX_INCIDENTS = 60
@@ -64,7 +64,7 @@ def _unhealthy_spans(
     yield from [current] if current else []
 
 
-def incidents(lines: Iterable[Line]) -> tuple[list[Incident], int]:
+def incidents(lines: Iterable[LogLine]) -> tuple[list[Incident], int]:
     """Warnings and errors, the earliest first, and how many kinds were omitted."""
     found: dict[tuple[str, str, str], Incident] = {}
     for line in lines:

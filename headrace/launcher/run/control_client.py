@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 from headrace.common.http.addresses import bearer
-from headrace.common.process.run_token import TOKEN_VARIABLE, token_given, token_in
+from headrace.common.process.run_token import TOKEN_VARIABLE, read_token_file, token_from_environment
 from headrace.common.redis.keys import Keys
 from headrace.launcher.run.errors import ControlFailed, NotRunning
 from headrace.launcher.run.run_folder import CONTROL_URL_FILE, read_url_file, runs_with_control
@@ -96,10 +96,10 @@ def find_control(run: str | None, url: str | None, runs_folder: Path) -> Control
 
 def _token(folder: Path | None) -> str:
     """Empty if none is known; reading may be allowed without it."""
-    if given := token_given():
+    if given := token_from_environment():
         return given
     with suppress(ValueError):  # what is not ours to read
-        return (token_in(folder / "token") or "") if folder else ""
+        return (read_token_file(folder / "token") or "") if folder else ""
     return ""
 
 

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from headrace.common.process.logs import Line, parse_line
+from headrace.common.process.logs import LogLine, parse_line
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _REDIS = re.compile(r"\d+:\w (?P<time>\d\d \w{3} \d{4} \d\d:\d\d:\d\d\.\d{3}) (?P<mark>[.\-*#]) (?P<message>.*)")
@@ -33,7 +33,7 @@ class LogFilter(NamedTuple):
     ticket: str | None = None
     step: int | None = None
 
-    def matches(self, line: Line, file: str) -> bool:
+    def matches(self, line: LogLine, file: str) -> bool:
         fields = line.fields
         return (
             (self.service is None or line.service == self.service or file.startswith(self.service))
@@ -43,7 +43,7 @@ class LogFilter(NamedTuple):
         )
 
 
-def read_logs(folder: Path, wanted: LogFilter) -> Iterator[Line]:
+def read_logs(folder: Path, wanted: LogFilter) -> Iterator[LogLine]:
     """All wanted lines that are there now. Raises `ValueError` if there is no log."""
     files = log_files(folder)
     if not files:
@@ -64,7 +64,7 @@ class LogFollower:
         self._wanted = wanted
         self._files = {path: LogFile(path, at_end=True) for path in log_files(folder)}
 
-    def read_new(self) -> list[Line]:
+    def read_new(self) -> list[LogLine]:
         """The lines since the last call."""
         for path in log_files(self._folder):
             if path not in self._files:
@@ -82,11 +82,11 @@ class LogFile:
         self._service = "engine" if path.name.startswith("sglang") else path.name.partition(".")[0]
         self._time = 0.0
 
-    def read_to_end(self) -> Iterator[Line]:
+    def read_to_end(self) -> Iterator[LogLine]:
         with self._path.open(encoding="utf-8", errors="replace", newline="\n") as file:
             yield from self._events(line.removesuffix("\n") for line in file)
 
-    def read_new(self) -> Iterator[Line]:
+    def read_new(self) -> Iterator[LogLine]:
         """Whole lines only; from the beginning again if the file has become shorter."""
         with suppress(FileNotFoundError), self._path.open("rb") as file:
             if self._path.stat().st_size < self._at:
@@ -96,8 +96,8 @@ class LogFile:
             self._at += len(whole) + len(newline)
             yield from self._events(iter(whole.decode(errors="replace").split("\n") if newline else []))
 
-    def _events(self, lines: Iterator[str]) -> Iterator[Line]:
-        event: Line | None = None
+    def _events(self, lines: Iterator[str]) -> Iterator[LogLine]:
+        event: LogLine | None = None
         texts: list[str] = []
         written_at = self._path.stat().st_mtime
         for text in lines:
@@ -108,26 +108,26 @@ class LogFile:
                 continue
             if event is not None:
                 yield event._replace(at=event.at or (first.at if first else written_at), message="\n".join(texts))
-            event = first or Line(self._time, _said_level(clean), self._service, {}, clean)
+            event = first or LogLine(self._time, _said_level(clean), self._service, {}, clean)
             texts, self._time = [event.message], event.at
         if event is not None:
             yield event._replace(at=event.at or written_at, message="\n".join(texts))
 
-    def _foreign(self, text: str) -> Line | None:
+    def _foreign(self, text: str) -> LogLine | None:
         if text.startswith(("Traceback ", "headrace ")):
-            return Line(self._time, "ERROR", self._service, {}, text)
+            return LogLine(self._time, "ERROR", self._service, {}, text)
         with suppress(ValueError):
             if found := _REDIS.fullmatch(text):
                 at = datetime.strptime(found["time"], "%d %b %Y %H:%M:%S.%f").timestamp()
                 level = "WARNING" if found["mark"] == "#" else "INFO"
-                return Line(at, level, "redis", {}, found["message"])
+                return LogLine(at, level, "redis", {}, found["message"])
             if found := _ENGINE.fullmatch(text):
                 at = datetime.strptime(found["time"], "%Y-%m-%d %H:%M:%S").timestamp()
-                return Line(at, _said_level(text), self._service, {}, found["message"])
+                return LogLine(at, _said_level(text), self._service, {}, found["message"])
         return None
 
 
-def _wanted(lines: Iterator[Line], wanted: LogFilter, file: str) -> Iterator[Line]:
+def _wanted(lines: Iterator[LogLine], wanted: LogFilter, file: str) -> Iterator[LogLine]:
     return (line for line in lines if wanted.matches(line, file))
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
-from headrace.common.process.child_process import dies_with_parent, import_path
+from headrace.common.process.child_process import python_path, set_parent_death_signal
 from headrace.common.process.logs import parse_line
 from headrace.common.wire import one_line
 
@@ -50,7 +50,7 @@ class Service:
                 stderr=subprocess.STDOUT,
                 pass_fds=inherited,
                 start_new_session=True,
-                preexec_fn=dies_with_parent(signal.SIGTERM),
+                preexec_fn=set_parent_death_signal(signal.SIGTERM),
             )
 
     @property
@@ -111,7 +111,7 @@ def python_service(
 
 def _environment(redis_url: str) -> dict[str, str]:
     """Variables by which a service finds the run's Redis, and the task where we find it."""
-    return {REDIS_URL_VARIABLE: redis_url, "PYTHONPATH": import_path()}
+    return {REDIS_URL_VARIABLE: redis_url, "PYTHONPATH": python_path()}
 
 
 def call_module(module: str, arguments: Sequence[str], redis_url: str) -> int:
@@ -120,7 +120,7 @@ def call_module(module: str, arguments: Sequence[str], redis_url: str) -> int:
         [sys.executable, "-m", module, *arguments],
         env=os.environ | _environment(redis_url),
         start_new_session=True,
-        preexec_fn=dies_with_parent(signal.SIGTERM),
+        preexec_fn=set_parent_death_signal(signal.SIGTERM),
     )
     received: list[int] = []
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import redis
 
 from headrace.common.redis.keys import Keys
-from headrace.common.wire.desired_state import DESIRED_REPLICAS, PAUSED, STOP, Launcher, desired_replicas
+from headrace.common.wire.desired_state import DESIRED_REPLICAS, PAUSED, STOP, Launcher, parse_desired_replicas
 from headrace.launcher.run.redis_server import short_timeout_client
 
 REDIS_TIMEOUT_S = 1.0
@@ -62,9 +62,9 @@ class ReplicaTarget:
         except redis.RedisError:
             return self._latest
         if desired is not None:
-            self._latest = self._as_far_as_possible(desired_replicas(_text(desired)))
+            self._latest = self._as_far_as_possible(parse_desired_replicas(_text(desired)))
         elif advised is not None and self._max_advised:
-            number = max(1, min(desired_replicas(_text(advised)), self._max_advised))
+            number = max(1, min(parse_desired_replicas(_text(advised)), self._max_advised))
             self._latest = Target(number, f"as advised: {_text(reason or b'')}")
         else:
             self._latest = self.start

@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from headrace.common.process.redaction import clean
+from headrace.common.process.redaction import printable
 
 Answer = dict[str, Any]
 
@@ -102,7 +102,7 @@ def groups_table(answer: Answer) -> Table:
             one["replica"],
             number(sum(one["rewards"]) / max(1, len(one["rewards"]))),
             str(one["num_tokens"]),
-            Text(clean(one["prompt"]).replace("\n", " "), overflow="ellipsis", no_wrap=True),
+            Text(printable(one["prompt"]).replace("\n", " "), overflow="ellipsis", no_wrap=True),
         )
         for one in answer["groups"]
     ]
@@ -131,11 +131,11 @@ def evaluations_table(evaluations: Sequence[Answer]) -> Table:
 def group_text(group: Answer) -> Text:
     """Prompt and completions; a token is the darker the more learner and engine disagree about it."""
     text = Text(f"ticket {group['id']}, {group['kind']}, {group['state']} at step {group['step']}")
-    text.append(f", asked for at step {group['issued_step']}, answered by {clean(group['replica'])}")
+    text.append(f", asked for at step {group['issued_step']}, answered by {printable(group['replica'])}")
     if group["staleness"] is not None:
         text.append(f", {group['staleness']} steps stale")
     for message in group["messages"]:
-        text.append(f"\n{clean(message.get('role', '?'))}: ", "bold").append(clean(message.get("content", "")))
+        text.append(f"\n{printable(message.get('role', '?'))}: ", "bold").append(printable(message.get("content", "")))
     for place, rollout in enumerate(group["rollouts"], start=1):
         text.append(f"\n{place}. reward {number(rollout['reward'])}", "bold")
         if rollout["advantage"] is not None:
@@ -153,7 +153,7 @@ def _tokens(rollout: Answer) -> Text:
     proximal = rollout["proximal_logprobs"] or rollout["behaviour_logprobs"]
     for token, learner, engine in zip(rollout["tokens"], proximal, rollout["behaviour_logprobs"], strict=False):
         gap = abs(learner - engine)
-        text.append(clean(token).replace("\n", "\n   "), next((style for most, style in GAPS if gap <= most), ""))
+        text.append(printable(token).replace("\n", "\n   "), next((style for most, style in GAPS if gap <= most), ""))
     return text
 
 
@@ -170,7 +170,7 @@ def table(columns: Iterable[str], rows: Iterable[Sequence[str | Text]]) -> Table
     for column in columns:
         made.add_column(column)
     for row in rows:
-        made.add_row(*(cell if isinstance(cell, Text) else Text(clean(cell)) for cell in row))
+        made.add_row(*(cell if isinstance(cell, Text) else Text(printable(cell)) for cell in row))
     return made
 
 

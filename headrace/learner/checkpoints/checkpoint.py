@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 from safetensors import SafetensorError
 
-from headrace.common.process.atomic_files import FileEntry, file_entry, move_into_place
+from headrace.common.process.atomic_files import FileEntry, file_entry, publish_atomically
 from headrace.learner.checkpoints.record import (
     Record,
     Unreadable,
@@ -48,7 +48,7 @@ def save_checkpoint(
         write_record(aside, msgspec.structs.replace(record, files=write_state(aside)))
         check()
         final = root / folder_name(record.epoch, _next_number(root, record.epoch))
-        move_into_place(aside, final)
+        publish_atomically(aside, final)
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
             shutil.rmtree(aside, ignore_errors=True)

@@ -53,7 +53,7 @@ def begin(
 ) -> tuple[Cursor, Fingerprint]:
     """Where the run goes on, and in what; written beside the cursor, before anything is issued."""
     if known is not None and found != known:
-        cursor = Cursor(cursor.epoch + 1, 0)
-        found = msgspec.structs.replace(found, first_epoch=cursor.epoch)
+        cursor = Cursor(cursor.data_epoch + 1, 0)
+        found = msgspec.structs.replace(found, first_epoch=cursor.data_epoch)
     store.set_data(msgspec.json.encode(found), cursor)
     return cursor, found

@@ -23,7 +23,7 @@ import redis
 from headrace.common.redis.client import connect
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import DecidedState, TicketState
-from headrace.common.wire.ledger import Mark, parse_mark, parse_name
+from headrace.common.wire.ledger import LedgerEntry, parse_ledger_entry, parse_ticket_id
 from headrace.learner.checkpoints.record import Loss, Record, newest_record
 from headrace.learner.reporting.summary import METRICS_FILE, read_rows
 
@@ -53,7 +53,7 @@ return {redis.call('HGETALL', KEYS[1]), cursor, redis.call('HKEYS', KEYS[3]), st
 class Snapshot:
     """The ledger and the streams at one instant, with the newest checkpoint's record of that time."""
 
-    marks: dict[str, Mark]
+    marks: dict[str, LedgerEntry]
     entries: dict[str, list[tuple[str, str]]]
     """By stream: entry ids with the ticket they name."""
     record: Record | None
@@ -100,7 +100,8 @@ def take_snapshot(client: redis.Redis, keys: Keys, folder: Path) -> Snapshot:
         raise ValueError(f"Redis has no run {folder.name!r}: expected {keys.epoch}")
     return Snapshot(
         marks={
-            name.decode(errors="replace"): parse_mark(mark) for name, mark in zip(flat[::2], flat[1::2], strict=True)
+            name.decode(errors="replace"): parse_ledger_entry(mark)
+            for name, mark in zip(flat[::2], flat[1::2], strict=True)
         },
         entries={
             stream: [(e.decode(), t.decode(errors="replace")) for e, t in zip(ids[::2], ids[1::2], strict=True)]
@@ -157,7 +158,7 @@ def _check_entries(snapshot: Snapshot, recorded: dict[str, TicketState], found: 
         foreign = [e for e, name in entries if e not in pointed and (stream == "dead" or name not in snapshot.marks)]
         if foreign:
             found.notes.append(f"{len(foreign)} entries of {stream} are no ticket of this run (first: {foreign[0]})")
-    num_purged = sum(mark == Mark("dead") for mark in snapshot.marks.values())
+    num_purged = sum(mark == LedgerEntry("dead") for mark in snapshot.marks.values())
     if num_purged:
         found.notes.append(f"{num_purged} dead tickets were purged")
 
@@ -173,7 +174,7 @@ def _check_numbers(snapshot: Snapshot, found: Audit) -> None:
     places: dict[int, set[int]] = defaultdict(set)
     for name in snapshot.marks:
         try:
-            kind, epoch, place, _ = parse_name(name)
+            kind, epoch, place, _ = parse_ticket_id(name)
         except ValueError as error:
             found.violations.append((name, str(error)))
             continue

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import msgspec
 import redis
 
-from headrace.common.process.redaction import clean
+from headrace.common.process.redaction import printable
 from headrace.common.redis.client import connect
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import WireError, decode_group, decode_ticket
-from headrace.common.wire.ledger import Mark, parse_mark, parse_name
+from headrace.common.wire.ledger import LedgerEntry, parse_ledger_entry, parse_ticket_id
 
 _PURGE = """#!lua
 redis.call('XDEL', KEYS[1], ARGV[1])
@@ -50,7 +50,7 @@ def dead_entries(client: redis.Redis, keys: Keys) -> list[Dead]:
             entry_id.decode(),
             name,
             fields.get(b"reason", b"").decode(errors="replace"),
-            mark is not None and parse_mark(mark) == Mark("dead", entry_id.decode()),
+            mark is not None and parse_ledger_entry(mark) == LedgerEntry("dead", entry_id.decode()),
         )
         for (entry_id, fields), name, mark in zip(rows, names, marks, strict=True)
     ]
@@ -89,9 +89,9 @@ def retry(client: redis.Redis, keys: Keys, ticket_ids: list[str]) -> list[str]:
     for name in ticket_ids:
         if name not in known:
             raise ValueError(f"ticket {name!r} is not dead: expected one of `headrace dead-letters list`")
-        if parse_name(name).kind == "eval":
+        if parse_ticket_id(name).kind == "eval":
             raise ValueError(f"ticket {name!r} belongs to an evaluation, which is over")
-    chosen = ticket_ids or sorted(name for name in known if parse_name(name).kind == "train")
+    chosen = ticket_ids or sorted(name for name in known if parse_ticket_id(name).kind == "train")
     if chosen:
         client.sadd(keys.retries, *chosen)
     return chosen
@@ -145,9 +145,9 @@ def _list(client: redis.Redis, keys: Keys, ticket_ids: list[str], as_json: bool)
     for dead in entries:
         died = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(int(dead.entry_id.partition("-")[0]) / 1000))
         name = dead.ticket_id if dead.is_ticket else f"({dead.ticket_id}, no ticket of this run)"
-        print(clean(f"{died}  {name}  {dead.reason}"))
+        print(printable(f"{died}  {name}  {dead.reason}"))
         if ticket_ids:
-            print(clean(_shown(kept[dead.entry_id])))
+            print(printable(_shown(kept[dead.entry_id])))
     if not ticket_ids:
         print(f"{len(entries)} dead" + ("; with tickets behind `list`: their prompts and completions" * bool(entries)))
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from headrace.common.process.atomic_files import move_into_place
+from headrace.common.process.atomic_files import publish_atomically
 from headrace.common.redis.keys import Keys
 from headrace.common.weights.files import MODEL_FILE
 from headrace.learner.checkpoints.best import FRAME, UNCHANGED, best_folder, best_of
@@ -56,7 +56,7 @@ def export(run: Path, output: Path, is_best: bool = False, step: int | None = No
         except FileNotFoundError:  # replaced by the learner meanwhile
             if not tries_left:
                 raise
-    move_into_place(aside, output)
+    publish_atomically(aside, output)
     return f"{what} is in {output}"
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 
 from headrace.common.http.addresses import free_port
-from headrace.common.process.child_process import dies_with_parent
+from headrace.common.process.child_process import set_parent_death_signal
 
 LAST_WORDS_S = 10.0
 """After rank 0 the others are given so long to end by themselves."""
@@ -31,7 +31,7 @@ def run_ranks(count: int, command: Sequence[str]) -> int:
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             environment = {"OMP_NUM_THREADS": threads} | os.environ | address | own
             ranks.append(
-                subprocess.Popen(command, env=environment, preexec_fn=dies_with_parent(), start_new_session=True)
+                subprocess.Popen(command, env=environment, preexec_fn=set_parent_death_signal(), start_new_session=True)
             )
         code = ranks[0].wait()
         deadline_s = time.monotonic() + LAST_WORDS_S

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from headrace.common.config import RunConfig
 from headrace.common.wire import Group, Heartbeat, WireError, decode_group
-from headrace.common.wire.desired_state import Orders
-from headrace.common.wire.ledger import Mark
+from headrace.common.wire.desired_state import DesiredState
+from headrace.common.wire.ledger import LedgerEntry
 from headrace.learner.algorithm.staleness import Staleness, group_staleness, step_of
 from headrace.learner.intake.dropped import Dropped
 from headrace.learner.intake.group_source import Source
@@ -61,7 +61,7 @@ class Sight(NamedTuple):
     open_tickets: int = 0
     in_stream: int = 0
     replicas: tuple[Heartbeat, ...] = ()
-    orders: Orders = Orders()
+    orders: DesiredState = DesiredState()
 
     @property
     def is_generation_paused(self) -> bool:
@@ -327,13 +327,13 @@ class Intake:
                 for one in issued.passed:
                     _log.warning("no ticket (%s): %s", one.state, one.reason, extra={"ticket": one.ticket_id})
 
-    def _take_in(self, entries: list[Entry], marks: list[Mark | None]) -> None:
+    def _take_in(self, entries: list[Entry], marks: list[LedgerEntry | None]) -> None:
         limits = self._limits()
         accepted: dict[str, list[str]] = defaultdict(list)
         for entry, mark in zip(entries, marks, strict=True):
             group = None
             try:
-                if mark != Mark("queued", entry.entry_id):
+                if mark != LedgerEntry("queued", entry.entry_id):
                     raise Refused(f"the ledger knows no such group: it says {mark or 'nothing'}")
                 group = decode_group(entry.payload)
                 refuse(group, entry.ticket_id, limits)

@@ -140,8 +140,8 @@ class RecordingSource:
 
     def issue(self, store: LearnerStore, count: int, step: int, version: int) -> Issued:
         again, self._again = self._again[:count], self._again[count:]
-        last = min(self.cursor.place + count - len(again), self.recording.num_groups)
-        groups = self.recording.groups([*again, *range(self.cursor.place, last)])
+        last = min(self.cursor.position + count - len(again), self.recording.num_groups)
+        groups = self.recording.groups([*again, *range(self.cursor.position, last)])
         self.is_exhausted = not groups
         if groups:
             self.cursor = Cursor(0, last)

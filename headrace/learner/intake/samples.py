@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from headrace.common.wire import DecidedState, Group, Rollout
-from headrace.common.wire.group_samples import MAX_SHOWN_BYTES, ShownGroup, ShownRollout
+from headrace.common.wire.group_samples import MAX_SAMPLE_BYTES, GroupSample, RolloutSample
 
 MAX_SAMPLED = {"trained": 4, "uniform": 1, "stale": 1, "evaluated": 8}
 LONGEST_CHARACTER_TOKENS = 4
@@ -92,7 +92,7 @@ class TokenTexts:
         return text
 
 
-def shown_group(decided: Decided, trained: Sequence[TrainedRollout | None], texts: TokenTexts) -> ShownGroup:
+def shown_group(decided: Decided, trained: Sequence[TrainedRollout | None], texts: TokenTexts) -> GroupSample:
     """`trained`: of each rollout, or empty. Completions that would make it too large are left out, from the last."""
     group, state, step, staleness, decided_s = decided
     ticket, timings = group.ticket, group.timings
@@ -101,10 +101,10 @@ def shown_group(decided: Decided, trained: Sequence[TrainedRollout | None], text
     for index, rollout in enumerate(group.rollouts):
         shown = _shown_rollout(rollout, trained[index] if trained else None, texts)
         num_bytes += len(msgspec.json.encode(shown))
-        if num_bytes > MAX_SHOWN_BYTES - 4096:  # what stands beside the prompt and the rollouts
+        if num_bytes > MAX_SAMPLE_BYTES - 4096:  # what stands beside the prompt and the rollouts
             break
         rollouts.append(shown)
-    return ShownGroup(
+    return GroupSample(
         id=ticket.id,
         kind=ticket.kind,
         state=state,
@@ -122,9 +122,9 @@ def shown_group(decided: Decided, trained: Sequence[TrainedRollout | None], text
     )
 
 
-def _shown_rollout(rollout: Rollout, trained: TrainedRollout | None, texts: TokenTexts) -> ShownRollout:
+def _shown_rollout(rollout: Rollout, trained: TrainedRollout | None, texts: TokenTexts) -> RolloutSample:
     is_trained = zip(texts(rollout.tokens.tolist()), rollout.loss_mask, strict=True)
-    return ShownRollout(
+    return RolloutSample(
         text=rollout.text,
         reward=rollout.reward,
         advantage=None if trained is None else round(trained.advantage, 4),

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from headrace.common.wire import Group, TicketState
-from headrace.common.wire.ledger import parse_name
+from headrace.common.wire.ledger import parse_ticket_id
 from headrace.learner.store.store import Entry, LearnerStore, Settlement
 
 
@@ -33,7 +33,7 @@ class Books:
         recorded = {(one.stream, one.entry_id) for one in self.recorded}
         kept = [(entry.stream, entry.entry_id) in recorded for entry in pending]
         self._num_kept = Counter(entry.stream for entry, is_kept in zip(pending, kept, strict=True) if is_kept)
-        names = {name for name in store.unfinished() if parse_name(name).kind == "train"}
+        names = {name for name in store.unfinished() if parse_ticket_id(name).kind == "train"}
         self._unfinished |= names - {one.ticket_id for one in self.recorded}
         return [entry for entry, is_kept in zip(pending, kept, strict=True) if not is_kept]
 

@@ -1,7 +1,7 @@
 """Tickets from a task's prompts: rendered by the model's chat template, tokenized, numbered by the data cursor.
 
-Ticket ids name the data: `epoch-place` for training, with `.n` behind it for the n-th replacement of a stale group,
-and `eval-version-place` for evaluation. The same id is never issued twice, whatever restarts; and since a task gives
+Ticket ids name the data: `epoch-position` for training, with `.n` behind it for the n-th replacement of a stale group,
+and `eval-version-position` for evaluation. The same id is never issued twice, whatever restarts; and since a task gives
 the same prompts for the same epoch, a ticket can be made again from its id alone. A place of the data that makes no
 ticket is passed, and marked: `dead`, with the reason, or `skipped`, where a prompt is too long for the engine.
 """
@@ -19,7 +19,7 @@ from headrace.common.models.chat import Chat, PromptError
 from headrace.common.models.context_length import fits
 from headrace.common.tasks import BadRow, Prompt, Task
 from headrace.common.wire import MIN_TEMPERATURE, Sampling, Ticket
-from headrace.common.wire.ledger import TicketName, parse_name
+from headrace.common.wire.ledger import TicketId, parse_ticket_id
 from headrace.learner.intake.data_fingerprint import Fingerprint
 from headrace.learner.intake.group_source import Issued
 from headrace.learner.store.store import Cursor, LearnerStore, Passed
@@ -39,7 +39,7 @@ class TooLong(ValueError):
 class _Data(NamedTuple):
     """The next of the data, whatever it is."""
 
-    name: TicketName
+    name: TicketId
     prompt: Prompt | BadRow
 
 
@@ -72,7 +72,7 @@ class TicketSource:
         self._again: deque[Ticket] = deque()
         self._gone: list[Passed] = []
         """Were to be issued again and cannot be."""
-        self._has_issued = cursor.place > 0
+        self._has_issued = cursor.position > 0
         """Anything of this epoch, as far as is known."""
 
     def configure(self, config: RunConfig) -> None:
@@ -93,7 +93,7 @@ class TicketSource:
     def replace_stale(self, ticket: Ticket) -> None:
         """The same prompt once more, in place of a stale group; what replaced one already is not replaced again."""
         if ticket.reissues == 0:
-            name = str(parse_name(ticket.id)._replace(reissue=1))
+            name = str(parse_ticket_id(ticket.id)._replace(reissue=1))
             self._again.append(
                 msgspec.structs.replace(ticket, id=name, reissues=1, attempts=0, avoid=[], interruptions=0)
             )
@@ -154,21 +154,21 @@ class TicketSource:
             except TooLong as error:
                 passed.append(Passed(str(name), "skipped", str(error)))
             except PromptError as error:
-                passed.append(Passed(str(name), "dead", f"prompt {name.place} of epoch {name.epoch}: {error}"))
+                passed.append(Passed(str(name), "dead", f"prompt {name.position} of epoch {name.data_epoch}: {error}"))
         return tickets, passed
 
     def _next(self, passed: Sequence[Passed]) -> _Data:
         try:
             prompt = next(self._prompts, None)
         except Exception as error:
-            where = f"prompt {self.cursor.place} of epoch {self.cursor.epoch}"
+            where = f"prompt {self.cursor.position} of epoch {self.cursor.data_epoch}"
             raise ValueError(f"task {self.config.task.name!r}, {where}: {type(error).__name__}: {error}") from error
         if prompt is None:
             self._begin_next_epoch(passed)
             return self._next(passed)
         epoch, place = self.cursor
         self.cursor = Cursor(epoch, place + 1)
-        return _Data(TicketName("train", epoch, place), prompt)
+        return _Data(TicketId("train", epoch, place), prompt)
 
     def _begin_next_epoch(self, passed: Sequence[Passed]) -> None:
         """Raises `ValueError` where that would go on for ever."""
@@ -184,24 +184,26 @@ class TicketSource:
 
     def _find(self, ticket_ids: Sequence[str], step: int, version: int) -> dict[str, Ticket | Passed]:
         """Training tickets from their ids, or why there is none, in the order of `ticket_ids`."""
-        by_epoch: dict[int, list[TicketName]] = defaultdict(list)
+        by_epoch: dict[int, list[TicketId]] = defaultdict(list)
         for ticket_id in ticket_ids:
-            name = parse_name(ticket_id)
+            name = parse_ticket_id(ticket_id)
             if name.kind != "train":
                 raise ValueError(f"ticket {ticket_id}: expected a training ticket; its evaluation is over")
-            by_epoch[name.epoch].append(name)
+            by_epoch[name.data_epoch].append(name)
         tickets: dict[str, Ticket | Passed] = {}
         for epoch, names in by_epoch.items():
-            wanted = {name.place for name in names}
+            wanted = {name.position for name in names}
             prompts = itertools.islice(self._from(Cursor(epoch, 0)), max(wanted) + 1)
             found = {place: prompt for place, prompt in enumerate(prompts) if place in wanted}
-            tickets |= {str(name): self._again_of(name, found.get(name.place), step, version) for name in names}
+            tickets |= {str(name): self._again_of(name, found.get(name.position), step, version) for name in names}
         return {ticket_id: tickets[ticket_id] for ticket_id in ticket_ids}
 
-    def _again_of(self, name: TicketName, prompt: Prompt | BadRow | None, step: int, version: int) -> Ticket | Passed:
-        problem = f"epoch {name.epoch} of the data has no such prompt"
-        if self.data is not None and name.epoch < self.data.first_epoch:
-            problem = f"the data of epoch {name.epoch} are gone: the run has others since epoch {self.data.first_epoch}"
+    def _again_of(self, name: TicketId, prompt: Prompt | BadRow | None, step: int, version: int) -> Ticket | Passed:
+        problem = f"epoch {name.data_epoch} of the data has no such prompt"
+        if self.data is not None and name.data_epoch < self.data.first_epoch:
+            problem = (
+                f"the data of epoch {name.data_epoch} are gone: the run has others since epoch {self.data.first_epoch}"
+            )
         elif prompt is not None:
             try:
                 return self._train(prompt, name, step, version)
@@ -210,10 +212,10 @@ class TicketSource:
         return Passed(str(name), "dead", problem)
 
     def _from(self, cursor: Cursor) -> Iterator[Prompt | BadRow]:
-        prompts = self.task.prompts("train", seed=self.config.seed, epoch=cursor.epoch)
-        return itertools.islice(prompts, cursor.place, None)
+        prompts = self.task.prompts("train", seed=self.config.seed, epoch=cursor.data_epoch)
+        return itertools.islice(prompts, cursor.position, None)
 
-    def _train(self, prompt: Prompt | BadRow, name: TicketName, step: int, version: int) -> Ticket:
+    def _train(self, prompt: Prompt | BadRow, name: TicketId, step: int, version: int) -> Ticket:
         ticket = self._ticket(prompt, str(name), "train", self.config.actor.group_size, step, version)
         return msgspec.structs.replace(ticket, reissues=name.reissue)
 

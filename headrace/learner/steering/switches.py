@@ -8,7 +8,7 @@ nothing.
 import threading
 from collections.abc import Sequence
 
-from headrace.common.wire.desired_state import CHECKPOINTS, PAUSED, STOP, Orders
+from headrace.common.wire.desired_state import CHECKPOINTS, PAUSED, STOP, DesiredState
 
 PERSIST_TIMEOUT_S = 1.0
 
@@ -66,7 +66,7 @@ class Switches:
         with self._changed:
             self._changed.wait_for(lambda: not self._unpersisted, PERSIST_TIMEOUT_S)
 
-    def sync_from(self, orders: Orders) -> None:
+    def sync_from(self, orders: DesiredState) -> None:
         """Takes over the state in Redis, unless a newer request is still to be written there."""
         with self._changed:
             if self._unpersisted:

@@ -27,9 +27,9 @@ from headrace.common.wire import (
     encode,
     one_line,
 )
-from headrace.common.wire.desired_state import Orders, desired_replicas, parse_orders
-from headrace.common.wire.group_samples import ShownGroup
-from headrace.common.wire.ledger import Mark, parse_mark
+from headrace.common.wire.desired_state import DesiredState, parse_desired_replicas, parse_desired_state
+from headrace.common.wire.group_samples import GroupSample
+from headrace.common.wire.ledger import LedgerEntry, parse_ledger_entry
 from headrace.learner.store import scripts
 from headrace.learner.store.row_numbers import numbers_of
 
@@ -49,10 +49,10 @@ class RedisLost(RuntimeError):
 
 
 class Cursor(NamedTuple):
-    """The next prompt of the data: its place within an epoch."""
+    """The next prompt to issue: its position in a pass over the data."""
 
-    epoch: int
-    place: int
+    data_epoch: int
+    position: int
 
 
 class Entry(NamedTuple):
@@ -79,7 +79,7 @@ class Look(NamedTuple):
     """Not yet answered."""
     in_stream: int
     """Groups, consumed ones included."""
-    marks: list[Mark | None]
+    marks: list[LedgerEntry | None]
     """What the ledger says of each ticket; None of one that was never issued."""
 
 
@@ -153,7 +153,7 @@ class LearnerStore:
                 return decode(payload)
         return None
 
-    def dead_reason(self, mark: Mark) -> str:
+    def dead_reason(self, mark: LedgerEntry) -> str:
         """Why the ticket of that mark died; empty if it was purged."""
         entries: Any = self.client.xrange(self.keys.dead, mark.entry_id, mark.entry_id) if mark.entry_id else []
         return one_line(entries[0][1].get(b"reason", b"").decode(errors="replace")) if entries else ""
@@ -211,13 +211,13 @@ class LearnerStore:
 
     def set_data(self, data: bytes, cursor: Cursor) -> None:
         """The cursor is at that place of those data (headrace/learner/intake/data_fingerprint.py)."""
-        place = ("epoch", cursor.epoch, "place", cursor.place)
+        place = ("epoch", cursor.data_epoch, "place", cursor.position)
         self.execute([("HSET", self.keys.cursor, *place, "data", data)])
 
     def version_steps(self) -> dict[int, int]:
         return {int(version): int(step) for version, step in self.client.hgetall(self.keys.versions).items()}
 
-    def marks(self, ticket_ids: Sequence[str]) -> list[Mark | None]:
+    def marks(self, ticket_ids: Sequence[str]) -> list[LedgerEntry | None]:
         """What the ledger says of each ticket; None of one that was never issued."""
         found = self.client.hmget(self.keys.ledger, ticket_ids) if ticket_ids else []
         return _marks(found)
@@ -225,7 +225,7 @@ class LearnerStore:
     def unfinished(self) -> list[str]:
         """Tickets that are open or queued, in no order."""
         marks = self.client.hscan_iter(self.keys.ledger, count=1000)
-        return [name.decode() for name, mark in marks if parse_mark(mark).state in ("open", "queued")]
+        return [name.decode() for name, mark in marks if parse_ledger_entry(mark).state in ("open", "queued")]
 
     def num_dead(self) -> int:
         return int(self.client.xlen(self.keys.dead))
@@ -241,8 +241,8 @@ class LearnerStore:
                 _log.warning("%s is no heartbeat: %s", name.decode(errors="replace"), error)
         return found
 
-    def orders(self) -> Orders:
-        return parse_orders(self.client.hgetall(self.keys.control))
+    def orders(self) -> DesiredState:
+        return parse_desired_state(self.client.hgetall(self.keys.control))
 
     def order(self, orders: Iterable[Command]) -> None:
         """Commands on the hash of orders, without its key."""
@@ -251,7 +251,7 @@ class LearnerStore:
     def advised_replicas(self) -> int | None:
         """What an earlier learner of this run has last advised."""
         try:
-            return desired_replicas(_text(self.client.hget(self.keys.learner, "advised_replicas") or b""))
+            return parse_desired_replicas(_text(self.client.hget(self.keys.learner, "advised_replicas") or b""))
         except ValueError:
             return None
 
@@ -268,11 +268,11 @@ class LearnerStore:
         history = ("XADD", self.keys.history, "MAXLEN", "~", MAX_HISTORY, "*", "kind", kind, "row", numbers)
         self.execute([self._event(kind, row), history])
 
-    def show(self, groups: Iterable[ShownGroup]) -> None:
+    def show(self, groups: Iterable[GroupSample]) -> None:
         """Adds them to what people may read."""
         self.execute([self._shown(group) for group in groups])
 
-    def _shown(self, group: ShownGroup) -> Command:
+    def _shown(self, group: GroupSample) -> Command:
         fields = ("id", group.id, "kind", group.kind, "state", group.state, "step", group.step)
         payload = msgspec.json.encode(group)
         return ("XADD", self.keys.shown, "MAXLEN", "~", MAX_SHOWN, "*", *fields, "group", payload)
@@ -308,8 +308,8 @@ def _create_group(client: redis.Redis, stream: str, group: str) -> None:
             raise
 
 
-def _marks(found: Iterable[bytes | None]) -> list[Mark | None]:
-    return [None if mark is None else parse_mark(mark) for mark in found]
+def _marks(found: Iterable[bytes | None]) -> list[LedgerEntry | None]:
+    return [None if mark is None else parse_ledger_entry(mark) for mark in found]
 
 
 def _text(name: bytes) -> str:

@@ -15,8 +15,8 @@ from typing import NamedTuple, TypeVar
 
 from blake3 import blake3
 
-from headrace.common.process.atomic_files import move_into_place
-from headrace.common.weights.delta import Patch, bits_of, encode
+from headrace.common.process.atomic_files import publish_atomically
+from headrace.common.weights.delta import Patch, bits_of, make_patch
 from headrace.common.weights.files import (
     DELTA_FILE,
     ITEM_BYTES,
@@ -95,7 +95,7 @@ class VersionWriter:
         if manifest.has_model:
             _write_model((memory or aside) / MODEL_FILE, entries, weights)
         (aside / MANIFEST_FILE).write_bytes(encode_manifest(manifest))
-        move_into_place(aside, folder)
+        publish_atomically(aside, folder)
         if is_anchor or delta is None:
             self.anchors, self._is_anchored, self._chain_bytes = [*self.anchors, version], memory is None, []
         else:
@@ -121,7 +121,9 @@ class VersionWriter:
             if base_weights is None:
                 return _EncodedTensor(name, entry, Patch("same"), [])
             base_content = bytes_of(base_weights.tensors[name])
-            return _EncodedTensor(name, entry, *encode(bits_of(content, item_bytes), bits_of(base_content, item_bytes)))
+            return _EncodedTensor(
+                name, entry, *make_patch(bits_of(content, item_bytes), bits_of(base_content, item_bytes))
+            )
 
         with path.open("wb") as file:
             for one in _map_in_order(encode_tensor, file_order(dtypes), self.num_threads):

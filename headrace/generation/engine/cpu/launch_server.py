@@ -18,7 +18,7 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from headrace.common.process.child_process import dies_with_parent
+from headrace.common.process.child_process import set_parent_death_signal
 
 if TYPE_CHECKING:
     import torch
@@ -128,7 +128,7 @@ def fork_children() -> None:
         multiprocessing.set_start_method("fork", force=True)
 
     HookRegistry.register("sglang.srt.entrypoints.engine._set_envs_and_config", choose_fork, HookType.AFTER)
-    os.register_at_fork(after_in_child=dies_with_parent())  # SGLang asks for it too, but a moment later
+    os.register_at_fork(after_in_child=set_parent_death_signal())  # SGLang asks for it too, but a moment later
 
 
 if __name__ == "__main__":
