@@ -79,7 +79,7 @@ def make_tickets(config: RunConfig, policy: Policy) -> list[Ticket]:
     chat = Chat(load_tokenizer(config.model), config.model, config.task.system_prompt)
     task = load_task(config.task.name, config.task.settings)
     stops = stop_token_ids(chat, policy.model.generation_config)
-    return TicketSource(config, task, chat, stops, Cursor(0, 0)).next_train(NUM_GROUPS, 0, 1)
+    return TicketSource(config, task, chat, stops, Cursor(0, 0)).next_tickets(NUM_GROUPS, 0, 1)
 
 
 async def bare(url: str, config: RunConfig, tickets: list[Ticket]) -> Row:

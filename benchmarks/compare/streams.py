@@ -26,9 +26,9 @@ from headrace.common.redis.client import connect, connect_async
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import Group, Ticket, decode_group, encode
 from headrace.generation.tickets.store import TicketStore
-from headrace.learner.intake.group_source import Issued
+from headrace.learner.intake.group_source import IssueResult
 from headrace.learner.intake.intake import READ_COUNT, Intake
-from headrace.learner.intake.validation import Limits
+from headrace.learner.intake.validation import GroupLimits
 from headrace.learner.steering.switches import Switches
 from headrace.learner.store.store import Cursor, LearnerStore
 
@@ -50,10 +50,10 @@ class NoTickets:
 
     cursor, data, is_recording, is_exhausted = Cursor(0, 0), None, False, False
 
-    def issue(self, *_: object) -> Issued:
-        return Issued([])
+    def issue(self, *_: object) -> IssueResult:
+        return IssueResult([])
 
-    def to_issue(self) -> list[str]:
+    def ids_to_issue(self) -> list[str]:
         return []
 
     def configure(self, config: RunConfig) -> None: ...
@@ -62,7 +62,7 @@ class NoTickets:
     def rebuild(self, ticket_ids: Sequence[str], step: int, version: int) -> list[Ticket]:
         return []
 
-    def evaluation(self, step: int, version: int) -> list[Ticket]:
+    def evaluation_tickets(self, step: int, version: int) -> list[Ticket]:
         return []
 
 
@@ -72,27 +72,27 @@ class Learner:
     def __init__(self, client: redis.Redis, keys: Keys, size: Size) -> None:
         self.config = load_recipe(RECIPE, [f"actor.group_size={size.num_rollouts}"]).config
         self.store = LearnerStore(client, keys)
-        limits = Limits(512, size.num_rollouts, 2, 2048, 1)
+        limits = GroupLimits(512, size.num_rollouts, 2, 2048, 1)
         self.intake = Intake(self.config, self.store, NoTickets(), {1: 0}, lambda: limits, [], Switches())
-        self.intake.announced(1)
+        self.intake.on_announced(1)
         self.num_steps = self.num_trained = 0
 
     def turn(self) -> None:
-        self.intake.turn()
+        self.intake.poll_once()
         self.train()
 
     def train(self) -> None:
         """All whole batches that are there."""
         while batch := self.intake.take_batch(0.0, lambda: True):
             self.intake.mark_trained(batch)
-            self.intake.announced(1, len(batch))
+            self.intake.on_announced(1, len(batch))
             self.num_trained += len(batch)
             self.num_steps += 1
             if self.num_steps % self.config.learner.checkpoint_interval_steps == 0:
                 self.settle()
 
     def settle(self) -> None:
-        self.intake.checkpointed(self.intake.consumed())
+        self.intake.on_checkpointed(self.intake.checkpoint_delta())
 
 
 def measure(repeats: int) -> Part:

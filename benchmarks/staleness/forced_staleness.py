@@ -52,14 +52,14 @@ def run(config: RunConfig, num_held_out: int, evaluate_every: int) -> Iterator[d
     source = TicketSource(config, task, chat, stops, Cursor(0, 0))
     past = deque([_copy(model)], maxlen=config.learner.max_staleness + 1)
     live_config = LiveConfig(config, Settings(), GuardState())
-    held_out = source.evaluation(0, 0)[:num_held_out]
+    held_out = source.evaluation_tickets(0, 0)[:num_held_out]
     for step in range(config.learner.steps):
         started = time.process_time()
         trainer.config = live_config.config
         staleness = min(trainer.config.learner.max_staleness, len(past) - 1)
         sampler.load_state_dict(past[-1 - staleness])
         made_by = step - staleness
-        tickets = source.next_train(config.learner.groups_per_step, step, 0)
+        tickets = source.next_tickets(config.learner.groups_per_step, step, 0)
         groups = list(_groups(sampler, tickets, made_by + 1, task, tokenizer))
         mixed = [group for group in groups if not group.is_uniform(config.actor.truncated)]
         batch = mixed if config.actor.dynamic_sampling else groups

@@ -209,12 +209,12 @@ def _status(loop: Any, run: str) -> dict[str, Any]:
         "steps": loop.config.learner.steps,
         "version": loop.versions.current,
         "epoch": loop.store.epoch,
-        "desired_replicas": loop.intake.sight.orders.desired_replicas,
+        "desired_replicas": loop.intake.redis_state.desired_state.desired_replicas,
         "advised_replicas": loop.reporter.adviser.advice.replicas,
         "advice": loop.reporter.adviser.advice.reason,
         "settings_version": loop.live_config.settings.version,
         "unwritten_orders": [" ".join(map(str, order)) for order in loop.switches.unpersisted],
-        "counts": dict(loop.intake.books.counts),
+        "counts": dict(loop.intake.settlement_log.counts),
         "latest": progress.latest,
     }
 
@@ -224,7 +224,7 @@ def _report_end(loop: Any, phase: str, reason: str) -> None:
 
     loop.switches.stop.set()  # nothing is retried any more
     with suppress(Fenced, RedisLost, redis.RedisError):
-        loop.store.report({"phase": phase, "reason": reason, "waits": "{}"})
+        loop.store.set_status({"phase": phase, "reason": reason, "waits": "{}"})
 
 
 def _write_results(loop: Any, folder: Path, tokenizer: Any) -> None:
@@ -232,7 +232,7 @@ def _write_results(loop: Any, folder: Path, tokenizer: Any) -> None:
 
     replicas = loop.store.replicas()
     lags = [replica.waiting_s / replica.serving_s for replica in replicas if replica.serving_s > 0]
-    counts = {**loop.intake.books.counts, "dead": loop.store.num_dead()}
+    counts = {**loop.intake.settlement_log.counts, "dead": loop.store.num_dead()}
     summary = summarise(loop.reporter.metrics.rows, counts, sum(lags) / max(1, len(lags)))
     policy = folder / "policy"
     shutil.rmtree(policy, ignore_errors=True)

@@ -31,12 +31,12 @@ from headrace.learner.checkpoints.progress import Progress
 from headrace.learner.checkpoints.record import Loss, Record, checkpoint_folders
 from headrace.learner.commands.audit import losses_so_far
 from headrace.learner.distributed.ranks import Ranks
-from headrace.learner.intake.group_source import Source
+from headrace.learner.intake.group_source import GroupSource
 from headrace.learner.intake.intake import Intake
 from headrace.learner.intake.recordings import Recording, RecordingSource
 from headrace.learner.intake.samples import TokenTexts
 from headrace.learner.intake.ticket_source import TicketSource
-from headrace.learner.intake.validation import Limits
+from headrace.learner.intake.validation import GroupLimits
 from headrace.learner.loop import Loop
 from headrace.learner.model.policy import Policy
 from headrace.learner.reporting.reporter import RunReporter
@@ -88,12 +88,12 @@ def assemble(
     record, saved = newest(folder / "checkpoints") or (None, folder)
     if record is not None:
         trainer.load_state(saved, sorted(record.files))
-    settings_in_redis = store.orders().settings
+    settings_in_redis = store.desired_state().settings
     recorded = (record.settings, record.guard) if record else (Settings(), GuardState())
     live_config, settings = resume_config(config, settings_in_redis, *recorded)
     config = trainer.config = live_config.config
     if settings != settings_in_redis:
-        store.order([("HSET", SETTINGS, msgspec.json.encode(settings))])
+        store.write_control([("HSET", SETTINGS, msgspec.json.encode(settings))])
 
     versions_in_redis = store.version_steps()
     versions = WeightVersions(folder / "weights", store, url, token)
@@ -105,15 +105,15 @@ def assemble(
     if data is not None:
         cursor, data = begin(store, cursor, known, data)
     if recording is not None:
-        source: Source = RecordingSource(recording, cursor)
+        source: GroupSource = RecordingSource(recording, cursor)
         version_steps = recording.version_steps
     else:
         stops = stop_token_ids(chat, policy.model.generation_config)
         source = TicketSource(config, task, chat, stops, cursor, max_sequence_tokens, data)
         version_steps = versions.steps
 
-    def limits() -> Limits:
-        return Limits(
+    def limits() -> GroupLimits:
+        return GroupLimits(
             vocab_size=vocab_size,
             group_size=config.actor.group_size,
             num_eval_samples=config.evaluation.completions_per_prompt,
@@ -123,15 +123,15 @@ def assemble(
 
     settled = record.settlements if record else []
     intake = Intake(config, store, source, version_steps, limits, settled, switches)
-    intake.look_at_orders()
+    intake.sync_desired_state()
     progress = Progress()
     if record is not None:
-        intake.books.counts.update(record.counts)
+        intake.settlement_log.counts.update(record.counts)
         losses = losses_so_far(record, versions_in_redis)
         progress = Progress(step=record.step, wall_s_before=record.wall_s, losses=losses)
         _repair(store, source, record)
         if len(losses) > len(record.losses):
-            _tell(store, losses[-1])
+            _report_loss(store, losses[-1])
     metrics = MetricsFile(folder / METRICS_FILE, progress.step)
     generation = config.generation
     start = store.advised_replicas() or generation.replicas
@@ -166,7 +166,7 @@ def _stop_unfinished(checkpoints: Path) -> None:
             shutil.rmtree(aside.rename(checkpoints / f"overtaken-{aside.name}"))
 
 
-def _repair(store: LearnerStore, source: Source, record: Record) -> None:
+def _repair(store: LearnerStore, source: GroupSource, record: Record) -> None:
     """Makes Redis agree with the checkpoint, whatever either of them missed. Safe to repeat."""
     store.settle(record.earlier)
     store.settle(record.settlements, groups="keep")
@@ -182,7 +182,7 @@ def _highest_epoch(folder: Path) -> int:
     return max((int(name.split("-")[1]) for name in names), default=0)
 
 
-def _tell(store: LearnerStore, loss: Loss) -> None:
+def _report_loss(store: LearnerStore, loss: Loss) -> None:
     _log.error(
         "Redis has lost the run: going on from the checkpoint of step %d; %d tickets are issued anew; "
         "%d finished ones are known only by their number",
@@ -190,4 +190,4 @@ def _tell(store: LearnerStore, loss: Loss) -> None:
         loss.num_reissued,
         sum(loss.forgotten.values()),
     )
-    store.announce("redis_lost", {"step": loss.step, "num_reissued": loss.num_reissued})
+    store.add_event("redis_lost", {"step": loss.step, "num_reissued": loss.num_reissued})

@@ -17,7 +17,7 @@ from headrace.common.wire.desired_state import DesiredState, Settings
 from headrace.learner.checkpoints.checkpoint import CheckpointError
 from headrace.learner.checkpoints.progress import Progress
 from headrace.learner.checkpoints.record import MAX_VERSION_STEPS, Record
-from headrace.learner.intake.intake import Arrived, Intake
+from headrace.learner.intake.intake import Intake, PendingGroup
 from headrace.learner.reporting.reporter import RunReporter
 from headrace.learner.stages.checkpointing import Checkpointer
 from headrace.learner.stages.evaluation import Evaluator
@@ -55,12 +55,12 @@ class Loop:
     waits: Waits
     reporter: RunReporter
     evaluator: Evaluator
-    _is_checkpoint_ordered: bool = False
-    _obeyed: DesiredState = field(default_factory=DesiredState)
+    _is_checkpoint_requested: bool = False
+    _applied: DesiredState = field(default_factory=DesiredState)
 
     def __post_init__(self) -> None:
-        """What was asked for once before this start counts as obeyed."""
-        self._obeyed = self.intake.sight.orders
+        """What was asked for once before this start counts as applied."""
+        self._applied = self.intake.redis_state.desired_state
         self.wait_deadlines = WaitDeadlines(self.waits, self.intake, self.switches, self.live_config)
         parts = self.trainer, self.intake, self.reporter, self.wait_deadlines, self.store.check_fence
         self.checkpointer = Checkpointer(self.checkpoints, *parts)
@@ -85,7 +85,7 @@ class Loop:
         while not self.is_at_last_step and not self.switches.stop.is_set():
             if self.switches.paused.is_set():
                 self._wait_while_paused()
-            elif self.intake.has_ended:
+            elif self.intake.is_recording_exhausted:
                 break
             else:
                 self._take_step()
@@ -109,16 +109,16 @@ class Loop:
         """An order to stop has been obeyed, or is met by a run that is complete."""
         self.intake.stop()
         self.switches.clear_stop()
-        self.intake.look_at_orders()
+        self.intake.sync_desired_state()
 
     def _wait_for_replica(self) -> None:
         """Nobody could answer the first ticket before one serves."""
         self.reporter.enter_phase("waiting for a replica")
-        while not any(replica.state == "running" for replica in self.intake.sight.replicas):
+        while not any(replica.state == "running" for replica in self.intake.redis_state.replicas):
             self.wait_deadlines.note_group_wait(Reason.NO_REPLICA)
             if self.switches.stop.wait(SWITCH_POLL_S):
                 break
-            self.intake.look_around()
+            self.intake.poll_control_state()
             self.reporter.refresh_paused_phase()
         self.wait_deadlines.end_group_wait(Reason.NO_REPLICA)
 
@@ -152,7 +152,7 @@ class Loop:
         waited = time.monotonic()
         self.reporter.enter_phase("training")
         probe = nothing_fresh if self.intake.source.is_recording else self.intake.newest_if_fresh
-        groups = [arrived.group for arrived in batch]
+        groups = [pending.group for pending in batch]
         row = self.trainer.train(groups, self.progress.step, self.intake.version_steps, probe)
         trained = time.monotonic()
         self.progress.step += 1
@@ -167,16 +167,16 @@ class Loop:
         self._update_guard(row)
         is_due = self.progress.step % self.config.learner.checkpoint_interval_steps == 0
         self._checkpoint_if_due(is_due, self._would_checkpoint_help())
-        self._obey()
+        self._apply_desired_state()
         interval = self.config.evaluation.interval_steps
         if interval and self.progress.step % interval == 0 and not self.intake.is_evaluating:
             self.evaluator.is_due = True
         self._evaluate_if_due()
 
-    def _wait_for_batch(self) -> list[Arrived] | None:
+    def _wait_for_batch(self) -> list[PendingGroup] | None:
         """None when interrupted, or when a recording has ended. A long wait is used for one checkpoint."""
         has_time, idle_s = True, self._idle_s
-        while not self._is_interrupted() and not self.intake.has_ended:
+        while not self._is_interrupted() and not self.intake.is_recording_exhausted:
             batch = self.intake.take_batch(WAIT_POLL_S, self._is_interrupted)
             if batch is not None:
                 self.wait_deadlines.end_group_wait(Reason.WAITING_FOR_GROUPS)
@@ -184,7 +184,7 @@ class Loop:
             lasted_s = self.wait_deadlines.note_group_wait(Reason.WAITING_FOR_GROUPS)
             self.reporter.enter_phase(self._waiting)
             self.reporter.write_group_samples()
-            self._obey()
+            self._apply_desired_state()
             self._evaluate_if_due()
             would_help = self._would_checkpoint_help(has_time)
             if lasted_s > idle_s and (would_help or self.checkpointer.is_due):
@@ -197,32 +197,32 @@ class Loop:
         """Returns when the weights are copied, which the last `num_groups` trained."""
 
         def announced(version: int) -> None:
-            self.intake.announced(version, num_groups)
+            self.intake.on_announced(version, num_groups)
             self._begin_evaluation_if_due()
 
         self.publisher.begin(self.trainer.policy.tensors(), self.progress.step, announced)
 
     def _checkpoint(self) -> None:
         """Begins one: returns when the state is copied."""
-        consumed = self.intake.consumed()
+        delta = self.intake.checkpoint_delta()
         steps = dict(self.versions.steps)  # to which the publisher adds
         record = Record(
             epoch=self.store.epoch,
             step=self.progress.step,
             version=self.versions.current,
-            cursor=consumed.cursor,
+            cursor=delta.cursor,
             version_steps={version: steps[version] for version in sorted(steps)[-MAX_VERSION_STEPS:]},
-            settlements=consumed.settlements,
-            earlier=consumed.earlier,
-            unfinished=consumed.unfinished,
-            counts=consumed.counts,
+            settlements=delta.settlements,
+            earlier=delta.earlier,
+            unfinished=delta.unfinished,
+            counts=delta.counts,
             wall_s=self.progress.wall_s,
             losses=self.progress.losses,
             settings=self.live_config.settings,
             guard=self.live_config.guard,
             data=self.intake.source.data,
         )
-        self.checkpointer.begin(record, consumed)
+        self.checkpointer.begin(record, delta)
 
     def _checkpoint_if_due(self, is_due: bool, would_help: bool) -> None:
         """`would_help`, without being due. One that is due while another one is being written waits its turn."""
@@ -232,10 +232,10 @@ class Loop:
 
     def _would_checkpoint_help(self, has_time: bool = False) -> bool:
         """Groups could leave Redis, and it is time for that: it is full, or has too many, or there is nothing to do."""
-        books = self.intake.books
+        log = self.intake.settlement_log
         if self.waits.is_waiting(Reason.REDIS_REFUSING):
-            return bool(books.held_bytes or books.recorded)
-        return books.held_bytes > (0 if has_time else MAX_HELD_BYTES)
+            return bool(log.unsettled_bytes or log.checkpointed)
+        return log.unsettled_bytes > (0 if has_time else MAX_HELD_BYTES)
 
     def _checkpoint_at_last(self) -> None:
         """The last one must succeed: tried again until the deadline, or once when told to stop."""
@@ -248,17 +248,17 @@ class Loop:
         if self.checkpointer.is_due:
             raise CheckpointError(f"stopped without a checkpoint of step {self.progress.step}: {self.waits.describe()}")
 
-    def _obey(self) -> None:
+    def _apply_desired_state(self) -> None:
         """What is ordered beside pause and stop."""
-        orders, obeyed = self.intake.sight.orders, self._obeyed
-        self._obeyed = orders
-        if orders.settings != obeyed.settings:
-            self._change_settings(orders.settings)
-        self._is_checkpoint_ordered |= orders.checkpoints > obeyed.checkpoints
-        if self._is_checkpoint_ordered and not self.checkpointer.is_busy:
-            self._is_checkpoint_ordered = False
+        desired, applied = self.intake.redis_state.desired_state, self._applied
+        self._applied = desired
+        if desired.settings != applied.settings:
+            self._change_settings(desired.settings)
+        self._is_checkpoint_requested |= desired.checkpoints > applied.checkpoints
+        if self._is_checkpoint_requested and not self.checkpointer.is_busy:
+            self._is_checkpoint_requested = False
             self._checkpoint()
-        self.evaluator.is_due |= orders.evaluations > obeyed.evaluations
+        self.evaluator.is_due |= desired.evaluations > applied.evaluations
         self.reporter.refresh_paused_phase()
 
     def _change_settings(self, settings: Settings) -> None:
@@ -268,11 +268,11 @@ class Loop:
             self.live_config.apply_settings(settings)
         except ValueError as error:
             _log.error("settings of version %d are refused: %s", settings.version, error)
-            self.store.announce("settings_refused", change | {"reason": str(error)})
+            self.store.add_event("settings_refused", change | {"reason": str(error)})
             return
         self._configure()
         _log.info("settings of version %d count after step %d: %s", *change.values())
-        self.store.announce("settings_applied", change)
+        self.store.add_event("settings_applied", change)
         self.reporter.enter_phase(self.progress.phase)
 
     def _configure(self) -> None:
@@ -326,7 +326,7 @@ class Loop:
                 break
             self.wait_deadlines.note_group_wait(Reason.WAITING_FOR_EVALUATION)
             self.reporter.write_group_samples()
-            self._obey()
+            self._apply_desired_state()
         self.wait_deadlines.end_group_wait(Reason.WAITING_FOR_EVALUATION)
         return result
 
@@ -338,7 +338,7 @@ class Loop:
         while self.switches.paused.is_set() and not self.switches.stop.wait(SWITCH_POLL_S):
             self.waits.waiting(Reason.PAUSED)
             self.reporter.write_group_samples()
-            self._obey()
+            self._apply_desired_state()
             self._raise_background_failure()
             self.evaluator.collect()
         self.waits.over(Reason.PAUSED)

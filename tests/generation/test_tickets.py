@@ -60,7 +60,7 @@ def test_a_ticket_becomes_one_group(redis_url: str, client: redis.Redis, keys: K
 
     assert as_replica(redis_url, keys, "a", answer) == (True, False)
     assert states(client, keys) == {"0-0": "queued"}
-    assert learner.look()[:2] == (0, 1)
+    assert learner.queue_state()[:2] == (0, 1)
     (entry,) = learner.read(10, 0.1)
     assert entry.ticket_id == "0-0"
     assert decode_group(entry.payload).rewards == [1.0, 0.0]

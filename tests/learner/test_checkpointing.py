@@ -81,15 +81,17 @@ def test_a_checkpoint_that_is_ordered_while_one_is_written_is_one_more(loop: Loo
     loop.publish_first()
     loop._checkpoint()
     assert gate.reached.wait(60.0)
-    orders = loop.intake.sight.orders
-    loop.intake.sight = loop.intake.sight._replace(orders=orders._replace(checkpoints=orders.checkpoints + 1))
+    desired = loop.intake.redis_state.desired_state
+    loop.intake.redis_state = loop.intake.redis_state._replace(
+        desired_state=desired._replace(checkpoints=desired.checkpoints + 1)
+    )
     for _ in range(2):
-        loop._obey()
+        loop._apply_desired_state()
     assert not checkpoint_folders(tmp_path / "checkpoints"), "answered by none that was begun before"
     gate.is_open.set()
     loop.checkpointer.wait()
     for _ in range(2):
-        loop._obey()
+        loop._apply_desired_state()
     loop.checkpointer.wait()
     assert len(checkpoint_folders(tmp_path / "checkpoints")) == 2
 
@@ -117,7 +119,7 @@ def waited(loop: Loop, num_s: int, monkeypatch: pytest.MonkeyPatch) -> list[int]
     def tick(_: Reason) -> float:
         nonlocal now
         now = next(clock, num_s)
-        loop.intake.books.held_bytes += 1
+        loop.intake.settlement_log.unsettled_bytes += 1
         if now == num_s:
             loop.switches.stop.set()
         return now
@@ -150,5 +152,5 @@ def test_what_the_disk_refused_is_tried_again_in_a_wait(loop: Loop, monkeypatch:
 def test_a_full_redis_is_relieved_as_long_as_that_helps(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     loop.waits.waiting(Reason.REDIS_REFUSING, "OOM", 300.0)
     assert waited(loop, 45, monkeypatch) == [11, 22, 33, 44]
-    loop.intake.books.held_bytes, loop.intake.books.recorded = 0, []
+    loop.intake.settlement_log.unsettled_bytes, loop.intake.settlement_log.checkpointed = 0, []
     assert not loop._would_checkpoint_help(True), "there is nothing that could leave"

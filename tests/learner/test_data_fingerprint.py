@@ -119,13 +119,13 @@ def test_other_data_begin_with_the_next_epoch_once(client: redis.Redis, keys: Ke
         assert store.cursor() == cursor
         assert (cursor, data.first_epoch) == (Cursor(3, 0), 3)
     source = TicketSource(make_config(), Rows(GOOD), plain_chat(), [1], cursor, None, data)
-    assert [ticket.id for ticket in source.next_train(2, 0, 1)] == ["3-0", "4-0"]
+    assert [ticket.id for ticket in source.next_tickets(2, 0, 1)] == ["3-0", "4-0"]
     with pytest.raises(ValueError, match="ticket 2-0: the data of epoch 2 are gone: the run has others since epoch 3"):
         source.rebuild(["2-0"], 0, 1)
     source.issue_again(["2-1", "3-0"])  # by a checkpoint, after a loss of Redis
-    assert sorted(source.to_issue()) == ["2-1", "3-0"]
+    assert sorted(source.ids_to_issue()) == ["2-1", "3-0"]
     assert source.issue(store, 1, 0, 1).ticket_ids == ["3-0"]
-    assert [dead.ticket_id for dead in dead_entries(client, keys)] == ["2-1"] and not source.to_issue()
+    assert [dead.ticket_id for dead in dead_entries(client, keys)] == ["2-1"] and not source.ids_to_issue()
 
 
 def test_a_learner_with_other_data_is_refused_before_it_takes_over(

@@ -38,7 +38,7 @@ def test_a_result_is_of_the_version_that_was_asked_for() -> None:
     for ticket, rewards in zip(tickets[:2], ((1.0, 0.5), (0.0, 0.25)), strict=True):
         evaluation.collect(make_group(ticket.id, rewards, version=9), {9: 4})
     assert not evaluation.is_done
-    evaluation.give_up("eval-9-2", "ValueError")
+    evaluation.mark_dead("eval-9-2", "ValueError")
     assert evaluation.is_done
     assert evaluation.result() == {
         "step": 4,
@@ -54,7 +54,7 @@ def test_a_result_is_of_the_version_that_was_asked_for() -> None:
 
 def test_an_evaluation_whose_tickets_all_died_says_of_what() -> None:
     evaluation = Evaluation.of(0, 9, [make_ticket("eval-9-0", kind="eval")])
-    evaluation.give_up("eval-9-0", "completion 1 of 2: ValueError: no such answer")
+    evaluation.mark_dead("eval-9-0", "completion 1 of 2: ValueError: no such answer")
     with pytest.raises(
         ValueError, match="all 1 evaluation tickets of step 0 are dead, the latest: completion 1 of 2: V"
     ):
@@ -66,8 +66,8 @@ def test_evaluations_are_sampled_at_their_own_temperature(given: float | None, e
     settings = make_config().model_dump()
     settings["evaluation"]["temperature"] = given
     source = TicketSource(RunConfig.model_validate(settings), Counting(), plain_chat(), [1], Cursor(0, 0))
-    tickets = source.evaluation(3, 4)
+    tickets = source.evaluation_tickets(3, 4)
     assert {ticket.sampling.temperature for ticket in tickets} == {expected} and len(tickets) == 3
     assert decode_ticket(encode(tickets[0])) == tickets[0], "the wire carries it"
-    (train,) = source.next_train(1, 3, 4)
+    (train,) = source.next_tickets(1, 3, 4)
     assert train.sampling.temperature == 1.0

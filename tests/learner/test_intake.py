@@ -17,7 +17,7 @@ from headrace.common.wire import Group, Ticket, Timings, decode_ticket
 from headrace.learner.commands.dead_letters import purge, retry
 from headrace.learner.intake.intake import Intake
 from headrace.learner.intake.ticket_source import TicketSource
-from headrace.learner.intake.validation import Limits
+from headrace.learner.intake.validation import GroupLimits
 from headrace.learner.steering.switches import Switches
 from headrace.learner.store.store import Cursor, LearnerStore, Settlement
 from tests.support.committing import answer_all, queue
@@ -71,7 +71,7 @@ def make_config(**learner: object) -> RunConfig:
     )
 
 
-LIMITS = Limits(vocab_size=512, group_size=2, num_eval_samples=2, max_sequence_tokens=512, highest_version=50)
+LIMITS = GroupLimits(vocab_size=512, group_size=2, num_eval_samples=2, max_sequence_tokens=512, highest_version=50)
 
 
 class Harness:
@@ -83,12 +83,12 @@ class Harness:
         self.store = LearnerStore(client, keys)
         self.versions = {1: 0}
         self.source = TicketSource(config, task or Counting(), plain_chat(), [1], Cursor(0, 0))
-        self.intake = self.take_up(config, recorded=[])
+        self.intake = self.new_intake(config, checkpointed=[])
         self.intake.advance(0)
-        self.intake.announced(1)
+        self.intake.on_announced(1)
 
-    def take_up(self, config: RunConfig, recorded: list[Settlement]) -> Intake:
-        return Intake(config, self.store, self.source, self.versions, lambda: LIMITS, recorded, Switches())
+    def new_intake(self, config: RunConfig, checkpointed: list[Settlement]) -> Intake:
+        return Intake(config, self.store, self.source, self.versions, lambda: LIMITS, checkpointed, Switches())
 
     def answer(self, stream: str, rewards: tuple[float, ...] = (1.0, 0.0), version: int = 1) -> list[str]:
         """Commits a group for every open ticket of the stream."""
@@ -100,7 +100,7 @@ class Harness:
 
     def turn(self) -> None:
         """One turn of the intake's thread."""
-        self.intake.turn()
+        self.intake.poll_once()
 
     def outstanding(self) -> list[str]:
         return [fields[b"id"].decode() for _, fields in self.client.xrange(self.keys.tickets)]
@@ -127,7 +127,7 @@ def test_admission_counts_open_tickets_and_groups_not_yet_trained(client: redis.
     harness.intake.mark_trained(batch)
     harness.turn()
     assert harness.outstanding() == [], "and while its version is on its way"
-    harness.intake.announced(2, len(batch))
+    harness.intake.on_announced(2, len(batch))
     harness.turn()
     assert harness.outstanding() == ["0-8", "0-9", "0-10", "0-11"]
     ((_, fields), *_) = client.xrange(keys.tickets)
@@ -159,7 +159,7 @@ def test_tickets_are_issued_as_soon_as_a_step_has_made_room(
     assert waiting.wait(10.0)
     assert harness.outstanding() == []
     harness.intake.mark_trained(batch)
-    harness.intake.announced(2, len(batch))
+    harness.intake.on_announced(2, len(batch))
     turn.join(10.0)
     assert harness.outstanding() == ["0-4", "0-5", "0-6", "0-7"]
 
@@ -181,7 +181,7 @@ def test_uniform_groups_are_replaced_by_the_next_prompt(client: redis.Redis, key
     harness.answer(keys.tickets, rewards=(0.0, 0.0))
     harness.turn()
     harness.turn()
-    assert harness.intake.books.counts["uniform"] == 8
+    assert harness.intake.settlement_log.counts["uniform"] == 8
     assert harness.outstanding() == [f"0-{i}" for i in range(8, 16)]
     assert harness.intake.take_decided_rewards() == [0.0] * 16
 
@@ -201,7 +201,7 @@ def test_a_group_whose_only_other_reward_was_cut_off_is_uniform_where_that_is_ma
 
     answer_all(client, keys, keys.tickets, group)
     harness.turn()
-    assert harness.intake.books.counts["uniform"] == (8 if state == "uniform" else 0)
+    assert harness.intake.settlement_log.counts["uniform"] == (8 if state == "uniform" else 0)
     assert (harness.intake.take_batch(0.0, never) is None) == (state == "uniform")
 
 
@@ -235,7 +235,7 @@ def test_a_batch_has_its_reward_though_all_of_it_arrived_before_the_step_before(
         harness.intake.advance(step)
         harness.intake.mark_trained(batch)
         assert harness.intake.take_decided_rewards() == [1.0, 0.5] * 4
-    harness.intake.announced(2, 8)
+    harness.intake.on_announced(2, 8)
     harness.turn()
     harness.answer(keys.tickets, rewards=(0.25, 0.0))
     harness.turn()
@@ -262,10 +262,10 @@ def test_stale_groups_are_dropped_at_packing_and_their_prompt_comes_once_more(cl
     harness.turn()
     harness.versions[2] = 2
     harness.intake.advance(2)
-    harness.intake.announced(2)
+    harness.intake.on_announced(2)
     assert harness.intake.take_batch(0.0, never) is None
-    assert harness.intake.books.counts["stale"] == 8
-    told = harness.intake.take_dropped()
+    assert harness.intake.settlement_log.counts["stale"] == 8
+    told = harness.intake.take_drop_statistics()
     assert (told["dropped_groups"], told["dropped_share"]) == (8.0, 1.0)
     harness.turn()
     assert harness.outstanding() == [f"0-{i}.1" for i in range(8)]
@@ -282,11 +282,11 @@ def test_stale_policy_train_keeps_them(client: redis.Redis, keys: Keys) -> None:
     harness.answer(keys.tickets)
     harness.turn()
     harness.intake.advance(9)
-    harness.intake.announced(1)
+    harness.intake.on_announced(1)
     batch = harness.intake.take_batch(1.0, never)
     assert batch is not None and {arrived.staleness.total for arrived in batch} == {9}
     harness.intake.mark_trained(batch)
-    assert harness.intake.take_dropped()["dropped_share"] == 0.0
+    assert harness.intake.take_drop_statistics()["dropped_share"] == 0.0
 
 
 def test_epochs_follow_each_other(client: redis.Redis, keys: Keys) -> None:
@@ -304,8 +304,8 @@ def test_groups_that_cannot_be_used_are_dead_and_counted(client: redis.Redis, ke
     client.xadd(keys.groups, {"unheard": "of"})
     harness.answer(keys.tickets, version=99)
     harness.turn()
-    assert harness.intake.books.counts["dead"] == 11
-    assert harness.intake.take_dropped()["dropped_groups"] == 8, "those that can be read at all"
+    assert harness.intake.settlement_log.counts["dead"] == 11
+    assert harness.intake.take_drop_statistics()["dropped_groups"] == 8, "those that can be read at all"
     reasons = {fields[b"id"]: fields[b"reason"].decode() for _, fields in client.xrange(keys.dead)}
     assert "cannot decode" in reasons[b"0-77"]
     assert reasons[b"0-78"] == reasons[b"?"] == "the ledger knows no such group: it says nothing"
@@ -336,7 +336,7 @@ def test_a_dead_ticket_is_issued_again_when_a_person_asks(client: redis.Redis, k
     assert died is not None and "from the future" in harness.store.dead_reason(died)
     assert retry(client, keys, ["0-3"]) == ["0-3"]
     client.sadd(keys.retries, "no such ticket")
-    harness.intake.look_around()
+    harness.intake.poll_control_state()
     assert "0-3" in harness.outstanding() and client.scard(keys.retries) == 0
     mark = harness.store.marks(["0-3"])[0]
     assert mark is not None and mark.state == "open" and client.xlen(keys.dead) == 7
@@ -359,7 +359,7 @@ def test_an_evaluation_is_beside_admission_and_counts_first_tokens(client: redis
     result = harness.intake.finished_evaluation()
     assert result is not None
     assert (result["held_out"], result["num_completions"], result["first_token_step_mean"]) == (0.5, 6, 4.0)
-    assert harness.intake.books.counts["evaluated"] == 3
+    assert harness.intake.settlement_log.counts["evaluated"] == 3
 
 
 def test_dead_evaluation_tickets_are_left_out_and_counted(client: redis.Redis, keys: Keys) -> None:
@@ -373,7 +373,7 @@ def test_dead_evaluation_tickets_are_left_out_and_counted(client: redis.Redis, k
             client.xdel(keys.eval, entry_id)
     harness.answer(keys.eval)
     harness.turn()
-    harness.intake.look_around()
+    harness.intake.poll_control_state()
     result = harness.intake.finished_evaluation()
     assert result is not None and (result["num_dead"], result["num_completions"]) == (1, 4)
 
@@ -390,7 +390,7 @@ def test_a_restarted_learner_evaluates_the_same_step_again(client: redis.Redis, 
     second.turn()
     result = second.intake.finished_evaluation()
     assert result is not None and (result["held_out"], result["num_completions"]) == (1.0, 6)
-    assert second.intake.books.counts["evaluated"] == 6
+    assert second.intake.settlement_log.counts["evaluated"] == 6
 
 
 def test_a_restarted_intake_skips_what_the_checkpoint_recorded_and_takes_the_rest(
@@ -403,16 +403,15 @@ def test_a_restarted_intake_skips_what_the_checkpoint_recorded_and_takes_the_res
     batch = first.intake.take_batch(1.0, never)
     assert batch is not None
     first.intake.mark_trained(batch)
-    consumed = first.intake.consumed()
-    recorded = consumed.settlements
-    assert (consumed.counts["trained"], consumed.cursor) == (4, Cursor(0, 8)) and consumed.held_bytes > 0
-    assert consumed.unfinished == ["0-4", "0-5", "0-6", "0-7"]
-    assert [settlement.state for settlement in recorded] == ["trained"] * 4
+    delta = first.intake.checkpoint_delta()
+    assert (delta.counts["trained"], delta.cursor) == (4, Cursor(0, 8)) and delta.unsettled_bytes > 0
+    assert delta.unfinished == ["0-4", "0-5", "0-6", "0-7"]
+    assert [settlement.state for settlement in delta.settlements] == ["trained"] * 4
 
     second = Harness(client, keys, make_config())
-    second.intake = second.take_up(make_config(), recorded)
+    second.intake = second.new_intake(make_config(), delta.settlements)
     second.intake.advance(1)
-    second.intake.announced(1)
+    second.intake.on_announced(1)
     second.intake.start()
     again = second.intake.take_batch(5.0, never)
     second.intake.stop()
@@ -425,9 +424,9 @@ def test_groups_leave_redis_one_checkpoint_after_the_one_that_recorded_them(clie
     harness.turn()
     harness.answer(keys.tickets, rewards=(1.0, 1.0))
     harness.turn()
-    harness.intake.checkpointed(harness.intake.consumed())
+    harness.intake.on_checkpointed(harness.intake.checkpoint_delta())
     assert client.xlen(keys.groups) == 8
-    harness.intake.checkpointed(harness.intake.consumed())
+    harness.intake.on_checkpointed(harness.intake.checkpoint_delta())
     assert client.xlen(keys.groups) == 0
     assert {client.hget(keys.ledger, f"0-{place}") for place in range(8)} == {b"uniform"}
 
@@ -442,18 +441,18 @@ def test_a_failure_of_the_thread_reaches_the_loop(client: redis.Redis, keys: Key
 
 def test_a_replacement_keeps_everything_but_its_number_and_comes_once() -> None:
     source = TicketSource(make_config(), Counting(), plain_chat(), [1], Cursor(2, 5))
-    (ticket,) = source.next_train(1, 3, 4)
+    (ticket,) = source.next_tickets(1, 3, 4)
     source.replace_stale(msgspec.structs.replace(ticket, attempts=2, avoid=["r"]))
-    assert source.to_issue() == ["2-5.1"]
+    assert source.ids_to_issue() == ["2-5.1"]
     again = source._again[0]
     assert again == msgspec.structs.replace(ticket, id="2-5.1", reissues=1)
     source.replace_stale(again)
-    assert source.to_issue() == ["2-5.1"], "what replaced one is not replaced again"
+    assert source.ids_to_issue() == ["2-5.1"], "what replaced one is not replaced again"
 
 
 def test_a_ticket_is_made_again_from_its_id() -> None:
     source = TicketSource(make_config(), Counting(size=9), plain_chat(), [1], Cursor(1, 0))
-    tickets = source.next_train(9, 3, 4)
+    tickets = source.next_tickets(9, 3, 4)
     assert source.rebuild(["1-7", "1-2"], 3, 4) == [tickets[7], tickets[2]]
     (second_life,) = source.rebuild(["1-2.1"], 3, 4)
     assert second_life == msgspec.structs.replace(tickets[2], id="1-2.1", reissues=1)
@@ -475,7 +474,7 @@ def test_a_change_of_temperature_reaches_tickets_that_are_issued_from_now_on(cli
     harness.intake.configure(with_settings(make_config(), {"sampling.temperature": 0.5}))
     harness.versions[2] = 2
     harness.intake.advance(2)
-    harness.intake.announced(2)
+    harness.intake.on_announced(2)
     assert harness.intake.take_batch(0.0, never) is None
     harness.turn()
     tickets = [decode_ticket(fields[b"ticket"]) for _, fields in client.xrange(keys.tickets)]
@@ -497,9 +496,9 @@ def test_admission_is_by_the_mean_staleness_asked_for(
     harness.turn()
     harness.versions[2] = 1
     harness.intake.advance(1)
-    harness.intake.announced(2)
+    harness.intake.on_announced(2)
     assert harness.intake.take_batch(0.0, never) is not None
-    assert harness.intake.books.counts["stale"] == 0
+    assert harness.intake.settlement_log.counts["stale"] == 0
 
 
 def test_a_lower_max_staleness_admits_less_and_drops_more(client: redis.Redis, keys: Keys) -> None:
@@ -509,9 +508,9 @@ def test_a_lower_max_staleness_admits_less_and_drops_more(client: redis.Redis, k
     harness.turn()
     harness.versions[2] = 1
     harness.intake.advance(1)
-    harness.intake.announced(2)
+    harness.intake.on_announced(2)
     harness.intake.configure(with_settings(make_config(), {"learner.max_staleness": 0}))
     assert harness.intake.take_batch(0.0, never) is None
-    assert harness.intake.books.counts["stale"] == 8
+    assert harness.intake.settlement_log.counts["stale"] == 8
     harness.turn()
     assert len(harness.outstanding()) == 4

@@ -18,7 +18,7 @@ from headrace.learner import loop as loop_module
 from headrace.learner.checkpoints.checkpoint import CheckpointError, newest, save_checkpoint
 from headrace.learner.commands.audit import audit
 from headrace.learner.intake import intake as intake_module
-from headrace.learner.intake.group_source import Issued
+from headrace.learner.intake.group_source import IssueResult
 from headrace.learner.loop import Loop
 from headrace.learner.stages import checkpointing
 from headrace.learner.stages.wait_deadlines import Starved
@@ -190,13 +190,13 @@ def test_a_run_that_is_scaled_to_0_waits_without_a_deadline(
     loop: Loop, client: redis.Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No ticket is answered meanwhile; the learner starves only once replicas are wanted again."""
-    monkeypatch.setattr(loop.intake.source, "issue", lambda *_: Issued([]))
-    monkeypatch.setattr(intake_module, "LOOK_INTERVAL_S", 0.01)
+    monkeypatch.setattr(loop.intake.source, "issue", lambda *_: IssueResult([]))
+    monkeypatch.setattr(intake_module, "CONTROL_POLL_INTERVAL_S", 0.01)
     monkeypatch.setattr(loop_module, "WAIT_POLL_S", 0.01)
     learner = loop.config.learner.model_copy(update={"starvation_deadline_s": 0.2})
     loop.live_config.config = loop.config.model_copy(update={"learner": learner})
     client.hset(keys.control, "desired_replicas", 0)
-    loop.intake.look_around()
+    loop.intake.poll_control_state()
     ends: list[BaseException] = []
 
     def run() -> None:
@@ -245,7 +245,7 @@ def test_the_advice_is_published_and_outlives_the_learner(
         client.hset(keys.learner, "advised_replicas", stands)
         client.hset(keys.control, "desired_replicas", 2)
         again = take_up(tmp_path, client, keys, recording)
-        again.intake.look_around()
+        again.intake.poll_control_state()
         status = _status(again, "x")
         assert (status["advised_replicas"], status["desired_replicas"]) == (expected, 2)
         end(again)

@@ -14,7 +14,7 @@ from blake3 import blake3
 from headrace.common.process.waiting import Reason
 from headrace.common.redis.keys import Keys
 from headrace.common.weights.files import Manifest
-from headrace.learner.intake.group_source import Issued
+from headrace.learner.intake.group_source import IssueResult
 from headrace.learner.loop import Loop
 from headrace.learner.model.host_snapshots import Snapshots
 from headrace.learner.stages import publishing
@@ -59,7 +59,7 @@ def before_writing(loop: Loop, act: Callable[[int], None]) -> dict[int, Manifest
 def test_the_next_step_is_taken_while_a_version_is_on_its_way(loop: Loop, tmp_path: Path) -> None:
     may_go_on, announced, weights = threading.Event(), list[int](), dict[int, str]()
     written = before_writing(loop, lambda step: None if step != 2 else _wait_for(may_go_on))
-    publish, take_note = loop._publish, loop.intake.announced
+    publish, take_note = loop._publish, loop.intake.on_announced
     name, parameter = next(iter(loop.trainer.policy.model.named_parameters()))
 
     def note_and_publish(num_groups: int = 0) -> None:
@@ -70,7 +70,7 @@ def test_the_next_step_is_taken_while_a_version_is_on_its_way(loop: Loop, tmp_pa
         announced.append(version)
         take_note(version, num_groups)
 
-    loop._publish, loop.intake.announced = note_and_publish, note  # type: ignore[method-assign]
+    loop._publish, loop.intake.on_announced = note_and_publish, note  # type: ignore[method-assign]
     with running(loop):
         until(lambda: loop.waits.is_waiting(Reason.WAITING_FOR_PUBLISH), "the third version waits", loop.waits.status)
         assert loop.progress.step == 3 and loop.versions.current == 2 and announced == [1, 2]
@@ -94,7 +94,7 @@ def test_what_a_version_replaces_is_admitted_when_it_is_announced(loop: Loop) ->
     before_writing(loop, lambda step: None if step != 1 else _wait_for(may_go_on))
     issue = loop.intake.source.issue
 
-    def note_and_issue(store: Any, count: int, step: int, version: int) -> Issued:
+    def note_and_issue(store: Any, count: int, step: int, version: int) -> IssueResult:
         rooms.append(version)
         return issue(store, count, step, version)
 
@@ -102,7 +102,7 @@ def test_what_a_version_replaces_is_admitted_when_it_is_announced(loop: Loop) ->
     with running(loop):
         until(lambda: loop.waits.is_waiting(Reason.WAITING_FOR_PUBLISH), "the second version waits", loop.waits.status)
         outstanding = loop.config.learner.max_outstanding_groups
-        arrived = loop.intake.books.counts["trained"] + len(loop.intake._arrived)
+        arrived = loop.intake.settlement_log.counts["trained"] + len(loop.intake._pending)
         assert loop.progress.step == 2 and arrived <= outstanding, "no place of a group in training was given away"
         assert set(rooms) == {1}
         may_go_on.set()

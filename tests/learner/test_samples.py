@@ -16,7 +16,14 @@ from headrace.common.models.chat import load_tokenizer
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import VersionSpan
 from headrace.common.wire.group_samples import MAX_SAMPLE_BYTES, GroupSample
-from headrace.learner.intake.samples import MAX_SAMPLED, Decided, DecidedSample, TokenTexts, TrainedRollout, shown_group
+from headrace.learner.intake.samples import (
+    MAX_SAMPLED,
+    DecidedGroup,
+    SampleCollector,
+    TokenTexts,
+    TrainedRollout,
+    shown_group,
+)
 from tests.learner.test_trainer import STEPS as VERSION_STEPS
 from tests.learner.test_trainer import make_batch, make_config, make_trainer
 from tests.support.making import make_group, make_rollout
@@ -81,27 +88,27 @@ def test_a_group_as_it_is_shown(byte_level: PreTrainedTokenizerFast) -> None:
     )
     group = msgspec.structs.replace(make_group(rewards=(0.5,), issued_step=6), rollouts=[rollout])
     trained = [TrainedRollout(0.33333, np.array([-0.2, -1.25], np.float32))]
-    shown = shown_group(Decided(group, "trained", 7, 1, 9.0), trained, TokenTexts(byte_level))
+    shown = shown_group(DecidedGroup(group, "trained", 7, 1, 9.0), trained, TokenTexts(byte_level))
     (one,) = shown.rollouts
     assert (one.tokens, one.versions, one.advantage, one.reward) == (["a", "\n"], [3, 4], 0.3333, 0.5)
     assert (one.behaviour_logprobs, one.proximal_logprobs) == ([-0.1235, -1.5], [-0.2, -1.25])
     assert (shown.id, shown.state, shown.step, shown.issued_step, shown.staleness) == ("0-0", "trained", 7, 6, 1)
     assert (shown.prompt, shown.decided_s, shown.num_left_out) == ([{"role": "user", "content": "1 + 1?"}], 9.0, 0)
-    (stale,) = shown_group(Decided(group, "stale", 7, 3, 9.0), [], TokenTexts(byte_level)).rollouts
+    (stale,) = shown_group(DecidedGroup(group, "stale", 7, 3, 9.0), [], TokenTexts(byte_level)).rollouts
     assert stale.advantage is None and stale.proximal_logprobs is None
 
 
 def test_completions_that_would_make_a_group_too_large_are_left_out(byte_level: PreTrainedTokenizerFast) -> None:
     rollouts = [make_rollout(1.0, tokens=(70,) * 20_000) for _ in range(8)]
     group = msgspec.structs.replace(make_group(rewards=(1.0,) * 8), rollouts=rollouts)
-    shown = shown_group(Decided(group, "uniform", 1, 0, 0.0), [], TokenTexts(byte_level))
+    shown = shown_group(DecidedGroup(group, "uniform", 1, 0, 0.0), [], TokenTexts(byte_level))
     assert 0 < len(shown.rollouts) < 8 and len(shown.rollouts) + shown.num_left_out == 8
     size = len(msgspec.json.encode(shown))
     assert MAX_SAMPLE_BYTES * 0.7 < size < MAX_SAMPLE_BYTES
 
 
 def test_a_sample_is_the_first_of_each_state_until_the_next_step() -> None:
-    sample = DecidedSample()
+    sample = SampleCollector()
     for _ in range(2):
         for index in range(20):
             sample.add(make_group(f"0-{index}"), "uniform", 1, 0)
@@ -111,7 +118,7 @@ def test_a_sample_is_the_first_of_each_state_until_the_next_step() -> None:
     assert {state: found.count(state) for state in set(found)} == {"uniform": 1, "trained": 4, "evaluated": 8}
     sample.add(make_group(), "uniform", 1, 0)
     assert sample.take() == [], "taking them away is no new step"
-    sample.begin("uniform")
+    sample.restart("uniform")
     sample.add(make_group(), "uniform", 2, 0)
     sample.add(make_group(), "trained", 2, 0)
     assert [one.state for one in sample.take()] == ["uniform"] and MAX_SAMPLED["stale"] == 1

@@ -63,7 +63,7 @@ def test_a_row_that_makes_no_ticket_is_dead_with_its_reason(
     source, store = source_of(GOOD, bad, GOOD), LearnerStore(client, keys)
     issued = source.issue(store, 4, 0, 1)
     assert issued.ticket_ids == ["0-0", "0-2", "1-0", "1-2"]
-    assert [(one.ticket_id, one.state) for one in issued.passed] == [("0-1", "dead"), ("1-1", "dead")]
+    assert [(one.ticket_id, one.state) for one in issued.unusable] == [("0-1", "dead"), ("1-1", "dead")]
     assert (source.cursor, store.cursor()) == (Cursor(1, 3), Cursor(1, 3))
     first, second = dead_entries(client, keys)
     assert first.is_ticket and first.ticket_id == "0-1"
@@ -74,7 +74,7 @@ def test_a_row_that_makes_no_ticket_is_dead_with_its_reason(
 
 
 def test_a_numpy_number_in_a_reference_is_a_number(client: redis.Redis, keys: Keys) -> None:
-    (ticket,) = source_of(prompt("1 + 1", np.int64(2))).next_train(1, 0, 1)
+    (ticket,) = source_of(prompt("1 + 1", np.int64(2))).next_tickets(1, 0, 1)
     assert ticket.reference == {"answer": 2}
 
 
@@ -82,8 +82,8 @@ def test_a_prompt_that_never_fits_is_skipped_and_counted(client: redis.Redis, ke
     store = LearnerStore(client, keys)
     source = source_of(GOOD, prompt("x" * 77), prompt("x" * 76))  # 1,024 new tokens each
     intake = Intake(make_config(), store, source, {1: 0}, lambda: LIMITS, [], Switches())
-    intake.turn()
-    assert intake.books.counts["skipped"] == 4 and intake.books.counts["dead"] == 0
+    intake.poll_once()
+    assert intake.settlement_log.counts["skipped"] == 4 and intake.settlement_log.counts["dead"] == 0
     assert store.marks(["0-0", "0-1", "0-2"])[1] == LedgerEntry("skipped")
     assert not dead_entries(client, keys) and client.xlen(keys.tickets) == 8
     found = audit(client, keys, tmp_path)
@@ -102,23 +102,23 @@ def test_what_was_passed_stays_passed_after_a_restart(client: redis.Redis, keys:
 def test_an_epoch_without_any_ticket_ends_the_run_with_the_reason() -> None:
     source = source_of(BAD["a bad row"][0], prompt("x" * 99))
     with pytest.raises(ValueError, match="none of the 2 training prompts of epoch 0 can be used; the last: 99 tokens"):
-        source.next_train(1, 0, 1)
+        source.next_tickets(1, 0, 1)
 
 
 def test_many_bad_rows_are_passed_in_several_calls(
     client: redis.Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prompts, "MAX_PASSED", 2)
+    monkeypatch.setattr(prompts, "MAX_UNUSABLE", 2)
     source, store = source_of(*[BAD["none"][0]] * 5, GOOD), LearnerStore(client, keys)
     issued = [source.issue(store, 1, 0, 1) for _ in range(3)]
-    assert [(one.ticket_ids, len(one.passed)) for one in issued] == [([], 2), ([], 2), (["0-5"], 1)]
+    assert [(one.ticket_ids, len(one.unusable)) for one in issued] == [([], 2), ([], 2), (["0-5"], 1)]
 
 
 def test_stop_texts_are_of_every_ticket() -> None:
     given = make_config().model_dump()
     given["sampling"]["stop"], given["evaluation"]["temperature"] = ["###"], 0.0
     source = TicketSource(RunConfig.model_validate(given), Rows(GOOD), plain_chat(), [1], Cursor(0, 0))
-    tickets = [*source.next_train(1, 0, 1), *source.evaluation(0, 1)]
+    tickets = [*source.next_tickets(1, 0, 1), *source.evaluation_tickets(0, 1)]
     assert [ticket.sampling.stop for ticket in tickets] == [["###"], ["###"]]
 
 
@@ -130,14 +130,14 @@ def test_a_task_that_raises_names_the_place() -> None:
     source = source_of()
     source._prompts = broken()
     with pytest.raises(ValueError, match="task 'arithmetic', prompt 1 of epoch 0: KeyError: 'question'"):
-        source.next_train(2, 0, 1)
+        source.next_tickets(2, 0, 1)
 
 
 def test_a_held_out_prompt_that_makes_no_ticket_is_left_out() -> None:
     source = source_of(GOOD, held_out=(GOOD, BAD["none"][0], GOOD))
-    assert Evaluation.of(0, 1, source.evaluation(0, 1)).waiting_for == {"eval-1-0", "eval-1-2"}
+    assert Evaluation.of(0, 1, source.evaluation_tickets(0, 1)).waiting_for == {"eval-1-0", "eval-1-2"}
     with pytest.raises(ValueError, match=r"has no held-out prompts; held-out prompt 0: .*null"):
-        source_of(GOOD, held_out=(BAD["none"][0],)).evaluation(0, 1)
+        source_of(GOOD, held_out=(BAD["none"][0],)).evaluation_tickets(0, 1)
 
 
 def test_a_dead_ticket_is_not_issued_again_with_another_prompt(client: redis.Redis, keys: Keys) -> None:
@@ -149,6 +149,6 @@ def test_a_dead_ticket_is_not_issued_again_with_another_prompt(client: redis.Red
     assert bury_all(client, keys, "tried three times") == ["0-0", "0-1"]
     task.rows["train"] = (GOOD, prompt("another"))
     assert retry(client, keys, []) == ["0-0", "0-1"]
-    intake.look_around()
+    intake.poll_control_state()
     assert [mark and mark.state for mark in store.marks(["0-0", "0-1"])] == ["open", "dead"]
     assert not client.smembers(keys.retries)

@@ -23,11 +23,11 @@ def test_a_newer_learner_fences_the_older_one_off(client: redis.Redis, keys: Key
     with pytest.raises(Fenced, match=f"above {older.epoch}"):
         older.add_tickets(keys.tickets, [make_ticket()])
     with pytest.raises(Fenced):
-        older.report({"phase": "training"})
+        older.set_status({"phase": "training"})
     with pytest.raises(Fenced):
         older.settle([Settlement(keys.groups, "1-1", "0-0", "trained")])
     assert not client.exists(keys.learner) and not client.exists(keys.ledger)
-    newer.report({"phase": "training"})
+    newer.set_status({"phase": "training"})
     assert client.hget(keys.learner, "phase") == b"training"
 
 
@@ -55,19 +55,19 @@ def test_what_was_read_and_not_settled_is_found_again(client: redis.Redis, keys:
     store.settle([Settlement(first.stream, first.entry_id, "0-0", "trained")])
 
     again = LearnerStore(client, keys)
-    assert sorted(entry.ticket_id for entry in again.read_pending()) == ["0-1", "0-2", "eval-0-0"]
-    assert again.look()[:2] == (0, 2)
+    assert sorted(entry.ticket_id for entry in again.read_unsettled()) == ["0-1", "0-2", "eval-0-0"]
+    assert again.queue_state()[:2] == (0, 2)
     assert [mark and mark.state for mark in again.marks(["0-0", "0-1", "0-9"])] == ["trained", "queued", None]
     assert sorted(again.unfinished()) == ["0-1", "0-2"]
-    client.xdel(keys.groups, again.read_pending()[0].entry_id)
-    assert sorted(entry.ticket_id for entry in again.read_pending()) == ["0-2", "eval-0-0"], "a deleted one is gone"
+    client.xdel(keys.groups, again.read_unsettled()[0].entry_id)
+    assert sorted(entry.ticket_id for entry in again.read_unsettled()) == ["0-2", "eval-0-0"], "a deleted one is gone"
 
 
 def test_a_group_that_cannot_be_used_is_buried_with_the_reason(client: redis.Redis, keys: Keys) -> None:
     store = LearnerStore(client, keys)
     entry_id = queue(client, keys, "0-0", b"\xff" * 100_000)
     (entry,) = store.read(10, 0.1)
-    assert store.bury(entry, "cannot decode") and not store.bury(entry, "again")
+    assert store.dead_letter(entry, "cannot decode") and not store.dead_letter(entry, "again")
     ((dead_id, fields),) = client.xrange(keys.dead)
     assert fields[b"payload"] == b"\xff" * DEAD_PAYLOAD_BYTES
     assert {key: fields[key] for key in (b"id", b"reason", b"bytes")} == {
@@ -107,12 +107,12 @@ def test_a_redis_that_lost_everything_is_told_from_a_newer_learner(client: redis
     store = LearnerStore(client, keys)
     client.delete(keys.epoch, keys.tickets, keys.groups)
     with pytest.raises(RedisLost):
-        store.report({"phase": "training"})
+        store.set_status({"phase": "training"})
     with pytest.raises(RedisLost):
-        store.look()
+        store.queue_state()
     again = LearnerStore(client, keys, above=7)
     assert again.epoch == 8
-    again.report({"phase": "training"})
+    again.set_status({"phase": "training"})
 
 
 def test_a_late_copy_of_a_learners_first_command_fences_nobody(client: redis.Redis, keys: Keys) -> None:
@@ -160,7 +160,7 @@ def test_a_run_name_is_one_hash_slot_and_one_folder(run: str) -> None:
 def test_a_row_is_an_event_and_its_numbers_are_history(client: redis.Redis, keys: Keys) -> None:
     store = LearnerStore(client, keys)
     row = {"kind": "step", "step": 3, "time_s": 1700000000.1234, "kl": float("nan"), "lr": 1 / 3e6, "tickets": ["0-0"]}
-    store.record("step", row | {"is_best": True, "loss": float("-inf")})
+    store.append_row("step", row | {"is_best": True, "loss": float("-inf")})
     ((_, event),) = client.xrange(keys.events)
     assert event[b"kind"] == b"step" and b'"tickets":["0-0"]' in event[b"event"]
     ((_, fields),) = client.xrange(keys.history)
@@ -175,5 +175,5 @@ def test_a_row_is_an_event_and_its_numbers_are_history(client: redis.Redis, keys
     }
     LearnerStore(client, keys)
     with pytest.raises(Fenced):
-        store.record("step", row)
+        store.append_row("step", row)
     assert client.xlen(keys.history) == client.xlen(keys.events) == 1

@@ -17,7 +17,7 @@ from headrace.common.wire.desired_state import Settings, parse_desired_state
 from headrace.learner.algorithm.guard import GuardState
 from headrace.learner.checkpoints.checkpoint import newest
 from headrace.learner.checkpoints.record import Record, checkpoint_folders, read_record
-from headrace.learner.intake.group_source import Issued
+from headrace.learner.intake.group_source import IssueResult
 from headrace.learner.loop import Loop
 from headrace.learner.steering import live_config
 from headrace.learner.steering import switches as switches_module
@@ -42,7 +42,7 @@ def after_step(loop: Loop, number: int, act: Callable[[], Any]) -> None:
         mark_trained(batch)
         if loop.progress.step == number:
             act()
-            loop.intake.look_around()
+            loop.intake.poll_control_state()
 
     loop.intake.mark_trained = mark_and_act  # type: ignore[method-assign]
 
@@ -77,7 +77,7 @@ def test_a_pause_in_redis_is_obeyed_until_it_is_withdrawn(loop: Loop, client: re
 def test_a_pause_is_seen_by_a_learner_that_waits_for_groups(
     loop: Loop, client: redis.Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop.intake.source, "issue", lambda *_: Issued([]))
+    monkeypatch.setattr(loop.intake.source, "issue", lambda *_: IssueResult([]))
     with running(loop):
         until(lambda: client.hget(keys.learner, "phase") == b"waiting", "the wait")
         client.hset(keys.control, "paused", 1)
@@ -88,10 +88,10 @@ def test_a_pause_is_seen_by_a_learner_that_waits_for_groups(
 
 def test_no_ticket_is_issued_while_the_step_in_progress_ends(loop: Loop, client: redis.Redis, keys: Keys) -> None:
     loop.switches.pause()
-    loop.intake.turn()
+    loop.intake.poll_once()
     assert client.xlen(keys.groups) == 0
     loop.switches.resume()
-    loop.intake.turn()
+    loop.intake.poll_once()
     assert client.xlen(keys.groups) > 0
 
 
@@ -130,7 +130,7 @@ def test_a_stop_stands_until_a_checkpoint_has_been_written(
         raise KeyboardInterrupt
 
     client.hset(keys.control, "stop", 1)
-    loop.intake.look_around()
+    loop.intake.poll_control_state()
     monkeypatch.setattr(loop, "_checkpoint_at_last", die)
     with pytest.raises(KeyboardInterrupt):
         loop.run()
@@ -158,13 +158,13 @@ def test_what_comes_over_http_counts_at_once_and_is_written_to_redis(
     assert loop.switches.paused.is_set() and not client.exists(keys.control)
     loop.switches.sync_from(parse_desired_state({}))
     assert loop.switches.paused.is_set(), "what was read before it was written is older"
-    loop.intake.turn()
+    loop.intake.poll_once()
     assert parse_desired_state(client.hgetall(keys.control)).is_paused and loop.switches.unpersisted == []
     loop.switches.resume()
     loop.switches.request_checkpoint()
-    loop.intake.look_at_orders()
+    loop.intake.sync_desired_state()
     assert client.hgetall(keys.control) == {b"checkpoints": b"1"} and not loop.switches.paused.is_set()
-    assert loop.intake.sight.orders.checkpoints == 1
+    assert loop.intake.redis_state.desired_state.checkpoints == 1
 
 
 def test_an_order_over_http_answers_without_redis(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from headrace.learner.algorithm.advantage import group_advantages, normalise_ove
 from headrace.learner.algorithm.loss import policy_loss
 from headrace.learner.algorithm.staleness import group_staleness
 from headrace.learner.intake.held_out import Evaluation
-from headrace.learner.intake.validation import Limits, Refused, refuse
+from headrace.learner.intake.validation import GroupLimits, GroupRejected, validate_group
 from headrace.learner.model.packing import MicroBatch, Sample, pack, split_mini_batches, token_staleness
 from headrace.learner.training.step_metrics import group_metrics, logprob_gaps, off_policy_metrics, staleness_metrics
 from tests.support.making import make_group, make_rollout
@@ -29,10 +29,10 @@ VERSION_STEPS = {1: 0, 4: 2, 7: 4}
 thorough = settings(deadline=None, max_examples=200)
 
 
-def take_in(payload: bytes, ticket_id: str, limits: Limits = LIMITS) -> Group:
+def take_in(payload: bytes, ticket_id: str, limits: GroupLimits = LIMITS) -> Group:
     """What the learner does with an entry of its stream."""
     group = decode_group(payload)
-    refuse(group, ticket_id, limits)
+    validate_group(group, ticket_id, limits)
     return group
 
 
@@ -94,8 +94,8 @@ def test_mutated_groups_are_refused_or_usable() -> None:
     def check(payload: bytes) -> None:
         try:
             decoded = decode_group(payload)
-            refuse(decoded, decoded.ticket.id, LIMITS)
-        except (WireError, Refused) as error:
+            validate_group(decoded, decoded.ticket.id, LIMITS)
+        except (WireError, GroupRejected) as error:
             outcomes[type(error).__name__] += 1
             assert str(error).isprintable() and 0 < len(str(error)) <= 300
         else:
@@ -104,19 +104,19 @@ def test_mutated_groups_are_refused_or_usable() -> None:
             assert encode(decode_group(encode(decoded))) == encode(decoded)
 
     check()
-    assert set(outcomes) == {"WireError", "Refused", "usable"}, "the mutations reach all three"
+    assert set(outcomes) == {"WireError", "GroupRejected", "usable"}, "the mutations reach all three"
 
 
 @pytest.mark.parametrize("poison", poisons(make_group()), ids=lambda poison: poison.name)
 def test_each_poison_is_refused_with_a_reason_that_names_it(poison: Poison) -> None:
-    with pytest.raises((WireError, Refused), match=poison.reason):
+    with pytest.raises((WireError, GroupRejected), match=poison.reason):
         take_in(poison.payload, poison.ticket_id)
 
 
 @settings(thorough, max_examples=100)
 @given(poison_groups())
 def test_a_poison_is_one_whatever_group_it_was_made_from(poison: Poison) -> None:
-    with pytest.raises((WireError, Refused)) as refusal:
+    with pytest.raises((WireError, GroupRejected)) as refusal:
         take_in(poison.payload, poison.ticket_id)
     assert re.search(poison.reason, str(refusal.value)) and len(str(refusal.value)) <= 300
 
@@ -125,23 +125,23 @@ def test_limits_are_inclusive() -> None:
     """The last token of the vocabulary, the highest version and the longest sequence are still good."""
     rollout = make_rollout(tokens=(11,) * 4, version=3)
     group = replace(make_group(), rollouts=[rollout, rollout])
-    limits = Limits(vocab_size=12, group_size=2, num_eval_samples=1, max_sequence_tokens=7, highest_version=3)
-    refuse(group, "0-0", limits)
+    limits = GroupLimits(vocab_size=12, group_size=2, num_eval_samples=1, max_sequence_tokens=7, highest_version=3)
+    validate_group(group, "0-0", limits)
     for name, least in {"vocab_size": 11, "max_sequence_tokens": 6, "highest_version": 2, "group_size": 1}.items():
-        with pytest.raises(Refused):
-            refuse(group, "0-0", limits._replace(**{name: least}))
+        with pytest.raises(GroupRejected):
+            validate_group(group, "0-0", limits._replace(**{name: least}))
 
 
 def test_groups_of_each_kind_have_the_size_of_their_kind() -> None:
     limits = LIMITS._replace(group_size=2, num_eval_samples=3)
-    refuse(make_group(kind="eval", rewards=(1.0, 0.0, 0.0)), "0-0", limits)
-    with pytest.raises(Refused, match="2 rollouts, expected 3 for eval"):
-        refuse(make_group(kind="eval"), "0-0", limits)
-    with pytest.raises(Refused, match="3 rollouts, expected 2 for train"):
-        refuse(make_group(rewards=(1.0, 0.0, 0.0)), "0-0", limits)
-    with pytest.raises(Refused, match="of kind 'test', expected train or eval"):
-        refuse(make_group(kind="test"), "0-0", limits)
+    validate_group(make_group(kind="eval", rewards=(1.0, 0.0, 0.0)), "0-0", limits)
+    with pytest.raises(GroupRejected, match="2 rollouts, expected 3 for eval"):
+        validate_group(make_group(kind="eval"), "0-0", limits)
+    with pytest.raises(GroupRejected, match="3 rollouts, expected 2 for train"):
+        validate_group(make_group(rewards=(1.0, 0.0, 0.0)), "0-0", limits)
+    with pytest.raises(GroupRejected, match="of kind 'test', expected train or eval"):
+        validate_group(make_group(kind="test"), "0-0", limits)
 
 
 def test_versions_that_nobody_remembers_are_legitimate() -> None:
-    refuse(make_group(version=7), "0-0", LIMITS)
+    validate_group(make_group(version=7), "0-0", LIMITS)

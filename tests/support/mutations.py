@@ -14,11 +14,11 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from msgspec.structs import replace
 
 from headrace.common.wire import Group, Heartbeat, Rollout, Sampling, Ticket, VersionSpan, encode
-from headrace.learner.intake.validation import Limits
+from headrace.learner.intake.validation import GroupLimits
 from tests.support.making import make_group, make_rollout, make_ticket
 from tests.support.poisons import SURROGATE, Poison, poisons
 
-LIMITS = Limits(vocab_size=512, group_size=2, num_eval_samples=3, max_sequence_tokens=64, highest_version=9)
+LIMITS = GroupLimits(vocab_size=512, group_size=2, num_eval_samples=3, max_sequence_tokens=64, highest_version=9)
 """What valid groups are within."""
 
 LEAVES: list[Any] = [None, True, False, 0, 1, 2, -1, 255, 511, 512, 2**31 - 1, 2**31, 2**53, 2**63, 2**64 - 1, -(2**63)]

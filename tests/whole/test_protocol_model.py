@@ -111,11 +111,11 @@ LEARNER_FAULT = faults(12, "before", "after", "twice", "full", "frozen")
 REPLICA_FAULT = faults(2, "before", "after", "twice", "full")
 SCRIPTS = (
     scripts.EXECUTE,
-    scripts.LOOK,
-    scripts.ADD,
+    scripts.QUEUE_STATE,
+    scripts.ADD_TICKETS,
     scripts.SETTLE,
-    scripts.BURY,
-    scripts.REVIVE,
+    scripts.DEAD_LETTER,
+    scripts.REQUEUE_DEAD,
     tickets.MOVE,
     tickets._RENEW,
 )
@@ -504,7 +504,7 @@ class Protocol(RuleBasedStateMachine):
         """The first `count` tickets of the data, and one replacement of every stale one, are somewhere."""
         newest = self._loadable()[-1:]
         if self.life is not None:
-            line, waiting = self.life.line, self.life.loop.intake.source.to_issue()
+            line, waiting = self.life.line, self.life.loop.intake.source.ids_to_issue()
         else:
             line = self._line(newest[0]) if newest else Line()
             waiting = read_record(newest[0]).unfinished if newest else []
@@ -518,7 +518,7 @@ class Protocol(RuleBasedStateMachine):
     def _note(self, life: Life, num_noted: int) -> None:
         """What the learner has done since it had consumed `num_noted` groups."""
         loop, line = life
-        for one in loop.intake.books.since_checkpoint[num_noted:]:
+        for one in loop.intake.settlement_log.since_checkpoint[num_noted:]:
             kind, group = self.groups[one.ticket_id, one.entry_id]
             is_stale = group_staleness(group, line.step, loop.intake.version_steps).total > CONFIG.learner.max_staleness
             expected = "uniform" if kind == "uniform" else "stale" if is_stale else "trained"
@@ -543,7 +543,7 @@ class Protocol(RuleBasedStateMachine):
     def _note_begin(self, life: Life, begin: Callable[..., None], *given: object) -> None:
         """What a checkpoint that begins now must hold, whenever it is written."""
         self._note(life, self.num_noted)
-        self.num_noted = len(life.loop.intake.books.since_checkpoint)
+        self.num_noted = len(life.loop.intake.settlement_log.since_checkpoint)
         names = [name for name, mark in self._ledger().items() if mark.state in ("open", "queued")]
         unfinished = {name for name in names if name not in life.line.states and is_training(name)}
         self.begun[id(life.loop)] = copy.deepcopy(life.line), unfinished
@@ -560,7 +560,7 @@ class Protocol(RuleBasedStateMachine):
                 )
                 loop.publisher._is_on_hold = lambda: False  # or nothing would end the wait, in a single thread
                 loop.publish_first()
-                loop.intake.take_up()
+                loop.intake.resume()
         except (Crash, redis.OutOfMemoryError):
             return
         assert loop.progress.step == line.step
@@ -580,7 +580,7 @@ class Protocol(RuleBasedStateMachine):
         """The learner does one thing, and lives on if it can."""
         life, was_lost = self.life, self.is_lost
         assert life is not None
-        taken, self.num_noted = life.loop.intake, len(life.loop.intake.books.since_checkpoint)
+        taken, self.num_noted = life.loop.intake, len(life.loop.intake.settlement_log.since_checkpoint)
         try:
             with self.trap.armed(fault and fault._replace(at=fault.at % NUM_COMMANDS[name])):
                 self._do(life.loop, name)
@@ -595,18 +595,18 @@ class Protocol(RuleBasedStateMachine):
             assert self._everything() == self.as_overtaken, "a learner that was overtaken has changed something"
         self._note(life, self.num_noted)
         self._note_checkpoint(life)
-        is_full = len(taken._arrived) >= 2 * CONFIG.learner.max_outstanding_groups
+        is_full = len(taken._pending) >= 2 * CONFIG.learner.max_outstanding_groups
         if name == "turn" and self.life is life and not self.is_lost and not is_full:
-            arrived = [one.entry for one in taken._arrived]
-            seen = [*taken.books.since_checkpoint, *taken.books.recorded, *arrived]
+            arrived = [one.entry for one in taken._pending]
+            seen = [*taken.settlement_log.since_checkpoint, *taken.settlement_log.checkpointed, *arrived]
             queued = {mark.entry_id for mark in self._ledger().values() if mark.state == "queued"}
             assert queued <= {one.entry_id for one in seen}, "groups that the learner does not see"
 
     def _do(self, loop: Any, name: str) -> None:
         if name == "turn":
-            loop.intake.turn()
+            loop.intake.poll_once()
         elif name == "look":
-            loop.intake.look_around()
+            loop.intake.poll_control_state()
         elif name == "step":
             loop._take_step()
         elif name == "publish":
@@ -676,7 +676,7 @@ class Protocol(RuleBasedStateMachine):
         for _ in range(20):
             self._round()
             self.check()
-            if not any(mark.state == "open" for mark in self.marks.values()) and len(loop.intake._arrived) < G:
+            if not any(mark.state == "open" for mark in self.marks.values()) and len(loop.intake._pending) < G:
                 break
         for name in ("write", *("checkpoint", "write") * 2):
             self._act(name)
@@ -685,7 +685,7 @@ class Protocol(RuleBasedStateMachine):
         assert states.items() <= line.states.items() and (self.was_lost or states == line.states)
         assert not any(mark.state == "open" for mark in self.marks.values())
         queued = {mark.entry_id for mark in self.marks.values() if mark.state == "queued"}
-        assert len(queued) < G and queued == {arrived.entry.entry_id for arrived in loop.intake._arrived}
+        assert len(queued) < G and queued == {arrived.entry.entry_id for arrived in loop.intake._pending}
         _, _, pending, *streams = self._read()
         assert queued == {entry.decode() for rows in streams[:-1] for entry, _ in rows} and not pending
 

@@ -55,5 +55,5 @@ def begin(
     if known is not None and found != known:
         cursor = Cursor(cursor.data_epoch + 1, 0)
         found = msgspec.structs.replace(found, first_epoch=cursor.data_epoch)
-    store.set_data(msgspec.json.encode(found), cursor)
+    store.set_data_fingerprint(msgspec.json.encode(found), cursor)
     return cursor, found

@@ -43,16 +43,16 @@ class _Sum:
         return self.tokens / self.completions
 
 
-class Dropped:
+class DropStatistics:
     """Since the learner's start: what happened in each step, the one in progress last."""
 
     def __init__(self) -> None:
         self._steps: deque[tuple[_Sum, _Sum]] = deque([(_Sum(), _Sum())], maxlen=WINDOW_STEPS)
 
-    def drop(self, group: Group) -> None:
+    def add_dropped(self, group: Group) -> None:
         self._steps[-1][0].add(group)
 
-    def train(self, groups: Sequence[Group]) -> None:
+    def add_trained(self, groups: Sequence[Group]) -> None:
         for group in groups:
             self._steps[-1][1].add(group)
 

@@ -7,18 +7,18 @@ from typing import NamedTuple, Protocol
 from headrace.common.config import RunConfig
 from headrace.common.wire import Ticket
 from headrace.learner.intake.data_fingerprint import Fingerprint
-from headrace.learner.store.store import Cursor, LearnerStore, Passed
+from headrace.learner.store.store import Cursor, LearnerStore, UnusablePrompt
 
 
-class Issued(NamedTuple):
+class IssueResult(NamedTuple):
     """What one call has put into Redis."""
 
     ticket_ids: list[str]
-    passed: list[Passed] = []
+    unusable: list[UnusablePrompt] = []
     """Places of the data of which there is no ticket."""
 
 
-class Source(Protocol):
+class GroupSource(Protocol):
     cursor: Cursor
     is_recording: bool
 
@@ -31,7 +31,7 @@ class Source(Protocol):
         """What is issued from now on is sampled as `config` says."""
         ...
 
-    def issue(self, store: LearnerStore, count: int, step: int, version: int) -> Issued:
+    def issue(self, store: LearnerStore, count: int, step: int, version: int) -> IssueResult:
         """Adds up to `count` tickets (or recorded groups) to Redis."""
         ...
 
@@ -41,7 +41,7 @@ class Source(Protocol):
         """What Redis has lost, or what was still to be issued."""
         ...
 
-    def to_issue(self) -> list[str]:
+    def ids_to_issue(self) -> list[str]:
         """What a checkpoint must remember to issue again."""
         ...
 
@@ -54,4 +54,4 @@ class Source(Protocol):
         """Training tickets from their ids. Raises `ValueError` naming one that cannot be."""
         ...
 
-    def evaluation(self, step: int, version: int) -> list[Ticket]: ...
+    def evaluation_tickets(self, step: int, version: int) -> list[Ticket]: ...

@@ -45,7 +45,7 @@ class Evaluation:
         for rollout in group.rollouts:
             self.first_token_steps.append(step_of(rollout.version_spans[0].version, version_steps))
 
-    def give_up(self, ticket_id: str, reason: str) -> None:
+    def mark_dead(self, ticket_id: str, reason: str) -> None:
         self.waiting_for.discard(ticket_id)
         self.num_dead += 1
         self.dead_reason = reason

@@ -15,7 +15,7 @@ import msgspec
 
 from headrace.common.config import RunConfig
 from headrace.common.wire import Ticket
-from headrace.learner.intake.group_source import Issued
+from headrace.learner.intake.group_source import IssueResult
 from headrace.learner.store.store import Cursor, LearnerStore
 
 SCHEMA = 2
@@ -138,7 +138,7 @@ class RecordingSource:
     def configure(self, config: RunConfig) -> None:
         """What was recorded was sampled as it was."""
 
-    def issue(self, store: LearnerStore, count: int, step: int, version: int) -> Issued:
+    def issue(self, store: LearnerStore, count: int, step: int, version: int) -> IssueResult:
         again, self._again = self._again[:count], self._again[count:]
         last = min(self.cursor.position + count - len(again), self.recording.num_groups)
         groups = self.recording.groups([*again, *range(self.cursor.position, last)])
@@ -146,7 +146,7 @@ class RecordingSource:
         if groups:
             self.cursor = Cursor(0, last)
             store.add_groups(groups, self.cursor)
-        return Issued([ticket_id for ticket_id, _ in groups])
+        return IssueResult([ticket_id for ticket_id, _ in groups])
 
     def replace_stale(self, ticket: Ticket) -> None:
         """What replaced it then, if anything did, comes later in the recording."""
@@ -157,13 +157,13 @@ class RecordingSource:
         names = self.recording.groups(range(self.recording.num_groups)) if wanted else []
         self._again = [place for place, (ticket_id, _) in enumerate(names) if ticket_id in wanted]
 
-    def to_issue(self) -> list[str]:
+    def ids_to_issue(self) -> list[str]:
         return []
 
     def rebuild(self, ticket_ids: Sequence[str], step: int, version: int) -> list[Ticket]:
         raise ValueError(f"tickets {', '.join(ticket_ids)}: a recording issues none")
 
-    def evaluation(self, step: int, version: int) -> list[Ticket]:
+    def evaluation_tickets(self, step: int, version: int) -> list[Ticket]:
         raise AssertionError("a recording is not evaluated")
 
 

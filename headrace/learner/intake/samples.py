@@ -21,7 +21,7 @@ LONGEST_CHARACTER_TOKENS = 4
 _HALF = "\N{REPLACEMENT CHARACTER}"
 
 
-class Decided(NamedTuple):
+class DecidedGroup(NamedTuple):
     group: Group
     state: DecidedState
     step: int
@@ -36,24 +36,24 @@ class TrainedRollout(NamedTuple):
     proximal_logprobs: np.ndarray
 
 
-class DecidedSample:
+class SampleCollector:
     """Not for use by two threads without a lock around it."""
 
     def __init__(self) -> None:
-        self._waiting: list[Decided] = []
+        self._waiting: list[DecidedGroup] = []
         self._taken: Counter[str] = Counter()
 
     def add(self, group: Group, state: DecidedState, step: int, staleness: int | None) -> None:
         if self._taken[state] < MAX_SAMPLED[state]:
             self._taken[state] += 1
-            self._waiting.append(Decided(group, state, step, staleness, time.time()))
+            self._waiting.append(DecidedGroup(group, state, step, staleness, time.time()))
 
-    def begin(self, *states: DecidedState) -> None:
+    def restart(self, *states: DecidedState) -> None:
         """A step, or an evaluation: some of these states are wanted again."""
         for state in states:
             self._taken[state] = 0
 
-    def take(self) -> list[Decided]:
+    def take(self) -> list[DecidedGroup]:
         waiting, self._waiting = self._waiting, []
         return waiting
 
@@ -92,7 +92,7 @@ class TokenTexts:
         return text
 
 
-def shown_group(decided: Decided, trained: Sequence[TrainedRollout | None], texts: TokenTexts) -> GroupSample:
+def shown_group(decided: DecidedGroup, trained: Sequence[TrainedRollout | None], texts: TokenTexts) -> GroupSample:
     """`trained`: of each rollout, or empty. Completions that would make it too large are left out, from the last."""
     group, state, step, staleness, decided_s = decided
     ticket, timings = group.ticket, group.timings

@@ -12,29 +12,29 @@ from headrace.common.wire.ledger import parse_ticket_id
 from headrace.learner.store.store import Entry, LearnerStore, Settlement
 
 
-class Books:
-    def __init__(self, recorded: list[Settlement]) -> None:
+class SettlementLog:
+    def __init__(self, checkpointed: list[Settlement]) -> None:
         """`recorded`: by the checkpoint that the learner was taken up from."""
         self.counts: Counter[str] = Counter()
         """Of the whole run: groups by state, generated tokens."""
         self.since_checkpoint: list[Settlement] = []
-        self.recorded = recorded
-        self.held_bytes = 0
+        self.checkpointed = checkpointed
+        self.unsettled_bytes = 0
         """Of groups in Redis that only the next checkpoint will record."""
-        self.retired: Counter[str] = Counter()
+        self.discarded: Counter[str] = Counter()
         """Uniform and stale groups since the last batch."""
         self._unfinished: set[str] = set()
-        self._num_kept = Counter(one.stream for one in recorded)
+        self._num_consumed_in = Counter(one.stream for one in checkpointed)
         """By stream. Asked for at every turn of the intake, which must not count a batch of 64 replicas each time."""
 
-    def take_up(self, store: LearnerStore, pending: Sequence[Entry]) -> list[Entry]:
+    def resume_unsettled(self, store: LearnerStore, pending: Sequence[Entry]) -> list[Entry]:
         """What earlier lives have issued and the last checkpoint did not see the end of. Of the `pending` entries those
         that no checkpoint has recorded are returned: of what one has recorded a Redis that went back may lack some."""
-        recorded = {(one.stream, one.entry_id) for one in self.recorded}
+        recorded = {(one.stream, one.entry_id) for one in self.checkpointed}
         kept = [(entry.stream, entry.entry_id) in recorded for entry in pending]
-        self._num_kept = Counter(entry.stream for entry, is_kept in zip(pending, kept, strict=True) if is_kept)
+        self._num_consumed_in = Counter(entry.stream for entry, is_kept in zip(pending, kept, strict=True) if is_kept)
         names = {name for name in store.unfinished() if parse_ticket_id(name).kind == "train"}
-        self._unfinished |= names - {one.ticket_id for one in self.recorded}
+        self._unfinished |= names - {one.ticket_id for one in self.checkpointed}
         return [entry for entry, is_kept in zip(pending, kept, strict=True) if not is_kept]
 
     def issued(self, ticket_ids: list[str]) -> None:
@@ -43,16 +43,16 @@ class Books:
     def consume(self, entry: Entry, group: Group, state: TicketState) -> None:
         self.since_checkpoint.append(Settlement(entry.stream, entry.entry_id, entry.ticket_id, state))
         self._unfinished.discard(entry.ticket_id)
-        self._num_kept[entry.stream] += 1
-        self.held_bytes += len(entry.payload)
+        self._num_consumed_in[entry.stream] += 1
+        self.unsettled_bytes += len(entry.payload)
         self.counts[state] += 1
         if state in ("uniform", "stale"):
-            self.retired[state] += 1
+            self.discarded[state] += 1
         self.counts["generated_tokens"] += group.num_trained_tokens
 
-    def num_kept(self, stream: str) -> int:
-        """Consumed groups that still stand in the stream."""
-        return self._num_kept[stream]
+    def num_consumed_in(self, stream: str) -> int:
+        """CheckpointDelta groups that still stand in the stream."""
+        return self._num_consumed_in[stream]
 
     def unfinished(self, store: LearnerStore) -> list[str]:
         """Training tickets that are open or queued and not consumed."""
@@ -65,9 +65,9 @@ class Books:
         self._unfinished = set(found)
         return found
 
-    def checkpointed(self, num_recorded: int, held_bytes: int) -> None:
+    def on_checkpointed(self, num_recorded: int, unsettled_bytes: int) -> None:
         """A checkpoint has recorded the first of `since_checkpoint`, of so many bytes."""
-        self.recorded = self.since_checkpoint[:num_recorded]
+        self.checkpointed = self.since_checkpoint[:num_recorded]
         del self.since_checkpoint[:num_recorded]
-        self._num_kept = Counter(one.stream for one in (*self.since_checkpoint, *self.recorded))
-        self.held_bytes -= held_bytes
+        self._num_consumed_in = Counter(one.stream for one in (*self.since_checkpoint, *self.checkpointed))
+        self.unsettled_bytes -= unsettled_bytes

@@ -3,7 +3,7 @@
 Ticket ids name the data: `epoch-position` for training, with `.n` behind it for the n-th replacement of a stale group,
 and `eval-version-position` for evaluation. The same id is never issued twice, whatever restarts; and since a task gives
 the same prompts for the same epoch, a ticket can be made again from its id alone. A place of the data that makes no
-ticket is passed, and marked: `dead`, with the reason, or `skipped`, where a prompt is too long for the engine.
+ticket is unusable, and marked: `dead`, with the reason, or `skipped`, where a prompt is too long for the engine.
 """
 
 import itertools
@@ -21,18 +21,18 @@ from headrace.common.tasks import BadRow, Prompt, Task
 from headrace.common.wire import MIN_TEMPERATURE, Sampling, Ticket
 from headrace.common.wire.ledger import TicketId, parse_ticket_id
 from headrace.learner.intake.data_fingerprint import Fingerprint
-from headrace.learner.intake.group_source import Issued
-from headrace.learner.store.store import Cursor, LearnerStore, Passed
+from headrace.learner.intake.group_source import IssueResult
+from headrace.learner.store.store import Cursor, LearnerStore, UnusablePrompt
 
 GREEDY = MIN_TEMPERATURE
 """At this temperature the likeliest token is sampled, or any that is within about 1e-5 nats of it. SGLang's own greedy
 mode would send the other completions of the batch through its top-k sampler."""
-MAX_PASSED = 256
+MAX_UNUSABLE = 256
 """Places in one call of `issue`; the next call goes on behind them."""
 _log = logging.getLogger(__name__)
 
 
-class TooLong(ValueError):
+class PromptTooLong(ValueError):
     """A prompt that the engine would refuse: it and the longest completion exceed the context."""
 
 
@@ -70,7 +70,7 @@ class TicketSource:
         self.cursor = cursor
         self._prompts = self._from(cursor)
         self._again: deque[Ticket] = deque()
-        self._gone: list[Passed] = []
+        self._gone: list[UnusablePrompt] = []
         """Were to be issued again and cannot be."""
         self._has_issued = cursor.position > 0
         """Anything of this epoch, as far as is known."""
@@ -80,15 +80,15 @@ class TicketSource:
         sampling = config.sampling
         self.sampling = Sampling(sampling.temperature, sampling.max_new_tokens, self.stop_token_ids, sampling.stop)
 
-    def issue(self, store: LearnerStore, count: int, step: int, version: int) -> Issued:
-        """Adds `count` tickets, those to be issued again first; fewer where many places of the data are passed."""
+    def issue(self, store: LearnerStore, count: int, step: int, version: int) -> IssueResult:
+        """Adds `count` tickets, those to be issued again first; fewer where many places of the data are unusable."""
         again = [self._again.popleft() for _ in range(min(count, len(self._again)))]
         gone, self._gone = self._gone, []
         now = {"min_weight_version": version, "issued_step": step, "sampling": self.sampling}
         tickets = [msgspec.structs.replace(ticket, **now) for ticket in again]
-        new, passed = self._draw(count - len(again), step, version)
-        store.add_tickets(store.keys.tickets, [*tickets, *new], self.cursor, [*gone, *passed])
-        return Issued([ticket.id for ticket in (*tickets, *new)], [*gone, *passed])
+        new, unusable = self._draw(count - len(again), step, version)
+        store.add_tickets(store.keys.tickets, [*tickets, *new], self.cursor, [*gone, *unusable])
+        return IssueResult([ticket.id for ticket in (*tickets, *new)], [*gone, *unusable])
 
     def replace_stale(self, ticket: Ticket) -> None:
         """The same prompt once more, in place of a stale group; what replaced one already is not replaced again."""
@@ -106,11 +106,11 @@ class TicketSource:
             else:
                 self._gone.append(found)
 
-    def to_issue(self) -> list[str]:
+    def ids_to_issue(self) -> list[str]:
         return [*(ticket.id for ticket in self._again), *(one.ticket_id for one in self._gone)]
 
-    def next_train(self, count: int, step: int, version: int) -> list[Ticket]:
-        """The next tickets of the data, `count` unless many are passed; moves the cursor, across epochs."""
+    def next_tickets(self, count: int, step: int, version: int) -> list[Ticket]:
+        """The next tickets of the data, `count` unless many are unusable; moves the cursor, across epochs."""
         return self._draw(count, step, version)[0]
 
     def rebuild(self, ticket_ids: Sequence[str], step: int, version: int) -> list[Ticket]:
@@ -122,7 +122,7 @@ class TicketSource:
             tickets.append(found)
         return tickets
 
-    def evaluation(self, step: int, version: int) -> list[Ticket]:
+    def evaluation_tickets(self, step: int, version: int) -> list[Ticket]:
         """The held-out prompts of the evaluation after `step`; those that make no ticket are left out."""
         settings = self.config.evaluation
         prompts = self.task.prompts("held_out", seed=self.config.seed, epoch=0)
@@ -134,7 +134,7 @@ class TicketSource:
             name = f"eval-{version}-{place}"
             try:
                 ticket = self._ticket(prompt, name, "eval", settings.completions_per_prompt, step, version)
-            except (PromptError, TooLong) as error:
+            except (PromptError, PromptTooLong) as error:
                 problem = f"; held-out prompt {place}: {error}"
                 _log.warning("held-out prompt %d is left out: %s", place, error, extra={"ticket": name})
             else:
@@ -143,46 +143,48 @@ class TicketSource:
             raise ValueError(f"task {self.config.task.name!r} has no held-out prompts{problem}")
         return tickets
 
-    def _draw(self, count: int, step: int, version: int) -> tuple[list[Ticket], list[Passed]]:
+    def _draw(self, count: int, step: int, version: int) -> tuple[list[Ticket], list[UnusablePrompt]]:
         tickets: list[Ticket] = []
-        passed: list[Passed] = []
-        while len(tickets) < count and len(passed) < MAX_PASSED:
-            name, prompt = self._next(passed)
+        unusable: list[UnusablePrompt] = []
+        while len(tickets) < count and len(unusable) < MAX_UNUSABLE:
+            name, prompt = self._next(unusable)
             try:
                 tickets.append(self._train(prompt, name, step, version))
                 self._has_issued = True
-            except TooLong as error:
-                passed.append(Passed(str(name), "skipped", str(error)))
+            except PromptTooLong as error:
+                unusable.append(UnusablePrompt(str(name), "skipped", str(error)))
             except PromptError as error:
-                passed.append(Passed(str(name), "dead", f"prompt {name.position} of epoch {name.data_epoch}: {error}"))
-        return tickets, passed
+                unusable.append(
+                    UnusablePrompt(str(name), "dead", f"prompt {name.position} of epoch {name.data_epoch}: {error}")
+                )
+        return tickets, unusable
 
-    def _next(self, passed: Sequence[Passed]) -> _Data:
+    def _next(self, unusable: Sequence[UnusablePrompt]) -> _Data:
         try:
             prompt = next(self._prompts, None)
         except Exception as error:
             where = f"prompt {self.cursor.position} of epoch {self.cursor.data_epoch}"
             raise ValueError(f"task {self.config.task.name!r}, {where}: {type(error).__name__}: {error}") from error
         if prompt is None:
-            self._begin_next_epoch(passed)
-            return self._next(passed)
+            self._begin_next_epoch(unusable)
+            return self._next(unusable)
         epoch, place = self.cursor
         self.cursor = Cursor(epoch, place + 1)
         return _Data(TicketId("train", epoch, place), prompt)
 
-    def _begin_next_epoch(self, passed: Sequence[Passed]) -> None:
+    def _begin_next_epoch(self, unusable: Sequence[UnusablePrompt]) -> None:
         """Raises `ValueError` where that would go on for ever."""
         task, (epoch, place) = self.config.task.name, self.cursor
         if place == 0:
             raise ValueError(f"task {task!r} has no training prompts")
         if not self._has_issued:
-            last = f"; the last: {passed[-1].reason}" if passed else ""
+            last = f"; the last: {unusable[-1].reason}" if unusable else ""
             raise ValueError(f"task {task!r}: none of the {place} training prompts of epoch {epoch} can be used{last}")
         self.cursor = Cursor(epoch + 1, 0)
         self._has_issued = False
         self._prompts = self._from(self.cursor)
 
-    def _find(self, ticket_ids: Sequence[str], step: int, version: int) -> dict[str, Ticket | Passed]:
+    def _find(self, ticket_ids: Sequence[str], step: int, version: int) -> dict[str, Ticket | UnusablePrompt]:
         """Training tickets from their ids, or why there is none, in the order of `ticket_ids`."""
         by_epoch: dict[int, list[TicketId]] = defaultdict(list)
         for ticket_id in ticket_ids:
@@ -190,15 +192,17 @@ class TicketSource:
             if name.kind != "train":
                 raise ValueError(f"ticket {ticket_id}: expected a training ticket; its evaluation is over")
             by_epoch[name.data_epoch].append(name)
-        tickets: dict[str, Ticket | Passed] = {}
+        tickets: dict[str, Ticket | UnusablePrompt] = {}
         for epoch, names in by_epoch.items():
             wanted = {name.position for name in names}
             prompts = itertools.islice(self._from(Cursor(epoch, 0)), max(wanted) + 1)
             found = {place: prompt for place, prompt in enumerate(prompts) if place in wanted}
-            tickets |= {str(name): self._again_of(name, found.get(name.position), step, version) for name in names}
+            tickets |= {str(name): self._rebuild(name, found.get(name.position), step, version) for name in names}
         return {ticket_id: tickets[ticket_id] for ticket_id in ticket_ids}
 
-    def _again_of(self, name: TicketId, prompt: Prompt | BadRow | None, step: int, version: int) -> Ticket | Passed:
+    def _rebuild(
+        self, name: TicketId, prompt: Prompt | BadRow | None, step: int, version: int
+    ) -> Ticket | UnusablePrompt:
         problem = f"epoch {name.data_epoch} of the data has no such prompt"
         if self.data is not None and name.data_epoch < self.data.first_epoch:
             problem = (
@@ -207,9 +211,9 @@ class TicketSource:
         elif prompt is not None:
             try:
                 return self._train(prompt, name, step, version)
-            except (PromptError, TooLong) as error:
+            except (PromptError, PromptTooLong) as error:
                 problem = str(error)
-        return Passed(str(name), "dead", problem)
+        return UnusablePrompt(str(name), "dead", problem)
 
     def _from(self, cursor: Cursor) -> Iterator[Prompt | BadRow]:
         prompts = self.task.prompts("train", seed=self.config.seed, epoch=cursor.data_epoch)
@@ -233,5 +237,5 @@ class TicketSource:
         )
         limit, longest, length = self.max_sequence_tokens, self.sampling.max_new_tokens, len(ticket.prompt_tokens)
         if limit is not None and not fits(length, longest, limit):
-            raise TooLong(f"{length} tokens and {longest} new ones do not fit the context of {limit}")
+            raise PromptTooLong(f"{length} tokens and {longest} new ones do not fit the context of {limit}")
         return ticket

@@ -14,7 +14,7 @@ from headrace.common.wire import Group, Rollout, TicketKind, one_line
 _KINDS = get_args(TicketKind)
 
 
-class Limits(NamedTuple):
+class GroupLimits(NamedTuple):
     """What a group may not go beyond."""
 
     vocab_size: int
@@ -29,29 +29,29 @@ class Limits(NamedTuple):
     """The newest weight version that anybody can have sampled with."""
 
 
-class Refused(ValueError):
+class GroupRejected(ValueError):
     """A group that must not be used; the text, one short line, says why."""
 
     def __init__(self, problem: str) -> None:
         super().__init__(one_line(problem))
 
 
-def refuse(group: Group, entry_ticket_id: str, limits: Limits) -> None:
-    """Raises `Refused`, with the reason, unless the learner can use the group.
+def validate_group(group: Group, entry_ticket_id: str, limits: GroupLimits) -> None:
+    """Raises `GroupRejected`, with the reason, unless the learner can use the group.
 
     `group` has passed `headrace.common.wire.decode_group`; `entry_ticket_id` stands beside it in its stream.
     """
     problem = _group_problem(group, entry_ticket_id, limits)
     if problem:
-        raise Refused(f"group {group.ticket.id} {problem}")
+        raise GroupRejected(f"group {group.ticket.id} {problem}")
     highest = int(np.concatenate([rollout.tokens for rollout in group.rollouts]).max())
     for index, rollout in enumerate(group.rollouts):
         problem = _rollout_problem(rollout, highest, limits)
         if problem:
-            raise Refused(f"group {group.ticket.id}, rollout {index}: {problem}")
+            raise GroupRejected(f"group {group.ticket.id}, rollout {index}: {problem}")
 
 
-def _group_problem(group: Group, entry_ticket_id: str, limits: Limits) -> str:
+def _group_problem(group: Group, entry_ticket_id: str, limits: GroupLimits) -> str:
     ticket = group.ticket
     if ticket.id != entry_ticket_id:
         return f"stands in the entry of ticket {entry_ticket_id!r}"
@@ -68,7 +68,7 @@ def _group_problem(group: Group, entry_ticket_id: str, limits: Limits) -> str:
     return ""
 
 
-def _rollout_problem(rollout: Rollout, highest_token: int, limits: Limits) -> str:
+def _rollout_problem(rollout: Rollout, highest_token: int, limits: GroupLimits) -> str:
     """`highest_token`: of the group; where that is in the vocabulary all are."""
     if highest_token >= limits.vocab_size and (
         problem := _tokens_problem(int(rollout.tokens.max()), limits.vocab_size)

@@ -32,12 +32,12 @@ class LearnerMetrics:
         self._rows = rows
         self._intake = intake
         self._versions = versions
-        self._groups = GroupTotals(intake.books.counts)
+        self._groups = GroupTotals(intake.settlement_log.counts)
         self._steps = StepTotals()
         self._num_seen = len(rows)
 
     def __call__(self) -> Families:
-        status, sight, books = self._status(), self._intake.sight, self._intake.books
+        status, redis_state, log = self._status(), self._intake.redis_state, self._intake.settlement_log
         families, latest = Families(run=status["run"]), status["latest"]
         add_position(families, **{name: status[name] for name in ("phase", "step", "steps", "version", "epoch")})
         add_learner_waits(families, {wait["reason"]: wait["for_s"] for wait in status["waits"]})
@@ -52,9 +52,11 @@ class LearnerMetrics:
         self._add_new_rows()
         self._steps.collect(families)
         self._groups.collect(families, status["counts"])
-        add_queues(families, open_tickets=sight.open_tickets, groups=sight.in_stream)
-        families.gauge("headrace_held_bytes", "Of groups that only the next checkpoint will record.", books.held_bytes)
-        add_replica_states(families, sight.replicas)
+        add_queues(families, open_tickets=redis_state.open_tickets, groups=redis_state.in_stream)
+        families.gauge(
+            "headrace_held_bytes", "Of groups that only the next checkpoint will record.", log.unsettled_bytes
+        )
+        add_replica_states(families, redis_state.replicas)
         add_files(families, latest.get("checkpoint", {}), self._version_bytes())
         return families
 

@@ -14,7 +14,7 @@ import msgspec
 from headrace.common.process.waiting import Waits
 from headrace.learner.checkpoints.checkpoint import num_bytes_in
 from headrace.learner.checkpoints.progress import Progress
-from headrace.learner.intake.intake import Arrived, Intake
+from headrace.learner.intake.intake import Intake, PendingGroup
 from headrace.learner.intake.samples import TokenTexts, shown_group
 from headrace.learner.reporting.summary import MetricsFile
 from headrace.learner.reporting.trackers import Trackers
@@ -68,7 +68,7 @@ class RunReporter:
         position |= {"settings_version": self.live_config.settings.version, "held_back": self.live_config.held_back}
         advised = {"advised_replicas": advice.replicas, "advice": advice.reason}
         waits = {"reason": self.waits.describe(), "waits": msgspec.json.encode(self.waits.durations_s()).decode()}
-        self.store.report({"phase": phase, **waits, **position, **advised})
+        self.store.set_status({"phase": phase, **waits, **position, **advised})
 
     def report_guard(self, kind: str, reason: str, notch: int) -> None:
         """Reports an action of the divergence guard, with its reason."""
@@ -76,26 +76,26 @@ class RunReporter:
         text = f"the guard {action}: {reason}; {self.live_config.held_back or 'no setting is tightened'}"
         _log.log(logging.INFO if kind == "loosen" else logging.WARNING, text)
         event = {"action": kind, "reason": reason, "notch": notch, "step": self.progress.step, "text": text}
-        self.store.announce("guard", event)
+        self.store.add_event("guard", event)
 
     def refresh_paused_phase(self) -> None:
         """Reports the phase again if the learner was paused or resumed since."""
         if self.switches.paused.is_set() != self._is_reported_paused:
             self.enter_phase(self.progress.phase)
 
-    def report_step(self, row: dict[str, Any], batch: list[Arrived]) -> None:
+    def report_step(self, row: dict[str, Any], batch: list[PendingGroup]) -> None:
         """Writes the step's row: `row`, the training metrics, and what is known of the batch and the whole run."""
         tickets = {
-            "tickets": [arrived.entry.ticket_id for arrived in batch],
-            "group_s": group_durations_s([arrived.group for arrived in batch]),
+            "tickets": [pending.entry.ticket_id for pending in batch],
+            "group_s": group_durations_s([pending.group for pending in batch]),
         }
-        staleness = staleness_metrics([arrived.staleness for arrived in batch])
+        staleness = staleness_metrics([pending.staleness for pending in batch])
         self.write_row("step", row | staleness | self._run_metrics() | tickets)
 
     def write_row(self, kind: str, row: dict[str, Any]) -> None:
         position = {"step": self.progress.step, "time_s": time.time(), "wall_s": self.progress.wall_s}
         row = {"kind": kind} | position | row
-        self.store.record(kind, row)
+        self.store.append_row(kind, row)
         self.metrics.append(row)
         self.trackers.write(row)
         self.progress.latest[kind] = row
@@ -104,21 +104,21 @@ class RunReporter:
 
     def write_group_samples(self) -> None:
         """Writes a sample of the groups that were settled since, for people to read."""
-        decided = self.intake.take_sample()
+        decided = self.intake.take_samples()
         trained = [self.trainer.as_trained(one.group) if one.state == "trained" else [] for one in decided]
         if decided:
-            self.store.show(
+            self.store.add_samples(
                 shown_group(one, rollouts, self.token_texts) for one, rollouts in zip(decided, trained, strict=True)
             )
 
     def report_checkpoint(self, saved: Path, step: int, lasted_s: float) -> None:
         row = {"step": step, "time_s": time.time(), "seconds": lasted_s, "bytes": num_bytes_in(saved)}
         self.progress.latest["checkpoint"] = row
-        self.store.report({f"checkpoint_{name}": value for name, value in row.items()})
+        self.store.set_status({f"checkpoint_{name}": value for name, value in row.items()})
 
     def _run_metrics(self) -> dict[str, Any]:
         """The numbers of a step's row that describe the run up to that step rather than the batch."""
-        counts = self.intake.books.counts
+        counts = self.intake.settlement_log.counts
         decided = max(1, counts["trained"] + counts["uniform"] + counts["stale"])
         rewards = self.intake.take_decided_rewards()
         return {
@@ -128,7 +128,7 @@ class RunReporter:
             "uniform_share": counts["uniform"] / decided,
             "stale_share": counts["stale"] / decided,
             "skipped_prompts": counts["skipped"],
-            **self.intake.take_dropped(),
+            **self.intake.take_drop_statistics(),
             "swap_pauses_ms": self.store.take_swap_pauses_ms(),
         }
 
@@ -140,7 +140,7 @@ class RunReporter:
         return self.adviser.observe(
             waited_s=spent_s if self.progress.phase == "waiting" else 0.0,
             worked_s=spent_s if self.progress.phase == "training" else 0.0,
-            replicas=self.intake.sight.replicas,
+            replicas=self.intake.redis_state.replicas,
             steps_in_queue=self.progress.latest.get("step", {}).get("staleness_in_queue_mean", 0.0),
         )
 

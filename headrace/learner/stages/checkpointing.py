@@ -14,7 +14,7 @@ from pathlib import Path
 from headrace.common.process.waiting import Reason
 from headrace.learner.checkpoints.checkpoint import CheckpointError, save_checkpoint
 from headrace.learner.checkpoints.record import Record
-from headrace.learner.intake.intake import Consumed, Intake
+from headrace.learner.intake.intake import CheckpointDelta, Intake
 from headrace.learner.reporting.reporter import RunReporter
 from headrace.learner.stages.background import BackgroundWorker
 from headrace.learner.stages.wait_deadlines import WaitDeadlines
@@ -50,13 +50,13 @@ class Checkpointer:
     def is_busy(self) -> bool:
         return self._worker.is_busy
 
-    def begin(self, record: Record, consumed: Consumed) -> None:
+    def begin(self, record: Record, delta: CheckpointDelta) -> None:
         """Returns when the trainer's state is copied; `record` must be of the same step."""
         self.is_due = False
         self._trainer.copy_state()
-        self._worker.begin(partial(self._write, record, consumed))
+        self._worker.begin(partial(self._write, record, delta))
 
-    def _write(self, record: Record, consumed: Consumed) -> None:
+    def _write(self, record: Record, delta: CheckpointDelta) -> None:
         started = time.monotonic()
         try:
             saved = save_checkpoint(self._root, record, self._trainer.write_copy, self._check_fence)
@@ -65,7 +65,7 @@ class Checkpointer:
             self._wait_deadlines.note_wait(Reason.CHECKPOINT_FAILING, str(error))
             return
         self.last_duration_s = time.monotonic() - started
-        _log.info("checkpoint: records %d groups", len(consumed.settlements))
+        _log.info("checkpoint: records %d groups", len(delta.settlements))
         self._reporter.report_checkpoint(saved, record.step, self.last_duration_s)
         self._wait_deadlines.waits.over(Reason.CHECKPOINT_FAILING)
-        self._intake.checkpointed(consumed)
+        self._intake.on_checkpointed(delta)

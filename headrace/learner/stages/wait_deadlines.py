@@ -30,11 +30,11 @@ class WaitDeadlines:
     def note_group_wait(self, reason: Reason) -> float:
         """As `note_wait`, but the deadline does not apply while learner or generation is paused on request."""
         is_paused = self.switches.paused.is_set()
-        if is_paused or self.intake.sight.is_generation_paused:
+        if is_paused or self.intake.redis_state.is_generation_paused:
             self.waits.over(reason)
             return self.waits.waiting(Reason.PAUSED, "" if is_paused else "generation is scaled to 0 replicas")
         self.waits.over(Reason.PAUSED)
-        return self.note_wait(reason, self.intake.why_waiting())
+        return self.note_wait(reason, self.intake.describe_wait())
 
     def end_group_wait(self, reason: Reason) -> None:
         """The groups have arrived, or the loop waits for them no longer."""

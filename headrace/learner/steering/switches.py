@@ -66,14 +66,14 @@ class Switches:
         with self._changed:
             self._changed.wait_for(lambda: not self._unpersisted, PERSIST_TIMEOUT_S)
 
-    def sync_from(self, orders: DesiredState) -> None:
+    def sync_from(self, desired_state: DesiredState) -> None:
         """Takes over the state in Redis, unless a newer request is still to be written there."""
         with self._changed:
             if self._unpersisted:
                 return
-            if orders.is_stopping:
+            if desired_state.is_stopping:
                 self.stop.set()
-            if orders.is_paused:
+            if desired_state.is_paused:
                 self.paused.set()
             else:
                 self.paused.clear()

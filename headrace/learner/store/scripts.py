@@ -37,7 +37,7 @@ return 'OK'
 )
 """ARGV: each command as its number of parts, then the parts."""
 
-LOOK = (
+QUEUE_STATE = (
     "#!lua flags=no-writes\n"
     + _FENCED
     + """
@@ -48,7 +48,7 @@ return {redis.call('XLEN', KEYS[2]), redis.call('XLEN', KEYS[3]), marks}
 )
 """KEYS: epoch, tickets, groups, ledger. ARGV: epoch, tickets. Answers both lengths and the marks, of one instant."""
 
-ADD = (
+ADD_TICKETS = (
     _UNLESS_FULL
     + """
 for i = 4, #ARGV, 4 do
@@ -95,7 +95,7 @@ return 'OK'
 ticket that it shows as open, or not at all, was answered and consumed before; one that it shows as queued with another
 group was answered a second time since, for nothing."""
 
-BURY = (
+DEAD_LETTER = (
     _ALWAYS
     + """
 if #redis.call('XRANGE', KEYS[2], ARGV[2], ARGV[2]) == 0 then return 0 end
@@ -109,7 +109,7 @@ return 1
 )
 """KEYS: epoch, stream, dead, ledger. ARGV: epoch, entry, ticket, reason, payload, its bytes before it was cut."""
 
-REVIVE = (
+REQUEUE_DEAD = (
     _UNLESS_FULL
     + """
 local dead = string.match(redis.call('HGET', KEYS[2], ARGV[2]) or '', '^dead (.+)$')

@@ -64,7 +64,7 @@ class Entry(NamedTuple):
     payload: bytes
 
 
-class Passed(NamedTuple):
+class UnusablePrompt(NamedTuple):
     """A place of the data of which no ticket is issued."""
 
     ticket_id: str
@@ -72,7 +72,7 @@ class Passed(NamedTuple):
     reason: str
 
 
-class Look(NamedTuple):
+class QueueState(NamedTuple):
     """At one instant."""
 
     open_tickets: int
@@ -107,7 +107,14 @@ class LearnerStore:
         self._seen_event = newest[0][0].decode() if newest else "0"
         self._scripts = {
             text: client.register_script(text)
-            for text in (scripts.EXECUTE, scripts.LOOK, scripts.ADD, scripts.SETTLE, scripts.BURY, scripts.REVIVE)
+            for text in (
+                scripts.EXECUTE,
+                scripts.QUEUE_STATE,
+                scripts.ADD_TICKETS,
+                scripts.SETTLE,
+                scripts.DEAD_LETTER,
+                scripts.REQUEUE_DEAD,
+            )
         }
 
     def check_fence(self) -> None:
@@ -119,12 +126,16 @@ class LearnerStore:
         self._run(scripts.EXECUTE, [], [part for command in commands for part in (len(command), *command)])
 
     def add_tickets(
-        self, stream: str, tickets: Sequence[Ticket], cursor: Cursor | None = None, passed: Sequence[Passed] = ()
+        self,
+        stream: str,
+        tickets: Sequence[Ticket],
+        cursor: Cursor | None = None,
+        unusable: Sequence[UnusablePrompt] = (),
     ) -> None:
-        """Adds those whose id the ledger has never seen, marks what was `passed`, and moves the data cursor, in one
+        """Adds those whose id the ledger has never seen, marks what was `unusable`, and moves the data cursor, in one
         step."""
         items: list[tuple[str | bytes, ...]] = [(ticket.id, "open", "ticket", encode(ticket)) for ticket in tickets]
-        items += [(one.ticket_id, one.state, "reason" * (one.state == "dead"), one.reason) for one in passed]
+        items += [(one.ticket_id, one.state, "reason" * (one.state == "dead"), one.reason) for one in unusable]
         self._add(stream, cursor, items)
 
     def add_groups(self, groups: Sequence[tuple[str, bytes]], cursor: Cursor) -> None:
@@ -134,12 +145,12 @@ class LearnerStore:
     def _add(self, stream: str, cursor: Cursor | None, items: Sequence[tuple[str | bytes, ...]]) -> None:
         place = ("", "") if cursor is None else cursor
         keys = [stream, self.keys.ledger, self.keys.cursor, self.keys.dead]
-        self._run(scripts.ADD, keys, [*place, *(part for item in items for part in item)])
+        self._run(scripts.ADD_TICKETS, keys, [*place, *(part for item in items for part in item)])
 
-    def revive(self, ticket: Ticket) -> bool:
+    def requeue_dead(self, ticket: Ticket) -> bool:
         """Puts a dead ticket back to work; False if it is not dead any more."""
         keys = [self.keys.ledger, self.keys.tickets, self.keys.dead, self.keys.retries]
-        return bool(self._run(scripts.REVIVE, keys, [ticket.id, encode(ticket)]))
+        return bool(self._run(scripts.REQUEUE_DEAD, keys, [ticket.id, encode(ticket)]))
 
     def dead_ticket(self, ticket_id: str) -> Ticket | None:
         """As it died, if that was kept whole."""
@@ -158,7 +169,7 @@ class LearnerStore:
         entries: Any = self.client.xrange(self.keys.dead, mark.entry_id, mark.entry_id) if mark.entry_id else []
         return one_line(entries[0][1].get(b"reason", b"").decode(errors="replace")) if entries else ""
 
-    def asked_to_retry(self) -> list[str]:
+    def retry_requests(self) -> list[str]:
         """Dead tickets that a person wants answered after all."""
         return sorted(name.decode(errors="replace") for name in self.client.smembers(self.keys.retries))
 
@@ -169,13 +180,13 @@ class LearnerStore:
             part = settlements[first : first + 1000]
             self._run(scripts.SETTLE, keys, [groups, *(field for settlement in part for field in settlement)])
 
-    def bury(self, entry: Entry, reason: str) -> bool:
+    def dead_letter(self, entry: Entry, reason: str) -> bool:
         """A group that cannot be used goes to `dead`, with the reason; False if it is not pending any more."""
         payload = entry.payload[:DEAD_PAYLOAD_BYTES]
         _log.error("group %s is dead: %s", entry.entry_id, reason, extra={"ticket": entry.ticket_id})
         keys = [entry.stream, self.keys.dead, self.keys.ledger]
         arguments = [entry.entry_id, entry.ticket_id, reason, payload, len(entry.payload)]
-        return bool(self._run(scripts.BURY, keys, arguments))
+        return bool(self._run(scripts.DEAD_LETTER, keys, arguments))
 
     def read(self, count: int, block_s: float) -> list[Entry]:
         """Groups and evaluation groups that this learner has not read yet, or none after `block_s` seconds.
@@ -191,7 +202,7 @@ class LearnerStore:
         self._read_up_to |= {entry.stream: entry.entry_id for entry in entries}
         return entries
 
-    def read_pending(self) -> list[Entry]:
+    def read_unsettled(self) -> list[Entry]:
         """Everything that nobody has settled, whoever has read it; `read` goes on behind it."""
         self._read_up_to = dict.fromkeys(self._read_up_to, "0")
         found: list[Entry] = []
@@ -199,17 +210,17 @@ class LearnerStore:
             found += entries
         return found
 
-    def look(self, ticket_ids: Sequence[str] = ()) -> Look:
+    def queue_state(self, ticket_ids: Sequence[str] = ()) -> QueueState:
         """What a turn of the intake needs beside the groups that it has read, in one command. Raises `Fenced`."""
         keys = [self.keys.tickets, self.keys.groups, self.keys.ledger]
-        open_tickets, in_stream, marks = self._run(scripts.LOOK, keys, list(ticket_ids))
-        return Look(int(open_tickets), int(in_stream), _marks(marks))
+        open_tickets, in_stream, marks = self._run(scripts.QUEUE_STATE, keys, list(ticket_ids))
+        return QueueState(int(open_tickets), int(in_stream), _marks(marks))
 
     def cursor(self) -> Cursor | None:
         epoch, place = self.client.hmget(self.keys.cursor, "epoch", "place")
         return None if epoch is None or place is None else Cursor(int(epoch), int(place))
 
-    def set_data(self, data: bytes, cursor: Cursor) -> None:
+    def set_data_fingerprint(self, data: bytes, cursor: Cursor) -> None:
         """The cursor is at that place of those data (headrace/learner/intake/data_fingerprint.py)."""
         place = ("epoch", cursor.data_epoch, "place", cursor.position)
         self.execute([("HSET", self.keys.cursor, *place, "data", data)])
@@ -231,7 +242,7 @@ class LearnerStore:
         return int(self.client.xlen(self.keys.dead))
 
     def replicas(self) -> list[Heartbeat]:
-        """The replicas whose heartbeat has not expired; what is none is passed over."""
+        """The replicas whose heartbeat has not expired; what is none is unusable over."""
         names = sorted(self.client.scan_iter(match=self.keys.replicas + "*", count=1000))
         found = []
         for name, payload in zip(names, self.client.mget(names) if names else [], strict=True):
@@ -241,10 +252,10 @@ class LearnerStore:
                 _log.warning("%s is no heartbeat: %s", name.decode(errors="replace"), error)
         return found
 
-    def orders(self) -> DesiredState:
+    def desired_state(self) -> DesiredState:
         return parse_desired_state(self.client.hgetall(self.keys.control))
 
-    def order(self, orders: Iterable[Command]) -> None:
+    def write_control(self, orders: Iterable[Command]) -> None:
         """Commands on the hash of orders, without its key."""
         self.execute([(verb, self.keys.control, *rest) for verb, *rest in orders])
 
@@ -255,20 +266,20 @@ class LearnerStore:
         except ValueError:
             return None
 
-    def report(self, status: dict[str, Any]) -> None:
+    def set_status(self, status: dict[str, Any]) -> None:
         """Sets fields of the learner's hash, which the page and the command line show."""
         self.execute([("HSET", self.keys.learner, *_flat(status))])
 
-    def announce(self, kind: str, event: dict[str, Any]) -> None:
+    def add_event(self, kind: str, event: dict[str, Any]) -> None:
         self.execute([self._event(kind, event)])
 
-    def record(self, kind: str, row: dict[str, Any]) -> None:
+    def append_row(self, kind: str, row: dict[str, Any]) -> None:
         """The row of a step or an evaluation: an event, and its numbers in the history."""
         numbers = msgspec.json.encode(numbers_of(row))
         history = ("XADD", self.keys.history, "MAXLEN", "~", MAX_HISTORY, "*", "kind", kind, "row", numbers)
         self.execute([self._event(kind, row), history])
 
-    def show(self, groups: Iterable[GroupSample]) -> None:
+    def add_samples(self, groups: Iterable[GroupSample]) -> None:
         """Adds them to what people may read."""
         self.execute([self._shown(group) for group in groups])
 
