@@ -7,7 +7,7 @@ import redis
 from headrace.common.redis.client import entries_of
 from headrace.common.redis.keys import TICKET_GROUP, Keys
 from headrace.common.wire import Group, Ticket, decode_ticket, encode
-from headrace.generation.tickets.store import MOVE
+from headrace.generation.tickets.scripts import MOVE
 
 
 def lease_all(client: redis.Redis, keys: Keys, stream: str, count: int = 1000) -> list[tuple[str, Ticket]]:

@@ -54,7 +54,7 @@ from headrace.common.tasks import BadRow, Prompt
 from headrace.common.weights.files import MANIFEST_FILE, decode_manifest, version_folder
 from headrace.common.wire import Group, TicketState, Timings, decode_ticket, encode
 from headrace.common.wire.ledger import LedgerEntry, TicketId, parse_ledger_entry, parse_ticket_id
-from headrace.generation.tickets import store as tickets
+from headrace.generation.tickets.scripts import MOVE, RENEW
 from headrace.generation.tickets.store import Lease, TicketStore
 from headrace.learner import assembly
 from headrace.learner.algorithm.staleness import group_staleness
@@ -116,8 +116,8 @@ SCRIPTS = (
     scripts.SETTLE,
     scripts.DEAD_LETTER,
     scripts.REQUEUE_DEAD,
-    tickets.MOVE,
-    tickets._RENEW,
+    MOVE,
+    RENEW,
 )
 
 

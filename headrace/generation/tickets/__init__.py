@@ -1,4 +1,4 @@
-"""A replica's tickets: leases, commits, retries on other replicas, and who those are.
+"""A replica's tickets: leases, commits, retries on other replicas, and the heartbeats of those.
 
-A ticket leaves its stream in one script, once.
+One script moves a ticket out of its stream, exactly once.
 """

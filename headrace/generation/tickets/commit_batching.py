@@ -1,8 +1,8 @@
-"""Commits that are due at the same time go to Redis in one round trip.
+"""Sends commits that are due at the same time to Redis in one round trip.
 
-While a batch is on its way those that become due wait, and are the next batch: no commit waits for company, and a
-replica that finishes many groups a second asks Redis less often than it finishes groups. What was sent is answered for
-each, or raises for each; nobody is sent twice by this.
+While a batch is being sent, new commits wait and form the next batch. So no commit waits for others to join it, and a
+replica that finishes many groups a second makes fewer calls than it has groups. Each item gets its own result, or the
+batch's error. No item is sent twice.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 MAX_BATCH_ITEMS = 64
 MAX_BATCH_BYTES = 8 << 20
-"""Redis does nothing else meanwhile."""
+"""The limit bounds how long one script call blocks Redis."""
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ class _Batch(Generic[T]):
 
 
 class Batcher(Generic[T]):
-    """`send` answers a batch of what was given to `add`, one by one and in order."""
+    """Groups items of `add` into batches for `send`, which returns one result for each item, in order."""
 
     def __init__(self, send: Callable[[list[T]], Awaitable[list[bool]]]) -> None:
         self._send = send
@@ -34,19 +34,19 @@ class Batcher(Generic[T]):
         self._open: _Batch[T] | None = None
 
     async def add(self, item: T, num_bytes: int) -> bool:
-        """The answer for `item`; cancelled, it may or may not be sent."""
+        """The result for `item`. If the call is cancelled, the item may or may not have been sent."""
         batch = self._batch_for(num_bytes)
-        place = len(batch.items)
+        index = len(batch.items)
         batch.items.append(item)
         batch.num_bytes += num_bytes
         batch.num_waiting += 1
         assert batch.sent is not None
         try:
-            return (await asyncio.shield(batch.sent))[place]
+            return (await asyncio.shield(batch.sent))[index]
         finally:
             batch.num_waiting -= 1
             if not batch.num_waiting:
-                batch.sent.cancel()  # nobody waits any more, for Redis either
+                batch.sent.cancel()  # no caller is left
 
     def _batch_for(self, num_bytes: int) -> _Batch[T]:
         batch = self._open

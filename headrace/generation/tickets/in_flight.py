@@ -1,4 +1,4 @@
-"""The tickets that a replica holds, each with the task that deals with it, and how long it had none."""
+"""The tickets that a replica has leased, each with the task that processes it, and the replica's idle time."""
 
 import asyncio
 import time
@@ -15,7 +15,7 @@ class _Entry(NamedTuple):
 
 
 class InFlight:
-    """`slot_freed` is set whenever one leaves."""
+    """Tracks the leases in flight; `slot_freed` is set whenever one leaves."""
 
     def __init__(self) -> None:
         self.slot_freed = asyncio.Event()
@@ -31,7 +31,7 @@ class InFlight:
     def add(
         self, lease: Lease, work: Coroutine[Any, Any, None], tasks: asyncio.TaskGroup, takes_slot: bool = True
     ) -> None:
-        """Does the work as one of `tasks`."""
+        """Runs `work` as one of `tasks`; the lease is in flight until it ends."""
         if self._idle_since is not None:
             self._idle_s += time.monotonic() - self._idle_since
             self._idle_since = None
@@ -66,7 +66,7 @@ class InFlight:
 
     @property
     def idle_s(self) -> float:
-        """Without any ticket, since serving began."""
+        """Seconds without a ticket in flight since serving began."""
         return self._idle_s + (0.0 if self._idle_since is None else time.monotonic() - self._idle_since)
 
     def _release(self, lease: Lease) -> None:

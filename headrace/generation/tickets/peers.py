@@ -1,4 +1,4 @@
-"""The replicas of the run, by their heartbeats."""
+"""Reads the heartbeats of the run's live replicas."""
 
 import redis.asyncio
 
@@ -7,7 +7,7 @@ from headrace.common.wire import Heartbeat, WireError, decode_heartbeat
 
 
 async def live_replicas(client: redis.asyncio.Redis, keys: Keys) -> list[Heartbeat]:
-    """Of all that live, the one that asks included; what is no heartbeat is passed over."""
+    """Heartbeats of all live replicas, including the caller's; undecodable ones are skipped."""
     names = [name async for name in client.scan_iter(match=keys.replicas + "*", count=1000)]
     found = []
     for payload in await client.mget(names) if names else []:
