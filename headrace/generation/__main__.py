@@ -1,8 +1,8 @@
-"""A replica's process. A Redis URL and the run's token are all it needs; everything else it reads from the run.
+"""A replica's process. It needs a Redis URL and the run's token, and reads everything else from the run.
 
     HEADRACE_REDIS_URL=redis://10.0.0.1:6379 HEADRACE_TOKEN=... python -m headrace.generation
 
-SIGTERM and SIGINT drain it: it has ended, with all its processes, `EXIT_DEADLINE_S` seconds later at the latest.
+SIGTERM and SIGINT drain it. It and all its processes end within `EXIT_DEADLINE_S` seconds of the signal.
 Exit codes: 0 drained, 1 failed, 2 refused before anything started.
 """
 
@@ -54,7 +54,7 @@ def main() -> int:
     try:
         asyncio.run(_serve(arguments, joined, sock, waits))
     except asyncio.CancelledError:
-        pass  # asked to end before there was anything to drain
+        pass  # a signal came before the replica was assembled
     except Exception as error:  # noqa: BLE001 - the process's top
         reason = _innermost(error)
         if isinstance(reason, InsufficientSpace | TaskError):
@@ -66,7 +66,7 @@ def main() -> int:
 
 
 def _innermost(error: Exception) -> Exception:
-    """The first that was raised in a group of tasks."""
+    """The first exception of nested exception groups."""
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
     return error
@@ -74,10 +74,12 @@ def _innermost(error: Exception) -> Exception:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = joining_parser("generation")
-    parser.add_argument("--name", default=f"{socket.gethostname()}-{secrets.token_hex(4)}", help="of the replica")
-    parser.add_argument("--log-folder", type=Path, default=Path("runs/logs"), help="for the engine's log")
+    parser.add_argument("--name", default=f"{socket.gethostname()}-{secrets.token_hex(4)}", help="name of the replica")
+    parser.add_argument("--log-folder", type=Path, default=Path("runs/logs"), help="folder for the engine's log")
     parser.add_argument(
-        "--shares-gpu", action="store_true", help="the engine has what learner.memory_fraction leaves of the one GPU"
+        "--shares-gpu",
+        action="store_true",
+        help="the engine gets what learner.memory_fraction leaves of the GPU",
     )
     return parser.parse_args()
 
@@ -88,17 +90,17 @@ async def _serve(arguments: argparse.Namespace, joined: Joined, sock: socket.soc
     _on_signals(task.cancel)
     try:
         name, log_folder = arguments.name, arguments.log_folder
-        who = (joined.config, joined.keys, arguments.redis_url, joined.token, name, url, log_folder, waits)
-        parts = assemble_replica(*who, arguments.shares_gpu)
-        async with parts as replica, serve_in_loop(make_app(replica, joined.token), sock):
+        run = (joined.config, joined.keys, arguments.redis_url, joined.token)
+        assembling = assemble_replica(*run, name, url, log_folder, waits, arguments.shares_gpu)
+        async with assembling as replica, serve_in_loop(make_app(replica, joined.token), sock):
             _on_signals(replica.drain)
             await replica.serve()
     finally:
-        _exit_by_deadline()  # a thread of a library may go on
+        _exit_by_deadline()  # a library's thread may keep the process alive
 
 
 def _on_signals(end: Callable[[], object]) -> None:
-    """Not asyncio's own handlers: these hear nothing while the loop is blocked."""
+    """Calls `end` in the event loop. asyncio's own handlers are not used: they do not run while the loop is blocked."""
     loop = asyncio.get_running_loop()
 
     def receive(*_: object) -> None:
@@ -110,10 +112,10 @@ def _on_signals(end: Callable[[], object]) -> None:
 
 
 def _exit_by_deadline() -> None:
-    """The process ends within `EXIT_DEADLINE_S`, whatever hangs; the engine and the reward workers die with it."""
+    """Ends the process after `EXIT_DEADLINE_S` if it hangs; the engine and the reward workers die with it."""
 
     def give_up() -> None:
-        _log.error("not ended within %g s of being asked to: exiting now", EXIT_DEADLINE_S)
+        _log.error("the replica has not ended within %g s of the request; exiting now", EXIT_DEADLINE_S)
         os._exit(1)
 
     timer = threading.Timer(EXIT_DEADLINE_S, give_up)

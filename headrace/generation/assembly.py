@@ -1,4 +1,4 @@
-"""Puts a replica together from its parts and takes it apart again, whichever of them could not be had."""
+"""Builds a replica from its parts, and closes those that were created, also if a later one fails."""
 
 import asyncio
 import contextlib
@@ -95,7 +95,7 @@ async def assemble_replica(
 
 
 async def _model_folder(model: ModelConfig) -> Path:
-    """Raises `TimeoutError` if a hub does not deliver."""
+    """The folder with the model's files; raises `TimeoutError` if the hub does not deliver them in time."""
     _log.info("the model to start from: %s", model.path)
     async with asyncio.timeout(MODEL_DEADLINE_S):
         return await asyncio.to_thread(local_model_folder, model)

@@ -1,4 +1,4 @@
-"""What a replica needs beyond what every service does that joins a run: a name, and the model's files at hand."""
+"""Joins a replica to a run: checks its name, and that the model's files are available on this machine."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from headrace.common.wire.checks import name_problem
 
 
 def join(redis_url: str, run: str | None, token_file: Path | None, waits: Waits) -> Joined:
-    """As `headrace.common.bootstrap.join`; `ValueError` too if the model is not there."""
+    """As `headrace.common.bootstrap.join`; also raises `ValueError` if the model's folder does not exist here."""
     joined = join_run(redis_url, run, token_file, waits)
     model = joined.config.model
     if not is_hub_name(model.path):
@@ -20,6 +20,6 @@ def join(redis_url: str, run: str | None, token_file: Path | None, waits: Waits)
 
 
 def check_name(name: str) -> None:
-    """Raises `ValueError` for what cannot name a replica, its keys and its log."""
+    """Raises `ValueError` for a name that cannot be part of a Redis key and of the log's file name."""
     if problem := name_problem(name) or ("has a '/'" if "/" in name else ""):
         raise ValueError(f"the replica's name {problem}")

@@ -1,4 +1,4 @@
-"""A replica's HTTP side: health, status, the hint that a version is out, and its switches."""
+"""A replica's HTTP API: health, status, hints about new weight versions, pause, resume, drain."""
 
 from typing import Annotated, Any
 
@@ -16,8 +16,10 @@ Source = Annotated[str, Field(max_length=2000, pattern="^https?://")]
 
 
 class WeightsHint(BaseModel):
-    version: int = Field(ge=1, description="The version that was published; the replica takes the newest it finds.")
-    sources: list[Source] = Field([], max_length=64, description="Replicas that can be asked for it, in this order.")
+    version: int = Field(ge=1, description="The published version; the replica fetches the newest that it finds.")
+    sources: list[Source] = Field(
+        [], max_length=64, description="URLs of replicas that have the version or are fetching it, in the order to ask."
+    )
 
 
 def make_app(replica: Replica, token: str) -> FastAPI:
@@ -40,25 +42,25 @@ def make_app(replica: Replica, token: str) -> FastAPI:
 
     @app.post("/weights", dependencies=guarded, status_code=202)
     async def weights(hint: WeightsHint) -> dict[str, int]:
-        """A hint: the replica looks for a newer version now rather than at its next look."""
+        """A hint: the replica looks for a newer version now instead of at its next poll."""
         if hint.version > replica.weights.version:
             replica.weights.hint(hint.version, hint.sources)
         return {"serving": replica.weights.version}
 
     @app.post("/pause", dependencies=guarded)
     async def pause() -> dict[str, Any]:
-        """No new tickets; what is in flight is finished."""
-        replica.is_paused = True
+        """Stops leasing tickets; those in flight are finished."""
+        replica.status.is_paused = True
         return status()
 
     @app.post("/resume", dependencies=guarded)
     async def resume() -> dict[str, Any]:
-        replica.is_paused = False
+        replica.status.is_paused = False
         return status()
 
     @app.post("/drain", dependencies=guarded)
     async def drain() -> dict[str, Any]:
-        """Finishes or hands back what is in flight, then ends the replica."""
+        """Finishes or hands back the tickets in flight, then ends the replica."""
         replica.drain()
         return status()
 

@@ -1,4 +1,4 @@
-"""What a replica's `/metrics` says: its heartbeat and waits, and what its parts have counted since it began."""
+"""A replica's Prometheus metrics: its heartbeat, its waits, and the counters of its parts since it started."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +17,7 @@ OUTCOMES = ("committed", "late", "failed", "dead", "handed_back", "interrupted")
 
 
 class ReplicaMetrics:
-    """Call it at each scrape, in the replica's event loop."""
+    """Collects the metrics; called at each scrape, in the replica's event loop."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class ReplicaMetrics:
 
 
 def _add_sources(families: Families, fetcher: Fetcher, replica: str) -> None:
-    """By kind of source: whose URL it is would be a series for each replica that ever was."""
+    """Labels by kind of source; a label with the URL would add a series for each replica that ever ran."""
     for source in ("folder", "http"):
         labels = {"replica": replica, "source": source}
         families.counter(

@@ -1,8 +1,8 @@
-"""What becomes of one leased ticket: a scored group, a failed attempt, or a hand-back.
+"""Turns one leased ticket into a scored group, a failed attempt, an interruption or a hand-back.
 
-What the ticket, its reward or the engine's answer to it is to blame for costs an attempt. What this replica is to
-blame for costs none: weights that did not come in time, a drain. An engine that goes down costs an interruption, of
-which a ticket has more.
+A bad reply of the engine or a failed reward uses one of the ticket's attempts. A cause in this replica uses none:
+weights that did not arrive in time, or a drain. An engine that goes down counts as an interruption, of which a ticket
+may have more than attempts.
 """
 
 import asyncio
@@ -32,13 +32,14 @@ _log = logging.getLogger(__name__)
 
 
 class ShutdownBudget:
-    """The patience of a replica that ends: a second for Redis, and hardly any once that was in vain."""
+    """Bounds the time that a replica gives Redis while it ends: `SHUTDOWN_BUDGET_S` a call, and `SPENT_BUDGET_S` once a
+    call has failed."""
 
     def __init__(self) -> None:
         self._timeout_s = SHUTDOWN_BUDGET_S
 
     async def run(self, call: Awaitable[None]) -> bool:
-        """Whether Redis has taken the call."""
+        """Awaits `call` and returns whether Redis accepted it in time."""
         try:
             async with asyncio.timeout(self._timeout_s):
                 await call
@@ -49,7 +50,7 @@ class ShutdownBudget:
 
 
 class TicketProcessor:
-    """Answers leases; `groups_committed` and `tokens_generated` count what became groups."""
+    """Processes leases; `groups_committed` and `tokens_generated` count committed groups and their tokens."""
 
     def __init__(
         self,
@@ -70,10 +71,10 @@ class TicketProcessor:
         self._shutdown_budget = shutdown_budget
 
     async def process(self, lease: Lease) -> None:
-        """Cancelled, it hands the ticket back."""
+        """Generates, scores and commits the ticket's group; hands the ticket back if cancelled."""
         max_attempts = self._config.max_attempts
         if lease.num_deliveries > max_attempts:
-            reason = f"delivered {lease.num_deliveries} times, never answered"
+            reason = f"delivered {lease.num_deliveries} times without an answer"
             await self._tickets.fail(lease, reason, max_attempts)
             return
         with log_context(ticket=lease.ticket.id):
@@ -82,9 +83,9 @@ class TicketProcessor:
                 await self._process(lease, max_attempts)
 
     async def hand_back_later(self, lease: Lease) -> None:
-        """Hands the ticket back after a moment, for another replica to take it."""
+        """Hands the ticket back after `HAND_BACK_DELAY_S`, so that another replica can lease it."""
         with log_context(ticket=lease.ticket.id):
-            _log.info("leased, to be passed on: it failed here")
+            _log.info("leased, but left to another replica: it failed on this one")
         async with self._handed_back_if_cancelled(lease):
             await asyncio.sleep(HAND_BACK_DELAY_S)
             await self._tickets.hand_back(lease)
@@ -95,7 +96,7 @@ class TicketProcessor:
             yield
         except asyncio.CancelledError:
             if not await self._shutdown_budget.run(self._tickets.hand_back(lease)):
-                _log.warning("cannot be handed back: its lease expires", extra={"ticket": lease.ticket.id})
+                _log.warning("cannot be handed back; its lease will expire", extra={"ticket": lease.ticket.id})
             raise
 
     async def _process(self, lease: Lease, max_attempts: int) -> None:
@@ -107,7 +108,11 @@ class TicketProcessor:
         except EngineDown as error:
             await self._tickets.requeue_interrupted(lease, str(error))
         except TimeoutError:
-            _log.warning("no weights in time")
+            _log.warning(
+                "version %d did not arrive within %g s; ticket handed back",
+                ticket.min_weight_version,
+                self._config.weights_timeout_s,
+            )
             await self._tickets.hand_back(lease)
         except RewardError as error:
             await self._tickets.fail(lease, str(error), max_attempts, error.completions)
@@ -115,7 +120,7 @@ class TicketProcessor:
             await self._tickets.fail(lease, str(error), max_attempts)
         else:
             if not await self._tickets.commit(lease, group):
-                _log.info("not committed: it is no longer ours")
+                _log.info("commit rejected: another replica has claimed or answered this ticket")
                 return
             self.groups_committed += 1
             self.tokens_generated += group.num_trained_tokens

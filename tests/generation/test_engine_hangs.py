@@ -51,7 +51,7 @@ def test_a_hung_sglang_is_started_again_on_the_verified_weights(
         async with running_replica(
             redis_url, keys, running_server, demo_policy, liveness_timeout_s=SILENCE_S
         ) as replica:
-            await until(lambda: replica.state == "running")
+            await until(lambda: replica.status.state == "running")
             assert running_server._process is not None
             server = psutil.Process(running_server._process.pid)
             family = [server, *server.children(recursive=True)]
@@ -62,12 +62,12 @@ def test_a_hung_sglang_is_started_again_on_the_verified_weights(
             await until(lambda: replica.heartbeat().groups_in_flight == 1)
             await until(lambda: not replica.supervisor.serving.is_set())
             detected_at = time.monotonic()
-            assert replica.state == "quarantined" and "has not answered for" in replica.reason
+            assert replica.status.state == "quarantined" and "has not answered for" in replica.status.reason
             await until(lambda: replica.heartbeat().groups_in_flight == 0)
             assert client.xlen(keys.tickets) == 1 and client.xlen(keys.groups) == 0
             assert replica.waits.is_waiting(Reason.ENGINE_STARTING)
             await until(lambda: not any(process.is_running() for process in family))
-            await until(lambda: replica.state == "running", timeout_s=200.0)
+            await until(lambda: replica.status.state == "running", timeout_s=200.0)
             detected_s, restart_s = detected_at - stopped_at, time.monotonic() - detected_at
             print(f"{part}: found after {detected_s:.1f} s, served again {restart_s:.1f} s later")
             await until(lambda: client.xlen(keys.groups) == 1)

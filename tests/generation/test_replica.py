@@ -92,7 +92,7 @@ def test_a_reward_that_fails_costs_attempts_and_then_the_ticket_not_the_replica(
     async def scenario() -> None:
         async with start(task="tests.support.faulty_tasks:Raises") as replica:
             await until(lambda: client.xlen(keys.dead) == 1)
-            assert replica.state == "running"
+            assert replica.status.state == "running"
             told = "rewards fail: ticket 0-0: completion 1 of 2: RuntimeError: no reward today"
             await until(lambda: replica.heartbeat().reason.startswith(told))
 
@@ -135,12 +135,12 @@ def test_a_paused_replica_leases_nothing(learner: Learner, start: Start, client:
 
     async def scenario() -> None:
         async with start() as replica:
-            await until(lambda: replica.state == "running")
-            replica.is_paused = True
+            await until(lambda: replica.status.state == "running")
+            replica.status.is_paused = True
             learner.issue("0-0")
             await until(lambda: beat(client, keys) == ("paused", 1))
             assert client.xlen(keys.groups) == 0
-            replica.is_paused = False
+            replica.status.is_paused = False
             await until(lambda: client.xlen(keys.groups) == 1)
 
     run(scenario)
@@ -183,15 +183,15 @@ def test_weights_that_do_not_match_quarantine_the_replica_until_a_good_version(
 
     async def scenario() -> None:
         async with start() as replica:
-            await until(lambda: replica.state == "running")
+            await until(lambda: replica.status.state == "running")
             await asyncio.to_thread(learner.publish, 1)
             client.hset(keys.weights, mapping={"version": 50, "sha256": "0" * 64})
             replica.weights.hint(1)
-            await until(lambda: replica.state == "quarantined")
-            assert "weights" in replica.reason
+            await until(lambda: replica.status.state == "quarantined")
+            assert "weights" in replica.status.reason
             await asyncio.to_thread(learner.publish, 2)
             replica.weights.hint(1)
-            await until(lambda: replica.state == "running" and replica.weights.version == 3)
+            await until(lambda: replica.status.state == "running" and replica.weights.version == 3)
 
     run(scenario)
 
@@ -201,7 +201,7 @@ def test_the_replicas_switches_need_the_token(learner: Learner, start: Start, cl
 
     async def scenario() -> None:
         async with start() as replica:
-            await until(lambda: replica.state == "running")
+            await until(lambda: replica.status.state == "running")
             transport = httpx.ASGITransport(app=make_replica_app(replica, "secret"))
             async with httpx.AsyncClient(transport=transport, base_url="http://replica") as http:
                 assert (await http.get("/healthz")).json() == {"status": "ok"}

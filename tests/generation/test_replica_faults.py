@@ -75,9 +75,9 @@ def test_status_shows_what_a_replica_waits_for(learner: Learner, start: Start) -
                 await until(lambda: "version 1 is awaited" in replica.heartbeat().reason)
                 assert await waits() == ["waiting_for_weights"]
                 await asyncio.to_thread(learner.publish, 0)
-                await until(lambda: replica.state == "running")
+                await until(lambda: replica.status.state == "running")
                 assert await waits() == ["no_tickets"]
-                replica.is_paused = True
+                replica.status.is_paused = True
                 assert await waits() == ["paused"]
 
     run(scenario)
@@ -91,17 +91,17 @@ def test_somebody_elses_engine_that_was_silent_must_confirm_its_weights(
 
     async def scenario() -> None:
         async with start(liveness_timeout_s=1.0) as replica:
-            await until(lambda: replica.state == "running")
+            await until(lambda: replica.status.state == "running")
             fake.hanging = {"/health", "/generate"}
             learner.issue("0-0")
-            await until(lambda: replica.state == "quarantined")
+            await until(lambda: replica.status.state == "quarantined")
             heartbeat = replica.heartbeat()
             assert re.search(r"the engine has not answered for \d s: waiting until it does", heartbeat.reason)
             assert [(wait["reason"], wait["deadline_s"]) for wait in replica.waits.status()] == [(ENGINE_SILENT, None)]
             await until(lambda: replica.heartbeat().groups_in_flight == 0)
             fake.hanging = {"/model_info"}
             await until(lambda: replica.supervisor.incarnation == 2)
-            assert replica.state == "starting" and client.xlen(keys.tickets) == 1
+            assert replica.status.state == "starting" and client.xlen(keys.tickets) == 1
             fake.hanging = set()
             fake.closing.set()  # what hangs ends
             await until(lambda: client.xlen(keys.groups) == 1)
@@ -208,7 +208,7 @@ def test_a_redis_that_lost_everything_loses_the_replica_nothing_but_its_tickets(
             fake.hanging = set()
             fake.closing.set()
             await until(lambda: replica.heartbeat().groups_in_flight == 0)
-            assert replica.weights.version == 1 and replica.state == "running"
+            assert replica.weights.version == 1 and replica.status.state == "running"
             learner.store = LearnerStore(client, keys)
             learner.issue("0-1")
             await until(lambda: client.xlen(keys.groups) == 1)
@@ -231,10 +231,10 @@ def test_a_redis_that_is_started_again_is_waited_for(
         async def scenario() -> None:
             nonlocal service
             async with running_replica(url, keys, fake.url, demo_policy) as replica:
-                await until(lambda: replica.state == "running")
+                await until(lambda: replica.status.state == "running")
                 service.kill()
                 await until(lambda: replica.waits.is_waiting(Reason.REDIS_UNREACHABLE))
-                assert "Redis unreachable" in replica.reason and replica.state == "running"
+                assert "Redis unreachable" in replica.status.reason and replica.status.state == "running"
                 service = launch_redis(folder, tmp_path / "redis.log", int(url.rpartition(":")[2]))
                 await asyncio.to_thread(wait_for_redis, service, url)
                 await asyncio.to_thread(learner.issue, "0-0")

@@ -156,7 +156,7 @@ def test_a_redis_that_is_away_keeps_nobody(
         issue_one_in_flight(process, learner, fake)
         service.process.send_signal(signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
         assert process.end() == 0
-        assert "ticket=0-0: cannot be handed back: its lease expires" in process.log.read_text()
+        assert "ticket=0-0: cannot be handed back; its lease will expire" in process.log.read_text()
 
 
 def test_a_swap_in_progress_is_left_with_generation_continued(

@@ -1,4 +1,4 @@
-"""The Lua scripts of a replica: move tickets out of their stream, and renew leases. Each is one atomic step of Redis."""
+"""Lua scripts: move tickets out of their stream, renew leases. Each is one atomic step of Redis."""
 
 MOVE = """#!lua
 local moved = {}
