@@ -42,7 +42,7 @@ MARKS = (
     Mark("learner: policy", "learner", "the policy is loaded"),
     Mark("learner: first version", "learner", "published, made by step 0"),
     Mark("replica: imports, joins", "generation-0", "the model to start from"),
-    Mark("replica: engine begins to start", "generation-0", "the engine is started"),
+    Mark("replica: engine begins to start", "generation-0", "starting the engine"),
     Mark("replica: engine answers", "generation-0", "the engine serves"),
     Mark("replica: first weights", "generation-0", "serving: "),
     Mark("first ticket leased", "generation-0", "leased, for version"),

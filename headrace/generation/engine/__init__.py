@@ -1,4 +1,4 @@
-"""One SGLang server: started, supervised, called, swapped to other weights while requests are in flight.
+"""One SGLang server: starts, supervises and calls it, and swaps its weights while requests are in flight.
 
-Each call has a deadline; each token has the version that sampled it.
+Each call has a deadline. Each token is tagged with the weight version that sampled it.
 """

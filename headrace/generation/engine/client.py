@@ -1,4 +1,4 @@
-"""The replica's client of one SGLang server: generate, swap the weights, ask what it serves.
+"""The replica's client of one SGLang server: generates, swaps the weights, reads the served version.
 
 `generate` checks the engine's replies: every token has a finite behaviour log-probability and belongs to one version
 span, as reported by the engine, of a version that the engine has been confirmed to hold. `swap` lets requests in
@@ -21,7 +21,8 @@ from headrace.common.wire import Ticket
 from headrace.generation.engine.completions import Completion, Sample, generate_body, to_completion
 from headrace.generation.engine.deadlines import CompletionDeadlines
 from headrace.generation.engine.http_calls import CONTROL_TIMEOUT_S, EngineCalls, EngineError
-from headrace.generation.engine.swapping import SwapMode, SwapTimings, UnconfirmedWeights, WeightSwapper
+from headrace.generation.engine.swap_checks import SwapMode
+from headrace.generation.engine.swapping import SwapTimings, UnconfirmedWeights, WeightSwapper
 
 __all__ = ["Engine", "EngineError", "SwapTimings", "UnconfirmedWeights"]
 
@@ -32,8 +33,8 @@ ONE_TOKEN = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1}}
 
 
 class Engine:
-    """One SGLang server at `url`. `completion_timeout_s` is the deadline of a `generate` (`CompletionDeadlines`),
-    `swap_timeout_s` of the engine's loading of new weights."""
+    """One SGLang server at `url`. `completion_timeout_s` is the deadline of `generate` (`CompletionDeadlines`),
+    `swap_timeout_s` that of loading new weights."""
 
     def __init__(
         self,
@@ -60,26 +61,28 @@ class Engine:
 
     @property
     def is_loading(self) -> bool:
-        """It reads and installs weights, or hashes what it holds, and can be asked for no other sign of life."""
+        """Whether the engine reads, installs or hashes weights; it answers no probes meanwhile."""
         return self._swapper.is_loading
 
     @property
     def has_unverified_weights(self) -> bool:
-        """A swap has failed after its pause, and none was confirmed since: it may hold other weights than it says."""
+        """True after a swap failed after its pause, until one is confirmed: the engine may hold other weights than it
+        reports."""
         return self._swapper.has_unverified_weights
 
     def mark_restarted(self) -> None:
-        """It has been started again, on verified weights."""
+        """To be called after the engine has been restarted on verified weights."""
         self._swapper.mark_restarted()
 
     async def aclose(self) -> None:
         await self.calls.aclose()
 
     async def generate(self, ticket: Ticket) -> list[Completion]:
-        """`ticket.num_completions` completions in the engine's order.
+        """Returns `ticket.num_completions` completions in the engine's order.
 
-        Cancelled or out of time, it aborts the request in the engine before it returns. Raises `UnconfirmedWeights`
-        if a version was loaded under it and not confirmed, at once if that was so before it.
+        When cancelled or out of time, it aborts the request in the engine before it returns. Raises
+        `UnconfirmedWeights` if a version that was loaded during the request is not confirmed, and at once if the engine
+        already has unverified weights.
         """
         if self.has_unverified_weights:
             raise UnconfirmedWeights("a swap has failed, and the engine may hold other weights than it says")
@@ -111,7 +114,7 @@ class Engine:
         return completions
 
     async def generate_unchecked(self, body: dict[str, Any]) -> list[Sample]:
-        """What the engine answers, unchecked and without a deadline."""
+        """Returns the engine's reply to `/generate`, unchecked and without a deadline."""
         request = object()
         self._in_flight.add(request)
         try:
@@ -120,19 +123,18 @@ class Engine:
             self._in_flight.discard(request)
 
     async def swap(self, folder: Path, version: int) -> SwapTimings:
-        """Loads the safetensors in `folder` as weight `version`; requests in flight go on under them.
+        """Loads the safetensors in `folder` as weight `version`; requests in flight continue under them.
 
-        The folder is held against the checkpoint that the engine runs before anything is paused, what the engine
-        holds against the folder when it has continued.
+        The folder's tensors are compared with those of the engine's checkpoint before the pause, and the engine's
+        tensors with the folder's after it.
         """
         return await self._swapper.swap(folder, version)
 
     async def wait_for_progress(self, swapped: SwapTimings) -> None:
-        """Returns when requests in flight have gone on for as long as the swap, with what it recomputes, took; or have
-        ended.
+        """Returns when the requests in flight have ended, or have run for as long as the swap and recomputation took.
 
-        Else versions that come faster than what is in flight is computed again would leave each request a token per
-        version, or none.
+        Without this wait, versions that arrive faster than KV caches are recomputed would leave each request one token
+        per version, or none.
         """
         in_flight = set(self._in_flight) if self._recomputes else set()
         going_on = asyncio.create_task(self._wait_for_recompute(swapped))
@@ -143,11 +145,11 @@ class Engine:
             going_on.cancel()
 
     async def weight_version(self) -> int | None:
-        """The version that the engine says it serves; None if it was started without one."""
+        """The version that the engine reports; None if it was started without one."""
         return await self._swapper.served_version()
 
     async def health(self, timeout_s: float = CONTROL_TIMEOUT_S) -> bool:
-        """Whether the engine answers and its scheduler is alive. Takes a second: SGLang samples a token for it."""
+        """Whether the engine answers and its scheduler is alive. Takes a second: SGLang samples a token."""
         try:
             await self.calls.send("GET", "/health", None, timeout_s)
         except EngineError:
@@ -155,14 +157,16 @@ class Engine:
         return True
 
     async def _wait_for_recompute(self, swapped: SwapTimings) -> None:
-        """Retracted requests are computed again in the order of their coming, before this small one, whose answer tells
-        that they have been."""
+        """Sends a one-token request and waits for as long again as the swap took.
+
+        SGLang recomputes retracted requests in the order of arrival, so the reply means that they have been recomputed.
+        """
         asked_s = time.monotonic()
-        with suppress(EngineError):  # of an engine that is down, or so slow that it has had long enough
+        with suppress(EngineError):  # the engine is down, or so slow that it has had enough time
             await self.calls.call("/generate", msgspec.Raw, ONE_TOKEN, RECOMPUTE_TIMEOUT_S)
             await asyncio.sleep(swapped.pause_s + swapped.confirm_s + time.monotonic() - asked_s)
 
     async def _abort(self, rids: list[str]) -> None:
-        """Ends the requests in the engine; it would notice the closed connection by itself, seconds later."""
+        """Ends the requests in the engine, which would notice the closed connection only seconds later."""
         aborts = (self.calls.send("POST", "/abort_request", {"rid": rid}, ABORT_TIMEOUT_S) for rid in rids)
         await asyncio.gather(*aborts, return_exceptions=True)

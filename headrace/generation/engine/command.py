@@ -1,7 +1,6 @@
 """The command line and the environment of an SGLang server.
 
-On a CPU the server is the real SGLang too, through `headrace.generation.engine.cpu.launch_server`; on CUDA it is the
-plain one.
+On CUDA the server is started directly, on a CPU through `headrace.generation.engine.cpu.launch_server`.
 """
 
 import os
@@ -17,7 +16,7 @@ from headrace.common.process.child_process import untrusted_code_environment
 HOST = "127.0.0.1"
 CPU_MEMORY_FRACTION = 0.3
 IMPORT_ROOT = Path(headrace.__file__).parents[1]
-"""The folder that this process imports headrace from: a checkout, or an environment's site-packages."""
+"""The folder from which this process imports headrace: a checkout, or an environment's site-packages."""
 
 
 def launch_command(
@@ -29,19 +28,20 @@ def launch_command(
     args = ["--model-path", str(model_path), "--host", HOST, "--port", str(port), "--log-level", "warning"]
     if on_cpu:
         module = "headrace.generation.engine.cpu.launch_server"
-        args += ["--device", "cpu", "--skip-server-warmup", "--sleep-on-idle"]  # idle, it would spin on a core
-        # What a prefix cache saves is less than its bookkeeping costs; and four decode steps between two looks for
-        # prefills make these fewer and larger: together about 1.4 times the tokens per second.
+        args += ["--device", "cpu", "--skip-server-warmup", "--sleep-on-idle"]  # else it spins on a core when idle
+        # A prefix cache costs more bookkeeping than it saves here, and four decode steps between two checks for
+        # prefills make the prefills fewer and larger: together about 1.4 times the tokens per second.
         args += ["--disable-radix-cache", "--num-continuous-decode-steps", "4"]
         max_total_tokens = max_total_tokens or CPU_MAX_TOTAL_TOKENS
         memory_fraction = memory_fraction or CPU_MEMORY_FRACTION
     else:
-        # SGLang's own limit for CUDA graphs is 32 to 512 requests, by the GPU's memory; larger batches decode without.
+        # SGLang's default limit for CUDA graphs is 32 to 512 requests, depending on the GPU's memory; larger batches
+        # would decode without graphs.
         args += ["--cuda-graph-max-bs-decode", str(settings.max_running_requests)]
         args += ["--tp-size", str(settings.tp_size)]
     if settings.swap_mode == "in_place":
-        # With the overlap schedule one token per request would be told of the wrong version; a radix cache would hand
-        # KV of earlier weights to later requests, and cannot be flushed while others are in flight.
+        # With the overlap schedule one token per request would get the wrong version. A radix cache would give later
+        # requests KV of earlier weights, and cannot be flushed while requests are in flight.
         args += ["--disable-overlap-schedule", "--disable-radix-cache"]
     args += ["--dtype", dtype, "--max-running-requests", str(settings.max_running_requests)]
     if dtype == "bfloat16":
@@ -58,8 +58,11 @@ def launch_command(
 
 
 def launch_environment(settings: EngineConfig) -> dict[str, str]:
-    """Ours without the run's secrets, with log-probabilities of what is sampled from, after the temperature; on a CPU
-    with what makes SGLang use it, whatever GPU is there, by few threads that do not spin beside the learner's."""
+    """The environment of this process without the run's secrets, and SGLang's variables.
+
+    Log-probabilities are those of the sampling distribution, after the temperature. On a CPU, SGLang uses the CPU even
+    if there is a GPU, with few threads that do not spin beside the learner's.
+    """
     environment = untrusted_code_environment() | {"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"}
     if resolve_device(settings.device) == "cpu":
         search_path = [str(IMPORT_ROOT), str(CPU_PACKAGES), *filter(None, [environment.get("PYTHONPATH")])]

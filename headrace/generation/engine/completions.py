@@ -1,5 +1,7 @@
-"""What SGLang is asked for a ticket and what it answers, turned into completions that have been checked: every token
-has a finite behaviour log-probability and belongs to one version span, as the engine itself reported. Pure.
+"""Builds SGLang's request for a ticket, and checks and converts its reply. Pure.
+
+In a checked completion every token has a finite behaviour log-probability and belongs to one version span, as reported
+by the engine.
 """
 
 import math
@@ -15,11 +17,11 @@ from headrace.common.wire import MAX_TOKEN, FinishReason, Ticket, VersionSpan
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled continuation of a ticket's prompt; the stop token, if any, is its last token."""
+    """One sampled continuation of a ticket's prompt; its last token is the stop token, if there is one."""
 
     tokens: list[int]
     behaviour_logprobs: np.ndarray
-    """float32 `(len(tokens),)`, at the sampling temperature."""
+    """float32 of shape `(len(tokens),)`, at the sampling temperature."""
     version_spans: list[VersionSpan]
     finish_reason: FinishReason
     text: str
@@ -43,7 +45,7 @@ class Meta(msgspec.Struct):
 
 
 class Sample(msgspec.Struct):
-    """One entry of the reply of `/generate`; a number that is not finite arrives as null."""
+    """One entry of the reply to `/generate`; SGLang sends a number that is not finite as null."""
 
     text: str
     output_ids: list[Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKEN)]]
@@ -51,7 +53,8 @@ class Sample(msgspec.Struct):
 
 
 def generate_body(ticket: Ticket, rids: list[str]) -> dict[str, Any]:
-    """The prompt once per completion rather than `n`: with `n` SGLang replaces our ids, and it is slower."""
+    """The body for `/generate`. It repeats the prompt for each completion: with `n`, SGLang replaces the request ids
+    and is slower."""
     return {
         "input_ids": [ticket.prompt_tokens] * len(rids),
         "rid": rids,
@@ -68,15 +71,18 @@ def generate_body(ticket: Ticket, rids: list[str]) -> dict[str, Any]:
 
 
 def _pattern(text: str) -> str:
-    """SGLang's `stop` would look at as many tokens as it makes of the text itself, and pass over one that is spelled in
-    smaller ones; and it cuts the completion's text at the first place where the text that stopped it stands. For a
-    pattern it looks at a token for each character, and cuts where the pattern stands, which this one does nowhere.
+    """A regular expression for SGLang's `stop_regex` that matches the stop text.
+
+    SGLang's `stop` is not used for two reasons. It compares only as many last tokens as the text itself encodes to, so
+    it misses a text that was sampled in smaller tokens; and it cuts the completion's text at the first occurrence of
+    the stop text. For a regular expression it compares one token per character, and it cuts only at the expression's
+    source text, `(?:…)`, which a completion does not contain.
     """
     return f"(?:{re.escape(text)})"
 
 
 def to_completion(sample: Sample) -> Completion:
-    """Raises `ValueError` saying what is wrong with the sample."""
+    """Converts a sample; raises `ValueError` with the reason if it is invalid."""
     problem = _problem(sample)
     if problem:
         raise ValueError(problem)
@@ -109,7 +115,7 @@ def _problem(sample: Sample) -> str:
 
 
 def to_version(label: str) -> int:
-    """SGLang's versions are free text; ours are numbers."""
+    """The number of a version label. SGLang allows any text; Headrace uses numbers."""
     if not label.isdecimal():
         raise ValueError(f"weight version {label!r} is not a number")
     return int(label)

@@ -1,8 +1,8 @@
-"""How long an engine is given for a ticket's completions.
+"""Deadlines for an engine's completions of a ticket.
 
-A deadline is about progress, not about a speed that nobody knows: it begins anew whenever the engine answers any
-ticket, for a request may have to wait for others to end before it is begun; it grows with the tokens that a completion
-may have; and however busy the engine is, a request that it has lost is found.
+A deadline measures progress, because the engine's speed is not known. It starts again whenever the engine answers any
+ticket, because a request may have to wait for others to end before it starts. It grows with the maximum number of new
+tokens. It has an upper limit, so that a request that the engine has lost is detected however busy the engine is.
 """
 
 import asyncio
@@ -11,9 +11,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 TOKENS_PER_TIMEOUT = 4096
-"""Completions that may be longer are given more time, in proportion."""
+"""Requests for more new tokens get proportionally more time."""
 MAX_ALLOWANCES = 4
-"""After so many a request is given up, whatever else is answered."""
+"""A request fails after this many allowances, even if other tickets are answered."""
 
 
 @dataclass(eq=False)
@@ -24,7 +24,7 @@ class _Deadline:
 
 
 class CompletionDeadlines:
-    """Of the tickets in one engine. `timeout_s` is what one of at most `TOKENS_PER_TIMEOUT` new tokens is given."""
+    """Deadlines of one engine's tickets. `timeout_s` is the allowance for up to `TOKENS_PER_TIMEOUT` new tokens."""
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
@@ -35,8 +35,7 @@ class CompletionDeadlines:
 
     @contextlib.asynccontextmanager
     async def enforce(self, max_new_tokens: int) -> AsyncIterator[None]:
-        """Raises `TimeoutError` when the block has taken too long; its end in any other way than by an error is an
-        answer."""
+        """Raises `TimeoutError` when the block takes too long. An end without an error counts as an answer."""
         loop, allowance_s = asyncio.get_running_loop(), self.allowance_s(max_new_tokens)
         async with asyncio.timeout(allowance_s) as timeout:
             deadline = _Deadline(timeout, allowance_s, loop.time() + MAX_ALLOWANCES * allowance_s)

@@ -1,7 +1,7 @@
-"""HTTP calls to one SGLang server: each has a deadline, and ends in a reply of its type or an `EngineError`.
+"""HTTP calls to one SGLang server: each has a deadline, and returns a typed reply or raises `EngineError`.
 
-Nothing is retried but a GET that went into a connection as the server closed it. Remembers when the engine last gave a
-sign of life.
+Nothing is retried, except a GET on a connection that the server was closing. The time of the engine's last sign of
+life is kept.
 """
 
 import math
@@ -16,24 +16,24 @@ CONTROL_TIMEOUT_S = 30.0
 KEEPALIVE_EXPIRY_S = 2.0
 """Below SGLang's own 5 s, so that a request never goes into a connection that the server is closing."""
 SIGNS_OF_LIFE = ("/generate", "/update_weights_from_disk", "/health", "/weights_checker", "/server_info")
-"""What SGLang cannot answer without its scheduler; the other calls its HTTP process answers alone."""
+"""Paths that SGLang answers only if its scheduler is alive; its HTTP process answers the others alone."""
 
 Reply = TypeVar("Reply")
 
 
 class EngineError(RuntimeError):
-    """The engine failed, could not be reached, or answered something that cannot be used."""
+    """The engine failed, could not be reached, or sent an unusable reply."""
 
 
 class EngineCalls:
-    """To the server at `url`."""
+    """Calls the server at `url`."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.heard_at = -math.inf
         """`time.monotonic()` of the last sign of life."""
         self._http: aiohttp.ClientSession | None = None
-        """From the first call on: it belongs to an event loop."""
+        """Created at the first call, because it belongs to an event loop."""
 
     async def aclose(self) -> None:
         if self._http is not None:
@@ -42,12 +42,12 @@ class EngineCalls:
     async def call(
         self, path: str, reply_type: type[Reply], body: Any = None, timeout_s: float | None = CONTROL_TIMEOUT_S
     ) -> Reply:
-        """POSTs `body`, or GETs without one, and decodes the reply."""
+        """Sends a POST with `body`, or a GET without one, and decodes the reply."""
         content = await self.send("GET" if body is None else "POST", path, body, timeout_s)
         try:
             return msgspec.json.decode(content, type=reply_type)
         except (msgspec.DecodeError, msgspec.ValidationError) as error:
-            raise EngineError(f"{path} answered what cannot be decoded ({error}): {content[:200]!r}") from error
+            raise EngineError(f"the reply to {path} cannot be decoded ({error}): {content[:200]!r}") from error
 
     async def send(self, method: str, path: str, body: Any, timeout_s: float | None) -> bytes:
         if self._http is None:

@@ -1,8 +1,7 @@
 """Owns one SGLang server as a child process: starts it on a free port, waits until it is healthy, stops it.
 
-`start` returns with a server that answers, or raises with the last lines of its log. `stop` and `kill` leave no
-process behind, SGLang's own children included, within seconds. If this process dies, even of SIGKILL, the server dies
-with it.
+`start` returns when the server answers, or raises an error with the last lines of its log. `stop` and `kill` end the
+server and all its child processes within seconds. If this process dies, even by SIGKILL, the server dies with it.
 """
 
 import asyncio
@@ -30,7 +29,7 @@ from headrace.generation.engine.shared_gpu import settings_beside_learner
 POLL_S = 0.05
 HEALTH_TIMEOUT_S = 30.0
 STOP_GRACE_S = 1.0
-"""Before the SIGKILL: a server holds nothing that is worth a longer wait."""
+"""Time between SIGTERM and SIGKILL. It is short because a server has no state to save."""
 KILL_DEADLINE_S = 5.0
 LOG_TAIL_LINES = 30
 LOG_TAIL_BYTES = 1 << 16
@@ -38,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 
 class EngineServer:
-    """One SGLang server; it may be started again after its end, on another model folder, at the same address."""
+    """One SGLang server. After it has ended it may be started again, on another model folder, at the same address."""
 
     def __init__(
         self,
@@ -48,7 +47,7 @@ class EngineServer:
         learner_fraction: float | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        """`learner_fraction`: the learner's share of the GPU's memory, if the engine has only what that leaves."""
+        """`learner_fraction`: the learner's share of the GPU's memory, if engine and learner share a GPU."""
         self.settings = settings
         self.trust_remote_code = trust_remote_code
         self.dtype = dtype
@@ -73,9 +72,9 @@ class EngineServer:
         return self._process is not None and self._process.poll() is None
 
     async def start(self, model_path: str | Path, weight_version: int | None) -> None:
-        """Starts the server and waits until `/health` answers; raises `EngineError` with the log's end otherwise.
+        """Starts the server and waits until `/health` answers; else raises `EngineError` with the end of the log.
 
-        To be called on a thread that lives as long as the server: the kernel ends the child with that thread.
+        Call it on a thread that lives as long as the server: the kernel ends the child with that thread.
         """
         assert not self.is_alive, "the server already runs"
         check_engine_installed()
@@ -85,7 +84,7 @@ class EngineServer:
         command = launch_command(settings, self.dtype, model_path, weight_version, self.port)
         command += ["--trust-remote-code"] * self.trust_remote_code
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = tempfile.mkdtemp(prefix="headrace-engine-")  # its sockets, which it leaves behind
+        self._temporary = tempfile.mkdtemp(prefix="headrace-engine-")  # for its sockets, which it does not delete
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 command,
@@ -93,7 +92,7 @@ class EngineServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # a Ctrl-C in our terminal is ours; and the group is killed as one
+                start_new_session=True,  # a Ctrl-C does not reach it, and the process group can be killed as one
                 preexec_fn=set_parent_death_signal(),
             )
         try:
@@ -103,7 +102,7 @@ class EngineServer:
             raise
 
     async def stop(self) -> None:
-        """SIGTERM, and SIGKILL after a grace; returns when the server and all processes of its group are gone."""
+        """Sends SIGTERM, and SIGKILL after `STOP_GRACE_S`; returns when all processes of the group have ended."""
         if self._process is None:
             return
         _signal_group(self._process.pid, signal.SIGTERM)
@@ -113,18 +112,18 @@ class EngineServer:
             await self.kill()
 
     async def kill(self) -> None:
-        """SIGKILL for the whole group at once, also where its processes hang or are stopped."""
+        """Sends SIGKILL to the whole process group; this also ends processes that hang or are stopped."""
         if self._process is None:
             return
         group = self._process.pid
         _signal_group(group, signal.SIGKILL)
         if not await _until(lambda: self.returncode is not None and not _signal_group(group, 0), KILL_DEADLINE_S):
-            _log.error("processes of SGLang's group %d are still there %g s after SIGKILL", group, KILL_DEADLINE_S)
+            _log.error("processes of SGLang's process group %d exist %g s after SIGKILL", group, KILL_DEADLINE_S)
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
     def busy_s(self) -> float | None:
-        """Processor time that the server's processes have used so far; None on a GPU, where an idle SGLang spins."""
+        """CPU seconds used by the server's processes so far; None on a GPU, where an idle SGLang spins."""
         if self._process is None or not self._is_on_cpu:
             return None
         return sum(_cpu_s(stat, self._process.pid) for stat in Path("/proc").glob("[0-9]*/stat"))
@@ -134,13 +133,13 @@ class EngineServer:
         async with httpx.AsyncClient(trust_env=False) as http:
             while (left_s := deadline_s - time.monotonic()) > 0:
                 if not self.is_alive:
-                    raise EngineError(f"SGLang exited with {self.returncode} at its start; {self._log_tail()}")
+                    raise EngineError(f"SGLang exited with {self.returncode} during its start; {self._log_tail()}")
                 try:
                     timeout_s = min(left_s, HEALTH_TIMEOUT_S)
                     if (await http.get(f"{self.url}/health", timeout=timeout_s)).status_code == httpx.codes.OK:
                         return
                 except httpx.TransportError:
-                    pass  # it does not listen yet
+                    pass  # the server does not listen yet
                 await asyncio.sleep(POLL_S)
         raise EngineError(f"SGLang not healthy within {self.settings.startup_timeout_s:g} s; {self._log_tail()}")
 
@@ -152,7 +151,7 @@ class EngineServer:
 
 
 def _signal_group(group: int, signal_number: int) -> bool:
-    """Whether the process group still exists; signal 0 only asks."""
+    """Sends the signal and returns whether the process group exists; signal 0 only tests that."""
     try:
         os.killpg(group, signal_number)
     except ProcessLookupError:
@@ -161,10 +160,10 @@ def _signal_group(group: int, signal_number: int) -> bool:
 
 
 def _cpu_s(stat: Path, group: int) -> float:
-    """Processor time of the process if it belongs to the process group (`man 5 proc_pid_stat`)."""
+    """CPU seconds of the process if it belongs to the process group, else 0 (`man 5 proc_pid_stat`)."""
     try:
         fields = stat.read_text().rpartition(")")[2].split()
-    except OSError:  # it has ended
+    except OSError:  # the process has ended
         return 0.0
     is_member = int(fields[2]) == group
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if is_member else 0.0

@@ -1,8 +1,8 @@
-"""What an engine is told of a GPU whose memory it shares with the learner.
+"""Memory settings of an engine that shares a GPU with the learner.
 
-SGLang's fraction for weights and KV cache is of what is free when the engine starts (sglang 0.5.23,
-srt/mem_cache/kv_cache_configurator.py, `_profile_available_bytes`), and the learner may hold none of its share by then
-or all of it: so the fraction is reckoned at each start, from the bytes that are the engine's in any case.
+SGLang's fraction for weights and KV cache refers to the memory that is free when the engine starts (sglang 0.5.23,
+srt/mem_cache/kv_cache_configurator.py, `_profile_available_bytes`). By then the learner may have allocated none of its
+share, or all of it. So the fraction is computed at each start from the engine's fixed number of bytes.
 """
 
 from headrace.common.config import EngineConfig
@@ -14,7 +14,7 @@ MIB = 1 << 20
 
 
 def settings_beside_learner(settings: EngineConfig, learner_fraction: float) -> EngineConfig:
-    """The settings of an engine that starts now. Raises `EngineError` if the GPU has less free than is the engine's."""
+    """Settings for an engine that starts now. Raises `EngineError` if less than the engine's share is free."""
     gpus = visible_gpus()
     if len(gpus) != 1 or not gpus[0].total_bytes:
         raise EngineError(f"expected one GPU whose memory nvidia-smi tells, to share with the learner, found {gpus}")
@@ -23,7 +23,7 @@ def settings_beside_learner(settings: EngineConfig, learner_fraction: float) -> 
     if not 0 < wanted < gpu.free_bytes:
         raise EngineError(
             f"GPU {gpu.name} has {gpu.free_bytes // MIB} of {gpu.total_bytes // MIB} MiB free, and the engine's share "
-            f"beside learner.memory_fraction {learner_fraction} is {wanted // MIB} MiB: another process has taken of it"
+            f"beside learner.memory_fraction {learner_fraction} is {wanted // MIB} MiB: another process uses part of it"
         )
     fraction = round(wanted / gpu.free_bytes, 4)
     prefill = ["--chunked-prefill-size", str(SHARED_PREFILL_TOKENS)]

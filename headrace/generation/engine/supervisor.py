@@ -1,12 +1,12 @@
-"""Keeps a replica's engine answering: starts it, notices that it has died or hangs, starts it again.
+"""Supervises a replica's engine: starts it, detects that it has died or hangs, and restarts it.
 
-A sign of life is whatever SGLang cannot answer without its scheduler: completions, loaded weights, or the token of a
-probe, which is sent when nothing else has been heard for a while. An engine of our own that gives none for
-`liveness_timeout_s` is killed, all its processes at once, and started on the verified weights. Of somebody else's the
-replica says so, and waits until it answers. An engine on a CPU that is busy computing is given `busy_timeout_s`;
-others do not show it, and are left alone while they load or hash weights, which has its own deadline. Whoever has a
-request in an engine that dies or falls silent gets `EngineDown`, before anything is killed: it was not the request's
-fault.
+A sign of life is any reply that SGLang cannot give without its scheduler: completions, loaded weights, or the token of
+a probe. A probe is sent after a time without other signs. If an engine that the replica owns gives no sign for
+`liveness_timeout_s`, all its processes are killed and it is started on the verified weights. If an external engine
+gives none, the replica reports it and waits until the engine answers. An engine on a CPU that is computing gets
+`busy_timeout_s`. Others do not show whether they compute; they are not probed while they load or hash weights, which
+has its own deadline. Requests in an engine that dies or falls silent end with `EngineDown` before anything is killed,
+because the requests are not at fault.
 """
 
 import asyncio
@@ -21,22 +21,23 @@ from headrace.generation.engine.completions import Completion
 from headrace.generation.engine.server import POLL_S, EngineServer
 
 START_PAUSES_S = (2.0, 10.0)
-"""Before the second start and the third, after which the replica gives up."""
+"""Pauses before the second and the third start; after a third failure the replica gives up."""
 PROBE_AFTER = 0.25
-"""Share of the silence timeout without a sign of life after which the engine is asked for one."""
+"""A probe is sent after this share of the liveness timeout without a sign of life."""
 MIN_PROBE_S = 5.0
 PROBE_PAUSE_S = 1.0
 BUSY_SHARE = 0.2
-"""Of one core, over a probe: less is no long prefill."""
+"""An engine is busy if it uses at least this share of one core during a probe; a long prefill uses more."""
 _log = logging.getLogger(__name__)
 
 
 class EngineDown(RuntimeError):
-    """The engine died, fell silent, was started again, or swapped to weights that it may not hold, under a request."""
+    """During a request the engine died, fell silent, was restarted, or failed to confirm a swap."""
 
 
 class EngineSupervisor:
-    """`serving` is set while the engine may be used; `problem` says why it may not, if it is more than its start."""
+    """Supervises one engine. `serving` is set while the engine may be used; `problem` says why it may not, and is empty
+    during a normal start."""
 
     def __init__(
         self,
@@ -49,12 +50,12 @@ class EngineSupervisor:
     ) -> None:
         self.engine = engine
         self.server = server
-        """None: the engine is somebody else's."""
+        """None for an external engine."""
         self.liveness_timeout_s = liveness_timeout_s
         self.serving = asyncio.Event()
         self.problem = ""
         self.incarnation = 0
-        """Counts the engine's starts, and the ends of somebody else's silences."""
+        """Counts the engine's starts; for an external engine, how often it began to answer."""
         self._start_weights = start_weights
         self._busy_timeout_s = busy_timeout_s
         self._incarnation_began_at = time.monotonic()
@@ -70,11 +71,11 @@ class EngineSupervisor:
 
     @property
     def is_overdue(self) -> bool:
-        """It has been silent for so long that it should have answered a probe."""
+        """Whether the engine has been silent for so long that it should have answered a probe."""
         return self.serving.is_set() and not self.engine.is_loading and self.silent_s > self.liveness_timeout_s / 2
 
     async def run(self) -> None:
-        """Until cancelled. Raises the last `EngineError`, with the end of the log, if the engine cannot be started."""
+        """Runs until cancelled. Raises the last `EngineError`, with the end of the log, if no start succeeds."""
         while True:
             if self.server is not None:
                 await self._start(self.server)
@@ -90,7 +91,7 @@ class EngineSupervisor:
                 await self._wait_until_responsive()
 
     async def generate(self, ticket: Ticket) -> list[Completion]:
-        """As `Engine.generate`; an `EngineError` is the ticket's, `EngineDown` is not."""
+        """As `Engine.generate`. An `EngineError` counts against the ticket, `EngineDown` does not."""
         if not self.serving.is_set():
             raise EngineDown(self.problem or "the engine is starting")
         task, incarnation = asyncio.current_task(), self.incarnation
@@ -113,8 +114,10 @@ class EngineSupervisor:
             self._requests.discard(request)
 
     async def is_responsive(self, incarnation: int) -> bool:
-        """Whether the engine of this life gives a sign of life before the next failed probe; one is sent at once, or
-        when weights are loaded."""
+        """Whether the engine gives a sign of life before the next failed probe, and is still in this incarnation.
+
+        The probe is sent at once, or when weights are loaded.
+        """
         asked_at, num_failed = time.monotonic(), self._num_failed_probes
         self._is_probe_requested = True
         while self.incarnation == incarnation and self.serving.is_set() and self._num_failed_probes == num_failed:
@@ -124,7 +127,7 @@ class EngineSupervisor:
         return False
 
     def request_restart(self, incarnation: int, reason: str) -> None:
-        """In this life of it the engine may hold any weights: one of our own is started again, on the verified ones."""
+        """Restarts an engine that the replica owns on the verified weights, if it is still in this incarnation."""
         if self.server is not None and self.incarnation == incarnation:
             self._restart_reason = reason
             self.serving.clear()
@@ -132,13 +135,13 @@ class EngineSupervisor:
     async def _start(self, server: EngineServer) -> None:
         for pause_s in (*START_PAUSES_S, None):
             try:
-                _log.info("the engine is started")
+                _log.info("starting the engine")
                 await server.start(*self._start_weights())
                 return
             except (EngineError, OSError) as error:
                 if pause_s is None:
                     raise
-                _log.error("the engine does not start, trying again in %g s: %s", pause_s, error)
+                _log.error("the engine does not start; trying again in %g s: %s", pause_s, error)
                 self.problem = f"the engine does not start: {str(error).splitlines()[0]}"
                 await asyncio.sleep(pause_s)
 
@@ -155,7 +158,7 @@ class EngineSupervisor:
         _log.info("the engine serves")
 
     async def _wait_for_problem(self) -> str:
-        """What is wrong with the engine, once something is."""
+        """Returns a description of the problem as soon as the engine has one."""
         while True:
             await asyncio.sleep(POLL_S)
             if self.server is not None and not self.server.is_alive:
@@ -170,7 +173,7 @@ class EngineSupervisor:
                 return f"the engine has not answered for {self.silent_s:.0f} s: {what_next}"
 
     async def _is_silent(self) -> bool:
-        """Probes; whether there has been no sign of life for too long, and no excuse for it."""
+        """Sends a probe; returns whether the engine has been silent for too long and is not busy loading."""
         began_at, busy_s = time.monotonic(), self._busy_s()
         probe_s = min(max(self.liveness_timeout_s - self.silent_s, MIN_PROBE_S), self.liveness_timeout_s)
         if await self.engine.health(probe_s):
@@ -178,7 +181,7 @@ class EngineSupervisor:
             return False
         now = time.monotonic()
         if now - began_at > probe_s + MIN_PROBE_S:
-            return False  # it is we who were stopped
+            return False  # this process was stopped meanwhile
         self._num_failed_probes += 1
         self._next_probe_at = now + PROBE_PAUSE_S
         is_busy = (self._busy_s() or 0.0) - (busy_s or 0.0) > BUSY_SHARE * max(now - began_at, 1.0)

@@ -18,34 +18,33 @@ from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
 from headrace.generation.engine.completions import to_version
 from headrace.generation.engine.confirmation import ExpectedWeights, SwapConfirmer
 from headrace.generation.engine.http_calls import CONTROL_TIMEOUT_S, EngineCalls, EngineError
-from headrace.generation.tensors.shapes import Shapes, expected_shapes, safetensors_shapes
+from headrace.generation.engine.swap_checks import ServerInfo, SwapMode, check_folder, check_server
+from headrace.generation.tensors.shapes import Shapes, expected_shapes
 
-SwapMode = Literal["retract", "in_place"]
 CANCELLED_CONTINUE_TIMEOUT_S = 2.0
-"""Of a swap that was cancelled: whoever drains has no longer."""
+"""Deadline of `/continue_generation` after a cancelled swap: a drain has no more time."""
 
 
 class UnconfirmedWeights(EngineError):
-    """The engine says that it sampled with a version that it has not been confirmed to hold."""
+    """The engine reports tokens of a version that it has not been confirmed to hold."""
 
 
 @dataclass(frozen=True)
 class SwapTimings:
-    """Where a swap's time went, as the client saw it."""
+    """Durations of a swap's parts in seconds, as measured by the client."""
 
     pause_s: float
-    """From asking the engine to pause until it had continued: what generation loses."""
+    """From the request to pause until generation has continued: the time that generation loses."""
     load_s: float
-    """The part of `pause_s` in which the engine read and installed the weights."""
+    """The part of `pause_s` in which the engine reads and installs the weights."""
     confirm_s: float
-    """After the pause: the engine's label and its checksums against the file's."""
+    """After the pause: comparing the engine's label and checksums with the file's."""
     total_s: float
 
 
@@ -59,21 +58,14 @@ class _ModelInfo(msgspec.Struct):
     weight_version: str
 
 
-class _ServerInfo(msgspec.Struct):
-    device: str
-    tp_size: int
-    disable_overlap_schedule: bool
-    disable_radix_cache: bool
-
-
 class WeightSwapper:
-    """Of one engine. `timeout_s` is the deadline of the engine's loading of new weights."""
+    """Swaps the weights of one engine. `timeout_s` is the deadline for loading new weights."""
 
     def __init__(self, calls: EngineCalls, mode: SwapMode, timeout_s: float) -> None:
         self.num_failed_swaps = 0
-        """How often a swap failed after the pause."""
+        """Number of swaps that failed after the pause."""
         self.has_unverified_weights = False
-        """One has, and none was confirmed since: the engine may hold other weights than it says."""
+        """True after such a failure until a swap is confirmed: the engine may hold other weights than it reports."""
         self._is_loading = False
         self._calls = calls
         self._mode = mode
@@ -85,19 +77,22 @@ class WeightSwapper:
 
     @property
     def is_loading(self) -> bool:
-        """It reads and installs weights, or hashes what it holds, and can be asked for no other sign of life."""
+        """Whether the engine reads, installs or hashes weights; it answers no probes meanwhile."""
         return self._is_loading or self._confirmer.is_hashing
 
     async def swap(self, folder: Path, version: int) -> SwapTimings:
         """Loads the safetensors in `folder` as weight `version`.
 
-        The folder is held against the checkpoint that the engine runs before anything is paused.
+        Before the pause, the folder's tensors are compared with those of the checkpoint that the engine runs.
         """
         async with self._swapping:
             started_s = time.monotonic()
             started_on = Path((await self._calls.call("/model_info", _ModelInfo)).model_path)
-            self._check_folder(folder, started_on)
-            server = await self._suitable_server()
+            if self._expected_shapes is None:
+                self._expected_shapes = expected_shapes(started_on)
+            check_folder(folder, self._expected_shapes)
+            server = await self._calls.call("/server_info", ServerInfo)
+            check_server(self._calls.url, server, self._mode)
             expected = await self._confirmer.expect(folder, version, started_on, server.device, server.tp_size)
             self._unconfirmed.add(version)
             pausing_s = time.monotonic()
@@ -122,7 +117,7 @@ class WeightSwapper:
             )
 
     def mark_restarted(self) -> None:
-        """The engine has been started again, on verified weights."""
+        """To be called after the engine has been restarted on verified weights."""
         self.has_unverified_weights = False
 
     def _mark_failed(self) -> None:
@@ -130,9 +125,9 @@ class WeightSwapper:
         self.has_unverified_weights = True
 
     async def wait_until_confirmed(self, versions: Collection[int], num_failed_before: int) -> None:
-        """Waits while one of the versions is being confirmed; raises `UnconfirmedWeights` if that has failed.
+        """Waits while one of the versions is being confirmed; raises `UnconfirmedWeights` if the confirmation fails.
 
-        `num_failed_before` is `num_failed_swaps` from when the request began.
+        `num_failed_before` is the value of `num_failed_swaps` when the request began.
         """
         if not self._unconfirmed.isdisjoint(versions):
             async with self._swapping:
@@ -142,7 +137,7 @@ class WeightSwapper:
             raise UnconfirmedWeights(f"a swap to {unconfirmed or 'one of its versions'} has not been confirmed")
 
     async def served_version(self) -> int | None:
-        """The version that the engine says it serves; None if it was started without one."""
+        """The version that the engine reports; None if it was started without one."""
         label = (await self._calls.call("/model_info", _ModelInfo)).weight_version
         try:
             return None if label == "default" else to_version(label)
@@ -151,8 +146,10 @@ class WeightSwapper:
 
     @asynccontextmanager
     async def _paused(self) -> AsyncIterator[None]:
-        """Generation stands still inside; requests in flight lose at most their KV cache. What fails inside, or in
-        continuing, refutes what is in flight before anything of it goes on."""
+        """Pauses generation for the block; requests in flight lose at most their KV cache.
+
+        A failure in the block or in continuing marks the swap as failed before any request in flight continues.
+        """
         is_paused = False
         try:
             await self._calls.call("/pause_generation", msgspec.Raw, {"mode": self._mode})
@@ -163,13 +160,13 @@ class WeightSwapper:
             if is_paused:
                 self._mark_failed()
             is_cancelled = isinstance(error, asyncio.CancelledError)
-            with suppress(EngineError):  # which would take the place of the first
+            with suppress(EngineError):  # it would replace the first error
                 await self._continue(CANCELLED_CONTINUE_TIMEOUT_S if is_cancelled else CONTROL_TIMEOUT_S)
             raise
 
     async def _load(self, folder: Path, version: int) -> None:
         path = "/update_weights_from_disk"
-        # In place the cache cannot be flushed: SGLang would refuse, with the weights changed all the same.
+        # In place the cache cannot be flushed: SGLang would refuse the call, but still change the weights.
         flush_cache = self._mode == "retract"
         update = {"model_path": str(folder), "weight_version": str(version), "flush_cache": flush_cache}
         self._is_loading = True
@@ -190,34 +187,6 @@ class WeightSwapper:
         try:
             await self._confirmer.confirm(expected)
         except EngineError as error:
-            told = f"the engine reports weight version {version} after a swap to {expected.folder}, but"
-            raise EngineError(f"{told} {error}") from error
-
-    async def _suitable_server(self) -> _ServerInfo:
-        """Raises `EngineError` if swaps in this mode would go wrong in the engine as it was started."""
-        server = await self._calls.call("/server_info", _ServerInfo)
-        is_suitable = server.disable_overlap_schedule and server.disable_radix_cache and server.tp_size == 1
-        if self._mode == "in_place" and not is_suitable:
             raise EngineError(
-                "swap_mode in_place needs an engine started with --disable-overlap-schedule, --disable-radix-cache and "
-                f"--tp-size 1; {self._calls.url} has overlap schedule {_on(not server.disable_overlap_schedule)}, "
-                f"radix cache {_on(not server.disable_radix_cache)}, tp_size {server.tp_size}"
-            )
-        return server
-
-    def _check_folder(self, folder: Path, started_on: Path) -> None:
-        """Raises `EngineError` unless the folder has, whole, every tensor the engine was started with."""
-        if self._expected_shapes is None:
-            self._expected_shapes = expected_shapes(started_on)
-        try:
-            shapes = safetensors_shapes(folder)
-        except ValueError as error:
-            raise EngineError(str(error)) from error
-        for name, shape in self._expected_shapes.items():
-            if shapes.get(name) != shape:
-                found = f"shape {shapes[name]}" if name in shapes else "no such tensor"
-                raise EngineError(f"{folder}: {found} for {name}, the engine runs shape {shape}")
-
-
-def _on(is_on: bool) -> str:
-    return "on" if is_on else "off"
+                f"the engine reports weight version {version} after a swap to {expected.folder}, but {error}"
+            ) from error

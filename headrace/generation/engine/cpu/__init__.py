@@ -1,1 +1,1 @@
-"""SGLang on an ordinary CPU: its launcher, and the attention, prefill and sampling that are faster there."""
+"""SGLang on an ordinary CPU: its launcher, and faster attention, prefill and sampling."""

@@ -1,9 +1,9 @@
-"""Attention for SGLang on a CPU, many sequences of a batch at once; SGLang's own loops over them in Python.
+"""Attention for SGLang on a CPU, computed for many sequences of a batch at once; SGLang loops over them in Python.
 
-The same numbers to rounding, and the larger part of a decode step's time saved: sequences are padded to the longest
-and the padding is masked; in a decode step those of about one length go together, so that a few long ones do not make
-all of them long. Installed by SGLang's plugin hooks; what these functions do not cover (encoders, sliding windows, very
-long prefills) goes to the original. Imported in SGLang's processes only.
+The results are equal up to rounding, and most of a decode step's time is saved. Sequences are padded to the longest one
+and the padding is masked. A decode step groups sequences of similar length, so that a few long ones do not make all of
+them long. Installed by SGLang's plugin hooks. Cases that these functions do not cover (encoders, sliding windows, very
+long prefills) go to the original. Imported in SGLang's processes only.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,11 +15,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 BACKEND = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
 MAX_SCORES = 1 << 26
-"""Attention scores that a padded prefill may hold at one time."""
+"""Maximum number of attention scores of a padded prefill; longer prefills go to the original."""
 MIN_LENGTH_SHARE = 0.6
-"""Of the longest sequence beside it, as long as this saves `MIN_SAVED_TOKENS` of padding."""
+"""A sequence shorter than this share of its group's longest one starts a new group if that saves more than
+`MIN_SAVED_TOKENS` of padding."""
 MIN_SAVED_TOKENS = 600
-"""What another round of small operations costs about as much as."""
+"""Tokens of padding that cost about as much as the small operations of one more group."""
 
 
 def decode(
@@ -42,7 +43,8 @@ def decode(
         )
     for part in _length_buckets(seq_lens):
         slots, inside = _slots(req_to_token, req_pool_indices[part], seq_lens[part])
-        # Not named: memory of one part must be free for the next, or the kernel gives new pages each time.
+        # No variable holds the tensors: each part must reuse the freed memory of the last one, or the kernel maps new
+        # pages each time.
         output[part] = _attend(
             query[part, None], _gather(k_cache, slots), _gather(v_cache, slots), inside[:, None, :], options
         )[:, 0]
@@ -64,7 +66,7 @@ def extend(
     encoder_lens: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """A prefill: `query` and `output` are `(N, heads, dim)`, the new tokens of B sequences one after another."""
+    """A prefill: `query` and `output` are `(N, heads, dim)`, the new tokens of B sequences, concatenated."""
     longest = int(extend_seq_lens.max())
     num_scores = len(seq_lens) * longest * int(seq_lens.max()) * query.shape[1]
     is_plain = options.get("causal") and encoder_lens is None and options.get("sliding_window_size") is None
@@ -83,7 +85,7 @@ def extend(
 
 
 def _length_buckets(seq_lens: Tensor) -> Iterator[Tensor]:
-    """Indices of the sequences in parts, the longest first."""
+    """Yields the indices of sequences of similar length, the longest first."""
     order = seq_lens.argsort(descending=True)
     lengths, first = seq_lens[order].tolist(), 0
     for index, length in enumerate(lengths):
@@ -95,13 +97,13 @@ def _length_buckets(seq_lens: Tensor) -> Iterator[Tensor]:
 
 
 def _gather(cache: Tensor, slots: Tensor) -> Tensor:
-    """`(B, longest, kv_heads, dim)`: as `cache[slots]`, by whole rows."""
+    """`cache[slots]` of shape `(B, longest, kv_heads, dim)`, gathered by whole rows."""
     return cache.flatten(1).index_select(0, slots.flatten()).view(*slots.shape, *cache.shape[1:])
 
 
 def _slots(req_to_token: Tensor, req_pool_indices: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the keys of each sequence lie, `(B, longest)`, and which of these are its own; the others repeat its
-    first, so that nothing that was never written is read."""
+    """The cache slots of each sequence, `(B, longest)`, and a mask of those that are its own. The padding repeats the
+    first slot, so that only written memory is read."""
     places = torch.arange(int(seq_lens.max()))
     inside = places < seq_lens[:, None]
     return torch.where(
@@ -110,9 +112,11 @@ def _slots(req_to_token: Tensor, req_pool_indices: Tensor, seq_lens: Tensor) -> 
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, options: dict[str, Any]) -> Tensor:
-    """`query` `(B, Q, heads, dim)`, `key` and `value` `(B, K, kv_heads, dim)`, `visible` `(B, Q, K)`.
+    """Attention of `query` `(B, Q, heads, dim)` to `key` and `value` `(B, K, kv_heads, dim)`, masked by `visible`
+    `(B, Q, K)`.
 
-    Heads that share a key stand where further tokens of the sequence would: no key is repeated for them."""
+    Heads that share a key are treated as further queries of the sequence, so that keys are not repeated for them.
+    """
     sharing = query.shape[2] // key.shape[2]
     rows = query.unflatten(2, (key.shape[2], sharing)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     attended = scaled_dot_product_attention(
@@ -122,8 +126,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, options:
         attn_mask=visible.repeat(1, sharing, 1)[:, None],
         scale=options.get("scaling"),
     )
-    together: Tensor = attended.unflatten(2, (sharing, query.shape[1])).permute(0, 3, 1, 2, 4).flatten(2, 3)
-    return together
+    result: Tensor = attended.unflatten(2, (sharing, query.shape[1])).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    return result
 
 
 HOOKS = {f"{BACKEND}._run_sdpa_forward_decode": decode, f"{BACKEND}._run_sdpa_forward_extend": extend}

@@ -1,10 +1,11 @@
-"""The real SGLang server on an ordinary CPU: `python -m headrace.generation.engine.cpu.launch_server
-<sglang.launch_server args>`.
+"""Starts the real SGLang server on an ordinary CPU.
 
-SGLang's Python code runs on CPU torch, but two things it imports exist only as compiled CUDA or AMX builds.
-This module puts stand-ins for them in place, hooks in what makes it faster on a CPU without changing what it computes
-(`cpu_attention`, `cpu_prefill`, `cpu_sampling`), lets SGLang fork its scheduler and detokenizer instead of spawning
-them, and then runs `sglang.launch_server` unchanged.
+    python -m headrace.generation.engine.cpu.launch_server <sglang.launch_server args>
+
+SGLang's Python code runs on CPU torch, but two of its imports exist only as compiled CUDA or AMX builds. This module
+replaces those, registers hooks that make SGLang faster on a CPU without changing its results (`attention`, `prefill`,
+`sampling`), lets SGLang fork its scheduler and detokenizer instead of spawning them, and then runs
+`sglang.launch_server` unchanged.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def assign_req_to_token_pool_cpu(
 ) -> None:
     """Writes each request's new KV slots into its row: `req_to_token[row, start:end] = next end - start slots`.
 
-    The only kernel of `sgl_kernel` that serving a dense model on a CPU calls (`mem_cache/allocation.py`).
-    `stride` is the length of a row, which the tensor knows itself.
+    It is the only kernel of `sgl_kernel` that is called when SGLang serves a dense model on a CPU
+    (`mem_cache/allocation.py`). `stride` is the length of a row; it is not needed here.
     """
     taken = 0
     rows = zip(req_pool_indices.tolist(), start.tolist(), end.tolist(), strict=True)
@@ -45,7 +46,7 @@ def assign_req_to_token_pool_cpu(
 
 
 def _absent_kernel(name: str) -> Any:
-    """What any other name of `sgl_kernel` stands for: SGLang imports dozens, for features that nobody uses here."""
+    """A function that raises when called. SGLang imports dozens of kernels for features that are not used here."""
     if name.startswith("__"):
         raise AttributeError(name)  # the import machinery probes for `__path__` and the like
 
@@ -56,7 +57,7 @@ def _absent_kernel(name: str) -> Any:
 
 
 def install_sgl_kernel() -> None:
-    """A module `sgl_kernel`: with its CPU engine on, SGLang imports names from it unconditionally."""
+    """Installs a stand-in module `sgl_kernel`: with its CPU engine on, SGLang imports names from it unconditionally."""
     stand_in = ModuleType("sgl_kernel", "Headrace's stand-in for SGLang's compiled kernels on a CPU.")
     stand_in.assign_req_to_token_pool_cpu = assign_req_to_token_pool_cpu  # type: ignore[attr-defined]
     stand_in.__getattr__ = _absent_kernel  # type: ignore[method-assign]
@@ -66,7 +67,7 @@ def install_sgl_kernel() -> None:
 def declare_torchvision_ops() -> None:
     """Declares two operators that PyPI's torchvision, a CUDA build, cannot load beside CPU torch.
 
-    Without them `import torchvision`, which SGLang does, dies with "operator torchvision::nms does not exist".
+    Without them SGLang's `import torchvision` fails with "operator torchvision::nms does not exist".
     """
     import torch.library
 
@@ -78,7 +79,7 @@ def declare_torchvision_ops() -> None:
 
 
 def register_cpu_hooks() -> None:
-    """Registers the hooks around SGLang's functions; its processes apply them when they load plugins."""
+    """Registers the hooks around SGLang's functions; SGLang's processes apply them when they load plugins."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from headrace.generation.engine.cpu import attention as cpu_attention
@@ -90,20 +91,20 @@ def register_cpu_hooks() -> None:
 
 
 class ImportErrorBuffer(logging.Filter):
-    """Keeps to itself which models SGLang cannot import here: a dozen that need compiled kernels, at every start."""
+    """Holds back SGLang's log lines about models that it cannot import here: a dozen need compiled kernels."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
 
     def filter(self, record: logging.LogRecord) -> bool:
-        is_passed = not record.getMessage().startswith("Ignore import error")
-        if not is_passed:
+        is_import_error = record.getMessage().startswith("Ignore import error")
+        if is_import_error:
             self.lines.append(record.getMessage())
-        return is_passed
+        return not is_import_error
 
     def print_lines(self, *_args: object, **_kwargs: object) -> None:
-        """Where the model that is asked for is none that could be imported."""
+        """Called when the requested model is not among the imported ones."""
         print(*self.lines, sep="\n", file=sys.stderr, flush=True)
 
 
@@ -117,10 +118,10 @@ def buffer_import_errors() -> None:
 
 
 def fork_children() -> None:
-    """Has the scheduler and the detokenizer forked from the server, which has imported all that they need.
+    """Makes SGLang fork the scheduler and the detokenizer from the server, which has done all their imports.
 
-    SGLang spawns them, as CUDA asks for, and each spends 12 s of a core on the same imports again. When they start,
-    the server has one thread and has computed nothing: no lock is held and no thread pool is lost.
+    SGLang spawns them, as CUDA requires, and each spends 12 s of one core on the same imports. Forking is safe: at that
+    time the server has one thread and has computed nothing, so no lock is held and no thread pool is lost.
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -128,7 +129,7 @@ def fork_children() -> None:
         multiprocessing.set_start_method("fork", force=True)
 
     HookRegistry.register("sglang.srt.entrypoints.engine._set_envs_and_config", choose_fork, HookType.AFTER)
-    os.register_at_fork(after_in_child=set_parent_death_signal())  # SGLang asks for it too, but a moment later
+    os.register_at_fork(after_in_child=set_parent_death_signal())  # SGLang does so too, but a moment later
 
 
 if __name__ == "__main__":

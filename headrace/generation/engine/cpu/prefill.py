@@ -1,12 +1,12 @@
-"""Prefills of SGLang on a CPU that compute what completions have in common once: a group's prompt, a chat template.
+"""Prefills of SGLang on a CPU that compute common prefixes once: a group's prompt, a chat template.
 
-What a token becomes depends on it and on what stands before it alone. So of the tokens of a batch that are the same
-after the same ones, one goes through embeddings, projections and MLPs; attention runs on all of them, so that every
-sequence has keys and values of its own, and nothing of SGLang's memory is shared. A prefix cache would hardly find
-these: completions of a group arrive together, and every version of the weights empties it.
+The hidden state of a token depends only on the token and those before it. So of all tokens of a batch that are equal
+after equal prefixes, only one goes through embeddings, projections and MLPs. Attention runs on all of them: every
+sequence has its own keys and values, and SGLang's memory layout is unchanged. A prefix cache would rarely help, because
+the completions of a group arrive together and every new weight version empties it.
 
-Installed by SGLang's plugin hooks; what is more than a plain prefill of text (LoRA, images, states beside keys and
-values, …) is computed as SGLang does. Imported in SGLang's processes only.
+Installed by SGLang's plugin hooks. Anything beyond a plain prefill of text (LoRA, images, states beside keys and
+values, …) is left to SGLang. Imported in SGLang's processes only.
 """
 
 import dataclasses
@@ -20,19 +20,19 @@ from torch import Tensor
 from headrace.generation.engine.cpu.attention import BACKEND
 
 MAX_SHARE = 0.9
-"""Of the tokens that are computed: above it, too little is saved."""
+"""If more than this share of the tokens must be computed, the prefill is left to SGLang."""
 UNSUPPORTED_FIELDS = (
     *("input_embeds", "replace_embeds", "token_type_ids", "mrope_positions", "encoder_lens", "spec_info"),
     *("mamba_track_indices", "ngram_embedding_info", "engram_history", "global_num_tokens_cpu"),
 )
-"""Fields of a batch that say nothing in a plain prefill of text."""
+"""Fields of a batch that are None in a plain prefill of text."""
 
 
 class AttentionBatch(NamedTuple):
-    """All that attention reads of a batch; its fields are SGLang's."""
+    """The fields of SGLang's batch that attention reads, under SGLang's names."""
 
     out_cache_loc: Tensor
-    """`(N,)`: where keys and values of all tokens go."""
+    """`(N,)`: the cache slots for the keys and values of all tokens."""
     req_pool_indices: Tensor
     seq_lens: Tensor
     extend_prefix_lens: Tensor
@@ -41,24 +41,25 @@ class AttentionBatch(NamedTuple):
 
 
 class DeduplicatedPrefill(NamedTuple):
-    """One that goes on: U of the N tokens of its batch are computed, M are of sequences with any of these."""
+    """The prefill in progress. U of the N tokens of its batch are computed; M tokens belong to sequences that have any
+    of those."""
 
     source: Tensor
-    """`(N,)` int64: for each token of the batch, which of the computed ones it equals."""
+    """`(N,)` int64: for each token of the batch, the index of the computed token that it equals."""
     rows: AttentionBatch
     """The sequences with computed tokens."""
     query_source: Tensor
-    """`(M,)` int64: for each token of `rows`, which of the computed ones it equals."""
+    """`(M,)` int64: for each token of `rows`, the index of the computed token that it equals."""
     outputs: Tensor
-    """`(U,)` int64: where each computed token stands among those of `rows`."""
+    """`(U,)` int64: the index of each computed token among those of `rows`."""
 
 
 _current: DeduplicatedPrefill | None = None
-"""A scheduler computes one at a time."""
+"""A single value suffices, because a scheduler computes one prefill at a time."""
 
 
 def prefill(original: Callable[..., Any], runner: Any, batch: Any, *arguments: Any) -> Any:
-    """SGLang's runner of a prefill, given the tokens that are computed."""
+    """Calls SGLang's prefill runner with the distinct tokens only."""
     global _current
     if not _is_plain(runner.model_runner.attn_backend, batch):
         return original(runner, batch, *arguments)
@@ -85,8 +86,8 @@ def attention(
     *arguments: Any,
     **options: Any,
 ) -> Tensor:
-    """A layer's attention of a prefill: `query`, `key`, `value` and the answer are `(U, …)`. All tokens get keys and
-    values, what has a computed token asks."""
+    """A layer's attention in a prefill: `query`, `key`, `value` and the result are `(U, …)`. All tokens get keys and
+    values; only sequences with a computed token send queries."""
     if _current is None:
         return original(backend, query, key, value, layer, batch, *arguments, **options)
     source, rows, query_source, outputs = _current
@@ -98,24 +99,26 @@ def attention(
 def logits(
     original: Callable[..., Any], processor: Any, tokens: Tensor, states: Tensor, *others: Any, **named: Any
 ) -> Any:
-    """SGLang's logits, given `states` `(U, hidden)` as of the whole batch: it looks for the last of each sequence."""
+    """SGLang's logits. `states` `(U, hidden)` are expanded to the whole batch, as it reads each sequence's last."""
     whole = states if _current is None else states[_current.source]
     return original(processor, tokens, whole, *others, **named)
 
 
 def deduplicate(tokens: np.ndarray, lengths: np.ndarray, prefixes: np.ndarray) -> tuple[Tensor, Tensor]:
-    """The places `(U,)` of the tokens that are computed, and for each token `(N,)` which of these it equals; int64.
+    """The positions `(U,)` of the tokens to compute, and for each token `(N,)` the index of the computed token that it
+    equals; int64.
 
-    `tokens` `(N,)` are of B sequences one after another, `lengths` `(B,)` of each; what stands before those whose
-    `prefixes` `(B,)` are not 0 is not known here, so that they share nothing."""
+    `tokens` `(N,)` are those of B sequences, concatenated; `lengths` `(B,)` are their numbers. A sequence whose entry
+    of `prefixes` `(B,)` is not 0 shares nothing, because the tokens before it are unknown here.
+    """
     starts, source = lengths.cumsum() - lengths, np.full(len(tokens), -1)
-    before = np.where(prefixes == 0, 0, -1 - np.arange(len(lengths)))  # by a number, so that equals are the same
+    before = np.where(prefixes == 0, 0, -1 - np.arange(len(lengths)))  # one number per distinct prefix
     rows, computed, num_computed = np.arange(len(lengths)), [], 0
     for depth in range(int(lengths.max())):
         rows = rows[lengths[rows] > depth]
         places = starts[rows] + depth
         _, first, which = np.unique((before[rows] << 32) + tokens[places], return_index=True, return_inverse=True)
-        if len(first) == len(rows):  # from here on all are different
+        if len(first) == len(rows):  # all later tokens are distinct
             break
         computed.append(places[first])
         source[places] = num_computed + which
@@ -127,7 +130,7 @@ def deduplicate(tokens: np.ndarray, lengths: np.ndarray, prefixes: np.ndarray) -
 
 
 def _prefill(batch: Any, computed: Tensor, source: Tensor) -> DeduplicatedPrefill:
-    """Sequences of which nothing is computed need not ask."""
+    """Selects the sequences with a computed token; the others send no queries."""
     row_of = torch.arange(len(batch.seq_lens)).repeat_interleave(batch.extend_seq_lens)
     asking = row_of[computed].unique()
     rows = AttentionBatch(batch.out_cache_loc, *(getattr(batch, name)[asking] for name in AttentionBatch._fields[1:5]))
@@ -136,7 +139,7 @@ def _prefill(batch: Any, computed: Tensor, source: Tensor) -> DeduplicatedPrefil
 
 
 def _is_plain(attention_backend: Any, batch: Any) -> bool:
-    """Whether it is a prefill of text alone, with the attention that `attention` is put around."""
+    """Whether the batch is a plain prefill of text, with the backend whose attention is hooked."""
     return (
         batch.forward_mode.is_extend_without_speculative()
         and type(attention_backend).__name__ == BACKEND.rpartition(".")[2]
