@@ -28,7 +28,7 @@ from headrace.learner.algorithm.staleness import group_staleness
 from headrace.learner.model.policy import Policy
 from headrace.learner.reporting import http_api as api
 from headrace.learner.training.step_metrics import group_metrics
-from headrace.learner.training.trainer import Probe, Trainer, nothing_fresh
+from headrace.learner.training.trainer import Probe, Trainer, no_probe
 from headrace.learner.weights import publisher as versions
 
 CHANGED_SHARE = 0.015
@@ -54,7 +54,7 @@ class Steps(Trainer):
         policy.weights = self._pair[0]
 
     def train(
-        self, groups: Sequence[Group], step: int, version_steps: Mapping[int, int], probe: Probe = nothing_fresh
+        self, groups: Sequence[Group], step: int, version_steps: Mapping[int, int], probe: Probe = no_probe
     ) -> dict[str, Any]:
         time.sleep(self.step_s)
         self._pair.reverse()
@@ -86,12 +86,12 @@ def counted_app(*arguments: Any) -> Any:
 def main() -> int:
     stretch, millions = (float(sys.argv.pop(1)) for _ in range(2))
 
-    def lead(config: RunConfig, _: object) -> Steps:
+    def build_trainer(config: RunConfig, _: object) -> Steps:
         step_s = read_recorded().step_s * stretch
         return Steps(config, Weights(config.model, config.learner), step_s, int(millions * 1e6))
 
     with (
-        patch.object(assembly, "lead", lead),
+        patch.object(assembly, "build_trainer", build_trainer),
         patch.object(program, "make_app", counted_app),
         patch.object(versions, "machine_id", lambda: ""),
     ):

@@ -38,7 +38,7 @@ from headrace.common.process.waiting import Waits
 from headrace.common.redis.client import OUTAGE_DEADLINE_S, connect, durability_problem
 from headrace.common.redis.keys import Keys
 from headrace.common.tasks import look_in
-from headrace.learner.distributed.gpu_turn import wait_for_engine
+from headrace.learner.distributed.engine_wait import wait_for_engine
 from headrace.learner.distributed.launch import run_ranks
 from headrace.learner.intake.recordings import Recording
 from headrace.learner.reporting.http_api import make_app
@@ -66,7 +66,7 @@ def main() -> int:
         print(f"headrace learner: Redis: {error}", file=sys.stderr)
     finally:
         if ranks is not None:
-            ranks.end(code)
+            ranks.exit_all(code)
     return code
 
 
@@ -108,7 +108,7 @@ def _read(arguments: argparse.Namespace) -> tuple[RunConfig, Recording | None]:
 
 def _join(config: RunConfig) -> Any:
     """This process among those of torchrun."""
-    from headrace.learner.distributed.ranks import join
+    from headrace.learner.distributed.join import join
     from headrace.learner.model.policy import pick_device
 
     return join(pick_device(config.learner.device).type, config.learner.rank_deadline_s)
@@ -116,9 +116,9 @@ def _join(config: RunConfig) -> Any:
 
 def _run(arguments: argparse.Namespace, config: RunConfig, recording: Recording | None, ranks: Any) -> int:
     if ranks is not None and ranks.rank > 0:
-        from headrace.learner.training.leader import follow
+        from headrace.learner.training.leader import run_follower
 
-        return follow(ranks)
+        return run_follower(ranks)
     keys = Keys(arguments.run)
     redis_url = arguments.redis_url or config.redis_url
     if not redis_url:

@@ -47,7 +47,7 @@ from headrace.learner.stages.evaluation import Evaluator
 from headrace.learner.steering.live_config import resume_config
 from headrace.learner.steering.switches import Switches
 from headrace.learner.store.store import Cursor, LearnerStore
-from headrace.learner.training.leader import lead, set_up_torch
+from headrace.learner.training.leader import build_trainer, set_up_torch
 from headrace.learner.weights.publisher import WeightVersions
 
 _log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def assemble(
     if recording is None:
         known = known_data(client, keys, folder / "checkpoints")
         data = data_of(config, task, tokenizer, known, is_new_epoch)
-    trainer = lead(config, ranks)
+    trainer = build_trainer(config, ranks)
     policy = trainer.policy
     _log.info("the policy is loaded")
     vocab_size = policy.model.get_input_embeddings().num_embeddings

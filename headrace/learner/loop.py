@@ -26,7 +26,7 @@ from headrace.learner.stages.wait_deadlines import WaitDeadlines
 from headrace.learner.steering.live_config import LiveConfig
 from headrace.learner.steering.switches import Switches
 from headrace.learner.store.store import LearnerStore
-from headrace.learner.training.trainer import Trainer, nothing_fresh
+from headrace.learner.training.trainer import Trainer, no_probe
 from headrace.learner.weights.publisher import WeightVersions
 
 SWITCH_POLL_S = 0.2
@@ -151,7 +151,7 @@ class Loop:
             return
         waited = time.monotonic()
         self.reporter.enter_phase("training")
-        probe = nothing_fresh if self.intake.source.is_recording else self.intake.newest_if_fresh
+        probe = no_probe if self.intake.source.is_recording else self.intake.newest_if_fresh
         groups = [pending.group for pending in batch]
         row = self.trainer.train(groups, self.progress.step, self.intake.version_steps, probe)
         trained = time.monotonic()

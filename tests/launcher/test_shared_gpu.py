@@ -25,7 +25,7 @@ from headrace.generation.engine.client import EngineError
 from headrace.generation.engine.server import EngineServer
 from headrace.generation.engine.shared_gpu import settings_beside_learner
 from headrace.learner import __main__ as learner_process
-from headrace.learner.distributed import gpu_turn as shared_gpu
+from headrace.learner.distributed import engine_wait
 from headrace.learner.distributed.ranks import Ranks
 from headrace.learner.training import leader as leading
 from headrace.learner.training.leader import set_up_torch
@@ -155,7 +155,7 @@ class Learner:
     def __init__(self, client: redis.Redis, keys: Keys, deadline_s: float = 60.0) -> None:
         self.waits, self.stop = Waits(), threading.Event()
         arguments = (client, keys, self.waits, self.stop, deadline_s)
-        self.thread = threading.Thread(target=shared_gpu.wait_for_engine, args=arguments)
+        self.thread = threading.Thread(target=engine_wait.wait_for_engine, args=arguments)
         self.thread.start()
 
     def has_begun(self) -> bool:
@@ -165,15 +165,15 @@ class Learner:
 def test_the_learner_waits_until_the_engine_has_its_share(
     client: redis.Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared_gpu, "POLL_S", 0.01)
+    monkeypatch.setattr(engine_wait, "POLL_S", 0.01)
     looked_at: list[str] = []
-    has_engine = shared_gpu._has_engine
+    has_engine = engine_wait._has_engine
 
     def look(replica: Heartbeat) -> bool:
         looked_at.append(replica.reason)
         return has_engine(replica)
 
-    monkeypatch.setattr(shared_gpu, "_has_engine", look)
+    monkeypatch.setattr(engine_wait, "_has_engine", look)
     learner = Learner(client, keys)
     until(lambda: learner.waits.is_waiting(Reason.ENGINE_STARTING), "the wait to be told")
     reasons: dict[ReplicaState, str] = {

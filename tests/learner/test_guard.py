@@ -17,7 +17,7 @@ from headrace.common.redis.keys import Keys
 from headrace.common.wire.desired_state import Settings
 from headrace.learner.algorithm.guard import CALM_STEPS, PATIENCE_STEPS, Decision, GuardState, decide, ladder, tightened
 from headrace.learner.loop import Loop
-from headrace.learner.training.rank_batches import NOTHING
+from headrace.learner.training.rank_batches import EMPTY_MICRO_BATCH
 from headrace.learner.training.step_metrics import logprob_gaps, off_policy_metrics
 from tests.support.replaying import STEPS, end, state_of, take_up
 
@@ -125,7 +125,9 @@ def test_one_token_far_off_in_every_step_does_nothing(dtype: str) -> None:
     sigma = {"float32": 1e-5, "bfloat16": 0.03}[dtype]
     behaviour = np.random.default_rng(0).normal(-1.0, sigma, 4096).astype(np.float32)
     behaviour[7] -= 5.0 if dtype == "bfloat16" else 0.05
-    batch = dataclasses.replace(NOTHING, behaviour_logprobs=behaviour, token_staleness=np.zeros(4096, np.int64))
+    batch = dataclasses.replace(
+        EMPTY_MICRO_BATCH, behaviour_logprobs=behaviour, token_staleness=np.zeros(4096, np.int64)
+    )
     logprobs = [torch.full((4096,), -1.0)]
     row = off_policy_metrics([batch], logprobs) | logprob_gaps([batch], logprobs)
     assert row["fresh_tokens"] == 4096 and row["fresh_logprob_gap_p999"] < 5 * sigma
@@ -139,7 +141,9 @@ def test_one_in_a_thousand_far_off_does_nothing_and_a_batch_that_drifts_still_ac
         gap = noise + shift * np.random.default_rng(2).normal(0.0, 1.0, 8000)
         gap[:far] += 24.0
         behaviour = (-30.0 - gap).astype(np.float32)
-        batch = dataclasses.replace(NOTHING, behaviour_logprobs=behaviour, token_staleness=np.ones(8000, np.int64))
+        batch = dataclasses.replace(
+            EMPTY_MICRO_BATCH, behaviour_logprobs=behaviour, token_staleness=np.ones(8000, np.int64)
+        )
         logprobs = [torch.full((8000,), -30.0)]
         row = off_policy_metrics([batch], logprobs) | logprob_gaps([batch], logprobs)
         assert kinds(follow([row] * PATIENCE_STEPS, config(dtype="bfloat16")))[-1] == kind

@@ -18,9 +18,9 @@ from tests.support.replaying import ROOT, STEPS, make_recording, trained
 ENOUGH_S = 120.0
 STARTER = """
 import sys
-from headrace.learner.distributed import launch as local_ranks
-local_ranks.LAST_WORDS_S = 0.2
-sys.exit(local_ranks.run_ranks(2, [sys.executable, "-c", sys.argv[1]]))
+from headrace.learner.distributed import launch
+launch.EXIT_GRACE_S = 0.2
+sys.exit(launch.run_ranks(2, [sys.executable, "-c", sys.argv[1]]))
 """
 RANK = """
 import os, pathlib, signal, sys

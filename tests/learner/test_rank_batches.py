@@ -12,31 +12,37 @@ from hypothesis import strategies as st
 
 from headrace.common.config import ActorConfig
 from headrace.learner.algorithm.loss import PolicyLoss, policy_loss
-from headrace.learner.distributed.rank_calls import Call, Gather, Train, Write, decode_call, encode_call
+from headrace.learner.distributed.rank_calls import Call, GatherWeight, TrainStep, WriteState, decode_call, encode_call
 from headrace.learner.distributed.ranks import Ranks
 from headrace.learner.distributed.state_files import read_state, rows_of, write_state
 from headrace.learner.model.packing import Sample
-from headrace.learner.training.rank_batches import NOTHING, Outcome, combine_reports, report, share_out
+from headrace.learner.training.rank_batches import (
+    EMPTY_MICRO_BATCH,
+    StepOutcome,
+    encode_outcome,
+    merge_outcomes,
+    split_among_ranks,
+)
 from tests.learner.test_packing import batches
 
 
 @given(batches(), st.integers(4, 40), st.integers(1, 5))
 def test_every_sample_is_on_one_rank_and_tokens_are_even(samples: list[Sample], budget: int, num_ranks: int) -> None:
-    mini_batch = share_out(samples, budget, num_ranks, is_all_computed=True)
+    mini_batch = split_among_ranks(samples, budget, num_ranks, is_all_computed=True)
     assert sorted(a for m in mini_batch.micro_batches for a in m.advantages) == sorted(s.advantage for s in samples)
     assert mini_batch.num_sequences == len(samples)
     tokens = [sum(sample.num_tokens for m in share for sample in m.rows) for share in mini_batch.shares]
     longest = max(sample.num_tokens for sample in samples)
     assert sum(tokens) == sum(sample.num_tokens for sample in samples)
     assert max(tokens) - sum(tokens) / num_ranks <= longest
-    passes = [mini_batch.of(rank) for rank in range(num_ranks)]
-    assert len({len(own) for own in passes}) == 1 and any(own[-1] is not NOTHING for own in passes)
+    passes = [mini_batch.of_rank(rank) for rank in range(num_ranks)]
+    assert len({len(own) for own in passes}) == 1 and any(own[-1] is not EMPTY_MICRO_BATCH for own in passes)
 
 
 @given(batches(), st.integers(4, 40), st.integers(1, 5))
 def test_what_adds_nothing_is_counted_and_not_computed(samples: list[Sample], budget: int, num_ranks: int) -> None:
     """The first sample of these batches has advantage 0."""
-    mini_batch = share_out(samples, budget, num_ranks, is_all_computed=False)
+    mini_batch = split_among_ranks(samples, budget, num_ranks, is_all_computed=False)
     computed = [row for m in mini_batch.micro_batches for row in m.rows]
     assert len(computed) == max(1, len(samples) - 1)
     assert all(row.advantage != 0 for row in computed) or len(samples) == 1
@@ -48,7 +54,14 @@ def test_what_adds_nothing_is_counted_and_not_computed(samples: list[Sample], bu
 def test_nothing_has_no_loss_and_no_gradient(aggregation: str) -> None:
     logprobs = torch.zeros(0, requires_grad=True)
     settings = ActorConfig.model_validate({"loss_aggregation": aggregation})
-    arrays = [torch.from_numpy(a) for a in (NOTHING.behaviour_logprobs, NOTHING.advantages, NOTHING.sequence_offsets)]
+    arrays = [
+        torch.from_numpy(a)
+        for a in (
+            EMPTY_MICRO_BATCH.behaviour_logprobs,
+            EMPTY_MICRO_BATCH.advantages,
+            EMPTY_MICRO_BATCH.sequence_offsets,
+        )
+    ]
     behaviour, advantages, offsets = arrays
     found = policy_loss(logprobs, logprobs, behaviour, advantages, logprobs, settings, sequence_offsets=offsets)
     assert (found.loss.item(), found.weight, found.num_tokens) == (0.0, 0, 0)
@@ -59,15 +72,15 @@ def test_reports_of_all_ranks_are_one_outcome_in_the_order_of_micro_batches() ->
     def loss(number: int) -> PolicyLoss:
         return PolicyLoss(torch.tensor(number / 3), {"x_max": float(number)}, num_tokens=number, weight=number)
 
-    def of_rank(rank: int, counts: list[int]) -> Outcome:
+    def of_rank(rank: int, counts: list[int]) -> StepOutcome:
         numbers = [[10 * rank + mini + i for i in range(count)] for mini, count in enumerate(counts)]
-        return Outcome(
+        return StepOutcome(
             [[loss(n) for n in part] for part in numbers],
             [[torch.full((2,), -n / 7) for n in part] for part in numbers],
         )
 
     ranks = [of_rank(1, [2, 1]), of_rank(2, [0, 1])]
-    found = combine_reports([report(one) for one in ranks])
+    found = merge_outcomes([encode_outcome(one) for one in ranks])
     assert [[one.num_tokens for one in part] for part in found.losses] == [[10, 11], [11, 21]]
     assert torch.equal(found.proximal_logprobs[1][1], torch.full((2,), -21 / 7))
     assert found.losses[0][1].loss == torch.tensor(11 / 3) and found.losses[0][1].metrics == {"x_max": 11.0}
@@ -106,16 +119,16 @@ def test_rows_are_those_of_fsdp(num_rows: int, count: int) -> None:
         assert list(rows_of(num_rows, rank, count)) == expected
 
 
-@pytest.mark.parametrize("call", [Train(b"{}", [b"x"], 3, {1: 0}), Gather("w"), Write("/x")])
+@pytest.mark.parametrize("call", [TrainStep(b"{}", [b"x"], 3, {1: 0}), GatherWeight("w"), WriteState("/x")])
 def test_calls_come_back(call: Call) -> None:
     assert decode_call(encode_call(call)) == call
 
 
 def test_alone_there_is_nobody_to_tell() -> None:
     ranks = Ranks()
-    with ranks.told(Gather("w")):
-        assert ranks.gather(b"x") == [b"x"]
+    with ranks.call_others(GatherWeight("w")):
+        assert ranks.gather_bytes(b"x") == [b"x"]
     norm = torch.tensor(2.0)
     assert ranks.total_norm(norm) is norm
-    ranks.end(0)
-    assert np.all(NOTHING.input_ids == 0)
+    ranks.exit_all(0)
+    assert np.all(EMPTY_MICRO_BATCH.input_ids == 0)

@@ -133,11 +133,11 @@ def test_the_trainer_knows_what_it_trained(demo_policy: Path, mini_batches: int)
     trainer.train(groups, 0, VERSION_STEPS)
     assert len(trainer._latest) > 2
     for group in groups:
-        found = [one for one in trainer.as_trained(group) if one is not None]
+        found = [one for one in trainer.trained_rollouts(group) if one is not None]
         assert [one.advantage for one in found] == pytest.approx([-0.7071, 0.7071], abs=1e-3)
         for one, rollout in zip(found, group.rollouts, strict=True):
             assert one.proximal_logprobs == pytest.approx(rollout.behaviour_logprobs, abs=1e-4)
-    assert trainer.as_trained(make_group("0-99", rewards=(0.0, 1.0))) == [None, None]
+    assert trainer.trained_rollouts(make_group("0-99", rewards=(0.0, 1.0))) == [None, None]
 
 
 def test_a_run_shows_some_groups_of_every_step(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:

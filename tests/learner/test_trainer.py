@@ -15,7 +15,7 @@ from headrace.common.wire import Group, VersionSpan
 from headrace.learner.model.logprobs import Scored
 from headrace.learner.model.packing import MicroBatch, Sample, pack
 from headrace.learner.model.policy import Policy
-from headrace.learner.training.rank_batches import share_out
+from headrace.learner.training.rank_batches import split_among_ranks
 from headrace.learner.training.trainer import Trainer
 from tests.support.making import make_group, make_rollout
 
@@ -109,7 +109,9 @@ def test_what_has_advantage_0_changes_nothing_and_is_not_computed(
     for is_all_computed in (False, True):
         trainer = make_trainer(make_config(demo_policy, actor=actor, optimizer={"max_grad_norm": 1e9}))
         if is_all_computed:
-            monkeypatch.setattr("headrace.learner.training.trainer.share_out", partial(computing_all, share_out))
+            monkeypatch.setattr(
+                "headrace.learner.training.trainer.split_among_ranks", partial(computing_all, split_among_ranks)
+            )
         groups = make_batch(trainer, drift=0.1)
         groups[-1].rollouts[:] = [msgspec.structs.replace(one, reward=1.0) for one in groups[-1].rollouts]
         metrics = trainer.train(groups, 0, STEPS)
@@ -169,7 +171,7 @@ def test_a_mini_batch_of_which_nothing_is_left_makes_no_update(demo_policy: Path
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(trainer).items())
     assert all(np.isfinite(value) for value in row.values()), row
     assert (row["trained_tokens"], row["fresh_tokens"], row["gradient_norm"], row["skipped_updates"]) == (0, 0, 0, 0)
-    assert trainer.as_trained(groups[0]) == [None, None]
+    assert trainer.trained_rollouts(groups[0]) == [None, None]
     half = trainer.train([*groups[:3], make_batch(trainer)[3]], 1, STEPS)
     assert half["trained_tokens"] > 0 and np.isfinite(half["loss"])
     assert not all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(trainer).items())

@@ -27,6 +27,7 @@ PURE = [
     *(f"learner/algorithm/{name}.py" for name in ("staleness", "advantage", "loss", "trust_region", "token_layout")),
     "learner/model/logprobs.py",
     "learner/model/packing.py",
+    "learner/training/batch_samples.py",
     "learner/training/step_metrics.py",
     "learner/intake/validation.py",
 ]

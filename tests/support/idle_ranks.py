@@ -1,4 +1,4 @@
-"""A rank that has nothing to do: rank 0 says nothing but beats for `IDLE_S`, then `End`; the others listen.
+"""A rank that has nothing to do: rank 0 sends only heartbeats for `IDLE_S`, then `Exit`; the others receive.
 
 WORLD_SIZE=2 RANK=0 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=1234 python -m tests.support.idle_ranks DEADLINE_S
 IDLE_S
@@ -8,8 +8,9 @@ import sys
 import threading
 import time
 
-from headrace.learner.distributed.rank_calls import End, Gather
-from headrace.learner.distributed.ranks import RankLost, join
+from headrace.learner.distributed.join import join
+from headrace.learner.distributed.rank_calls import Exit, GatherWeight
+from headrace.learner.distributed.ranks import RankLost
 
 
 def main() -> int:
@@ -22,19 +23,19 @@ def main() -> int:
         is_lost = lost.wait(idle_s)
         if is_lost:
             try:
-                with ranks.told(Gather("x")):
+                with ranks.call_others(GatherWeight("x")):
                     return 9
             except RankLost:
                 print("a rank is lost", flush=True)
-        ranks.end(1 if is_lost else 7)  # which tells the others
+        ranks.exit_all(1 if is_lost else 7)  # which tells the others
     started = time.monotonic()
     try:
-        call = ranks.hear()
+        call = ranks.receive_call()
     except RankLost:
         print(f"silence for {time.monotonic() - started:.0f} s", flush=True)
-        ranks.end(1)
-    assert isinstance(call, End)
-    ranks.end(call.code)
+        ranks.exit_all(1)
+    assert isinstance(call, Exit)
+    ranks.exit_all(call.code)
     return 9
 
 

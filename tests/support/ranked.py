@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 
 from headrace.common.config import RunConfig
 from headrace.common.wire import decode_group
-from headrace.learner.distributed.ranks import Ranks, join
+from headrace.learner.distributed.join import join
+from headrace.learner.distributed.ranks import Ranks
 from headrace.learner.model.logprobs import Scored
 from headrace.learner.model.packing import MicroBatch
-from headrace.learner.training.leader import follow, lead
+from headrace.learner.training.leader import build_trainer, run_follower
 from headrace.learner.training.trainer import Trainer
 from tests.support.replaying import ROOT
 
@@ -45,7 +46,7 @@ class Job(msgspec.Struct):
 def do(job: Job, folder: Path, ranks: Ranks) -> None:
     """Leaves the metrics of each step, the state at the start, after the first step and at the end, and the weights
     before and after."""
-    trainer = lead(RunConfig.model_validate(job.config), ranks)
+    trainer = build_trainer(RunConfig.model_validate(job.config), ranks)
     if job.resume:
         trainer.load_state(Path(job.resume), [path.name for path in Path(job.resume).iterdir()])
     groups = [decode_group(group) for group in job.groups]
@@ -103,14 +104,14 @@ def main() -> int:
     code = 1
     try:
         if ranks.rank > 0:
-            code = follow(ranks)
+            code = run_follower(ranks)
         else:
             path = Path(sys.argv[1])
             for job in msgspec.msgpack.decode(path.read_bytes(), type=list[Job]):
                 do(job, path.parent / job.name, ranks)
             code = 0
     finally:
-        ranks.end(code)
+        ranks.exit_all(code)
     return code
 
 

@@ -14,9 +14,10 @@ from torch.distributed.tensor import DTensor
 
 from headrace.common.config import LearnerConfig, ModelConfig
 from headrace.learner.distributed.fsdp import shard
-from headrace.learner.distributed.ranks import Ranks, join
+from headrace.learner.distributed.join import join
+from headrace.learner.distributed.ranks import Ranks
 from headrace.learner.model.policy import Policy, load_model
-from headrace.learner.training.leader import follow, lead  # noqa: F401 - imported before memory is measured
+from headrace.learner.training.leader import build_trainer, run_follower  # noqa: F401 - imported before memory is measured
 
 DEADLINE_S = 60.0
 NUM_EXPERTS, SIZE = 3, 4

@@ -144,7 +144,7 @@ class Trainer:
         self.seen += [zlib.crc32(group.ticket.id.encode()) for group in groups]
         return {}
 
-    def as_trained(self, _: Group) -> list[TrainedRollout | None]:
+    def trained_rollouts(self, _: Group) -> list[TrainedRollout | None]:
         return []
 
     def copy_state(self) -> None:

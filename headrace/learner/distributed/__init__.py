@@ -1,4 +1,4 @@
-"""The learner's ranks: who they are, how they call each other, how parameters and their files are sharded.
+"""The learner's ranks: starting and joining them, communication, sharding of parameters and of state files.
 
-One rank is the case without any of it.
+With a single rank nothing is sharded or sent.
 """

@@ -1,10 +1,10 @@
 """The policy on several ranks: FSDP2 shards every parameter by rows, in float32, and computes in the model's dtype.
 
-The shards are the optimizer's masters; what a forward pass gathers, layer by layer, are rounded copies of them, as on
-one rank. Gradients are summed over ranks in float32, never averaged: each rank's loss already has its share of the
-whole batch; a weight that a rank has not used has a gradient of zero there. Rank 0 has the values at first, whole, in
-host memory, and sends each rank its rows. A weight is published tensor by tensor, so that no device ever holds the
-model whole.
+The shards are the optimizer's masters. A forward pass gathers rounded copies of them, layer by layer. Gradients are
+summed over ranks in float32, never averaged, because each rank's loss is already scaled to its share of the whole
+batch; a weight that a rank has not used has a gradient of zero there. At first rank 0 has all values in host memory; it
+sends each rank its rows. Weights are gathered for publishing tensor by tensor, so that no device ever holds the whole
+model.
 """
 
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from headrace.learner.distributed.rank_calls import Gather
+from headrace.learner.distributed.rank_calls import GatherWeight
 from headrace.learner.distributed.ranks import Ranks
 from headrace.learner.distributed.state_files import rows_of
 
 
 @dataclass(frozen=True)
 class ShardedWeight:
-    """A weight whose rows lie on several ranks; `detach` brings them together on rank 0's device."""
+    """A weight whose rows are on several ranks; `detach` gathers them on rank 0's device."""
 
     name: str
     parameter: DTensor
@@ -34,12 +34,12 @@ class ShardedWeight:
         return self.parameter.shape
 
     def detach(self) -> Tensor:
-        """On rank 0, which tells the others. Raises `RankLost`."""
-        with self.ranks.told(Gather(self.name)):
+        """Gathers the weight; called on rank 0, which calls the others. Raises `RankLost`."""
+        with self.ranks.call_others(GatherWeight(self.name)):
             return self.gather()
 
     def gather(self) -> Tensor:
-        """On every rank at the same time."""
+        """The whole weight, rounded to `dtype`; every rank must call it."""
         rounded = self.parameter.detach().to(self.dtype)
         assert isinstance(rounded, DTensor)
         whole: Tensor = rounded.full_tensor()
@@ -49,8 +49,11 @@ class ShardedWeight:
 def shard(
     model: nn.Module, root: nn.Module, ranks: Ranks, device: torch.device, published: torch.dtype
 ) -> dict[str, ShardedWeight]:
-    """Shards `model` layer by layer; it has values on rank 0 alone. `root` holds it and computes all of the forward
-    pass. Returns the parameters, which are of one dtype, as they are published."""
+    """Shards `model`, which has values on rank 0 only, layer by layer.
+
+    `root` contains it and computes the whole forward pass. All parameters must have one dtype; `published` is the dtype
+    that they are published in. Returns the parameters by name.
+    """
     (dtype,) = {parameter.dtype for parameter in model.parameters()}
     layer_names = getattr(model, "_no_split_modules", None) or []
     layers = [module for module in model.modules() if type(module).__name__ in layer_names]
@@ -63,7 +66,7 @@ def shard(
                 _send_rows(parameter, ranks)
                 parameter.data = parameter.data.float()
             else:
-                parameter.data = torch.empty(parameter.shape)  # of which no page is touched
+                parameter.data = torch.empty(parameter.shape)  # untouched, so it takes no memory
         sharded: FSDPModule = fully_shard(part, mesh=mesh, mp_policy=rounding)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
@@ -73,7 +76,7 @@ def shard(
             for name in own:
                 _receive_rows(shards[name], dtype, ranks)
     for buffer in model.buffers():
-        ranks.share(buffer)
+        ranks.broadcast_tensor(buffer)
     weights = {}
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor), name
@@ -82,7 +85,7 @@ def shard(
 
 
 def _send_rows(parameter: Tensor, ranks: Ranks) -> None:
-    """From rank 0 to each of the others."""
+    """Sends each other rank its rows of rank 0's `parameter`."""
     for rank in range(1, ranks.count):
         rows = rows_of(len(parameter), rank, ranks.count)
         if rows:
@@ -97,5 +100,5 @@ def _receive_rows(parameter: Tensor, dtype: torch.dtype, ranks: Ranks) -> None:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This rank's rows of a sharded tensor, in the same memory; of any other, the tensor itself."""
+    """This rank's rows of a sharded tensor, in the same memory; a tensor that is not sharded is returned as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,64 +1,64 @@
-"""What rank 0 tells the other ranks to do: one call after another, msgpack of typed structs, never pickle.
+"""The calls that rank 0 sends to the other ranks: msgpack of typed structs, never pickle.
 
-`training/leader.py` says them and obeys them, `ranks.py` carries them. Each is taken part in by every rank, in the
-order told.
+`training/leader.py` sends and executes them, `ranks.py` transports them. Every rank, rank 0 included, executes each
+call, in the order sent.
 """
 
 import msgspec
 
 
-class Build(msgspec.Struct, frozen=True, tag=True):
+class BuildPolicy(msgspec.Struct, frozen=True, tag=True):
     """Loads the model and shards it."""
 
     config: bytes
-    """JSON."""
+    """The run's configuration, as JSON."""
 
 
-class Load(msgspec.Struct, frozen=True, tag=True):
-    """Takes its part of a checkpoint's tensors."""
+class LoadState(msgspec.Struct, frozen=True, tag=True):
+    """Loads the rank's part of a checkpoint's tensors."""
 
     folder: str
     files: list[str]
 
 
-class Train(msgspec.Struct, frozen=True, tag=True):
-    """Takes the step after `step` completed ones, on its share of the batch."""
+class TrainStep(msgspec.Struct, frozen=True, tag=True):
+    """Takes the step after `step` completed ones, on the rank's share of the batch."""
 
     config: bytes
-    """As it counts in this step."""
+    """The configuration of this step, as JSON."""
     groups: list[bytes]
-    """On the wire's format."""
+    """The batch, in the wire format."""
     step: int
     version_steps: dict[int, int]
 
 
-class Gather(msgspec.Struct, frozen=True, tag=True):
-    """Hands its part of a weight to the others."""
+class GatherWeight(msgspec.Struct, frozen=True, tag=True):
+    """Sends the rank's part of a weight to the other ranks."""
 
     name: str
 
 
-class Copy(msgspec.Struct, frozen=True, tag=True):
-    """Copies its part of a checkpoint's tensors into host memory."""
+class CopyState(msgspec.Struct, frozen=True, tag=True):
+    """Copies the rank's part of a checkpoint's tensors into host memory."""
 
 
-class Write(msgspec.Struct, frozen=True, tag=True):
-    """Begins to write what it has copied, in a thread of its own."""
+class WriteState(msgspec.Struct, frozen=True, tag=True):
+    """Starts to write the copied tensors, in a background thread."""
 
     folder: str
 
 
-class Written(msgspec.Struct, frozen=True, tag=True):
-    """Says whether that is done, and what became of it."""
+class PollWrite(msgspec.Struct, frozen=True, tag=True):
+    """Reports whether the write is finished, and its result."""
 
 
-class End(msgspec.Struct, frozen=True, tag=True):
-    """Ends with rank 0's exit code."""
+class Exit(msgspec.Struct, frozen=True, tag=True):
+    """Ends the process with rank 0's exit code."""
 
     code: int
 
 
-Call = Build | Load | Train | Gather | Copy | Write | Written | End
+Call = BuildPolicy | LoadState | TrainStep | GatherWeight | CopyState | WriteState | PollWrite | Exit
 _decoder: msgspec.msgpack.Decoder[Call] = msgspec.msgpack.Decoder(Call)
 
 

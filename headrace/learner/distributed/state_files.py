@@ -1,8 +1,8 @@
-"""A learner's tensors as files: one for each rank, each with that rank's rows, read back by any number of ranks.
+"""The tensors of a learner's checkpoint: one file per rank, with that rank's rows, readable by any number of ranks.
 
-Of a tensor of D rows, rank r of N holds rows `r * ceil(D / N)` up to the next rank's, as FSDP2 shards them, so the
-files one after another are the whole tensor. Scalars are the same in all files; random state is each rank's own.
-Nothing but safetensors: no pickle, and any tool reads them.
+Of a tensor of D rows, rank r of N holds the rows from `r * ceil(D / N)` up to the next rank's first, as FSDP2 shards
+them, so that the concatenated files are the whole tensor. Scalars are the same in all files; each rank has its own
+random state. The format is safetensors, without pickle, so that any tool reads it.
 """
 
 import contextlib
@@ -18,12 +18,12 @@ from torch import Tensor
 from headrace.common.process.atomic_files import FileEntry, file_entry, fsync_path
 
 STATE_FILE = "state.safetensors"
-RANDOM_STATE = "random."
-"""What the names of random states begin with."""
+RANDOM_STATE_PREFIX = "random."
+"""Prefix of the names of random states."""
 
 
 def write_state(folder: Path, tensors: Mapping[str, Tensor], rank: int = 0, count: int = 1) -> dict[str, FileEntry]:
-    """One rank's file, durable, of contiguous tensors; returns its name and what must be read. Raises `OSError` or
+    """Writes one rank's contiguous tensors durably; returns the file's name and checksum. Raises `OSError` or
     `SafetensorError`."""
     path = folder / (STATE_FILE if count == 1 else f"state-{rank + 1:05d}-of-{count:05d}.safetensors")
     save_file(dict(tensors), path)
@@ -32,25 +32,26 @@ def write_state(folder: Path, tensors: Mapping[str, Tensor], rank: int = 0, coun
 
 
 def read_state(folder: Path, files: Sequence[str], rank: int = 0, count: int = 1) -> dict[str, Tensor]:
-    """One rank's tensors out of all `files` of a checkpoint; no random state for a rank that there was none of."""
+    """Reads one rank's tensors from all `files` of a checkpoint; a rank above the number of files gets no random
+    state."""
     with contextlib.ExitStack() as stack:
         parts: list[Any] = [stack.enter_context(safe_open(folder / name, "pt")) for name in sorted(files)]
-        names = [name for name in parts[0].keys() if not name.startswith(RANDOM_STATE)]  # noqa: SIM118 - no mapping
+        names = [name for name in parts[0].keys() if not name.startswith(RANDOM_STATE_PREFIX)]  # noqa: SIM118 - no dict
         tensors = {name: _rows([part.get_tensor(name) for part in parts], rank, count) for name in names}
         if rank < len(parts):
-            own = [name for name in parts[rank].keys() if name.startswith(RANDOM_STATE)]  # noqa: SIM118
+            own = [name for name in parts[rank].keys() if name.startswith(RANDOM_STATE_PREFIX)]  # noqa: SIM118
             tensors |= {name: parts[rank].get_tensor(name) for name in own}
     return tensors
 
 
 def rows_of(num_rows: int, rank: int, count: int) -> range:
-    """Which of a tensor's rows a rank holds; for the last ones there may be none."""
+    """The rows of a tensor that a rank holds; the last ranks may hold none."""
     each = -(-num_rows // count)
     return range(min(num_rows, rank * each), min(num_rows, (rank + 1) * each))
 
 
 def _rows(parts: list[Tensor], rank: int, count: int) -> Tensor:
-    """`parts` are views of mapped files: only what is taken is read."""
+    """One rank's rows of the concatenated `parts`; these are views of mapped files, so only those rows are read."""
     if parts[0].ndim == 0 or (len(parts) == 1 and count == 1):
         return parts[0]
     wanted = rows_of(sum(len(part) for part in parts), rank, count)

@@ -89,9 +89,12 @@ class Policy:
         self.compute_dtype = DTYPES[computed_in(model.dtype, self.device.type)]
         if self.ranks.rank == 0:
             self._loaded = loaded or load_model(model, learner, self.ranks)
-            self.model, shares_prompts = self._loaded.model, self.ranks.agree(self._loaded.shares_prompts)
+            self.model, shares_prompts = self._loaded.model, self.ranks.broadcast_flag(self._loaded.shares_prompts)
         else:
-            self.model, shares_prompts = load_without_values(model, self.compute_dtype), self.ranks.agree(False)
+            self.model, shares_prompts = (
+                load_without_values(model, self.compute_dtype),
+                self.ranks.broadcast_flag(False),
+            )
             if shares_prompts:
                 use_shared_prompts(self.model)
         if learner.gradient_checkpointing:
@@ -128,7 +131,7 @@ class Policy:
         )
         return scored
 
-    def let_go(self) -> None:
+    def reshard(self) -> None:
         """After a pass without a gradient and before an update: the root's weights stay gathered on every rank until a
         backward pass, and what comes next would compute with those of before."""
         if isinstance(self.scorer, FSDPModule):

@@ -105,7 +105,7 @@ class RunReporter:
     def write_group_samples(self) -> None:
         """Writes a sample of the groups that were settled since, for people to read."""
         decided = self.intake.take_samples()
-        trained = [self.trainer.as_trained(one.group) if one.state == "trained" else [] for one in decided]
+        trained = [self.trainer.trained_rollouts(one.group) if one.state == "trained" else [] for one in decided]
         if decided:
             self.store.add_samples(
                 shown_group(one, rollouts, self.token_texts) for one, rollouts in zip(decided, trained, strict=True)

@@ -1,9 +1,9 @@
-"""AdamW on float32 masters: weights in bfloat16 are rounded copies of them, weights in float32 are them. Where bfloat16
-weights are computed in float32 (loading.py) the copies are float32 numbers that bfloat16 has.
+"""AdamW on float32 master weights: bfloat16 weights are rounded copies of the masters, float32 weights are the masters.
 
-Gradients are summed in float32 as each backward pass delivers them, so that micro-batches of a bfloat16 model
-add up exactly. An update whose gradient is not finite is refused, and the weights stay as they are. On several ranks
-the masters are this rank's shards, and the norm that clips and refuses is that of all ranks' gradients.
+Where bfloat16 weights are computed in float32 (loading.py), the copies are float32 tensors of bfloat16 values.
+Gradients are summed in float32 as each backward pass delivers them, so that micro-batches of a bfloat16 model add up
+exactly. An update whose gradient is not finite is skipped, and the weights stay as they are. On several ranks the
+masters are this rank's shards; clipping and skipping use the norm of all ranks' gradients.
 """
 
 import math
@@ -19,7 +19,7 @@ from headrace.learner.distributed.ranks import Ranks
 
 
 def learning_rate(step: int, num_steps: int, settings: OptimizerConfig) -> float:
-    """Of the step after `step` completed ones: linear warm-up, then constant, linear or half a cosine."""
+    """The rate of the step after `step` completed ones: linear warm-up, then constant, linear or half a cosine."""
     num_warmup = settings.warmup_steps or round(settings.warmup_fraction * num_steps)
     if step < num_warmup:
         return settings.lr * (step + 1) / num_warmup
@@ -32,7 +32,7 @@ def learning_rate(step: int, num_steps: int, settings: OptimizerConfig) -> float
 
 
 class MasterAdamW:
-    """Owns the masters and AdamW's moments of a model's parameters."""
+    """Owns the master weights and AdamW's moments of a model's parameters."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class MasterAdamW:
         ranks: Ranks | None = None,
         rounded_to: Mapping[str, torch.dtype] | None = None,
     ) -> None:
-        """`rounded_to`: of float32 parameters, whose values are numbers of another dtype."""
+        """`rounded_to`: the dtype that a float32 parameter's values are rounded to, by name."""
         self.ranks = ranks or Ranks()
         self.rounded_to = rounded_to or {}
         self.parameters = dict(model.named_parameters())
@@ -69,11 +69,11 @@ class MasterAdamW:
         return move
 
     def update(self, lr: float) -> float:
-        """Clips, steps, rounds; returns the gradient norm before the clip (inf or nan: nothing was changed)."""
+        """Clips the gradient, steps, rounds the weights; returns the norm before clipping (inf or nan: skipped)."""
         masters = list(self.masters.values())
         for master in masters:
             if master.grad is None and self.adamw.state.get(master):
-                master.grad = torch.zeros_like(master)  # an expert that no token has used this time
+                master.grad = torch.zeros_like(master)  # an expert that no token has used in this update
         gradients = [master.grad for master in masters if master.grad is not None]
         total_norm = self.ranks.total_norm(nn.utils.get_total_norm(gradients))
         nn.utils.clip_grads_with_norm_(masters, self.max_grad_norm, total_norm)
@@ -93,7 +93,7 @@ class MasterAdamW:
                 local_part(parameter).copy_(self.masters[name].to(self.rounded_to.get(name, torch.float32)))
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Everything that a resume needs, by name: masters and moments."""
+        """Masters and moments by name, which is all that a resume needs."""
         tensors = {f"master.{name}": master.detach() for name, master in self.masters.items()}
         for name, master in self.masters.items():
             tensors |= {f"{key}.{name}": value for key, value in self.adamw.state[master].items()}
@@ -101,7 +101,7 @@ class MasterAdamW:
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Raises `KeyError` if a parameter of the model is missing, `ValueError` if its shape is another."""
+        """Raises `KeyError` if a parameter of the model is missing, `ValueError` if its shape differs."""
         state = {}
         for index, (name, master) in enumerate(self.masters.items()):
             found = tensors[f"master.{name}"]

@@ -1,8 +1,8 @@
-"""A batch shared out among ranks by tokens, and what each rank reports of its share.
+"""Splits a batch among ranks by tokens, and merges the ranks' results.
 
-Pure functions of the batch: every rank computes all shares and takes its own, so that nothing has to be agreed on.
-Ranks take as many forward and backward passes as the one with the most micro-batches, since those are collective: the
-others compute on an empty one, which adds exactly 0.
+Pure functions of the batch: every rank computes the whole split and takes its share, so that ranks need not communicate
+for it. Forward and backward passes are collective, so every rank does as many as the one with the most micro-batches;
+the others pad with empty micro-batches, which add exactly 0.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from headrace.learner.algorithm.loss import PolicyLoss
 from headrace.learner.model.packing import MicroBatch, Sample, longest_groups_first, pack
 from headrace.learner.model.shared_prefix import Layout
 
-NOTHING = MicroBatch(
+EMPTY_MICRO_BATCH = MicroBatch(
     input_ids=np.zeros((1, 1), np.int64),
     layout=Layout([1], [[0]]),
     positions=np.zeros(0, np.int64),
@@ -30,37 +30,40 @@ NOTHING = MicroBatch(
     sequence_offsets=np.zeros(1, np.int64),
     rows=(),
 )
-"""One position, from which nothing is predicted."""
+"""A single position that no trained token is predicted from."""
 
 
 @dataclass(frozen=True)
 class MiniBatch:
-    """The micro-batches of every rank."""
+    """A mini-batch, split into micro-batches for each rank."""
 
     shares: list[list[MicroBatch]]
+    """Each rank's micro-batches."""
     num_sequences: int
-    """What the loss is a mean over, computed or not."""
+    """All sequences of the mini-batch, also those that are not computed; a `sequence_mean` loss divides by it."""
     num_trained_tokens: int
-    """Likewise."""
+    """All trained tokens likewise; a `token_mean` loss divides by it."""
 
     @property
     def micro_batches(self) -> list[MicroBatch]:
-        """Of all ranks, one rank after another."""
+        """The micro-batches of all ranks, in the order of ranks."""
         return [micro_batch for share in self.shares for micro_batch in share]
 
-    def of(self, rank: int) -> list[MicroBatch]:
-        """What a rank computes: as many micro-batches as every other."""
+    def of_rank(self, rank: int) -> list[MicroBatch]:
+        """The micro-batches that a rank computes: as many as every other rank."""
         num_passes = max(len(share) for share in self.shares)
-        return self.shares[rank] + [NOTHING] * (num_passes - len(self.shares[rank]))
+        return self.shares[rank] + [EMPTY_MICRO_BATCH] * (num_passes - len(self.shares[rank]))
 
 
-def share_out(samples: Sequence[Sample], max_tokens: int, num_ranks: int, *, is_all_computed: bool) -> MiniBatch:
+def split_among_ranks(
+    samples: Sequence[Sample], max_tokens: int, num_ranks: int, *, is_all_computed: bool
+) -> MiniBatch:
     """Micro-batches of at most `max_tokens`; ranks differ by at most the tokens of their longest sample.
 
-    A rank's samples follow one another in the order of packing: groups stay together but where two shares meet, and
-    what is as long is in the same micro-batch. Unless `is_all_computed`, samples of advantage 0 are left out as long as
-    there are others: they add exactly 0 to the gradient, as those of uniform groups do. Of no samples there are no
-    micro-batches: that mini-batch makes no update.
+    Each rank gets consecutive samples in the order of packing: a group is split only where two shares meet, and samples
+    of similar length are in the same micro-batch. Unless `is_all_computed`, samples of advantage 0 (uniform groups) are
+    left out, because they add exactly 0 to the gradient; if all have advantage 0, all are kept. Without samples there
+    are no micro-batches: that mini-batch makes no update.
     """
     if not samples:
         return MiniBatch([[] for _ in range(num_ranks)], 0, 0)
@@ -74,15 +77,14 @@ def share_out(samples: Sequence[Sample], max_tokens: int, num_ranks: int, *, is_
     return MiniBatch([pack(share, max_tokens) for share in shares], len(samples), num_trained_tokens)
 
 
-class Outcome(NamedTuple):
-    """What became of a step's micro-batches."""
+class StepOutcome(NamedTuple):
+    """The results of a step: for each mini-batch, one entry per micro-batch."""
 
     losses: list[list[PolicyLoss]]
-    """Of each mini-batch."""
     proximal_logprobs: list[list[Tensor]]
 
 
-class _Loss(msgspec.Struct, array_like=True):
+class _EncodedLoss(msgspec.Struct, array_like=True):
     loss: float
     metrics: dict[str, float]
     num_tokens: int
@@ -90,16 +92,16 @@ class _Loss(msgspec.Struct, array_like=True):
     proximal_logprobs: bytes
 
 
-_reports: msgspec.msgpack.Decoder[list[list[_Loss]]] = msgspec.msgpack.Decoder(list[list[_Loss]])
+_reports: msgspec.msgpack.Decoder[list[list[_EncodedLoss]]] = msgspec.msgpack.Decoder(list[list[_EncodedLoss]])
 
 
-def report(outcome: Outcome) -> bytes:
-    """One rank's, as it travels to rank 0."""
+def encode_outcome(outcome: StepOutcome) -> bytes:
+    """One rank's outcome as msgpack, to be sent to rank 0."""
     mini_batches = zip(outcome.losses, outcome.proximal_logprobs, strict=True)
     return msgspec.msgpack.encode(
         [
             [
-                _Loss(
+                _EncodedLoss(
                     one.loss.item(),
                     one.metrics,
                     one.num_tokens,
@@ -113,11 +115,11 @@ def report(outcome: Outcome) -> bytes:
     )
 
 
-def combine_reports(reports: Sequence[bytes]) -> Outcome:
-    """All ranks', in the order of `MiniBatch.micro_batches`."""
+def merge_outcomes(reports: Sequence[bytes]) -> StepOutcome:
+    """Decodes and merges all ranks' outcomes, in the order of `MiniBatch.micro_batches`."""
     decoded = [_reports.decode(content) for content in reports]
     mini_batches = [[one for part in parts for one in part] for parts in zip(*decoded, strict=True)]
-    return Outcome(
+    return StepOutcome(
         [
             [PolicyLoss(torch.tensor(one.loss), one.metrics, one.num_tokens, one.weight) for one in part]
             for part in mini_batches

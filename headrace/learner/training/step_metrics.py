@@ -29,7 +29,7 @@ bfloat16 or a router's flip may be behind, would be all that they tell: one in a
 of 0.75 and a KL of 0.016, which raise no alarm. The losses' own weights are masked or truncated far below it."""
 
 
-def combine(results: Sequence[PolicyLoss]) -> dict[str, float]:
+def combine_losses(results: Sequence[PolicyLoss]) -> dict[str, float]:
     """Metrics of micro-batches as those of the step: `_max` by the maximum, others weighted by tokens; none of none."""
     if not results:
         return {}
@@ -133,3 +133,11 @@ def staleness_metrics(levels: Sequence[Staleness]) -> dict[str, float]:
         "staleness_in_flight_mean": sum(level.in_flight for level in levels) / count,
         "staleness_in_queue_mean": sum(level.in_queue for level in levels) / count,
     }
+
+
+def padding_share(micro_batches: Sequence[MicroBatch]) -> float:
+    """The share of padding in the rows that attention computes; nothing else is padded."""
+    if not micro_batches:
+        return 0.0
+    lengths = [[sample.num_tokens for sample in m.rows] for m in micro_batches]
+    return 1 - sum(map(sum, lengths)) / sum(len(part) * max(part) for part in lengths)

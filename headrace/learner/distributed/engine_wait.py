@@ -1,8 +1,8 @@
-"""A learner that shares its GPU touches it only when the engine has taken its share: imports no torch.
+"""A learner that shares its GPU waits until the engine has allocated its memory there. Imports no torch.
 
-An engine reckons its KV cache from what is free while it starts, so that a learner that grows meanwhile would make it
-smaller. Afterwards each has its own (headrace/generation/engine/shared_gpu.py), and either may be started again beside
-the other.
+An engine sizes its KV cache by the memory that is free while it starts; a learner that allocates meanwhile would make
+it smaller. Afterwards each has its own share (headrace/generation/engine/shared_gpu.py), and either can be restarted
+beside the other.
 """
 
 import logging
@@ -20,8 +20,8 @@ _log = logging.getLogger(__name__)
 
 
 def wait_for_engine(client: redis.Redis, keys: Keys, waits: Waits, stop: threading.Event, deadline_s: float) -> None:
-    """Until a replica's engine serves, or `stop` is set; after `deadline_s` it is done without, with a warning."""
-    while not _is_served(client, keys):
+    """Waits until a replica's engine serves or `stop` is set; gives up after `deadline_s`, with a warning."""
+    while not _is_any_engine_up(client, keys):
         if waits.waiting(Reason.ENGINE_STARTING, "it takes its share of the GPU first", deadline_s) > deadline_s:
             _log.warning("no engine within %.0f s: the learner takes its share of the GPU without one", deadline_s)
             break
@@ -30,7 +30,7 @@ def wait_for_engine(client: redis.Redis, keys: Keys, waits: Waits, stop: threadi
     waits.over(Reason.ENGINE_STARTING)
 
 
-def _is_served(client: redis.Redis, keys: Keys) -> bool:
+def _is_any_engine_up(client: redis.Redis, keys: Keys) -> bool:
     for name in client.scan_iter(match=keys.replicas + "*", count=1000):
         with suppress(WireError):
             if _has_engine(decode_heartbeat(client.get(name) or b"")):
@@ -39,5 +39,5 @@ def _is_served(client: redis.Redis, keys: Keys) -> bool:
 
 
 def _has_engine(replica: Heartbeat) -> bool:
-    """A replica whose engine is not yet up says so."""
+    """Whether the replica's engine is up: while it is not, the heartbeat has a wait for it."""
     return replica.state != "quarantined" and Reason.ENGINE_STARTING not in replica.waits
