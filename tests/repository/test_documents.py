@@ -82,6 +82,22 @@ def test_settings_exist(page: Path) -> None:
         assert is_known, f"{page.name}: {name}"
 
 
+NAMED = re.findall(r"`([\w/.]+\.\w+)` \(((?:`\w+`,? ?)+)", (ROOT / "docs" / "changing.md").read_text())
+"""In docs/changing.md, each file and the names in parentheses behind it."""
+
+
+@pytest.mark.parametrize(("path", "names"), NAMED)
+def test_recipes_name_what_the_file_defines(path: str, names: str) -> None:
+    code = (ROOT / path).read_text()
+    for name in re.findall(r"`(\w+)`", names):
+        defined = rf"\b(?:class|def|function|const) {name}\b|^ *{name}\b(?:: .*)? =|^ *{name}: |\b{name}, .* = "
+        assert re.search(defined, code, re.M), f"{path}: {name}"
+
+
+def test_there_are_recipes_to_check() -> None:
+    assert len(NAMED) > 25
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= MAX_README_LINES
 
