@@ -1,11 +1,11 @@
-# `make help` lists the targets; `make setup` is the installation that all of them need.
+# `make help` lists the targets; most of them run `make setup` first, which installs everything.
 VENV   := .venv
 PYTHON ?= python3.11
 PIP    := $(VENV)/bin/python -m pip
-# Where torch's CPU build comes from, if pip is not configured for it:
+# The index for torch's CPU build, if pip is not configured for it:
 #   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
-# More arguments of the target's command: make demo ARGS="--seed 1"
+# Additional arguments of the target's command: make demo ARGS="--seed 1"
 ARGS   ?=
 
 .PHONY: help setup demo test test-compose test-wheel chaos lint check-types clean
@@ -15,19 +15,19 @@ help: ## print this list
 
 setup: $(VENV)/installed ## install everything into .venv, for a machine without a GPU
 
-# The recipe uses the CPU on a GPU box too.
-demo: setup ## run the demo, about two minutes on two CPU cores
+# The demo's recipe uses the CPU even if there is a GPU.
+demo: setup ## run the demo, two to three minutes on two CPU cores
 	$(VENV)/bin/headrace up $(ARGS)
 
-# Two processes, each with one thread of torch's: more would wait for one another, spinning.
-test: setup lint check-types ## lint, types, and all tests but those that take minutes
+# Two processes, with one torch thread each: more threads would spin while they wait for each other.
+test: setup lint check-types ## lint, types, and all tests except those that take minutes
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow and not compose" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# The images' torch: from TORCH_INDEX if that is set, else from its public place.
+# The images' torch comes from TORCH_INDEX if it is set, else from PyTorch's index.
 test-compose: setup ## build the images and run the demo in them; needs a Docker engine
 	$(VENV)/bin/python -m pytest -m compose --exitfirst -s $(ARGS)
 
-test-wheel: ## install the wheel into an empty environment and use it outside of the checkout
+test-wheel: ## install the wheel into an empty environment and use it outside the checkout
 	TORCH_INDEX=$(TORCH_INDEX) .ci/wheel $(PYTHON)
 
 chaos: setup ## runs in which processes are killed and connections cut

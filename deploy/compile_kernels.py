@@ -1,8 +1,8 @@
 """Compiles, links and loads two of SGLang's kernels for Hopper as an engine does at its start; needs no GPU.
 
-The build of the GPU image ends with it, so that an image in which no kernel can be made is not made. `activation` is of
-every Llama and Qwen; the top-k of mixtures of experts includes CCCL's cub, which refuses an nvcc that is not of the
-release of CUDA's headers, as FlashInfer's kernels do. Takes a minute; leaves what it makes in SGLANG_JIT_CACHE_DIR.
+It is the last step of the GPU image's build, so the build fails if kernels cannot be compiled in the image. Every Llama
+and Qwen uses `activation`; the top-k of mixtures of experts includes CCCL's cub, which, like FlashInfer's kernels,
+refuses an nvcc whose release differs from that of CUDA's headers. It takes a minute and writes to SGLANG_JIT_CACHE_DIR.
 """
 
 import torch
