@@ -64,7 +64,7 @@ def train(recipe: str, folder: Path, mode: str, turn: int) -> Row:
     steps = [row for row in read_rows(folder / run / METRICS_FILE) if row["kind"] == "step"]
     first, *later = steps[NUM_WARMING - 1 :]
     between = [after["time_s"] - before["time_s"] for before, after in itertools.pairwise([first, *later])]
-    num_tokens = later[-1]["generated_tokens"] - first["generated_tokens"]
+    num_tokens = later[-1]["run_generated_tokens"] - first["run_generated_tokens"]
     return {
         "mode": mode,
         "seed": turn,
@@ -74,6 +74,6 @@ def train(recipe: str, folder: Path, mode: str, turn: int) -> Row:
         "tokens_per_step": num_tokens / len(later),
         "tokens_per_s": num_tokens / sum(between),
         "staleness_mean": statistics.mean(row["staleness_mean"] for row in later),
-        "uniform_share": later[-1]["uniform_share"],
+        "uniform_share": later[-1]["run_uniform_share"],
         "load_average": os.getloadavg()[0],
     }

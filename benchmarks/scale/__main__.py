@@ -181,10 +181,10 @@ def of_steps(steps: list[dict[str, Any]], delta_bytes: int) -> Row:
         "steps": len(inner),
         "step_s": seconds / len(inner),
         "learner_waits": sum(step["wait_s"] for step in inner) / seconds,
-        "tokens_per_s": (last["generated_tokens"] - first["generated_tokens"]) / seconds,
+        "tokens_per_s": (last["run_generated_tokens"] - first["run_generated_tokens"]) / seconds,
         "staleness_mean": float(np.mean(levels)),
         "staleness_p95": float(np.percentile(levels, 95)),
-        "stale_share": last["stale_share"],
+        "stale_share": last["run_stale_share"],
         "egress_bytes_per_version": egress,
         "egress_copies": egress / delta_bytes if delta_bytes else None,
     }

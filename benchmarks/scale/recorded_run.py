@@ -67,7 +67,7 @@ def of_run(folder: Path, tokens_per_s: float | None) -> RecordedRun:
     groups = [decode_group(payload) for _, payload in recording.groups(places)]
     steps = [row for row in read_rows(folder / METRICS_FILE) if row["kind"] == "step"]
     between = itertools.pairwise(steps)
-    rates = [(b["generated_tokens"] - a["generated_tokens"]) / (b["time_s"] - a["time_s"]) for a, b in between]
+    rates = [(b["run_generated_tokens"] - a["run_generated_tokens"]) / (b["time_s"] - a["time_s"]) for a, b in between]
     recorded_tokens_per_s, config = statistics.median(rates), recording.config
     slowed = (tokens_per_s or recorded_tokens_per_s) / recorded_tokens_per_s
     step_s = statistics.median(row["proximal_s"] + row["train_s"] for row in steps)

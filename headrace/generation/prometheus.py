@@ -13,7 +13,7 @@ from headrace.generation.tickets.store import TicketStore
 from headrace.generation.weights.downloads import Fetcher
 from headrace.generation.weights.updater import WeightUpdater
 
-OUTCOMES = ("committed", "late", "failed", "dead", "handed_back", "interrupted")
+OUTCOMES = ("committed", "duplicate", "failed", "dead", "handed_back", "interrupted")
 
 
 class ReplicaMetrics:
@@ -85,7 +85,7 @@ def _add_sources(families: Families, fetcher: Fetcher, replica: str) -> None:
             **labels,
         )
         families.counter(
-            "headrace_replica_fetch_refusals_total",
+            "headrace_replica_checksum_mismatches_total",
             "Sources whose bytes were the wrong ones.",
             _sum_by_kind(fetcher.checksum_mismatches, source),
             **labels,

@@ -214,6 +214,8 @@ def _status(loop: Any, run: str) -> dict[str, Any]:
         "advice": loop.reporter.adviser.advice.reason,
         "settings_version": loop.live_config.settings.version,
         "unwritten_orders": [" ".join(map(str, order)) for order in loop.switches.unpersisted],
+        "group_stream_length": loop.intake.redis_state.in_stream,
+        "unread_groups": loop.intake.redis_state.unread_groups,
         "counts": dict(loop.intake.settlement_log.counts),
         "latest": progress.latest,
     }

@@ -162,7 +162,7 @@ class Loop:
         published = time.monotonic()
         self.reporter.write_group_samples()
         timings = {"wait_s": waited - started, "publish_s": published - trained, "step_s": published - started}
-        timings["show_s"] = time.monotonic() - published
+        timings["sample_write_s"] = time.monotonic() - published
         self.reporter.report_step(row | timings, batch)
         self._update_guard(row)
         is_due = self.progress.step % self.config.learner.checkpoint_interval_steps == 0

@@ -52,15 +52,15 @@ def test_metrics_have_all_numbers_of_status_and_history(redis_url: str, seeded: 
         row = {name: value for name, value in step_rows(40, 0.0)[-1].items() if name not in said_elsewhere}
         assert {name: scrape.value(metric_name(name)) for name in row} == row
         assert scrape.value("headrace_kl_at_staleness", staleness="1") == 0.003
-        assert scrape.value("headrace_step", run=seeded.run) == status["step"] == 40
-        assert scrape.value("headrace_last_step") == status["target_steps"]
+        assert scrape.value("headrace_completed_steps", run=seeded.run) == status["step"] == 40
+        assert scrape.value("headrace_target_steps") == status["target_steps"]
         assert scrape.value("headrace_weight_version") == status["weight_version"]
         assert scrape.value("headrace_phase", phase=status["phase"]) == 1
         assert scrape.value("headrace_advised_replicas") == status["replicas"]["advised"] == 3
         assert scrape.value("headrace_dead_letters") == status["queues"]["dead_letters"] == 3
         assert scrape.value("headrace_open_tickets") == 8 and scrape.value("headrace_leased_tickets") == 5
-        assert scrape.value("headrace_held_out") == status["latest_evaluation"]["held_out"]
-        assert scrape.value("headrace_pass_at", k="2") == status["latest_evaluation"]["pass_at"]["2"]
+        assert scrape.value("headrace_eval_held_out") == status["latest_evaluation"]["held_out"]
+        assert scrape.value("headrace_eval_pass_at", k="2") == status["latest_evaluation"]["pass_at"]["2"]
         assert scrape.value("headrace_checkpoint_step") == 40 and scrape.value("headrace_checkpoint_seconds") == 0.2
         assert scrape.value("headrace_steps_per_hour") == status["rates"]["steps_per_hour"]
         assert scrape.value("headrace_run_groups", state="trained") == status["counts"]["trained"] > 0
@@ -100,8 +100,10 @@ def test_only_what_happens_after_the_start_is_counted(redis_url: str, seeded: Ke
         assert after.value("headrace_replica_swap_fetch_seconds_count", replica="generation-0") == 0
         assert after.value("headrace_replica_version_bytes_total") == 7
         assert after.value("headrace_groups_total", state="dead") == 1
-        assert after.value("headrace_control_looks_total") > before.value("headrace_control_looks_total")
-        assert after.value("headrace_control_look_seconds_count") == after.value("headrace_control_looks_total")
+        assert after.value("headrace_control_polls_total") > before.value("headrace_control_polls_total")
+        assert after.value("headrace_control_poll_duration_seconds_count") == after.value(
+            "headrace_control_polls_total"
+        )
 
     control(redis_url, seeded, scenario)
 
@@ -116,9 +118,9 @@ def test_waits_are_exported_by_code(redis_url: str, seeded: Keys, client: redis.
     async def scenario(_: FastAPI, monitor: RunMonitor, http: httpx.AsyncClient) -> None:
         await monitor.refresh()
         scrape = await scraped(http)
-        assert scrape.value("headrace_waiting_seconds", who="learner", reason="waiting_for_groups") == 120
-        assert scrape.value("headrace_waiting_seconds", who="learner", reason="paused") == 0
-        assert scrape.value("headrace_waiting_seconds", who="generation-0", reason="waiting_for_weights") == 30
+        assert scrape.value("headrace_current_wait_seconds", who="learner", reason="waiting_for_groups") == 120
+        assert scrape.value("headrace_current_wait_seconds", who="learner", reason="paused") == 0
+        assert scrape.value("headrace_current_wait_seconds", who="generation-0", reason="waiting_for_weights") == 30
         assert scrape.value("headrace_replica_state", replica="generation-0", state="quarantined") == 1
         assert scrape.value("headrace_check_level", check="quarantined") == 2
 
@@ -145,8 +147,8 @@ def test_there_are_metrics_before_the_run_exists(redis_url: str, keys: Keys) -> 
     async def scenario(_: FastAPI, monitor: RunMonitor, http: httpx.AsyncClient) -> None:
         monitor.view = None
         scrape = await scraped(http)
-        assert not scrape.values("headrace_step")
-        assert scrape.value("headrace_control_look_timestamp_seconds") > 1e9
+        assert not scrape.values("headrace_completed_steps")
+        assert scrape.value("headrace_control_latest_poll_timestamp_seconds") > 1e9
 
     control(redis_url, keys, scenario)
 

@@ -151,7 +151,7 @@ def test_a_protected_run_asks_to_sign_in(browser: Any, redis_url: str, client: r
 def test_numbers_are_updated_live(page: Any, client: redis.Redis, run_keys: Keys) -> None:
     wait_for_text(page, "#figures", f"{NUM_STEPS}")
     page.locator("#group-list li").first.wait_for()
-    row = {**step_rows(NUM_STEPS + 1, 0)[-1], "step": NUM_STEPS + 1, "time_s": 1.0, "reward_mean": 0.4321}
+    row = {**step_rows(NUM_STEPS + 1, 0)[-1], "step": NUM_STEPS + 1, "time_s": 1.0, "sampled_reward_mean": 0.4321}
     add_row(client, run_keys, "step", row)
     add_row(client, run_keys, "evaluation", {**evaluation_row(NUM_STEPS + 1, 1.0), "held_out": 0.8768})
     client.set(run_keys.replica("generation-1"), encode(heartbeat("generation-1", "http://127.0.0.1:9", 77)), ex=3600)

@@ -44,7 +44,7 @@ def test_the_status_has_the_whole_run(control: Control) -> None:
     )
     assert status.verdict.level == "healthy" and status.verdict.text == "healthy"
     assert {check.level for check in status.checks} == {"healthy"}
-    assert status.reward_mean == pytest.approx(0.9) and status.latest_evaluation
+    assert status.sampled_reward_mean == pytest.approx(0.9) and status.latest_evaluation
     assert status.latest_evaluation.pass_at["2"] == pytest.approx(0.84)
     assert status.queues.open_tickets == 8 and status.queues.leased_tickets == 5 and status.queues.dead_letters == 1
     assert status.rates.steps_per_hour == pytest.approx(2400) and status.remaining_s == pytest.approx(30)
@@ -67,6 +67,20 @@ def test_counts_come_from_the_learner_if_it_answers(
         "text": "few groups for 2 s",
         "for_s": 2.0,
     } in status["waits"]
+
+
+def test_unread_groups_grow_while_the_learner_is_silent(
+    control: Control, client: redis.Redis, keys: Keys, fake: FakeSglang
+) -> None:
+    assert control.http.get("/status").json()["queues"]["unread_groups"] is None
+    length = client.xlen(keys.groups)
+    fake.replies["/status"] = 200, {"group_stream_length": length, "unread_groups": 2}
+    client.hset(keys.learner, "url", fake.url)
+    control.wait_for(lambda found: found["queues"]["unread_groups"] == 2, "the learner's number")
+    fake.replies["/status"] = 500, {}
+    for _ in range(3):
+        client.xadd(keys.groups, {"id": "0-0", "group": b""})
+    control.wait_for(lambda found: found["queues"]["unread_groups"] == 5, "the groups that it has not read")
 
 
 def test_replicas(control: Control, client: redis.Redis, keys: Keys) -> None:
@@ -130,12 +144,12 @@ def test_the_logprob_gap_keeps_its_last_value(control: Control, client: redis.Re
 
 
 def test_a_repeated_step_replaces_later_ones(control: Control, client: redis.Redis, keys: Keys) -> None:
-    announce(client, keys, "step", {"step": 31, "reward_mean": 0.1})
+    announce(client, keys, "step", {"step": 31, "sampled_reward_mean": 0.1})
     control.refresh()
     found = control.http.get("/history").json()
-    assert found["steps"]["step"] == list(range(1, 32)) and found["steps"]["reward_mean"][-1] == 0.1
+    assert found["steps"]["step"] == list(range(1, 32)) and found["steps"]["sampled_reward_mean"][-1] == 0.1
     assert [evaluation["step"] for evaluation in found["evaluations"]] == [20]
-    assert control.http.get("/status").json()["reward_mean"] == 0.1
+    assert control.http.get("/status").json()["sampled_reward_mean"] == 0.1
 
 
 def test_evaluations(control: Control, client: redis.Redis, keys: Keys) -> None:
@@ -234,7 +248,7 @@ def test_an_empty_run_is_waiting(redis_url: str, keys: Keys) -> None:
     with a_control(redis_url, keys) as control:
         status = Status.model_validate(control.http.get("/status").json())
         assert status.phase == "loading the model" and status.verdict.level == "waiting"
-        assert [status.reward_mean, status.latest_evaluation, status.remaining_s, status.wall_s] == [None] * 4
+        assert [status.sampled_reward_mean, status.latest_evaluation, status.remaining_s, status.wall_s] == [None] * 4
         assert control.http.get("/history").json() == {
             "cursor": "0-0",
             "steps": {"step": []},

@@ -47,7 +47,7 @@ def test_a_page_gets_the_state_and_then_the_news(control: Control, client: redis
         client.xadd(keys.shown, {"group": msgspec.json.encode(shown_group(99, 41, 9.0))})
         client.xadd(keys.events, {"kind": "checkpoint", "event": b'{"step": 41}'})
         row, evaluation, group, event = take(events, "step", "evaluation", "group", "event")
-        assert row["step"] == 41 and row["at"] == 9.0 and row["reward_mean"] == pytest.approx(0.9)
+        assert row["step"] == 41 and row["at"] == 9.0 and row["sampled_reward_mean"] == pytest.approx(0.9)
         assert row.keys() == control.http.get("/history").json()["steps"].keys()
         assert evaluation["held_out"] == 0.5
         assert GroupSummary.model_validate(group).id == "0-99"

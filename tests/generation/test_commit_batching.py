@@ -131,7 +131,7 @@ def test_commits_in_one_script_stand_each_for_itself(redis_url: str, client: red
             )
         )
         assert client.info("commandstats")["cmdstat_evalsha"]["calls"] == before + 1
-        assert store.outcomes == {"committed": 3, "late": 3}
+        assert store.outcomes == {"committed": 3, "duplicate": 3}
         return found
 
     assert as_replica(redis_url, keys, "a", commit) == [False, False, False, True, True]

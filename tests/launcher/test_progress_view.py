@@ -20,10 +20,10 @@ from headrace.launcher.terminal.step_table import StepEvent
 
 STEP = StepEvent(
     step=1,
-    generated_tokens=100,
-    reward_mean=0.5,
+    run_generated_tokens=100,
+    sampled_reward_mean=0.5,
     staleness_mean=1.0,
-    uniform_share=0.25,
+    run_uniform_share=0.25,
     wall_s=2.0,
     wait_s=0.1,
     step_s=0.2,

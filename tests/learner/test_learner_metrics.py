@@ -76,7 +76,7 @@ def test_a_scraper_that_asks_for_open_metrics_gets_them() -> None:
 def test_rows_become_metrics_with_the_unit_at_the_end() -> None:
     families = Families(run="r")
     row = {"kind": "step", "step": 3, "time_s": 9.0, "sampling_s_mean": 2.0, "kl_at_staleness_2": 0.5, "new_thing": 4}
-    add_latest_step(families, row | {"trained_tokens": 7.0, "tickets": ["0-0"], "group_s": [1.0], "lr": None})
+    add_latest_step(families, row | {"batch_tokens": 7.0, "tickets": ["0-0"], "group_durations_s": [1.0], "lr": None})
     add_latest_evaluation(families, {"step": 2, "held_out": 0.75, "pass_at_4": 0.9, "is_best": True})
     scrape = of(families)
     assert scrape.value("headrace_sampling_mean_seconds") == 2.0
@@ -84,24 +84,30 @@ def test_rows_become_metrics_with_the_unit_at_the_end() -> None:
     assert scrape.value("headrace_new_thing") == 4, "whoever adds a number to a row has it exported"
     assert scrape.value("headrace_batch_tokens") == 7
     assert scrape.value("headrace_latest_step_timestamp_seconds") == 9.0
-    assert scrape.value("headrace_held_out") == 0.75 and scrape.value("headrace_evaluated_step") == 2
-    assert scrape.value("headrace_pass_at", k="4") == 0.9
-    unwanted = {"headrace_step", "headrace_tickets", "headrace_lr", "headrace_group_seconds", "headrace_is_best"}
+    assert scrape.value("headrace_eval_held_out") == 0.75 and scrape.value("headrace_eval_step") == 2
+    assert scrape.value("headrace_eval_pass_at", k="4") == 0.9
+    unwanted = {
+        "headrace_completed_steps",
+        "headrace_tickets",
+        "headrace_lr",
+        "headrace_group_duration_seconds",
+        "headrace_eval_is_best",
+    }
     assert not scrape.names & unwanted
 
 
 def test_steps_add_up() -> None:
     totals, families = StepTotals(), Families(run="r")
-    row = {"trained_tokens": 10.0, "wait_s": 0.2, "train_s": 2.0, "step_s": 2.4, "group_s": [1.0, 3.0]}
+    row = {"batch_tokens": 10.0, "wait_s": 0.2, "train_s": 2.0, "step_s": 2.4, "group_durations_s": [1.0, 3.0]}
     totals.add(row)
-    totals.add({"trained_tokens": 5.0, "wait_s": 0.3})
+    totals.add({"batch_tokens": 5.0, "wait_s": 0.3})
     totals.collect(families)
     scrape = of(families)
     assert scrape.value("headrace_trained_tokens_total") == 15
     assert scrape.value("headrace_step_phase_seconds_sum", phase="wait") == 0.5
     assert scrape.value("headrace_step_phase_seconds_count", phase="train") == 1
     assert scrape.value("headrace_step_duration_seconds_sum") == 2.4
-    assert scrape.value("headrace_group_seconds_count") == 2
+    assert scrape.value("headrace_group_duration_seconds_count") == 2
 
 
 def test_group_totals_only_grow_whatever_a_resume_takes_back() -> None:
@@ -135,12 +141,12 @@ def test_a_learner_says_all_that_its_steps_and_its_status_say(
     assert {name: after.value(metric_name(name)) for name in plain} == {name: row[name] for name in plain}
     assert plain <= TEXTS.keys(), f"without a text: {sorted(plain - TEXTS.keys())}"
     assert after.values("headrace_kl_at_staleness")
-    assert (before.value("headrace_step"), after.value("headrace_step")) == (0, STEPS)
+    assert (before.value("headrace_completed_steps"), after.value("headrace_completed_steps")) == (0, STEPS)
     assert before.value("headrace_phase", phase="starting") == after.value("headrace_phase", phase="finished") == 1
     assert sum(after.values("headrace_phase")) == 1
     assert after.value("headrace_step_phase_seconds_count", phase="wait") == STEPS
     assert after.value("headrace_trained_tokens_total") == sum(
-        row["trained_tokens"] for row in loop.reporter.metrics.rows
+        row["batch_tokens"] for row in loop.reporter.metrics.rows
     )
     assert after.value("headrace_groups_total", state="trained") == 4 * STEPS
     assert after.value("headrace_checkpoint_step") == STEPS and after.value("headrace_checkpoint_bytes") > 1e6
@@ -162,7 +168,7 @@ def test_a_learner_that_is_taken_up_counts_from_nothing(
     resumed = take_up(tmp_path, client, keys, recording)
     scrape = of(exported(resumed)())
     end(resumed)
-    assert scrape.value("headrace_step") == STEPS
+    assert scrape.value("headrace_completed_steps") == STEPS
     assert scrape.value("headrace_run_groups", state="trained") == 4 * STEPS
     assert scrape.value("headrace_groups_total", state="trained") == 0
     assert scrape.value("headrace_trained_tokens_total") == 0
@@ -186,8 +192,8 @@ def test_a_scrape_waits_for_nobody(recording: Path, client: redis.Redis, keys: K
     finally:
         del loop.store.client.execute_command
         end(loop)
-    assert scrape.value("headrace_waiting_seconds", who="learner", reason="paused") == 0
-    assert scrape.values("headrace_waiting_seconds", who="learner", reason="waiting_for_groups")
+    assert scrape.value("headrace_current_wait_seconds", who="learner", reason="paused") == 0
+    assert scrape.values("headrace_current_wait_seconds", who="learner", reason="waiting_for_groups")
 
 
 def test_a_replica_says_what_it_has_done(
@@ -217,7 +223,7 @@ def test_a_replica_says_what_it_has_done(
     assert scrape.value("headrace_replica_weight_version", **one) == 1
     assert scrape.value("headrace_replica_groups_total", **one) == 1
     assert scrape.value("headrace_replica_tokens_total", **one) > 0
-    outcomes = ("committed", "failed", "dead", "late")
+    outcomes = ("committed", "failed", "dead", "duplicate")
     found_outcomes = [scrape.value("headrace_replica_tickets_total", outcome=outcome) for outcome in outcomes]
     assert found_outcomes == [1, 1, 1, 0]
     assert scrape.value("headrace_replica_swap_pause_seconds_count", **one) == 1
@@ -227,6 +233,6 @@ def test_a_replica_says_what_it_has_done(
     assert scrape.value("headrace_replica_fetched_bytes_total", source="http") == 0
     assert scrape.value("headrace_replica_version_bytes_total") > 1e6
     assert scrape.value("headrace_replica_engine_restarts_total") == 0
-    assert not scrape.values("headrace_waiting_seconds", who="a", reason="waiting_for_weights")
-    assert scrape.values("headrace_waiting_seconds", who="a", reason="no_tickets")
+    assert not scrape.values("headrace_current_wait_seconds", who="a", reason="waiting_for_weights")
+    assert scrape.values("headrace_current_wait_seconds", who="a", reason="no_tickets")
     assert lint(scrape) == ""

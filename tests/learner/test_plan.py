@@ -21,7 +21,7 @@ HOUR_S = 3600.0
 def make(**changes: Any) -> Measured:
     """One replica makes a group each 0.5 s; a step takes 4 of them and 1 s."""
     fields: dict[str, Any] = {
-        "group_s": [2.0],
+        "group_durations_s": [2.0],
         "work_s": [1.0],
         "uniform_share": 0.0,
         "groups_per_step": 4,
@@ -62,7 +62,7 @@ def test_uniform_groups_are_made_for_nothing() -> None:
 def test_admission_bounds_what_is_outstanding_and_staleness_what_is_trained() -> None:
     for max_staleness, mean in ((0, 0), (1, 1), (2, 2), (2, 0.5)):
         most = int(4 * (mean + 1))
-        measured = make(max_staleness=max_staleness, max_outstanding_groups=most, group_s=[1.0, 2.0, 9.0])
+        measured = make(max_staleness=max_staleness, max_outstanding_groups=most, group_durations_s=[1.0, 2.0, 9.0])
         simulation = Simulation(measured, 3, seed=5)
         for second in range(1, 300):
             simulation.run(float(second))
@@ -91,7 +91,7 @@ def test_nothing_is_lost_when_replicas_leave() -> None:
 
 
 def test_it_is_the_same_every_time() -> None:
-    measured = make(group_s=[0.5, 1.0, 4.0], uniform_share=0.3)
+    measured = make(group_durations_s=[0.5, 1.0, 4.0], uniform_share=0.3)
     assert plan(measured, 2, 8, seed=3) == plan(measured, 2, 8, seed=3)
     assert plan(measured, 2, 8, seed=3) != plan(measured, 2, 8, seed=4)
 
@@ -101,7 +101,7 @@ def test_it_is_the_same_every_time() -> None:
 def test_under_the_advice_the_loop_settles(needed: float, start: int) -> None:
     """Durations scatter; as many replicas as are needed do the work in the end, without any to and fro."""
     scatter = [0.3, 0.6, 0.8, 1.0, 1.2, 1.5, 1.6]
-    measured = make(group_s=[needed * factor for factor in scatter], work_s=scatter, max_staleness=15)
+    measured = make(group_durations_s=[needed * factor for factor in scatter], work_s=scatter, max_staleness=15)
     for seed in range(2):
         ordered = follow_advice(measured, start, 8, HOUR_S, seed)
         assert needed * 0.8 <= ordered[-1] <= math.ceil(needed) + 1, ordered
@@ -116,13 +116,17 @@ def write_run(folder: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def step_row(**changes: Any) -> dict[str, Any]:
-    row = {"kind": "step", "step": 1, "step_s": 3.0, "wait_s": 1.0, "uniform_share": 0.25}
+    row = {"kind": "step", "step": 1, "step_s": 3.0, "wait_s": 1.0, "run_uniform_share": 0.25}
     return row | {"sampling_s_mean": 4.0, "scoring_s_mean": 0.5} | changes
 
 
 def test_what_is_measured_comes_from_the_runs_rows() -> None:
     config = load_recipe(ROOT / "configs" / "tiny-cpu.yaml").config
-    rows = [{"kind": "evaluation", "step": 0}, step_row(), step_row(group_s=[1.5, 2.5], uniform_share=0.5)]
+    rows = [
+        {"kind": "evaluation", "step": 0},
+        step_row(),
+        step_row(group_durations_s=[1.5, 2.5], run_uniform_share=0.5),
+    ]
     assert measured_in(rows, config) == Measured([4.5, 1.5, 2.5], [2.0, 2.0], 0.5, 16, 2, 48, 32)
     with pytest.raises(ValueError, match="no step has been measured yet"):
         measured_in([{"kind": "evaluation", "step": 0}], config)
@@ -134,7 +138,7 @@ def headrace_simulate(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 def test_the_command_prints_a_row_for_each_number(tmp_path: Path) -> None:
-    write_run(tmp_path / "measured", [step_row(group_s=[1.0] * 16)])
+    write_run(tmp_path / "measured", [step_row(group_durations_s=[1.0] * 16)])
     done = headrace_simulate("measured", "--up-to", "2", "--runs-folder", str(tmp_path))
     assert done.returncode == 0, done.stderr
     head, one, two, followed = done.stdout.splitlines()

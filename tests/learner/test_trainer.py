@@ -155,7 +155,7 @@ def test_masking_what_was_cut_off_is_as_if_it_had_not_been_sampled(demo_policy: 
             ]
         metrics = trainer.train(groups, 0, STEPS)
         assert metrics["truncated_share"] == pytest.approx(is_sampled / 3)
-        found.append((tensors_of(trainer), metrics["trained_tokens"], metrics["loss"]))
+        found.append((tensors_of(trainer), metrics["batch_tokens"], metrics["loss"]))
     (without, tokens, loss), (masked, same_tokens, same_loss) = found
     assert (tokens, loss) == (same_tokens, same_loss)
     assert all(torch.equal(weight, masked[name]) for name, weight in without.items())
@@ -170,10 +170,10 @@ def test_a_mini_batch_of_which_nothing_is_left_makes_no_update(demo_policy: Path
     row = trainer.train(groups, 0, STEPS)
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(trainer).items())
     assert all(np.isfinite(value) for value in row.values()), row
-    assert (row["trained_tokens"], row["fresh_tokens"], row["gradient_norm"], row["skipped_updates"]) == (0, 0, 0, 0)
+    assert (row["batch_tokens"], row["fresh_tokens"], row["gradient_norm"], row["skipped_updates"]) == (0, 0, 0, 0)
     assert trainer.trained_rollouts(groups[0]) == [None, None]
     half = trainer.train([*groups[:3], make_batch(trainer)[3]], 1, STEPS)
-    assert half["trained_tokens"] > 0 and np.isfinite(half["loss"])
+    assert half["batch_tokens"] > 0 and np.isfinite(half["loss"])
     assert not all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(trainer).items())
 
 
@@ -210,7 +210,7 @@ def test_on_policy_metrics(demo_policy: Path) -> None:
     assert metrics["importance_ratio_mean"] == pytest.approx(1.0)
     assert metrics["ess"] == pytest.approx(1.0)
     assert metrics["kl_behaviour_proximal"] == pytest.approx(0.0, abs=1e-9)
-    assert metrics["fresh_logprob_gap_rms"] < 1e-4 and metrics["fresh_tokens"] == metrics["trained_tokens"]
+    assert metrics["fresh_logprob_gap_rms"] < 1e-4 and metrics["fresh_tokens"] == metrics["batch_tokens"]
     assert "stale_logprob_gap_rms" not in metrics
     assert metrics["skipped_updates"] == 0
     assert 0 <= metrics["padding_share"] < 0.7
@@ -275,7 +275,7 @@ def test_a_batch_without_fresh_tokens_has_its_numerics_from_a_newer_group(demo_p
 def test_a_batch_with_fresh_tokens_asks_for_no_other(demo_policy: Path) -> None:
     trainer = make_trainer(make_config(demo_policy, actor={"group_size": 2}))
     metrics = trainer.train(make_batch(trainer), 0, STEPS, lambda: pytest.fail("asked"))
-    assert metrics["fresh_tokens"] == metrics["trained_tokens"]
+    assert metrics["fresh_tokens"] == metrics["batch_tokens"]
 
 
 def test_with_several_mini_batches_the_ratio_moves_and_the_clip_can_act(demo_policy: Path) -> None:

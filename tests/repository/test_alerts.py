@@ -17,15 +17,15 @@ MINUTES = 90
 NUM_SAMPLES = 4 * MINUTES
 NOW = f"0+15x{NUM_SAMPLES}"
 """Of a time that is always this moment."""
-STARVED = 'headrace_waiting_seconds{run="r",who="learner",reason="waiting_for_groups"}'
-DISK = 'headrace_waiting_seconds{run="r",who="learner",reason="checkpoint_failing"}'
+STARVED = 'headrace_current_wait_seconds{run="r",who="learner",reason="waiting_for_groups"}'
+DISK = 'headrace_current_wait_seconds{run="r",who="learner",reason="checkpoint_failing"}'
 TRAINING, FAILED = 'headrace_phase{run="r",phase="training"}', 'headrace_phase{run="r",phase="failed"}'
 FINISHED = 'headrace_phase{run="r",phase="finished"}'
 UP = 'up{job="headrace-control",instance="control:8080"}'
 RUNNING = 'headrace_replica_state{run="r",replica="a",state="running"}'
 QUARANTINED = 'headrace_replica_state{run="r",replica="a",state="quarantined"}'
 COMMITTED = 'headrace_replica_groups_total{run="r",replica="a"}'
-LOOKED, CHECKPOINTED = "headrace_control_look_timestamp_seconds", "headrace_checkpoint_timestamp_seconds"
+LOOKED, CHECKPOINTED = "headrace_control_latest_poll_timestamp_seconds", "headrace_checkpoint_timestamp_seconds"
 
 
 def of_run(name: str) -> str:
@@ -57,7 +57,7 @@ WELL = {
     FINISHED: always(0),
     STARVED: "0 70 " * (NUM_SAMPLES // 2),
     DISK: always(0),
-    of_run("headrace_step"): f"0+1x{NUM_SAMPLES}",
+    of_run("headrace_completed_steps"): f"0+1x{NUM_SAMPLES}",
     of_run("headrace_latest_step_timestamp_seconds"): NOW,
     COMMITTED: f"0+2x{NUM_SAMPLES}",
     of_replica("headrace_replica_groups_in_flight"): always(8),
@@ -78,7 +78,10 @@ WELL = {
     of_run("headrace_dead_letters"): always(3),
     of_run(CHECKPOINTED): NOW,
 }
-STANDS_STILL = {of_run("headrace_step"): always(7), of_run("headrace_latest_step_timestamp_seconds"): always(0)}
+STANDS_STILL = {
+    of_run("headrace_completed_steps"): always(7),
+    of_run("headrace_latest_step_timestamp_seconds"): always(0),
+}
 TROUBLES: dict[str, tuple[dict[str, str], int, int]] = {
     # what differs, minutes at which nothing fires yet, and at which the alert does
     "HeadraceControlDown": ({UP: always(0)}, 0, 2),

@@ -141,6 +141,8 @@ def prometheus(redis_url: str, demo_policy: Path, tmp_path_factory: pytest.TempP
         portal = stack.enter_context(anyio.from_thread.start_blocking_portal())
         fake = stack.enter_context(a_fake_sglang())
         fake.replies["/generate"] = (200, [sample(), sample()])
+        fake.replies["/status"] = (200, {"counts": {"trained": 640}, "group_stream_length": 9, "unread_groups": 3})
+        client.hset(SEEDED.learner, "url", fake.url)  # it answers control as a learner would
         learner = stack.enter_context(a_learner(client, SERVED, folder, demo_policy))
         learner.publish(0)
         learner.issue("0-0")
@@ -171,7 +173,7 @@ def go_on(prometheus: Prometheus, client: redis.Redis, control_url: str) -> None
 
 def is_seen(prometheus: Prometheus, step: int) -> bool:
     """Twice: with one sample there is no rate."""
-    found = prometheus.values(f'count_over_time((headrace_step{{run="seeded"}} == {step})[1m:2s])')
+    found = prometheus.values(f'count_over_time((headrace_completed_steps{{run="seeded"}} == {step})[1m:2s])')
     return max(found, default=0) >= 2
 
 
@@ -244,7 +246,7 @@ def test_prometheus_evaluates_the_rules_and_a_run_that_is_well_raises_none(prome
 def test_learner_and_replica_say_the_same_by_the_same_names(prometheus: Prometheus) -> None:
     ours = 'job="headrace-learner"'
     for selector, expected in {
-        f'headrace_step{{run="learnt",{ours}}}': [6],
+        f'headrace_completed_steps{{run="learnt",{ours}}}': [6],
         f'headrace_groups_total{{state="trained",{ours}}}': [24],
         'headrace_replica_groups_total{run="served",job="headrace-replica"}': [1],
     }.items():
@@ -253,5 +255,9 @@ def test_learner_and_replica_say_the_same_by_the_same_names(prometheus: Promethe
     def names(job: str) -> set[str]:
         return set(prometheus.get("label/__name__/values", **{"match[]": f'{{job="{job}",__name__=~"headrace_.*"}}'}))
 
-    assert names("headrace-control") & names("headrace-learner") > {"headrace_step", "headrace_ess", "headrace_phase"}
+    assert names("headrace-control") & names("headrace-learner") > {
+        "headrace_completed_steps",
+        "headrace_ess",
+        "headrace_phase",
+    }
     assert names("headrace-control") & names("headrace-replica") > {"headrace_replica_state"}

@@ -29,7 +29,7 @@ def add_replica(families: Families, heartbeat: Heartbeat) -> None:
         "headrace_replica_tokens_total", "Tokens of the groups that it committed.", heartbeat.tokens_generated, **one
     )
     families.counter(
-        "headrace_replica_waiting_seconds_total", "Time without any ticket since it serves.", heartbeat.waiting_s, **one
+        "headrace_replica_idle_seconds_total", "Time without any ticket since it serves.", heartbeat.waiting_s, **one
     )
     families.counter("headrace_replica_serving_seconds_total", "Time since it serves.", heartbeat.serving_s, **one)
 
@@ -49,4 +49,4 @@ def add_replica_waits(families: Families, replica: str, waits: Mapping[str, floa
 
 def _add_wait(families: Families, who: str, reason: str, seconds: float) -> None:
     text = "For how long the learner (who=learner) or a replica has been waiting, by reason."
-    families.gauge("headrace_waiting_seconds", text, seconds, who=who, reason=reason)
+    families.gauge("headrace_current_wait_seconds", text, seconds, who=who, reason=reason)

@@ -23,10 +23,10 @@ STATES = (*get_args(DecidedState), "dead")
 
 def add_position(families: Families, *, phase: str, step: int, steps: int, version: int, epoch: int) -> None:
     families.states("headrace_phase", "1 for what the learner does.", "phase", PHASES, phase)
-    families.gauge("headrace_step", "Steps that are complete.", step)
-    families.gauge("headrace_last_step", "The step at which the run is complete.", steps)
+    families.gauge("headrace_completed_steps", "Steps that are complete.", step)
+    families.gauge("headrace_target_steps", "The step at which the run is complete.", steps)
     families.gauge("headrace_weight_version", "The weight version that was published last.", version)
-    families.gauge("headrace_epoch", "Counts the run's learners.", epoch)
+    families.gauge("headrace_fencing_epoch", "Counts the run's learners.", epoch)
 
 
 def add_orders(families: Families, *, desired: int | None, advised: int | None, settings_version: int | None) -> None:
@@ -35,9 +35,13 @@ def add_orders(families: Families, *, desired: int | None, advised: int | None, 
     families.gauge("headrace_settings_version", "Of the hot settings that the learner works with.", settings_version)
 
 
-def add_queues(families: Families, *, open_tickets: int, groups: int) -> None:
+def add_queues(families: Families, *, open_tickets: int, stream_length: int, unread: int | None) -> None:
     families.gauge("headrace_open_tickets", "Training tickets not yet answered.", open_tickets)
-    families.gauge("headrace_groups_in_stream", "Groups waiting, in training, or kept for two checkpoints.", groups)
+    families.gauge(
+        "headrace_group_stream_length", "Groups waiting, in training, or kept for two checkpoints.", stream_length
+    )
+    text = "Groups in the stream that the learner has not read yet (consumer lag)."
+    families.gauge("headrace_unread_groups", text, unread)
 
 
 class GroupTotals:

@@ -1,7 +1,8 @@
 """A row of the learner as metrics: the latest step and evaluation as gauges, all steps as histograms.
 
-Every number of a row is exported, as `headrace_` and its name with the unit spelt out at the end, whoever adds it;
-`TEXTS` says what it is. Numbers of Redis' stream `history` and of the learner's own rows are the same.
+Every number of a row is exported, as `headrace_` (of an evaluation `headrace_eval_`) and its name with the unit spelt
+out at the end, whoever adds it; `TEXTS` says what it is. The rows in Redis' stream `history` and the learner's own have
+the same numbers.
 """
 
 import re
@@ -12,7 +13,7 @@ from headrace.common.metrics.families import LONG_S, Families, Histogram
 
 PHASES = ("wait", "proximal", "train", "publish")
 TEXTS = {
-    "reward_mean": "Mean reward of the batch's completions and of what was uniform or stale since the step before.",
+    "sampled_reward_mean": "Mean reward of the batch and of what was uniform or stale since the step before.",
     "trained_reward_mean": "Mean reward of the batch.",
     "loss": "Loss, weighted as it was trained.",
     "lr": "Learning rate.",
@@ -44,27 +45,27 @@ TEXTS = {
     "completion_tokens_mean": "Mean length of the batch's completions, in tokens.",
     "completion_tokens_max": "Largest length of the batch's completions, in tokens.",
     "truncated_share": "Share of the batch's completions that reached the limit of tokens.",
-    "trained_tokens": "Tokens of the batch.",
-    "versions_spanned_share": "Share of the batch's completions sampled by more than one weight version.",
+    "batch_tokens": "Tokens of the batch.",
+    "multi_version_share": "Share of the batch's completions sampled by more than one weight version.",
     "num_versions": "Weight versions that sampled the batch.",
     "sampling_s_mean": "Mean time from a group's lease until its last token.",
     "scoring_s_mean": "Mean time of a group's rewards.",
     "padding_share": "Share of padding in the rows of the learner's attention.",
-    "uniform_share": "Share of all groups so far that were uniform.",
+    "run_uniform_share": "Share of all groups so far that were uniform.",
     "skipped_prompts": "Prompts so far that were too long for the context with max_new_tokens, and not issued.",
-    "stale_share": "Share of all groups so far that were stale.",
+    "run_stale_share": "Share of all groups so far that were stale.",
     "dropped_groups": "Groups dropped as stale or refused since the step before.",
     "dropped_share": "Groups dropped as stale or refused, of these and the trained ones, over the last 20 steps.",
     "dropped_completion_tokens_mean": "Mean length of the dropped groups' completions, in tokens, over 20 steps.",
     "dropped_reward_mean": "Mean reward of the dropped groups' completions, over 20 steps.",
     "dropped_length_bias": "By what share trained completions are shorter than all that were sampled, over 20 steps.",
-    "generated_tokens": "Tokens of all groups of the run so far.",
+    "run_generated_tokens": "Tokens of all groups of the run so far.",
     "wall_s": "Time since the run's first ticket, over all its lives.",
     "wait_s": "Time that the latest step waited for groups.",
     "proximal_s": "Time of the latest step's proximal log-probabilities.",
     "train_s": "Time of the latest step's updates.",
     "publish_s": "Time of the latest step's publication.",
-    "show_s": "Time of the latest step's sample of groups for people to read.",
+    "sample_write_s": "Time of the latest step's sample of groups for people to read.",
     "step_s": "Time of the latest step, its wait included.",
     "held_out": "pass@1 of the latest evaluation.",
     "pass_at": "pass@k of the latest evaluation.",
@@ -72,30 +73,30 @@ TEXTS = {
     "num_completions": "Completions of the latest evaluation.",
     "num_dead": "Tickets of the latest evaluation that died.",
 }
-_NAMES = {"trained_tokens": "headrace_batch_tokens", "generated_tokens": "headrace_run_tokens"}
-"""Where a counter has the name that it would have."""
+_STEP_TIMES = {f"{phase}_s": f"step_{phase}_s" for phase in PHASES}
+"""By a row's name: its name in Prometheus, where it stands among other times."""
 _LABELLED = {"kl_at_staleness": "staleness", "pass_at": "k"}
 """The number at the end of the name is a label."""
 _SAID_ELSEWHERE = {"kind", "step", "time_s", "at", "version", "is_best"}
 
 
 def add_latest_step(families: Families, row: Mapping[str, Any]) -> None:
-    _add(families, row)
+    _add(families, row, "headrace")
     families.gauge(
         "headrace_latest_step_timestamp_seconds", "When the latest step was complete.", row.get("time_s", row.get("at"))
     )
 
 
 def add_latest_evaluation(families: Families, row: Mapping[str, Any]) -> None:
-    _add(families, row)
-    families.gauge("headrace_evaluated_step", "The step that the latest evaluation is of.", row.get("step"))
+    _add(families, row, "headrace_eval")
+    families.gauge("headrace_eval_step", "The step that the latest evaluation is of.", row.get("step"))
 
 
-def _add(families: Families, row: Mapping[str, Any]) -> None:
+def _add(families: Families, row: Mapping[str, Any], prefix: str) -> None:
     for name, value in row.items():
         if name not in _SAID_ELSEWHERE and isinstance(value, int | float):
             name, labels = _labelled(name)
-            families.gauge(metric_name(name), text_of(name), float(value), **labels)
+            families.gauge(metric_name(name, prefix), text_of(name), float(value), **labels)
 
 
 def _labelled(name: str) -> tuple[str, dict[str, str]]:
@@ -105,14 +106,13 @@ def _labelled(name: str) -> tuple[str, dict[str, str]]:
     return name, {}
 
 
-def metric_name(name: str) -> str:
-    """Of a row's number: `sampling_s_mean` is `headrace_sampling_mean_seconds`."""
-    if name in _NAMES:
-        return _NAMES[name]
-    words = name.split("_")
+def metric_name(name: str, prefix: str = "headrace") -> str:
+    """Of a row's number: `sampling_s_mean` is `headrace_sampling_mean_seconds`, `wait_s` `headrace_step_wait_seconds`.
+    The numbers of an evaluation have the prefix `headrace_eval`."""
+    words = _STEP_TIMES.get(name, name).split("_")
     if "s" in words:
         words = [*(word for word in words if word != "s"), "seconds"]
-    return "_".join(["headrace", *words])
+    return "_".join([prefix, *words])
 
 
 def text_of(name: str) -> str:
@@ -129,11 +129,11 @@ class StepTotals:
         self._groups = Histogram(LONG_S)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        self.trained_tokens += row.get("trained_tokens") or 0.0
+        self.trained_tokens += row.get("batch_tokens") or 0.0
         for phase, histogram in self._phases.items():
             _observe(histogram, row.get(f"{phase}_s"))
         _observe(self._steps, row.get("step_s"))
-        for seconds in row.get("group_s") or ():
+        for seconds in row.get("group_durations_s") or ():
             self._groups.observe(seconds)
 
     def collect(self, families: Families) -> None:
@@ -141,7 +141,9 @@ class StepTotals:
         families.histogram("headrace_step_duration_seconds", "Time of a step, its wait included.", self._steps)
         for phase, histogram in self._phases.items():
             families.histogram("headrace_step_phase_seconds", "Time of a step by phase.", histogram, phase=phase)
-        families.histogram("headrace_group_seconds", "From a trained group's lease until it was scored.", self._groups)
+        families.histogram(
+            "headrace_group_duration_seconds", "From a trained group's lease until it was scored.", self._groups
+        )
 
 
 def _observe(histogram: Histogram, seconds: float | None) -> None:

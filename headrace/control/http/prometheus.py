@@ -65,7 +65,7 @@ class ControlMetrics:
             }
             add_latest_evaluation(families, row)
             best = max(evaluation.held_out for evaluation in history.evaluations)
-            families.gauge("headrace_held_out_best", "pass@1 of the best evaluation.", best)
+            families.gauge("headrace_eval_held_out_best", "pass@1 of the best evaluation.", best)
         fields = {name: poll.learner.get(f"checkpoint_{name}") for name in ("step", "time_s", "seconds", "bytes")}
         add_files(families, {name: float(text) for name, text in fields.items() if text and _is_number(text)}, {})
         is_answering = probe.is_answering and probe.status is not None
@@ -81,8 +81,8 @@ class ControlMetrics:
         families.counter("headrace_control_dropped_subscribers_total", text, hub.num_dropped)
         text = "Bytes published to the pages, each counted once."
         families.counter("headrace_control_published_bytes_total", text, hub.num_published_bytes)
-        families.counter("headrace_control_looks_total", "Looks at Redis.", monitor.num_polls)
-        text = "Commands sent to Redis for looks."
+        families.counter("headrace_control_polls_total", "Polls of Redis.", monitor.num_polls)
+        text = "Commands sent to Redis by polls."
         families.counter("headrace_control_redis_commands_total", text, monitor.poller.num_commands)
 
 
@@ -104,9 +104,9 @@ def _add_rates(families: Families, status: Status) -> None:
     rates = status.rates
     families.gauge("headrace_steps_per_hour", "Pace of the last steps.", rates.steps_per_hour)
     text = "Share of its time that the learner waited for groups, over the last steps."
-    families.gauge("headrace_learner_waiting_share", text, rates.learner_idle_share)
+    families.gauge("headrace_learner_idle_share", text, rates.learner_idle_share)
     text = "Share of their time that replicas waited for tickets, over the last half minute."
-    families.gauge("headrace_replicas_waiting_share", text, rates.replicas_idle_share)
+    families.gauge("headrace_replicas_idle_share", text, rates.replicas_idle_share)
     text = "Tokens of groups per second, over the last steps."
     families.gauge("headrace_generated_tokens_per_second", text, rates.generated_tokens_per_s)
     text = "Trained tokens per second, over the last steps."
@@ -115,7 +115,12 @@ def _add_rates(families: Families, status: Status) -> None:
 
 
 def _add_queues(families: Families, queues: Queues) -> None:
-    add_queues(families, open_tickets=queues.open_tickets, groups=queues.groups_in_stream)
+    add_queues(
+        families,
+        open_tickets=queues.open_tickets,
+        stream_length=queues.group_stream_length,
+        unread=queues.unread_groups,
+    )
     families.gauge("headrace_leased_tickets", "Open training tickets that a replica holds.", queues.leased_tickets)
     families.gauge("headrace_evaluation_tickets", "Evaluation tickets not yet answered.", queues.evaluation_tickets)
     families.gauge("headrace_dead_letters", "Tickets and groups in the stream of the dead.", queues.dead_letters)

@@ -24,7 +24,7 @@ class History(ResponseBody):
 
     cursor: str = Field(description="Pass it as `after` to read only the rows that came since.")
     steps: dict[str, list[float | None]] = Field(
-        description="By name: step, at, wall_s, reward_mean, staleness_*, kl_behaviour_proximal, ess, …",
+        description="By name: step, at, wall_s, sampled_reward_mean, staleness_*, kl_behaviour_proximal, ess, …",
     )
     evaluations: list[Evaluation]
     num_steps: int = Field(description="Before thinning.")

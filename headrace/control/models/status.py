@@ -52,8 +52,11 @@ class Staleness(ResponseBody):
 class Queues(ResponseBody):
     open_tickets: int = Field(description="Training tickets without an answer, including those in flight.")
     leased_tickets: int = Field(description="Open tickets that a replica holds.")
-    groups_in_stream: int = Field(
+    group_stream_length: int = Field(
         description="Scored groups in the stream: waiting, in training, or kept until two checkpoints hold them."
+    )
+    unread_groups: int | None = Field(
+        None, description="Groups in the stream that the learner has not read yet (consumer lag)."
     )
     evaluation_tickets: int = Field(description="Evaluation tickets without an answer.")
     dead_letters: int
@@ -98,7 +101,7 @@ class Status(ResponseBody):
     fencing_epoch: int = Field(description="Grows by one at each start of the learner.")
     wall_s: float | None = Field(description="Since the first ticket, over all restarts of the run.")
     remaining_s: float | None = Field(description="Expected, at the pace of the last steps.")
-    reward_mean: float | None
+    sampled_reward_mean: float | None
     latest_evaluation: Evaluation | None
     staleness: Staleness
     rates: Rates

@@ -37,7 +37,7 @@ export function evaluated(steps, axis) {
 
 /** From the running total over ten rows, which smooths the jump of every group. */
 export function generatedRate(steps) {
-  const { generated_tokens: total, wall_s: wall } = steps.columns;
+  const { run_generated_tokens: total, wall_s: wall } = steps.columns;
   if (!total || !wall) return [];
   return total.map((value, i) => {
     const from = Math.max(0, i - 10),

@@ -22,8 +22,8 @@ export const LEARNING = [
     height: 250,
     summary: 1,
     series: [
-      { label: "reward", of: column("reward_mean"), color: 1, width: 1, alpha: 0.35 },
-      { label: "reward, running mean", of: (steps) => runningMean(steps.columns.reward_mean ?? []), color: 1, width: 2.25 },
+      { label: "reward", of: column("sampled_reward_mean"), color: 1, width: 1, alpha: 0.35 },
+      { label: "reward, running mean", of: (steps) => runningMean(steps.columns.sampled_reward_mean ?? []), color: 1, width: 2.25 },
       { label: "held-out pass@1", of: evaluated, color: 2, width: 1.5, isPoints: true },
     ],
   },
@@ -107,7 +107,7 @@ export const PIPELINE = [
     min: 0,
     series: [
       { label: "generated", of: generatedRate, color: 1 },
-      { label: "trained", of: (steps) => ratio(steps, "trained_tokens", "step_s"), color: 2, dash: [6, 3] },
+      { label: "trained", of: (steps) => ratio(steps, "batch_tokens", "step_s"), color: 2, dash: [6, 3] },
     ],
   },
   {

@@ -26,7 +26,7 @@ function figures(status, steps) {
           ? `${duration(status.wall_s)} so far`
           : `${duration(status.remaining_s)} to go, ${duration(status.wall_s)} so far`,
     },
-    { name: "Reward", value: fixed(status.reward_mean, 3), note: "mean of all sampled groups" },
+    { name: "Reward", value: fixed(status.sampled_reward_mean, 3), note: "mean of all sampled groups" },
     {
       name: "Held-out pass@1",
       value: fixed(held?.held_out, 3),

@@ -42,7 +42,7 @@ function stages({ queues, replicas, rates, phase, weight_version: version, count
     },
     {
       name: "Scored groups",
-      value: count(queues.groups_in_stream),
+      value: count(queues.group_stream_length),
       unit: "in the stream",
       note: "waiting, in training, or kept until checkpointed twice",
     },

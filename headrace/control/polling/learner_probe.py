@@ -31,6 +31,8 @@ class LearnerStatus(msgspec.Struct):
     step: int = 0
     waits: list[LearnerWait] = []
     counts: dict[str, int] = {}
+    group_stream_length: int = 0
+    unread_groups: int | None = None
 
 
 class LearnerProbe:

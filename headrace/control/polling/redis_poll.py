@@ -88,7 +88,7 @@ class RedisPoller:
             queues=Queues(
                 open_tickets=tickets,
                 leased_tickets=leased,
-                groups_in_stream=groups,
+                group_stream_length=groups,
                 evaluation_tickets=evaluations,
                 dead_letters=dead,
             ),

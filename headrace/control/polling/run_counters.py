@@ -47,7 +47,7 @@ class RunCounters:
         self._steps.collect(families)
         for replica, totals in self._swaps.items():
             totals.collect(families, replica)
-        text = "Time of a look at Redis."
-        families.histogram("headrace_control_look_seconds", text, self._polls)
+        text = "Time of a poll of Redis."
+        families.histogram("headrace_control_poll_duration_seconds", text, self._polls)
         text = "When Redis last answered control, or else control began."
-        families.gauge("headrace_control_look_timestamp_seconds", text, self._polled_at)
+        families.gauge("headrace_control_latest_poll_timestamp_seconds", text, self._polled_at)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from headrace.common.config import RunConfig
 from headrace.common.process.waiting import decode_waits
 from headrace.control.models.replicas import Replica, ReplicaCounts, Replicas
-from headrace.control.models.status import Counts, Rates, Staleness, Status, Verdict, Wait
+from headrace.control.models.status import Counts, Queues, Rates, Staleness, Status, Verdict, Wait
 from headrace.control.polling.event_log import EventLog
 from headrace.control.polling.history import RunHistory
 from headrace.control.polling.learner_probe import LearnerProbe, LearnerWait
@@ -50,7 +50,7 @@ def status_response(
         fencing_epoch=poll.epoch,
         wall_s=_latest(history, "wall_s"),
         remaining_s=_remaining_s(inputs, rates),
-        reward_mean=_latest(history, "reward_mean"),
+        sampled_reward_mean=_latest(history, "sampled_reward_mean"),
         latest_evaluation=evaluations[-1] if evaluations else None,
         staleness=Staleness(
             mean=_latest(history, "staleness_mean"),
@@ -59,7 +59,7 @@ def status_response(
             in_queue=_latest(history, "staleness_in_queue_mean"),
         ),
         rates=rates,
-        queues=poll.queues,
+        queues=_queues(poll.queues, probe),
         counts=_counts(poll, config, history, probe),
         replicas=replicas.counts,
         waits=_waits(poll, probe),
@@ -108,12 +108,12 @@ def _latest(history: RunHistory, name: str) -> float | None:
 def _rates(history: RunHistory, replicas: Replicas) -> Rates:
     shares = [replica.idle_share for replica in replicas.replicas if replica.idle_share is not None]
     idle_share = sum(shares) / len(shares) if shares else None
-    wall_s, generated = history.latest("wall_s", RATE_STEPS), history.latest("generated_tokens", RATE_STEPS)
+    wall_s, generated = history.latest("wall_s", RATE_STEPS), history.latest("run_generated_tokens", RATE_STEPS)
     count = len(wall_s) - 1
     if count < 1 or wall_s[-1] <= wall_s[0]:
         return Rates(replicas_idle_share=idle_share)
     took_s = wall_s[-1] - wall_s[0]
-    waited_s, trained = history.latest("wait_s", count), history.latest("trained_tokens", count)
+    waited_s, trained = history.latest("wait_s", count), history.latest("batch_tokens", count)
     return Rates(
         generated_tokens_per_s=(generated[-1] - generated[0]) / took_s if len(generated) > 1 else None,
         trained_tokens_per_s=sum(trained) / took_s if trained else None,
@@ -131,14 +131,25 @@ def _remaining_s(inputs: CheckInputs, rates: Rates) -> float | None:
     return max(0, inputs.steps - inputs.step) * 3600 / rates.steps_per_hour
 
 
+def _queues(queues: Queues, probe: LearnerProbe) -> Queues:
+    """A learner that does not answer reads nothing, so groups that came since its last answer are unread."""
+    learner = probe.status
+    if learner is None or learner.unread_groups is None:
+        return queues
+    unread = learner.unread_groups
+    if not probe.is_answering:
+        unread += queues.group_stream_length - learner.group_stream_length
+    return queues.model_copy(update={"unread_groups": max(0, unread)})
+
+
 def _counts(poll: PollResult, config: RunConfig, history: RunHistory, probe: LearnerProbe) -> Counts:
     """The learner's own counts; without an answer of the learner, an estimate from its last row."""
-    generated = int(_latest(history, "generated_tokens") or 0)
+    generated = int(_latest(history, "run_generated_tokens") or 0)
     if probe.status is not None:
         known = {name: max(0, count) for name, count in probe.status.counts.items() if name in Counts.model_fields}
         return Counts(**({"generated_tokens": generated} | known | {"dead_letters": poll.queues.dead_letters}))
     trained = int_field(poll.learner, "step") * config.learner.groups_per_step
-    uniform, stale = _latest(history, "uniform_share") or 0.0, _latest(history, "stale_share") or 0.0
+    uniform, stale = _latest(history, "run_uniform_share") or 0.0, _latest(history, "run_stale_share") or 0.0
     decided = trained / (1 - uniform - stale) if uniform + stale < 1 else 0.0
     return Counts(
         trained=trained,

@@ -64,8 +64,8 @@ class TicketStore:
         self.keys = keys
         self.replica = replica
         self.outcomes: Counter[str] = Counter()
-        """Number of leases by outcome: committed, late (another replica's group was first), failed, dead, handed_back,
-        interrupted."""
+        """Number of leases by outcome: committed, duplicate (another replica's group was first), failed, dead,
+        handed_back, interrupted."""
         self._move_script = client.register_script(MOVE)
         self._renew_script = client.register_script(RENEW)
         self._commits = {
@@ -120,7 +120,7 @@ class TicketStore:
         payload = encode(group)
         move = Move(lease.entry_id, lease.ticket.id, {"group": payload})
         is_first = await self._commits[lease.stream].add(move, len(payload))
-        self.outcomes["committed" if is_first else "late"] += 1
+        self.outcomes["committed" if is_first else "duplicate"] += 1
         return is_first
 
     async def fail(self, lease: Lease, reason: str, max_attempts: int, completions: Sequence[str] = ()) -> None:

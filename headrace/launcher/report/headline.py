@@ -50,13 +50,13 @@ def headline(rows: Sequence[Row], num_steps: int | None, summary: Row | None) ->
         return [("steps", "none yet")]
     last = steps[-1]
     wall_s = last.get("wall_s") or 0.0
-    tokens = last.get("generated_tokens") or 0
+    tokens = last.get("run_generated_tokens") or 0
     pauses_ms = [pause for row in steps for pause in row.get("swap_pauses_ms", [])]
     staleness = [row["staleness_mean"] for row in steps if is_number(row.get("staleness_mean"))]
     found = [("steps", f"{last['step']}" + (f" of {num_steps}" if num_steps else ""))]
     if evaluations:
         found.append(("held-out", f"{evaluations[0]:.3f} → {evaluations[-1]:.3f}"))
-    found += [("reward", number(last.get("reward_mean"), 3)), ("hours", f"{wall_s / 3600:.2f}")]
+    found += [("reward", number(last.get("sampled_reward_mean"), 3)), ("hours", f"{wall_s / 3600:.2f}")]
     found.append(("tokens/s", f"{tokens / wall_s:,.0f}" if wall_s else "–"))
     if staleness:
         found.append(("staleness", f"{statistics.fmean(staleness):.2f}"))

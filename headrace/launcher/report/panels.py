@@ -24,7 +24,9 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
     held_out = [(row["step"], row["held_out"]) for row in evaluations]
     return [
         Panel(
-            "Reward and held-out accuracy", [line("reward_mean", "reward"), Series("held-out", held_out, True)], True
+            "Reward and held-out accuracy",
+            [line("sampled_reward_mean", "reward"), Series("held-out", held_out, True)],
+            True,
         ),
         Panel("Staleness, steps", [line("staleness_mean", "mean"), line("staleness_max", "max")]),
         Panel("KL(behaviour ‖ proximal)", [line("kl_behaviour_proximal", "KL")]),
@@ -33,7 +35,7 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
             "Engine against learner, nats (RMS)",
             [line("fresh_logprob_gap_rms", "fresh tokens"), line("stale_logprob_gap_rms", "stale tokens")],
         ),
-        Panel("Shares of groups", [line("uniform_share", "uniform"), line("stale_share", "stale")], True),
+        Panel("Shares of groups", [line("run_uniform_share", "uniform"), line("run_stale_share", "stale")], True),
         Panel(
             "Dropped as stale or refused, lately",
             [line("dropped_share", "share of groups"), line("dropped_length_bias", "trained are shorter by")],
@@ -62,9 +64,12 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
 
 
 def _rates(steps: Sequence[Row]) -> list[tuple[float, float]]:
-    known = [row for row in steps if is_number(row.get("generated_tokens")) and is_number(row.get("wall_s"))]
+    known = [row for row in steps if is_number(row.get("run_generated_tokens")) and is_number(row.get("wall_s"))]
     return [
-        (later["step"], (later["generated_tokens"] - row["generated_tokens"]) / (later["wall_s"] - row["wall_s"]))
+        (
+            later["step"],
+            (later["run_generated_tokens"] - row["run_generated_tokens"]) / (later["wall_s"] - row["wall_s"]),
+        )
         for row, later in pairwise(known)
         if later["wall_s"] > row["wall_s"]
     ]

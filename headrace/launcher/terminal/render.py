@@ -36,14 +36,14 @@ def status_lines(status: Answer) -> Text:
         "step": f"{status['step']} of {status['target_steps']}, weight version {status['weight_version']}, "
         f"{_phase(status)}",
         "time": f"{duration(status['wall_s'])}{left}",
-        "reward": f"{number(status['reward_mean'], 3)}, staleness {number(staleness['mean'])} mean, "
+        "reward": f"{number(status['sampled_reward_mean'], 3)}, staleness {number(staleness['mean'])} mean, "
         f"{number(staleness['max'], 0)} max",
         "held-out": f"{number(held_out['held_out'], 3)} after step {held_out['step']}{best}" if held_out else "–",
         "rates": f"{number(rates['generated_tokens_per_s'], 0)} tokens/s generated, "
         f"{number(rates['trained_tokens_per_s'], 0)} trained, {number(rates['steps_per_hour'], 0)} steps/hour",
         "idle": f"learner {share(rates['learner_idle_share'])}, replicas {share(rates['replicas_idle_share'])}",
         "queues": f"{queues['open_tickets']} tickets open ({queues['leased_tickets']} leased), "
-        f"{queues['groups_in_stream']} groups, {queues['evaluation_tickets']} of an evaluation, "
+        f"{queues['group_stream_length']} groups, {queues['evaluation_tickets']} of an evaluation, "
         f"{queues['dead_letters']} dead letters",
         "groups": ", ".join(f"{counts[name]} {name.replace('_', ' ')}" for name in GROUP_STATES),
         "replicas": f"{replicas['running']} of {replicas['live']} running, {target}, {replicas['advised'] or '?'} "

@@ -12,10 +12,10 @@ class StepEvent(msgspec.Struct):
     """The fields of a step's row that are shown; a float is null where it is not finite."""
 
     step: int
-    generated_tokens: int
-    reward_mean: float | None
+    run_generated_tokens: int
+    sampled_reward_mean: float | None
     staleness_mean: float | None
-    uniform_share: float | None
+    run_uniform_share: float | None
     wall_s: float | None
     wait_s: float | None
     step_s: float | None
@@ -54,10 +54,10 @@ def _cell(value: Callable[[StepEvent], str], event: StepEvent) -> str:
 
 COLUMNS: dict[str, Callable[[StepEvent], str]] = {
     "step": lambda e: str(e.step),
-    "reward": lambda e: f"{e.reward_mean:.3f}",
+    "reward": lambda e: f"{e.sampled_reward_mean:.3f}",
     "staleness": lambda e: f"{e.staleness_mean:.2f}",
-    "uniform": lambda e: f"{e.uniform_share:.0%}",
-    "tokens/s": lambda e: f"{e.generated_tokens / max(e.wall_s or 0, 1e-9):.0f}",
+    "uniform": lambda e: f"{e.run_uniform_share:.0%}",
+    "tokens/s": lambda e: f"{e.run_generated_tokens / max(e.wall_s or 0, 1e-9):.0f}",
     "waited": lambda e: f"{e.wait_s:.2f} s",
     "step time": lambda e: f"{e.step_s:.2f} s",
     "KL": lambda e: f"{e.kl_behaviour_proximal:.4f}",

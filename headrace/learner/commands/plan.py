@@ -43,14 +43,14 @@ class Planned(NamedTuple):
 
 
 def measured_in(rows: list[Row], config: RunConfig) -> Measured:
-    """Raises `ValueError` if the run has taken no step, or none of its groups could be trained."""
-    steps = [row for row in rows if row["kind"] == "step"]
+    """Raises `ValueError` if the run has taken no step, or only steps of an older release."""
+    steps = [row for row in rows if row["kind"] == "step" and "run_uniform_share" in row]
     if not steps:
         raise ValueError("no step has been measured yet")
-    group_s = [duration_s for row in steps for duration_s in _group_durations_s(row)]
-    uniform_share = steps[-1]["uniform_share"] if config.actor.dynamic_sampling else 0.0
+    group_durations_s = [duration_s for row in steps for duration_s in _group_durations_s(row)]
+    uniform_share = steps[-1]["run_uniform_share"] if config.actor.dynamic_sampling else 0.0
     return Measured(
-        group_s=group_s,
+        group_durations_s=group_durations_s,
         work_s=[max(1e-3, row["step_s"] - row["wait_s"]) for row in steps],
         uniform_share=min(0.99, uniform_share),
         groups_per_step=config.learner.groups_per_step,
@@ -62,7 +62,7 @@ def measured_in(rows: list[Row], config: RunConfig) -> Measured:
 
 def _group_durations_s(row: Row) -> list[float]:
     """Rows of earlier versions have only their mean."""
-    found: list[float] = row.get("group_s") or [row["sampling_s_mean"] + row["scoring_s_mean"]]
+    found: list[float] = row.get("group_durations_s") or [row["sampling_s_mean"] + row["scoring_s_mean"]]
     return [max(1e-3, duration_s) for duration_s in found]
 
 
@@ -103,7 +103,7 @@ def follow_advice(measured: Measured, start: int, max_replicas: int, until_s: fl
 def _long_enough_s(measured: Measured, replicas: int) -> float:
     """For `NUM_STEPS` steps, whichever side is slower, and for the advice."""
     in_flight = min(measured.max_outstanding_groups, replicas * measured.max_groups_in_flight)
-    groups_per_s = in_flight * len(measured.group_s) / sum(measured.group_s)
+    groups_per_s = in_flight * len(measured.group_durations_s) / sum(measured.group_durations_s)
     generation_s = measured.groups_per_step / (1 - measured.uniform_share) / groups_per_s
     return max(NUM_STEPS * max(generation_s, sum(measured.work_s) / len(measured.work_s)), MIN_WINDOWS * WINDOW_S)
 

@@ -60,6 +60,8 @@ class CachedRedisState(NamedTuple):
 
     open_tickets: int = 0
     in_stream: int = 0
+    unread_groups: int = 0
+    """Of those in the stream."""
     replicas: tuple[Heartbeat, ...] = ()
     desired_state: DesiredState = DesiredState()
 
@@ -96,6 +98,8 @@ class Intake:
         self._step = self._version = 0
         self._num_in_training = 0
         """Groups that are trained, and whose version is not announced yet."""
+        self._num_packed = 0
+        """Groups of the batch that is being trained."""
         self._decided_rewards: list[float] = []
         self._newest: Group | None = None
         """The training group that arrived last, whatever became of it."""
@@ -158,6 +162,7 @@ class Intake:
                 self._drop_stale()
                 if len(self._pending) >= self.config.learner.groups_per_step:
                     self.settlement_log.discarded.clear()
+                    self._num_packed = self.config.learner.groups_per_step
                     return [self._pending.popleft() for _ in range(self.config.learner.groups_per_step)]
                 if is_interrupted() or time.monotonic() > deadline:
                     return None
@@ -167,6 +172,7 @@ class Intake:
         """The weights have seen them; what is admitted in their place waits for `announced`."""
         with self._changed:
             self._num_in_training += len(batch)
+            self._num_packed = 0
             for pending in batch:
                 self.settlement_log.consume(pending.entry, pending.group, "trained")
                 self._decided_rewards += pending.group.rewards
@@ -317,11 +323,16 @@ class Intake:
     def _issue_tickets(self, look: QueueState) -> None:
         """Only this thread issues tickets, so that there are at most as many now as when it looked."""
         with self._changed:
-            self.redis_state = self.redis_state._replace(open_tickets=look.open_tickets, in_stream=look.in_stream)
+            num_consumed = self.settlement_log.num_consumed_in(self.store.keys.groups)
+            self.redis_state = self.redis_state._replace(
+                open_tickets=look.open_tickets,
+                in_stream=look.in_stream,
+                unread_groups=max(0, look.in_stream - num_consumed - len(self._pending) - self._num_packed),
+            )
             room = (
                 self.config.learner.max_outstanding_groups
                 - look.open_tickets
-                - (look.in_stream - self.settlement_log.num_consumed_in(self.store.keys.groups))
+                - (look.in_stream - num_consumed)
                 - self._num_in_training
             )
             self._is_without_room = room <= 0 and look.open_tickets == 0

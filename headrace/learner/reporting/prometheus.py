@@ -52,10 +52,14 @@ class LearnerMetrics:
         self._add_new_rows()
         self._steps.collect(families)
         self._groups.collect(families, status["counts"])
-        add_queues(families, open_tickets=redis_state.open_tickets, groups=redis_state.in_stream)
-        families.gauge(
-            "headrace_held_bytes", "Of groups that only the next checkpoint will record.", log.unsettled_bytes
+        add_queues(
+            families,
+            open_tickets=redis_state.open_tickets,
+            stream_length=redis_state.in_stream,
+            unread=redis_state.unread_groups,
         )
+        text = "Bytes of consumed groups that no checkpoint has recorded yet."
+        families.gauge("headrace_unsettled_group_bytes", text, log.unsettled_bytes)
         add_replica_states(families, redis_state.replicas)
         add_files(families, latest.get("checkpoint", {}), self._version_bytes())
         return families

@@ -28,7 +28,7 @@ from headrace.learner.weights.publisher import WeightVersions
 
 _LOGGED = (
     "held_out",
-    "reward_mean",
+    "sampled_reward_mean",
     "loss",
     "gradient_norm",
     "kl_behaviour_proximal",
@@ -87,7 +87,7 @@ class RunReporter:
         """Writes the step's row: `row`, the training metrics, and what is known of the batch and the whole run."""
         tickets = {
             "tickets": [pending.entry.ticket_id for pending in batch],
-            "group_s": group_durations_s([pending.group for pending in batch]),
+            "group_durations_s": group_durations_s([pending.group for pending in batch]),
         }
         staleness = staleness_metrics([pending.staleness for pending in batch])
         self.write_row("step", row | staleness | self._run_metrics() | tickets)
@@ -122,11 +122,11 @@ class RunReporter:
         decided = max(1, counts["trained"] + counts["uniform"] + counts["stale"])
         rewards = self.intake.take_decided_rewards()
         return {
-            "reward_mean": sum(rewards) / len(rewards),
+            "sampled_reward_mean": sum(rewards) / len(rewards),
             "version": self.versions.highest,  # this step's version, which is being published
-            "generated_tokens": counts["generated_tokens"],
-            "uniform_share": counts["uniform"] / decided,
-            "stale_share": counts["stale"] / decided,
+            "run_generated_tokens": counts["generated_tokens"],
+            "run_uniform_share": counts["uniform"] / decided,
+            "run_stale_share": counts["stale"] / decided,
             "skipped_prompts": counts["skipped"],
             **self.intake.take_drop_statistics(),
             "swap_pauses_ms": self.store.take_swap_pauses_ms(),

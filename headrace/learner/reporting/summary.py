@@ -53,8 +53,8 @@ def summarise(rows: Sequence[Row], counts: Mapping[str, int], generation_lag: fl
         "wall_s": round(wall_s, 2),
         "groups": {state: counts.get(state, 0) for state in ("trained", "uniform", "stale", "dead", "evaluated")},
         "weight_pause_ms": {"p50": percentile(pauses_ms, 0.5), "p95": percentile(pauses_ms, 0.95)},
-        "tokens_per_s": round((steps[-1]["generated_tokens"] if steps else 0) / max(wall_s, 1e-9), 1),
-        "trained_tokens_per_s": round(sum(row["trained_tokens"] for row in steps) / max(wall_s, 1e-9), 1),
+        "tokens_per_s": round((steps[-1]["run_generated_tokens"] if steps else 0) / max(wall_s, 1e-9), 1),
+        "trained_tokens_per_s": round(sum(row.get("batch_tokens", 0.0) for row in steps) / max(wall_s, 1e-9), 1),
         "staleness": {
             "mean": sum(row["staleness_mean"] for row in steps) / max(1, len(steps)),
             "max": max((row["staleness_max"] for row in steps), default=0),
@@ -82,7 +82,10 @@ def draw_curve(rows: Sequence[Row], path: Path) -> None:
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(
-        [r["step"] for r in steps], [r["reward_mean"] for r in steps], alpha=0.45, label="reward of sampled completions"
+        [r["step"] for r in steps],
+        [r.get("sampled_reward_mean") for r in steps],
+        alpha=0.45,
+        label="reward of sampled completions",
     )
     axes.plot(
         [r["step"] for r in evaluations], [r["held_out"] for r in evaluations], marker="o", label="held-out pass@1"

@@ -21,7 +21,7 @@ LOOK_S = 1.0
 class Measured:
     """What a run has measured and how it is configured."""
 
-    group_s: Sequence[float]
+    group_durations_s: Sequence[float]
     """From a group's lease until it was scored."""
     work_s: Sequence[float]
     """Of a step, without its wait."""
@@ -165,7 +165,7 @@ class Simulation:
                 replica.idle_s += self.now - replica.idle_since
             replica.num_in_flight += 1
             self._open -= 1
-            self._after(self._random.choice(self.measured.group_s), self._finish, replica, self.totals.steps)
+            self._after(self._random.choice(self.measured.group_durations_s), self._finish, replica, self.totals.steps)
 
     def _finish(self, replica: _Replica, leased_at_step: int) -> None:
         if replica.is_gone:

@@ -2,9 +2,9 @@
 
 To add a metric, add a key to one of these dictionaries. A new key of a row travels by itself to Redis, `/history`, the
 trackers and Prometheus, if its value is a single number and its name is lower-case letters, digits and `_` (at most
-64). A list goes to the event and `metrics.jsonl` alone, unless `StepTotals` puts it into a histogram (`group_s`). The
-key's help text in Prometheus is its line in `TEXTS` of `headrace/common/metrics/steps.py`. The page draws it once it is
-a series in `headrace/control/page/chart_specs.js`. `/history` keeps at most 200 columns.
+64). A list goes to the event and `metrics.jsonl` alone, unless `StepTotals` puts it into a histogram
+(`group_durations_s`). The key's help text in Prometheus is its line in `TEXTS` of `headrace/common/metrics/steps.py`.
+The page draws it once it is a series in `headrace/control/page/chart_specs.js`. `/history` keeps at most 200 columns.
 
 Off-policy metrics compare behaviour with proximal log-probabilities token by token, over the whole batch and by
 how stale each token is. A fresh token was sampled by the very weights that compute its proximal log-probability: its
@@ -102,7 +102,7 @@ def _rms(values: np.ndarray) -> float:
 
 
 def group_metrics(groups: Sequence[Group], truncated: Literal["train", "mask"] = "train") -> dict[str, float]:
-    """Of all completions; `trained_tokens` of those alone that `actor.truncated` leaves to be trained."""
+    """Of all completions; `batch_tokens` of those alone that `actor.truncated` leaves to be trained."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     lengths = [rollout.num_trained_tokens for rollout in rollouts]
     timings = [group.timings for group in groups]
@@ -112,8 +112,8 @@ def group_metrics(groups: Sequence[Group], truncated: Literal["train", "mask"] =
         "completion_tokens_mean": sum(lengths) / len(rollouts),
         "completion_tokens_max": float(max(lengths)),
         "truncated_share": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
-        "trained_tokens": float(sum(one.num_trained_tokens for group in groups for one in group.counted(truncated))),
-        "versions_spanned_share": sum(len(r.version_spans) > 1 for r in rollouts) / len(rollouts),
+        "batch_tokens": float(sum(one.num_trained_tokens for group in groups for one in group.counted(truncated))),
+        "multi_version_share": sum(len(r.version_spans) > 1 for r in rollouts) / len(rollouts),
         "num_versions": float(len(set(versions))),
         "sampling_s_mean": sum(timing.sampled_s - timing.leased_s for timing in timings) / len(groups),
         "scoring_s_mean": sum(timing.scored_s - timing.sampled_s for timing in timings) / len(groups),
