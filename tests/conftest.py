@@ -87,6 +87,16 @@ def client(redis_url: str) -> Iterator[redis.Redis]:
     connection.close()
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `--dist loadgroup`: one process runs a file, and one runs all files that use the session's engine, which
+    then starts once. Whole runs, which take longest, come first."""
+    with_engine = {item.path for item in items if "engine_server" in getattr(item, "fixturenames", ())}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("engine" if item.path in with_engine else item.path.stem))
+    items.sort(key=lambda item: item.path.parent.name != "whole")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """In CI a test that was skipped for want of a part is a failure."""
