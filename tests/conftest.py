@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 import redis
+from hypothesis import HealthCheck, settings
 
 from headrace.common.config import EngineConfig
 from headrace.common.hardware.device import is_gpu_here
@@ -19,6 +20,8 @@ from tests.support.fake_sglang import FakeSglang, a_fake_sglang, sample
 from tests.support.redis_servers import as_launched
 
 FIRST_VERSION = 1
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 """Tests, and all that they start, use the CPU whatever GPU is here."""
 

@@ -230,7 +230,7 @@ def test_whatever_is_written_again_and_again_is_read_in_time(piece: str) -> None
 
 
 @given(st.lists(st.sampled_from(PIECES), max_size=400), st.integers(1, 50))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_text_is_read_in_time(pieces: list[str], times: int) -> None:
     assert seconds_for("".join(pieces) * times) < ENOUGH_S
 
@@ -246,7 +246,7 @@ def test_flat_arithmetic_is_exact_and_quick() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from("+-*/"), st.integers(-20, 20)), min_size=1, max_size=12))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_flat_arithmetic_is_pythons(terms: list[tuple[str, int]]) -> None:
     text = "7" + "".join(f" {operator} {number}" for operator, number in terms)
     try:

@@ -277,7 +277,7 @@ def test_no_text_of_a_message_becomes_a_control_token(name: str) -> None:
         assert TOKENIZERS[name].decode(tokens) == chat.render([question])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(name=st.sampled_from(list(FAMILIES)), data=st.data())
 def test_a_prompt_is_tokenized_as_if_control_tokens_had_names_that_nobody_writes(
     name: str, data: st.DataObject

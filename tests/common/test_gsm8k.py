@@ -119,7 +119,7 @@ def test_an_unmarked_answer_earns_nothing(answers: list[str]) -> None:
     ),
     number_form=st.sampled_from(["{:,}", "{}", "{:.4f}"]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_number_is_right_in_any_form_and_wrong_one_cent_off(
     number: Decimal, reasoning: str, form: str, number_form: str
 ) -> None:
@@ -129,7 +129,7 @@ def test_any_number_is_right_in_any_form_and_wrong_one_cent_off(
 
 
 @given(st.text(alphabet="#\\boxed{} -.,/0123456789$%=+*frac\n", max_size=200))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_text_has_a_reward(completion: str) -> None:
     assert reward(completion, "5") in (0.0, 1.0)
 

@@ -19,7 +19,7 @@ from tests.support.making import make_group, make_ticket
 from tests.support.mutations import mutated_heartbeats, mutated_tickets
 from tests.support.poisons import altered
 
-thorough = settings(deadline=None, max_examples=200)
+thorough = settings(max_examples=200)
 
 
 @thorough

@@ -61,7 +61,7 @@ def test_schemathesis_finds_no_5xx_and_no_undocumented_answer(
 
 
 def _try(operation: Any, mode: GenerationMode, url: str, excluded: list[Any]) -> None:
-    @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=30, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(case=operation.as_strategy(generation_mode=mode))
     def every_answer_is_documented(case: Any) -> None:
         case.call_and_validate(base_url=url, headers=bearer(TOKEN), timeout=30, excluded_checks=excluded)

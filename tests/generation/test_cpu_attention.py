@@ -51,7 +51,7 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(0, 100))
 def test_decode_equals_one_sequence_at_a_time(seq_lens: list[int], seed: int) -> None:
     torch.manual_seed(seed)
@@ -75,7 +75,7 @@ def test_a_few_long_sequences_do_not_make_all_of_them_long() -> None:
     assert all_of_them.tolist() == [0, 2, 1]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(0, 100))
 def test_decode_in_parts_equals_decode_at_once(seq_lens: list[int], seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -83,7 +83,7 @@ def test_decode_in_parts_equals_decode_at_once(seq_lens: list[int], seed: int) -
         test_decode_equals_one_sequence_at_a_time.hypothesis.inner_test(seq_lens, seed)  # type: ignore[attr-defined]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 20)), min_size=1, max_size=8), st.integers(0, 100))
 def test_extend_equals_one_sequence_at_a_time(lengths: list[tuple[int, int]], seed: int) -> None:
     torch.manual_seed(seed)

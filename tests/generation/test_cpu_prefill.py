@@ -117,7 +117,7 @@ def batch_of(runner: Runner, sequences: list[list[int]], prefixes: list[int]) ->
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(SEQUENCES, st.data())
 def test_tokens_are_shared_exactly_if_they_are_the_same_after_the_same(
     sequences: list[list[int]], data: st.DataObject
@@ -139,7 +139,7 @@ def test_tokens_are_shared_exactly_if_they_are_the_same_after_the_same(
     assert [beginnings[place] for place in computed] == [by_source[i].pop() for i in range(len(computed))]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(SEQUENCES, st.integers(1, 4))
 def test_a_shared_prefill_is_the_whole_one(sequences: list[list[int]], group_size: int) -> None:
     """States of last tokens, keys and values; then a second prefill behind what the first has left."""

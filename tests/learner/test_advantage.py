@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.common.config import ActorConfig
@@ -70,7 +70,6 @@ rewards_of_groups = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(rewards_of_groups, st.sampled_from(MEANS), st.sampled_from(STDS), st.sampled_from([0.0, -0.5]))
 def test_no_combination_of_mean_and_deviation_explodes(
     groups: list[list[float]], mean: str, std: str, bias: float

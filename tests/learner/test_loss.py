@@ -294,7 +294,7 @@ def as_padded(sequences: list[dict[str, list[float]]], variant: ActorConfig) -> 
     return result, [policy.grad[row, 1 : 1 + len(q["policy"])] for row, q in enumerate(sequences)]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(batches(), variants)
 def test_equals_the_reference_packed_and_padded(sequences: list[dict[str, list[float]]], variant: ActorConfig) -> None:
     flat, flat_gradients = as_packed(sequences, variant)
@@ -307,7 +307,7 @@ def test_equals_the_reference_packed_and_padded(sequences: list[dict[str, list[f
         assert one.tolist() == pytest.approx(other.tolist(), rel=1e-9, abs=1e-12)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(batches(), variants, st.randoms(use_true_random=False))
 def test_permuting_sequences_changes_nothing(sequences, variant, random) -> None:  # type: ignore[no-untyped-def]
     result, gradients = as_packed(sequences, variant)
@@ -319,7 +319,7 @@ def test_permuting_sequences_changes_nothing(sequences, variant, random) -> None
         assert shuffled_gradients[place].tolist() == pytest.approx(gradients[i].tolist(), rel=1e-9, abs=1e-12)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(batches(), variants)
 def test_micro_batches_add_up_by_their_weight(sequences: list[dict[str, list[float]]], variant: ActorConfig) -> None:
     whole, whole_gradients = as_packed(sequences, variant)
@@ -333,7 +333,7 @@ def test_micro_batches_add_up_by_their_weight(sequences: list[dict[str, list[flo
 
 
 @given(variants)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_on_policy_the_ratio_is_one_and_the_loss_is_minus_the_mean_advantage(variant: ActorConfig) -> None:
     logprobs = torch.tensor([-0.5, -1.0, -0.2, -2.0], dtype=torch.float64)
     advantages = torch.tensor([1.5, 1.5, -0.5, -0.5], dtype=torch.float64)
@@ -347,7 +347,7 @@ def test_on_policy_the_ratio_is_one_and_the_loss_is_minus_the_mean_advantage(var
 
 
 @given(variants)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_an_all_masked_batch_gives_zero_and_a_zero_gradient(variant: ActorConfig) -> None:
     policy = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     other = torch.full((2, 3), math.nan, dtype=torch.float64)

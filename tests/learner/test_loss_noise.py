@@ -72,7 +72,7 @@ def gradients(first: list[Tensor], variant: ActorConfig, dtype: torch.dtype) -> 
 far = st.sampled_from([0.0, -1e-6, -3.0, -90.0, -1e3, -1e9, -1e30])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(far, far, far), min_size=3, max_size=3), variants, st.sampled_from([7, 8]))
 def test_a_sequence_that_has_run_away_vetoes_nothing(
     rows: list[tuple[float, float, float]], variant: ActorConfig, size: int
@@ -88,7 +88,7 @@ def test_a_sequence_that_has_run_away_vetoes_nothing(
     assert math.isfinite(float(torch.linalg.vector_norm(gradient))), "the norm that an update is refused by"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.tuples(*[st.floats(-19.0, 0.0)] * 3), min_size=3, max_size=3),
     variants.filter(lambda one: one.trust_region != "second_moment"),

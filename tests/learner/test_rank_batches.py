@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as within
 from hypothesis import strategies as st
 
 from headrace.common.config import ActorConfig
@@ -87,7 +86,6 @@ def test_reports_of_all_ranks_are_one_outcome_in_the_order_of_micro_batches() ->
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.lists(st.integers(1, 9), min_size=1, max_size=3))
-@within(deadline=None)
 def test_what_some_ranks_write_any_number_of_ranks_reads(writers: int, readers: int, sizes: list[int]) -> None:
     whole = {f"exp_avg.{i}": torch.arange(3.0 * size).reshape(size, 3) + i for i, size in enumerate(sizes)}
 

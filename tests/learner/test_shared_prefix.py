@@ -84,7 +84,7 @@ def gradients(model: PreTrainedModel, hidden: Tensor) -> Sequence[Tensor]:
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(layouts, st.integers(0, 2**31))
 def test_values_and_gradients_are_those_of_each_completion_alone(
     models: tuple[PreTrainedModel, PreTrainedModel], layout: Layout, seed: int

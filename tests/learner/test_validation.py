@@ -26,7 +26,7 @@ from tests.support.poisons import Poison, poisons
 STEP = 5
 VERSION_STEPS = {1: 0, 4: 2, 7: 4}
 """The other versions at or below the highest are forgotten, or of a lost line of weights."""
-thorough = settings(deadline=None, max_examples=200)
+thorough = settings(max_examples=200)
 
 
 def take_in(payload: bytes, ticket_id: str, limits: GroupLimits = LIMITS) -> Group:

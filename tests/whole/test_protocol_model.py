@@ -754,7 +754,6 @@ def test_the_protocol_holds_whatever_happens(server: Server, tmp_path: Path) -> 
         settings=settings(
             max_examples=NUM_EXAMPLES,
             stateful_step_count=40,
-            deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
     )
