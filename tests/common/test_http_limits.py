@@ -23,6 +23,7 @@ from headrace.generation.http_api import make_app as replica_app
 from headrace.learner.reporting.http_api import make_app as learner_app
 from headrace.learner.steering.switches import Switches
 from tests.support.controls import TOKEN, a_control
+from tests.support.guard import GUARD_S
 from tests.support.seeded_run import RECIPE, seed_run
 
 NOBODY = "http://127.0.0.1:1"
@@ -50,11 +51,11 @@ def a_replica(redis_url: str, folder: Path) -> Iterator[str]:
     thread = threading.Thread(target=lambda: asyncio.run(serve()), name="replica")
     thread.start()
     try:
-        assert is_up.wait(60.0)
+        assert is_up.wait(GUARD_S)
         yield url_of(sock)
     finally:
         is_over.set()
-        thread.join(60.0)
+        thread.join(GUARD_S)
 
 
 @contextlib.contextmanager
@@ -81,7 +82,7 @@ def url(request: pytest.FixtureRequest, redis_url: str, tmp_path_factory: pytest
 
 @pytest.fixture
 def http(url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, trust_env=False, timeout=60.0) as client:
+    with httpx.Client(base_url=url, trust_env=False, timeout=GUARD_S) as client:
         yield client
 
 
@@ -157,7 +158,7 @@ def test_what_changes_something_needs_the_token(http: httpx.Client, given: str |
 
 def connected(url: str) -> socket.socket:
     where = httpx.URL(url)
-    return socket.create_connection((where.host, where.port), 60)
+    return socket.create_connection((where.host, where.port), GUARD_S)
 
 
 def everything(connection: socket.socket) -> bytes:

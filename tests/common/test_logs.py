@@ -23,6 +23,7 @@ from headrace.common.process.logs import (
 from headrace.common.process.run_token import load_or_create_token
 from headrace.common.redis.client import connect
 from tests.support.fake_services import Faking, ended, faking
+from tests.support.guard import GUARD_S
 
 __all__ = ["faking"]
 ROOT = Path(__file__).parents[2]
@@ -160,7 +161,7 @@ def test_services_that_are_refused_name_no_password(tmp_path: Path) -> None:
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=GUARD_S,
         )
         assert done.returncode == 2 and "secret-word" not in done.stderr + done.stdout
 

@@ -23,10 +23,10 @@ from headrace.common.process.waiting import Reason, Waits
 from headrace.common.redis.client import connect, connect_async, durability_problem
 from headrace.launcher.run.processes import Service
 from headrace.launcher.run.redis_server import redis_binary
+from tests.support.guard import GUARD_S
 
 PASSWORD = "pa@ss/w:rd#"
 IN_URL = "pa%40ss%2Fw%3Ard%23"
-ENOUGH_S = 20.0
 UNREACHABLE, REFUSES = Reason.REDIS_UNREACHABLE, Reason.REDIS_REFUSING
 
 
@@ -50,7 +50,7 @@ class Seen(Waits):
             return next((detail for detail in self.details[reason] if words in detail), None)
 
         with self._said:
-            detail = self._said.wait_for(said, ENOUGH_S)
+            detail = self._said.wait_for(said, GUARD_S)
         assert detail is not None, f"expected a wait that says {words!r}, saw {self.describe()}"
         return detail
 
@@ -85,7 +85,7 @@ class Server:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + ENOUGH_S
+    deadline = time.monotonic() + GUARD_S
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -136,7 +136,7 @@ class Proxy:
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
         listening = asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=tls)
-        self._server = asyncio.run_coroutine_threadsafe(listening, self._loop).result(ENOUGH_S)
+        self._server = asyncio.run_coroutine_threadsafe(listening, self._loop).result(GUARD_S)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -151,7 +151,7 @@ class Proxy:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-        asyncio.run_coroutine_threadsafe(close(), self._loop).result(ENOUGH_S)
+        asyncio.run_coroutine_threadsafe(close(), self._loop).result(GUARD_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -165,7 +165,7 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
     writer.close()
 
 
-async def asked_async(url: str, waits: Waits, *command: Any, deadline_s: float = ENOUGH_S) -> Any:
+async def asked_async(url: str, waits: Waits, *command: Any, deadline_s: float = GUARD_S) -> Any:
     client = connect_async(url, waits, deadline_s=deadline_s)
     try:
         return await client.execute_command(*command)
@@ -262,7 +262,7 @@ def test_a_command_outlives_a_killed_server_that_starts_slowly(
     assert [wait["reason"] for wait in waits.status()] == [UNREACHABLE.value]
     server.start(**{"key-load-delay": "50000", "loading-process-events-interval-bytes": "1024"})
     waits.until(UNREACHABLE, "loading its data")
-    assert (adding.result(ENOUGH_S), adding_async.result(ENOUGH_S)) == (8, 9)
+    assert (adding.result(GUARD_S), adding_async.result(GUARD_S)) == (8, 9)
     assert waits.status() == [] and waits.details[REFUSES] == []
 
 
@@ -277,7 +277,7 @@ def test_a_frozen_server_is_noticed_and_outlived(server: Server, waits: Seen, th
         assert "Timeout reading" in waits.until(UNREACHABLE)
     finally:
         server.service.process.send_signal(signal.SIGCONT)
-    assert setting.result(ENOUGH_S) and setting_async.result(ENOUGH_S)
+    assert setting.result(GUARD_S) and setting_async.result(GUARD_S)
     assert waits.status() == []
 
 
@@ -372,7 +372,7 @@ def test_a_full_server_holds_writes_back_until_there_is_room(
     assert client.exists("script", "pipeline", "async", "other async") == 0
     client.delete("ballast")
     for each, write in writes:
-        assert write.result(ENOUGH_S) and each.status() == [] and each.details[UNREACHABLE] == []
+        assert write.result(GUARD_S) and each.status() == [] and each.details[UNREACHABLE] == []
     assert client.mget("script", "pipeline", "async", "other async") == [b"1"] * 4, "each write has come once"
 
 
@@ -409,7 +409,7 @@ def test_a_refusal_has_the_deadline_too_and_each_its_own(
     writing = threads.submit(client.set, "key", 1)
     waits.until(REFUSES)
     server.admin.config_set("maxmemory", 0)
-    assert writing.result(ENOUGH_S) and waits.status() == []
+    assert writing.result(GUARD_S) and waits.status() == []
     server.admin.config_set("maxmemory", 1)
     for call in (
         lambda: client.set("key", 2),
@@ -430,7 +430,7 @@ def test_a_replica_is_left_for_the_new_master_behind_the_same_address(
         writing_async = threads.submit(asyncio.run, asked_async(url, waits, "SET", "other", 1))
         assert "read only replica" in waits.until(REFUSES)
         proxy.target_port = master.port
-        assert writing.result(ENOUGH_S) and writing_async.result(ENOUGH_S)
+        assert writing.result(GUARD_S) and writing_async.result(GUARD_S)
         assert master.admin.mget("key", "other") == [b"1", b"1"] and waits.status() == []
     finally:
         proxy.close()
@@ -475,7 +475,7 @@ def endless_script(server: Server) -> Iterator[None]:
         until(is_busy)
         yield
         server.admin.script_kill()
-        assert "killed" in str(killed.result(ENOUGH_S)[0]).lower()
+        assert "killed" in str(killed.result(GUARD_S)[0]).lower()
 
 
 @pytest.mark.parametrize(
@@ -498,7 +498,7 @@ def test_a_refusal_that_passes_is_waited_for(
         writes = write_in_every_way(server.url, threads)
         details = [each.until(REFUSES) for each, _ in writes]
     for each, write in writes:
-        assert write.result(ENOUGH_S) and each.status() == []
+        assert write.result(GUARD_S) and each.status() == []
     assert all(re.match(rf"127.0.0.1:{server.port}: ({words})", detail) for detail in details), details
 
 
@@ -511,7 +511,7 @@ def test_a_blocked_read_outlives_the_fall_of_its_master(
     waits.until(REFUSES, "UNBLOCKED")
     server.admin.replicaof("NO", "ONE")
     server.admin.xadd("stream", {"field": "value"})
-    assert reading.result(ENOUGH_S) and waits.status() == []
+    assert reading.result(GUARD_S) and waits.status() == []
 
 
 @pytest.mark.parametrize("word", ["WRONGTYPE", "NOGROUP", "FENCED", "NOPERM"])

@@ -18,9 +18,10 @@ from headrace.common.redis.keys import Keys
 from headrace.control.assembly import running_app
 from headrace.control.polling import learner_probe
 from headrace.launcher.run.redis_server import launch_redis, redis_url_at, start_redis, wait_for_redis
-from tests.support.controls import TOKEN, WAIT_S, a_control
+from tests.support.controls import TOKEN, a_control
 from tests.support.fake_services import ROOT, until
 from tests.support.fake_sglang import FakeSglang
+from tests.support.guard import GUARD_S
 from tests.support.seeded_run import RECIPE, seed_run, step_rows
 
 KEYS = Keys("test-control-faults")
@@ -113,7 +114,7 @@ def test_control_exits_instead_of_serving_a_stale_view(
         config = load_recipe(RECIPE, []).config
         async with running_app(keys.run, config, redis_url, TOKEN, require_token_for_reads=False) as (_, monitor):
             monkeypatch.setattr(monitor.poller, "poll", poll)
-            await asyncio.wait_for(asyncio.Event().wait(), WAIT_S)
+            await asyncio.wait_for(asyncio.Event().wait(), GUARD_S)
 
     with pytest.raises(ExceptionGroup) as raised:
         asyncio.run(scenario())
@@ -162,7 +163,7 @@ def test_the_process_serves_a_run_and_exits_on_sigterm(
                 process.send_signal(signal.SIGTERM)
                 for _ in parts:
                     pass
-        assert process.wait(30) == 0
+        assert process.wait(GUARD_S) == 0
     finally:
         process.kill()
     assert TOKEN not in log.read_text() and f"run {keys.run} at http://127.0.0.1:{port}" in log.read_text()
@@ -179,6 +180,6 @@ def test_the_process_serves_a_run_and_exits_on_sigterm(
 def test_an_error_at_start_is_one_line(arguments: list[str], told: str) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HEADRACE_")}
     command = [sys.executable, "-m", "headrace.control", *arguments]
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=GUARD_S)
     (line,) = ended.stderr.splitlines()
     assert ended.returncode == 2 and line.startswith(f"headrace control: {told}")

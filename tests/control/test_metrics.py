@@ -17,6 +17,7 @@ from headrace.common.redis.keys import Keys
 from headrace.common.wire import encode
 from headrace.control.assembly import running_app
 from headrace.control.view.run_monitor import RunMonitor
+from tests.support.guard import GUARD_S
 from tests.support.scraping import Scrape, lint
 from tests.support.seeded_run import RECIPE, heartbeat, seed_run, step_rows
 
@@ -32,7 +33,7 @@ def seeded(client: redis.Redis, keys: Keys) -> Keys:
 def control(redis_url: str, keys: Keys, scenario: Scenario, require_token_for_reads: bool = False) -> None:
     async def serve() -> None:
         parts = running_app(keys.run, load_recipe(RECIPE, []).config, redis_url, "secret", require_token_for_reads)
-        async with asyncio.timeout(60), parts as (app, monitor):
+        async with asyncio.timeout(GUARD_S), parts as (app, monitor):
             transport = httpx.ASGITransport(app=app)
             async with httpx.AsyncClient(transport=transport, base_url="http://control") as http:
                 await scenario(app, monitor, http)

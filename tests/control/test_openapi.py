@@ -18,6 +18,7 @@ from headrace.common.redis.keys import Keys
 from tests.support.controls import TOKEN, Control, a_control
 from tests.support.fake_services import ROOT
 from tests.support.fake_sglang import a_fake_sglang
+from tests.support.guard import GUARD_S
 from tests.support.seeded_run import seed_run
 
 OPEN_ENDED = {"events"}
@@ -64,7 +65,7 @@ def _try(operation: Any, mode: GenerationMode, url: str, excluded: list[Any]) ->
     @settings(max_examples=30, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(case=operation.as_strategy(generation_mode=mode))
     def every_answer_is_documented(case: Any) -> None:
-        case.call_and_validate(base_url=url, headers=bearer(TOKEN), timeout=30, excluded_checks=excluded)
+        case.call_and_validate(base_url=url, headers=bearer(TOKEN), timeout=GUARD_S, excluded_checks=excluded)
 
     every_answer_is_documented()
 
@@ -100,5 +101,5 @@ def test_every_reference_of_the_document_resolves(openapi_document: dict[str, An
 
 def test_the_document_is_printed_without_a_run(openapi_document: dict[str, Any]) -> None:
     command = [sys.executable, "-m", "headrace.control", "--openapi"]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=GUARD_S)
     assert json.loads(printed.stdout) == openapi_document

@@ -22,6 +22,7 @@ from headrace.control.view import event_stream as stream
 from headrace.control.view.event_stream import Hub, TooManySubscribers
 from tests.support.controls import Control, a_control
 from tests.support.fake_services import until
+from tests.support.guard import GUARD_S
 from tests.support.seeded_run import heartbeat, seed_run, shown_group, step_rows
 
 
@@ -109,7 +110,7 @@ def test_a_page_that_never_reads_is_dropped_and_disconnected(control: Control, m
             take(events, "event")
             told += 1
         assert hub.num_subscribers == 1
-        silent.settimeout(30)
+        silent.settimeout(GUARD_S)
         with pytest.raises(ConnectionResetError):
             while silent.recv(1 << 20):
                 pass
@@ -144,6 +145,6 @@ def test_streams_end_when_control_does(redis_url: str, client: redis.Redis, keys
 
         thread = threading.Thread(target=follow)
         thread.start()
-        assert begun.wait(30)
-    thread.join(30)
+        assert begun.wait(GUARD_S)
+    thread.join(GUARD_S)
     assert ended.is_set()

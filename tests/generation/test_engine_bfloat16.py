@@ -9,6 +9,7 @@ import pytest
 
 from headrace.common.config import EngineConfig
 from headrace.generation.engine.server import EngineServer
+from tests.support.guard import GUARD_S
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, token] for token in range(20, 28)]
 STEP = 1 / 64
@@ -26,7 +27,7 @@ def test_logits_are_not_rounded_to_bfloat16(demo_policy: Path, tmp_path: Path) -
         try:
             sampling = {"max_new_tokens": 32, "temperature": 1.0, "ignore_eos": True}
             asked = {"input_ids": PROMPTS, "sampling_params": sampling, "return_logprob": True, "top_logprobs_num": 5}
-            async with httpx.AsyncClient(trust_env=False, timeout=240.0) as http:
+            async with httpx.AsyncClient(trust_env=False, timeout=GUARD_S) as http:
                 answer = await http.post(f"{server.url}/generate", json=asked)
             tops = [place for one in answer.json() for place in one["meta_info"]["output_top_logprobs"]]
             logprobs = np.array([[logprob for logprob, *_ in top] for top in tops])

@@ -17,6 +17,7 @@ from headrace.common.wire import Sampling, Ticket
 from headrace.generation.engine import confirmation
 from headrace.generation.engine.client import Engine, EngineError, UnconfirmedWeights
 from tests.support.fake_sglang import FakeSglang, a_fake_sglang, sample, server_info, sha256
+from tests.support.guard import GUARD_S
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def ticket(num_completions: int = 1) -> Ticket:
     )
 
 
-def generate(fake: FakeSglang, num_completions: int = 1, completion_timeout_s: float = 10.0) -> Any:
+def generate(fake: FakeSglang, num_completions: int = 1, completion_timeout_s: float = GUARD_S) -> Any:
     async def run() -> Any:
         engine = Engine(fake.url, completion_timeout_s=completion_timeout_s)
         try:
@@ -53,7 +54,7 @@ def swap(fake: FakeSglang, *folders: Path, version: int = 4, **settings: Any) ->
     """One engine swaps to each of the folders in turn, the first as `version`; the last swap's timings."""
 
     async def run() -> Any:
-        engine = Engine(fake.url, **{"swap_timeout_s": 10.0, **settings})
+        engine = Engine(fake.url, **{"swap_timeout_s": GUARD_S, **settings})
         try:
             return [await engine.swap(folder, version + place) for place, folder in enumerate(folders)][-1]
         finally:
@@ -397,7 +398,7 @@ def test_a_cancelled_swap_continues_and_stays_cancelled(
         assert engine.is_loading
         swapping.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await asyncio.wait_for(swapping, 5.0)
+            await asyncio.wait_for(swapping, GUARD_S)
         assert not engine.is_loading
         await engine.aclose()
 

@@ -67,12 +67,12 @@ def test_a_hung_sglang_is_started_again_on_the_verified_weights(
             assert client.xlen(keys.tickets) == 1 and client.xlen(keys.groups) == 0
             assert replica.waits.is_waiting(Reason.ENGINE_STARTING)
             await until(lambda: not any(process.is_running() for process in family))
-            await until(lambda: replica.status.state == "running", timeout_s=200.0)
+            await until(lambda: replica.status.state == "running")
             detected_s, restart_s = detected_at - stopped_at, time.monotonic() - detected_at
             print(f"{part}: found after {detected_s:.1f} s, served again {restart_s:.1f} s later")
             await until(lambda: client.xlen(keys.groups) == 1)
 
-    run(scenario, timeout_s=270.0)
+    run(scenario)
     [(_, fields)] = client.xrange(keys.groups)
     group = decode_group(fields[b"group"])
     assert group.ticket.attempts == 0, "an engine's fault is no attempt of the ticket"

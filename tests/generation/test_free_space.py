@@ -21,6 +21,7 @@ from headrace.generation.assembly import assemble_replica
 from headrace.generation.weights import local_weights
 from headrace.generation.weights.free_space import InsufficientSpace, allocate, check_capacity
 from tests.support.fleet import Member, Versions, a_source
+from tests.support.guard import GUARD_S
 
 SMALL_BYTES = 4 << 20
 
@@ -82,7 +83,7 @@ def test_a_version_that_does_not_fit_leaves_the_served_one_as_it_is(
             assert served == (["v00000001"] if num_items < 2_000_000 else [])
             await member.close()
 
-    asyncio.run(asyncio.wait_for(scenario(), 60.0))
+    asyncio.run(asyncio.wait_for(scenario(), GUARD_S))
 
 
 def test_two_versions_must_fit(demo_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from tests.learner.test_trainer import STEPS, make_batch, make_config
 from tests.support.making import make_ticket
 from tests.support.tiny_models import make_checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from headrace.generation.bootstrap import join
 from headrace.launcher.run.redis_server import start_redis
 from tests.support.fake_services import ROOT, until
 from tests.support.fake_sglang import FakeSglang
+from tests.support.guard import GUARD_S
 from tests.support.replicas import a_learner
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -74,7 +75,7 @@ def test_a_url_and_a_token_are_enough(
         until(lambda: client.xlen(RUN.groups) == 1, "a group")
         for process in (first, second):
             process.send_signal(signal.SIGTERM)
-            output, _ = process.communicate(timeout=30)
+            output, _ = process.communicate(timeout=GUARD_S)
             assert process.returncode == 0, output
         assert not learner.store.replicas(), "replicas that left say so"
 
@@ -104,7 +105,7 @@ def test_what_is_missing_is_one_line(
     start: Start, arguments: tuple[str, ...], environment: dict[str, str], line: str
 ) -> None:
     process = start(*arguments, **environment)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=GUARD_S)
     assert process.returncode == 2 and output.count("\n") == 1, output
     assert output.startswith(f"headrace generation: {line}")
 

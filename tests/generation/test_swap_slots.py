@@ -11,6 +11,7 @@ from headrace.common.redis.keys import Keys
 from headrace.common.wire import Heartbeat, encode
 from headrace.generation.weights import swap_slots
 from headrace.generation.weights.swap_slots import SwapSlots
+from tests.support.guard import GUARD_S
 
 CASES = [(0.5, 8, 4), (0.3, 8, 2), (0.01, 8, 1), (0.5, 0, 1), (1.0, 8, 8)]
 
@@ -43,7 +44,7 @@ def test_at_most_a_share_swaps_at_the_same_time(
 
     async def scenario() -> None:
         client = connect_async(redis_url)
-        async with asyncio.timeout(20.0):
+        async with asyncio.timeout(GUARD_S):
             await asyncio.gather(*(swap(client, index) for index in range(8)))
         await client.aclose()
 

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 
 from headrace.generation.tensors.checksum import TILE_WORDS, cuda_checksum
+from tests.support.guard import GUARD_S
 
 KERNEL = """
 import importlib.util, json, pathlib, sys
@@ -31,7 +32,7 @@ def test_it_is_what_sglangs_kernel_computes() -> None:
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=GUARD_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -20,13 +20,14 @@ from headrace.generation.tickets.store import (
 )
 from headrace.learner.commands.dead_letters import dead_entries, kept_of
 from headrace.learner.store.store import LearnerStore
+from tests.support.guard import GUARD_S
 from tests.support.making import make_group, make_ticket
 
 T = TypeVar("T")
 Replica = Callable[[TicketStore], Awaitable[T]]
 
 
-def as_replica(url: str, keys: Keys, name: str, act: Replica[T], deadline_s: float = 60.0) -> T:
+def as_replica(url: str, keys: Keys, name: str, act: Replica[T], deadline_s: float = GUARD_S) -> T:
     async def run() -> T:
         client = connect_async(url, deadline_s=deadline_s)
         try:

@@ -29,6 +29,7 @@ from headrace.generation.weights.version_fetch import FetchedVersion, PublishedV
 from headrace.learner.weights import version_writer
 from headrace.learner.weights.publisher import ancestors_in_tree
 from tests.support.fleet import TOKEN, Fault, Member, Source, Versions, a_source, members
+from tests.support.guard import GUARD_S
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def model(tmp_path: Path) -> Path:
 
 def run(scenario: Callable[[], Awaitable[None]]) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(60.0):
+        async with asyncio.timeout(GUARD_S):
             await scenario()
 
     asyncio.run(bounded())

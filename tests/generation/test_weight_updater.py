@@ -30,6 +30,7 @@ from headrace.generation.weights.updater import WeightUpdater
 from headrace.generation.weights.version_fetch import FetchedVersion
 from headrace.learner.weights.version_writer import VersionWriter
 from tests.support.fake_sglang import FakeSglang, a_fake_sglang, server_info
+from tests.support.guard import GUARD_S
 from tests.support.making import make_ticket
 from tests.support.replicas import Learner, a_learner, run, until
 
@@ -236,7 +237,7 @@ def test_an_engine_of_our_own_that_failed_halfway_is_started_again_on_the_last_v
         return [sys.executable, "-m", "tests.support.fake_sglang", str(port), str(version or "default")]
 
     monkeypatch.setattr("headrace.generation.engine.server.launch_command", command)
-    server = EngineServer(EngineConfig(device="cpu", startup_timeout_s=60.0), "float32", tmp_path / "sglang.log")
+    server = EngineServer(EngineConfig(device="cpu", startup_timeout_s=GUARD_S), "float32", tmp_path / "sglang.log")
 
     async def scenario() -> None:
         first = await asyncio.to_thread(learner.publish, 0)

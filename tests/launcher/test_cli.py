@@ -15,6 +15,7 @@ from headrace.common.config import RunConfig, load_recipe
 from headrace.common.http.addresses import listen
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import encode
+from tests.support.guard import GUARD_S
 from tests.support.making import make_group, make_ticket
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +41,7 @@ def headrace(*arguments: str, **environment: str) -> subprocess.CompletedProcess
         env=os.environ | {"COLUMNS": "40", "HF_HUB_OFFLINE": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=600,  # a guard against hanging
+        timeout=GUARD_S,
     )
 
 

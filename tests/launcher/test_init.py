@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from headrace.launcher.commands.init import FILES, init, template
+from tests.support.guard import GUARD_S
 
 ROOT = Path(__file__).parents[2]
 
@@ -15,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 def headrace(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "headrace.launcher", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=GUARD_S)
 
 
 def test_what_init_writes_passes_check_in_an_empty_folder(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import psutil
 from headrace.launcher.run.redis_server import short_timeout_client
 from headrace.launcher.run.run_folder import CONTROL_URL_FILE
 from tests.support.fake_services import SERVES, Faking, ended, faking, read_until
+from tests.support.guard import GUARD_S
 
 __all__ = ["faking"]
 QUICK = "supervisor.POLL_INTERVAL_S = 0.02; restart_policy.PAUSES_S = (0, 0.1)"
@@ -86,13 +87,13 @@ def test_a_new_life_of_a_run_is_neither_paused_nor_stopped(faking: Faking) -> No
     fakes.executable.write_text(fakes.executable.read_text().replace("key,", "'headrace:{faked}:control',"))
     process = fakes.up()
     fakes.wait_for("learner :0:0", "learner serves")
-    with short_timeout_client((fakes.run / "redis-url").read_text(), 5.0) as client:
+    with short_timeout_client((fakes.run / "redis-url").read_text(), GUARD_S) as client:
         client.hset("headrace:{faked}:control", mapping={"paused": 1, "stop": 1, "checkpoints": 3})
         process.send_signal(signal.SIGINT)
         ended(process, 0)
     process = fakes.up()
     fakes.wait_for("learner :0:0", "learner serves", times=2)
-    with short_timeout_client((fakes.run / "redis-url").read_text(), 5.0) as client:
+    with short_timeout_client((fakes.run / "redis-url").read_text(), GUARD_S) as client:
         assert client.hget("headrace:{faked}:control", "checkpoints") == b"3"
     process.send_signal(signal.SIGINT)
     ended(process, 0)

@@ -7,7 +7,8 @@ import signal
 import psutil
 import pytest
 
-from tests.support.fake_services import SERVES, TIMEOUT_S, Faking, ended, faking, processes_of, redis_of
+from tests.support.fake_services import SERVES, Faking, ended, faking, processes_of, redis_of
+from tests.support.guard import GUARD_S
 
 __all__ = ["faking"]
 QUICK = "supervisor.POLL_INTERVAL_S = 0.02; restart_policy.PAUSES_S = (0, 0.1, 0.2, 0.4)"
@@ -110,7 +111,7 @@ for attempt in range(1000):
     fakes.wait_for("learner wrote")
     server = redis_of(fakes.run)
     server.kill()
-    psutil.wait_procs([server], timeout=TIMEOUT_S)
+    psutil.wait_procs([server], timeout=GUARD_S)
     fakes.note("learner killed it")
     output = ended(process, 0)
     assert "learner reads dear" in fakes.lines()
@@ -219,5 +220,5 @@ def test_nothing_outlives_a_launcher_that_is_killed(faking: Faking) -> None:
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) == 4, children
     process.kill()
-    _, alive = psutil.wait_procs(children, timeout=TIMEOUT_S)
+    _, alive = psutil.wait_procs(children, timeout=GUARD_S)
     assert not alive

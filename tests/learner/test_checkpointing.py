@@ -17,6 +17,7 @@ from headrace.learner.commands.audit import audit
 from headrace.learner.distributed.state_files import read_state
 from headrace.learner.loop import Loop
 from tests.support.fake_services import until
+from tests.support.guard import GUARD_S
 from tests.support.launching import rows_of
 from tests.support.replaying import STEPS, end, take_up
 
@@ -38,7 +39,7 @@ class Gate:
 
     def _wait_and_write(self, folder: Path) -> dict[str, FileEntry]:
         self.reached.set()
-        assert self.is_open.wait(60.0)
+        assert self.is_open.wait(GUARD_S)
         return self._write(folder)
 
 
@@ -80,7 +81,7 @@ def test_a_checkpoint_that_is_ordered_while_one_is_written_is_one_more(loop: Loo
     gate = Gate(loop)
     loop.publish_first()
     loop._checkpoint()
-    assert gate.reached.wait(60.0)
+    assert gate.reached.wait(GUARD_S)
     desired = loop.intake.redis_state.desired_state
     loop.intake.redis_state = loop.intake.redis_state._replace(
         desired_state=desired._replace(checkpoints=desired.checkpoints + 1)
@@ -104,7 +105,7 @@ def test_a_stop_waits_for_the_checkpoint_that_is_written_and_writes_its_own(loop
     loop.switches.stop.set()
     until(lambda: loop.waits.is_waiting(Reason.WAITING_FOR_CHECKPOINT), "the wait for it", loop.waits.status)
     gate.is_open.set()
-    running.join(60.0)
+    running.join(GUARD_S)
     assert not running.is_alive()
     found = newest(tmp_path / "checkpoints")
     assert found is not None and found[0].step == loop.progress.step

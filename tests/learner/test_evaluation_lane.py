@@ -18,6 +18,7 @@ from headrace.learner.checkpoints.best import best_of
 from headrace.learner.loop import Loop
 from tests.support.committing import answer_all
 from tests.support.fake_services import until
+from tests.support.guard import GUARD_S
 from tests.support.launching import rows_of
 from tests.support.making import make_rollout
 from tests.support.replaying import end, take_up
@@ -71,7 +72,7 @@ def running(loop: Loop) -> Iterator[None]:
     thread = threading.Thread(target=loop.run, daemon=True)
     thread.start()
     yield
-    thread.join(60.0)
+    thread.join(GUARD_S)
     assert not thread.is_alive()
     end(loop)
 

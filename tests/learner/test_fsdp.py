@@ -10,18 +10,19 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.guard import GUARD_S
 from tests.support.replaying import ROOT
 from tests.support.sharded_ranks import SIZE, make_model
 from tests.support.tiny_models import make_checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 
 def on_two_ranks(what: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "tests.support.sharded_ranks", what, str(folder), *arguments]
     ended = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=GUARD_S
     )
     assert ended.returncode == 0, ended.stderr[-5000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]

@@ -21,6 +21,7 @@ from headrace.learner.intake.validation import GroupLimits
 from headrace.learner.steering.switches import Switches
 from headrace.learner.store.store import Cursor, LearnerStore, Settlement
 from tests.support.committing import answer_all, queue
+from tests.support.guard import GUARD_S
 from tests.support.making import make_rollout
 
 
@@ -145,7 +146,7 @@ def test_tickets_are_issued_as_soon_as_a_step_has_made_room(
     harness.turn()
     batch = harness.intake.take_batch(1.0, never)
     assert batch is not None
-    monkeypatch.setattr("headrace.learner.intake.intake.READ_BLOCK_S", 60.0)
+    monkeypatch.setattr("headrace.learner.intake.intake.READ_BLOCK_S", GUARD_S)
     changed, waiting = harness.intake._changed, threading.Event()
     wait_for = changed.wait_for
 
@@ -156,11 +157,11 @@ def test_tickets_are_issued_as_soon_as_a_step_has_made_room(
     monkeypatch.setattr(changed, "wait_for", told)
     turn = threading.Thread(target=harness.turn, daemon=True)
     turn.start()
-    assert waiting.wait(10.0)
+    assert waiting.wait(GUARD_S)
     assert harness.outstanding() == []
     harness.intake.mark_trained(batch)
     harness.intake.on_announced(2, len(batch))
-    turn.join(10.0)
+    turn.join(GUARD_S)
     assert harness.outstanding() == ["0-4", "0-5", "0-6", "0-7"]
 
 

@@ -13,9 +13,9 @@ import redis
 
 from headrace.common.redis.keys import Keys
 from headrace.learner.commands.audit import audit
+from tests.support.guard import GUARD_S
 from tests.support.replaying import ROOT, STEPS, make_recording, trained
 
-ENOUGH_S = 120.0
 STARTER = """
 import sys
 from headrace.learner.distributed import launch
@@ -46,7 +46,7 @@ class Starter:
 
     def told(self, rank: int) -> list[str]:
         """The rank's process id and what it found in its environment, once it is there."""
-        path, deadline = self.folder / f"rank-{rank}", time.monotonic() + ENOUGH_S
+        path, deadline = self.folder / f"rank-{rank}", time.monotonic() + GUARD_S
         while not path.exists():
             assert self.process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
@@ -70,21 +70,21 @@ def test_each_rank_knows_its_place_and_rank_0_decides_how_all_end(starter: Start
     assert first[4] == second[4] and int(first[4]) > 0
     ranks = starter.ranks()
     (tmp_path / "end").touch()
-    assert starter.process.wait(ENOUGH_S) == 4
+    assert starter.process.wait(GUARD_S) == 4
     assert not [rank for rank in ranks if rank.is_running()]
 
 
 def test_rank_0_is_told_to_end_and_no_other(starter: Starter, tmp_path: Path) -> None:
     starter.ranks()
     starter.process.terminate()
-    assert starter.process.wait(ENOUGH_S) == 0
+    assert starter.process.wait(GUARD_S) == 0
     assert (tmp_path / "ended-0").exists() and not (tmp_path / "ended-1").exists()
 
 
 def test_no_rank_outlives_whoever_has_started_it(starter: Starter) -> None:
     ranks = starter.ranks()
     starter.process.kill()
-    assert not psutil.wait_procs(ranks, ENOUGH_S)[1]
+    assert not psutil.wait_procs(ranks, GUARD_S)[1]
 
 
 def learner(recording: Path, folder: Path, keys: Keys, redis_url: str) -> subprocess.Popen[bytes]:
@@ -102,17 +102,17 @@ def test_a_learner_on_two_ranks_ends_as_one_and_goes_on(
     recording, rows = make_recording(tmp_path / "recording.msgpack"), tmp_path / keys.run / "metrics.jsonl"
     process = learner(recording, tmp_path, keys, redis_url)
     try:
-        deadline = time.monotonic() + 5 * ENOUGH_S
+        deadline = time.monotonic() + GUARD_S
         while not (rows.exists() and '"step": 3,' in rows.read_text()):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         ranks = psutil.Process(process.pid).children()
         assert len(ranks) == 2
         ranks[1].kill() if what == "a rank is killed" else process.terminate()
-        assert process.wait(ENOUGH_S) == (1 if what == "a rank is killed" else 0)
+        assert process.wait(GUARD_S) == (1 if what == "a rank is killed" else 0)
         assert not [rank for rank in ranks if rank.is_running()]
         process = learner(recording, tmp_path, keys, redis_url)
-        assert process.wait(5 * ENOUGH_S) == 0
+        assert process.wait(GUARD_S) == 0
     finally:
         process.kill()
         process.wait()

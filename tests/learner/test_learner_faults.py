@@ -24,6 +24,7 @@ from headrace.learner.stages import checkpointing
 from headrace.learner.stages.wait_deadlines import Starved
 from headrace.learner.store.store import Fenced, LearnerStore, RedisLost
 from tests.support.fake_services import until
+from tests.support.guard import GUARD_S
 from tests.support.launching import rows_of
 from tests.support.replaying import ROOT, STEPS, end, state_of, take_up, trained
 
@@ -178,7 +179,7 @@ def test_a_learner_that_nobody_serves_says_so_and_ends(redis_url: str, keys: Key
         env=os.environ | {"HEADRACE_REDIS_URL": redis_url},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=GUARD_S,
     )
     assert ended.returncode == 4, ended.stderr
     assert "no live replica for " in ended.stderr
@@ -210,7 +211,7 @@ def test_a_run_that_is_scaled_to_0_waits_without_a_deadline(
     until(lambda: any(wait["for_s"] > 0.4 for wait in loop.waits.status()), "a long wait", loop.waits.status)
     assert not ends and loop.waits.describe().startswith("paused: generation is scaled to 0 replicas for ")
     client.hdel(keys.control, "desired_replicas")
-    running.join(10.0)
+    running.join(GUARD_S)
     assert len(ends) == 1 and isinstance(ends[0], Starved)
     assert loop.waits.describe().startswith("not enough groups")
 
@@ -261,5 +262,5 @@ def test_the_status_needs_no_redis(loop: Loop) -> None:
     with loop.intake._changed:  # as the thread does while a command is tried again
         asking = threading.Thread(target=lambda: answers.append(_status(loop, "x")))
         asking.start()
-        asking.join(5.0)
+        asking.join(GUARD_S)
     assert answers and answers[0]["waits"][0]["reason"] == "redis_unreachable"

@@ -14,6 +14,7 @@ from headrace.common.config import load_recipe
 from headrace.learner.commands.plan import follow_advice, measured_in, plan
 from headrace.learner.scaling.simulation import Measured, Simulation
 from tests.support.fake_services import ROOT
+from tests.support.guard import GUARD_S
 
 HOUR_S = 3600.0
 
@@ -134,7 +135,7 @@ def test_what_is_measured_comes_from_the_runs_rows() -> None:
 
 def headrace_simulate(*arguments: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "headrace.launcher", "simulate", "--run", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=GUARD_S)
 
 
 def test_the_command_prints_a_row_for_each_number(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from headrace.learner.stages import publishing
 from headrace.learner.stages.wait_deadlines import Starved
 from headrace.learner.weights.version_writer import VersionWriter
 from tests.support.fake_services import until
+from tests.support.guard import GUARD_S
 from tests.support.launching import rows_of
 from tests.support.replaying import STEPS, end, take_up
 
@@ -39,7 +40,7 @@ def running(loop: Loop) -> Iterator[threading.Thread]:
     thread = threading.Thread(target=loop.run, daemon=True)
     thread.start()
     yield thread
-    thread.join(60.0)
+    thread.join(GUARD_S)
     assert not thread.is_alive()
 
 
@@ -86,7 +87,7 @@ def test_the_next_step_is_taken_while_a_version_is_on_its_way(loop: Loop, tmp_pa
 
 
 def _wait_for(event: threading.Event) -> None:
-    assert event.wait(60.0)
+    assert event.wait(GUARD_S)
 
 
 def test_what_a_version_replaces_is_admitted_when_it_is_announced(loop: Loop) -> None:

@@ -40,7 +40,7 @@ KINDS = {"experts": "qwen3_moe", "gated_delta_nets": "qwen3_next"}
 """Of those that are not of the demo's policy."""
 FLOAT32 = [case for case in CASES if case != "bfloat16"]
 NUM_RANKS = [2, 3]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # for a machine that does much else
+pytestmark = pytest.mark.slow
 ITS_OWN = ("_s", "padding_share")
 """How long it took, and how it was packed."""
 

@@ -21,10 +21,9 @@ from headrace.learner.commands.record import follow
 from headrace.learner.intake.recordings import Recording
 from headrace.learner.store.store import Cursor, LearnerStore
 from tests.support.committing import queue
+from tests.support.guard import GUARD_S
 from tests.support.making import make_group
 from tests.support.replaying import ROOT, STEPS, end, state_of, take_up, trained
-
-ENOUGH_S = 120.0
 
 
 class Killed(BaseException):
@@ -112,7 +111,7 @@ def test_kill_9_at_any_moment_changes_no_bit(
         wait_until(lambda: rows.exists() and f'"step": {step},' in rows.read_text(), process)  # noqa: B023
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    assert begin().wait(ENOUGH_S) == 0
+    assert begin().wait(GUARD_S) == 0
     assert trained(tmp_path / run) == trained(undisturbed)
     assert state_of(tmp_path / run) == state_of(undisturbed)
     saved = load_file(tmp_path / run / "policy" / "model.safetensors")

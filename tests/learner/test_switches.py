@@ -23,6 +23,7 @@ from headrace.learner.steering import live_config
 from headrace.learner.steering import switches as switches_module
 from headrace.learner.steering.switches import Switches
 from tests.support.fake_services import until
+from tests.support.guard import GUARD_S
 from tests.support.launching import rows_of
 from tests.support.replaying import STEPS, end, make_config, take_up
 
@@ -52,7 +53,7 @@ def running(loop: Loop) -> Iterator[threading.Thread]:
     thread = threading.Thread(target=loop.run, daemon=True)
     thread.start()
     yield thread
-    thread.join(30.0)
+    thread.join(GUARD_S)
     assert not thread.is_alive()
 
 

@@ -16,6 +16,7 @@ from headrace.common.config import RunConfig
 from headrace.common.preflight.recipe import UnavailableHere, check_trackers
 from headrace.learner.reporting import trackers as trackers_module
 from headrace.learner.reporting.trackers import Trackers
+from tests.support.guard import GUARD_S
 
 ROW = {"kind": "step", "step": 1, "loss": 0.25, "tickets": ["0-0"], "ess": float("nan")}
 
@@ -37,7 +38,7 @@ def two_lives(tracker: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     The evaluation of step 1 ends after step 2.
     """
-    monkeypatch.setattr(trackers_module, "CLOSE_TIMEOUT_S", 250.0)  # its import alone takes a while
+    monkeypatch.setattr(trackers_module, "CLOSE_TIMEOUT_S", GUARD_S)
     first = Trackers([tracker], folder, {"seed": 1}, 0)
     first.write(evaluation(0, 0.25))
     first.write(ROW | {"step": 1, "loss": 1.0})
@@ -73,7 +74,7 @@ def test_tensorboard_has_a_step_once_that_a_run_without_a_checkpoint_took_twice(
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monkeypatch.setattr(trackers_module, "CLOSE_TIMEOUT_S", 250.0)
+    monkeypatch.setattr(trackers_module, "CLOSE_TIMEOUT_S", GUARD_S)
     for loss in (1.0, 9.0):
         trackers = Trackers(["tensorboard"], tmp_path, {}, 0)
         trackers.write(ROW | {"loss": loss})
@@ -162,7 +163,7 @@ def test_a_tracker_that_hangs_costs_rows_and_no_time(
 
     class Hanging(Told):
         def log(self, numbers: Mapping[str, float], step: int) -> None:
-            released.wait(30.0)
+            released.wait(GUARD_S)
 
     monkeypatch.setattr(trackers_module, "KINDS", {"wandb": Hanging})
     monkeypatch.setattr(trackers_module, "MAX_QUEUED_ROWS", 2)

@@ -14,6 +14,7 @@ from headrace.common.config import load_recipe
 from headrace.launcher.estimates.host_memory import shared_memory_bytes
 from headrace.launcher.estimates.model_size import read_shape
 from tests.launcher.test_estimates import QWEN_1_5B
+from tests.support.guard import GUARD_S
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
@@ -86,7 +87,7 @@ def test_kernels_are_compiled_for_hopper_and_a_failure_is_one(tmp_path: Path) ->
     compiler.chmod(0o755)
     variables = os.environ | {"CUDA_HOME": str(tmp_path / "cuda"), "SGLANG_JIT_CACHE_DIR": str(tmp_path / "kernels")}
     command = [sys.executable, str(ROOT / "deploy" / "compile_kernels.py")]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=GUARD_S)
     assert done.returncode != 0 and "Failed to build JIT module" in done.stderr, done.stderr
     asked = (tmp_path / "asked").read_text()
     assert "code=sm_90a" in asked and "activation.cuh" in asked, asked
@@ -138,21 +139,21 @@ def test_each_replica_takes_a_gpu_that_no_other_has(tmp_path: Path) -> None:
 
     first, other = start(), start()
     assert {gpu_of(first), gpu_of(other)} == {"1", "3"}
-    refused = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
+    refused = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=GUARD_S)
     assert refused.returncode == 2 and "HEADRACE_GPUS=1,3" in refused.stderr
     first.kill()
     first.communicate()
     third = start()
     assert gpu_of(third)
     for process in (other, third):
-        process.communicate("\n", timeout=60)
+        process.communicate("\n", timeout=GUARD_S)
         assert process.returncode == 0
     pairs = variables | {"HEADRACE_GPUS": "0,1,2,3,4", "HEADRACE_TP_SIZE": "2"}
     with subprocess.Popen(command, env=pairs, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as fourth:
         assert gpu_of(fourth) == "0,1"
-        second = subprocess.run(command, env=pairs, input="\n", capture_output=True, text=True, timeout=60)
+        second = subprocess.run(command, env=pairs, input="\n", capture_output=True, text=True, timeout=GUARD_S)
         assert second.stdout.strip() == "2,3", "and the last one, alone, is nobody's"
-        fourth.communicate("\n", timeout=60)
+        fourth.communicate("\n", timeout=GUARD_S)
     free = {name: value for name, value in variables.items() if name != "HEADRACE_GPUS"}
     done = subprocess.run([str(ONE_GPU), "sh", "-c", "echo ${CUDA_VISIBLE_DEVICES-all}"], env=free, capture_output=True)
     assert done.stdout == b"all\n"

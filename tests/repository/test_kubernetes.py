@@ -16,6 +16,7 @@ from headrace.launcher.estimates.host_memory import disk_rows, shared_memory_byt
 from headrace.launcher.estimates.model_size import read_shape
 from headrace.launcher.estimates.traffic import delta_share
 from tests.launcher.test_estimates import QWEN_1_5B
+from tests.support.guard import GUARD_S
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy" / "kubernetes"
@@ -29,7 +30,7 @@ def rendered(path: str) -> list[dict[str, Any]]:
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl is missing: Debian's package kubernetes-client has it")
     command = ["kubectl", "kustomize", str(DEPLOY / path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=GUARD_S)
     assert done.returncode == 0, done.stderr
     return list(yaml.safe_load_all(done.stdout))
 

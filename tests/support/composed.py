@@ -18,9 +18,9 @@ import httpx
 import yaml
 
 from tests.support.fake_services import ROOT
+from tests.support.guard import GUARD_S
 
 POLL_S = 0.5
-COMMAND_TIMEOUT_S = 300.0
 BUILD_TIMEOUT_S = 1500.0
 DEADLINE_S = 900.0
 """Most of it is for a start of SGLang on cores that are busy with everything else."""
@@ -28,7 +28,7 @@ SERVICES = ("learner", "generation", "control")
 Found = TypeVar("Found")
 
 
-def docker(*arguments: str, timeout_s: float = COMMAND_TIMEOUT_S, **variables: str) -> str:
+def docker(*arguments: str, timeout_s: float = GUARD_S, **variables: str) -> str:
     """What it prints. An `AssertionError` with all of it if it fails."""
     command = ["docker", *arguments]
     done = subprocess.run(
@@ -43,7 +43,7 @@ def engine_problem() -> str:
     if shutil.which("docker") is None:
         return "there is no docker"
     for command in ("info", "compose version"):
-        done = subprocess.run(["docker", *command.split()], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(["docker", *command.split()], capture_output=True, text=True, timeout=GUARD_S)
         if done.returncode:
             return f"`docker {command}` says: {(done.stderr or done.stdout).strip().splitlines()[-1]}"
     return ""
@@ -83,7 +83,7 @@ class Stack:
         self._began_at = time.monotonic()
         self._control = ""
 
-    def compose(self, *arguments: str, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
+    def compose(self, *arguments: str, timeout_s: float = GUARD_S) -> str:
         return docker(*self._arguments, *arguments, timeout_s=timeout_s, **self._variables)
 
     def build(self) -> None:

@@ -16,10 +16,10 @@ from headrace.common.redis.keys import Keys
 from headrace.control.assembly import running_app, serving
 from headrace.control.view.run_monitor import RunMonitor
 from tests.support.fake_services import until
+from tests.support.guard import GUARD_S
 from tests.support.seeded_run import RECIPE
 
 TOKEN = "the-run's-token"
-WAIT_S = 30.0
 
 
 class Control:
@@ -29,7 +29,7 @@ class Control:
         self.url = url
         self.monitor = monitor
         self.loop = loop
-        self.http = httpx.Client(base_url=url, trust_env=False, timeout=WAIT_S)
+        self.http = httpx.Client(base_url=url, trust_env=False, timeout=GUARD_S)
 
     def ask(self, method: str, path: str, headers: dict[str, str] | None = None, **arguments: Any) -> httpx.Response:
         return self.http.request(method, path, headers=(headers or {}) | bearer(TOKEN), **arguments)
@@ -37,7 +37,7 @@ class Control:
     def refresh(self) -> None:
         """Polls Redis twice, because a replica is known one poll after its key was found."""
         for _ in range(2):
-            asyncio.run_coroutine_threadsafe(self.monitor.refresh(), self.loop).result(WAIT_S)
+            asyncio.run_coroutine_threadsafe(self.monitor.refresh(), self.loop).result(GUARD_S)
 
     def status(self) -> dict[str, Any]:
         self.refresh()
@@ -98,13 +98,13 @@ def a_control(redis_url: str, keys: Keys, require_token_for_reads: bool = False)
     thread = threading.Thread(target=run, name="control")
     thread.start()
     try:
-        control = started.result(WAIT_S)
+        control = started.result(GUARD_S)
         control.refresh()
         yield control
         control.http.close()
     finally:
         for end in ended:
             end()
-        thread.join(WAIT_S)
+        thread.join(GUARD_S)
         sock.close()
         assert not thread.is_alive()

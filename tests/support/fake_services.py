@@ -16,11 +16,10 @@ from textwrap import indent
 import psutil
 import pytest
 
+from tests.support.guard import GUARD_S
+
 ROOT = Path(__file__).parents[2]
 RECIPE = "configs/tiny-cpu.yaml"
-TIMEOUT_S = 600.0
-"""A busy machine takes its time; a passing test waits for what it waits for, no longer."""
-
 SERVES = "note('serves'); signal.pause()"
 """Until SIGTERM, of which it dies."""
 IDLES = "signal.pause()"
@@ -138,8 +137,8 @@ def until(
     seen: Callable[[], object] = lambda: "",
     is_hopeless: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Fails when the condition is still false once it is hopeless, or after `TIMEOUT_S`."""
-    deadline = time.monotonic() + TIMEOUT_S
+    """Fails when the condition is still false once it is hopeless, or after `GUARD_S`."""
+    deadline = time.monotonic() + GUARD_S
     while not condition():
         was_hopeless = is_hopeless() or time.monotonic() > deadline
         assert not was_hopeless or condition(), f"expected {what}; {seen()}"
@@ -165,7 +164,7 @@ def faking(tmp_path: Path) -> Iterator[Faking]:
 
 def ended(process: subprocess.Popen[str], code: int) -> str:
     """What it printed. Fails unless it ends with `code`."""
-    output, _ = process.communicate(timeout=TIMEOUT_S)
+    output, _ = process.communicate(timeout=GUARD_S)
     assert process.returncode == code, output
     return output
 

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import safetensors
 
 from headrace.generation.tensors.checksum import cuda_checksum
+from tests.support.guard import GUARD_S
 
 Json = dict[str, Any] | list[Any]
 
@@ -119,13 +120,13 @@ class FakeHandler(BaseHTTPRequestHandler):
         self.server.calls.append((self.path, body))
         is_ticket = self.path == "/generate" and "return_logprob" in body
         if self.path in self.server.hanging or (is_ticket and not self.server.completes):
-            self.server.closing.wait(30.0)
+            self.server.closing.wait(GUARD_S)
             return
         if self.path in self.server.trickling:
             self.trickle()
             return
         if self.path in self.server.delaying:
-            self.server.delaying[self.path].wait(30.0)
+            self.server.delaying[self.path].wait(GUARD_S)
         status, reply = self.server.replies.get(self.path, (404, {"detail": "Not Found"}))
         if self.path == "/update_weights_from_disk" and status == 200 and self.server.takes_weights:
             failure = self.server.take_weights(Path(body["model_path"]), body["weight_version"])

@@ -25,6 +25,7 @@ from headrace.common.redis.client import connect
 from headrace.common.redis.keys import MAX_EVENTS, MAX_HISTORY, MAX_SHOWN, Keys
 from headrace.common.wire.group_samples import GroupSample
 from headrace.control.assembly import running_app, serving
+from tests.support.guard import GUARD_S
 
 TOKEN = "the-run's-token"
 CHROMIUM = next((path for path in ("/usr/bin/chromium", "/usr/bin/chromium-browser") if Path(path).exists()), None)
@@ -54,7 +55,7 @@ class ControlProcess:
 
     def start(self) -> None:
         self._process = subprocess.Popen(self._command, env=self._environment, cwd=Path(__file__).parents[2])
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + GUARD_S
         while True:
             with contextlib.suppress(httpx.HTTPError):
                 if httpx.get(f"{self.url}/healthz").status_code == 200:
@@ -111,7 +112,7 @@ def a_page(browser: Any, width: int = 1280, height: int = 900, **settings: Any) 
     """A new tab; fails at the end if the page had an error other than a lost connection."""
     context = browser.new_context(viewport={"width": width, "height": height}, **settings)
     page = context.new_page()
-    page.set_default_timeout(60_000)  # a guard against hanging
+    page.set_default_timeout(1e3 * GUARD_S)
     wrong: list[str] = []
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("dialog", lambda dialog: wrong.append(f"a dialog: {dialog.message}"))

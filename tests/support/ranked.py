@@ -23,9 +23,9 @@ from headrace.learner.model.logprobs import Scored
 from headrace.learner.model.packing import MicroBatch
 from headrace.learner.training.leader import build_trainer, run_follower
 from headrace.learner.training.trainer import Trainer
+from tests.support.guard import GUARD_S
 from tests.support.replaying import ROOT
 
-DEADLINE_S, ENOUGH_S = 120.0, 600.0
 VERSION_STEPS = {1: 0, 2: 1}
 
 
@@ -92,7 +92,7 @@ def do_on_ranks(num_ranks: int, jobs: list[Job], root: Path) -> None:
     log = (root / "log").open("w")
     agent = subprocess.Popen([*command, "-m", "tests.support.ranked", str(path)], cwd=ROOT, env=environment, stderr=log)
     try:
-        assert agent.wait(ENOUGH_S) == 0, (root / "log").read_text()[-5000:]
+        assert agent.wait(GUARD_S) == 0, (root / "log").read_text()[-5000:]
     finally:
         agent.terminate()  # which ends its ranks
         agent.wait()
@@ -100,7 +100,7 @@ def do_on_ranks(num_ranks: int, jobs: list[Job], root: Path) -> None:
 
 
 def main() -> int:
-    ranks = join("cpu", DEADLINE_S)
+    ranks = join("cpu", GUARD_S)
     code = 1
     try:
         if ranks.rank > 0:

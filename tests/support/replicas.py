@@ -32,9 +32,8 @@ from headrace.learner.reporting.http_api import make_app
 from headrace.learner.steering.switches import Switches
 from headrace.learner.store.store import LearnerStore
 from headrace.learner.weights.publisher import WeightVersions
+from tests.support.guard import GUARD_S
 from tests.support.making import make_ticket
-
-DEADLINE_S = 60.0
 
 
 @dataclass
@@ -83,7 +82,7 @@ async def running_replica(
     model: Path,
     name: str = "a",
     task: str = "arithmetic",
-    liveness_timeout_s: float = 60.0,
+    liveness_timeout_s: float = GUARD_S,
     **settings: object,
 ) -> AsyncIterator[Replica]:
     """Serves until the block ends, then drains. An engine that is a URL is somebody else's."""
@@ -92,7 +91,7 @@ async def running_replica(
     client = connect_async(redis_url, waits)
     tickets = TicketStore(client, keys, name)
     await tickets.open()
-    rewards = RewardPool(task, {}, num_workers=1, deadline_s=20.0, memory_bytes=4 << 30)
+    rewards = RewardPool(task, {}, num_workers=1, deadline_s=GUARD_S, memory_bytes=4 << 30)
 
     async def announce(timings: SwapTimings, fetched: FetchedVersion) -> None:
         event = {"version": fetched.local.manifest.version, "pause_ms": timings.pause_s * 1e3}
@@ -121,7 +120,7 @@ async def running_replica(
     try:
         yield replica
         replica.drain()
-        await asyncio.wait_for(serving, DEADLINE_S)
+        await asyncio.wait_for(serving, GUARD_S)
     finally:
         serving.cancel()
         await asyncio.gather(serving, return_exceptions=True)
@@ -129,7 +128,7 @@ async def running_replica(
             await closing
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = DEADLINE_S) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = GUARD_S) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.02)
@@ -141,9 +140,9 @@ def beat(client: redis.Redis, keys: Keys, name: str = "a") -> tuple[str, int]:
     return heartbeat.state, heartbeat.weight_version
 
 
-def run(scenario: Callable[[], Awaitable[None]], timeout_s: float = 3 * DEADLINE_S) -> None:
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(timeout_s):
+        async with asyncio.timeout(GUARD_S):
             await scenario()
 
     asyncio.run(bounded())

@@ -18,8 +18,8 @@ from headrace.learner.distributed.join import join
 from headrace.learner.distributed.ranks import Ranks
 from headrace.learner.model.policy import Policy, load_model
 from headrace.learner.training.leader import build_trainer, run_follower  # noqa: F401 - imported before memory is measured
+from tests.support.guard import GUARD_S
 
-DEADLINE_S = 60.0
 NUM_EXPERTS, SIZE = 3, 4
 
 
@@ -83,4 +83,4 @@ def memory(ranks: Ranks, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"experts": experts, "memory": memory}[sys.argv[1]](join("cpu", DEADLINE_S), Path(sys.argv[2]))
+    {"experts": experts, "memory": memory}[sys.argv[1]](join("cpu", GUARD_S), Path(sys.argv[2]))

@@ -30,9 +30,9 @@ from headrace.common.redis.keys import Keys
 from headrace.common.wire import Heartbeat, encode
 from headrace.learner.checkpoints.record import Record, write_record
 from headrace.learner.store.store import Cursor, Settlement
+from tests.support.guard import GUARD_S
 
 LONG = 44
-TIMEOUT_S = 120.0
 
 
 # The schedule
@@ -130,7 +130,7 @@ def proxy(echo: Echo) -> Iterator[Proxy]:
         yield proxy
 
 
-def connected(proxy: Proxy, timeout_s: float = TIMEOUT_S) -> closing[socket.socket]:
+def connected(proxy: Proxy, timeout_s: float = GUARD_S) -> closing[socket.socket]:
     return closing(socket.create_connection(("127.0.0.1", proxy.port), timeout_s))
 
 
@@ -185,7 +185,7 @@ def test_a_stall_accepts_and_passes_nothing_until_it_is_over(proxy: Proxy, echo:
         with pytest.raises(TimeoutError):
             client.recv(1)
         assert not echo.received
-        client.settimeout(TIMEOUT_S)
+        client.settimeout(GUARD_S)
         proxy.pass_on()
         assert received(client, 4) == b"late"
 
@@ -213,7 +213,7 @@ def test_no_thread_is_left(echo: Echo) -> None:
 
 
 def until(condition: object) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
+    deadline = time.monotonic() + GUARD_S
     assert callable(condition)
     while not condition():
         assert time.monotonic() < deadline

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.guard import GUARD_S
 from tests.support.replaying import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "learner" / "gpu_learner.sh"
@@ -15,11 +16,10 @@ ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "C
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_the_script_says_what_it_is_for(tmp_path: Path) -> None:
     parts = ["prepare", "float32", "bfloat16", "resume", "check"]
     command = [str(SCRIPT), "--shape", "tiny", "--folder", str(tmp_path), *parts]
-    ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=800)
+    ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=GUARD_S)
     told = ended.stdout
     assert ended.returncode == 0, told + ended.stderr[-4000:]
     for dtype in ("float32", "bfloat16"):

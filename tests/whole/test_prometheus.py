@@ -29,14 +29,13 @@ from headrace.generation.http_api import make_app as make_replica_app
 from headrace.learner.__main__ import _status
 from headrace.learner.reporting.prometheus import LearnerMetrics
 from tests.support.fake_sglang import a_fake_sglang, sample
+from tests.support.guard import GUARD_S
 from tests.support.replaying import end, make_recording, take_up
 from tests.support.replicas import a_learner, running_replica, until
 from tests.support.scraping import tool
 from tests.support.seeded_run import RECIPE, heartbeat, seed_run, step_rows
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-pytestmark = pytest.mark.timeout(600)
-DEADLINE_S = 120.0
 SEEDED, LEARNT, SERVED = Keys("seeded"), Keys("learnt"), Keys("served")
 """Runs that control shows, that a learner learns, that a replica serves."""
 
@@ -45,7 +44,7 @@ class Prometheus(NamedTuple):
     url: str
 
     def get(self, path: str, **parameters: str) -> Any:
-        answer = httpx.get(f"{self.url}/api/v1/{path}", params=parameters, trust_env=False, timeout=20)
+        answer = httpx.get(f"{self.url}/api/v1/{path}", params=parameters, trust_env=False, timeout=GUARD_S)
         assert answer.status_code == 200, f"{parameters}: {answer.text}"
         return answer.json()["data"]
 
@@ -58,11 +57,11 @@ class Late(AssertionError):
     pass
 
 
-def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = DEADLINE_S) -> None:
-    deadline = time.monotonic() + deadline_s
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + GUARD_S
     while not condition():
         if time.monotonic() > deadline:
-            raise Late(f"not within {deadline_s:g} s: {what}")
+            raise Late(f"not within {GUARD_S:g} s: {what}")
         time.sleep(0.1)
 
 
@@ -200,7 +199,7 @@ def test_every_query_of_the_dashboard_finds_data_by_control_alone(prometheus: Pr
         return not empty
 
     with contextlib.suppress(Late):
-        wait_until(are_answered, "every query is answered", deadline_s=20.0)
+        wait_until(are_answered, "every query is answered")
     assert not empty
 
 

@@ -747,7 +747,7 @@ class Protocol(RuleBasedStateMachine):
         return pipe.execute(), self._read("events")
 
 
-@pytest.mark.timeout(0 if "HEADRACE_EXAMPLES" in os.environ else 300)
+@pytest.mark.timeout(0 if "HEADRACE_EXAMPLES" in os.environ else 3600)
 def test_the_protocol_holds_whatever_happens(server: Server, tmp_path: Path) -> None:
     run_state_machine_as_test(
         lambda: Protocol(server, tmp_path / "run"),  # type: ignore[arg-type]  # a factory will do
