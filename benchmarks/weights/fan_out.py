@@ -33,7 +33,8 @@ from headrace.common.weights.files import encode_manifest, sha256_of, version_fo
 from headrace.generation.weights.downloads import Fetcher
 from headrace.generation.weights.local_weights import LocalWeights
 from headrace.generation.weights.peer_api import WeightFileServer, weights_router
-from headrace.generation.weights.version_fetch import PublishedVersion, fetch_version
+from headrace.generation.weights.published_version import PublishedVersion
+from headrace.generation.weights.version_fetch import fetch_version
 from headrace.learner.model.host_snapshots import Snapshot
 from headrace.learner.reporting.http_api import make_app
 from headrace.learner.steering.switches import Switches

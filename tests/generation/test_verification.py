@@ -60,13 +60,13 @@ def test_one_part_that_changed_must_show_on_some_rank(name: str, changed_ranks: 
     still = compare_changes(GIVEN, held, before)
     assert (still.mismatch == "") == (not changed_ranks)
     if changed_ranks:
-        assert f"{affected[0]} has changed with the same bytes" in still.mismatch
+        assert f"{affected[0]} has changed, but its bytes are the same as before" in still.mismatch
 
 
 def test_an_engine_that_took_one_tensor_of_many_is_found() -> None:
     held = [rank | {"lm_head.weight": "new", "model.embed_tokens.weight": "new"} for rank in HELD]
     compared = compare_changes(dict.fromkeys(STORED, "new"), held, ConfirmedState(GIVEN, HELD))
-    assert f"{len(PARTS) - 2} of its {len(PARTS)} tensors contradict them" in compared.mismatch
+    assert f"{len(PARTS) - 2} of its {len(PARTS)} tensors do not match" in compared.mismatch
 
 
 def test_names_that_say_nothing_are_compared_as_a_whole() -> None:
@@ -75,8 +75,8 @@ def test_names_that_say_nothing_are_compared_as_a_whole() -> None:
     given, held = {"a": "new", "b": "old", "c": "old"}, [{"c": "x", "renamed.a": "y", "renamed.b": "x"}]
     compared = compare_changes(given, held, before)
     assert compared == ("", 1, ["renamed.a", "renamed.b"])
-    assert "are as before with other bytes" in compare_changes(given, before.checksums, before).mismatch
-    assert "have changed with the same bytes" in compare_changes(before.digests, held, before).mismatch
+    assert "has not changed, but its bytes have" in compare_changes(given, before.checksums, before).mismatch
+    assert "has changed, but its bytes are the same as before" in compare_changes(before.digests, held, before).mismatch
 
 
 def test_what_was_not_known_before_is_not_compared() -> None:

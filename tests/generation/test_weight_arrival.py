@@ -25,7 +25,8 @@ from headrace.common.weights.files import (
 )
 from headrace.common.weights.memory_folder import LOCK_FILE, MemoryFolder, memory_backed
 from headrace.generation.weights import downloads, local_weights
-from headrace.generation.weights.version_fetch import FetchedVersion, PublishedVersion
+from headrace.generation.weights.published_version import PublishedVersion
+from headrace.generation.weights.version_fetch import FetchedVersion
 from headrace.learner.weights import version_writer
 from headrace.learner.weights.publisher import ancestors_in_tree
 from tests.support.fleet import TOKEN, Fault, Member, Source, Versions, a_source, members

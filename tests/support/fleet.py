@@ -17,7 +17,8 @@ from headrace.common.weights.files import MODEL_FILE, Manifest, encode_manifest,
 from headrace.generation.weights.downloads import Fetcher
 from headrace.generation.weights.local_weights import LocalWeights
 from headrace.generation.weights.peer_api import WeightFileServer, weights_router
-from headrace.generation.weights.version_fetch import FetchedVersion, PublishedVersion, fetch_version
+from headrace.generation.weights.published_version import PublishedVersion
+from headrace.generation.weights.version_fetch import FetchedVersion, fetch_version
 from headrace.learner.model.host_snapshots import Snapshot
 from headrace.learner.weights.version_writer import VersionWriter
 from tests.support.fake_sglang import ScriptedServer, in_a_thread

@@ -1,1 +1,1 @@
-"""Rewards, computed in worker processes that may fail, hang or grow without harm to the replica."""
+"""Computes rewards in worker processes that may fail, hang or use too much memory without harm to the replica."""

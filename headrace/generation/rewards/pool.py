@@ -1,9 +1,13 @@
-"""Rewards, computed in worker processes that may fail.
+"""Computes rewards in a pool of worker processes, and replaces workers that fail.
 
-A group's completions are one job on one worker. A completion whose reward raises, or is no finite number, is scored
-again, twice at most; the worker goes on. A reward that hangs past the deadline, eats memory or ends its process costs
-its group a `RewardError` at once: the worker is killed, with its process group, and replaced before its place is used
-again. Other groups only ever wait for a free worker.
+One worker scores all completions of a group. A completion whose reward raises an exception or is not a finite number
+is scored up to two more times by the same worker. If a reward exceeds the deadline or the memory limit, or ends its
+process, the group fails at once with `RewardError`. The worker is then killed with its process group, and replaced
+before its slot is used again. Other groups only wait for a free worker.
+
+The pool is our own code, because a reward is foreign code that may start processes and use any amount of memory: a
+worker is killed by process group and has a memory limit. No library at hand does that. In `concurrent.futures` one
+killed worker breaks the whole pool, and the processes that it started survive.
 """
 
 import asyncio
@@ -20,18 +24,18 @@ from headrace.generation.rewards.worker import ScoreRequest, Setup, WorkerReply
 
 START_DEADLINE_S = 120.0
 RETRY_PAUSES_S = (0.1, 1.0)
-"""Before a completion is scored for the second time, and for the third."""
+"""Pauses before the second and the third attempt to score a completion."""
 _log = logging.getLogger(__name__)
 
 
 class TaskError(RewardError):
-    """The task cannot be loaded here; another try would come to the same."""
+    """The task cannot be loaded on this machine; a retry would fail in the same way."""
 
 
 class RewardPool:
-    """`num_workers` processes that score groups, each within `deadline_s` a group and `memory_bytes` of memory.
+    """`num_workers` processes that score groups, with limits of `deadline_s` a group and `memory_bytes` a process.
 
-    The memory is address space (RLIMIT_AS) and includes the interpreter, the libraries and the task.
+    The memory limit is one of address space (RLIMIT_AS); it includes the interpreter, the libraries and the task.
     """
 
     def __init__(
@@ -48,17 +52,17 @@ class RewardPool:
         self._num_workers = num_workers
         self._deadline_s = deadline_s
         self.seconds = Histogram(SHORT_S)
-        """What workers took for a group, failures included."""
+        """Seconds that workers took for a group, failures included."""
         self.problem = ""
-        """Of the latest group that could not be scored; empty once another could."""
+        """The reason why the latest group could not be scored; empty after a group was scored."""
         self._is_open = False
         self._free: asyncio.Queue[WorkerProcess] = asyncio.Queue()
-        """`num_workers` places, less those in use. A place may hold a dead worker, to be replaced when it is used."""
+        """The `num_workers` slots, less those in use. A dead worker in a slot is replaced when the slot is used."""
         self._running: set[WorkerProcess] = set()
         """Every worker whose process may not have ended yet."""
 
     async def start(self) -> None:
-        """Returns when every worker has loaded the task; raises `RewardError` if one cannot.
+        """Returns when every worker has loaded the task; raises `RewardError` if one fails to.
 
         The calling thread must outlive the pool: Linux ends a worker with the thread that started it.
         """
@@ -71,7 +75,7 @@ class RewardPool:
             self._free.put_nowait(started)
 
     async def close(self) -> None:
-        """Returns when every worker has ended. A group still being scored, or waiting to be, gets `RewardError`."""
+        """Returns when every worker has ended. Groups that are being scored, or wait for it, get `RewardError`."""
         self._is_open = False
         workers = list(self._running)
         for worker in workers:
@@ -79,55 +83,55 @@ class RewardPool:
         await asyncio.gather(*(worker.wait() for worker in workers))
 
     async def score(self, ticket: Ticket, completions: list[str]) -> list[float]:
-        """One finite reward for each completion, in order; raises `RewardError` naming the ticket.
+        """Returns one finite reward for each completion, in order; raises `RewardError` naming the ticket.
 
-        Waits for a free worker; the deadline counts from when the worker gets the group, each time that it does.
+        Waits for a free worker. The deadline starts anew at each attempt, when a worker gets the group.
         """
-        assert self._is_open, "score() is for after start() and before close()"
+        assert self._is_open, "score() is called after start() and before close()"
         rewards: list[float | None] = [None] * len(completions)
         for pause_s in (0.0, *RETRY_PAUSES_S):
             await asyncio.sleep(pause_s)
             missing = [index for index, reward in enumerate(rewards) if reward is None]
             texts = [completions[index] for index in missing]
             try:
-                answer = await self._score_once(ScoreRequest(ticket, texts))
+                reply = await self._score_once(ScoreRequest(ticket, texts))
             except (RewardError, OSError) as error:
                 self.problem = f"ticket {ticket.id}: {error}"
                 raise RewardError(self.problem, texts) from error
-            assert len(answer.rewards) == len(missing), (len(answer.rewards), len(missing))
-            for index, reward in zip(missing, answer.rewards, strict=True):
+            assert len(reply.rewards) == len(missing), (len(reply.rewards), len(missing))
+            for index, reward in zip(missing, reply.rewards, strict=True):
                 rewards[index] = reward
             scored = [reward for reward in rewards if reward is not None]
             if len(scored) == len(rewards):
                 self.problem = ""
                 return scored
             first = rewards.index(None)
-            _log.info("completion %d of %d: %s", first + 1, len(rewards), answer.problem, extra={"ticket": ticket.id})
-        self.problem = f"ticket {ticket.id}: completion {first + 1} of {len(rewards)}: {answer.problem}"
+            _log.info("completion %d of %d: %s", first + 1, len(rewards), reply.problem, extra={"ticket": ticket.id})
+        self.problem = f"ticket {ticket.id}: completion {first + 1} of {len(rewards)}: {reply.problem}"
         raise RewardError(self.problem, [completions[i] for i, reward in enumerate(rewards) if reward is None])
 
-    async def _score_once(self, job: ScoreRequest) -> WorkerReply:
+    async def _score_once(self, request: ScoreRequest) -> WorkerReply:
         worker = await self._free.get()
         started = time.monotonic()
         try:
             if not worker.is_usable:
                 worker.kill()
                 worker = await self._start_worker()
-            return await worker.request(job, self._deadline_s)
+            return await worker.request(request, self._deadline_s)
         finally:
             self.seconds.observe(time.monotonic() - started)
             self._free.put_nowait(worker)
 
     async def _start_worker(self) -> WorkerProcess:
-        ours, theirs = socket.socketpair()
-        answers, messages = await asyncio.open_unix_connection(sock=ours)
-        with theirs:
+        parent_end, worker_end = socket.socketpair()
+        replies, requests = await asyncio.open_unix_connection(sock=parent_end)
+        with worker_end:
             if not self._is_open:
-                messages.close()
+                requests.close()
                 raise RewardError("the reward pool was closed")
-            worker = WorkerProcess(spawn(theirs), answers, messages)
+            worker = WorkerProcess(spawn(worker_end), replies, requests)
         self._running = {worker, *(other for other in self._running if other.process.poll() is None)}
-        answer = await worker.request(self._setup, START_DEADLINE_S)
-        if answer.problem:
-            raise TaskError(answer.problem)
+        reply = await worker.request(self._setup, START_DEADLINE_S)
+        if reply.problem:
+            raise TaskError(reply.problem)
         return worker

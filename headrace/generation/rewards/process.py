@@ -1,6 +1,7 @@
-"""A reward worker as its parent sees it: a process that owes one answer to each message, in msgpack.
+"""The parent's side of a reward worker: starts the process, sends requests, kills it.
 
-It shares no memory, lock or event loop with us, and inherits neither the run's token nor Redis' URL.
+Each request gets one reply, both in msgpack. The process shares no memory, lock or event loop with its parent, and
+inherits neither the run's token nor Redis' URL.
 """
 
 import asyncio
@@ -19,23 +20,23 @@ from headrace.generation.rewards.worker import LENGTH_BYTES, ScoreRequest, Setup
 
 
 class RewardError(Exception):
-    """A group could not be scored, or a worker not be started; the text says why."""
+    """A group could not be scored, or a worker could not be started; the text gives the reason."""
 
     def __init__(self, text: str, completions: Sequence[str] = ()) -> None:
         super().__init__(text)
         self.completions = completions
-        """Those without a reward."""
+        """The completions without a reward."""
 
 
 class WorkerProcess:
-    """A worker as its parent sees it: a process that owes one answer to each message."""
+    """A worker process and the connection to it; each request gets one reply."""
 
     def __init__(
-        self, process: subprocess.Popen[bytes], answers: asyncio.StreamReader, messages: asyncio.StreamWriter
+        self, process: subprocess.Popen[bytes], replies: asyncio.StreamReader, requests: asyncio.StreamWriter
     ) -> None:
         self.process = process
-        self._answers = answers
-        self._messages = messages
+        self._replies = replies
+        self._requests = requests
         self._is_killed = False
 
     @property
@@ -43,24 +44,27 @@ class WorkerProcess:
         return not self._is_killed and self.process.poll() is None
 
     def kill(self) -> None:
-        """Ends what is left of it, its process group and the connection, without waiting."""
+        """Kills the worker's process group and closes the connection, without waiting."""
         if self._is_killed:
             return
         self._is_killed = True
-        self._messages.close()
-        if self.process.returncode is None:  # not reaped, so that the process group is still its own
+        self._requests.close()
+        if self.process.returncode is None:  # not reaped: the process group's id cannot have been reused
             os.killpg(self.process.pid, signal.SIGKILL)
 
     async def wait(self) -> int:
-        """The exit status of a killed worker, once its process has ended and the connection is closed."""
+        """Waits until a killed worker has ended and the connection is closed; returns its exit status."""
         status = await asyncio.to_thread(self.process.wait)
         with contextlib.suppress(ConnectionError):
-            await self._messages.wait_closed()
+            await self._requests.wait_closed()
         return status
 
     async def request(self, message: Setup | ScoreRequest, deadline_s: float) -> WorkerReply:
-        """The answer. A worker that gives none, or says that it is not sound, is killed, and so it is if the caller is
-        cancelled. Raises `RewardError` where there is none."""
+        """Returns the worker's reply; raises `RewardError` if there is none within the deadline.
+
+        A worker that does not reply, or reports that it is not usable any more, is killed. So is the worker of a
+        cancelled call.
+        """
         try:
             payload = msgspec.msgpack.encode(message)
         except UnicodeEncodeError as error:
@@ -68,15 +72,15 @@ class WorkerProcess:
         is_usable = False
         try:
             async with asyncio.timeout(deadline_s):
-                answer = await self._exchange(payload)
-            is_usable = answer.is_usable
+                reply = await self._exchange(payload)
+            is_usable = reply.is_usable
             if not is_usable and isinstance(message, ScoreRequest):
-                raise RewardError(answer.problem)
-            return answer
+                raise RewardError(reply.problem)
+            return reply
         except TimeoutError as error:
             raise RewardError(f"no answer within the deadline of {deadline_s:g} s") from error
         except (asyncio.IncompleteReadError, ConnectionError) as error:
-            self.kill()  # it is dead already, or as good as: a dead process keeps its own exit status
+            self.kill()  # the process is dead or useless; a dead one keeps its exit status
             raise RewardError(f"the worker's process ended with status {await self.wait()}") from error
         except msgspec.DecodeError as error:
             raise RewardError(f"{type(error).__name__}: {error}") from error
@@ -85,18 +89,18 @@ class WorkerProcess:
                 self.kill()
 
     async def _exchange(self, payload: bytes) -> WorkerReply:
-        self._messages.write(len(payload).to_bytes(LENGTH_BYTES) + payload)
-        await self._messages.drain()
-        length = int.from_bytes(await self._answers.readexactly(LENGTH_BYTES))
-        return msgspec.msgpack.decode(await self._answers.readexactly(length), type=WorkerReply)
+        self._requests.write(len(payload).to_bytes(LENGTH_BYTES) + payload)
+        await self._requests.drain()
+        length = int.from_bytes(await self._replies.readexactly(LENGTH_BYTES))
+        return msgspec.msgpack.decode(await self._replies.readexactly(length), type=WorkerReply)
 
 
 def spawn(connection: socket.socket) -> subprocess.Popen[bytes]:
-    """The worker as a new program, in its own process group: it shares no memory, lock or event loop with us.
+    """Starts a worker as a new program in its own process group.
 
-    Its import path is ours, so that a task may lie wherever we can import it; one worker is meant for one core.
-    Its standard input is the connection, and what a reward prints goes to our standard error. It inherits neither
-    another descriptor nor the run's token nor Redis' URL.
+    Its import path is the parent's, so that it can import every task that the parent can. It uses one thread, because a
+    worker is meant for one core. Its standard input is the connection; the output of a reward goes to the parent's
+    standard error. It inherits no other descriptor, and neither the run's token nor Redis' URL.
     """
     one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     return subprocess.Popen(

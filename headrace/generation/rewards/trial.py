@@ -1,8 +1,8 @@
-"""Scores one empty completion of each ticket in the reward workers that a replica would use.
+"""Scores an empty completion of each ticket in a reward worker like a replica's, to test the task's reward.
 
     python -m headrace.generation.rewards.trial OUTPUT < config.json, a newline, the encoded tickets in msgpack
 
-Writes the first problem, or nothing. `headrace check` and `headrace up` start it.
+Writes the first problem to OUTPUT, or an empty file. `headrace check` and `headrace up` start it.
 """
 
 import asyncio
@@ -29,7 +29,8 @@ def _tickets() -> list[bytes]:
 
 
 async def score_empty_completions(config: RunConfig, read_tickets: Callable[[], list[bytes]]) -> str:
-    """Why a completion could not be scored; empty if all could. The workers start before the tickets are read."""
+    """The reason why a completion could not be scored; empty if all were. The worker starts before the tickets are
+    read."""
     settings = config.generation
     pool = RewardPool(
         config.task.name,

@@ -1,7 +1,7 @@
-"""A reward worker: the program that `reward_pool` runs to score groups, one answer for each message of its parent.
+"""The program of a reward worker: scores groups, with one reply to each message of its parent (`rewards.process`).
 
-It loads the task once, limits its own memory, and dies with its parent, however that dies. A reward may raise
-anything: that is an answer too.
+It loads the task once, limits its own memory, and dies with its parent, however the parent dies. An exception of a
+reward is reported in the reply.
 """
 
 import ctypes
@@ -37,27 +37,27 @@ class Setup(msgspec.Struct, frozen=True):
 
 
 class ScoreRequest(msgspec.Struct, frozen=True):
-    """Every later message to a worker."""
+    """Every later message to a worker: the completions of one group."""
 
     ticket: Ticket
     completions: list[str]
 
 
 class WorkerReply(msgspec.Struct, frozen=True):
-    """To a `Setup`: no rewards; to a `ScoreRequest`: one for each completion, None for one that has none."""
+    """The reply to any message. To a `ScoreRequest` it has one reward for each completion, or None for a failed one."""
 
     rewards: list[float | None] = []
     problem: str = ""
-    """The first one; empty: there is none."""
+    """The first problem; empty if there is none."""
     is_usable: bool = True
-    """False: the worker is not to be used any more."""
+    """False if the worker must not be used any more."""
 
 
 Received = TypeVar("Received", Setup, ScoreRequest)
 
 
 def run_worker() -> None:
-    """A worker's life, from its parent's first message to its last."""
+    """Runs the worker until its parent closes the connection."""
     assert ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) == 0
     parent = take_over_connection()
     setup = receive(parent, Setup)
@@ -66,62 +66,62 @@ def run_worker() -> None:
     try:
         resource.setrlimit(resource.RLIMIT_AS, (setup.memory_bytes, setup.memory_bytes))
         task = load_task(setup.task_name, setup.task_settings)
-    except BaseException as error:  # noqa: BLE001 - a task is foreign code: it may raise anything
+    except BaseException as error:  # noqa: BLE001 - a task is foreign code and may raise anything
         send(parent, WorkerReply(problem=describe_error(error), is_usable=False))
         return
     send(parent, WorkerReply())
-    while job := receive(parent, ScoreRequest):
-        send(parent, score_group(task, job))
+    while request := receive(parent, ScoreRequest):
+        send(parent, score_group(task, request))
 
 
 def take_over_connection() -> BufferedRWPair:
-    """The connection to the parent, moved away from where a reward reads; a reward finds nothing to read there."""
+    """Moves the connection to the parent away from standard input, where a reward then reads nothing."""
     connection = socket.socket(fileno=os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     return connection.makefile("rwb")
 
 
 def receive(parent: BufferedRWPair, kind: type[Received]) -> Received | None:
-    """The next message; `None` when the parent has closed the connection."""
+    """The next message; None when the parent has closed the connection."""
     length = parent.read(LENGTH_BYTES)
     return msgspec.msgpack.decode(parent.read(int.from_bytes(length)), type=kind) if length else None
 
 
-def send(parent: BufferedRWPair, answer: WorkerReply) -> None:
-    payload = msgspec.msgpack.encode(answer)
+def send(parent: BufferedRWPair, reply: WorkerReply) -> None:
+    payload = msgspec.msgpack.encode(reply)
     parent.write(len(payload).to_bytes(LENGTH_BYTES) + payload)
     parent.flush()
 
 
-def score_group(task: Task, job: ScoreRequest) -> WorkerReply:
-    """The rewards of one group. One that raises or is no finite number costs the others nothing."""
+def score_group(task: Task, request: ScoreRequest) -> WorkerReply:
+    """Computes the rewards of one group. A failed completion does not affect the others."""
     rewards: list[float | None] = []
     problem = ""
-    for completion in job.completions:
+    for completion in request.completions:
         reward = None
         try:
-            given = task.reward(completion, job.ticket)
+            given = task.reward(completion, request.ticket)
             reward = to_finite_number(given)
             problem = problem or (NOT_A_NUMBER.format(reprlib.repr(given)) if reward is None else "")
         except MemoryError as error:
             return WorkerReply(problem=describe_error(error), is_usable=False)
         except Exception as error:  # noqa: BLE001 - as above
             problem = problem or describe_error(error)
-        except BaseException as error:  # noqa: BLE001 - it wants to end the process
+        except BaseException as error:  # noqa: BLE001 - it would end the process
             return WorkerReply(problem=describe_error(error), is_usable=False)
         rewards.append(reward)
     return WorkerReply(rewards, problem)
 
 
 def to_finite_number(given: Any) -> float | None:
-    """Also of numpy's and torch's scalars, truth values among them."""
+    """The value as a float, None if it is not a finite number; numpy's and torch's scalars and booleans count."""
     if not isinstance(given, numbers.Real) and hasattr(given, "item"):
         given = given.item()
     return float(given) if isinstance(given, numbers.Real) and math.isfinite(given) else None
 
 
 def describe_error(error: BaseException) -> str:
-    """What was raised and where, in a form that any text survives."""
+    """The exception and where it was raised; characters that cannot be encoded are escaped."""
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)
     raised = "".join(traceback.format_exception_only(error)).strip()[:MAX_PROBLEM_CHARS]
     return f"{raised} ({frame.f_code.co_filename}:{line})".encode(errors="backslashreplace").decode()

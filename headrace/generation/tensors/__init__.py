@@ -1,1 +1,2 @@
-"""An engine's tensors by name, shape and checksum, and what they must be after a swap. Pure but for reading files."""
+"""An engine's tensors by name, shape and checksum, and their expected values after a swap. Pure, except for file
+reads."""

@@ -1,14 +1,14 @@
-"""The checksum that SGLang's `/weights_checker` tells of a tensor on CUDA, computed here from the tensor's bytes.
+"""Computes from a tensor's bytes the checksum that SGLang's `/weights_checker` reports for it on CUDA.
 
-SGLang 0.5.23 hashes there by a Triton kernel (`sglang/kernels/ops/memory/gpu_tensor_hash.py`): each 32-bit word is
-mixed with its place, words are summed by tiles, and these sums once more; all of it in unsigned arithmetic, so that it
-is exact here. About 0.5 GB a second of one core: for a sample.
+SGLang 0.5.23 uses a Triton kernel (`sglang/kernels/ops/memory/gpu_tensor_hash.py`). It mixes each 32-bit word with its
+index, sums the words of each tile, hashes the sums and adds them up, all in unsigned arithmetic, so that the result
+here is exact. The speed is about 0.5 GB a second on one core, enough for a sample of the tensors.
 """
 
 import numpy as np
 
 MAX_BYTES = 4 << 30
-"""The kernel's places are 32-bit; longer tensors are not hashed here."""
+"""The kernel's indices have 32 bits; longer tensors are not hashed here."""
 TILE_WORDS = 8192
 _BLOCK_WORDS = 8 * TILE_WORDS
 _SEED = 0x243F6A88
@@ -16,12 +16,12 @@ _LANES = (
     (0x27D4EB2D, 15, _SEED),
     (0x165667B1, 13, (_SEED * 0x9E3779B1 ^ 0xDEADBEEF) & 0xFFFFFFFF),
 )
-"""Of each of the two sums: what places are multiplied by, by how many bits they are turned, what is added."""
+"""For each of the two sums: the factor of an index, the number of bits that it is rotated by, and the addend."""
 _MASK = (1 << 64) - 1
 
 
 def cuda_checksum(payload: bytes | memoryview) -> str:
-    """16 hex digits, for the bytes of a contiguous tensor, at most `MAX_BYTES` of them."""
+    """The checksum, 16 hex digits, of the bytes of a contiguous tensor; at most `MAX_BYTES`."""
     assert len(payload) <= MAX_BYTES, f"{len(payload)} bytes"
     if not len(payload):
         return f"{0:016x}"
@@ -35,7 +35,7 @@ def cuda_checksum(payload: bytes | memoryview) -> str:
 
 
 def _tiles(words: np.ndarray, first: int) -> int:
-    """The sum of the tiles' hashes from word `first` on, of one block of tiles."""
+    """The sum of the tiles' hashes of one block, which begins at word `first`."""
     block = words[first : first + _BLOCK_WORDS]
     places = np.arange(first, first + len(block), dtype=np.uint32)
     starts = np.arange(0, len(block), TILE_WORDS)
@@ -55,7 +55,7 @@ def _mixed(words: np.ndarray, places: np.ndarray, factor: int, turn: int, seed: 
 
 
 def _finish32(words: np.ndarray) -> np.ndarray:
-    """The finisher of MurmurHash3, in place."""
+    """The finalizer of MurmurHash3, in place."""
     words ^= words >> np.uint32(16)
     words *= np.uint32(0x85EBCA6B)
     words ^= words >> np.uint32(13)
@@ -65,7 +65,7 @@ def _finish32(words: np.ndarray) -> np.ndarray:
 
 
 def _finish64(word: int) -> int:
-    """The finisher of SplitMix64."""
+    """The finalizer of SplitMix64."""
     word ^= word >> 30
     word = word * 0xBF58476D1CE4E5B9 & _MASK
     word ^= word >> 27

@@ -1,13 +1,13 @@
-"""Whether an engine holds the weights that it was given, told by checksums of its tensors. Pure but for reading files.
+"""Verifies by checksums of an engine's tensors that it holds the given weights. Pure, except for file reads.
 
-SGLang's `/weights_checker` hashes what lies in the engine's memory, tensor by tensor, on each rank. Its tensors are
-made of the checkpoint's: fused (`qkv_proj`, `gate_up_proj`, the experts of a layer), tied, padded, or cast to float32.
-Two things can be known of each:
+SGLang's `/weights_checker` hashes the tensors in the engine's memory, on each rank. An engine's tensor is made from
+tensors of the checkpoint: fused (`qkv_proj`, `gate_up_proj`, the experts of a layer), tied, padded, or cast to float32.
+Two things can be checked:
 
-- that it changed, on some rank, exactly if the bytes of what it is made of changed: on any device, under any
-  parallelism. What is called by names that are not understood is held against the rest of the checkpoint as a whole;
-- that its bytes are the file's: where one rank has all of it and the hash can be computed here (SHA-256 on a CPU,
-  SGLang's own on CUDA, `tensor_hash`).
+- The tensor has changed, on some rank, exactly if the bytes of its parts in the checkpoint have changed. This works on
+  any device, under any parallelism. Tensors with unknown names are compared as a whole with the rest of the checkpoint.
+- The tensor has the bytes of the file. This works if one rank has all of the tensor and its hash can be computed here
+  (SHA-256 on a CPU, SGLang's own on CUDA, `checksum`).
 """
 
 import hashlib
@@ -31,88 +31,94 @@ FUSED = {
     "in_proj_ba": ("in_proj_b", "in_proj_a"),
     "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
 }
-"""What SGLang stacks along the first dimension, in this order."""
+"""Tensors that SGLang stacks along the first dimension, with their parts in order."""
 EXPERTS = {"w13_weight": (("gate_proj", "up_proj"), ("w1", "w3")), "w2_weight": (("down_proj",), ("w2",))}
-"""What it stacks of each expert, one after the other, by either of two conventions of names."""
+"""Tensors that SGLang stacks over all experts, with the parts of one expert under either of two naming conventions."""
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 VOCABULARY_MULTIPLE = 64
-"""SGLang pads the rows of both to it with zeros."""
+"""SGLang pads the number of rows of both to a multiple of this, with zeros."""
 MAX_CAST_BYTES = 1 << 20
-"""What SGLang holds in float32 beside a bfloat16 model (decays, a router's bias) is small."""
+"""The tensors that SGLang holds in float32 in a bfloat16 model (decays, a router's bias) are smaller than this."""
+CHANGED = "has changed, but its bytes are the same as before"
+UNCHANGED = "has not changed, but its bytes have"
 Checksums = dict[str, str]
-"""By the engine's tensors."""
+"""By the name of the engine's tensor."""
 Digests = Mapping[str, str]
-"""By the checkpoint's tensors."""
+"""By the name of the checkpoint's tensor."""
 
 
 class ConfirmedState(NamedTuple):
-    """What the engine held, by rank, when what it had been given was this."""
+    """The digests of a checkpoint, and the engine's checksums, by rank, when it held that checkpoint."""
 
     digests: Digests
     checksums: Sequence[Checksums]
 
 
 class Comparison(NamedTuple):
-    """Of two states of an engine: `contradiction` is "" or says what speaks against it; `num_compared` of the engine's
-    tensors were held one by one against what they are made of, `unknown` are those whose names are not understood and
-    that were held against the rest of the checkpoint as a whole."""
+    """The comparison of two states of an engine."""
 
     mismatch: str
+    """The first mismatch; empty if there is none."""
     num_compared: int
+    """Number of the engine's tensors that were compared one by one with their parts."""
     unmatched: list[str]
+    """Tensors with unknown names, which were compared as a whole with the rest of the checkpoint."""
 
 
 def map_to_checkpoint(names: Collection[str], stored: Collection[str]) -> dict[str, list[str]]:
-    """Of the engine's tensors `names` those that are made of the checkpoint's `stored`: of which, in their order."""
+    """The parts, in order, among the checkpoint's tensors `stored` of each of the engine's tensors `names`; a tensor
+    without all its parts is left out."""
     parts = {name: _parts_of(name, stored) for name in names}
     return {name: found for name, found in parts.items() if found}
 
 
-def compare_changes(given: Digests, held: Sequence[Checksums], before: ConfirmedState) -> Comparison:
-    """Each of the engine's tensors must have changed since `before`, on some rank, exactly if what it is made of has.
+def compare_changes(digests: Digests, checksums: Sequence[Checksums], before: ConfirmedState) -> Comparison:
+    """Checks that each of the engine's tensors has changed since `before`, on some rank, exactly if its parts have.
 
-    What `before` does not know of is not compared.
+    Tensors with a part that `before` does not have are not compared.
     """
-    names = list(dict.fromkeys(name for rank in held for name in rank))
-    parts = map_to_checkpoint(names, given)
-    ranks = list(zip(held, before.checksums, strict=True))
+    names = list(dict.fromkeys(name for rank in checksums for name in rank))
+    parts = map_to_checkpoint(names, digests)
+    ranks = list(zip(checksums, before.checksums, strict=True))
     changed = {name for name in names if any(now.get(name) != then.get(name) for now, then in ranks)}
-    anew = {name for name, digest in given.items() if name in before.digests and digest != before.digests[name]}
+    new = {name for name, digest in digests.items() if name in before.digests and digest != before.digests[name]}
     known = {name: of for name, of in parts.items() if before.digests.keys() >= set(of)}
-    wrong = [name for name, of in known.items() if (name in changed) == anew.isdisjoint(of)]
+    wrong = [name for name, of in known.items() if (name in changed) == new.isdisjoint(of)]
     if wrong:
-        how = "has changed with the same bytes" if wrong[0] in changed else "is as before with other bytes"
-        return Comparison(f"{len(wrong)} of its {len(known)} tensors contradict them: {wrong[0]} {how}", len(known), [])
-    unknown = [name for name in names if name not in parts]
-    rest = given.keys() - {part for of in parts.values() for part in of}
-    is_known = bool(unknown and rest) and rest <= before.digests.keys()
-    if is_known and changed.isdisjoint(unknown) != anew.isdisjoint(rest):
-        how = "are as before with other bytes" if changed.isdisjoint(unknown) else "have changed with the same bytes"
-        return Comparison(f"its tensors {unknown[0]} and {len(unknown) - 1} more {how}", len(known), unknown)
-    return Comparison("", len(known), unknown if is_known else [])
+        how = CHANGED if wrong[0] in changed else UNCHANGED
+        return Comparison(f"{len(wrong)} of its {len(known)} tensors do not match: {wrong[0]} {how}", len(known), [])
+    unmatched = [name for name in names if name not in parts]
+    rest = digests.keys() - {part for of in parts.values() for part in of}
+    is_known = bool(unmatched and rest) and rest <= before.digests.keys()
+    if is_known and changed.isdisjoint(unmatched) != new.isdisjoint(rest):
+        how = UNCHANGED if changed.isdisjoint(unmatched) else CHANGED
+        return Comparison(f"the group of {unmatched[0]} and {len(unmatched) - 1} more {how}", len(known), unmatched)
+    return Comparison("", len(known), unmatched if is_known else [])
 
 
-def compare_bytes(folder: Path, names: Set[str], held: Checksums) -> tuple[str, int]:
-    """What says that an engine on a CPU, on one rank, does not hold the bytes of the folder's tensors `names`, or "";
-    and of how many of its own that is known."""
+def compare_bytes(folder: Path, names: Set[str], checksums: Checksums) -> tuple[str, int]:
+    """Compares the checksums of an engine on a CPU, with one rank, with the bytes of the folder's tensors `names`.
+
+    Returns the first mismatch, or "", and the number of the engine's tensors that were compared.
+    """
     stored = {entry.name: entry for entry in safetensors_entries(folder)}
     if missing := names - stored.keys():
         return f"{min(missing)} is no longer in {folder}", 0
-    parts = map_to_checkpoint(held, stored)
+    parts = map_to_checkpoint(checksums, stored)
     wrong = sorted(
         name
         for name, of in parts.items()
-        if held[name] not in _possible_checksums([stored[part] for part in of], _sha256)
+        if checksums[name] not in _possible_checksums([stored[part] for part in of], _sha256)
     )
-    told = f"it holds other bytes for {len(wrong)} of {len(parts)} tensors, {wrong[0]} first" if wrong else ""
-    return told, len(parts)
+    mismatch = f"it holds other bytes for {len(wrong)} of {len(parts)} tensors, {wrong[0]} first" if wrong else ""
+    return mismatch, len(parts)
 
 
 def sample_checksums(folder: Path, names: Collection[str], seed: int, max_bytes: int) -> dict[str, set[str]]:
-    """The checksums that an engine on CUDA, on one rank, may tell of some of its tensors `names`, drawn by `seed`, of
-    `max_bytes` together at most.
+    """The checksums that an engine on CUDA, with one rank, may report for a sample of its tensors `names`.
 
-    Experts are left out: kernels for them may lay them out anew.
+    The sample is drawn by `seed` and has at most `max_bytes`. It has no experts, because kernels may change their
+    memory layout.
     """
     stored = {entry.name: entry for entry in safetensors_entries(folder)}
     parts = {name: of for name, of in map_to_checkpoint(names, stored).items() if ".experts." not in name}
@@ -128,7 +134,7 @@ def sample_checksums(folder: Path, names: Collection[str], seed: int, max_bytes:
 
 
 def _parts_of(name: str, stored: Collection[str]) -> list[str]:
-    """None if they are not all there."""
+    """The parts of an engine's tensor, in order; empty if some are missing."""
     if name in stored:
         return [name]
     if name == HEAD:
@@ -152,7 +158,7 @@ def _experts(layer: str, conventions: Iterable[Sequence[str]], stored: Collectio
 
 
 def _possible_checksums(parts: Sequence[StoredTensor], digest: Callable[[bytes], str]) -> Iterator[str]:
-    """Of the bytes as they lie in the file, then of those by which SGLang may hold the same numbers."""
+    """Yields the checksum of the bytes in the file, then of the other representations that SGLang may use."""
     payload = b"".join(part.read() for part in parts)
     yield digest(payload)
     if len(payload) <= MAX_CAST_BYTES and parts[0].dtype in ("BF16", "F16"):

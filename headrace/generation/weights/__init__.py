@@ -1,1 +1,1 @@
-"""The replica's weights: which versions there are, the cheapest way to the newest, fetched, checked, swapped in."""
+"""The replica's weights: finds the cheapest update path to the newest version, fetches, checks and swaps it in."""

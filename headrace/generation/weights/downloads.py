@@ -1,10 +1,10 @@
-"""Fetches the files of a weight version, from wherever they can be had.
+"""Fetches the files of a weight version from the learner's folder, other replicas or the learner.
 
-A file is asked of one source after the other: the learner's folder if it is on this machine, then whoever the learner
-names, the learner last. What one source leaves unfinished the next one continues (a range request); what does not
-match its digest is refused, counted against who served it, and asked for anew elsewhere. A file that is still on its
-way here can be read by others already (`Download`), so that a version flows through a tree of replicas at the speed
-of its slowest link rather than hop by hop.
+The sources are asked one after the other: the learner's folder if it is on this machine, then the replicas that the
+learner names, then the learner. If a source fails in the middle of a file, the next one continues it by a range
+request. A file that does not match its digest is counted against its source and fetched again from the next one. Other
+replicas can read a file while it is being downloaded (`Download`), so that a version passes through a tree of replicas
+at the speed of the slowest link rather than hop by hop.
 """
 
 import asyncio
@@ -27,14 +27,14 @@ from headrace.common.weights.files import (
 )
 
 STALL_TIMEOUT_S = 10.0
-"""Without a byte; then the next source is asked."""
+"""After this time without a byte the next source is asked."""
 CONNECT_TIMEOUT_S = 3.0
 CHUNK_BYTES = 1 << 20
 _log = logging.getLogger(__name__)
 
 
 class Download:
-    """A file of a known length on its way to `path`; whoever reads it sees it grow."""
+    """A file of known length that is being downloaded to `path`; readers follow it as it grows."""
 
     def __init__(self, path: Path, num_bytes: int) -> None:
         self.path = path
@@ -44,14 +44,14 @@ class Download:
         self._grown = asyncio.Condition()
 
     async def advance(self, num_bytes: int, is_finished: bool = False) -> None:
-        """It has `num_bytes` now; fewer than before if it begins anew, which ends those who read it."""
+        """Reports that `num_bytes` have arrived; fewer than before mean a new start, which ends all readers."""
         async with self._grown:
             self.is_finished = self.is_finished or is_finished or num_bytes < self.num_arrived
             self.num_arrived = num_bytes
             self._grown.notify_all()
 
     async def read(self, first: int) -> AsyncIterator[bytes]:
-        """From byte `first` on, as it arrives. Ends early if the download does."""
+        """Yields the bytes from `first` on as they arrive. Ends early if the download does."""
         with self.path.open("rb") as file:
             file.seek(first)
             while file.tell() < self.num_bytes:
@@ -63,13 +63,14 @@ class Download:
 
 
 class Fetcher:
-    """`failures` and `checksum_mismatches` count by source what it could not serve, and what it served wrongly."""
+    """Downloads files. `failures` counts by source the files that it could not serve, `checksum_mismatches` those with
+    wrong bytes."""
 
     def __init__(self, token: str) -> None:
         self.failures: Counter[str] = Counter()
         self.checksum_mismatches: Counter[str] = Counter()
         self.num_bytes: Counter[str] = Counter()
-        """That came from each source."""
+        """Bytes received, by source."""
         self.downloads: dict[tuple[int, str], Download] = {}
         timeout = httpx.Timeout(STALL_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
         self._http = httpx.AsyncClient(timeout=timeout, headers=bearer(token), trust_env=False)
@@ -78,7 +79,7 @@ class Fetcher:
         await self._http.aclose()
 
     async def fetch_manifest(self, sources: Sequence[str], version: int, sha256: str) -> tuple[Manifest, bytes]:
-        """The manifest with that SHA-256 and its bytes. Raises `WeightsError` if nobody has it."""
+        """The manifest with that SHA-256, and its bytes. Raises `WeightsError` if no source has it."""
         problems = []
         for source in sources:
             try:
@@ -102,10 +103,10 @@ class Fetcher:
         num_bytes: int,
         check: Callable[[Path], None],
     ) -> int:
-        """The version's file `name`, of that length, at `path`; returns how many bytes came for it.
+        """Downloads the version's file `name`, of `num_bytes`, to `path`; returns the number of bytes transferred.
 
-        `check` raises `WeightsError` if they are the wrong ones. Raises it, too, if nobody has the right ones. Nothing
-        is left then, nor when it is cancelled.
+        `check` raises `WeightsError` if the bytes are wrong. Raises `WeightsError` if no source has the right ones.
+        After an error or a cancellation no file is left.
         """
         problems: list[str] = []
         num_fetched = 0
@@ -122,7 +123,7 @@ class Fetcher:
                 except (WeightsError, httpx.HTTPError, httpx.InvalidURL, OSError) as error:
                     problems.append(self._note_failure(source, error))
                     num_fetched += download.num_arrived - begun_at
-                    if isinstance(error, WeightsError):  # whose bytes are wrong nobody knows: all of them anew
+                    if isinstance(error, WeightsError):  # several sources may have contributed: fetch all of it again
                         path.write_bytes(b"")
                         await download.advance(0)
             raise WeightsError(f"version {version}, {name}: {'; '.join(problems)}")
@@ -144,7 +145,7 @@ class Fetcher:
             raise OSError(f"ended after {download.num_arrived} of {download.num_bytes} bytes")
 
     async def _chunks(self, source: str, version: int, name: str, first: int, most: int) -> AsyncIterator[bytes]:
-        """The file's bytes from `first` on; raises `WeightsError` rather than go beyond `most`."""
+        """Yields the file's bytes from `first` on; raises `WeightsError` if the file is longer than `most` bytes."""
         if source.startswith("file:"):
             folder = Path(unquote(urlsplit(source).path))
             chunks = _read(version_folder(folder, version) / name, first)
@@ -180,5 +181,5 @@ async def _read(path: Path, first: int) -> AsyncIterator[bytes]:
 
 
 def file_source(folder: Path) -> str:
-    """A learner's folder of versions on this machine, as a source."""
+    """The source URL for a learner's folder of versions on this machine."""
     return folder.resolve().as_uri()

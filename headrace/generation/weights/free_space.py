@@ -1,7 +1,7 @@
-"""Room for the weights in the folder that holds them: what is missing is told before a byte is written.
+"""Checks that the weights fit into their folder before any byte is written.
 
-A memory-backed folder has the size that somebody has set. Writing through a map of a file into a full one would end
-the process by SIGBUS, without a word: a file is given its bytes first.
+A memory-backed folder has a fixed size. Writing to a memory-mapped file in a full one would kill the process by SIGBUS
+without a message, so a file's space is allocated first.
 """
 
 import math
@@ -16,7 +16,7 @@ from headrace.common.weights.files import ITEM_BYTES, WeightsError
 from headrace.generation.tensors.shapes import expected_shapes
 
 NUM_VERSIONS = 2
-"""That lie there at a time: the one that is served, and the next one."""
+"""Number of versions in the folder at a time: the one that is served, and the next one."""
 NEXT_STEP = (
     "make it larger (Compose: HEADRACE_SHM; docker run: --shm-size; Kubernetes: the sizeLimit of the volume at "
     "/dev/shm; elsewhere: mount -o remount,size=... /dev/shm)"
@@ -24,7 +24,7 @@ NEXT_STEP = (
 
 
 class InsufficientSpace(WeightsError):
-    """The folder of the weights is too small for them."""
+    """The folder for the weights is too small."""
 
 
 def check_capacity(folder: Path, model_folder: Path, dtype: str) -> None:
@@ -42,10 +42,10 @@ def check_capacity(folder: Path, model_folder: Path, dtype: str) -> None:
 
 
 def check_free_space(folder: Path, num_bytes: int) -> None:
-    """Raises `InsufficientSpace` if so many bytes do not fit into `folder`."""
+    """Raises `InsufficientSpace` if `folder` has less than `num_bytes` free."""
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
-        raise InsufficientSpace(f"{folder} has {_gib(free)} free, {_gib(num_bytes)} are to come: {NEXT_STEP}")
+        raise InsufficientSpace(f"{folder} has {_gib(free)} free, {_gib(num_bytes)} are needed: {NEXT_STEP}")
 
 
 def allocate(path: Path, num_bytes: int) -> Bytes:

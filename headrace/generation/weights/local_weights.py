@@ -1,9 +1,9 @@
-"""A replica's own copy of the weights, in a memory-backed folder where there is one.
+"""A replica's own copy of the weights, in a memory-backed folder if the machine has one.
 
-A new version is built beside the one that is served, tensor by tensor, and every tensor that results is held against
-its digest; so the engine finds a whole file, and a delta that went wrong costs nothing. Folders are named by version
-and serve other replicas, too: the newest whole, earlier ones by their manifest and delta for as long as these are few
-bytes. What processes that are gone have left behind is cleared away at the start.
+A new version is built beside the one that is served, tensor by tensor, and each resulting tensor is compared with its
+digest. So the engine finds a whole file, and a bad delta does no harm. Folders are named by version and also serve
+other replicas: the newest version as a whole model, earlier ones by manifest and delta, as long as those are small.
+Folders of dead processes are deleted at the start.
 """
 
 import shutil
@@ -33,18 +33,18 @@ from headrace.generation.weights.free_space import allocate
 
 PREFIX = "headrace-weights-"
 RETAINED_DELTA_SHARE = 0.5
-"""Of the model's bytes: so many bytes of earlier deltas are kept for other replicas."""
+"""Earlier deltas are kept for other replicas up to this share of the model's bytes."""
 
 
 class LocalVersion(NamedTuple):
-    """A version that is here whole."""
+    """A version whose whole model is in the replica's folder."""
 
     manifest: Manifest
     sha256: str
 
 
 class LocalWeights:
-    """`held` is the version that is served, None before the first."""
+    """The replica's versions on this machine; `current` is the one that is served, None before the first."""
 
     def __init__(self, model_folder: Path) -> None:
         self.model_folder = model_folder
@@ -59,42 +59,43 @@ class LocalWeights:
     def current_folder(self) -> Path:
         return self.folder_of(self.current.manifest.version) if self.current else self.model_folder
 
-    def build_from_deltas(self, start: Path, manifests: Sequence[Manifest]) -> None:
-        """Makes the model's file of the last of `manifests`, in its folder, out of `start`, the model's file of the
-        first one's base, and the delta of each. Raises `WeightsError` if it does not become what the last one says, or
-        if there is no room for it. A `start` in that folder was fetched for this alone, and becomes it: beside the
-        served version there is never more than one.
+    def build_from_deltas(self, base_file: Path, manifests: Sequence[Manifest]) -> None:
+        """Builds the model file of the last of `manifests` in its folder: applies the deltas of all to `base_file`.
+
+        `base_file` is the model file of the first manifest's base. If it is in the same folder, it was fetched for this
+        only and is changed in place, so that there is never more than one version beside the served one. Raises
+        `WeightsError` if the result does not match the last manifest or does not fit into the folder.
         """
         newest = manifests[-1]
-        aside = self.folder_of(newest.version) / f"{MODEL_FILE}.aside"
-        is_copied = start.parent != aside.parent
-        begun, layout = _mapped(start), model_layout(newest.tensors)
-        _check_layout(start, begun, newest, layout)
+        unfinished = self.folder_of(newest.version) / f"{MODEL_FILE}.unfinished"
+        is_copied = base_file.parent != unfinished.parent
+        base, layout = _mapped(base_file), model_layout(newest.tensors)
+        _check_layout(base_file, base, newest, layout)
         files = [_mapped(self.folder_of(manifest.version) / DELTA_FILE) for manifest in manifests]
         deltas = [(manifest.delta, file) for manifest, file in zip(manifests, files, strict=True) if manifest.delta]
-        frames = [(delta.patches, file, delta.places()) for delta, file in deltas]
+        patches_of = [(delta.patches, file, delta.places()) for delta, file in deltas]
         if is_copied:
-            out = allocate(aside, len(begun))
-            out[: len(layout.header)] = begun[: len(layout.header)]
+            result = allocate(unfinished, len(base))
+            result[: len(layout.header)] = base[: len(layout.header)]
         else:
-            out = np.memmap(start.rename(aside), np.uint8, "r+")
-        for name, place in layout.places.items():
+            result = np.memmap(base_file.rename(unfinished), np.uint8, "r+")
+        for name, span in layout.places.items():
             if is_copied:
-                out[place] = begun[place]
-            bits = bits_of(out[place], ITEM_BYTES[newest.tensors[name].dtype])
-            for patches, content, places in frames:
+                result[span] = base[span]
+            bits = bits_of(result[span], ITEM_BYTES[newest.tensors[name].dtype])
+            for patches, content, spans in patches_of:
                 try:
-                    apply_patch(patches[name], content[places[name]].data, bits, bits)
+                    apply_patch(patches[name], content[spans[name]].data, bits, bits)
                 except DeltaError as error:
                     raise WeightsError(f"version {newest.version}, tensor {name}: {error}") from error
-            check_tensor(name, newest.tensors[name], out[place].data)
-        aside.rename(aside.with_name(MODEL_FILE))
+            check_tensor(name, newest.tensors[name], result[span].data)
+        unfinished.rename(unfinished.with_name(MODEL_FILE))
 
-    def activate(self, held: LocalVersion) -> None:
-        """The version in its folder takes the place of the one that was served."""
-        self.current = held
-        newest = held.manifest.version
-        left_bytes = held.manifest.num_model_bytes * RETAINED_DELTA_SHARE
+    def activate(self, fetched: LocalVersion) -> None:
+        """Makes `fetched` the served version, and deletes files of earlier versions that are no longer needed."""
+        self.current = fetched
+        newest = fetched.manifest.version
+        left_bytes = fetched.manifest.num_model_bytes * RETAINED_DELTA_SHARE
         for version in sorted(stored_versions(self.root), reverse=True):
             folder = self.folder_of(version)
             delta = folder / DELTA_FILE
@@ -105,11 +106,11 @@ class LocalWeights:
                 (folder / MODEL_FILE).unlink(missing_ok=True)
 
     def drop(self, version: int) -> None:
-        """What was fetched or built of a version that is not served."""
+        """Deletes the files of a version that is not served."""
         shutil.rmtree(self.folder_of(version), ignore_errors=True)
 
     def link_config_and_tokenizer(self, version: int) -> None:
-        """The configuration and the tokenizer, which no version brings."""
+        """Links the configuration and the tokenizer into the version's folder; versions do not include them."""
         folder = self.folder_of(version)
         for path in self.model_folder.iterdir():
             is_weights = path.suffix in (".safetensors", ".bin") or path.name == f"{MODEL_FILE}.index.json"
@@ -137,9 +138,9 @@ def check_delta(path: Path, delta: Delta) -> None:
 
 def _check_layout(path: Path, content: Bytes, manifest: Manifest, layout: Layout) -> None:
     if len(content) != layout.num_bytes or content[: len(layout.header)].tobytes() != layout.header:
-        raise WeightsError(f"{path.name} is not laid out as version {manifest.version} says")
+        raise WeightsError(f"{path.name} is not laid out as the manifest of version {manifest.version} says")
 
 
 def _mapped(path: Path) -> Bytes:
-    """The file's bytes, read as they are looked at."""
+    """The file's bytes, memory-mapped for reading."""
     return np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)

@@ -1,7 +1,7 @@
-"""What a replica serves to others of the weights that it has, and of those that are on their way to it.
+"""Serves a replica's weight files to other replicas, including files that it is still downloading.
 
-The learner sends only a few replicas to itself and the others to those; a replica that is asked for a version before
-it has begun to fetch it lets the other wait a moment, since the learner has told them at the same time.
+The learner sends only a few replicas to itself, and the others to those. It hints all of them at the same time, so a
+replica that is asked for a version before its own download has started lets the request wait for `WAIT_S`.
 """
 
 import asyncio
@@ -22,14 +22,17 @@ POLL_S = 0.02
 
 
 class WeightFileServer:
+    """Answers requests for files of the local versions and of current downloads."""
+
     def __init__(self, local: LocalWeights, fetcher: Fetcher) -> None:
         self._local = local
         self._fetcher = fetcher
 
     async def response(self, version: int, name: str, byte_range: str) -> Response:
-        """Raises `HTTPException` 404 if the file is not here and not about to be, 416 for a range beyond it."""
-        held = self._local.current.manifest.version if self._local.current else 0
-        deadline_s = time.monotonic() + (WAIT_S if version > held else 0.0)
+        """The file, or its `byte_range`. Raises `HTTPException` 404 if the file does not appear within `WAIT_S`, 416
+        for a range beyond its end."""
+        current = self._local.current.manifest.version if self._local.current else 0
+        deadline_s = time.monotonic() + (WAIT_S if version > current else 0.0)
         while True:
             if download := self._fetcher.downloads.get((version, name)):
                 return self._stream(download, byte_range)
@@ -55,7 +58,7 @@ def weights_router(file_server: WeightFileServer, token: str) -> APIRouter:
 
     @router.get("/weights/{version}/{name}")
     async def weights_file(version: int, name: str, request: Request) -> Response:
-        """A file of a version, or a range of it, for other replicas; also one that is still on its way here."""
+        """A file of a version, or a range of it, for other replicas; it may still be downloading."""
         return await file_server.response(version, name, request.headers.get("range", ""))
 
     return router

@@ -1,7 +1,7 @@
-"""Turns at swapping, so that no more than a share of the run's replicas stand still at the same time.
+"""Swap slots: a semaphore in Redis that limits the share of the run's replicas that swap weights at the same time.
 
-A turn is an entry with an expiry in a sorted set of the run: who dies in his turn holds the others up for no longer
-than `SLOT_TTL_S`. Nobody is kept waiting for more than that either.
+A slot is an entry with an expiry in a sorted set of the run. A replica that dies with a slot blocks it for `SLOT_TTL_S`
+at most. No replica waits longer than that for a slot.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 class SwapSlots:
-    """One replica's. `share` of all that live may swap at the same time, and one in any case."""
+    """One replica's access to the slots. Their number is `share` of the live replicas, and at least one."""
 
     def __init__(self, client: redis.asyncio.Redis, keys: Keys, replica: str, share: float) -> None:
         self._client = client
@@ -41,7 +41,7 @@ class SwapSlots:
 
     @contextlib.asynccontextmanager
     async def acquire(self) -> AsyncIterator[None]:
-        """From when it is this replica's turn."""
+        """Holds a slot for the block. If none is free within `SLOT_TTL_S`, the block runs without one."""
         if self._share >= 1.0:
             yield
             return
@@ -50,11 +50,11 @@ class SwapSlots:
         deadline_s = time.monotonic() + SLOT_TTL_S
         while not await self._acquire(keys=[self._keys.swapping], args=arguments):
             if time.monotonic() > deadline_s:
-                _log.warning("no turn to swap within %g s: swapping out of turn", SLOT_TTL_S)
+                _log.warning("no swap slot was free within %g s; swapping without one", SLOT_TTL_S)
                 break
             await asyncio.sleep(POLL_S)
         try:
             yield
         finally:
-            with contextlib.suppress(redis.RedisError):  # it expires
+            with contextlib.suppress(redis.RedisError):  # the slot will expire
                 await self._client.zrem(self._keys.swapping, self._replica)

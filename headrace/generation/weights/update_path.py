@@ -1,7 +1,7 @@
-"""Which files bring a replica from the version it holds, if any, to the newest one in the fewest bytes.
+"""Finds the files that update a replica to the newest version with the fewest bytes.
 
-Either the deltas since the version it holds, or a whole model and the deltas after it. The chain of manifests is
-followed from the newest one back; each vouches for the one before.
+These are either the deltas since the replica's version, or a whole model and the deltas after it. The chain of
+manifests is followed backwards from the newest one; each has the hash of the one before.
 """
 
 from collections.abc import Awaitable, Callable
@@ -11,13 +11,13 @@ from headrace.common.weights.files import Manifest, WeightsError
 from headrace.generation.weights.local_weights import LocalVersion
 
 MAX_CHAIN = 64
-Ask = Callable[[int, str], Awaitable[Manifest]]
-"""For the manifest of a version, with that SHA-256."""
+FetchManifest = Callable[[int, str], Awaitable[Manifest]]
+"""Returns the manifest of a version, with that SHA-256."""
 
 
 class UpdatePath(NamedTuple):
-    """`model` is whose model's file is fetched first, None to start from the held one; `deltas` are applied to it, in
-    this order."""
+    """The version whose whole model is fetched (`model`, None to start from the local one), and the versions whose
+    deltas are then applied, in order."""
 
     model: Manifest | None
     deltas: list[Manifest]
@@ -29,10 +29,12 @@ class UpdatePath(NamedTuple):
 
 
 async def find_update_paths(
-    newest: Manifest, held: LocalVersion | None, can_be_whole: bool, ask: Ask
+    newest: Manifest, local: LocalVersion | None, can_be_whole: bool, fetch_manifest: FetchManifest
 ) -> list[UpdatePath]:
-    """Those that there are, the fewest bytes first. `can_be_whole`: somebody has the newest version's model even if it
-    is no anchor. Raises `WeightsError` if there are none."""
+    """The possible update paths, the one with the fewest bytes first. Raises `WeightsError` if there is none.
+
+    `can_be_whole`: peers may have the whole model of the newest version even if it is not an anchor.
+    """
     found = [UpdatePath(newest, [])] if can_be_whole and not newest.has_model else []
     manifest, deltas, problem = newest, list[Manifest](), "no anchor"
     while len(deltas) <= MAX_CHAIN:
@@ -41,16 +43,16 @@ async def find_update_paths(
         if manifest.delta is None:
             break
         deltas = [manifest, *deltas]
-        if held is not None and manifest.delta.base_sha256 == held.sha256:
+        if local is not None and manifest.delta.base_sha256 == local.sha256:
             found.append(UpdatePath(None, deltas))
             break
-        if found and UpdatePath(None, deltas).num_bytes >= min(update_path.num_bytes for update_path in found):
+        if found and UpdatePath(None, deltas).num_bytes >= min(path.num_bytes for path in found):
             break
         try:
-            manifest = await ask(manifest.delta.base, manifest.delta.base_sha256)
-        except WeightsError as error:  # deleted: nobody needs it who could not start from an anchor
+            manifest = await fetch_manifest(manifest.delta.base, manifest.delta.base_sha256)
+        except WeightsError as error:  # deleted: replicas that would need it start from an anchor
             problem = str(error)
             break
     if not found:
         raise WeightsError(f"version {newest.version} cannot be built: {problem}")
-    return sorted(found, key=lambda update_path: update_path.num_bytes)
+    return sorted(found, key=lambda path: path.num_bytes)

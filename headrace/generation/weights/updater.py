@@ -1,9 +1,9 @@
-"""Keeps the engine on the newest weight version: fetch, verify, swap, in that order, while generation goes on.
+"""Keeps the engine on the newest weight version: fetches it, verifies it, swaps it in.
 
-A version is fetched and built in host memory while generation goes on; the pause is the swap alone. It is reported
-only after the engine has confirmed it. A replica whose swap fails says why and takes no work until a later attempt
-succeeds; nothing is swapped into an engine that is down, and an engine that has been away must confirm its version
-before it is used again.
+A version is fetched and built in host memory while generation continues; only the swap pauses it. The version is
+reported only after the engine has confirmed it. If a swap fails, the replica reports the reason and leases no tickets
+until a later attempt succeeds. No swap is sent to an engine that is down, and an engine that comes back must confirm
+its version before it is used again.
 """
 
 import asyncio
@@ -27,24 +27,21 @@ from headrace.generation.tickets.peers import live_replicas
 from headrace.generation.weights.downloads import Fetcher
 from headrace.generation.weights.local_weights import LocalWeights
 from headrace.generation.weights.peer_api import WeightFileServer
+from headrace.generation.weights.published_version import PublishedVersion, read_newest_version
 from headrace.generation.weights.swap_slots import SwapSlots
-from headrace.generation.weights.version_fetch import (
-    FetchedVersion,
-    PublishedVersion,
-    fetch_version,
-    read_newest_version,
-)
+from headrace.generation.weights.version_fetch import FetchedVersion, fetch_version
 
 POLL_INTERVAL_S = 1.0
 HINT_GRACE_S = 0.3
-"""Who finds a version by himself waits so long for the learner's word on whom to ask for it."""
+"""How long a replica that discovers a version by polling waits for the learner's hint about whom to fetch it from."""
 MAX_PEERS = 3
-"""Replicas, by one that has not been told whom to ask."""
+"""Number of peers that a replica asks without a hint."""
 _log = logging.getLogger(__name__)
 
 
 class WeightUpdater:
-    """`version` is what the engine has confirmed, 0 before the first swap; its files are in `copy.folder`."""
+    """`version` is the last one that the engine has confirmed, 0 before the first swap; its files are in
+    `local.current_folder`."""
 
     def __init__(
         self,
@@ -65,29 +62,29 @@ class WeightUpdater:
         self.version = 0
         self.problem = ""
         self.confirmed_incarnation = 0
-        """The life of the engine (`EngineSupervisor.incarnation`) that is known to serve `version`."""
+        """The engine's incarnation (`EngineSupervisor.incarnation`) that is known to serve `version`."""
         self.shares_memory = False
-        """With the learner of the version that was taken last."""
+        """Whether the last version's model file could be linked from the learner's memory."""
         self.awaited_versions: list[int] = []
-        """The versions that callers of `wait_for_version` wait for."""
+        """The versions for which callers of `wait_for_version` wait."""
         self._on_swap = on_swap
         self._hint = asyncio.Event()
         self._hinted_peers: tuple[int, list[str]] = (0, [])
-        """A version, and who can be asked for it."""
+        """The highest hinted version, and the peers that can be asked for it."""
         self._swapped = asyncio.Condition()
 
     def start_weights(self) -> tuple[Path, int | None]:
-        """What an engine starts on: the verified version, or the base model before there is one."""
+        """The folder and version that an engine starts on: the verified version, or the base model before the first."""
         return self.local.current_folder, self.version or None
 
     def hint(self, version: int, sources: Sequence[str] = ()) -> None:
-        """There is a newer version; those are on their way to have it."""
+        """Reports a newer version, and the peers (`sources`) that have it or are fetching it."""
         if version > self._hinted_peers[0]:
             self._hinted_peers = version, list(sources)
         self._hint.set()
 
     async def wait_for_version(self, version: int, timeout_s: float) -> None:
-        """Raises `TimeoutError` if the version is not served in time."""
+        """Waits until `version` or a later one is served; raises `TimeoutError` after `timeout_s`."""
         self.awaited_versions.append(version)
         try:
             async with asyncio.timeout(timeout_s), self._swapped:
@@ -96,7 +93,7 @@ class WeightUpdater:
             self.awaited_versions.remove(version)
 
     async def run(self, supervisor: EngineSupervisor) -> None:
-        """Until cancelled. Skips to the newest; a failure is kept in `problem` and tried again."""
+        """Runs until cancelled. Skips to the newest version; sets `problem` on a failure and tries again."""
         while True:
             await supervisor.serving.wait()
             incarnation = supervisor.incarnation
@@ -121,13 +118,13 @@ class WeightUpdater:
         self.local.close()
 
     async def _catch_up(self, engine: Engine, incarnation: int) -> None:
-        """Returns when the engine, in this life of it, serves the newest version that there is."""
+        """Returns when the engine, in this incarnation, serves the newest published version."""
         if incarnation != self.confirmed_incarnation and self.version and await engine.weight_version() != self.version:
-            await engine.swap(self.local.current_folder, self.version)  # somebody else has started it again
+            await engine.swap(self.local.current_folder, self.version)  # an external engine was restarted
         self.confirmed_incarnation = incarnation
         while (published := await self._published()) is not None and published.version > self.version:
             await self._take(published, engine)
-        if engine.has_unverified_weights:  # of somebody else's: an own one has been started again
+        if engine.has_unverified_weights:  # an external engine: the replica's own would have been restarted
             if not self.version:
                 raise WeightsError("the engine may hold other weights than it says, and there is no version to give it")
             await engine.swap(self.local.current_folder, self.version)
@@ -137,7 +134,7 @@ class WeightUpdater:
         return await read_newest_version(self.client, self.keys.weights)
 
     async def _take(self, published: PublishedVersion, engine: Engine) -> None:
-        """Returns, too, if the version cannot be had because a newer one has taken its place."""
+        """Fetches the version and swaps it in. Also returns if the fetch fails because a newer version replaced it."""
         self.shares_memory = published.shares_memory_with(self.local.root)
         try:
             fetched = await fetch_version(self.local, self.fetcher, published, await self._sources(published.version))
@@ -145,7 +142,7 @@ class WeightUpdater:
             newest = await self._published()
             if newest is None or newest.version <= published.version:
                 raise
-            _log.warning("%s; going on to version %d", error, newest.version)
+            _log.warning("%s; continuing with version %d", error, newest.version)
             return
         try:
             async with self.swap_slots.acquire():
@@ -166,7 +163,7 @@ class WeightUpdater:
         await engine.wait_for_progress(timings)
 
     async def _sources(self, version: int) -> list[str]:
-        """Replicas to ask: whom the learner has named, else whoever serves the version."""
+        """URLs of replicas to ask: those of the learner's hint, else some that serve the version."""
         if self._hinted_peers[0] < version:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(HINT_GRACE_S):
@@ -183,8 +180,8 @@ class WeightUpdater:
 
 
 def local_model_folder(model: ModelConfig) -> Path:
-    """The folder itself, or where the hub's files are on this machine (downloaded if they are not yet). Raises
-    `ValueError` if the model there has no safetensors."""
+    """The model's folder, or that of the hub's files on this machine, downloaded if necessary. Raises `ValueError` if a
+    hub model has no safetensors files."""
     if (folder := Path(model.location)).is_dir():
         return folder
     folder = download(model)
