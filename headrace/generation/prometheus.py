@@ -44,26 +44,29 @@ class ReplicaMetrics:
         _add_sources(families, self._weights.fetcher, name)
         families.counter(
             "headrace_replica_engine_restarts_total",
-            "How often its engine was started again, or answered again.",
+            "Restarts of its engine; of an external engine, how often it began to answer again.",
             max(0, supervisor.incarnation - 1),
             replica=name,
         )
         families.gauge(
             "headrace_replica_engine_silent_seconds",
-            "Since the engine's last sign of life.",
+            "Seconds since the engine's last sign of life.",
             supervisor.silent_s,
             replica=name,
         )
         for outcome in OUTCOMES:
             families.counter(
                 "headrace_replica_tickets_total",
-                "What became of the tickets that it leased.",
+                "Leased tickets by outcome.",
                 self._tickets.outcomes[outcome],
                 replica=name,
                 outcome=outcome,
             )
         families.histogram(
-            "headrace_replica_reward_seconds", "A group's rewards on a worker.", self._rewards.seconds, replica=name
+            "headrace_replica_reward_seconds",
+            "Seconds that a worker took for a group's rewards.",
+            self._rewards.seconds,
+            replica=name,
         )
         return families
 
@@ -80,13 +83,13 @@ def _add_sources(families: Families, fetcher: Fetcher, replica: str) -> None:
         )
         families.counter(
             "headrace_replica_fetch_failures_total",
-            "Sources that could not serve what they were asked for.",
+            "Files that a source could not serve.",
             _sum_by_kind(fetcher.failures, source),
             **labels,
         )
         families.counter(
             "headrace_replica_checksum_mismatches_total",
-            "Sources whose bytes were the wrong ones.",
+            "Files of a source with wrong bytes.",
             _sum_by_kind(fetcher.checksum_mismatches, source),
             **labels,
         )

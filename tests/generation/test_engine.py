@@ -271,7 +271,7 @@ def test_what_the_engine_itself_refuses_is_told_and_a_later_swap_makes_it_sure_a
         with pytest.raises(EngineError, match=r"/update_weights_from_disk answered 400: .*[Ww]eights"):
             await engine.swap(folder, version + 1)
         assert await engine.weight_version() == version
-        with pytest.raises(UnconfirmedWeights, match="may hold other weights than it says"):
+        with pytest.raises(UnconfirmedWeights, match="may hold other weights than it reports"):
             await engine.generate(ticket(1))
         await engine.swap(policies[1], version + 1)
         [completion] = await engine.generate(ticket(1))

@@ -318,7 +318,7 @@ def test_tokens_of_a_version_that_is_not_confirmed_are_refused(fake: FakeSglang,
         with pytest.raises(EngineError, match="other bytes"):
             await engine.swap(folders[0], 4)
         del fake.delaying["/generate"]
-        with pytest.raises(UnconfirmedWeights, match="may hold other weights than it says"):
+        with pytest.raises(UnconfirmedWeights, match="may hold other weights than it reports"):
             await engine.generate(ticket())
         fake.keeps_tensors = False
         await engine.swap(folders[0], 4)

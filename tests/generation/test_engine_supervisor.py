@@ -372,7 +372,7 @@ def test_weights_that_the_engine_may_not_hold_are_no_fault_of_the_request(fake: 
             fake.fails_halfway = True
             with pytest.raises(EngineError, match="Rolling back"):
                 await supervisor.engine.swap(tmp_path, 5)
-            with pytest.raises(EngineDown, match="may hold other weights than it says"):
+            with pytest.raises(EngineDown, match="may hold other weights than it reports"):
                 await supervisor.generate(make_ticket())
             assert supervisor.serving.is_set()
 

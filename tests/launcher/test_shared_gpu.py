@@ -64,7 +64,7 @@ def test_an_engine_that_cannot_have_its_share_says_so(gpu: FakeGpus) -> None:
     with pytest.raises(EngineError, match=re.escape(line)):
         settings_beside_learner(SETTINGS, 0.5)
     gpu.query.unlink()
-    with pytest.raises(EngineError, match="expected one GPU whose memory nvidia-smi tells"):
+    with pytest.raises(EngineError, match="expected one GPU with memory reported by nvidia-smi"):
         settings_beside_learner(SETTINGS, 0.5)
 
 

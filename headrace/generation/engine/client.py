@@ -85,7 +85,7 @@ class Engine:
         already has unverified weights.
         """
         if self.has_unverified_weights:
-            raise UnconfirmedWeights("a swap has failed, and the engine may hold other weights than it says")
+            raise UnconfirmedWeights("a swap has failed, and the engine may hold other weights than it reports")
         request = uuid.uuid4().hex  # no id may be a prefix of another: SGLang aborts by prefix
         rids = [f"{request}-{index}." for index in range(ticket.num_completions)]
         num_failed_swaps = self._swapper.num_failed_swaps

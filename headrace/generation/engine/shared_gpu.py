@@ -17,7 +17,9 @@ def settings_beside_learner(settings: EngineConfig, learner_fraction: float) -> 
     """Settings for an engine that starts now. Raises `EngineError` if less than the engine's share is free."""
     gpus = visible_gpus()
     if len(gpus) != 1 or not gpus[0].total_bytes:
-        raise EngineError(f"expected one GPU whose memory nvidia-smi tells, to share with the learner, found {gpus}")
+        raise EngineError(
+            f"expected one GPU with memory reported by nvidia-smi, to share with the learner, found {gpus}"
+        )
     gpu = gpus[0]
     wanted = engine_static_bytes(gpu.total_bytes, learner_fraction, settings.max_running_requests)
     if not 0 < wanted < gpu.free_bytes:

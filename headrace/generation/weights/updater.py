@@ -104,7 +104,7 @@ class WeightUpdater:
                 _log.error("weights: %s", self.problem)
                 if supervisor.engine.has_unverified_weights:
                     supervisor.request_restart(
-                        incarnation, "the engine may hold other weights than it says, after a swap that failed"
+                        incarnation, "the engine may hold other weights than it reports, after a swap that failed"
                     )
                 if isinstance(error, EngineError):
                     await supervisor.is_responsive(incarnation)
@@ -126,7 +126,9 @@ class WeightUpdater:
             await self._take(published, engine)
         if engine.has_unverified_weights:  # an external engine: the replica's own would have been restarted
             if not self.version:
-                raise WeightsError("the engine may hold other weights than it says, and there is no version to give it")
+                raise WeightsError(
+                    "the engine may hold other weights than it reports, and there is no version to give it"
+                )
             await engine.swap(self.local.current_folder, self.version)
         await self._clear_problem()
 
