@@ -1,4 +1,4 @@
-"""Commits that are due at the same time: in one script, each exactly once, whoever is cancelled or lost meanwhile."""
+"""Commits that are due at the same time go into one script, each exactly once, even if some are cancelled or lost."""
 
 import asyncio
 
@@ -17,7 +17,7 @@ from tests.support.making import make_group, make_ticket
 
 
 class Sender:
-    """Answers even numbers with True, when it may."""
+    """Answers even numbers with True, once `may_answer` is set."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -45,7 +45,7 @@ async def turns() -> None:
         await asyncio.sleep(0)
 
 
-def test_what_is_due_while_a_batch_is_on_its_way_is_the_next_batch() -> None:
+def test_commits_that_arrive_during_a_call_form_the_next_batch() -> None:
     async def run() -> None:
         sender = Sender()
         batcher = Batcher[int](sender)
@@ -75,7 +75,7 @@ def test_a_batch_is_bounded() -> None:
     asyncio.run(run())
 
 
-def test_who_is_cancelled_takes_nothing_from_the_others_and_the_last_one_ends_the_call() -> None:
+def test_a_cancelled_commit_does_not_affect_others_and_the_last_one_cancels_the_call() -> None:
     async def run() -> None:
         sender = Sender()
         batcher = Batcher[int](sender)
@@ -97,7 +97,7 @@ def test_who_is_cancelled_takes_nothing_from_the_others_and_the_last_one_ends_th
     asyncio.run(run())
 
 
-def test_an_error_is_everybodys_of_the_batch_and_nobody_elses() -> None:
+def test_an_error_is_raised_for_every_commit_of_the_batch_only() -> None:
     async def run() -> None:
         sender = Sender()
         batcher = Batcher[int](sender)
@@ -113,8 +113,8 @@ def test_an_error_is_everybodys_of_the_batch_and_nobody_elses() -> None:
     asyncio.run(run())
 
 
-def test_commits_in_one_script_stand_each_for_itself(redis_url: str, client: redis.Redis, keys: Keys) -> None:
-    """One is somebody else's by now, one is unknown to the ledger, one was committed before."""
+def test_commits_in_one_script_are_independent(redis_url: str, client: redis.Redis, keys: Keys) -> None:
+    """One ticket was claimed by another replica, one is unknown to the ledger, one was committed before."""
     learner = LearnerStore(client, keys)
     learner.add_tickets(keys.tickets, [make_ticket(f"0-{place}") for place in range(5)])
 
@@ -144,7 +144,7 @@ def test_commits_in_one_script_stand_each_for_itself(redis_url: str, client: red
     }  # fmt: skip
 
 
-def test_a_full_redis_takes_all_of_a_batch_or_none(redis_url: str, client: redis.Redis, keys: Keys) -> None:
+def test_a_full_redis_accepts_all_of_a_batch_or_none(redis_url: str, client: redis.Redis, keys: Keys) -> None:
     LearnerStore(client, keys).add_tickets(keys.tickets, [make_ticket(f"0-{place}") for place in range(3)])
 
     async def commit() -> list[bool]:

@@ -1,4 +1,4 @@
-"""The batched attention against one sequence at a time, in plain matrix products."""
+"""Compares the batched attention with one sequence at a time, in plain matrix products."""
 
 import math
 from typing import Any
@@ -19,7 +19,7 @@ def refuse(*_: Any, **__: Any) -> Tensor:
 
 
 def make_cache(seq_lens: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Keys, values, the slot table and the rows of the sequences; slots that nobody owns hold NaN."""
+    """Keys, values, the slot table and the rows of the sequences; unused slots are NaN."""
     keys, values = torch.full((2, SLOTS, KV_HEADS, DIM), math.nan)
     order = torch.randperm(SLOTS)
     table = torch.randint(0, SLOTS, (len(seq_lens) + 3, 64))
@@ -34,7 +34,7 @@ def make_cache(seq_lens: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def reference(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """The last `len(query)` tokens of one sequence `(Q, HEADS, DIM)` over its keys `(K, KV_HEADS, DIM)`."""
+    """Attention of the last `len(query)` tokens of one sequence `(Q, HEADS, DIM)` to its keys `(K, KV_HEADS, DIM)`."""
     keys, values = (tensor.repeat_interleave(HEADS // KV_HEADS, dim=1).double() for tensor in (keys, values))
     scores = torch.einsum("qhd,khd->hqk", query.double(), keys) / math.sqrt(DIM)
     places = torch.arange(len(keys))
@@ -100,7 +100,7 @@ def test_extend_equals_one_sequence_at_a_time(lengths: list[tuple[int, int]], se
         start += count
 
 
-def test_what_is_not_covered_goes_to_the_original() -> None:
+def test_unsupported_cases_go_to_the_original() -> None:
     query, lens = torch.randn(1, HEADS, DIM), torch.tensor([1])
     keys, values, table, rows = make_cache([1])
     sentinel = torch.zeros(0)

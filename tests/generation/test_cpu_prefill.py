@@ -1,4 +1,4 @@
-"""Prefills that compute what sequences have in common once, against the same prefills computed whole."""
+"""Compares prefills that compute common prefixes once with the same prefills computed whole."""
 
 import math
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ SEQUENCES = st.lists(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_si
 
 
 class TorchNativeAttnBackend:
-    """SGLang's `forward_extend`, with one cache of keys and values a layer."""
+    """SGLang's `forward_extend`, with one cache of keys and values per layer."""
 
     use_sliding_window_kv_pool = False
 
@@ -47,7 +47,7 @@ class TorchNativeAttnBackend:
 
 @dataclass
 class Batch:
-    """What is read of SGLang's."""
+    """The fields of SGLang's batch that are read."""
 
     input_ids: Tensor
     positions: Tensor
@@ -74,7 +74,7 @@ class Batch:
 
 
 class Runner:
-    """SGLang's, of a model of random weights; counts the tokens that it computes."""
+    """SGLang's runner, with a model of random weights; counts the tokens that it computes."""
 
     def __init__(self, num_sequences: int) -> None:
         torch.manual_seed(0)
@@ -102,7 +102,7 @@ class Runner:
 
 
 def batch_of(runner: Runner, sequences: list[list[int]], prefixes: list[int]) -> Batch:
-    """Of what stands behind `prefixes` tokens of each."""
+    """The batch of the tokens behind the first `prefixes` tokens of each sequence."""
     table = runner.backend.table
     places = [torch.arange(before, len(one)) for one, before in zip(sequences, prefixes, strict=True)]
     lengths, before = torch.tensor([len(one) for one in places]), torch.tensor(prefixes)
@@ -119,7 +119,7 @@ def batch_of(runner: Runner, sequences: list[list[int]], prefixes: list[int]) ->
 
 @settings(max_examples=100)
 @given(SEQUENCES, st.data())
-def test_tokens_are_shared_exactly_if_they_are_the_same_after_the_same(
+def test_tokens_are_shared_exactly_if_they_and_their_prefixes_are_equal(
     sequences: list[list[int]], data: st.DataObject
 ) -> None:
     prefixes = data.draw(st.lists(st.sampled_from((0, 0, 3)), min_size=len(sequences), max_size=len(sequences)))
@@ -141,8 +141,8 @@ def test_tokens_are_shared_exactly_if_they_are_the_same_after_the_same(
 
 @settings(max_examples=100)
 @given(SEQUENCES, st.integers(1, 4))
-def test_a_shared_prefill_is_the_whole_one(sequences: list[list[int]], group_size: int) -> None:
-    """States of last tokens, keys and values; then a second prefill behind what the first has left."""
+def test_a_deduplicated_prefill_equals_the_whole_one(sequences: list[list[int]], group_size: int) -> None:
+    """Compares states of last tokens, keys and values; then of a second prefill behind the first one."""
     sequences = [one for one in sequences for _ in range(group_size)]
     whole, shared = Runner(len(sequences)), Runner(len(sequences))
     longer = [[*one, *one[:3]] for one in sequences]
@@ -157,14 +157,14 @@ def test_a_shared_prefill_is_the_whole_one(sequences: list[list[int]], group_siz
 
 
 @pytest.mark.parametrize("field_name", [*UNSUPPORTED_FIELDS, "lora_ids", "mm_inputs", "is_prefill_only"])
-def test_what_is_no_plain_prefill_of_text_is_computed_as_it_stands(field_name: str) -> None:
+def test_a_prefill_that_is_not_plain_text_is_left_to_sglang(field_name: str) -> None:
     runner = Runner(2)
     batch = batch_of(runner, [[1, 2], [1, 2]], [0, 0])
     setattr(batch, field_name, ["something"])
     assert prefill(lambda _, given: given, runner, batch) is batch
 
 
-def test_another_attention_or_too_little_in_common_is_computed_as_it_stands() -> None:
+def test_another_attention_backend_or_too_few_shared_tokens_is_left_to_sglang() -> None:
     assert BACKEND.endswith(TorchNativeAttnBackend.__name__)
     runner = Runner(2)
     different = batch_of(runner, [[1, 2, 3], [2, 2, 3]], [0, 0])
@@ -175,7 +175,7 @@ def test_another_attention_or_too_little_in_common_is_computed_as_it_stands() ->
     assert prefill(lambda _, given: given, runner, alike) is alike
 
 
-def test_a_prefill_that_fails_leaves_nothing_to_the_next() -> None:
+def test_a_failed_prefill_does_not_affect_the_next() -> None:
     runner = Runner(2)
     batch = batch_of(runner, [[1, 2, 3], [1, 2, 3]], [0, 0])
 

@@ -1,4 +1,4 @@
-"""Sampling by one random number for each sequence: the same distribution as SGLang's."""
+"""Sampling with one random number per sequence has the same distribution as SGLang's."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from tests.generation.test_cpu_attention import refuse
 
 
 def test_tokens_are_drawn_with_their_probabilities() -> None:
-    """Three rows of their own; a chi-squared of 63 degrees of freedom is below 120 but for one time in 100,000."""
+    """Three different rows; a chi-squared of 63 degrees of freedom exceeds 120 once in 100,000 times."""
     torch.manual_seed(0)
     num_draws, probs = 20_000, torch.randn(3, 64).mul(2).softmax(-1)
     drawn = sample(refuse, probs.repeat_interleave(num_draws, 0))
@@ -19,14 +19,14 @@ def test_tokens_are_drawn_with_their_probabilities() -> None:
         assert float(((counts - expected) ** 2 / expected).sum()) < 120
 
 
-def test_what_has_no_probability_is_never_drawn() -> None:
+def test_tokens_of_probability_0_are_never_drawn() -> None:
     probs = torch.zeros(5000, 8)
     probs[:, [2, 5]] = torch.tensor([1e-6, 1.0])
     assert set(sample(refuse, probs).tolist()) <= {2, 5}
     assert sample(refuse, torch.eye(8)).tolist() == list(range(8))
 
 
-def test_the_last_token_is_drawn_at_the_very_end(monkeypatch: Any) -> None:
+def test_the_last_token_is_drawn_at_the_end_of_the_distribution(monkeypatch: Any) -> None:
     monkeypatch.setattr(torch, "rand", lambda *shape, dtype: torch.ones(*shape, dtype=dtype))
     assert sample(refuse, torch.full((1, 4), 0.25)).tolist() == [3]
 

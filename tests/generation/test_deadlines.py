@@ -1,4 +1,4 @@
-"""A ticket's deadline is about progress: what else the engine answers, and how long a completion may be."""
+"""A ticket's deadline depends on progress: on other answers of the engine, and on the length of a completion."""
 
 import asyncio
 
@@ -11,7 +11,7 @@ TICK_S = 0.02
 
 
 async def given_up_after(deadlines: CompletionDeadlines, max_new_tokens: int = 8) -> float:
-    """Seconds, of a request that is never answered."""
+    """Seconds until a request that is never answered times out."""
     loop = asyncio.get_running_loop()
     began_at = loop.time()
     with pytest.raises(TimeoutError):
@@ -31,8 +31,8 @@ def test_longer_completions_are_given_more_time() -> None:
 
 
 @pytest.mark.parametrize("is_answered", [True, False])
-def test_answers_to_others_begin_it_anew_but_not_for_ever(is_answered: bool) -> None:
-    """Another ticket every twentieth of the allowance, answered or failed."""
+def test_answers_to_other_tickets_restart_the_deadline_up_to_a_limit(is_answered: bool) -> None:
+    """Another ticket is answered, or fails, every twentieth of the allowance."""
     allowance_s = 20 * TICK_S
 
     async def scenario() -> float:

@@ -1,7 +1,7 @@
 """The engine's client against the real SGLang on a CPU: sampling, swaps in flight, broken weights, cancellation.
 
 The policies have random weights that never choose the end token, so that a completion lasts as long as it may.
-Their log-probabilities are held against transformers' own forward pass in float32.
+Their log-probabilities are compared with those of transformers in float32.
 """
 
 import asyncio
@@ -30,10 +30,10 @@ from headrace.generation.tensors.verification import map_to_checkpoint
 Result = TypeVar("Result")
 
 PROMPT = list(range(40, 60))
-"""Any tokens do: the weights are random."""
+"""Any tokens will do, because the weights are random."""
 IN_FLIGHT = 600
-"""Tokens of a completion that must still be sampled when a test has seen it run: seconds, where 100 can be over sooner
-than a loaded machine looks."""
+"""Tokens of a completion that must still be running when a test has seen it: these take seconds, but 100 can end before
+a loaded machine polls."""
 ticket_numbers = itertools.count()
 
 
@@ -56,7 +56,7 @@ def ticket(num_completions: int = 8, max_new_tokens: int = 24, prompt: list[int]
 
 
 def write_endless_policy(demo_policy: Path, folder: Path, seed: int) -> Path:
-    """Random weights of the demo policy's shapes, in a folder that has nothing but the safetensors file.
+    """Writes random weights of the demo policy's shapes into a folder that has only the safetensors file.
 
     The first hidden unit is large and positive after every token but the end token, whose logit it lowers.
     """
@@ -75,7 +75,7 @@ def write_endless_policy(demo_policy: Path, folder: Path, seed: int) -> Path:
 
 @pytest.fixture(scope="module")
 def policies(demo_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two folders of different weights."""
+    """Two folders with different weights."""
     root = tmp_path_factory.mktemp("policies")
     return [write_endless_policy(demo_policy, root / f"seed-{seed}", seed) for seed in (1, 2)]
 
@@ -98,7 +98,7 @@ async def next_version(engine: Engine) -> int:
 
 
 async def until_running(engine: Engine, num_requests: int, timeout_s: float = 30.0) -> None:
-    """Waits until the engine itself says that it decodes so many completions."""
+    """Waits until the engine reports that it decodes `count` completions."""
     deadline_s = time.monotonic() + timeout_s
     async with httpx.AsyncClient(base_url=engine.url, trust_env=False) as http:
         while (running := (await http.get("/v1/loads")).json()["loads"][0]["num_running_reqs"]) != num_requests:
@@ -109,7 +109,7 @@ async def until_running(engine: Engine, num_requests: int, timeout_s: float = 30
 def reference_logprobs(
     demo_policy: Path, weights: Path, tokens: list[int], temperature: float = 1.0, prompt: list[int] = PROMPT
 ) -> np.ndarray:
-    """Of `tokens` after the prompt, by transformers in float32, `(len(tokens),)`."""
+    """Log-probabilities of `tokens` after the prompt, by transformers in float32, `(len(tokens),)`."""
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(demo_policy)).float()
     missing = model.load_state_dict(load_file(weights / "model.safetensors"), strict=False).missing_keys
     assert missing == ["lm_head.weight"], "the head is tied to the embedding"
@@ -120,7 +120,7 @@ def reference_logprobs(
 
 
 def expect_whole(completion: Completion) -> None:
-    """Everything fits together and nothing is longer or shorter than the rest."""
+    """Checks that all parts of the completion have the same length."""
     assert len(completion.tokens) == len(completion.behaviour_logprobs)
     assert completion.behaviour_logprobs.dtype == np.float32
     edges = [0, *(span.end for span in completion.version_spans)]
@@ -144,7 +144,7 @@ def test_one_and_eight_completions_end_at_their_length(engine_url: str, policies
     run(engine_url, body)
 
 
-def test_groups_whose_prompts_begin_alike_are_each_right(
+def test_groups_with_a_common_prefix_get_correct_logprobs(
     engine_url: str, demo_policy: Path, policies: list[Path]
 ) -> None:
     prompts = [PROMPT, [*PROMPT[:12], 300, 301], PROMPT[:5], [*PROMPT, 7]]
@@ -174,10 +174,10 @@ def test_a_stop_token_ends_a_completion_and_is_its_last_token(engine_url: str, p
         assert not set(completion.tokens[:-1]) & set(stop_token_ids)
 
 
-def test_a_stop_text_ends_a_completion_whose_tokens_are_all_that_was_sampled(
+def test_a_stop_text_ends_a_completion_and_all_sampled_tokens_are_kept(
     engine_url: str, demo_policy: Path, policies: list[Path]
 ) -> None:
-    """Up to the token that completes the text, with its log-probability; a reward reads the text with it."""
+    """The tokens include the one that completes the text, with its log-probability; the reward's text has it, too."""
     stop = ["7", "=", "ar", " w"]
     tokenizer = AutoTokenizer.from_pretrained(demo_policy)
 
@@ -239,7 +239,7 @@ def broken_folders(policy: Path, root: Path) -> dict[str, Path]:
     return {path.name: path for path in root.iterdir()} | {"nowhere": root / "nowhere"}
 
 
-def test_broken_weights_are_refused_and_generation_goes_on(
+def test_broken_weights_are_refused_and_generation_continues(
     engine_url: str, policies: list[Path], tmp_path: Path
 ) -> None:
     async def body(engine: Engine) -> tuple[int, list[Completion]]:
@@ -257,10 +257,10 @@ def test_broken_weights_are_refused_and_generation_goes_on(
     assert [[span.version for span in completion.version_spans] for completion in completions] == [[version]] * 4
 
 
-def test_what_the_engine_itself_refuses_is_told_and_a_later_swap_makes_it_sure_again(
+def test_a_load_that_the_engine_refuses_is_reported_until_a_later_swap_is_confirmed(
     engine_url: str, policies: list[Path], tmp_path: Path
 ) -> None:
-    """Tensors are whole, but the index beside them leads SGLang nowhere."""
+    """The tensors are whole, but the index beside them names no existing file."""
     folder = tmp_path / "misled"
     shutil.copytree(policies[1], folder)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
@@ -280,9 +280,11 @@ def test_what_the_engine_itself_refuses_is_told_and_a_later_swap_makes_it_sure_a
     run(engine_url, body)
 
 
-def test_an_engine_that_took_half_of_a_version_is_found(engine_url: str, policies: list[Path], tmp_path: Path) -> None:
-    """All tensors are there, in two files, and the index beside them names one: SGLang loads that, and says that it has
-    succeeded. Without the index it loads both."""
+def test_an_engine_that_loaded_half_of_a_version_is_detected(
+    engine_url: str, policies: list[Path], tmp_path: Path
+) -> None:
+    """All tensors exist, in two files, but the index names only one: SGLang loads that one and reports success. Without
+    the index it loads both."""
     weights = load_file(policies[1] / "model.safetensors")
     halves = sorted(weights)[::2], sorted(weights)[1::2]
     for number, names in enumerate(halves):
@@ -305,7 +307,7 @@ def test_an_engine_that_took_half_of_a_version_is_found(engine_url: str, policie
 
 
 def test_cancelling_and_running_out_of_time_abort_in_the_engine(engine_url: str, policies: list[Path]) -> None:
-    """Well before SGLang would notice by itself that the connection is closed, which takes it 4 s."""
+    """The abort comes well before the 4 s after which SGLang notices a closed connection."""
 
     async def body(engine: Engine) -> None:
         await engine.swap(policies[0], await next_version(engine))
@@ -332,7 +334,7 @@ def test_a_refused_request_names_the_ticket(engine_url: str) -> None:
         run(engine_url, lambda engine: engine.generate(too_long))
 
 
-def test_the_server_reports_that_it_is_well(engine_server: EngineServer) -> None:
+def test_the_server_reports_that_it_is_healthy(engine_server: EngineServer) -> None:
     assert engine_server.is_alive
     assert run(engine_server.url, lambda engine: engine.health())
     log = engine_server.log_path.read_text()
@@ -340,10 +342,10 @@ def test_the_server_reports_that_it_is_well(engine_server: EngineServer) -> None
     assert "Ignore import error" not in log, "of models that nobody asked for"
 
 
-def test_an_engine_that_kept_its_weights_under_a_new_label_is_found(
+def test_an_engine_that_kept_its_weights_under_a_new_label_is_detected(
     engine_url: str, policies: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The real engine is misled: it loads its present weights once more, and is told that they are others."""
+    """The real engine loads its current weights again under a new label."""
 
     async def body(engine: Engine) -> None:
         version = await next_version(engine)
@@ -373,8 +375,10 @@ def test_every_tensor_of_the_demo_policy_is_compared(engine_url: str, policies: 
     assert run(engine_url, body) == len(load_file(policies[0] / "model.safetensors")) - num_fused
 
 
-def test_however_fast_versions_come_every_request_gets_ahead_under_each(engine_url: str, policies: list[Path]) -> None:
-    """Each would get one token per version, that of its recomputation, or none, if the next swap began at once."""
+def test_every_request_makes_progress_under_each_version_however_fast_they_come(
+    engine_url: str, policies: list[Path]
+) -> None:
+    """If the next swap began at once, each would get one token per version, that of its recomputation, or none."""
 
     async def body(engine: Engine) -> list[Completion]:
         version = await next_version(engine)
@@ -396,7 +400,7 @@ def test_however_fast_versions_come_every_request_gets_ahead_under_each(engine_u
 
 @pytest.fixture
 def in_place_url(demo_policy: Path, tmp_path: Path) -> Iterator[str]:
-    """A second engine, started as swaps in place need it."""
+    """A second engine, started with the arguments that swaps in place need."""
     server = EngineServer(EngineConfig(device="cpu", swap_mode="in_place"), "float32", tmp_path / "sglang.log")
     asyncio.run(server.start(demo_policy, 1))
     yield server.url
@@ -404,11 +408,11 @@ def in_place_url(demo_policy: Path, tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_swaps_in_place_label_every_token_right_and_leave_nothing_stale_behind(
+def test_swaps_in_place_label_every_token_correctly_and_leave_no_stale_kv(
     in_place_url: str, demo_policy: Path, policies: list[Path]
 ) -> None:
-    """Tokens before a swap match the weights before it exactly; that those after it do not is the kept KV cache's
-    doing, and shows that it was kept. Completions begun after the swap, with the same prompt, match again."""
+    """Tokens before a swap match the old weights exactly. Those after it match no weights, as the KV cache is kept;
+    this shows that it was. Completions of the same prompt that begin after the swap match again."""
 
     async def body(engine: Engine) -> tuple[list[Completion], list[Completion]]:
         await engine.swap(policies[0], 2)

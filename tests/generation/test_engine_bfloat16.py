@@ -1,4 +1,4 @@
-"""The real SGLang with a bfloat16 model: what of it is float32."""
+"""The real SGLang computes the logits of a bfloat16 model in float32."""
 
 import asyncio
 from pathlib import Path
@@ -18,8 +18,8 @@ STEP = 1 / 64
 
 @pytest.mark.slow
 def test_logits_are_not_rounded_to_bfloat16(demo_policy: Path, tmp_path: Path) -> None:
-    """The likeliest tokens' logits are 2 to 16 here: rounded, 99.9 % of their differences would be multiples of 1/64,
-    by the model itself; by chance 2 % are."""
+    """The likeliest tokens' logits are 2 to 16. If the model rounded them, 99.9 % of their differences would be
+    multiples of 1/64; by chance 2 % are."""
     server = EngineServer(EngineConfig(device="cpu", context_tokens=256), "bfloat16", tmp_path / "sglang.log")
 
     async def differences() -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What `Engine` makes of faults that the real SGLang cannot be made to show: the other side is a scripted server."""
+"""`Engine` and faults that cannot be provoked in the real SGLang: the other side is a scripted server."""
 
 import asyncio
 import contextlib
@@ -51,7 +51,7 @@ def generate(fake: FakeSglang, num_completions: int = 1, completion_timeout_s: f
 
 
 def swap(fake: FakeSglang, *folders: Path, version: int = 4, **settings: Any) -> Any:
-    """One engine swaps to each of the folders in turn, the first as `version`; the last swap's timings."""
+    """Swaps one engine to each of the folders in turn, the first as `version`; returns the last swap's timings."""
 
     async def run() -> Any:
         engine = Engine(fake.url, **{"swap_timeout_s": GUARD_S, **settings})
@@ -63,7 +63,7 @@ def swap(fake: FakeSglang, *folders: Path, version: int = 4, **settings: Any) ->
     return asyncio.run(run())
 
 
-def test_a_sound_reply_is_taken_whole(fake: FakeSglang) -> None:
+def test_a_valid_reply_is_converted(fake: FakeSglang) -> None:
     fake.replies["/generate"] = (200, [sample()])
     [completion] = generate(fake)
     assert completion.tokens == [9, 1]
@@ -150,7 +150,7 @@ def test_a_hanging_update_ends_at_its_deadline_and_continues(fake: FakeSglang, t
     assert fake.paths[-1] == "/continue_generation"
 
 
-def test_a_version_that_the_engine_does_not_report_is_no_success(fake: FakeSglang, tmp_path: Path) -> None:
+def test_a_swap_fails_if_the_engine_does_not_report_the_version(fake: FakeSglang, tmp_path: Path) -> None:
     fake.takes_weights = False
     with pytest.raises(EngineError, match="reports weight version 4 after a swap to 5"):
         swap(fake, tmp_path, version=5)
@@ -160,7 +160,7 @@ def test_a_version_that_the_engine_does_not_report_is_no_success(fake: FakeSglan
 
 @pytest.fixture
 def folders(tmp_path: Path) -> list[Path]:
-    """Three versions of three tensors, of which the engine holds two fused."""
+    """Three versions of three tensors, two of which the engine holds fused."""
     folders = [tmp_path / f"v{version}" for version in range(3)]
     for version, folder in enumerate(folders):
         folder.mkdir()
@@ -170,7 +170,9 @@ def folders(tmp_path: Path) -> list[Path]:
     return folders
 
 
-def test_an_engine_that_kept_its_weights_and_took_the_label_is_found(fake: FakeSglang, folders: list[Path]) -> None:
+def test_an_engine_that_kept_its_weights_and_changed_its_label_is_detected(
+    fake: FakeSglang, folders: list[Path]
+) -> None:
     assert swap(fake, folders[0]).confirm_s > 0
     fake.keeps_tensors = True
     with pytest.raises(EngineError, match=r"version 5 after a swap to .*/v1, but it holds other bytes for 3 of 3 tens"):
@@ -193,7 +195,7 @@ def test_fused_tensors_are_compared_too(fake: FakeSglang, folders: list[Path]) -
 def test_on_a_gpu_each_tensor_must_change_with_the_version(
     fake: FakeSglang, folders: list[Path], tp_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also at an engine's first swap, which is held against the folder that it was started on."""
+    """This also holds for an engine's first swap, which is compared with the folder that it was started on."""
     monkeypatch.setattr(confirmation, "SAMPLE_BYTES", 0)
     fake.be_on_cuda()
     fake.replies["/server_info"] = 200, server_info(device="cuda", tp_size=tp_size)
@@ -213,10 +215,10 @@ def test_on_a_gpu_each_tensor_must_change_with_the_version(
         swap(fake, folders[1])
 
 
-def test_on_a_gpu_the_bytes_of_a_sample_are_the_files(
+def test_on_a_gpu_the_bytes_of_a_sample_are_compared_with_the_file(
     fake: FakeSglang, folders: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Tensors that changed, and to something else, of an engine of which nothing was known before."""
+    """The tensors have changed, but to other bytes; nothing was known of the engine before."""
     fake.be_on_cuda()
     fake.take_weights(folders[0], "3")
     with caplog.at_level("INFO"):
@@ -231,10 +233,10 @@ def test_on_a_gpu_the_bytes_of_a_sample_are_the_files(
         swap(fake, folders[1])
 
 
-def test_a_first_swap_of_which_nothing_can_be_known_is_warned_of(
+def test_a_first_swap_without_earlier_weights_logs_a_warning(
     fake: FakeSglang, folders: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Two ranks of somebody else's engine, whose earlier weights are gone; the second swap is compared."""
+    """An external engine with two ranks, whose earlier weights are gone; the second swap is compared."""
     fake.be_on_cuda()
     fake.replies["/server_info"] = 200, server_info(device="cuda", tp_size=2)
     fake.take_weights(folders[0], "3")
@@ -251,7 +253,7 @@ def test_a_first_swap_of_which_nothing_can_be_known_is_warned_of(
 def test_on_a_gpu_no_file_is_opened_after_the_pause(
     fake: FakeSglang, folders: list[Path], is_on_cuda: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor can one be: the engine has loaded them, and they are gone. On a CPU they are read."""
+    """The files are deleted once the engine has loaded them. On a CPU they are read after the pause."""
     if is_on_cuda:
         fake.be_on_cuda()
     fake.take_weights(folders[0], "3")
@@ -266,10 +268,10 @@ def test_on_a_gpu_no_file_is_opened_after_the_pause(
         swap(fake, *folders)
 
 
-def test_a_load_that_fails_halfway_refuses_what_is_in_flight_and_what_comes(
+def test_a_load_that_fails_halfway_refuses_requests_in_flight_and_later_ones(
     fake: FakeSglang, folders: list[Path]
 ) -> None:
-    """The label is the old one, and what it stands for nobody knows, until a swap is confirmed."""
+    """The engine keeps the old label, but its weights are unknown until a swap is confirmed."""
     fake.replies["/generate"] = (200, [sample(weight_versions=spans(("4", 0, 2)))])
 
     async def scenario() -> None:
@@ -303,8 +305,8 @@ def test_a_load_that_fails_halfway_refuses_what_is_in_flight_and_what_comes(
     asyncio.run(scenario())
 
 
-def test_tokens_of_a_version_that_is_not_confirmed_are_refused(fake: FakeSglang, folders: list[Path]) -> None:
-    """Also of a request that was in flight, after a second swap to the version has been confirmed."""
+def test_tokens_of_an_unconfirmed_version_are_refused(fake: FakeSglang, folders: list[Path]) -> None:
+    """This includes a request that was in flight, even after a second swap to the version has been confirmed."""
     fake.replies["/generate"] = (200, [sample()])
 
     async def scenario() -> None:
@@ -356,7 +358,7 @@ def test_tokens_of_a_version_wait_until_it_is_confirmed(fake: FakeSglang, folder
     asyncio.run(scenario())
 
 
-def test_in_place_keeps_the_cache_and_does_not_ask_for_a_flush(fake: FakeSglang, tmp_path: Path) -> None:
+def test_in_place_keeps_the_cache_and_requests_no_flush(fake: FakeSglang, tmp_path: Path) -> None:
     fake.replies["/server_info"] = 200, server_info(disable_overlap_schedule=True)
     for mode, flush_cache in (("retract", True), ("in_place", False)):
         fake.calls.clear()
@@ -373,7 +375,7 @@ def test_in_place_keeps_the_cache_and_does_not_ask_for_a_flush(fake: FakeSglang,
         ({"disable_overlap_schedule": True, "tp_size": 2}, "tp_size 2"),
     ],
 )
-def test_in_place_refuses_an_engine_in_which_it_would_go_wrong(
+def test_in_place_refuses_an_unsuitable_engine(
     fake: FakeSglang, tmp_path: Path, changes: dict[str, Any], problem: str
 ) -> None:
     fake.replies["/server_info"] = 200, server_info(**changes)
@@ -386,7 +388,7 @@ def test_in_place_refuses_an_engine_in_which_it_would_go_wrong(
 def test_a_cancelled_swap_continues_and_stays_cancelled(
     fake: FakeSglang, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where continuing fails, which must not take the cancellation's place: whoever drains would wait for ever."""
+    """Also if continuing fails: its error must not replace the cancellation, or a drain would wait for ever."""
     monkeypatch.setattr("headrace.generation.engine.swapping.CANCELLED_CONTINUE_TIMEOUT_S", 0.2)
     fake.hanging = {"/update_weights_from_disk", "/continue_generation"}
 
@@ -406,7 +408,7 @@ def test_a_cancelled_swap_continues_and_stays_cancelled(
     assert fake.paths[-1] == "/continue_generation"
 
 
-def test_only_what_needs_the_scheduler_is_a_sign_of_life(fake: FakeSglang, tmp_path: Path) -> None:
+def test_only_replies_that_need_the_scheduler_are_signs_of_life(fake: FakeSglang, tmp_path: Path) -> None:
     fake.replies["/generate"] = (200, [sample()])
     heard: list[float] = []
 
@@ -426,6 +428,6 @@ def test_only_what_needs_the_scheduler_is_a_sign_of_life(fake: FakeSglang, tmp_p
     assert heard[0] == -math.inf and heard[0] < heard[1] < heard[2] < heard[3] == heard[4]
 
 
-def test_an_engine_without_a_version_says_so(fake: FakeSglang) -> None:
+def test_an_engine_without_a_version_reports_none(fake: FakeSglang) -> None:
     fake.replies["/model_info"] = (200, {"model_path": "/nowhere", "weight_version": "default"})
     assert asyncio.run(Engine(fake.url).weight_version()) is None

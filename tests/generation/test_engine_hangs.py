@@ -1,4 +1,4 @@
-"""The real SGLang, one of its processes stopped: alive for the kernel, silent for everybody else."""
+"""The real SGLang with one process stopped: it exists, but does not answer."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ def learner(tmp_path: Path, client: redis.Redis, keys: Keys, demo_policy: Path) 
 
 @pytest.fixture
 def running_server(engine_server: EngineServer, monkeypatch: pytest.MonkeyPatch) -> EngineServer:
-    """The session's engine, which its supervisor finds running at the first of its starts."""
+    """The session's engine, which is already running at the supervisor's first start."""
     start = engine_server.start
 
     async def start_unless_it_runs(model_path: str | Path, weight_version: int | None) -> None:
@@ -40,7 +40,7 @@ def running_server(engine_server: EngineServer, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["http", "scheduler"])
-def test_a_hung_sglang_is_started_again_on_the_verified_weights(
+def test_a_hung_sglang_is_restarted_on_the_verified_weights(
     part: str, learner: Learner, running_server: EngineServer, keys: Keys, demo_policy: Path, redis_url: str
 ) -> None:
     client = learner.store.client

@@ -1,4 +1,4 @@
-"""The server process: its start, its end, and that nothing outlives either. Its stand-ins are other programs."""
+"""The server process: its start and end, after which no process is left. Other programs stand in for SGLang."""
 
 import asyncio
 import importlib.util
@@ -51,7 +51,7 @@ def eventually(condition: Callable[[], bool], timeout_s: float) -> bool:
 def server_running(
     program: list[str], monkeypatch: pytest.MonkeyPatch, log_path: Path, timeout_s: float = 30.0
 ) -> EngineServer:
-    """An `EngineServer` that starts `program` in SGLang's place."""
+    """An `EngineServer` that starts `program` instead of SGLang."""
     monkeypatch.setattr("headrace.generation.engine.server.launch_command", lambda *_: program)
     return EngineServer(EngineConfig(device="cpu", startup_timeout_s=timeout_s), "float32", log_path)
 
@@ -90,7 +90,7 @@ def test_stop_ends_a_server_and_its_children_that_ignore_sigterm(
 
 
 def test_the_real_server_dies_with_a_killed_replica(demo_policy: Path, tmp_path: Path) -> None:
-    """Killed when SGLang has only just forked its own children."""
+    """The replica is killed right after SGLang has forked its children."""
     command = [sys.executable, "-c", REPLICA, str(demo_policy), str(tmp_path / "sglang.log")]
     replica = subprocess.Popen(command, cwd=Path(__file__).parents[2])
     family = psutil.Process(replica.pid)
@@ -125,7 +125,7 @@ def test_extra_arguments_come_last_and_cuda_runs_the_plain_server(monkeypatch: p
 
 
 def value_of(flag: str, command: list[str]) -> str | None:
-    """None: it is not there; more than one is a mistake."""
+    """The argument's value; None if it is missing. It may not occur twice."""
     assert command.count(flag) <= 1
     return command[command.index(flag) + 1] if flag in command else None
 
@@ -144,13 +144,13 @@ def test_settings_reach_the_server_as_its_arguments() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_logits_are_float32_whatever_the_models_dtype(device: Any) -> None:
-    """As the learner's are: either side alone would make the two disagree more."""
+    """The learner's are, too: on one side alone they would make the two disagree more."""
     for dtype, is_asked_for in (("bfloat16", True), ("float32", False)):
         command = launch_command(EngineConfig(device=device), dtype, "m", 1, 1)
         assert ("--enable-fp32-lm-head" in command) == is_asked_for
 
 
-def test_an_engine_on_the_cpu_sees_no_gpu_and_none_tells_what_was_before_the_temperature(
+def test_an_engine_on_the_cpu_sees_no_gpu_and_all_report_logprobs_after_the_temperature(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
@@ -167,9 +167,7 @@ def test_the_launch_arguments_follow_from_the_swap_mode() -> None:
     assert not needed & {*launch_command(EngineConfig(device="cuda"), "float32", "m", 1, 1)}
 
 
-def test_what_the_server_leaves_in_the_temporary_folder_goes_with_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_servers_temporary_files_are_deleted_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """SGLang leaves its sockets."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     script = "import sys, tempfile; open(tempfile.mkstemp()[1]); sys.exit(7)"

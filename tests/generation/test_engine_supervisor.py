@@ -41,7 +41,7 @@ def fake() -> Iterator[FakeSglang]:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> EngineServer:
-    """Not started yet."""
+    """An engine server that is not started yet."""
     program = [sys.executable, "-m", "tests.support.fake_sglang"]
     monkeypatch.setattr("headrace.generation.engine.server.launch_command", lambda *given: [*program, str(given[-1])])
     return EngineServer(EngineConfig(device="cpu", startup_timeout_s=20.0), "float32", tmp_path / "sglang.log")
@@ -54,7 +54,7 @@ async def keeping(
     swap_timeout_s: float = 60.0,
     liveness_timeout_s: float = SILENCE_S,
 ) -> AsyncIterator[EngineSupervisor]:
-    """From when the engine serves."""
+    """Runs a supervisor; the block begins when the engine serves."""
     server = engine if isinstance(engine, EngineServer) else None
     client = Engine(engine.url, completion_timeout_s=30.0, swap_timeout_s=swap_timeout_s)
     timeouts = {"liveness_timeout_s": liveness_timeout_s, "busy_timeout_s": busy_timeout_s}
@@ -84,7 +84,7 @@ async def requests_in_flight(supervisor: EngineSupervisor, count: int) -> list[a
 
 
 @pytest.mark.parametrize("hit", [signal.SIGSTOP, signal.SIGKILL])
-def test_an_engine_that_hangs_or_dies_is_started_again_and_no_request_is_to_blame(
+def test_an_engine_that_hangs_or_dies_is_restarted_and_its_requests_are_not_at_fault(
     server: EngineServer, hit: signal.Signals, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def scenario() -> None:
@@ -115,7 +115,7 @@ def test_an_engine_that_hangs_or_dies_is_started_again_and_no_request_is_to_blam
     assert re.search(f"the engine {expected}: restarting it", caplog.text)
 
 
-def test_a_hung_engine_is_not_asked_to_stop_first(server: EngineServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hung_engine_is_killed_without_sigterm(server: EngineServer, monkeypatch: pytest.MonkeyPatch) -> None:
     stops: list[str] = []
 
     async def stop() -> None:
@@ -149,7 +149,7 @@ def test_traffic_is_a_sign_of_life_without_probes(fake: FakeSglang) -> None:
 
 
 @pytest.mark.parametrize("is_probed", [False, True])
-def test_a_swap_that_lasts_is_no_silence_but_after_it_the_probe_decides(
+def test_a_long_swap_does_not_count_as_silence_but_after_it_the_probe_decides(
     fake: FakeSglang, tmp_path: Path, is_probed: bool
 ) -> None:
     fake.hanging = {"/update_weights_from_disk", "/health"}
@@ -171,8 +171,8 @@ def test_a_swap_that_lasts_is_no_silence_but_after_it_the_probe_decides(
     asyncio.run(scenario())
 
 
-def test_an_engine_that_hashes_its_weights_is_not_silent(fake: FakeSglang, tmp_path: Path) -> None:
-    """On a GPU it compiles the kernel for that first, inside its scheduler."""
+def test_an_engine_that_hashes_its_weights_does_not_count_as_silent(fake: FakeSglang, tmp_path: Path) -> None:
+    """On a GPU the scheduler first compiles a kernel for this."""
     fake.hanging = {"/weights_checker", "/health"}
 
     async def scenario() -> None:
@@ -187,7 +187,7 @@ def test_an_engine_that_hashes_its_weights_is_not_silent(fake: FakeSglang, tmp_p
 
 
 @pytest.mark.parametrize("path", ["/pause_generation", "/update_weights_from_disk", "/continue_generation"])
-def test_an_engine_of_our_own_that_hangs_in_a_swap_is_started_again_as_soon(
+def test_an_own_engine_that_hangs_in_a_swap_is_restarted_as_soon(
     server: EngineServer, path: str, tmp_path: Path
 ) -> None:
     async def scenario() -> None:
@@ -202,7 +202,7 @@ def test_an_engine_of_our_own_that_hangs_in_a_swap_is_started_again_as_soon(
     asyncio.run(scenario())
 
 
-def test_a_swap_that_failed_condemns_no_engine_that_answers(fake: FakeSglang, tmp_path: Path) -> None:
+def test_a_failed_swap_does_not_restart_an_engine_that_answers(fake: FakeSglang, tmp_path: Path) -> None:
     fake.hanging = {"/update_weights_from_disk"}
 
     async def scenario() -> None:
@@ -216,7 +216,7 @@ def test_a_swap_that_failed_condemns_no_engine_that_answers(fake: FakeSglang, tm
 
 
 @pytest.mark.parametrize("busy_timeout_s", [60.0, 2 * SILENCE_S])
-def test_an_engine_that_computes_is_given_longer_but_not_for_ever(server: EngineServer, busy_timeout_s: float) -> None:
+def test_a_busy_engine_gets_more_time_but_not_unlimited(server: EngineServer, busy_timeout_s: float) -> None:
     async def scenario() -> None:
         async with keeping(server, busy_timeout_s) as supervisor:
             burning = asyncio.create_task(script(supervisor, "/health", burn_s=6 * SILENCE_S))
@@ -228,8 +228,8 @@ def test_an_engine_that_computes_is_given_longer_but_not_for_ever(server: Engine
     asyncio.run(scenario())
 
 
-def test_who_was_stopped_himself_asks_again(fake: FakeSglang, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A replica that wakes up finds its probe out of time, which says nothing about the engine."""
+def test_a_replica_that_was_stopped_itself_probes_again(fake: FakeSglang, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replica that was stopped finds its probe timed out, which is not the engine's fault."""
     monkeypatch.setattr("headrace.generation.engine.supervisor.MIN_PROBE_S", 0.2)
     overslept: list[float] = []
     real = Engine.health
@@ -251,7 +251,7 @@ def test_who_was_stopped_himself_asks_again(fake: FakeSglang, monkeypatch: pytes
     asyncio.run(scenario())
 
 
-def test_somebody_elses_engine_is_waited_for(fake: FakeSglang) -> None:
+def test_a_replica_waits_for_an_external_engine(fake: FakeSglang) -> None:
     fake.hanging = {"/health", "/generate"}
 
     async def scenario() -> None:
@@ -268,7 +268,7 @@ def test_somebody_elses_engine_is_waited_for(fake: FakeSglang) -> None:
     asyncio.run(scenario())
 
 
-def test_an_error_is_the_tickets_only_if_the_engine_still_answers(fake: FakeSglang) -> None:
+def test_an_error_counts_against_the_ticket_only_if_the_engine_still_answers(fake: FakeSglang) -> None:
     fake.replies["/generate"] = (500, {"error": "no"})
 
     async def scenario() -> None:
@@ -283,7 +283,7 @@ def test_an_error_is_the_tickets_only_if_the_engine_still_answers(fake: FakeSgla
     asyncio.run(scenario())
 
 
-def test_an_error_of_an_earlier_life_is_no_tickets(fake: FakeSglang) -> None:
+def test_an_error_of_an_earlier_incarnation_does_not_count_against_the_ticket(fake: FakeSglang) -> None:
     async def scenario() -> None:
         async with keeping(fake) as supervisor:
             assert await supervisor.is_responsive(supervisor.incarnation)
@@ -296,7 +296,7 @@ DIES = "import sys; print('cannot allocate the cache', file=sys.stderr); sys.exi
 
 
 def programs(monkeypatch: pytest.MonkeyPatch, *sources: str | None) -> list[int]:
-    """The engine's starts run these, None for one that serves; returns the list that counts them."""
+    """The engine's starts run these programs, None for one that serves; returns the list of the starts."""
     starts: list[int] = []
 
     def command(*given: object) -> list[str]:
@@ -311,7 +311,7 @@ def programs(monkeypatch: pytest.MonkeyPatch, *sources: str | None) -> list[int]
     return starts
 
 
-def test_a_start_that_fails_is_tried_again(server: EngineServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_start_is_retried(server: EngineServer, monkeypatch: pytest.MonkeyPatch) -> None:
     starts = programs(monkeypatch, DIES, None)
     monkeypatch.setattr("headrace.generation.engine.supervisor.START_PAUSES_S", (0.3, 0.3))
 
@@ -322,7 +322,9 @@ def test_a_start_that_fails_is_tried_again(server: EngineServer, monkeypatch: py
     asyncio.run(scenario())
 
 
-def test_starts_that_fail_end_with_the_log(server: EngineServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeated_failed_starts_raise_with_the_end_of_the_log(
+    server: EngineServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     starts = programs(monkeypatch, DIES)
     monkeypatch.setattr("headrace.generation.engine.supervisor.START_PAUSES_S", (0.3, 0.3))
     problems: list[str] = []
@@ -343,9 +345,7 @@ def test_starts_that_fail_end_with_the_log(server: EngineServer, monkeypatch: py
     assert any("the engine does not start: SGLang exited with 7" in problem for problem in problems), "while it waits"
 
 
-def test_an_engine_that_is_cancelled_while_it_starts_leaves_nothing(
-    server: EngineServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cancelled_start_leaves_no_process(server: EngineServer, monkeypatch: pytest.MonkeyPatch) -> None:
     programs(monkeypatch, "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)")
 
     async def scenario() -> None:
@@ -363,7 +363,7 @@ def test_an_engine_that_is_cancelled_while_it_starts_leaves_nothing(
     asyncio.run(scenario())
 
 
-def test_weights_that_the_engine_may_not_hold_are_no_fault_of_the_request(fake: FakeSglang, tmp_path: Path) -> None:
+def test_unverified_weights_do_not_count_against_the_request(fake: FakeSglang, tmp_path: Path) -> None:
     fake.replies["/generate"] = (200, [sample()] * make_ticket().num_completions)
 
     async def scenario() -> None:

@@ -1,4 +1,4 @@
-"""A folder of weights that is too small: a reason and what to do, where it was a SIGBUS without a word."""
+"""A folder that is too small for the weights gives an error with advice instead of a SIGBUS."""
 
 import asyncio
 import errno
@@ -28,7 +28,7 @@ SMALL_BYTES = 4 << 20
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A tmpfs of 4 MiB; where none can be mounted an ordinary folder that allocates and tells as one would."""
+    """A tmpfs of 4 MiB; if none can be mounted, an ordinary folder that behaves like one."""
     folder = tmp_path / "small"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={SMALL_BYTES}", "tmpfs", str(folder)]
@@ -50,7 +50,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield folder
 
 
-def test_more_than_there_is_is_a_reason_and_leaves_nothing(small: Path) -> None:
+def test_an_allocation_that_does_not_fit_raises_and_leaves_no_file(small: Path) -> None:
     file = allocate(small / "fits", 3 << 20)
     file[:] = 7
     with pytest.raises(
@@ -64,7 +64,7 @@ def test_more_than_there_is_is_a_reason_and_leaves_nothing(small: Path) -> None:
 def test_a_version_that_does_not_fit_leaves_the_served_one_as_it_is(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_items: int
 ) -> None:
-    """3 MB: the second version finds no room beside the first; 5 MB: the first finds none."""
+    """3 MB: the second version does not fit beside the first. 5 MB: the first does not fit."""
     monkeypatch.setattr(local_weights, "memory_backed", lambda: small)
     versions = Versions(tmp_path / "weights", num_items)
     model = tmp_path / "model"
@@ -96,7 +96,7 @@ def test_two_versions_must_fit(demo_policy: Path, tmp_path: Path, monkeypatch: p
     check_capacity(tmp_path, tmp_path, "float32")  # nothing to measure
 
 
-def test_a_replica_without_room_is_refused_before_anything_starts(
+def test_a_replica_without_space_is_refused_before_anything_starts(
     demo_policy: Path, redis_url: str, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip

@@ -1,4 +1,4 @@
-"""A mixture of experts from the learner to the real SGLang: what is published is what it then samples with."""
+"""A mixture of experts from the learner to the real SGLang, which samples with the published weights."""
 
 import asyncio
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def server(mixture: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 def test_a_step_reaches_the_engine_expert_by_expert(mixture: Path, server: EngineServer, tmp_path: Path) -> None:
-    """The swap is confirmed by checksums of the engine's stacked experts, and log-probabilities are the learner's."""
+    """The swap is confirmed by checksums of the engine's stacked experts, and log-probabilities equal the learner's."""
     config = make_config(mixture, optimizer={"lr": 3e-2})
     trainer = Trainer(config, Policy(config.model, config.learner))
     before = {name: weight.detach().clone() for name, weight in trainer.policy.tensors().items()}

@@ -32,7 +32,7 @@ def learner(tmp_path: Path, client: redis.Redis, keys: Keys, demo_policy: Path) 
 
 @pytest.fixture
 def start(redis_url: str, keys: Keys, engine_server: EngineServer, demo_policy: Path) -> Start:
-    """A replica on the session's engine, whose version this run's first must exceed."""
+    """Starts a replica on the session's engine; the run's first version must exceed the engine's."""
 
     def begin(**settings: object) -> contextlib.AbstractAsyncContextManager[Replica]:
         return running_replica(redis_url, keys, engine_server.url, demo_policy, **settings)  # type: ignore[arg-type]
@@ -83,7 +83,7 @@ def test_a_ticket_waits_for_its_minimum_version(
     assert len(learner.store.client.xrange(keys.events)) >= 2, "each swap is an event"
 
 
-def test_a_reward_that_fails_costs_attempts_and_then_the_ticket_not_the_replica(
+def test_a_failing_reward_uses_up_the_attempts_and_then_dead_letters_the_ticket(
     learner: Learner, start: Start, client: redis.Redis, keys: Keys
 ) -> None:
     learner.publish(0)
@@ -104,7 +104,7 @@ def test_a_reward_that_fails_costs_attempts_and_then_the_ticket_not_the_replica(
 
 
 def test_a_task_that_no_worker_can_load_ends_the_replica(learner: Learner, start: Start) -> None:
-    """Workers start beside the engine; what they say is heard before there are weights."""
+    """Workers start beside the engine; their error ends the replica before there are weights."""
 
     async def scenario() -> None:
         with pytest.raises(ExceptionGroup) as failure:
@@ -115,7 +115,7 @@ def test_a_task_that_no_worker_can_load_ends_the_replica(learner: Learner, start
     run(scenario)
 
 
-def test_the_learner_hears_at_once_of_a_replica_that_begins_to_serve(
+def test_a_replica_that_begins_to_serve_sends_a_heartbeat_at_once(
     learner: Learner, start: Start, client: redis.Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "HEARTBEAT_INTERVAL_S", 1000.0)
@@ -163,7 +163,9 @@ def test_a_drained_replica_hands_back_what_it_cannot_finish(
     assert decode_ticket(fields[b"ticket"]).attempts == 0, "a hand-back is no attempt"
 
 
-def test_a_silent_replicas_ticket_is_claimed(learner: Learner, start: Start, client: redis.Redis, keys: Keys) -> None:
+def test_the_ticket_of_a_silent_replica_is_claimed(
+    learner: Learner, start: Start, client: redis.Redis, keys: Keys
+) -> None:
     learner.publish(0)
     learner.issue("0-0")
     client.xreadgroup("generation", "dead-replica", {keys.tickets: ">"}, count=1)

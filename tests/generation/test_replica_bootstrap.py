@@ -1,4 +1,4 @@
-"""A replica joins with a Redis URL and a token in its environment; what is missing or wrong is one line."""
+"""A replica joins with a Redis URL and a token in its environment; a missing or wrong one is reported in one line."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ RUN = Keys("joined")
 
 @pytest.fixture
 def own_redis(tmp_path: Path) -> Iterator[str]:
-    """With no other test's runs in it."""
+    """A Redis without other tests' runs."""
     service, url = start_redis(tmp_path / "redis", tmp_path / "redis.log")
     yield url
     service.stop(5.0)
@@ -36,7 +36,7 @@ def own_redis(tmp_path: Path) -> Iterator[str]:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """A replica with nothing of ours in its environment but what is given."""
+    """Starts a replica whose environment has no variables of Headrace except the given ones."""
     started: list[subprocess.Popen[str]] = []
 
     def begin(*arguments: str, **environment: str) -> "subprocess.Popen[str]":
@@ -64,7 +64,7 @@ def begin_run(client: redis.Redis, keys: Keys, model: str, engine_url: str = "ht
 def test_a_url_and_a_token_are_enough(
     own_redis: str, start: Start, fake: FakeSglang, tmp_path: Path, demo_policy: Path
 ) -> None:
-    """Two replicas that were told the same have two names; each serves, and a SIGTERM ends it."""
+    """Two replicas with the same arguments get two names; each serves, and a SIGTERM ends it."""
     with connect(own_redis) as client, a_learner(client, RUN, tmp_path, demo_policy) as learner:
         learner.publish(0)
         begin_run(client, RUN, str(demo_policy), fake.url)
@@ -125,7 +125,7 @@ def test_of_several_runs_one_must_be_named(
             join(own_redis, "two", None, Waits())
 
 
-def test_a_run_that_nobody_begins_is_not_waited_for_for_ever(own_redis: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replica_does_not_wait_for_ever_for_a_run(own_redis: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADRACE_TOKEN", "token")
     monkeypatch.setattr("headrace.common.bootstrap.JOIN_TIMEOUT_S", 0.1)
     monkeypatch.setattr("headrace.common.bootstrap.POLL_S", 0.01)

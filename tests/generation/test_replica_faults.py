@@ -42,7 +42,9 @@ def start(redis_url: str, keys: Keys, fake: FakeSglang, demo_policy: Path) -> St
     return begin
 
 
-def test_weights_that_do_not_come_in_time_give_the_ticket_back(learner: Learner, start: Start, keys: Keys) -> None:
+def test_a_ticket_is_handed_back_if_its_weights_do_not_arrive_in_time(
+    learner: Learner, start: Start, keys: Keys
+) -> None:
     client = learner.store.client
     learner.publish(0)
     learner.issue("0-0", min_weight_version=99)
@@ -83,7 +85,7 @@ def test_status_shows_what_a_replica_waits_for(learner: Learner, start: Start) -
     run(scenario)
 
 
-def test_somebody_elses_engine_that_was_silent_must_confirm_its_weights(
+def test_an_external_engine_that_was_silent_must_confirm_its_weights(
     learner: Learner, start: Start, fake: FakeSglang, keys: Keys
 ) -> None:
     learner.publish(0)
@@ -117,7 +119,7 @@ def heartbeat_of(name: str, state: str = "running") -> bytes:
 
 @pytest.fixture
 def hand_backs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The tickets that are handed back, in order."""
+    """The ids of the tickets that are handed back, in order."""
     seen: list[str] = []
     real = TicketStore.hand_back
 
@@ -157,7 +159,7 @@ def test_a_ticket_that_failed_here_is_left_to_another_replica_but_not_for_ever(
         (["a"], b"no heartbeat"),
     ],
 )
-def test_a_ticket_is_not_passed_on_where_that_would_not_help(
+def test_a_ticket_is_not_left_to_others_if_that_would_not_help(
     learner: Learner, start: Start, keys: Keys, hand_backs: list[str], avoid: list[str], heartbeat: bytes
 ) -> None:
     client = learner.store.client
@@ -173,7 +175,7 @@ def test_a_ticket_is_not_passed_on_where_that_would_not_help(
     assert hand_backs == []
 
 
-def test_a_ticket_that_is_passed_on_takes_no_slot(
+def test_a_ticket_that_waits_to_be_handed_back_takes_no_slot(
     learner: Learner, start: Start, keys: Keys, hand_backs: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ticket_processor, "HAND_BACK_DELAY_S", 30.0)
@@ -192,7 +194,7 @@ def test_a_ticket_that_is_passed_on_takes_no_slot(
     run(scenario)
 
 
-def test_a_redis_that_lost_everything_loses_the_replica_nothing_but_its_tickets(
+def test_a_replica_survives_a_redis_that_lost_all_its_data(
     learner: Learner, start: Start, fake: FakeSglang, keys: Keys
 ) -> None:
     client = learner.store.client
@@ -216,7 +218,7 @@ def test_a_redis_that_lost_everything_loses_the_replica_nothing_but_its_tickets(
     run(scenario)
 
 
-def test_a_redis_that_is_started_again_is_waited_for(
+def test_a_replica_waits_for_a_redis_that_restarts(
     tmp_path: Path, keys: Keys, fake: FakeSglang, demo_policy: Path
 ) -> None:
     folder = tmp_path / "redis"
@@ -245,7 +247,7 @@ def test_a_redis_that_is_started_again_is_waited_for(
         run(scenario)
 
 
-def test_no_weight_version_at_all_ends_the_replica(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replica_ends_if_no_weight_version_arrives(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headrace.generation.loop.FIRST_VERSION_TIMEOUT_S", 2.0)
 
     async def scenario() -> None:

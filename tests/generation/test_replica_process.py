@@ -1,4 +1,4 @@
-"""A replica as a process of its own: asked to end it has ended within 10 s, with all its processes, whatever hangs."""
+"""A replica as a process: after a signal it ends within 10 s, with all its processes, whatever hangs."""
 
 import contextlib
 import os
@@ -60,7 +60,7 @@ class Process:
         return list(self.psutil.children(recursive=True))
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Its exit code; it must come in time and leave no process behind."""
+        """Ends the process and returns its exit code; it must end in time and leave no process behind."""
         family, asked_at = self.family(), time.monotonic()
         self.popen.send_signal(number)
         code = self.popen.wait(ALLOWED_S)
@@ -72,7 +72,7 @@ class Process:
 
 
 def answers(process: Process) -> bool:
-    """Whether its event loop runs."""
+    """Whether the process's event loop runs."""
     [listening] = [socket for socket in process.psutil.net_connections() if socket.status == psutil.CONN_LISTEN]
     try:
         return httpx.get(f"http://127.0.0.1:{listening.laddr.port}/healthz", timeout=0.5).status_code == 200
@@ -99,7 +99,7 @@ def replica(
     is_published: bool = True,
     task: str = "arithmetic",
 ) -> Iterator[tuple[Process, Learner]]:
-    """In a run whose learner has begun; killed at the latest when the block ends."""
+    """A replica in a run whose learner has started; it is killed when the block ends."""
     with connect(url) as client, a_learner(client, keys, folder, model) as learner:
         if is_published:
             learner.publish(0)
@@ -117,7 +117,7 @@ def replica(
             process.popen.wait()
 
 
-def test_a_task_that_is_not_here_is_refused_in_one_line(
+def test_a_missing_task_is_refused_in_one_line(
     redis_url: str, keys: Keys, tmp_path: Path, demo_policy: Path, fake: FakeSglang
 ) -> None:
     with replica(redis_url, keys, tmp_path, demo_policy, fake.url, task="nowhere:Task") as (process, _):
@@ -133,7 +133,7 @@ def issue_one_in_flight(process: Process, learner: Learner, fake: FakeSglang) ->
     process.until(lambda: "/generate" in fake.paths)
 
 
-def test_what_is_in_flight_is_handed_back(
+def test_tickets_in_flight_are_handed_back(
     redis_url: str, keys: Keys, tmp_path: Path, demo_policy: Path, fake: FakeSglang
 ) -> None:
     with replica(redis_url, keys, tmp_path, demo_policy, fake.url) as (process, learner):
@@ -148,7 +148,7 @@ def test_what_is_in_flight_is_handed_back(
 
 
 @pytest.mark.parametrize("fault", ["killed", "frozen"])
-def test_a_redis_that_is_away_keeps_nobody(
+def test_an_unreachable_redis_does_not_delay_the_end(
     fault: str, own_redis: tuple[Service, str], keys: Keys, tmp_path: Path, demo_policy: Path, fake: FakeSglang
 ) -> None:
     service, url = own_redis
@@ -169,7 +169,7 @@ def test_a_swap_in_progress_is_left_with_generation_continued(
     assert fake.paths[-1] == "/continue_generation"
 
 
-def test_an_engine_that_hangs_in_a_swap_keeps_nobody(
+def test_an_engine_that_hangs_in_a_swap_does_not_delay_the_end(
     redis_url: str, keys: Keys, tmp_path: Path, demo_policy: Path, fake: FakeSglang
 ) -> None:
     fake.hanging |= {"/update_weights_from_disk", "/continue_generation", "/abort_request", "/health"}
@@ -186,10 +186,10 @@ def test_an_engine_that_is_still_starting_is_stopped(
         assert process.end() == 0
 
 
-def test_a_replica_that_cannot_end_is_ended(
+def test_a_replica_that_cannot_end_exits_at_its_deadline(
     redis_url: str, keys: Keys, tmp_path: Path, demo_policy: Path, fake: FakeSglang
 ) -> None:
-    """A file that nobody ever writes blocks its event loop, as a network file system that is away would."""
+    """A pipe without a writer blocks the event loop, as an unreachable network file system would."""
     fake.model_path = tmp_path / "model"
     fake.model_path.mkdir()
     os.mkfifo(fake.model_path / "model.safetensors")
@@ -201,10 +201,10 @@ def test_a_replica_that_cannot_end_is_ended(
         assert "exiting now" in process.log.read_text()
 
 
-def test_a_replica_is_asked_to_end_before_it_is_put_together(
+def test_a_replica_can_be_ended_before_it_is_assembled(
     own_redis: tuple[Service, str], keys: Keys, tmp_path: Path, demo_policy: Path, fake: FakeSglang
 ) -> None:
-    """Its Redis takes no writes: the first of its parts waits for that."""
+    """Its Redis refuses writes, for which the assembly of its first part waits."""
     _, url = own_redis
     with replica(url, keys, tmp_path, demo_policy, fake.url) as (process, learner):
         learner.store.client.config_set("maxmemory", 1)
@@ -212,7 +212,7 @@ def test_a_replica_is_asked_to_end_before_it_is_put_together(
         assert process.end() == 0
 
 
-def test_the_log_tells_of_the_first_waits_and_nothing_of_the_password(
+def test_the_log_has_the_first_waits_but_not_the_password(
     own_redis: tuple[Service, str], keys: Keys, tmp_path: Path
 ) -> None:
     service, url = own_redis

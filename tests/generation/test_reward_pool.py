@@ -1,4 +1,4 @@
-"""The reward pool: whatever a reward does, it costs its own group and nothing else."""
+"""The reward pool: whatever a reward does, only its own group fails."""
 
 import asyncio
 import os
@@ -68,7 +68,7 @@ def test_a_task_may_lie_wherever_the_parent_can_import_it(tmp_path: Path, monkey
     asyncio.run(scenario())
 
 
-def test_a_worker_is_handed_neither_the_token_nor_redis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_inherits_neither_the_token_nor_redis_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HEADRACE_TOKEN", "HEADRACE_REDIS_URL", "REDIS_PASSWORD"):
         monkeypatch.setenv(name, "secret")
     monkeypatch.setenv("JUDGE_API_KEY", "what a task may need")
@@ -91,7 +91,7 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headrace.generation.rewards.pool.RETRY_PAUSES_S", (0.0, 0.0))
 
 
-def test_a_reward_that_raises_or_is_no_number_costs_its_group_only(no_pauses: None) -> None:
+def test_a_reward_that_raises_or_is_not_a_number_fails_its_group_only(no_pauses: None) -> None:
     faults = {
         "raise": "completion 2 of 3: ValueError: .*is no text.*faulty_tasks.py:",
         "return nan": "completion 2 of 3: expected a finite number.*nan",
@@ -120,7 +120,7 @@ def test_a_reward_that_raises_or_is_no_number_costs_its_group_only(no_pauses: No
     asyncio.run(scenario())
 
 
-def test_what_was_generated_is_scored_again_and_no_more_of_it_than_failed(no_pauses: None) -> None:
+def test_only_the_failed_completions_are_scored_again(no_pauses: None) -> None:
     async def scenario() -> None:
         async with running_pool() as pool:
             completions = ["fail 0 a", "fail 2 b", "7", "fail 1 c", "fail 0 a"]
@@ -130,7 +130,7 @@ def test_what_was_generated_is_scored_again_and_no_more_of_it_than_failed(no_pau
     asyncio.run(scenario())
 
 
-def test_numbers_of_numpy_are_rewards() -> None:
+def test_numpy_numbers_are_valid_rewards() -> None:
     async def scenario() -> None:
         async with running_pool() as pool:
             names = ["true", "np.true", "np.float", "np.int", "0d"]
@@ -139,7 +139,7 @@ def test_numbers_of_numpy_are_rewards() -> None:
     asyncio.run(scenario())
 
 
-def test_a_reward_that_ends_its_worker_costs_its_group_and_its_worker_only() -> None:
+def test_a_reward_that_ends_its_worker_fails_its_group_only() -> None:
     faults = {"eat": "MemoryError", "exit": "status 7", "leave": "SystemExit: enough", "oom_killed": "status -9"}
 
     async def scenario() -> None:
@@ -169,7 +169,7 @@ def test_a_hanging_reward_is_killed_and_others_are_scored_meanwhile() -> None:
     asyncio.run(scenario())
 
 
-def test_the_deadline_counts_from_when_a_worker_starts_on_the_group() -> None:
+def test_the_deadline_starts_when_a_worker_gets_the_group() -> None:
     async def scenario() -> None:
         async with running_pool(deadline_s=1.0) as pool:
             outcomes = await asyncio.gather(
@@ -181,7 +181,7 @@ def test_the_deadline_counts_from_when_a_worker_starts_on_the_group() -> None:
     asyncio.run(scenario())
 
 
-def test_what_a_reward_prints_or_reads_is_not_the_transport() -> None:
+def test_a_reward_can_neither_write_to_nor_read_from_the_connection() -> None:
     async def scenario() -> None:
         async with running_pool() as pool:
             assert await pool.score(TICKET, ["print", "3"]) == [0.0, 3.0]
@@ -214,7 +214,7 @@ def test_a_cancelled_caller_leaves_a_pool_that_works() -> None:
     asyncio.run(scenario())
 
 
-def test_a_worker_that_died_idle_costs_no_group() -> None:
+def test_a_worker_that_died_while_idle_fails_no_group() -> None:
     async def scenario() -> None:
         async with running_pool() as pool:
             [pid] = await pool.score(TICKET, ["pid"])
@@ -254,7 +254,7 @@ def test_a_task_that_cannot_be_loaded_fails_the_start(task: str, reason: str) ->
     assert children() == present
 
 
-def test_a_parent_killed_outright_leaves_no_worker() -> None:
+def test_a_parent_killed_by_sigkill_leaves_no_worker() -> None:
     program = """
 import asyncio
 from headrace.generation.rewards.pool import RewardPool

@@ -1,4 +1,4 @@
-"""Stop texts as SGLang is asked for them: patterns that it takes, and that find the text however it is spelled."""
+"""Stop texts in SGLang's request: patterns that it accepts, and that match the text however it is tokenized."""
 
 import re
 import re._parser as sre_parse  # type: ignore[import-not-found]
@@ -32,19 +32,19 @@ def asked(*stop: str) -> dict[str, Any]:
     return found
 
 
-def test_without_stop_texts_nothing_is_asked() -> None:
+def test_without_stop_texts_the_request_has_no_pattern() -> None:
     assert not [name for name in asked() if name.startswith("stop") and name != "stop_token_ids"]
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=ascii)
-def test_a_text_is_found_as_it_stands_and_nothing_else(text: str) -> None:
+def test_a_pattern_matches_its_literal_text_only(text: str) -> None:
     (pattern,) = asked(text)["stop_regex"]
     assert re.search(pattern, f"before{text}after") and not re.search(pattern, f"before{text[:-1]}")
     assert pattern not in text, "SGLang would cut the completion's text where it stands"
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=ascii)
-def test_sglang_takes_the_pattern_and_looks_at_a_token_for_each_character(text: str) -> None:
+def test_sglang_accepts_the_pattern_and_compares_one_token_per_character(text: str) -> None:
     names = names_of(
         "srt/sampling/sampling_params.py",
         *("MAX_STOP_REGEX_LEN", "MAX_STOP_REGEX_COUNT", "MAX_LEN"),

@@ -1,4 +1,4 @@
-"""No more than a share of the replicas swaps at the same time, and nobody waits for ever."""
+"""At most a share of the replicas swaps at the same time, and no replica waits for ever."""
 
 import asyncio
 import time
@@ -26,7 +26,7 @@ def live(client: redis.Redis, keys: Keys, count: int) -> None:
 def test_at_most_a_share_swaps_at_the_same_time(
     redis_url: str, client: redis.Redis, keys: Keys, share: float, num_live: int, most: int
 ) -> None:
-    """Each holds on until as many as may have come together, or nobody else is left."""
+    """Each holds its slot until the maximum number of replicas holds one, or no other is left."""
     live(client, keys, num_live)
     swapping: set[int] = set()
     seen: list[int] = []
@@ -53,7 +53,7 @@ def test_at_most_a_share_swaps_at_the_same_time(
     assert client.zcard(keys.swapping) == 0
 
 
-def test_who_dies_in_his_turn_does_not_hold_up_the_others_for_long(
+def test_a_replica_that_dies_with_a_slot_blocks_it_only_until_it_expires(
     redis_url: str, client: redis.Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(swap_slots, "SLOT_TTL_S", 0.3)

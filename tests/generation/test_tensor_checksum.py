@@ -1,4 +1,4 @@
-"""Our checksum of a tensor on CUDA against SGLang's own kernel, run by Triton's interpreter: no GPU is needed."""
+"""Compares the checksum of a tensor on CUDA with that of SGLang's kernel, run by Triton's interpreter without a GPU."""
 
 import json
 import os

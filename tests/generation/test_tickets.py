@@ -1,4 +1,4 @@
-"""Tickets through a real Redis: leased, committed once, retried, buried, handed back, claimed."""
+"""Tickets in a real Redis: leased, committed once, retried, dead-lettered, handed back, claimed."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -67,8 +67,8 @@ def test_a_ticket_becomes_one_group(redis_url: str, client: redis.Redis, keys: K
     assert decode_group(entry.payload).rewards == [1.0, 0.0]
 
 
-def test_a_late_twin_commits_nothing(redis_url: str, client: redis.Redis, keys: Keys) -> None:
-    """Replica a falls silent, b claims and commits; then a wakes up and commits too."""
+def test_a_late_duplicate_answer_is_not_committed(redis_url: str, client: redis.Redis, keys: Keys) -> None:
+    """Replica a falls silent, b claims and commits the ticket; then a wakes up and commits it, too."""
     LearnerStore(client, keys).add_tickets(keys.tickets, [make_ticket()])
     lease = as_replica(redis_url, keys, "a", lease_one)
 
@@ -123,7 +123,7 @@ def test_a_failure_is_retried_and_then_dead_with_its_reason(redis_url: str, clie
     assert "6,000 characters" in kept.completions[1] and len(kept.completions[1]) < MAX_DEAD_CHARS + 50
 
 
-def test_a_hand_back_is_no_attempt(redis_url: str, client: redis.Redis, keys: Keys) -> None:
+def test_a_hand_back_does_not_count_as_an_attempt(redis_url: str, client: redis.Redis, keys: Keys) -> None:
     LearnerStore(client, keys).add_tickets(keys.tickets, [make_ticket()])
 
     async def hand_back(store: TicketStore) -> None:
@@ -133,9 +133,7 @@ def test_a_hand_back_is_no_attempt(redis_url: str, client: redis.Redis, keys: Ke
     assert as_replica(redis_url, keys, "b", lease_one).ticket == make_ticket()
 
 
-def test_a_ticket_under_which_engines_keep_going_down_is_dead_in_the_end(
-    redis_url: str, client: redis.Redis, keys: Keys
-) -> None:
+def test_a_ticket_interrupted_too_often_becomes_a_dead_letter(redis_url: str, client: redis.Redis, keys: Keys) -> None:
     LearnerStore(client, keys).add_tickets(keys.tickets, [make_ticket()])
 
     async def interrupt(store: TicketStore) -> None:
@@ -150,7 +148,7 @@ def test_a_ticket_under_which_engines_keep_going_down_is_dead_in_the_end(
     assert states(client, keys) == {"0-0": "dead"} and client.xlen(keys.tickets) == 0
 
 
-def test_a_ticket_nobody_can_decode_is_dead_and_accounted_for(redis_url: str, client: redis.Redis, keys: Keys) -> None:
+def test_an_undecodable_ticket_becomes_a_dead_letter(redis_url: str, client: redis.Redis, keys: Keys) -> None:
     LearnerStore(client, keys).add_tickets(keys.tickets, [make_ticket("0-1")])
     entry_id = client.xadd(keys.tickets, {"id": "0-0", "ticket": b"garbage"}).decode()
     client.hset(keys.ledger, "0-0", f"open {entry_id}")
@@ -162,10 +160,10 @@ def test_a_ticket_nobody_can_decode_is_dead_and_accounted_for(redis_url: str, cl
     assert states(client, keys)["0-0"] == "dead"
 
 
-def test_an_entry_that_the_ledger_does_not_know_is_nobodys_ticket(
+def test_an_entry_that_the_ledger_does_not_know_becomes_a_dead_letter(
     redis_url: str, client: redis.Redis, keys: Keys
 ) -> None:
-    """A copy of a ticket is never answered twice, and a made-up one not at all."""
+    """A duplicate of a ticket is never answered twice, and an invented one never."""
     LearnerStore(client, keys).add_tickets(keys.tickets, [make_ticket("0-1")])
     ((_, fields),) = client.xrange(keys.tickets)
     client.xadd(keys.tickets, fields)
@@ -180,7 +178,7 @@ def test_an_entry_that_the_ledger_does_not_know_is_nobodys_ticket(
     assert states(client, keys) == {"0-1": "queued"}
 
 
-def test_a_redis_that_lost_everything_forgets_leases_and_gets_its_streams_again(
+def test_after_a_loss_of_data_leases_are_dropped_and_streams_created_again(
     redis_url: str, client: redis.Redis, keys: Keys
 ) -> None:
     LearnerStore(client, keys).add_tickets(keys.tickets, [make_ticket()])
@@ -202,7 +200,7 @@ def test_a_redis_that_lost_everything_forgets_leases_and_gets_its_streams_again(
 
 
 def test_a_redis_that_is_full_keeps_the_ticket(redis_url: str, client: redis.Redis, keys: Keys) -> None:
-    """The commit adds before it acknowledges: a refused group leaves its ticket pending."""
+    """The commit adds the group before it acknowledges the ticket, so a refused group leaves its ticket pending."""
     LearnerStore(client, keys).add_tickets(keys.tickets, [make_ticket()])
     lease = as_replica(redis_url, keys, "a", lease_one)
     client.config_set("maxmemory", "1mb")

@@ -1,4 +1,4 @@
-"""Which of an engine's tensors are made of which of a checkpoint's, and what speaks against their having changed so."""
+"""Maps an engine's tensors to their parts in a checkpoint, and checks that they have changed like those."""
 
 import hashlib
 from pathlib import Path
@@ -38,7 +38,7 @@ GIVEN = dict.fromkeys(STORED, "old")
 HELD = [dict.fromkeys(PARTS, f"rank {rank}") for rank in range(2)]
 
 
-def test_fused_tied_and_stacked_tensors_are_made_of_theirs_in_order() -> None:
+def test_fused_tied_and_stacked_tensors_map_to_their_parts_in_order() -> None:
     assert map_to_checkpoint([*PARTS, "model.rotary.cache"], STORED) == PARTS
     assert map_to_checkpoint(["a.qkv_proj.weight"], ["a.q_proj.weight", "a.k_proj.weight"]) == {}, (
         "not all of it is there"
@@ -48,7 +48,7 @@ def test_fused_tied_and_stacked_tensors_are_made_of_theirs_in_order() -> None:
 @pytest.mark.parametrize("name", PARTS)
 @pytest.mark.parametrize("changed_ranks", [[0], [1], [0, 1], []])
 def test_one_part_that_changed_must_show_on_some_rank(name: str, changed_ranks: list[int]) -> None:
-    """And on none if no part has."""
+    """If no part has changed, the checksum may change on no rank."""
     part = PARTS[name][-1]
     affected = [other for other, parts in PARTS.items() if part in parts]
     held = [dict(rank) for rank in HELD]
@@ -63,14 +63,14 @@ def test_one_part_that_changed_must_show_on_some_rank(name: str, changed_ranks: 
         assert f"{affected[0]} has changed, but its bytes are the same as before" in still.mismatch
 
 
-def test_an_engine_that_took_one_tensor_of_many_is_found() -> None:
+def test_an_engine_that_loaded_only_one_tensor_is_detected() -> None:
     held = [rank | {"lm_head.weight": "new", "model.embed_tokens.weight": "new"} for rank in HELD]
     compared = compare_changes(dict.fromkeys(STORED, "new"), held, ConfirmedState(GIVEN, HELD))
     assert f"{len(PARTS) - 2} of its {len(PARTS)} tensors do not match" in compared.mismatch
 
 
-def test_names_that_say_nothing_are_compared_as_a_whole() -> None:
-    """`renamed.*` stands for a family whose engine calls everything by other names."""
+def test_tensors_with_unknown_names_are_compared_as_a_whole() -> None:
+    """`renamed.*` stands for a model family whose engine uses other names for all tensors."""
     before = ConfirmedState({"a": "old", "b": "old", "c": "old"}, [{"c": "x", "renamed.a": "x", "renamed.b": "x"}])
     given, held = {"a": "new", "b": "old", "c": "old"}, [{"c": "x", "renamed.a": "y", "renamed.b": "x"}]
     compared = compare_changes(given, held, before)
@@ -79,7 +79,7 @@ def test_names_that_say_nothing_are_compared_as_a_whole() -> None:
     assert "has changed, but its bytes are the same as before" in compare_changes(before.digests, held, before).mismatch
 
 
-def test_what_was_not_known_before_is_not_compared() -> None:
+def test_tensors_unknown_before_are_not_compared() -> None:
     before = ConfirmedState({"a": "old"}, [{"a": "x", "b": "x"}])
     assert compare_changes({"a": "new", "b": "new"}, [{"a": "y", "b": "x"}], before) == ("", 1, [])
 
@@ -109,7 +109,9 @@ def held_by_sglang(tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
     }
 
 
-def test_bytes_are_the_files_also_fused_padded_and_in_float32(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def test_bytes_are_compared_with_the_file_if_fused_padded_or_in_float32(
+    tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
     held = {name: hashlib.sha256(payload).hexdigest()[:16] for name, payload in held_by_sglang(tensors).items()}
     assert compare_bytes(tmp_path, tensors.keys(), held) == ("", 3)
     for name in held:
@@ -117,9 +119,7 @@ def test_bytes_are_the_files_also_fused_padded_and_in_float32(tmp_path: Path, te
         assert f"other bytes for 1 of 3 tensors, {name} first" in problem
 
 
-def test_a_sample_is_another_for_each_version_and_within_bounds(
-    tmp_path: Path, tensors: dict[str, torch.Tensor]
-) -> None:
+def test_a_sample_differs_for_each_version_and_is_bounded(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
     held = held_by_sglang(tensors)
     names = [*held, "layer.experts.w2_weight"]
     whole = sample_checksums(tmp_path, names, 0, 1 << 20)

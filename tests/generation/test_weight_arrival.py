@@ -1,4 +1,4 @@
-"""A version's way into a replica's copy: the fewest bytes, the right bytes, whatever those who serve it do."""
+"""Fetching a version into local weights: with the fewest bytes, and correct whatever the sources do."""
 
 import asyncio
 import contextlib
@@ -46,7 +46,7 @@ def learner(versions: Versions) -> Iterator[Source]:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """The configuration that an engine needs beside the weights."""
+    """A model folder with the configuration that an engine needs beside the weights."""
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
@@ -70,7 +70,7 @@ def expect(member: Member, versions: Versions) -> None:
     assert (member.local.current_folder / "config.json").read_text() == "{}"
 
 
-def test_who_is_up_to_date_fetches_the_delta_alone(versions: Versions, learner: Source, model: Path) -> None:
+def test_an_up_to_date_replica_fetches_only_the_delta(versions: Versions, learner: Source, model: Path) -> None:
     async def scenario() -> None:
         async with members(model) as [member]:
             versions.publish()
@@ -88,7 +88,7 @@ def test_who_is_up_to_date_fetches_the_delta_alone(versions: Versions, learner: 
     run(scenario)
 
 
-def test_who_is_behind_skips_to_the_newest(versions: Versions, learner: Source, model: Path) -> None:
+def test_a_replica_that_is_behind_skips_to_the_newest(versions: Versions, learner: Source, model: Path) -> None:
     async def scenario() -> None:
         async with members(model) as [member]:
             versions.publish()
@@ -104,10 +104,10 @@ def test_who_is_behind_skips_to_the_newest(versions: Versions, learner: Source, 
     run(scenario)
 
 
-def test_who_joins_takes_an_anchor_and_the_deltas_after_it(
+def test_a_new_replica_fetches_an_anchor_and_the_deltas_after_it(
     versions: Versions, learner: Source, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The anchor becomes the version where it lies: there is room for one beside the served one."""
+    """The anchor's file is changed in place: there is space for only one version beside the served one."""
     monkeypatch.setattr(local_weights, "allocate", lambda *_: pytest.fail("a second copy"))
 
     async def scenario() -> None:
@@ -121,7 +121,7 @@ def test_who_joins_takes_an_anchor_and_the_deltas_after_it(
     run(scenario)
 
 
-def test_who_joins_takes_the_whole_of_any_version_from_a_replica(
+def test_a_new_replica_fetches_the_whole_model_of_any_version_from_a_peer(
     versions: Versions, learner: Source, model: Path
 ) -> None:
     async def scenario() -> None:
@@ -139,10 +139,10 @@ def test_who_joins_takes_the_whole_of_any_version_from_a_replica(
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_every_way_leads_to_the_same_bytes(
+def test_every_update_path_gives_the_same_bytes(
     versions: Versions, learner: Source, model: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Replicas that look now and then, while the chain goes on over several anchors."""
+    """The replicas update at different times while the chain grows over several anchors."""
     monkeypatch.setattr(version_writer, "MAX_CHAIN", 3)
     dice = random.Random(seed)
 
@@ -164,7 +164,7 @@ FAULTS: tuple[Fault, ...] = ("absent", "garbage", "truncated", "stalls", "endles
 
 @pytest.mark.parametrize("name", [MANIFEST_FILE, DELTA_FILE, MODEL_FILE])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_a_replica_serves_badly_is_had_elsewhere(
+def test_a_file_that_a_peer_serves_badly_is_fetched_elsewhere(
     versions: Versions, learner: Source, model: Path, fault: Fault, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(downloads, "STALL_TIMEOUT_S", 0.3)
@@ -187,7 +187,7 @@ def test_what_a_replica_serves_badly_is_had_elsewhere(
 
 
 @pytest.mark.parametrize("fault", ["truncated", "stalls"])
-def test_what_one_leaves_unfinished_the_next_one_continues(
+def test_the_next_source_continues_an_unfinished_file(
     versions: Versions, learner: Source, model: Path, fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(downloads, "STALL_TIMEOUT_S", 0.3)
@@ -206,7 +206,7 @@ def test_what_one_leaves_unfinished_the_next_one_continues(
     run(scenario)
 
 
-def test_a_source_that_cannot_continue_is_passed_over(versions: Versions, learner: Source, model: Path) -> None:
+def test_a_source_that_cannot_continue_is_skipped(versions: Versions, learner: Source, model: Path) -> None:
     async def scenario() -> None:
         async with members(model) as [member]:
             versions.publish()
@@ -220,11 +220,11 @@ def test_a_source_that_cannot_continue_is_passed_over(versions: Versions, learne
 
 
 @pytest.mark.parametrize("num_held", [1, 3])
-def test_a_copy_that_went_bad_is_replaced_by_an_anchor(
+def test_corrupted_local_weights_are_replaced_by_an_anchor(
     versions: Versions, learner: Source, model: Path, num_held: int
 ) -> None:
-    """A bit of the host's memory has changed: the delta leads to what the digest does not know. The anchor is the
-    version that is served, or the one that is served is a delta on the way."""
+    """A bit of the local file has changed, so the delta's result does not match the digest. The anchor is the served
+    version, or the served version is a delta after it."""
 
     async def scenario() -> None:
         async with members(model) as [member]:
@@ -244,7 +244,7 @@ def test_a_copy_that_went_bad_is_replaced_by_an_anchor(
 
 
 @pytest.mark.parametrize("num_held", [0, 1])
-def test_a_version_that_nobody_has_rightly_leaves_what_is_served(
+def test_a_version_without_a_correct_source_does_not_affect_the_served_one(
     versions: Versions, learner: Source, model: Path, num_held: int
 ) -> None:
     async def scenario() -> None:
@@ -266,10 +266,10 @@ def test_a_version_that_nobody_has_rightly_leaves_what_is_served(
     run(scenario)
 
 
-def test_a_manifest_whose_digests_lie_is_found_before_the_swap(
+def test_a_manifest_with_wrong_digests_is_detected_before_the_swap(
     versions: Versions, learner: Source, model: Path
 ) -> None:
-    """As a learner with a broken memory would write it: everything matches but the tensors that result."""
+    """A learner with broken memory would write such a manifest: everything matches except the resulting tensors."""
     versions.publish()
     path = versions.root / "v00000001" / MANIFEST_FILE
     payload = path.read_bytes()
@@ -297,9 +297,7 @@ def test_a_manifest_of_another_version_is_refused(versions: Versions, learner: S
     run(scenario)
 
 
-def test_the_learners_folder_is_read_where_it_is_on_this_machine(
-    versions: Versions, learner: Source, model: Path
-) -> None:
+def test_the_learners_folder_is_read_if_it_is_on_this_machine(versions: Versions, learner: Source, model: Path) -> None:
     async def scenario() -> None:
         async with members(model) as [member]:
             here: dict[str, Any] = {"machine": machine_id(), "folder": str(versions.root)}
@@ -318,7 +316,7 @@ def test_the_learners_folder_is_read_where_it_is_on_this_machine(
 
 
 def test_a_tree_of_replicas_costs_the_learner_one_copy(versions: Versions, learner: Source, model: Path) -> None:
-    """All at the same time; the learner's port is slow."""
+    """All fetch at the same time; the learner's port is slow."""
     num_members = 8
 
     async def scenario() -> None:
@@ -350,7 +348,7 @@ def test_a_tree_of_replicas_costs_the_learner_one_copy(versions: Versions, learn
 async def flowing(
     versions: Versions, learner: Source, first: Member, second: Member
 ) -> AsyncIterator[tuple[str, asyncio.Task[FetchedVersion], asyncio.Task[FetchedVersion]]]:
-    """The learner is slow, and the second has bytes of what is on its way to the first, at that URL."""
+    """The learner is slow; the second replica has received bytes of the first one's download, at that URL."""
     versions.publish()
     published = versions.published(learner.url)
     learner.bytes_per_s = versions.manifests[0].num_model_bytes / 1.0
@@ -362,8 +360,8 @@ async def flowing(
         yield url, taking, follow
 
 
-def test_a_file_on_its_way_is_passed_on(versions: Versions, learner: Source, model: Path) -> None:
-    """The second replica has its first bytes before the first one has its last."""
+def test_a_file_is_served_while_it_is_downloaded(versions: Versions, learner: Source, model: Path) -> None:
+    """The second replica has its first bytes before the first one has its last ones."""
 
     async def scenario() -> None:
         async with members(model, 2) as [first, second]:
@@ -392,7 +390,7 @@ def test_a_replica_that_vanishes_in_the_middle_is_replaced_by_the_learner(
     run(scenario)
 
 
-def test_only_files_of_versions_are_shared_and_only_for_the_token(
+def test_only_files_of_versions_are_served_and_only_with_the_token(
     versions: Versions, learner: Source, model: Path
 ) -> None:
     async def scenario() -> None:
@@ -413,7 +411,7 @@ def test_only_files_of_versions_are_shared_and_only_for_the_token(
     run(scenario)
 
 
-def test_deltas_are_kept_for_others_within_bounds(
+def test_deltas_are_kept_for_peers_within_bounds(
     versions: Versions, learner: Source, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local_weights, "RETAINED_DELTA_SHARE", 0.05)
@@ -432,7 +430,7 @@ def test_deltas_are_kept_for_others_within_bounds(
     run(scenario)
 
 
-def test_what_a_killed_replica_left_in_memory_is_cleared_away(
+def test_memory_folders_of_a_killed_replica_are_deleted(
     versions: Versions, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local_weights, "memory_backed", lambda: tmp_path)
@@ -446,10 +444,10 @@ def test_what_a_killed_replica_left_in_memory_is_cleared_away(
     assert list(tmp_path.glob(f"{local_weights.PREFIX}*")) == []
 
 
-def test_the_learners_own_file_in_memory_is_taken_without_a_copy(
+def test_the_learners_file_in_memory_is_linked_without_a_copy(
     versions: Versions, learner: Source, model: Path, tmp_path: Path
 ) -> None:
-    """It stays whole whatever a replica does with it; wrong bytes are refused, and had elsewhere."""
+    """It stays unchanged whatever a replica does; wrong bytes are refused, and fetched elsewhere."""
     memory = MemoryFolder("test-", memory_backed())
 
     def publish() -> tuple[PublishedVersion, Path]:

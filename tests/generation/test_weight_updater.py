@@ -1,4 +1,4 @@
-"""Following the published versions past whatever Redis, the learner's HTTP side or the engine may do to it."""
+"""The weight updater follows the published versions despite faults of Redis, the learner or the engine."""
 
 import asyncio
 import contextlib
@@ -96,7 +96,7 @@ GOOD = {"version": "7", "sha256": "0" * 64, "url": "http://127.0.0.1:1"}
         (GOOD | {"url": "http://a:b:c"}, "version 7: http://a:b:c: "),
     ],
 )
-def test_what_redis_says_wrongly_quarantines_with_a_reason_until_it_is_right(
+def test_invalid_fields_in_redis_quarantine_the_replica_with_a_reason(
     learner: Learner, fake: FakeSglang, redis_url: str, keys: Keys, demo_policy: Path,
     fields: dict[str, str], problem: str,
 ) -> None:  # fmt: skip
@@ -126,7 +126,7 @@ def test_a_weights_key_of_another_type_is_a_reason_too(
     run(scenario)
 
 
-def test_a_version_that_was_deleted_meanwhile_is_passed_over_without_a_quarantine(
+def test_a_version_that_was_deleted_during_the_fetch_is_skipped_without_a_quarantine(
     learner: Learner, fake: FakeSglang, redis_url: str, keys: Keys, demo_policy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = learner.publish(0)
@@ -134,7 +134,7 @@ def test_a_version_that_was_deleted_meanwhile_is_passed_over_without_a_quarantin
     real = version_fetch._FetchAttempt._fetch
 
     async def outrun(self: Any, update_path: UpdatePath) -> None:
-        """The learner publishes three more while this one is being fetched, each an anchor."""
+        """Publishes three more versions, each an anchor, while this one is being fetched."""
         if update_path.model is not None and update_path.model.version == first:
             for step in (1, 2, 3):
                 learner.versions._writer = VersionWriter("another")
@@ -154,7 +154,7 @@ def test_a_version_that_was_deleted_meanwhile_is_passed_over_without_a_quarantin
     assert problems == []
 
 
-def test_a_version_that_is_gone_with_none_after_it_is_a_reason(
+def test_a_missing_version_without_a_newer_one_is_a_reason(
     learner: Learner, fake: FakeSglang, redis_url: str, keys: Keys, demo_policy: Path
 ) -> None:
     version = learner.publish(0)
@@ -171,7 +171,7 @@ def test_a_version_that_is_gone_with_none_after_it_is_a_reason(
 def test_a_fetch_that_trickles_ends_at_its_deadline(
     learner: Learner, fake: FakeSglang, redis_url: str, keys: Keys, demo_policy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The fake sends a byte now and then, so that no single read takes long."""
+    """The fake sends single bytes at intervals, so that no single read takes long."""
     monkeypatch.setattr(version_fetch, "FETCH_DEADLINE_S", 0.5)
     fake.trickling.add("/weights/7/manifest.json")
     learner.store.client.hset(keys.weights, mapping=GOOD | {"url": fake.url})
@@ -183,7 +183,7 @@ def test_a_fetch_that_trickles_ends_at_its_deadline(
     run(scenario)
 
 
-def test_an_engine_that_somebody_has_started_again_gets_its_weights_back(
+def test_an_external_engine_that_was_restarted_gets_its_weights_back(
     learner: Learner, fake: FakeSglang, redis_url: str, keys: Keys, demo_policy: Path
 ) -> None:
     version = learner.publish(0)
@@ -203,10 +203,10 @@ def test_an_engine_that_somebody_has_started_again_gets_its_weights_back(
     run(scenario)
 
 
-def test_somebody_elses_engine_that_failed_halfway_is_quarantined_until_a_swap_is_confirmed(
+def test_an_external_engine_that_failed_halfway_is_quarantined_until_a_swap_is_confirmed(
     learner: Learner, fake: FakeSglang, redis_url: str, keys: Keys, demo_policy: Path
 ) -> None:
-    """Also where the version it failed at is gone: then the one before is given to it once more."""
+    """Also if the failed version is gone: then the one before is loaded again."""
     first = learner.publish(0)
 
     async def scenario() -> None:
@@ -227,7 +227,7 @@ def test_somebody_elses_engine_that_failed_halfway_is_quarantined_until_a_swap_i
     run(scenario)
 
 
-def test_an_engine_of_our_own_that_failed_halfway_is_started_again_on_the_last_verified_version(
+def test_an_own_engine_that_failed_halfway_is_restarted_on_the_last_verified_version(
     learner: Learner, redis_url: str, keys: Keys, demo_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     starts: list[tuple[Path, int | None]] = []
@@ -277,10 +277,10 @@ def test_nothing_is_swapped_into_an_engine_that_is_down(
 
 
 @pytest.mark.parametrize(("swap_mode", "waits"), [("retract", True), ("in_place", False)])
-def test_versions_do_not_come_faster_than_what_was_retracted_gets_ahead(
+def test_the_next_swap_waits_until_retracted_requests_have_made_progress(
     learner: Learner, fake: FakeSglang, redis_url: str, keys: Keys, demo_policy: Path, swap_mode: SwapMode, waits: bool
 ) -> None:
-    """The small request is answered when all that was retracted has been computed again; then as long again."""
+    """The one-token request is answered after all retracted requests are recomputed; then as long again."""
     fake.replies["/server_info"] = 200, server_info(disable_overlap_schedule=True)
     fake.replies["/generate"] = 200, {}
     fake.delaying["/generate"] = recomputed = threading.Event()
@@ -308,7 +308,7 @@ def test_versions_do_not_come_faster_than_what_was_retracted_gets_ahead(
     run(scenario)
 
 
-def test_who_has_nothing_in_flight_is_not_waited_for(
+def test_without_requests_in_flight_the_next_swap_does_not_wait(
     learner: Learner, fake: FakeSglang, redis_url: str, keys: Keys, demo_policy: Path
 ) -> None:
     first = learner.publish(0)
