@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 from headrace.common.process.atomic_files import file_entry
-from headrace.learner.checkpoints.record import Unreadable, checkpoint_folders, read_record
+from headrace.learner.checkpoints.record import UnreadableCheckpoint, checkpoint_folders, read_record
 
 SIZE_BYTES = 64 << 20
 """About eight times a checkpoint of the demo policy."""
@@ -76,7 +76,7 @@ def is_readable(folder: Path) -> bool:
     try:
         record = read_record(folder)
         return all(file_entry(folder / name) == expected for name, expected in record.files.items())
-    except (OSError, Unreadable):
+    except (OSError, UnreadableCheckpoint):
         return False
 
 

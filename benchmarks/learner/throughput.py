@@ -153,7 +153,7 @@ def logprobs_once(kind: str) -> Row:
     temperature = torch.ones(NUM_TOKENS, device=DEVICE)
     chunk = LearnerConfig().chunk_tokens(DEVICE.type)
     if kind == "without entropy":
-        learner_logprobs._sums = sums_alone
+        learner_logprobs._softmax_statistics = sums_alone
     before, started = held_bytes(), now()
     if kind == "whole":
         found = (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)

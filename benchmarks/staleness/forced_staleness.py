@@ -68,7 +68,7 @@ def run(config: RunConfig, num_held_out: int, evaluate_every: int) -> Iterator[d
         if len(batch) >= config.actor.num_mini_batches:
             metrics = trainer.train(batch, step, {version: version - 1 for version in range(1, step + 2)})
             live_config.update_guard(metrics)
-            row |= {name: metrics[name] for name in WATCHED} | {"guard_notch": live_config.guard.notch}
+            row |= {name: metrics[name] for name in WATCHED} | {"guard_notch": live_config.guard.level}
         past.append(_copy(model))
         yield row | {"cpu_s": time.process_time() - started}
         if (step + 1) % evaluate_every == 0 or step + 1 == config.learner.steps:

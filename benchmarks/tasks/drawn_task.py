@@ -61,12 +61,12 @@ def supervised_demo_policy(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from headrace.learner.demo_policy.make import supervised
+    from headrace.learner.demo_policy.finetuning import finetune
 
     torch.set_num_threads(1)
     start = Path(__file__).parents[2] / "headrace" / "demo" / "policy"
     tokenizer, model = AutoTokenizer.from_pretrained(start), AutoModelForCausalLM.from_pretrained(start)
-    for step, loss in enumerate(supervised(model, tokenizer, batches, num_steps, learning_rate), start=1):
+    for step, loss in enumerate(finetune(model, tokenizer, batches, num_steps, learning_rate), start=1):
         if step % 50 == 0:
             print(f"step {step} of {num_steps}, loss {loss:.4f}", file=sys.stderr, flush=True)
     return model, tokenizer

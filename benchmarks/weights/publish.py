@@ -34,9 +34,9 @@ from headrace.common.redis.keys import Keys
 from headrace.common.weights.files import DELTA_FILE, MODEL_FILE, version_folder
 from headrace.launcher.run.redis_server import start_redis
 from headrace.learner.checkpoints.checkpoint import num_bytes_in, save_checkpoint
-from headrace.learner.checkpoints.record import Record
+from headrace.learner.checkpoints.record import CheckpointRecord
 from headrace.learner.distributed.state_files import write_state
-from headrace.learner.model.host_snapshots import Snapshot, Snapshots
+from headrace.learner.model.host_snapshots import Snapshot, SnapshotPool
 from headrace.learner.stages.background import BackgroundWorker
 from headrace.learner.stages.wait_deadlines import WaitDeadlines
 from headrace.learner.store.store import Cursor, LearnerStore
@@ -174,10 +174,10 @@ def trained_a_second(goes_on: Callable[[float], bool]) -> float:
 def checkpoint(folder: Path, num_bytes: int) -> Row:
     num_tensors = max(1, num_bytes // (1 << 28))
     state = {f"master.{n}": torch.randn(num_bytes // num_tensors // 4) for n in range(num_tensors)}
-    snapshots = Snapshots()
+    snapshots = SnapshotPool()
     snapshots.take(state)
     times = memcpy(state, snapshots._free[-1])
-    record = Record(1, 1, 1, Cursor(0, 0), {}, [], [], [], {}, 0.0)
+    record = CheckpointRecord(1, 1, 1, Cursor(0, 0), {}, [], [], [], {}, 0.0)
     alone = trained_alone()
     worker = BackgroundWorker("checkpoint", WaitDeadlines(Waits(), None, None, None), Reason.WAITING_FOR_CHECKPOINT)  # type: ignore[arg-type]
     began_s, began_cpu_s = time.perf_counter(), time.thread_time()

@@ -24,11 +24,11 @@ from headrace.common.tasks import Task
 from headrace.common.weights.files import MODEL_FILE
 from headrace.common.wire.desired_state import SETTINGS, Settings
 from headrace.learner.algorithm.guard import GuardState
-from headrace.learner.checkpoints.best import FRAME, UNCHANGED, Best
-from headrace.learner.checkpoints.checkpoint import newest
-from headrace.learner.checkpoints.data_check import begin, data_of, known_data
+from headrace.learner.checkpoints.best import CONFIG_FOLDER, UNCHANGED_FILE, BestPolicy
+from headrace.learner.checkpoints.checkpoint import find_newest
+from headrace.learner.checkpoints.data_check import resolve_fingerprint, store_fingerprint, stored_fingerprint
 from headrace.learner.checkpoints.progress import Progress
-from headrace.learner.checkpoints.record import Loss, Record, checkpoint_folders
+from headrace.learner.checkpoints.record import CheckpointRecord, RedisLoss, checkpoint_folders
 from headrace.learner.commands.audit import losses_so_far
 from headrace.learner.distributed.ranks import Ranks
 from headrace.learner.intake.group_source import GroupSource
@@ -42,7 +42,7 @@ from headrace.learner.model.policy import Policy
 from headrace.learner.reporting.reporter import RunReporter
 from headrace.learner.reporting.summary import METRICS_FILE, MetricsFile
 from headrace.learner.reporting.trackers import Trackers
-from headrace.learner.scaling.advice import Adviser
+from headrace.learner.scaling.advice import ReplicaAdviser
 from headrace.learner.stages.evaluation import Evaluator
 from headrace.learner.steering.live_config import resume_config
 from headrace.learner.steering.switches import Switches
@@ -76,8 +76,8 @@ def assemble(
     chat = Chat(tokenizer, config.model, config.task.system_prompt)
     known, data = None, None
     if recording is None:
-        known = known_data(client, keys, folder / "checkpoints")
-        data = data_of(config, task, tokenizer, known, is_new_epoch)
+        known = stored_fingerprint(client, keys, folder / "checkpoints")
+        data = resolve_fingerprint(config, task, tokenizer, known, is_new_epoch)
     trainer = build_trainer(config, ranks)
     policy = trainer.policy
     _log.info("the policy is loaded")
@@ -85,7 +85,7 @@ def assemble(
     check_vocabulary(config.model.path, len(tokenizer), vocab_size)
     store = LearnerStore(client, keys, above=_highest_epoch(folder))
     _stop_unfinished(folder / "checkpoints")
-    record, saved = newest(folder / "checkpoints") or (None, folder)
+    record, saved = find_newest(folder / "checkpoints") or (None, folder)
     if record is not None:
         trainer.load_state(saved, sorted(record.files))
     settings_in_redis = store.desired_state().settings
@@ -103,7 +103,7 @@ def assemble(
     cursor = store.cursor() or (record.cursor if record else Cursor(0, 0))
     max_sequence_tokens = context_tokens(policy.model.config, config.generation.engine.context_tokens)
     if data is not None:
-        cursor, data = begin(store, cursor, known, data)
+        cursor, data = store_fingerprint(store, cursor, known, data)
     if recording is not None:
         source: GroupSource = RecordingSource(recording, cursor)
         version_steps = recording.version_steps
@@ -135,12 +135,12 @@ def assemble(
     metrics = MetricsFile(folder / METRICS_FILE, progress.step)
     generation = config.generation
     start = store.advised_replicas() or generation.replicas
-    adviser = Adviser(start, generation.max_replicas, generation.max_groups_in_flight)
+    adviser = ReplicaAdviser(start, generation.max_replicas, generation.max_groups_in_flight)
     trackers = Trackers(
         config.trackers, folder, live_config.configured.model_dump(exclude={"redis_url"}), progress.step
     )
-    _save_frame(policy, folder / FRAME, tokenizer)
-    best = Best(folder, store.epoch, store.check_fence)
+    _save_frame(policy, folder / CONFIG_FOLDER, tokenizer)
+    best = BestPolicy(folder, store.epoch, store.check_fence)
     parts = (store, trainer, intake, versions, switches, progress, waits)
     reporter = RunReporter(*parts, adviser, metrics, trackers, TokenTexts(tokenizer), live_config)
     evaluator = Evaluator(intake, versions, best, reporter)
@@ -151,11 +151,11 @@ def _save_frame(policy: Policy, frame: Path, tokenizer: Any) -> None:
     """What `best/` and an export need beside weights, so that they do not need the model that the run started from."""
     aside = frame.with_name(f"{frame.name}-aside")
     shutil.rmtree(aside, ignore_errors=True)
-    policy.save_frame(aside, tokenizer)
+    policy.save_config_and_tokenizer(aside, tokenizer)
     publish_atomically(aside, frame)
     aside.mkdir()
     policy.save_unchanged(aside / MODEL_FILE)
-    publish_atomically(aside, frame.with_name(UNCHANGED))
+    publish_atomically(aside, frame.with_name(UNCHANGED_FILE))
 
 
 def _stop_unfinished(checkpoints: Path) -> None:
@@ -166,7 +166,7 @@ def _stop_unfinished(checkpoints: Path) -> None:
             shutil.rmtree(aside.rename(checkpoints / f"overtaken-{aside.name}"))
 
 
-def _repair(store: LearnerStore, source: GroupSource, record: Record) -> None:
+def _repair(store: LearnerStore, source: GroupSource, record: CheckpointRecord) -> None:
     """Makes Redis agree with the checkpoint, whatever either of them missed. Safe to repeat."""
     store.settle(record.earlier)
     store.settle(record.settlements, groups="keep")
@@ -182,7 +182,7 @@ def _highest_epoch(folder: Path) -> int:
     return max((int(name.split("-")[1]) for name in names), default=0)
 
 
-def _report_loss(store: LearnerStore, loss: Loss) -> None:
+def _report_loss(store: LearnerStore, loss: RedisLoss) -> None:
     _log.error(
         "Redis has lost the run: going on from the checkpoint of step %d; %d tickets are issued anew; "
         "%d finished ones are known only by their number",

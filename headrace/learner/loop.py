@@ -16,7 +16,7 @@ from headrace.common.process.waiting import Reason, Waits
 from headrace.common.wire.desired_state import DesiredState, Settings
 from headrace.learner.checkpoints.checkpoint import CheckpointError
 from headrace.learner.checkpoints.progress import Progress
-from headrace.learner.checkpoints.record import MAX_VERSION_STEPS, Record
+from headrace.learner.checkpoints.record import MAX_VERSION_STEPS, CheckpointRecord
 from headrace.learner.intake.intake import Intake, PendingGroup
 from headrace.learner.reporting.reporter import RunReporter
 from headrace.learner.stages.checkpointing import Checkpointer
@@ -206,7 +206,7 @@ class Loop:
         """Begins one: returns when the state is copied."""
         delta = self.intake.checkpoint_delta()
         steps = dict(self.versions.steps)  # to which the publisher adds
-        record = Record(
+        record = CheckpointRecord(
             epoch=self.store.epoch,
             step=self.progress.step,
             version=self.versions.current,
@@ -284,7 +284,7 @@ class Loop:
         if kind in ("tighten", "loosen"):
             self._configure()
         if kind is not None:
-            self.reporter.report_guard(kind, reason, state.notch)
+            self.reporter.report_guard(kind, reason, state.level)
 
     def _evaluate_if_due(self) -> None:
         self._raise_background_failure()

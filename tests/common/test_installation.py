@@ -16,7 +16,7 @@ from headrace.common.preflight.installation import LIBRARIES, ON_CPU, ON_GPU, SG
 from headrace.common.preflight.recipe import check_model
 from headrace.generation.weights.updater import local_model_folder
 from headrace.launcher.estimates.model_size import shape_of
-from headrace.learner.model.loading import load
+from headrace.learner.model.loading import load_pretrained
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,4 +65,4 @@ def test_a_run_stores_the_demo_policys_name_and_every_service_finds_it_where_its
     assert local_model_folder(model) == Path(headrace.__file__).parent / "demo" / "policy"
     check_model(config)
     assert shape_of(config).num_parameters > 0
-    assert load(model, torch.device("cpu"), torch.float32).model.num_parameters() > 0
+    assert load_pretrained(model, torch.device("cpu"), torch.float32).model.num_parameters() > 0

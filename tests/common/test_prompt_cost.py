@@ -3,7 +3,7 @@
 import pytest
 
 from headrace.common.models.prompt_cost import layers_beyond_attention, unshared_prompts
-from headrace.learner.model.self_check import shares_prompts
+from headrace.learner.model.self_check import can_share_prompts
 from tests.support.tiny_models import make_model
 
 BEYOND = {
@@ -23,7 +23,7 @@ def test_layers_that_are_no_attention_are_found_in_the_configuration(kind: str) 
     settings = {"attn_layer_period": 2, "attn_layer_offset": 1} if kind == "jamba" else {}
     model = make_model(kind, **settings)
     assert layers_beyond_attention(model.config) == BEYOND[kind]
-    assert shares_prompts(model, kind) or BEYOND[kind] or kind == "bloom"  # whose attention is its own
+    assert can_share_prompts(model, kind) or BEYOND[kind] or kind == "bloom"  # whose attention is its own
 
 
 def test_the_cost_by_hand() -> None:

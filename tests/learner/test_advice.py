@@ -6,7 +6,7 @@ import pytest
 
 from headrace.common.wire import Heartbeat
 from headrace.learner.scaling import advice
-from headrace.learner.scaling.advice import MIN_STEPS, WINDOW_S, Adviser
+from headrace.learner.scaling.advice import MIN_STEPS, WINDOW_S, ReplicaAdviser
 
 STEP_S = 10.0
 NUM_SLOTS = 4
@@ -17,7 +17,7 @@ class Measured:
     """An adviser, and replicas that beat as told: cumulative seconds, as theirs are."""
 
     def __init__(self, count: int = 1, start: int = 1, max_replicas: int = 8) -> None:
-        self.adviser = Adviser(start, max_replicas, NUM_SLOTS)
+        self.adviser = ReplicaAdviser(start, max_replicas, NUM_SLOTS)
         self.beats: dict[str, Heartbeat] = {}
         self.run_with(count)
 
@@ -160,7 +160,7 @@ def test_a_number_that_was_too_few_is_not_tried_again_for_an_hour() -> None:
     measured = Measured()
     assert measured.window(0.5, 0.0) == 2
     measured.run_with(2)
-    num_windows = int(advice.REMEMBERED_S / (STEP_S * (FULL + 1)))
+    num_windows = int(advice.TOO_FEW_MEMORY_S / (STEP_S * (FULL + 1)))
     assert {measured.window(0.0, 0.9, groups_per_s=2.0) for _ in range(num_windows - 2)} == {2}
     assert [measured.window(0.0, 0.9, groups_per_s=2.0) for _ in range(3)][-1] == 1
 
@@ -172,6 +172,6 @@ def test_one_replica_less_is_tried_where_the_groups_in_flight_fit() -> None:
 
 
 def test_the_bounds_hold_whatever_was_configured() -> None:
-    assert Adviser(0, 8, 4).advice.replicas == 1
-    assert Adviser(9, 8, 4).advice.replicas == 8
+    assert ReplicaAdviser(0, 8, 4).advice.replicas == 1
+    assert ReplicaAdviser(9, 8, 4).advice.replicas == 8
     assert Measured(9, start=9).window(0.0, 0.0) == 8

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headrace.common.redis.keys import Keys
-from headrace.learner.checkpoints.best import BEST, FRAME, NEXT, Best, best_folder, best_of
+from headrace.learner.checkpoints.best import BEST, CONFIG_FOLDER, NEXT, BestPolicy, best_folder, read_best_record
 from headrace.learner.commands.export import export
-from headrace.learner.model.host_snapshots import Snapshots
+from headrace.learner.model.host_snapshots import SnapshotPool
 from headrace.learner.store.store import Fenced
 from headrace.learner.weights.version_writer import VersionWriter
 from tests.support.replaying import STEPS, end, make_recording, take_up
@@ -24,10 +24,10 @@ def write(content: str):  # type: ignore[no-untyped-def]
     return lambda path: path.write_text(content)
 
 
-def make_best(run: Path, epoch: int = 1) -> Best:
-    (run / FRAME).mkdir(exist_ok=True)
-    (run / FRAME / "config.json").write_text("{}")
-    return Best(run, epoch, nothing)
+def make_best(run: Path, epoch: int = 1) -> BestPolicy:
+    (run / CONFIG_FOLDER).mkdir(exist_ok=True)
+    (run / CONFIG_FOLDER / "config.json").write_text("{}")
+    return BestPolicy(run, epoch, nothing)
 
 
 def kept(run: Path) -> tuple[int, float, str]:
@@ -39,33 +39,33 @@ def test_only_a_better_policy_becomes_the_best(tmp_path: Path) -> None:
     best = make_best(tmp_path)
     found = []
     for step, held_out in ((0, 0.3), (20, 0.6), (40, 0.6), (60, 0.5), (80, 0.9)):
-        best.set_aside(step, step + 1, write(f"weights of {step}"))
-        found.append(best.decide(held_out))
+        best.write_candidate(step, step + 1, write(f"weights of {step}"))
+        found.append(best.keep_if_best(held_out))
         assert kept(tmp_path)[2] == f"weights of {kept(tmp_path)[0]}"
     assert found == [True, True, False, False, True] and kept(tmp_path) == (80, 0.9, "weights of 80")
     assert (tmp_path / BEST / "config.json").is_file()
     best.close()
-    assert {path.name for path in tmp_path.iterdir()} == {BEST, FRAME}
+    assert {path.name for path in tmp_path.iterdir()} == {BEST, CONFIG_FOLDER}
     again = make_best(tmp_path, epoch=2)
-    again.set_aside(20, 100, write("worse"))
-    assert not again.decide(0.8) and kept(tmp_path)[0] == 80
+    again.write_candidate(20, 100, write("worse"))
+    assert not again.keep_if_best(0.8) and kept(tmp_path)[0] == 80
     again.close()
 
 
 def test_a_crash_between_the_two_renames_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     best = make_best(tmp_path)
-    best.set_aside(0, 1, write("first"))
-    assert best.decide(0.3)
+    best.write_candidate(0, 1, write("first"))
+    assert best.keep_if_best(0.3)
 
     def die() -> None:
         raise KeyboardInterrupt
 
-    best.set_aside(20, 21, write("second"))
+    best.write_candidate(20, 21, write("second"))
     monkeypatch.setattr(best, "_rename", die)
     with pytest.raises(KeyboardInterrupt):
-        best.decide(0.6)
+        best.keep_if_best(0.6)
     assert (tmp_path / NEXT).is_dir() and (tmp_path / BEST).is_dir()
-    named = best_of(tmp_path)
+    named = read_best_record(tmp_path)
     assert named is not None and named.step == 20 and best_folder(tmp_path) == tmp_path / NEXT
     make_best(tmp_path, epoch=2).close()
     assert kept(tmp_path) == (20, 0.6, "second") and not (tmp_path / NEXT).exists()
@@ -73,7 +73,7 @@ def test_a_crash_between_the_two_renames_loses_nothing(tmp_path: Path, monkeypat
 
 def test_an_unfinished_candidate_of_an_earlier_life_goes(tmp_path: Path) -> None:
     best = make_best(tmp_path)
-    best.set_aside(0, 1, write("weights"))
+    best.write_candidate(0, 1, write("weights"))
     best._writer.shutdown()
     assert list(tmp_path.glob("best-aside-*"))
     make_best(tmp_path, epoch=2).close()
@@ -85,10 +85,10 @@ def test_a_disk_that_refuses_costs_the_policy_and_not_the_run(tmp_path: Path) ->
         raise OSError("No space left on device")
 
     best = make_best(tmp_path)
-    best.set_aside(0, 1, refuse)
-    assert not best.decide(0.9) and best_of(tmp_path) is None
-    best.set_aside(20, 21, write("weights"))
-    assert best.decide(0.5), "what could not be kept is not the best"
+    best.write_candidate(0, 1, refuse)
+    assert not best.keep_if_best(0.9) and read_best_record(tmp_path) is None
+    best.write_candidate(20, 21, write("weights"))
+    assert best.keep_if_best(0.5), "what could not be kept is not the best"
     best.close()
 
 
@@ -98,10 +98,10 @@ def test_a_learner_that_was_overtaken_names_no_best(tmp_path: Path) -> None:
 
     best = make_best(tmp_path)
     best._check_fence = fenced
-    best.set_aside(0, 1, write("weights"))
+    best.write_candidate(0, 1, write("weights"))
     with pytest.raises(Fenced):
-        best.decide(0.9)
-    assert best_of(tmp_path) is None
+        best.keep_if_best(0.9)
+    assert read_best_record(tmp_path) is None
     best.close()
 
 
@@ -109,7 +109,7 @@ def test_the_weights_are_those_of_the_version_however_late_they_are_written(tmp_
     """The next versions are published while the file is being written."""
     from safetensors.torch import load_file
 
-    writer, snapshots = VersionWriter("epoch-1"), Snapshots()
+    writer, snapshots = VersionWriter("epoch-1"), SnapshotPool()
     parameters = {"a": torch.full((3,), 1.0), "b": torch.arange(4.0)}
     writer.write(tmp_path / "v1", 1, 0, snapshots.take(parameters))
     copy_of_first = writer.newest_model_writer()
@@ -146,11 +146,11 @@ def test_what_is_exported_is_the_policy_that_was_asked_for(client: redis.Redis, 
         if loop.progress.step == 2:
             loop.publisher.wait()
             loop.trainer.policy.model.save_pretrained(tmp_path / "two")
-            loop.evaluator.best.set_aside(2, loop.versions.current, loop.versions.newest_model_writer())
+            loop.evaluator.best.write_candidate(2, loop.versions.current, loop.versions.newest_model_writer())
 
     loop._publish = publish_and_set_aside  # type: ignore[method-assign]
     assert loop.run()
-    assert loop.evaluator.best.decide(0.5)
+    assert loop.evaluator.best.keep_if_best(0.5)
     loop.trainer.policy.model.save_pretrained(tmp_path / "last")
     end(loop)
     expected, last = logits(tmp_path / "two"), logits(tmp_path / "last")

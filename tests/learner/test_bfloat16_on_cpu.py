@@ -39,7 +39,7 @@ def test_weights_stay_numbers_that_bfloat16_has(kind: str, tmp_path: Path, monke
     trainer = Trainer(config, Policy(config.model, config.learner))
     for num_steps in range(2):
         computed = {name: p.detach() for name, p in trainer.policy.model.named_parameters()}
-        named = trainer.policy._loaded.naming.of(computed)
+        named = trainer.policy._loaded.mapping.convert(computed)
         for name, weight in trainer.policy.tensors().items():
             published = weight.detach()
             assert published.dtype == weight.dtype == torch.bfloat16

@@ -6,15 +6,15 @@ import msgspec
 import pytest
 import torch
 
-from headrace.learner.checkpoints.checkpoint import CheckpointError, newest, save_checkpoint
-from headrace.learner.checkpoints.record import Record, checkpoint_folders, read_record
+from headrace.learner.checkpoints.checkpoint import CheckpointError, find_newest, save_checkpoint
+from headrace.learner.checkpoints.record import CheckpointRecord, checkpoint_folders, read_record
 from headrace.learner.distributed.state_files import read_state, write_state
 from headrace.learner.reporting.summary import MetricsFile, percentile, summarise
 from headrace.learner.store.store import Cursor, Fenced, Settlement
 
 
-def make_record(step: int, epoch: int = 1) -> Record:
-    return Record(
+def make_record(step: int, epoch: int = 1) -> CheckpointRecord:
+    return CheckpointRecord(
         epoch=epoch,
         step=step,
         version=step + 1,
@@ -34,15 +34,15 @@ def save(root: Path, step: int, epoch: int = 1) -> Path:
 
 
 def newest_step(root: Path) -> int:
-    found = newest(root)
+    found = find_newest(root)
     assert found is not None
     return found[0].step
 
 
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
-    assert newest(tmp_path) is None
+    assert find_newest(tmp_path) is None
     save(tmp_path, 5)
-    found = newest(tmp_path)
+    found = find_newest(tmp_path)
     assert found is not None
     record, folder = found
     tensors = read_state(folder, sorted(record.files))
@@ -71,7 +71,7 @@ def test_a_learner_that_was_fenced_off_while_it_wrote_leaves_nothing(tmp_path: P
 
     with pytest.raises(Fenced):
         save_checkpoint(tmp_path, make_record(5), lambda folder: {}, fenced)
-    assert newest(tmp_path) is None
+    assert find_newest(tmp_path) is None
 
 
 @pytest.mark.parametrize("broken", ["state.safetensors", "record.json"])
@@ -94,7 +94,7 @@ def test_a_run_whose_checkpoints_are_all_unreadable_does_not_begin_anew(tmp_path
     for step in (5, 10):
         (save(tmp_path, step) / "record.json").write_text("{}")
     with pytest.raises(ValueError, match=r"no checkpoint in .* can be read: checkpoint-000001-000002"):
-        newest(tmp_path)
+        find_newest(tmp_path)
     assert len(checkpoint_folders(tmp_path)) == 2
 
 
@@ -112,7 +112,7 @@ def test_a_disk_that_refuses_leaves_the_checkpoints_before(tmp_path: Path) -> No
 def test_what_was_never_renamed_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "aside-000001").mkdir(parents=True)
     (tmp_path / "aside-000001" / "record.json").write_text("{}")
-    assert newest(tmp_path) is None
+    assert find_newest(tmp_path) is None
 
 
 def test_rows_of_steps_to_be_taken_again_are_cut_off(tmp_path: Path) -> None:

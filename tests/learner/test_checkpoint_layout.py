@@ -16,9 +16,9 @@ from headrace.common.config import LearnerConfig, ModelConfig
 from headrace.common.models.chat import load_tokenizer
 from headrace.generation.tensors.shapes import expected_shapes
 from headrace.learner.assembly import _save_frame
-from headrace.learner.checkpoints.best import FRAME
-from headrace.learner.commands import export as export_module
-from headrace.learner.model import checkpoint_layout as published_module
+from headrace.learner.checkpoints.best import CONFIG_FOLDER
+from headrace.learner.commands import export
+from headrace.learner.model import checkpoint_layout
 from headrace.learner.model.policy import Policy
 from headrace.learner.training.trainer import Trainer
 from tests.learner.test_trainer import STEPS, make_batch, make_config
@@ -66,14 +66,14 @@ def test_after_a_step_each_expert_is_published_by_itself(mixture: Path, tmp_path
     assert {name.split(".")[-2] for name in changed} >= {"gate_proj", "up_proj", "down_proj", "gate", "q_proj"}
     tokenizer = load_tokenizer(trainer.config.model)
     policy.save(tmp_path / "policy", tokenizer)
-    _save_frame(policy, run / FRAME, tokenizer)
+    _save_frame(policy, run / CONFIG_FOLDER, tokenizer)
     checkpoint = run / "checkpoints" / "checkpoint-000001-000001"
     checkpoint.mkdir(parents=True)
     trainer.copy_state()
     files = trainer.write_copy(checkpoint)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export_module, "read_record", lambda _: type("Record", (), {"files": files}))
-        export_module._from_checkpoint(run, checkpoint, tmp_path / "exported")
+        patch.setattr(export, "read_record", lambda _: type("Record", (), {"files": files}))
+        export._from_checkpoint(run, checkpoint, tmp_path / "exported")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     for folder in ("policy", "exported"):
         saved = load_file(tmp_path / folder / "model.safetensors")
@@ -86,14 +86,14 @@ def test_after_a_step_each_expert_is_published_by_itself(mixture: Path, tmp_path
 def test_no_more_is_made_at_once_than_a_parameter(mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The names of two parameters' experts alternate: each is made once all the same."""
     policy, made = load(mixture), []
-    revert = published_module._revert
+    revert = checkpoint_layout._revert
 
     def watch(model: PreTrainedModel, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         made.append(list(parts))
         return revert(model, parts)
 
     tensors = policy.tensors()
-    monkeypatch.setattr(published_module, "_revert", watch)
+    monkeypatch.setattr(checkpoint_layout, "_revert", watch)
     for name in sorted(tensors):
         tensors[name].detach()
     experts = [name for name, _ in policy.model.named_parameters() if ".experts." in name]
@@ -108,10 +108,10 @@ def test_what_the_policy_does_not_have_is_published_as_it_is(copy: Path, tmp_pat
     assert {name: tensor.shape for name, tensor in tensors.items()} == expected_shapes(copy)
     assert all(torch.equal(tensors[name].detach(), tensor) for name, tensor in extra.items())
     policy = load(copy)
-    _save_frame(policy, tmp_path / FRAME, load_tokenizer(ModelConfig(path=str(copy))))
+    _save_frame(policy, tmp_path / CONFIG_FOLDER, load_tokenizer(ModelConfig(path=str(copy))))
     parameters = {name: parameter.detach() for name, parameter in policy.model.named_parameters()}
     unchanged = tmp_path / "model-unchanged" / "model.safetensors"
-    exported = published_module.published_from(parameters, tmp_path / FRAME, unchanged)
+    exported = checkpoint_layout.published_tensors(parameters, tmp_path / CONFIG_FOLDER, unchanged)
     assert exported.keys() == tensors.keys()
 
 
@@ -135,10 +135,10 @@ def test_buffers_that_are_stored_are_published_and_exported(tmp_path: Path) -> N
     tensors = policy.tensors()
     assert {name: tensor.shape for name, tensor in tensors.items()} == expected_shapes(folder)
     assert any(name.endswith("e_score_correction_bias") for name in tensors)
-    _save_frame(policy, tmp_path / FRAME, load_tokenizer(ModelConfig(path=str(folder))))
+    _save_frame(policy, tmp_path / CONFIG_FOLDER, load_tokenizer(ModelConfig(path=str(folder))))
     parameters = {name: parameter.detach() for name, parameter in policy.model.named_parameters()}
     unchanged = tmp_path / "model-unchanged" / "model.safetensors"
-    assert published_module.published_from(parameters, tmp_path / FRAME, unchanged).keys() == tensors.keys()
+    assert checkpoint_layout.published_tensors(parameters, tmp_path / CONFIG_FOLDER, unchanged).keys() == tensors.keys()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import redis
 from headrace.common.process.atomic_files import FileEntry
 from headrace.common.process.waiting import Reason
 from headrace.common.redis.keys import Keys
-from headrace.learner.checkpoints.checkpoint import newest
+from headrace.learner.checkpoints.checkpoint import find_newest
 from headrace.learner.checkpoints.record import checkpoint_folders, read_record
 from headrace.learner.commands.audit import audit
 from headrace.learner.distributed.state_files import read_state
@@ -107,7 +107,7 @@ def test_a_stop_waits_for_the_checkpoint_that_is_written_and_writes_its_own(loop
     gate.is_open.set()
     running.join(GUARD_S)
     assert not running.is_alive()
-    found = newest(tmp_path / "checkpoints")
+    found = find_newest(tmp_path / "checkpoints")
     assert found is not None and found[0].step == loop.progress.step
 
 

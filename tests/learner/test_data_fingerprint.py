@@ -12,8 +12,8 @@ from headrace.common.config import RunConfig
 from headrace.common.redis.keys import Keys
 from headrace.common.tasks import BadRow
 from headrace.learner.checkpoints.checkpoint import save_checkpoint
-from headrace.learner.checkpoints.data_check import begin, data_of, known_data
-from headrace.learner.checkpoints.record import Record
+from headrace.learner.checkpoints.data_check import resolve_fingerprint, store_fingerprint, stored_fingerprint
+from headrace.learner.checkpoints.record import CheckpointRecord
 from headrace.learner.commands.dead_letters import dead_entries
 from headrace.learner.intake import data_fingerprint as fingerprint
 from headrace.learner.intake.data_fingerprint import Fingerprint, fingerprint_of
@@ -36,7 +36,7 @@ def config_with(**changes: Any) -> RunConfig:
 
 
 def taken_up(known: Fingerprint | None, task: Rows, config: RunConfig | None = None, new: bool = False) -> Fingerprint:
-    return data_of(config or make_config(), task, PlainTokenizer(), known, new)
+    return resolve_fingerprint(config or make_config(), task, PlainTokenizer(), known, new)
 
 
 ROWS = tuple(prompt(str(index), index) for index in range(9))
@@ -67,7 +67,7 @@ def test_the_same_data_are_the_same(row: Any) -> None:
 def test_other_data_are_refused_with_what_differs(task: Rows, config: dict[str, Any], problem: str) -> None:
     known = taken_up(None, Rows(*ROWS))
     with pytest.raises(
-        ValueError, match=f"the run began with other data: {problem}. Expected what was, or .*--new-epo"
+        ValueError, match=f"the run began with other data: {problem}. Expected the same data, or .*--new-epo"
     ):
         taken_up(known, task, config_with(**config))
     assert taken_up(known, task, config_with(**config), new=True).train.is_all
@@ -99,23 +99,23 @@ def test_numpys_numbers_count_as_numbers() -> None:
 
 
 def test_it_is_kept_beside_the_cursor_and_in_checkpoints(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
-    assert known_data(client, keys, tmp_path) is None
+    assert stored_fingerprint(client, keys, tmp_path) is None
     store = LearnerStore(client, keys)
-    cursor, data = begin(store, Cursor(2, 3), None, taken_up(None, Rows(*ROWS)))
-    assert (cursor, store.cursor(), known_data(client, keys, tmp_path)) == (Cursor(2, 3), Cursor(2, 3), data)
-    record = Record(1, 10, 1, Cursor(2, 3), {}, [], [], [], {}, 0.0, data=data)
+    cursor, data = store_fingerprint(store, Cursor(2, 3), None, taken_up(None, Rows(*ROWS)))
+    assert (cursor, store.cursor(), stored_fingerprint(client, keys, tmp_path)) == (Cursor(2, 3), Cursor(2, 3), data)
+    record = CheckpointRecord(1, 10, 1, Cursor(2, 3), {}, [], [], [], {}, 0.0, data=data)
     save_checkpoint(tmp_path, record, lambda folder: {})
     client.delete(keys.cursor)
-    assert known_data(client, keys, tmp_path) == data
+    assert stored_fingerprint(client, keys, tmp_path) == data
 
 
 def test_other_data_begin_with_the_next_epoch_once(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
     store = LearnerStore(client, keys)
-    begin(store, Cursor(2, 3), None, taken_up(None, Rows(*ROWS)))
+    store_fingerprint(store, Cursor(2, 3), None, taken_up(None, Rows(*ROWS)))
     cursor = Cursor(2, 3)
     for _ in range(2):  # a learner that is started again is told the same
-        known = known_data(client, keys, tmp_path)
-        cursor, data = begin(store, cursor, known, taken_up(known, Rows(GOOD), new=True))
+        known = stored_fingerprint(client, keys, tmp_path)
+        cursor, data = store_fingerprint(store, cursor, known, taken_up(known, Rows(GOOD), new=True))
         assert store.cursor() == cursor
         assert (cursor, data.first_epoch) == (Cursor(3, 0), 3)
     source = TicketSource(make_config(), Rows(GOOD), plain_chat(), [1], cursor, None, data)
@@ -138,10 +138,10 @@ def test_a_learner_with_other_data_is_refused_before_it_takes_over(
     assert client.get(keys.epoch) == epoch, "the learner that runs is not fenced off"
     loop = taken_up_by_process(tmp_path, client, keys, None, "seed=7", is_new_epoch=True)
     assert loop.intake.source.cursor == Cursor(1, 0)
-    assert known_data(client, keys, tmp_path) == loop.intake.source.data
+    assert stored_fingerprint(client, keys, tmp_path) == loop.intake.source.data
 
 
 def test_a_checkpoint_of_before_has_no_fingerprint() -> None:
-    old = msgspec.to_builtins(Record(1, 10, 1, Cursor(2, 3), {}, [], [], [], {}, 0.0))
+    old = msgspec.to_builtins(CheckpointRecord(1, 10, 1, Cursor(2, 3), {}, [], [], [], {}, 0.0))
     del old["data"]
-    assert msgspec.convert(old, Record).data is None
+    assert msgspec.convert(old, CheckpointRecord).data is None

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headrace.common.tasks.arithmetic import Problem, train_problems
-from headrace.learner.demo_policy import make as warm_start
+from headrace.learner.demo_policy import finetuning, make
 from headrace.learner.demo_policy.evaluation import evaluate_policy
 from headrace.learner.demo_policy.tokenizer import VOCAB_SIZE, make_tokenizer
 
@@ -86,7 +86,7 @@ def test_only_completion_tokens_are_labelled() -> None:
     short = Problem("+", (13, 5), name="Ada", item="pens")
     long = Problem("+-", (13, 15, 12), name="Ada", item="pens")
     pairs = [(short, short.demonstration), (long, long.slips[0])]
-    ids, labels = warm_start.encode(tokenizer, [(problem.prompt, answer) for problem, answer in pairs])
+    ids, labels = finetuning.encode(tokenizer, [(problem.prompt, answer) for problem, answer in pairs])
     for row, (problem, worked_answer) in enumerate(pairs):
         assert tokenizer.decode(labels[row][labels[row] >= 0]) == worked_answer + "<|end|>"
         chat = f"<|user|>{problem.question}<|end|><|assistant|>{worked_answer}<|end|>"
@@ -95,24 +95,24 @@ def test_only_completion_tokens_are_labelled() -> None:
 
 def test_the_loss_is_the_mean_over_completion_tokens_whatever_the_padding() -> None:
     tokenizer = make_tokenizer()
-    model = warm_start.make_model(tokenizer, seed=0)
+    model = make.make_model(tokenizer, seed=0)
     batch = [(problem.prompt, problem.demonstration) for problem in islice(train_problems(seed=0, epoch=0), 5)]
     total, count = 0.0, 0
     for row in batch:
-        ids, labels = warm_start.encode(tokenizer, [row])
+        ids, labels = finetuning.encode(tokenizer, [row])
         logprobs = model(input_ids=ids).logits.log_softmax(dim=-1)
         for position in range(1, ids.shape[1]):
             if labels[0, position] >= 0:
                 total -= logprobs[0, position - 1, ids[0, position]].item()
                 count += 1
-    loss = warm_start.completion_loss(model, *warm_start.encode(tokenizer, batch))
+    loss = finetuning.completion_loss(model, *finetuning.encode(tokenizer, batch))
     assert loss.item() == pytest.approx(total / count)
 
 
 def test_a_prefix_of_the_making_gives_the_recorded_losses(made: dict[str, Any], tmp_path: Path) -> None:
     random_state = torch.random.get_rng_state()
     told: list[tuple[int, float]] = []
-    prefix = warm_start.make_policy(
+    prefix = make.make_policy(
         tmp_path, seed=made["seed"], steps=30, on_progress=lambda step, loss: told.append((step, loss))
     )
     assert [step for step, _ in told] == list(range(1, 31))
@@ -126,12 +126,12 @@ def test_a_prefix_of_the_making_gives_the_recorded_losses(made: dict[str, Any], 
 
 def test_more_steps_than_the_recipe_has_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="steps is 100000, expected 1 to"):
-        warm_start.make_policy(tmp_path, seed=0, steps=100_000)
+        make.make_policy(tmp_path, seed=0, steps=100_000)
 
 
 def test_the_committed_policy_is_what_made_json_says(made: dict[str, Any]) -> None:
     """Three and a half standard errors of 256 problems with 4 samples each."""
-    assert made["num_steps"] == warm_start.NUM_STEPS
+    assert made["num_steps"] == make.NUM_STEPS
     claimed = made["evaluation"]
     assert claimed["num_problems"] >= 1024
     measured = evaluate_policy(POLICY, num_problems=256, samples=4, seed=1)
@@ -151,7 +151,7 @@ def test_the_committed_policy_has_something_to_learn(made: dict[str, Any]) -> No
 def test_making_it_again_gives_a_policy_as_good(made: dict[str, Any], tmp_path: Path) -> None:
     """Another machine's rounding leads to another policy, as another seed does."""
     claimed = made["evaluation"]
-    again = warm_start.make_policy(tmp_path, seed=made["seed"]).evaluation
+    again = make.make_policy(tmp_path, seed=made["seed"]).evaluation
     assert again is not None
     assert again.pass_at_1 == pytest.approx(claimed["pass_at_1"], abs=0.05)
     assert again.greedy_accuracy == pytest.approx(claimed["greedy_accuracy"], abs=0.1)

@@ -14,7 +14,7 @@ from headrace.common.process.waiting import Reason
 from headrace.common.redis.client import connect
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import Group, Heartbeat, Ticket, Timings, encode
-from headrace.learner.checkpoints.best import best_of
+from headrace.learner.checkpoints.best import read_best_record
 from headrace.learner.loop import Loop
 from tests.support.committing import answer_all
 from tests.support.fake_services import until
@@ -122,7 +122,7 @@ def test_the_best_step_is_named_though_training_has_gone_on(
         until(lambda: (tmp_path / "metrics.jsonl").read_text().count('"evaluation"') >= 3, "the last evaluation")
     rows = {row["step"]: row["is_best"] for row in rows_of(tmp_path, "evaluation")}
     assert rows[0] and rows[2] and not rows[6], rows
-    named = best_of(tmp_path)
+    named = read_best_record(tmp_path)
     assert named is not None and (named.step, named.version, named.held_out) == (2, 3, 0.5)
 
 
@@ -157,7 +157,7 @@ def test_a_version_is_not_evaluated_twice(replica: Replica, client: redis.Redis,
     loop = take_up(tmp_path, client, keys, None, *SETTINGS, "learner.steps=3")
     loop.publish_first()
     loop.evaluator.begin()
-    assert loop.evaluator.best.decide(0.5)
+    assert loop.evaluator.best.keep_if_best(0.5)
     loop.intake._evaluation = None
     loop.evaluator.is_due = True
     loop._evaluate_if_due()

@@ -1,4 +1,4 @@
-"""The guard's decisions: what is odd once does nothing, what lasts goes down the ladder, what is over comes back up."""
+"""The guard's decisions: a single odd step has no effect, a lasting one tightens, a long calm loosens again."""
 
 import dataclasses
 import json
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import redis
@@ -15,7 +16,15 @@ from headrace.common.config import RunConfig
 from headrace.common.metrics.thresholds import SMOOTHED_STEPS
 from headrace.common.redis.keys import Keys
 from headrace.common.wire.desired_state import Settings
-from headrace.learner.algorithm.guard import CALM_STEPS, PATIENCE_STEPS, Decision, GuardState, decide, ladder, tightened
+from headrace.learner.algorithm.guard import (
+    CALM_STEPS,
+    MIN_STEPS_BEYOND,
+    Decision,
+    GuardState,
+    decide,
+    tightened,
+    tightening_levels,
+)
 from headrace.learner.loop import Loop
 from headrace.learner.training.rank_batches import EMPTY_MICRO_BATCH
 from headrace.learner.training.step_metrics import logprob_gaps, off_policy_metrics
@@ -54,12 +63,12 @@ def kinds(decisions: Sequence[Decision]) -> list[str | None]:
 def test_healthy_steps_leave_the_run_alone() -> None:
     run = config()
     last = follow([CALM] * 200, run)[-1]
-    assert (last.kind, last.state.notch) == (None, 0)
+    assert (last.kind, last.state.level) == (None, 0)
     assert tightened(run, last.state) == run
 
 
 def test_odd_batches_do_nothing() -> None:
-    rows = ([ALARMING] * (PATIENCE_STEPS - 1) + [CALM] * PATIENCE_STEPS) * 10
+    rows = ([ALARMING] * (MIN_STEPS_BEYOND - 1) + [CALM] * MIN_STEPS_BEYOND) * 10
     assert kinds(follow(rows, config())) == [None] * len(rows)
 
 
@@ -69,29 +78,29 @@ def test_a_median_beyond_the_alarm_acts_though_a_step_between_is_calm() -> None:
 
 def test_what_is_worrying_for_long_is_said_once_and_changes_nothing() -> None:
     decisions = follow([WORRYING] * 30, config())
-    assert kinds(decisions) == [None] * (PATIENCE_STEPS - 1) + ["warn"] + [None] * (30 - PATIENCE_STEPS)
-    assert decisions[PATIENCE_STEPS - 1].reason == "trained_kl 0.1, above 0.05"
-    assert decisions[-1].state.notch == 0
+    assert kinds(decisions) == [None] * (MIN_STEPS_BEYOND - 1) + ["warn"] + [None] * (30 - MIN_STEPS_BEYOND)
+    assert decisions[MIN_STEPS_BEYOND - 1].reason == "trained_kl 0.1, above 0.05"
+    assert decisions[-1].state.level == 0
 
 
 def test_what_is_alarming_goes_down_the_ladder_staleness_first() -> None:
     run = config()
-    assert ladder(run) == [(8, 8e-5), (2, 8e-5), (1, 8e-5), (1, 4e-5), (1, 2e-5), (1, 1e-5)]
+    assert tightening_levels(run) == [(8, 8e-5), (2, 8e-5), (1, 8e-5), (1, 4e-5), (1, 2e-5), (1, 1e-5)]
     decisions = follow([ALARMING] * 30, run)
     tightenings = [decision for decision in decisions if decision.kind == "tighten"]
-    assert kinds(decisions[:PATIENCE_STEPS]) == [None] * (PATIENCE_STEPS - 1) + ["tighten"]
+    assert kinds(decisions[:MIN_STEPS_BEYOND]) == [None] * (MIN_STEPS_BEYOND - 1) + ["tighten"]
     settings = [tightened(run, decision.state) for decision in tightenings]
-    assert [(one.learner.max_staleness, one.optimizer.lr) for one in settings] == ladder(run)[1:]
+    assert [(one.learner.max_staleness, one.optimizer.lr) for one in settings] == tightening_levels(run)[1:]
     assert kinds(decisions).count("warn") == 0, "what it does is said, no warning beside it"
 
 
 def test_a_long_calm_takes_back_one_notch_at_a_time() -> None:
     run = config()
-    decisions = follow([CALM] * (3 * CALM_STEPS), run, GuardState(notch=2, is_warned=True))
-    loosened = [(place + 1, one.state.notch) for place, one in enumerate(decisions) if one.kind == "loosen"]
+    decisions = follow([CALM] * (3 * CALM_STEPS), run, GuardState(level=2, is_warned=True))
+    loosened = [(place + 1, one.state.level) for place, one in enumerate(decisions) if one.kind == "loosen"]
     assert loosened == [(CALM_STEPS, 1), (2 * CALM_STEPS, 0)]
     assert not decisions[-1].state.is_warned
-    assert decide(GuardState(notch=2, is_warned=True, calm_steps=CALM_STEPS - 1), WORRYING, run).state.calm_steps == 0
+    assert decide(GuardState(level=2, is_warned=True, calm_steps=CALM_STEPS - 1), WORRYING, run).state.calm_steps == 0
 
 
 @pytest.mark.parametrize(
@@ -103,13 +112,13 @@ def test_a_long_calm_takes_back_one_notch_at_a_time() -> None:
     ],
 )
 def test_each_of_the_signals_acts(row: dict[str, float]) -> None:
-    assert kinds(follow([row] * PATIENCE_STEPS, config()))[-1] == "tighten"
+    assert kinds(follow([row] * MIN_STEPS_BEYOND, config()))[-1] == "tighten"
 
 
 def test_what_the_behaviour_clip_drops_is_not_held_against_the_run() -> None:
     """Of a run of the default at staleness 32: the KL is high, and most of it is not trained."""
     far = CALM | {"kl_behaviour_proximal": 0.15}
-    assert kinds(follow([far] * PATIENCE_STEPS, config()))[-1] == "tighten"
+    assert kinds(follow([far] * MIN_STEPS_BEYOND, config()))[-1] == "tighten"
     dropped = far | {"behaviour_clip_fraction": 0.7}
     assert kinds(follow([dropped] * 30, config())) == [None] * 30
 
@@ -146,7 +155,7 @@ def test_one_in_a_thousand_far_off_does_nothing_and_a_batch_that_drifts_still_ac
         )
         logprobs = [torch.full((8000,), -30.0)]
         row = off_policy_metrics([batch], logprobs) | logprob_gaps([batch], logprobs)
-        assert kinds(follow([row] * PATIENCE_STEPS, config(dtype="bfloat16")))[-1] == kind
+        assert kinds(follow([row] * MIN_STEPS_BEYOND, config(dtype="bfloat16")))[-1] == kind
         assert row["fresh_tokens"] == 0
 
 
@@ -154,9 +163,9 @@ def test_numerics_are_warned_of_once_with_the_advice_and_never_acted_on() -> Non
     run = config()
     rows = [CALM | {"fresh_logprob_gap_rms": 2.0}] * 60
     decisions = follow(rows, run)
-    assert kinds(decisions) == [None] * (PATIENCE_STEPS - 1) + ["warn"] + [None] * (60 - PATIENCE_STEPS)
+    assert kinds(decisions) == [None] * (MIN_STEPS_BEYOND - 1) + ["warn"] + [None] * (60 - MIN_STEPS_BEYOND)
     expected = "fresh_logprob_gap_rms 2, above 0.001: compare the engine's numerics with the learner's"
-    assert decisions[PATIENCE_STEPS - 1].reason.startswith(expected)
+    assert decisions[MIN_STEPS_BEYOND - 1].reason.startswith(expected)
     assert tightened(run, decisions[-1].state) == run
     again = follow([CALM] * SMOOTHED_STEPS + rows, run, decisions[-1].state)
     assert kinds(again).count("warn") == 1, "it was gone, and is back"
@@ -167,7 +176,7 @@ def test_numerics_neither_hinder_nor_hasten_what_drift_asks_for() -> None:
     rows = [ALARMING] * 9 + [CALM] * (3 * CALM_STEPS) + [WORRYING] * 9
     plain = follow(rows, config())
     noisy = follow([row | {"fresh_logprob_gap_rms": 2.0} for row in rows], config())
-    assert [one.state.notch for one in noisy] == [one.state.notch for one in plain]
+    assert [one.state.level for one in noisy] == [one.state.level for one in plain]
     moves = [(place, one.kind) for place, one in enumerate(plain) if one.kind]
     noisy_moves = [(place, one.kind) for place, one in enumerate(noisy) if one.kind and "fresh" not in one.reason]
     assert noisy_moves == moves and len(moves) >= 5
@@ -177,6 +186,11 @@ def test_steps_without_fresh_tokens_neither_count_nor_break_the_patience() -> No
     far, silent = CALM | {"fresh_logprob_gap_rms": 2.0}, {"kl_behaviour_proximal": 0.01, "ess": 0.95}
     decisions = follow([far, silent, silent, silent, far, silent, silent, silent, far], config())
     assert kinds(decisions) == [None] * 8 + ["warn"]
+
+
+def test_checkpoints_call_the_level_notch() -> None:
+    state = msgspec.json.decode(b'{"notch": 3, "is_warned": true}', type=GuardState)
+    assert state.level == 3 and json.loads(msgspec.json.encode(state))["notch"] == 3
 
 
 def test_a_step_without_fresh_tokens_says_nothing_of_the_gap() -> None:
@@ -189,15 +203,15 @@ def test_a_guard_that_only_warns_changes_nothing() -> None:
     decisions = follow([ALARMING] * 30, run)
     assert kinds(decisions).count("warn") == 1
     assert {one.kind for one in decisions} == {"warn", None}
-    assert tightened(run, GuardState(notch=3)) == run, "not even a notch of a checkpoint from before"
+    assert tightened(run, GuardState(level=3)) == run, "not even a level of a checkpoint from before"
 
 
 def test_an_order_below_the_ladder_counts_and_the_guard_does_not_loosen_it() -> None:
     synchronous = config(max_staleness=0)
-    assert ladder(synchronous)[:2] == [(0, 8e-5), (0, 4e-5)]
-    deep = GuardState(notch=99, is_warned=True)
+    assert tightening_levels(synchronous)[:2] == [(0, 8e-5), (0, 4e-5)]
+    deep = GuardState(level=99, is_warned=True)
     assert tightened(synchronous, deep).optimizer.lr == 1e-5
-    assert decide(deep, ALARMING, synchronous).state.notch == len(ladder(synchronous)) - 1
+    assert decide(deep, ALARMING, synchronous).state.level == len(tightening_levels(synchronous)) - 1
 
 
 # --- in the loop: a recording whose behaviour log-probabilities are made up, so that every step alarms ---
@@ -222,8 +236,8 @@ def test_the_loop_goes_on_tightened_and_says_so(
     events = [json.loads(f[b"event"]) for _, f in client.xrange(keys.events) if f[b"kind"] == b"guard"]
     told = [(one["action"], one["step"], one["text"].rpartition("; ")[2]) for one in events]
     assert told == [
-        ("tighten", PATIENCE_STEPS, "max_staleness 1 instead of 2"),
-        ("tighten", 2 * PATIENCE_STEPS, "max_staleness 1 instead of 2, lr 0.0001 instead of 0.0002"),
+        ("tighten", MIN_STEPS_BEYOND, "max_staleness 1 instead of 2"),
+        ("tighten", 2 * MIN_STEPS_BEYOND, "max_staleness 1 instead of 2, lr 0.0001 instead of 0.0002"),
     ]
     assert events[0]["text"].startswith("the guard tightens: trained_kl ")
     assert client.hget(keys.learner, "held_back").decode() == told[1][2]
@@ -234,7 +248,7 @@ def test_an_order_does_not_undo_what_the_guard_has_tightened(
 ) -> None:
     loop = take_up(tmp_path, client, keys, recording, *ACTING)
     try:
-        loop.live_config.guard = GuardState(notch=3, is_warned=True)
+        loop.live_config.guard = GuardState(level=3, is_warned=True)
         loop._change_settings(Settings(1, {"optimizer.lr": 8e-5, "learner.max_staleness": 8}))
         assert (loop.config.learner.max_staleness, loop.config.optimizer.lr) == (1, 4e-5)
         loop._change_settings(Settings(2, {"optimizer.lr": 1.0, "learner.max_staleness": -1}))
@@ -247,7 +261,7 @@ def test_an_order_does_not_undo_what_the_guard_has_tightened(
 
 
 def test_a_checkpoint_holds_the_guard(recording: Path, client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
-    """Stopped after the fourth step, one into the next alarm, and taken up: the same weights, at the same notch."""
+    """Stopped after the fourth step, one into the next alarm, and taken up: the same weights, at the same level."""
     lives = {"undisturbed": [STEPS], "stopped": [4, STEPS]}
     loops = {}
     for name, last_steps in lives.items():

@@ -15,7 +15,7 @@ from headrace.common.process.waiting import Reason
 from headrace.common.redis.client import connect
 from headrace.common.redis.keys import Keys
 from headrace.learner import loop as loop_module
-from headrace.learner.checkpoints.checkpoint import CheckpointError, newest, save_checkpoint
+from headrace.learner.checkpoints.checkpoint import CheckpointError, find_newest, save_checkpoint
 from headrace.learner.commands.audit import audit
 from headrace.learner.intake import intake as intake_module
 from headrace.learner.intake.group_source import IssueResult
@@ -112,7 +112,7 @@ def test_a_learner_that_was_replaced_writes_nothing_more(
     after_step(loop, 3, lambda: LearnerStore(client, keys))
     with pytest.raises(Fenced):
         loop.run()
-    found = newest(tmp_path / "checkpoints")
+    found = find_newest(tmp_path / "checkpoints")
     assert found is not None and found[0].step == 2
     assert len(trained(tmp_path)) == 2, "the third step was never recorded"
     assert audit(client, keys, tmp_path).violations == []
@@ -154,7 +154,7 @@ def test_a_start_after_a_crash_between_a_checkpoint_and_its_settlement_trains_no
     settle = loop.store.settle
 
     def settle_or_die(*arguments: Any, **options: Any) -> None:
-        found = newest(tmp_path / "checkpoints")
+        found = find_newest(tmp_path / "checkpoints")
         if found is not None and found[0].step == 4:
             raise KeyboardInterrupt
         settle(*arguments, **options)

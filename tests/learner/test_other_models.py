@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from headrace.common.config import LearnerConfig, ModelConfig
 from headrace.learner.model.packing import MicroBatch, Sample, pack
 from headrace.learner.model.policy import Policy
-from headrace.learner.model.self_check import shares_prompts
+from headrace.learner.model.self_check import can_share_prompts
 from tests.support.making import make_group, make_rollout
 from tests.support.tiny_models import KINDS, VOCABULARY, make_checkpoint, make_model
 
@@ -93,7 +93,7 @@ def test_a_model_that_cannot_share_prompts_is_named_with_the_reason(
 ) -> None:
     """A state that runs through all tokens, a convolution, attention with more to it than ours."""
     with caplog.at_level(logging.WARNING):
-        assert not shares_prompts(make_model(kind), kind)
+        assert not can_share_prompts(make_model(kind), kind)
     assert f"model {kind} computes a prompt once for each completion" in caplog.text
 
 
@@ -103,7 +103,7 @@ def test_a_model_that_sees_what_follows_is_refused() -> None:
         for module in model.modules():
             if hasattr(module, "is_causal"):
                 module.is_causal = False
-        shares_prompts(model, "ahead")
+        can_share_prompts(model, "ahead")
 
 
 @pytest.mark.parametrize("kind", ["granite", "gpt_neox"])
@@ -114,4 +114,4 @@ def test_a_head_that_does_more_than_its_weight_is_refused(kind: str) -> None:
         head = model.get_output_embeddings()
         head.bias = torch.nn.Parameter(torch.ones(VOCABULARY))
     with pytest.raises(ValueError, match=f"model '{kind}' cannot be trained: its logits are off by"):
-        shares_prompts(model, kind)
+        can_share_prompts(model, kind)

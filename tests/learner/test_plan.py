@@ -12,14 +12,14 @@ import pytest
 
 from headrace.common.config import load_recipe
 from headrace.learner.commands.plan import follow_advice, measured_in, plan
-from headrace.learner.scaling.simulation import Measured, Simulation
+from headrace.learner.scaling.simulation import MeasuredRun, Simulation
 from tests.support.fake_services import ROOT
 from tests.support.guard import GUARD_S
 
 HOUR_S = 3600.0
 
 
-def make(**changes: Any) -> Measured:
+def make(**changes: Any) -> MeasuredRun:
     """One replica makes a group each 0.5 s; a step takes 4 of them and 1 s."""
     fields: dict[str, Any] = {
         "group_durations_s": [2.0],
@@ -30,7 +30,7 @@ def make(**changes: Any) -> Measured:
         "max_groups_in_flight": 4,
     }
     fields |= changes
-    return Measured(**({"max_outstanding_groups": 4 * (fields["max_staleness"] + 1)} | fields))
+    return MeasuredRun(**({"max_outstanding_groups": 4 * (fields["max_staleness"] + 1)} | fields))
 
 
 def test_a_slow_engine_sets_the_pace() -> None:
@@ -80,14 +80,14 @@ def test_nothing_is_lost_when_replicas_leave() -> None:
     """Their tickets are answered by others: the loop goes on, and stands still only without any replica."""
     simulation = Simulation(make(max_staleness=0), 3, seed=1)
     simulation.run(100.5)
-    simulation.scale(1)
+    simulation.set_replicas(1)
     before = simulation.totals.steps
     assert simulation.run(200.0).steps - before == pytest.approx(33, abs=3), "2 s for 4 groups, 1 s for the step"
-    simulation.scale(0)
+    simulation.set_replicas(0)
     simulation.run(210.0)
     stands_at = simulation.totals.steps
     assert simulation.run(300.0).steps == stands_at
-    simulation.scale(1)
+    simulation.set_replicas(1)
     assert simulation.run(400.0).steps > stands_at + 30
 
 
@@ -128,7 +128,7 @@ def test_what_is_measured_comes_from_the_runs_rows() -> None:
         step_row(),
         step_row(group_durations_s=[1.5, 2.5], run_uniform_share=0.5),
     ]
-    assert measured_in(rows, config) == Measured([4.5, 1.5, 2.5], [2.0, 2.0], 0.5, 16, 2, 48, 32)
+    assert measured_in(rows, config) == MeasuredRun([4.5, 1.5, 2.5], [2.0, 2.0], 0.5, 16, 2, 48, 32)
     with pytest.raises(ValueError, match="no step has been measured yet"):
         measured_in([{"kind": "evaluation", "step": 0}], config)
 

@@ -16,7 +16,7 @@ from headrace.common.redis.keys import Keys
 from headrace.common.weights.files import Manifest
 from headrace.learner.intake.group_source import IssueResult
 from headrace.learner.loop import Loop
-from headrace.learner.model.host_snapshots import Snapshots
+from headrace.learner.model.host_snapshots import SnapshotPool
 from headrace.learner.stages import publishing
 from headrace.learner.stages.wait_deadlines import Starved
 from headrace.learner.weights.version_writer import VersionWriter
@@ -153,7 +153,7 @@ def test_any_number_of_threads_writes_the_same_bytes(tmp_path: Path) -> None:
     for num_threads in (1, 3):
         generator = torch.Generator().manual_seed(0)
         weights = {f"w{index}": torch.randn(50, 40, generator=generator).bfloat16() for index in range(20)}
-        writer, snapshots, folder = VersionWriter("test", num_threads), Snapshots(), tmp_path / str(num_threads)
+        writer, snapshots, folder = VersionWriter("test", num_threads), SnapshotPool(), tmp_path / str(num_threads)
         folder.mkdir()
         for version in (1, 2):
             writer.write(folder / f"v{version}", version, version, snapshots.take(weights))
@@ -164,7 +164,7 @@ def test_any_number_of_threads_writes_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_memory_is_used_again_once_nobody_holds_it() -> None:
-    snapshots, tensor = Snapshots(), torch.zeros(8)
+    snapshots, tensor = SnapshotPool(), torch.zeros(8)
     first = snapshots.take({"a": tensor})
     tensor += 1
     second = snapshots.take({"a": tensor})
@@ -182,7 +182,7 @@ def test_tensors_of_every_shape_and_layout_are_copied() -> None:
     whole = torch.arange(24.0).reshape(4, 6)
     tensors = {"turned": whole.T, "part": whole[:, 2:4], "number": torch.tensor(3.0), "none": torch.empty(0, 3)}
     tensors |= {"half": whole.bfloat16(), "weight": torch.nn.Parameter(whole)}
-    copied = Snapshots().take(tensors).tensors
+    copied = SnapshotPool().take(tensors).tensors
     for name, tensor in tensors.items():
         assert torch.equal(copied[name], tensor) and copied[name].dtype == tensor.dtype, name
         assert copied[name].is_contiguous()

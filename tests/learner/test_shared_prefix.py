@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from headrace.common.config import LearnerConfig, ModelConfig
 from headrace.learner.model.policy import Policy
-from headrace.learner.model.self_check import shares_prompts
-from headrace.learner.model.shared_prefix import Layout, places
+from headrace.learner.model.self_check import can_share_prompts
+from headrace.learner.model.shared_prefix import Layout, layout_tensors
 
 VOCABULARY = 97
 SIZES: dict[str, Any] = {
@@ -54,7 +54,7 @@ def make_model(kind: str, **settings: Any) -> PreTrainedModel:
 def models(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The same weights with the model's own attention, and with ours."""
     alone, shared = make_model(request.param), make_model(request.param)
-    assert shares_prompts(shared, request.param)
+    assert can_share_prompts(shared, request.param)
     return alone, shared
 
 
@@ -69,9 +69,9 @@ def hidden_alone(model: PreTrainedModel, layout: Layout, tokens: Tensor) -> Tens
 
 def hidden_shared(model: PreTrainedModel, layout: Layout, tokens: Tensor) -> Tensor:
     """The same, with each prompt computed once."""
-    where = places(layout, torch.device("cpu"))
+    where = layout_tensors(layout, torch.device("cpu"))
     decoder = model.get_decoder()
-    hidden = decoder(input_ids=tokens[None], position_ids=where.positions, use_cache=False, places=where)
+    hidden = decoder(input_ids=tokens[None], position_ids=where.positions, use_cache=False, layout=where)
     index = [place for prompt, completion in layout.spans for place in (prompt[-1], *completion)]
     picked: Tensor = hidden.last_hidden_state[0][index]
     return picked
@@ -109,7 +109,7 @@ def test_a_completion_sees_no_other(models: tuple[PreTrainedModel, PreTrainedMod
 
 def test_places_by_hand() -> None:
     layout = Layout([3, 1], [[2, 4], [0]])
-    where = places(layout, torch.device("cpu"))
+    where = layout_tensors(layout, torch.device("cpu"))
     assert where.positions.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 6, 0]]
     assert where.rows.tolist() == [[0, 1, 2, 3, 4, 0, 1], [0, 1, 2, 5, 6, 7, 8], [9, 2, 3, 4, 5, 6, 7]]
     assert where.back.tolist() == [0, 1, 2, 3, 4, 10, 11, 12, 13, 14]

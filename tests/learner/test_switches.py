@@ -15,8 +15,8 @@ from headrace.common.config.hot_reload import hot_reloadable_values
 from headrace.common.redis.keys import Keys
 from headrace.common.wire.desired_state import Settings, parse_desired_state
 from headrace.learner.algorithm.guard import GuardState
-from headrace.learner.checkpoints.checkpoint import newest
-from headrace.learner.checkpoints.record import Record, checkpoint_folders, read_record
+from headrace.learner.checkpoints.checkpoint import find_newest
+from headrace.learner.checkpoints.record import CheckpointRecord, checkpoint_folders, read_record
 from headrace.learner.intake.group_source import IssueResult
 from headrace.learner.loop import Loop
 from headrace.learner.steering import live_config
@@ -114,7 +114,7 @@ def test_orders_outlive_the_learner(
 def test_a_stop_is_obeyed_once(loop: Loop, client: redis.Redis, keys: Keys, recording: Path, tmp_path: Path) -> None:
     after_step(loop, 3, lambda: client.hset(keys.control, "stop", 1))
     assert not loop.run()
-    found = newest(tmp_path / "checkpoints")
+    found = find_newest(tmp_path / "checkpoints")
     assert found is not None and found[0].step == 3
     assert not client.hexists(keys.control, "stop") and client.hget(keys.learner, "phase") == b"stopped"
     again = take_up(tmp_path, client, keys, recording)
@@ -198,7 +198,7 @@ def test_settings_count_from_the_next_step_on(loop: Loop, client: redis.Redis, k
     assert events_of(client, keys, "settings_applied") == [{"version": 1, "step": 2, "values": values}]
     (refused,) = events_of(client, keys, "settings_refused")
     assert refused["version"] == 2 and "optimizer.lr is -1.0: input should be greater than 0" in refused["reason"]
-    found = newest(tmp_path / "checkpoints")
+    found = find_newest(tmp_path / "checkpoints")
     assert found is not None and found[0].settings == Settings(1, values)
 
 
@@ -237,4 +237,4 @@ def test_which_settings_count_at_a_start() -> None:
 def test_a_record_of_before_settings_still_loads() -> None:
     fields = {"epoch": 1, "step": 2, "version": 3, "cursor": [0, 1], "version_steps": {}, "settlements": []}
     fields |= {"earlier": [], "unfinished": [], "counts": {}, "wall_s": 1.0}
-    assert msgspec.json.decode(json.dumps(fields), type=Record).settings == Settings()
+    assert msgspec.json.decode(json.dumps(fields), type=CheckpointRecord).settings == Settings()

@@ -13,7 +13,7 @@ from headrace.common.redis.keys import Keys
 from headrace.common.tasks import load_task
 from headrace.common.wire import Group, Rollout, Timings, VersionSpan, encode
 from headrace.learner.assembly import assemble
-from headrace.learner.checkpoints.checkpoint import newest
+from headrace.learner.checkpoints.checkpoint import find_newest
 from headrace.learner.distributed.state_files import read_state
 from headrace.learner.intake.recordings import Header, RecordedGroup, Recording, RecordingWriter
 from headrace.learner.loop import Loop
@@ -106,7 +106,7 @@ def end(loop: Loop) -> None:
 
 
 def state_of(folder: Path) -> dict[str, bytes]:
-    found = newest(folder / "checkpoints")
+    found = find_newest(folder / "checkpoints")
     assert found is not None and found[0].step == STEPS
     tensors = read_state(found[1], sorted(found[0].files))
     return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}

@@ -28,7 +28,7 @@ from chaos.test_bed import InjectedFault
 from headrace.common.process.atomic_files import file_entry
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import Heartbeat, encode
-from headrace.learner.checkpoints.record import Record, write_record
+from headrace.learner.checkpoints.record import CheckpointRecord, write_record
 from headrace.learner.store.store import Cursor, Settlement
 from tests.support.guard import GUARD_S
 
@@ -285,7 +285,7 @@ def test_a_group_that_the_learner_leaves_lying_is_found(client: redis.Redis, key
     folder = tmp_path / "checkpoints" / "checkpoint-000001-000001"
     folder.mkdir(parents=True)
     trained = Settlement(keys.groups, f"{now_ms + 100}-0", "0-0", "trained")
-    write_record(folder, Record(1, 10, 1, Cursor(0, 0), {}, [trained], [], [], {}, 0.0))
+    write_record(folder, CheckpointRecord(1, 10, 1, Cursor(0, 0), {}, [trained], [], [], {}, 0.0))
     ended_s = {step: now_ms / 1000 + 10.0 * step for step in range(1, 11)}
     found = stuck_groups(client, prefix, tmp_path, ended_s)
     assert [violation.ticket for violation in found] == ["0-1"], "0-0 is recorded, 0-2 is new"
@@ -302,7 +302,7 @@ def checkpoints(tmp_path: Path) -> Path:
         folder.mkdir()
         (folder / "state.safetensors").write_bytes(bytes(1000))
         files = {"state.safetensors": file_entry(folder / "state.safetensors")}
-        write_record(folder, Record(1, number, number, Cursor(0, 0), {}, [], [], [], {}, 0.0, files=files))
+        write_record(folder, CheckpointRecord(1, number, number, Cursor(0, 0), {}, [], [], [], {}, 0.0, files=files))
     return tmp_path
 
 

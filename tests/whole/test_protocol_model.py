@@ -168,7 +168,7 @@ class Policy:
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"weight": torch.zeros(1)}
 
-    def save_frame(self, folder: Path, _: Any) -> None:
+    def save_config_and_tokenizer(self, folder: Path, _: Any) -> None:
         folder.mkdir()
 
     def save_unchanged(self, file: Path) -> None:

@@ -1,4 +1,4 @@
 """The algorithm as pure functions: advantages, the loss, trust regions, staleness, the divergence guard.
 
-Knows nothing of Redis, files or devices. The equations are in docs/algorithm.md.
+It uses neither Redis nor files nor devices. The equations are in docs/algorithm.md.
 """

@@ -1,7 +1,7 @@
-"""From raw rewards to advantages: pure functions, grouped by id and never by position.
+"""Advantages from raw rewards: pure functions. Rewards are grouped by id, never by position.
 
 Equations: docs/algorithm.md, section 1. Everything is computed in float64 and returned in the dtype of the input. A
-group whose rewards are all equal but for rounding (headrace/common/wire/uniform_rewards.py) gives exactly 0.
+group whose rewards are equal up to rounding (headrace/common/wire/uniform_rewards.py) gets advantages of exactly 0.
 """
 
 import torch
@@ -15,10 +15,10 @@ EPSILON = 1e-5
 
 
 def group_advantages(rewards: Tensor, group_ids: Tensor, settings: ActorConfig) -> Tensor:
-    """Advantages `(B,)` from raw rewards `(B,)` and the group `(B,)` (any integers) that each belongs to.
+    """Advantages `(B,)` from raw rewards `(B,)` and the group id of each, `(B,)` integers.
 
     r' = clip((r + reward_bias) * reward_scaling, ±reward_clip), A = (r' - mean) / (std + 1e-5), std unbiased. Exactly 0
-    where all rewards that the std is of are equal, and where those are that the group's mean is of.
+    where all rewards that enter the std, or the group's mean, are equal.
     """
     if rewards.dim() != 1 or rewards.shape != group_ids.shape:
         raise ValueError(
@@ -43,7 +43,7 @@ def shape_rewards(rewards: Tensor, settings: ActorConfig) -> Tensor:
 
 
 def normalise_over_tokens(advantages: Tensor, num_tokens: Tensor) -> Tensor:
-    """Batch-level normalisation over loss tokens: `advantages` `(B,)`, each standing for `num_tokens` `(B,)`.
+    """Batch-level normalisation over loss tokens: `advantages` `(B,)`, each weighted by `num_tokens` `(B,)`.
 
     A <- (A - mu) / (sigma + 1e-5), mu and sigma token-weighted, sigma unbiased.
     """
@@ -57,7 +57,7 @@ def normalise_over_tokens(advantages: Tensor, num_tokens: Tensor) -> Tensor:
 
 
 def overlong_penalty(num_tokens: Tensor, max_new_tokens: int, settings: ActorConfig) -> Tensor:
-    """What is added to the raw reward of completions of `num_tokens` `(B,)`: at most 0.
+    """The penalty, at most 0, to add to the raw rewards of completions of `num_tokens` `(B,)`; float64.
 
     DAPO (arXiv 2503.14476, eq. 13): linear from 0 at `max_new_tokens - overlong_tokens`.
     """
@@ -89,7 +89,7 @@ def _std(values: Tensor, groups: Tensor, settings: ActorConfig) -> Tensor:
 
 
 def _is_uniform(rewards: Tensor, shaped: Tensor, groups: Tensor) -> Tensor:
-    """Of each reward, whether those of its group are all equal, as they are or after the clip."""
+    """For each reward, whether all rewards of its group are equal, before or after shaping."""
     lowest, highest = _group_bounds(rewards, groups)
     lowest_shaped, highest_shaped = _group_bounds(shaped, groups)
     is_uniform: Tensor = are_equal(lowest, highest) | (lowest_shaped == highest_shaped)

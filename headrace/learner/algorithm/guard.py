@@ -1,11 +1,11 @@
-"""Acts before a run is lost: from what a step says of itself to a tighter run, and back. Pure.
+"""The divergence guard: tightens the run when step metrics show that training drifts, and loosens it again. Pure.
 
-Beyond a warning it warns; beyond an alarm it goes down a ladder, notch by notch: first `learner.max_staleness` to a
-quarter, down to 1, then `optimizer.lr` to a half. A notch is taken back after a long calm. Nothing happens for one odd
-batch. It watches the KL of what is trained, by an alarm that comes early (docs/staleness.md), and the effective sample
-size by the verdict's threshold (headrace/common/metrics/thresholds.py). Of numerics, how far engine and learner
-disagree on fresh tokens, it only warns: neither less staleness nor a lower rate makes two engines agree. The state is a
-checkpoint's.
+Beyond a warning threshold it warns. Beyond an alarm threshold it tightens by one level: first it divides
+`learner.max_staleness` by four, down to 1, then it halves `optimizer.lr`. After `CALM_STEPS` calm steps it goes back by
+one level. A single odd batch has no effect. It watches the KL of the trained tokens, with an alarm threshold that is
+reached early (docs/staleness.md), and the effective sample size with the verdict's threshold
+(headrace/common/metrics/thresholds.py). For numerics, the gap between engine and learner on fresh tokens, it only
+warns: neither less staleness nor a lower learning rate makes the two agree. Checkpoints contain its state.
 """
 
 from collections.abc import Mapping
@@ -25,26 +25,28 @@ from headrace.common.metrics.thresholds import (
     numeric_gap,
 )
 
-PATIENCE_STEPS = SMOOTHED_STEPS // 2 + 1
-"""Of the last five beyond a threshold before anything happens: then their median is beyond it."""
+MIN_STEPS_BEYOND = SMOOTHED_STEPS // 2 + 1
+"""The guard acts if this many of the last five steps, and thus their median, are beyond a threshold."""
 CALM_STEPS = 20
-"""In a row without anything to warn of before a notch is taken back."""
+"""Number of consecutive steps below every warning threshold after which the guard goes back by one level."""
 STALENESS_DIVISOR, LOWEST_STALENESS = 4, 1
-NUM_LR_NOTCHES = 3
-WATCHED = (TRAINED_KL.name, "ess")
+NUM_LR_LEVELS = 3
+WATCHED_METRICS = (TRAINED_KL.name, "ess")
 
 
 class GuardState(msgspec.Struct, frozen=True):
-    notch: int = 0
-    """Down the ladder; 0: as ordered."""
+    """Stored in checkpoints."""
+
+    level: int = msgspec.field(default=0, name="notch")
+    """The index in `tightening_levels`; 0: the settings as ordered. Checkpoints call it `notch`."""
     is_warned: bool = False
     warnings: tuple[bool, ...] = ()
-    """Of the last steps, whether each was beyond a warning; the newest last."""
+    """For each of the last steps, whether it was beyond a warning threshold; the newest last."""
     alarms: tuple[bool, ...] = ()
-    """As `warnings`, since the guard last tightened."""
+    """The same for alarm thresholds, since the guard last tightened."""
     calm_steps: int = 0
     gaps: tuple[bool, ...] = ()
-    """Of the last steps with fresh tokens, whether each one's numerics were beyond their warning; the newest last."""
+    """For each of the last steps with fresh tokens, whether the numerics' gap was beyond its warning threshold."""
     is_warned_of_numerics: bool = False
 
 
@@ -55,78 +57,77 @@ class Decision(NamedTuple):
 
 
 def decide(state: GuardState, row: Mapping[str, Any], config: RunConfig) -> Decision:
-    """After a step with the metrics `row`; `config` is the run's as ordered, before the guard."""
-    decision = _follow_drift(state, row, config)
-    return _watch_numerics(decision, row, config)
+    """The decision after a step with the metrics `row`; `config` is the run's before the guard's changes."""
+    decision = _check_drift(state, row, config)
+    return _check_numerics(decision, row, config)
 
 
-def _follow_drift(state: GuardState, row: Mapping[str, Any], config: RunConfig) -> Decision:
+def _check_drift(state: GuardState, row: Mapping[str, Any], config: RunConfig) -> Decision:
     values = {**row, TRAINED_KL.name: _trained_kl(row)}
     found = [
         (threshold, float(values[threshold.name]))
         for threshold in (TRAINED_KL, *THRESHOLDS)
-        if threshold.name in WATCHED and values.get(threshold.name) is not None
+        if threshold.name in WATCHED_METRICS and values.get(threshold.name) is not None
     ]
-    alarming = [_told(one, value, one.alarm) for one, value in found if one.is_beyond(value, one.alarm)]
-    worrying = [_told(one, value, one.warn) for one, value in found if one.is_beyond(value, one.warn)]
+    alarming = [_describe(one, value, one.alarm) for one, value in found if one.is_beyond(value, one.alarm)]
+    worrying = [_describe(one, value, one.warn) for one, value in found if one.is_beyond(value, one.warn)]
     alarms = (*state.alarms, bool(alarming))[-SMOOTHED_STEPS:]
     warnings = (*state.warnings, bool(worrying))[-SMOOTHED_STEPS:]
     calm = 0 if worrying else state.calm_steps + 1
-    deepest = len(ladder(config)) - 1 if config.actor.divergence_guard == "act" else 0
-    notch = min(state.notch, deepest)
+    deepest = len(tightening_levels(config)) - 1 if config.actor.divergence_guard == "act" else 0
+    level = min(state.level, deepest)
 
-    def moved(notch: int, is_warned: bool, alarms: tuple[bool, ...] = (), calm: int = 0) -> GuardState:
-        return replace(state, notch=notch, is_warned=is_warned, warnings=warnings, alarms=alarms, calm_steps=calm)
+    def next_state(level: int, is_warned: bool, alarms: tuple[bool, ...] = (), calm: int = 0) -> GuardState:
+        return replace(state, level=level, is_warned=is_warned, warnings=warnings, alarms=alarms, calm_steps=calm)
 
-    if alarming and sum(alarms) >= PATIENCE_STEPS and notch < deepest:
-        return Decision(moved(notch + 1, True), "tighten", "; ".join(alarming))
-    if worrying and sum(warnings) >= PATIENCE_STEPS and not state.is_warned:
-        return Decision(moved(notch, True, alarms), "warn", "; ".join(worrying))
+    if alarming and sum(alarms) >= MIN_STEPS_BEYOND and level < deepest:
+        return Decision(next_state(level + 1, True), "tighten", "; ".join(alarming))
+    if worrying and sum(warnings) >= MIN_STEPS_BEYOND and not state.is_warned:
+        return Decision(next_state(level, True, alarms), "warn", "; ".join(worrying))
     if calm >= CALM_STEPS and state.is_warned:
-        return Decision(moved(max(0, notch - 1), notch > 1), "loosen", f"{calm} calm steps")
-    return Decision(moved(notch, state.is_warned, alarms, calm))
+        return Decision(next_state(max(0, level - 1), level > 1), "loosen", f"{calm} calm steps")
+    return Decision(next_state(level, state.is_warned, alarms, calm))
 
 
-def _watch_numerics(decision: Decision, row: Mapping[str, Any], config: RunConfig) -> Decision:
-    """Warns once of a gap that lasts, and again if it comes back after it was gone; never before or instead of what
-    drift asks for."""
+def _check_numerics(decision: Decision, row: Mapping[str, Any], config: RunConfig) -> Decision:
+    """Warns once of a lasting gap, and again if it returns after it was gone; a decision about drift has precedence."""
     threshold = numeric_gap(are_exact(config.model.dtype, config.generation.engine.swap_mode))
     value = row.get(threshold.name)
     if value is None:
         return decision
     state, is_beyond = decision.state, threshold.is_beyond(float(value), threshold.warn)
     gaps = (*state.gaps, is_beyond)[-SMOOTHED_STEPS:]
-    is_due = is_beyond and sum(gaps) >= PATIENCE_STEPS and not state.is_warned_of_numerics and decision.kind is None
+    is_due = is_beyond and sum(gaps) >= MIN_STEPS_BEYOND and not state.is_warned_of_numerics and decision.kind is None
     is_warned = is_due or (state.is_warned_of_numerics and any(gaps))
     state = replace(state, gaps=gaps, is_warned_of_numerics=is_warned)
     if is_due:
-        return Decision(state, "warn", f"{_told(threshold, float(value), threshold.warn)}: {NUMERICS}")
+        return Decision(state, "warn", f"{_describe(threshold, float(value), threshold.warn)}: {NUMERICS}")
     return decision._replace(state=state)
 
 
-def ladder(config: RunConfig) -> list[tuple[int, float]]:
-    """max_staleness and lr of each notch, the first as in `config`."""
+def tightening_levels(config: RunConfig) -> list[tuple[int, float]]:
+    """`max_staleness` and `lr` of each level; level 0 has those of `config`."""
     staleness, lr = config.learner.max_staleness, config.optimizer.lr
-    notches = [(staleness, lr)]
+    levels = [(staleness, lr)]
     while staleness > LOWEST_STALENESS:
         staleness = max(LOWEST_STALENESS, staleness // STALENESS_DIVISOR)
-        notches.append((staleness, lr))
-    return notches + [(staleness, lr / 2**halvings) for halvings in range(1, NUM_LR_NOTCHES + 1)]
+        levels.append((staleness, lr))
+    return levels + [(staleness, lr / 2**halvings) for halvings in range(1, NUM_LR_LEVELS + 1)]
 
 
 def tightened(config: RunConfig, state: GuardState) -> RunConfig:
-    """`config`, as ordered, as it counts at the guard's notch."""
-    if state.notch == 0 or config.actor.divergence_guard != "act":
+    """`config` with the settings of the guard's level."""
+    if state.level == 0 or config.actor.divergence_guard != "act":
         return config
-    notches = ladder(config)
-    staleness, lr = notches[min(state.notch, len(notches) - 1)]
+    levels = tightening_levels(config)
+    staleness, lr = levels[min(state.level, len(levels) - 1)]
     learner = config.learner.model_copy(update={"max_staleness": staleness})
     optimizer = config.optimizer.model_copy(update={"lr": lr})
     return config.model_copy(update={"learner": learner, "optimizer": optimizer})
 
 
-def held_back(ordered: RunConfig, config: RunConfig) -> str:
-    """What the guard has made of what is ordered, for people; empty where nothing."""
+def describe_overrides(ordered: RunConfig, config: RunConfig) -> str:
+    """The settings that the guard has changed from `ordered`, as text; empty if there are none."""
     pairs = {
         "max_staleness": (config.learner.max_staleness, ordered.learner.max_staleness),
         "lr": (config.optimizer.lr, ordered.optimizer.lr),
@@ -135,11 +136,11 @@ def held_back(ordered: RunConfig, config: RunConfig) -> str:
 
 
 def _trained_kl(row: Mapping[str, Any]) -> float | None:
-    """KL(behaviour ‖ proximal), by the share of tokens that the behaviour clip leaves to be trained: what it drops is
-    farther off than the others and does no harm."""
+    """KL(behaviour ‖ proximal) times the share of tokens that the behaviour clip keeps: the tokens that it drops have
+    drifted furthest and do no harm."""
     kl = row.get("kl_behaviour_proximal")
     return None if kl is None else float(kl * (1 - row.get("behaviour_clip_fraction", 0.0)))
 
 
-def _told(threshold: Threshold, value: float, limit: float) -> str:
+def _describe(threshold: Threshold, value: float, limit: float) -> str:
     return f"{threshold.name} {value:.3g}, {'below' if threshold.is_floor else 'above'} {limit:g}"

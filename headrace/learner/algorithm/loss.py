@@ -1,9 +1,9 @@
 """Decoupled GSPO and its variants: one pure function from log-probabilities to a scalar loss.
 
-Three policies (docs/algorithm.md): *behaviour* sampled the tokens, *proximal* is the learner at the start of the
-step, *policy* is being optimised. Sections 2, 3 and 3b of that document give the equations; GSPO is
-arXiv 2507.18071, the decoupled objective arXiv 2110.00641. What bounds ratios and weights is in `trust_region.py`.
-Padded and packed layouts give the same numbers.
+Three policies (docs/algorithm.md): *behaviour* sampled the tokens, *proximal* is the learner's policy at the start of
+the step, *policy* is being optimised. Sections 2, 3 and 3b of that document give the equations; GSPO is
+arXiv 2507.18071, the decoupled objective arXiv 2110.00641. `trust_region.py` bounds ratios and weights. Padded and
+packed layouts give the same numbers.
 """
 
 from dataclasses import dataclass
@@ -15,24 +15,25 @@ from torch import Tensor
 from headrace.common.config import ActorConfig
 from headrace.learner.algorithm.token_layout import Tokens, flatten, select
 from headrace.learner.algorithm.trust_region import (
+    behaviour_clip_mask,
     behaviour_weight,
     bounded_exp,
     in_range,
-    inside_behaviour_clip,
-    objective,
+    surrogate_loss,
 )
 
 
 @dataclass(frozen=True)
 class PolicyLoss:
     loss: Tensor
-    """Scalar; 0 with a zero gradient where no token is trained."""
+    """Scalar; 0 with a zero gradient if no token is trained."""
     metrics: dict[str, float]
     """Means over loss tokens; names that end in `_max` are maxima."""
     num_tokens: int
-    """Loss tokens: what the metrics are means over."""
+    """Number of loss tokens, which the metrics are means over."""
     weight: int
-    """What the loss is a mean over: loss tokens, or sequences that have any. Micro-batches add up by it."""
+    """The number of elements that the loss is a mean over: loss tokens, or sequences with loss tokens. Losses of
+    micro-batches are combined with these weights."""
 
 
 def policy_loss(
@@ -58,10 +59,10 @@ def policy_loss(
     advantage = _token_advantages(advantages, policy_logprobs, tokens, settings)
 
     ratio = _importance_ratio(policy, proximal, tokens, settings)
-    per_token, clipped, dual_clipped = objective(ratio, advantage, tokens, settings)
+    per_token, clipped, dual_clipped = surrogate_loss(ratio, advantage, tokens, settings)
     log_weight = proximal - behaviour
     weight, over_cap = behaviour_weight(log_weight, tokens, settings)
-    kept = inside_behaviour_clip(log_weight, advantage, tokens, settings)
+    kept = behaviour_clip_mask(log_weight, advantage, tokens, settings)
     loss, aggregated_over = _aggregate(per_token * weight * kept, tokens, settings)
     uncapped_weight = bounded_exp(log_weight)
     metrics = _metrics(
@@ -95,10 +96,10 @@ def reference_kl(policy_logprobs: Tensor, reference_logprobs: Tensor, estimator:
 
 def _token_advantages(advantages: Tensor, logprobs: Tensor, tokens: Tokens, settings: ActorConfig) -> Tensor:
     if advantages.shape != logprobs.shape and advantages.shape == (tokens.num_sequences,):
-        advantages = advantages[tokens.sequence]
+        advantages = advantages[tokens.sequence_index]
     flat = select(advantages, tokens).detach()
     if settings.importance_sampling_level == "sequence":
-        flat = tokens.means(flat)[tokens.sequence]
+        flat = tokens.sequence_means(flat)[tokens.sequence_index]
     return flat
 
 
@@ -106,7 +107,7 @@ def _importance_ratio(policy: Tensor, proximal: Tensor, tokens: Tokens, settings
     log_ratio = policy - proximal
     if settings.importance_sampling_level == "token":
         return bounded_exp(log_ratio)
-    sequence_log_ratio = tokens.means(log_ratio)[tokens.sequence]
+    sequence_log_ratio = tokens.sequence_means(log_ratio)[tokens.sequence_index]
     if settings.ratio_gradient == "sequence":
         return bounded_exp(sequence_log_ratio)
     moves = in_range(sequence_log_ratio.detach())
@@ -118,13 +119,13 @@ def _aggregate(per_token: Tensor, tokens: Tokens, settings: ActorConfig) -> tupl
     if settings.loss_aggregation == "token_mean":
         weight = int(tokens.mask.sum())
         return per_token.sum() / max(1, weight), weight
-    weight = int((tokens.counts > 0).sum())
-    return tokens.means(per_token).sum() / max(1, weight), weight
+    weight = int((tokens.sequence_counts > 0).sum())
+    return tokens.sequence_means(per_token).sum() / max(1, weight), weight
 
 
 @torch.no_grad()
 def _metrics(mask: Tensor, means: dict[str, Tensor], maxima: dict[str, Tensor]) -> dict[str, float]:
-    """One transfer from the device for all of them."""
+    """All metrics, with a single transfer from the device."""
     if not bool(mask.any()):
         return dict.fromkeys([*means, *maxima], 0.0)
     values = [value.detach()[mask].to(torch.float64).mean() for value in means.values()]

@@ -1,7 +1,8 @@
-"""How stale a group is, in steps: pure functions. Weight versions are identities and never subtracted.
+"""The staleness of groups and versions, in steps: pure functions. Versions are only identifiers, never subtracted.
 
-Staleness = the learner's step when the group is packed - the step that made the oldest version among its loss
-tokens, at least 0. It splits into *in flight* (until the last token was sampled) and *in queue* (from then on).
+A group's staleness is the learner's step when the group is packed, minus the step that made the oldest version among
+its loss tokens; it is at least 0. It is the sum of *in flight* (until the last token was sampled) and *in queue* (from
+then on).
 """
 
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ class Staleness(NamedTuple):
 
 
 def group_staleness(group: Group, step: int, version_steps: Mapping[int, int]) -> Staleness:
-    """`step`: how many steps the learner has completed. `version_steps`: which step made a version."""
+    """`step`: the number of completed steps. `version_steps`: the step that made each version."""
     oldest = min(step_of(group.oldest_version, version_steps), step)
     newest = max(oldest, min(step_of(group.newest_version, version_steps), step))
     return Staleness(in_flight=newest - oldest, in_queue=step - newest)
@@ -31,7 +32,7 @@ def version_staleness(version: int, step: int, version_steps: Mapping[int, int])
 
 
 def step_of(version: int, version_steps: Mapping[int, int]) -> int:
-    """The step that made `version`; of a version that the map has forgotten, that of the newest one before it."""
+    """The step that made `version`; if the map lacks it, the step of the newest earlier version; 0 if there is none."""
     if version in version_steps:
         return version_steps[version]
     earlier = [known for known in list(version_steps) if known < version]

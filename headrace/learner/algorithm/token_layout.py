@@ -1,7 +1,7 @@
-"""Completion tokens of a micro-batch in either layout, flattened: the sequence of each, and whether it counts.
+"""Completion tokens of a micro-batch in either layout, flattened: each token's sequence and whether it is in the loss.
 
-Padded `(B, T)` and packed `(N,)` batches become the same thing here, so that nothing behind this module knows of two
-layouts. What stands outside the mask, NaN included, becomes 0 and touches neither loss nor gradient.
+Padded `(B, T)` and packed `(N,)` batches get the same form here, so that other modules need to know only one. Values
+outside the mask, NaN included, become 0 and affect neither loss nor gradient.
 """
 
 from dataclasses import dataclass
@@ -12,27 +12,29 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tokens:
-    """`mask` and `sequence` are per token, `(N,)`; tokens of a sequence stand beside each other."""
+    """`mask` (bool) and `sequence_index` (int64) are per token, `(N,)`; a sequence's tokens are contiguous."""
 
     mask: Tensor
-    sequence: Tensor
+    sequence_index: Tensor
     num_sequences: int
 
-    def sums(self, values: Tensor) -> Tensor:
+    def sequence_sums(self, values: Tensor) -> Tensor:
         """Per-sequence sums `(B,)` of per-token `values` `(N,)`."""
-        return values.new_zeros(self.num_sequences).index_add(0, self.sequence, values)
+        return values.new_zeros(self.num_sequences).index_add(0, self.sequence_index, values)
 
-    def means(self, values: Tensor) -> Tensor:
+    def sequence_means(self, values: Tensor) -> Tensor:
         """Per-sequence means `(B,)` over loss tokens of `values` `(N,)`, which are 0 outside the mask."""
-        return self.sums(values) / self.counts.clamp(min=1)
+        return self.sequence_sums(values) / self.sequence_counts.clamp(min=1)
 
     @property
-    def counts(self) -> Tensor:
-        return self.sums(self.mask.to(torch.float32))
+    def sequence_counts(self) -> Tensor:
+        """Number of loss tokens of each sequence, `(B,)` float32."""
+        return self.sequence_sums(self.mask.to(torch.float32))
 
 
 def flatten(logprobs: Tensor, loss_mask: Tensor, sequence_offsets: Tensor | None) -> Tokens:
-    """Raises `ValueError` if the shapes contradict each other."""
+    """The tokens of padded `(B, T)` or, with `sequence_offsets` `(B+1,)`, packed `(N,)` log-probabilities. Raises
+    `ValueError` if the shapes contradict each other."""
     if loss_mask.shape != logprobs.shape:
         raise ValueError(f"loss_mask {tuple(loss_mask.shape)}, expected {tuple(logprobs.shape)}")
     mask = loss_mask.bool().reshape(-1)
@@ -51,7 +53,7 @@ def flatten(logprobs: Tensor, loss_mask: Tensor, sequence_offsets: Tensor | None
 
 
 def select(values: Tensor, tokens: Tokens) -> Tensor:
-    """Flat, in float32 or better, 0 outside the mask."""
+    """`values` flattened to `(N,)`, in float32 or float64, 0 outside the mask."""
     if values.numel() != tokens.mask.numel():
         raise ValueError(f"{values.numel()} log-probabilities for {tokens.mask.numel()} tokens")
     flat = values.reshape(-1)

@@ -1,7 +1,8 @@
-"""How far a token's ratio, or its sequence's drift from behaviour, may go before it counts less or not at all.
+"""Trust regions: bounds on importance ratios, behaviour weights and a sequence's drift from the behaviour policy.
 
-Pure functions on flat tensors `(N,)` (`token_layout.py`), each from one paper; `loss.py` puts them together. Equations:
-docs/algorithm.md, sections 3, 3b and 3c. None of them looks beyond one sequence, so that micro-batches add up exactly.
+Pure functions on flat tensors `(N,)` (`token_layout.py`), each from one paper; `loss.py` combines them. Equations:
+docs/algorithm.md, sections 3, 3b and 3c. Each function treats every sequence separately, so that micro-batches add up
+exactly.
 """
 
 import torch
@@ -15,30 +16,32 @@ SOFT_TAU_POSITIVE, SOFT_TAU_NEGATIVE = 1.0, 1.05
 MAX_SECOND_MOMENT = 0.04
 """M2PO's bound on the mean squared log-ratio, in nats² (arXiv 2510.01161)."""
 MAX_LOG_RATIO = 20.0
-"""Log-ratios beyond ±20 count as ±20 and give no gradient. e^20 is 4.9e8, whose square times a batch is far inside
-float32: one sequence that has run away can neither make a mini-batch's gradient infinite, and so veto its update, nor
-be all of it."""
+"""Log-ratios are clamped to ±20 and have no gradient beyond. e^20 is 4.9e8; its square times a batch's size is well
+within float32, so a single diverged sequence cannot make a mini-batch's gradient infinite, which would skip the
+update, nor dominate it."""
 BAND_FLOOR = 0.5
-"""IcePop's lowest behaviour weight; the cap is its highest (0.5 and 5: Ring-1T, arXiv 2510.18855)."""
+"""IcePop's lower bound of behaviour weights; the upper one is the cap (0.5 and 5: Ring-1T, arXiv 2510.18855)."""
 
 
 def bounded_exp(log_ratio: Tensor) -> Tensor:
-    """exp, its argument clamped to ±`MAX_LOG_RATIO`; exact, with its gradient, inside."""
+    """exp of the argument clamped to ±`MAX_LOG_RATIO`; within the bounds value and gradient are exact."""
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def in_range(log_ratio: Tensor) -> Tensor:
-    """Where `bounded_exp` has a gradient."""
+    """True where `bounded_exp` has a gradient."""
     return log_ratio.abs() <= MAX_LOG_RATIO
 
 
-def objective(ratio: Tensor, advantage: Tensor, tokens: Tokens, settings: ActorConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-token loss, where the trust region acted, where the dual clip acted."""
+def surrogate_loss(
+    ratio: Tensor, advantage: Tensor, tokens: Tokens, settings: ActorConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The per-token loss, and masks of where the trust region and the dual clip took effect; `(N,)` each."""
     if settings.trust_region == "soft":
         nowhere = torch.zeros_like(tokens.mask)
         return -advantage * soft_gate(ratio, advantage), nowhere, nowhere
     if settings.trust_region == "second_moment":
-        kept = within_second_moment(ratio.detach().log(), advantage, tokens)
+        kept = second_moment_mask(ratio.detach().log(), advantage, tokens)
         return -advantage * ratio * kept, ~kept, torch.zeros_like(kept)
     return _clipped(ratio, advantage, settings)
 
@@ -60,35 +63,35 @@ def soft_gate(ratio: Tensor, advantage: Tensor) -> Tensor:
     return 4 / tau * torch.sigmoid(tau * (ratio - 1))
 
 
-def within_second_moment(log_ratio: Tensor, advantage: Tensor, tokens: Tokens) -> Tensor:
-    """False where M2PO (arXiv 2510.01161, algorithm 1) masks a token; per sequence, where the paper has the batch.
+def second_moment_mask(log_ratio: Tensor, advantage: Tensor, tokens: Tokens) -> Tensor:
+    """False where M2PO (arXiv 2510.01161, algorithm 1) masks a token; per sequence, where the paper uses the batch.
 
-    Of the tokens whose ratio has already moved with their advantage, those with the largest squared log-ratios go until
-    the mean of the others is at most `MAX_SECOND_MOMENT`. All other tokens stay.
+    Among the tokens whose ratio has already moved in the direction of their advantage, those with the largest squared
+    log-ratios are masked until the mean of the others is at most `MAX_SECOND_MOMENT`. All other tokens are kept.
     """
     is_outward = tokens.mask & (advantage * log_ratio > 0)
     moment = torch.where(is_outward, log_ratio.double() ** 2, 0.0)
     by_moment = moment.argsort(stable=True)
-    order = by_moment[tokens.sequence[by_moment].argsort(stable=True)]
+    order = by_moment[tokens.sequence_index[by_moment].argsort(stable=True)]
 
-    def so_far(values: Tensor) -> Tensor:
-        """Sums over a sequence's tokens up to each in `order`."""
-        sums = tokens.sums(values)
-        return values[order].cumsum(0) - (sums.cumsum(0) - sums)[tokens.sequence[order]]
+    def running_sums(values: Tensor) -> Tensor:
+        """For each token in `order`, the sum over its sequence's tokens up to it."""
+        sums = tokens.sequence_sums(values)
+        return values[order].cumsum(0) - (sums.cumsum(0) - sums)[tokens.sequence_index[order]]
 
-    means = so_far(moment) / so_far(is_outward.double()).clamp(min=1)
+    means = running_sums(moment) / running_sums(is_outward.double()).clamp(min=1)
     is_kept = torch.empty_like(is_outward)
     is_kept[order] = means <= MAX_SECOND_MOMENT
     return is_kept | ~is_outward
 
 
 def behaviour_weight(log_weight: Tensor, tokens: Tokens, settings: ActorConfig) -> tuple[Tensor, Tensor]:
-    """Per-token weight from log(proximal/behaviour), and where it was out of its bounds."""
+    """The per-token weight from log(proximal/behaviour), and a mask of where it was out of bounds; `(N,)` each."""
     mode, cap = settings.behav_imp_weight_mode, settings.behav_imp_weight_cap
     if mode == "disabled" or not settings.use_decoupled_loss:
         return torch.ones_like(log_weight), torch.zeros_like(tokens.mask)
     if mode.startswith("sequence"):
-        log_weight = tokens.means(log_weight)[tokens.sequence]
+        log_weight = tokens.sequence_means(log_weight)[tokens.sequence_index]
     weight = bounded_exp(log_weight)
     is_outside = weight > cap
     if mode == "token_band":
@@ -97,16 +100,17 @@ def behaviour_weight(log_weight: Tensor, tokens: Tokens, settings: ActorConfig) 
     return torch.where(is_outside, replacement, weight), is_outside
 
 
-def inside_behaviour_clip(log_weight: Tensor, advantage: Tensor, tokens: Tokens, settings: ActorConfig) -> Tensor:
-    """False on every token of a sequence that has drifted from behaviour, with its advantage, out of the range.
+def behaviour_clip_mask(log_weight: Tensor, advantage: Tensor, tokens: Tokens, settings: ActorConfig) -> Tensor:
+    """False on all tokens of a sequence whose drift from the behaviour policy left the clip range in the direction of
+    its advantage.
 
-    Its lower side alone is off-policy sequence masking (OPSM; DeepSeek-V3.2, arXiv 2512.02556) with
+    The lower bound alone is off-policy sequence masking (OPSM; DeepSeek-V3.2, arXiv 2512.02556) with
     δ = −log(1 − eps_clip), measured at the start of the step.
     """
     if not settings.behaviour_clip:
         return torch.ones_like(tokens.mask)
     lowest, highest = settings.clip_range
-    drift = bounded_exp(tokens.means(log_weight))
-    sign = tokens.means(advantage)
+    drift = bounded_exp(tokens.sequence_means(log_weight))
+    sign = tokens.sequence_means(advantage)
     dropped = ((drift > highest) & (sign > 0)) | ((drift < lowest) & (sign < 0))
-    return ~dropped[tokens.sequence]
+    return ~dropped[tokens.sequence_index]

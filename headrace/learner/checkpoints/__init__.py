@@ -1,1 +1,1 @@
-"""What a learner needs to go on as if it had never stopped, durable before anyone relies on it."""
+"""Checkpoints: what a learner needs to resume exactly where it stopped, durable before anything relies on it."""

@@ -1,9 +1,9 @@
 """The best policy so far, by held-out accuracy: the folder `best/` of the run, in Hugging Face format.
 
-When an evaluation begins, the weights that were published last are written aside by a thread of its own, from the host
-copy that is held of them anyway: nobody waits, and the run goes on to other weights. When the result is there they
-become `best/` or go. `best/` is whole or not there; so is `best-next/`, which is about to become it. A later policy
-must be better than the best, also over restarts; one of a line of weights that a crash has undone still counts.
+When an evaluation begins, a thread writes the weights that were published last to `best-aside-<epoch>/`, from the host
+copy that exists anyway; the run does not wait. When the result is known, this candidate becomes `best/` or is deleted.
+`best/` is complete or absent, and so is `best-next/`, which is about to be renamed to `best/`. A later policy replaces
+it only if it is better, also after restarts; a policy whose steps were undone by a crash still counts.
 """
 
 import logging
@@ -19,16 +19,16 @@ from headrace.common.process.atomic_files import fsync_path
 from headrace.common.weights.files import MODEL_FILE
 
 BEST, NEXT, ASIDE = "best", "best-next", "best-aside"
-FRAME = "model"
-"""Of a run's folder: all of a policy but its weights, configuration and tokenizer."""
-UNCHANGED = "model-unchanged"
-"""Beside it: the published tensors that training does not change, and the names of those that it does."""
+CONFIG_FOLDER = "model"
+"""Folder in the run's folder with a policy's files except the weights: configuration and tokenizer."""
+UNCHANGED_FILE = "model-unchanged"
+"""Folder beside it: the published tensors that training does not change, and the names of those that it changes."""
 BEST_FILE = "best.json"
 _log = logging.getLogger(__name__)
 
 
-class Named(msgspec.Struct, frozen=True):
-    """What `best.json` says: the step whose evaluation had this result, and its weight version."""
+class BestRecord(msgspec.Struct, frozen=True):
+    """The contents of `best.json`: the evaluation's step, weight version and result."""
 
     step: int
     version: int
@@ -36,8 +36,8 @@ class Named(msgspec.Struct, frozen=True):
     time_s: float
 
 
-class Best:
-    """Of one learner of a run; takes up what an earlier one has left in `run`."""
+class BestPolicy:
+    """Keeps the best policy in the folder `run`; continues from what an earlier learner has left there."""
 
     def __init__(self, run: Path, epoch: int, check_fence: Callable[[], None]) -> None:
         self._run = run
@@ -50,26 +50,27 @@ class Best:
             shutil.rmtree(left, ignore_errors=True)
         if (run / NEXT).exists():
             self._rename()
-        self.standing = best_of(run)
+        self.record = read_best_record(run)
 
-    def set_aside(self, step: int, version: int, write_model: Callable[[Path], None]) -> None:
-        """The evaluation of these weights begins; `write_model` writes them into a file, at any time."""
+    def write_candidate(self, step: int, version: int, write_model: Callable[[Path], None]) -> None:
+        """Starts to write the weights whose evaluation begins; `write_model` writes them to a file, in any thread."""
         self._evaluated = step, version
         self._written = self._writer.submit(self._write, write_model)
 
-    def decide(self, held_out: float) -> bool:
-        """The result is there: is it the best so far, and kept? A disk that refuses costs the policy, not the run."""
+    def keep_if_best(self, held_out: float) -> bool:
+        """Keeps the candidate if its result is the best so far; returns whether it was kept. If the disk refuses, the
+        candidate is lost and the run goes on."""
         written, self._written = self._written, None
         assert written is not None
         try:
             written.result()
-            if self.standing is not None and held_out <= self.standing.held_out:
+            if self.record is not None and held_out <= self.record.held_out:
                 shutil.rmtree(self._aside)
                 return False
-            self._keep(Named(*self._evaluated, held_out, time.time()))
+            self._keep(BestRecord(*self._evaluated, held_out, time.time()))
         except OSError as error:
             self._check_fence()
-            _log.error("the policy of step %d, the best so far, cannot be kept: %s", self._evaluated[0], error)
+            _log.error("the policy of step %d, the best so far, cannot be saved: %s", self._evaluated[0], error)
             shutil.rmtree(self._aside, ignore_errors=True)
             return False
         return True
@@ -80,20 +81,21 @@ class Best:
 
     def _write(self, write_model: Callable[[Path], None]) -> None:
         shutil.rmtree(self._aside, ignore_errors=True)
-        shutil.copytree(self._run / FRAME, self._aside)
+        shutil.copytree(self._run / CONFIG_FOLDER, self._aside)
         write_model(self._aside / MODEL_FILE)
         for path in (*self._aside.iterdir(), self._aside):
             fsync_path(path)
 
-    def _keep(self, named: Named) -> None:
-        (self._aside / BEST_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(named), indent=2))
+    def _keep(self, record: BestRecord) -> None:
+        (self._aside / BEST_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2))
         fsync_path(self._aside / BEST_FILE)
         fsync_path(self._aside)
         self._check_fence()
         self._aside.rename(self._run / NEXT)
         self._rename()
-        self.standing = named
-        _log.info("step %d is the best so far: held-out %.4f, kept in %s", named.step, named.held_out, self._run / BEST)
+        self.record = record
+        folder = self._run / BEST
+        _log.info("step %d is the best so far: held-out %.4f, saved in %s", record.step, record.held_out, folder)
 
     def _rename(self) -> None:
         fsync_path(self._run)
@@ -103,10 +105,10 @@ class Best:
 
 
 def best_folder(run: Path) -> Path | None:
-    """Where the best policy lies at this moment; None if there is none."""
+    """The folder that has the best policy at this moment; None if there is none."""
     return next((run / name for name in (NEXT, BEST) if (run / name / BEST_FILE).is_file()), None)
 
 
-def best_of(run: Path) -> Named | None:
+def read_best_record(run: Path) -> BestRecord | None:
     folder = best_folder(run)
-    return None if folder is None else msgspec.json.decode((folder / BEST_FILE).read_bytes(), type=Named)
+    return None if folder is None else msgspec.json.decode((folder / BEST_FILE).read_bytes(), type=BestRecord)

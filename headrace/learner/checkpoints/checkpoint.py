@@ -1,8 +1,8 @@
-"""Checkpoints: what a learner needs to go on as if it had never stopped, durable before anyone relies on it.
+"""Writes and finds checkpoints.
 
-A checkpoint is a folder of safetensors (float32 masters, moments, random state: one file for each rank) and a record,
-written aside under the learner's own name, fsynced and renamed; nothing is ever written over. Two are kept: checkpoint
-N deletes from Redis what N-1 recorded, so that a corrupt newest one loses nothing.
+A checkpoint is a folder of safetensors (float32 masters, moments, random state; one file per rank) and a record. It is
+written to a temporary folder of the learner's epoch, fsynced and renamed; nothing is ever overwritten. Two are kept:
+checkpoint N deletes from Redis what N-1 recorded, so that nothing is lost if the newest one is corrupt.
 """
 
 import contextlib
@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 
 from headrace.common.process.atomic_files import FileEntry, file_entry, publish_atomically
 from headrace.learner.checkpoints.record import (
-    Record,
-    Unreadable,
+    CheckpointRecord,
+    UnreadableCheckpoint,
     checkpoint_folders,
     folder_name,
     read_record,
@@ -29,17 +29,20 @@ _log = logging.getLogger(__name__)
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; the ones before it stand."""
+    """A checkpoint could not be written; earlier ones are intact."""
 
 
 def save_checkpoint(
     root: Path,
-    record: Record,
+    record: CheckpointRecord,
     write_state: Callable[[Path], dict[str, FileEntry]],
     check: Callable[[], None] = lambda: None,
 ) -> Path:
-    """`write_state` puts the tensors into a folder, in files that it names; `check` is called just before the rename
-    and may raise. Raises `CheckpointError` if the disk refuses."""
+    """Writes a checkpoint and deletes all but the newest `NUM_KEPT`; returns its folder.
+
+    `write_state` writes the tensors into the given folder and returns the files; `check` is called just before the
+    rename and may raise. Raises `CheckpointError` if the disk refuses.
+    """
     aside = root / f"aside-{record.epoch:06d}"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -59,17 +62,17 @@ def save_checkpoint(
 
 
 def num_bytes_in(checkpoint: Path) -> int:
-    """0 if a successor has taken it away."""
+    """The size of a checkpoint's files; 0 if a later one has deleted it."""
     with contextlib.suppress(OSError):
         return sum(file.stat().st_size for file in checkpoint.iterdir())
     return 0
 
 
-def newest(root: Path) -> tuple[Record, Path] | None:
+def find_newest(root: Path) -> tuple[CheckpointRecord, Path] | None:
     """The newest checkpoint that can be read, and its folder; None if there is none yet.
 
-    An unreadable one is reported, renamed and passed over. Raises `ValueError` if all are unreadable: a run never
-    silently begins anew.
+    An unreadable one is logged, renamed and skipped. Raises `ValueError` if all are unreadable: a run never silently
+    starts again from the beginning.
     """
     folders = checkpoint_folders(root)
     problems = []
@@ -78,12 +81,12 @@ def newest(root: Path) -> tuple[Record, Path] | None:
             record = read_record(folder)
             for name, expected in record.files.items():
                 if file_entry(folder / name) != expected:
-                    raise Unreadable(f"{folder.name}: {name} is not what was written")
-        except (OSError, Unreadable) as error:
-            _log.error("checkpoint %s is unreadable, taking the one before: %s", folder.name, error)
+                    raise UnreadableCheckpoint(f"{folder.name}: {name} has another checksum than was recorded")
+        except (OSError, UnreadableCheckpoint) as error:
+            _log.error("checkpoint %s is unreadable, trying the one before it: %s", folder.name, error)
             problems.append((folder, str(error)))
             continue
-        for unreadable, _ in problems:  # out of the way, or it would count as one of the two that are kept
+        for unreadable, _ in problems:  # otherwise it would count as one of the two that are kept
             unreadable.rename(root / f"unreadable-{unreadable.name}")
         return record, folder
     if problems:

@@ -1,4 +1,4 @@
-"""The data that a run is taken up with are those that it began with, or others from an epoch of their own on."""
+"""Checks that a run resumes with the data that it began with; other data may only begin a new data epoch."""
 
 import logging
 from pathlib import Path
@@ -17,8 +17,9 @@ from headrace.learner.store.store import Cursor, LearnerStore
 _log = logging.getLogger(__name__)
 
 
-def known_data(client: redis.Redis, keys: Keys, checkpoints: Path) -> Fingerprint | None:
-    """Of the run so far: Redis's, or the newest checkpoint's; None of a new run, or of one older than fingerprints."""
+def stored_fingerprint(client: redis.Redis, keys: Keys, checkpoints: Path) -> Fingerprint | None:
+    """The fingerprint of the run's data, from Redis or the newest checkpoint; None for a new run, and for runs of
+    releases without fingerprints."""
     written: Any = client.hget(keys.cursor, "data")
     if written is not None:
         return msgspec.json.decode(written, type=Fingerprint)
@@ -26,11 +27,11 @@ def known_data(client: redis.Redis, keys: Keys, checkpoints: Path) -> Fingerprin
     return None if record is None else record.data
 
 
-def data_of(
+def resolve_fingerprint(
     config: RunConfig, task: Task, tokenizer: Any, known: Fingerprint | None, is_new_epoch: bool
 ) -> Fingerprint:
-    """What the run is taken up with: `known`, or what may begin a new epoch. Raises `ValueError`, with what differs, if
-    it may not."""
+    """The fingerprint of the data that the run continues with: `known`, or with `is_new_epoch` that of other data.
+    Raises `ValueError` with the differences if the data are others and `is_new_epoch` is false."""
     template = tokenizer.get_chat_template()
     if known is None:
         return fingerprint_of(config, task, template)
@@ -41,17 +42,18 @@ def data_of(
         return known
     if not is_new_epoch:
         raise ValueError(
-            f"the run began with other data: {'; '.join(changed)}. Expected what was, or `headrace up --new-epoch`, "
-            "which begins the next epoch with these"
+            f"the run began with other data: {'; '.join(changed)}. Expected the same data, or `headrace up "
+            "--new-epoch`, which begins the next epoch with the new data"
         )
     _log.warning("the next epoch begins with other data: %s", "; ".join(changed))
     return fingerprint_of(config, task, template)
 
 
-def begin(
+def store_fingerprint(
     store: LearnerStore, cursor: Cursor, known: Fingerprint | None, found: Fingerprint
 ) -> tuple[Cursor, Fingerprint]:
-    """Where the run goes on, and in what; written beside the cursor, before anything is issued."""
+    """Writes the fingerprint `found` to Redis, with the cursor, before any ticket is issued. If the data changed, the
+    cursor moves to the next data epoch. Returns cursor and fingerprint."""
     if known is not None and found != known:
         cursor = Cursor(cursor.data_epoch + 1, 0)
         found = msgspec.structs.replace(found, first_epoch=cursor.data_epoch)

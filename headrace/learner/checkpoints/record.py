@@ -1,7 +1,7 @@
-"""What a checkpoint says of the run: its step, the data's cursor, and what became of which ticket. No torch here.
+"""A checkpoint's record: the run's step, the data cursor, and the final state of each ticket. Imports no torch.
 
-A record is sealed by its SHA-256 and names the checksums of the files beside it. Checkpoints are ordered by the
-learner's epoch, then by number: what a fenced learner still writes never passes for the newest.
+A record contains its own SHA-256 and the checksums of the files beside it. Checkpoints are ordered by the learner's
+epoch, then by number, so that a checkpoint of a fenced learner is never taken for the newest.
 """
 
 import hashlib
@@ -18,51 +18,53 @@ from headrace.learner.store.store import Cursor, Settlement
 
 RECORD_FILE = "record.json"
 MAX_VERSION_STEPS = 4096
-"""Of older versions nothing can be in flight any more."""
+"""Number of versions whose steps are recorded; groups of older versions cannot be in flight any more."""
 
 
-class Unreadable(RuntimeError):
-    """A checkpoint's bytes are not what was written."""
+class UnreadableCheckpoint(RuntimeError):
+    """A checkpoint's contents do not match its checksums, or cannot be read."""
 
 
-class Loss(msgspec.Struct, frozen=True):
-    """Redis lost everything, and this run went on from its checkpoint of `step`."""
+class RedisLoss(msgspec.Struct, frozen=True):
+    """Redis lost all its data, and the run went on from its checkpoint of `step`."""
 
     step: int
     num_reissued: int
-    """Tickets that were open or queued at that checkpoint, issued anew: the work on them was lost, they were not."""
+    """Number of tickets that were unfinished at that checkpoint and were issued again; only work on them was lost."""
     forgotten: dict[str, int]
-    """Finished tickets by state that the ledger has no marks of any more."""
+    """Number of finished tickets by state that the ledger has no entries for any more."""
     time_s: float
 
 
-class Record(msgspec.Struct, frozen=True):
-    """Everything of a checkpoint but the tensors.
+class CheckpointRecord(msgspec.Struct, frozen=True):
+    """A checkpoint without its tensors.
 
-    A field that older records lack has a default, and older learners pass it over; any other change of the layout needs
-    another `schema`."""
+    A field that older records lack has a default, and older learners ignore it. Any other change of the layout needs
+    another `schema`.
+    """
 
     epoch: int
-    """Of the learner that wrote it."""
+    """The fencing epoch of the learner that wrote it."""
     step: int
     version: int
     cursor: Cursor
     version_steps: dict[int, int]
     settlements: list[Settlement]
-    """What became of the groups consumed since the checkpoint before; they stay in Redis until the next one."""
+    """How the groups consumed since the checkpoint before were settled; these stay in Redis until the next one."""
     earlier: list[Settlement]
-    """What the checkpoint before recorded: may leave Redis as soon as this one is durable."""
+    """The settlements of the checkpoint before; their groups can be deleted from Redis once this one is durable."""
     unfinished: list[str]
-    """Training tickets that were open or queued, and replacements of stale ones that were still to be issued."""
+    """Training tickets without a settlement, and replacements of stale ones that were still to be issued."""
     counts: dict[str, int]
+    """Number of tickets by state, and other totals of the run."""
     wall_s: float
-    """From the first ticket to this checkpoint, over all lives of the run."""
-    losses: list[Loss] = []
+    """Seconds from the first ticket to this checkpoint, over all starts of the run."""
+    losses: list[RedisLoss] = []
     settings: Settings = Settings()
-    """What differed from the configuration, as ordered."""
+    """The settings that differ from the configuration because they were changed during the run."""
     guard: GuardState = GuardState()
     data: Fingerprint | None = None
-    """What the cursor is a place of."""
+    """The fingerprint of the data that the cursor points into."""
     files: dict[str, FileEntry] = {}
     schema: int = 2
 
@@ -72,30 +74,30 @@ class _Sealed(msgspec.Struct):
     record: msgspec.Raw
 
 
-def write_record(folder: Path, record: Record) -> None:
+def write_record(folder: Path, record: CheckpointRecord) -> None:
     content = msgspec.json.encode(record)
     sealed = _Sealed(hashlib.sha256(content).hexdigest(), msgspec.Raw(content))
     (folder / RECORD_FILE).write_bytes(msgspec.json.encode(sealed))
 
 
-def read_record(folder: Path) -> Record:
-    """Raises `Unreadable`."""
+def read_record(folder: Path) -> CheckpointRecord:
+    """Raises `UnreadableCheckpoint`."""
     try:
         sealed = msgspec.json.decode((folder / RECORD_FILE).read_bytes(), type=_Sealed)
         content = bytes(sealed.record)
         if hashlib.sha256(content).hexdigest() != sealed.sha256:
-            raise Unreadable(f"{folder.name}: the record is not what was written")
-        return msgspec.json.decode(content, type=Record)
+            raise UnreadableCheckpoint(f"{folder.name}: the record does not match its checksum")
+        return msgspec.json.decode(content, type=CheckpointRecord)
     except (OSError, msgspec.DecodeError) as error:
-        raise Unreadable(f"{folder.name}: {error}") from error
+        raise UnreadableCheckpoint(f"{folder.name}: {error}") from error
 
 
-def newest_record(root: Path) -> Record | None:
-    """Of the newest checkpoint whose record can be read; looks at no tensors, and changes nothing."""
+def newest_record(root: Path) -> CheckpointRecord | None:
+    """The record of the newest checkpoint whose record can be read; reads no tensors and changes nothing."""
     for folder in reversed(checkpoint_folders(root)):
         try:
             return read_record(folder)
-        except Unreadable:
+        except UnreadableCheckpoint:
             continue
     return None
 
@@ -105,5 +107,5 @@ def folder_name(epoch: int, number: int) -> str:
 
 
 def checkpoint_folders(root: Path) -> list[Path]:
-    """From the oldest to the newest."""
+    """The folders of all checkpoints, from the oldest to the newest."""
     return sorted(folder for folder in root.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+-\d+", folder.name))

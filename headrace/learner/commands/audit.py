@@ -24,7 +24,7 @@ from headrace.common.redis.client import connect
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import DecidedState, TicketState
 from headrace.common.wire.ledger import LedgerEntry, parse_ledger_entry, parse_ticket_id
-from headrace.learner.checkpoints.record import Loss, Record, newest_record
+from headrace.learner.checkpoints.record import CheckpointRecord, RedisLoss, newest_record
 from headrace.learner.reporting.summary import METRICS_FILE, read_rows
 
 STATES: tuple[TicketState, ...] = get_args(TicketState)
@@ -56,11 +56,11 @@ class Snapshot:
     marks: dict[str, LedgerEntry]
     entries: dict[str, list[tuple[str, str]]]
     """By stream: entry ids with the ticket they name."""
-    record: Record | None
+    record: CheckpointRecord | None
     rows: list[dict[str, Any]]
     """Of `metrics.jsonl`, up to the checkpoint."""
     cursor: tuple[int, int] | None
-    losses: list[Loss]
+    losses: list[RedisLoss]
     """Of Redis, the one included that no checkpoint has recorded yet."""
 
 
@@ -114,17 +114,17 @@ def take_snapshot(client: redis.Redis, keys: Keys, folder: Path) -> Snapshot:
     )
 
 
-def losses_so_far(record: Record, versions: Collection[int]) -> list[Loss]:
+def losses_so_far(record: CheckpointRecord, versions: Collection[int]) -> list[RedisLoss]:
     """Those that the newest checkpoint tells of, and one more if Redis, which has `versions`, knows none of its: what
     the ledger has marks of from then on is what this checkpoint and the one before recorded."""
     if not record.version_steps or not record.version_steps.keys().isdisjoint(versions):
         return list(record.losses)
     known = Counter[str](one.state for one in (*record.earlier, *record.settlements))
     forgotten = {state: record.counts.get(state, 0) - known[state] for state in FINISHED}
-    return [*record.losses, Loss(record.step, len(record.unfinished), forgotten, time.time())]
+    return [*record.losses, RedisLoss(record.step, len(record.unfinished), forgotten, time.time())]
 
 
-def _recorded(record: Record | None, found: Audit) -> dict[str, TicketState]:
+def _recorded(record: CheckpointRecord | None, found: Audit) -> dict[str, TicketState]:
     """What the checkpoint says and the ledger will, once it is settled."""
     states: dict[str, TicketState] = {}
     for one in (*record.earlier, *record.settlements) if record else ():

@@ -16,8 +16,8 @@ from pathlib import Path
 from headrace.common.process.atomic_files import publish_atomically
 from headrace.common.redis.keys import Keys
 from headrace.common.weights.files import MODEL_FILE
-from headrace.learner.checkpoints.best import FRAME, UNCHANGED, best_folder, best_of
-from headrace.learner.checkpoints.record import Unreadable, checkpoint_folders, read_record
+from headrace.learner.checkpoints.best import CONFIG_FOLDER, UNCHANGED_FILE, best_folder, read_best_record
+from headrace.learner.checkpoints.record import UnreadableCheckpoint, checkpoint_folders, read_record
 
 NUM_TRIES = 3
 
@@ -61,7 +61,7 @@ def export(run: Path, output: Path, is_best: bool = False, step: int | None = No
 
 
 def _write(run: Path, aside: Path, is_best: bool, step: int | None) -> str:
-    best, folder = best_of(run), best_folder(run)
+    best, folder = read_best_record(run), best_folder(run)
     checkpoints = list(_checkpoints(run))
     if folder is not None and best is not None and (is_best or step == best.step):
         shutil.copytree(folder, aside)
@@ -88,7 +88,7 @@ def _checkpoints(run: Path) -> Iterator[tuple[int, Path]]:
     for folder in reversed(checkpoint_folders(run / "checkpoints")):
         try:
             yield read_record(folder).step, folder
-        except Unreadable:
+        except UnreadableCheckpoint:
             continue
 
 
@@ -107,16 +107,16 @@ def _from_checkpoint(run: Path, checkpoint: Path, aside: Path) -> None:
     from safetensors.torch import save_file
 
     from headrace.learner.distributed.state_files import read_state
-    from headrace.learner.model.checkpoint_layout import published_from
+    from headrace.learner.model.checkpoint_layout import published_tensors
 
-    if not (run / FRAME).is_dir():
-        raise ValueError(f"run {run.name!r} has no folder {FRAME}: a learner of an earlier release wrote it")
-    shutil.copytree(run / FRAME, aside)
+    if not (run / CONFIG_FOLDER).is_dir():
+        raise ValueError(f"run {run.name!r} has no folder {CONFIG_FOLDER}: a learner of an earlier release wrote it")
+    shutil.copytree(run / CONFIG_FOLDER, aside)
     dtype = getattr(torch, json.loads((aside / "config.json").read_text())["dtype"])
     state = read_state(checkpoint, list(read_record(checkpoint).files))
     masters = {name: tensor for name, tensor in state.items() if name.startswith("master.")}
     rounded = {name.removeprefix("master."): tensor.to(dtype) for name, tensor in masters.items()}
-    tensors = published_from(rounded, aside, run / UNCHANGED / MODEL_FILE)
+    tensors = published_tensors(rounded, aside, run / UNCHANGED_FILE / MODEL_FILE)
     save_file(tensors, aside / MODEL_FILE, metadata={"format": "pt"})
 
 

@@ -18,8 +18,8 @@ from pydantic import ValidationError
 from headrace.common.config import RunConfig, yaml_text
 from headrace.common.wire import Heartbeat
 from headrace.learner.reporting.summary import METRICS_FILE, Row, read_rows
-from headrace.learner.scaling.advice import MAX_FACTOR, WINDOW_S, Advice, Adviser
-from headrace.learner.scaling.simulation import Measured, Simulation
+from headrace.learner.scaling.advice import MAX_FACTOR, WINDOW_S, Advice, ReplicaAdviser
+from headrace.learner.scaling.simulation import MeasuredRun, Simulation
 
 NUM_STEPS = 100
 """Simulated steps of each number, about."""
@@ -42,14 +42,14 @@ class Planned(NamedTuple):
     advice: Advice
 
 
-def measured_in(rows: list[Row], config: RunConfig) -> Measured:
+def measured_in(rows: list[Row], config: RunConfig) -> MeasuredRun:
     """Raises `ValueError` if the run has taken no step, or only steps of an older release."""
     steps = [row for row in rows if row["kind"] == "step" and "run_uniform_share" in row]
     if not steps:
         raise ValueError("no step has been measured yet")
     group_durations_s = [duration_s for row in steps for duration_s in _group_durations_s(row)]
     uniform_share = steps[-1]["run_uniform_share"] if config.actor.dynamic_sampling else 0.0
-    return Measured(
+    return MeasuredRun(
         group_durations_s=group_durations_s,
         work_s=[max(1e-3, row["step_s"] - row["wait_s"]) for row in steps],
         uniform_share=min(0.99, uniform_share),
@@ -66,9 +66,9 @@ def _group_durations_s(row: Row) -> list[float]:
     return [max(1e-3, duration_s) for duration_s in found]
 
 
-def plan(measured: Measured, replicas: int, max_replicas: int, seed: int = 0) -> Planned:
+def plan(measured: MeasuredRun, replicas: int, max_replicas: int, seed: int = 0) -> Planned:
     """With a constant number of them."""
-    adviser = Adviser(replicas, max(replicas, max_replicas), measured.max_groups_in_flight)
+    adviser = ReplicaAdviser(replicas, max(replicas, max_replicas), measured.max_groups_in_flight)
     simulation = Simulation(measured, replicas, seed)
     simulation.observe = lambda waited_s, worked_s, beats: adviser.observe(
         waited_s, worked_s, beats, simulation.steps_in_queue
@@ -84,23 +84,23 @@ def plan(measured: Measured, replicas: int, max_replicas: int, seed: int = 0) ->
     )
 
 
-def follow_advice(measured: Measured, start: int, max_replicas: int, until_s: float, seed: int = 0) -> list[int]:
+def follow_advice(measured: MeasuredRun, start: int, max_replicas: int, until_s: float, seed: int = 0) -> list[int]:
     """The numbers that the advice orders one after another, from `start` on, if each is obeyed."""
-    adviser, ordered = Adviser(start, max_replicas, measured.max_groups_in_flight), [start]
+    adviser, ordered = ReplicaAdviser(start, max_replicas, measured.max_groups_in_flight), [start]
     simulation = Simulation(measured, start, seed)
 
     def observe(waited_s: float, worked_s: float, beats: list[Heartbeat]) -> None:
         number = adviser.observe(waited_s, worked_s, beats, simulation.steps_in_queue).replicas
         if number != ordered[-1]:
             ordered.append(number)
-            simulation.order(number, STARTUP_S)
+            simulation.request_replicas(number, STARTUP_S)
 
     simulation.observe = observe
     simulation.run(until_s)
     return ordered
 
 
-def _long_enough_s(measured: Measured, replicas: int) -> float:
+def _long_enough_s(measured: MeasuredRun, replicas: int) -> float:
     """For `NUM_STEPS` steps, whichever side is slower, and for the advice."""
     in_flight = min(measured.max_outstanding_groups, replicas * measured.max_groups_in_flight)
     groups_per_s = in_flight * len(measured.group_durations_s) / sum(measured.group_durations_s)
@@ -108,14 +108,14 @@ def _long_enough_s(measured: Measured, replicas: int) -> float:
     return max(NUM_STEPS * max(generation_s, sum(measured.work_s) / len(measured.work_s)), MIN_WINDOWS * WINDOW_S)
 
 
-def as_json(measured: Measured, start: int, max_replicas: int) -> dict[str, Any]:
+def as_json(measured: MeasuredRun, start: int, max_replicas: int) -> dict[str, Any]:
     """The same for programs."""
     rows = [plan(measured, count, max_replicas) for count in range(1, max_replicas + 1)]
     followed = follow_advice(measured, start, max_replicas, _until_s(measured, start))
     return {"plans": [row._asdict() | {"advice": row.advice._asdict()} for row in rows], "followed": followed}
 
 
-def lines(measured: Measured, start: int, max_replicas: int) -> Iterator[str]:
+def lines(measured: MeasuredRun, start: int, max_replicas: int) -> Iterator[str]:
     yield "replicas  steps/hour  learner waits  replicas idle  staleness  advised"
     for count in range(1, max_replicas + 1):
         row = plan(measured, count, max_replicas)
@@ -128,7 +128,7 @@ def lines(measured: Measured, start: int, max_replicas: int) -> Iterator[str]:
     yield f"the advice, followed from {start}: {' → '.join(map(str, ordered))} within {until_s / 60:.0f} minutes"
 
 
-def _until_s(measured: Measured, start: int) -> float:
+def _until_s(measured: MeasuredRun, start: int) -> float:
     """For `NUM_DECISIONS` of the advice."""
     return NUM_DECISIONS * max(2 * (WINDOW_S + STARTUP_S), _long_enough_s(measured, start) / NUM_STEPS * MAX_FACTOR)
 

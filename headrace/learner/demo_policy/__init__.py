@@ -1,1 +1,1 @@
-"""How the demo's policy was made: its tokenizer, its supervised training, its evaluation."""
+"""Makes the demo's policy: its tokenizer, its supervised training, its evaluation."""

@@ -1,6 +1,6 @@
-"""Measures the demo policy on held-out problems: pass@1, greedy accuracy, and how many groups are mixed.
+"""Measures the demo policy on held-out problems: pass@1, greedy accuracy, and the share of mixed groups.
 
-Uses nothing but transformers' own sampling, so that it can judge the services' sampling. The same seed and
+It samples with transformers only, so that it can serve as a reference for the services' sampling. The same seed and
 number of threads give the same numbers on the same machine.
 """
 
@@ -22,7 +22,7 @@ MAX_NEW_TOKENS = 32
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Shares of 1. A group is mixed if some, but not all, of its `GROUP_SIZE` completions are right."""
+    """Results between 0 and 1. A group is mixed if some, but not all, of its `GROUP_SIZE` completions are right."""
 
     num_problems: int
     samples: int
@@ -32,9 +32,9 @@ class Evaluation:
 
 
 def evaluate_policy(folder: Path, num_problems: int = 1024, samples: int = 4, *, seed: int = 0) -> Evaluation:
-    """On the first `num_problems` held-out problems, `samples` completions each at temperature 1.
+    """Evaluates on the first `num_problems` held-out problems, with `samples` completions each at temperature 1.
 
-    `mixed_share` is None if there are fewer samples than a group has.
+    `mixed_share` is None if `samples` is below `GROUP_SIZE`.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -57,7 +57,7 @@ def evaluate_policy(folder: Path, num_problems: int = 1024, samples: int = 4, *,
 
 
 def _scores(model: Any, tokenizer: Any, problems: list[Problem], samples: int | None) -> Iterator[torch.Tensor]:
-    """Scores (B, samples) of one batch of problems after another; greedy, with one column, if `samples` is None."""
+    """Scores `(B, samples)` of each batch of problems; greedy with a single column if `samples` is None."""
     how: dict[str, Any] = (
         {"do_sample": False} if samples is None else {"do_sample": True, "num_return_sequences": samples, "top_k": 0}
     )

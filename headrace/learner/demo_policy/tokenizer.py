@@ -1,7 +1,7 @@
-"""The demo policy's tokenizer: byte-level BPE over the arithmetic task's own words.
+"""The demo policy's tokenizer: byte-level BPE, trained on the arithmetic task's texts.
 
-Guarantees one token per digit, that every text survives encoding and decoding, and exactly `VOCAB_SIZE` tokens,
-so that the model's rows and the tokenizer agree. Learned from a fixed sample of problems: the same always.
+Guarantees: one token per digit; decoding an encoded text gives the same text; exactly `VOCAB_SIZE` tokens, which is the
+number of the model's embedding rows. It is trained on a fixed sample of problems, so that it is always the same.
 """
 
 import itertools
@@ -18,7 +18,7 @@ ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
 NUM_PROBLEMS = 5000
 
 PIECE = r"\d| ?[A-Za-z]+|[^\dA-Za-z]+"
-"""What a token may not cross: a digit, a word with its leading space, a run of anything else."""
+"""Tokens stay within one match: a digit, a word with its leading space, or a run of other characters."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"

@@ -1,13 +1,13 @@
-"""The weights as the checkpoint has them: under the names and in the shapes that engines and `from_pretrained` expect.
+"""Converts parameters to the names and shapes of the model's checkpoint, which engines and `from_pretrained` expect.
 
-Transformers changes some on loading: it stacks a layer's experts into one parameter, or renames. Published is what it
-would save, by its own reverse mapping, a few parameters at a time. What the checkpoint has and the policy does not (a
-vision tower, heads for speculation) is published as it is there. So each version has the checkpoint's tensors, all of
-them and no others, which is checked when the model is loaded: an engine passes over names that it does not know.
+Transformers converts some tensors on loading: it renames them or stacks a layer's experts into one parameter. Its own
+reverse mapping converts them back for publishing, a few parameters at a time. Tensors that the checkpoint has and the
+policy has not (a vision tower, heads for speculative decoding) are published unchanged. So each version has exactly the
+checkpoint's tensors. This is checked when the model is loaded, because an engine ignores names that it does not know.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,194 +16,154 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from headrace.learner.model.host_snapshots import Weight
-
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64,
-    "I32": torch.int32, "U8": torch.uint8,
-}  # fmt: skip
+from headrace.learner.model.pretrained_tensors import PretrainedTensor, pretrained_tensors
 
 
 @dataclass(frozen=True)
-class Group:
-    """Parameters that become tensors of the checkpoint together: mostly one that becomes itself."""
+class TensorGroup:
+    """Parameters that are converted together to tensors of the checkpoint; mostly a single one, only renamed."""
 
-    parts: Sequence[str]
-    made: Mapping[str, Tensor]
-    """On the meta device."""
-    is_itself: bool
-    """But for its name."""
+    inputs: Sequence[str]
+    outputs: Mapping[str, Tensor]
+    """The checkpoint's tensors, on the meta device."""
+    is_rename: bool
+    """The conversion changes at most the name."""
 
 
-class Naming:
-    """How a model's parameters and persistent buffers become a checkpoint's tensors; looks at no values."""
+class CheckpointMapping:
+    """How a model's parameters and persistent buffers map to the checkpoint's tensors; computed without values."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._groups = _groups(model, _without_values(stored_tensors(model)))
-        self.shapes = {name: tensor.shape for group in self._groups for name, tensor in group.made.items()}
+        self.shapes = {name: tensor.shape for group in self._groups for name, tensor in group.outputs.items()}
+        """The shapes of the checkpoint's tensors, by their names."""
 
     @property
     def names(self) -> dict[str, str]:
-        """The checkpoint's, of each parameter that becomes a tensor as it is."""
-        return {group.parts[0]: next(iter(group.made)) for group in self._groups if group.is_itself}
+        """The checkpoint's name of each parameter that is at most renamed."""
+        return {group.inputs[0]: next(iter(group.outputs)) for group in self._groups if group.is_rename}
 
-    def of(self, weights: Mapping[str, Weight]) -> dict[str, Weight]:
-        """`weights`, by the model's names, as the checkpoint's: those of which all parts are there. Each is to be
-        detached once, before they change."""
-        named: dict[str, Weight] = {}
+    def convert(self, weights: Mapping[str, Weight]) -> dict[str, Weight]:
+        """Converts `weights`, by the model's names, to the checkpoint's tensors; skips groups with a missing input.
+        Each result must be detached once, before the weights change."""
+        converted: dict[str, Weight] = {}
         for group in self._groups:
-            if not weights.keys() >= set(group.parts):
+            if not weights.keys() >= set(group.inputs):
                 continue
-            parts = {part: weights[part] for part in group.parts}
-            if group.is_itself:
-                named |= dict(zip(group.made, parts.values(), strict=True))
+            inputs = {name: weights[name] for name in group.inputs}
+            if group.is_rename:
+                converted |= dict(zip(group.outputs, inputs.values(), strict=True))
                 continue
-            making = _Making(self._model, parts)
-            dtype = next(iter(parts.values())).dtype
-            named |= {name: MadeWeight(name, like.shape, dtype, making) for name, like in group.made.items()}
-        return named
+            conversion = _Conversion(self._model, inputs)
+            dtype = next(iter(inputs.values())).dtype
+            converted |= {
+                name: ConvertedWeight(name, like.shape, dtype, conversion) for name, like in group.outputs.items()
+            }
+        return converted
 
 
-class _Making:
-    """The tensors that a group becomes: held from when the first is asked for until each has been."""
+class _Conversion:
+    """Converts a group when its first output is taken, and holds each output until it is taken."""
 
-    def __init__(self, model: PreTrainedModel, parts: Mapping[str, Weight]) -> None:
-        self._model, self._parts = model, parts
-        self._ready: dict[str, Tensor] = {}
+    def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Weight]) -> None:
+        self._model, self._inputs = model, inputs
+        self._outputs: dict[str, Tensor] = {}
 
     def take(self, name: str) -> Tensor:
-        if name not in self._ready:
-            self._ready = _revert(self._model, {part: weight.detach() for part, weight in self._parts.items()})
-        return self._ready.pop(name)
+        if name not in self._outputs:
+            self._outputs = _revert(self._model, {key: weight.detach() for key, weight in self._inputs.items()})
+        return self._outputs.pop(name)
 
 
 @dataclass(frozen=True)
-class MadeWeight:
-    """A part of a parameter, or several of them."""
+class ConvertedWeight:
+    """An output of a conversion: a part of one parameter, or made of several."""
 
     name: str
     shape: torch.Size
     dtype: torch.dtype
-    making: _Making
+    conversion: _Conversion
 
     def detach(self) -> Tensor:
-        return self.making.take(self.name)
-
-
-@dataclass(frozen=True)
-class UnchangedWeight:
-    """A tensor of a checkpoint; read from its file each time."""
-
-    name: str
-    shape: torch.Size
-    dtype: torch.dtype
-    file: Path
-
-    def detach(self) -> Tensor:
-        with safe_open(self.file, "pt") as opened:
-            found: Tensor = opened.get_tensor(self.name)
-        return found
+        return self.conversion.take(self.name)
 
 
 def stored_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Parameters and persistent buffers, each once: tied ones under their first name."""
+    """Parameters and persistent buffers by name; tied ones appear once, under their first name."""
     stored = model.state_dict().keys()
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     return tensors | {name: buffer for name, buffer in model.named_buffers() if name in stored}
 
 
 def unchanged_weights(
-    model: PreTrainedModel, naming: Naming, path: str, revision: str | None = None
-) -> dict[str, UnchangedWeight]:
-    """What the checkpoint at `path` has beside the policy's tensors.
+    model: PreTrainedModel, mapping: CheckpointMapping, path: str, revision: str | None = None
+) -> dict[str, PretrainedTensor]:
+    """The tensors of the checkpoint at `path` that the policy does not have.
 
-    Raises `ValueError` if it has not each of the policy's, in its shape; nothing is checked without safetensors.
+    Raises `ValueError` if the checkpoint lacks one of the policy's tensors or has it in another shape. A checkpoint
+    without safetensors files is not checked.
     """
-    found = {tensor.name: tensor for tensor in checkpoint_tensors(path, revision)}
+    found = {tensor.name: tensor for tensor in pretrained_tensors(path, revision)}
     if not found:
         return {}
-    unknown = sorted(naming.shapes.keys() - found.keys())
+    unknown = sorted(mapping.shapes.keys() - found.keys())
     if unknown:
         others = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise ValueError(
-            f"model {path!r}: its checkpoint has no {unknown[0]}{others}, under which the policy's weights would be "
-            "published: engines would pass over them. Expected what save_pretrained of AutoModelForCausalLM writes: "
-            "load the model so, save it, and name that folder"
+            f"model {path!r}: its checkpoint has no tensor {unknown[0]}{others}, so engines would ignore the weights "
+            "published under these names. Expected a checkpoint that AutoModelForCausalLM.save_pretrained has written: "
+            "load the model with that class, save it, and set the path to that folder"
         )
-    for name, shape in naming.shapes.items():
+    for name, shape in mapping.shapes.items():
         if found[name].shape != shape:
             raise ValueError(
                 f"model {path!r}: {name} has shape {tuple(found[name].shape)} in its checkpoint and {tuple(shape)} in "
                 "the policy; expected the same"
             )
-    own = naming.shapes.keys() | _revert(model, _without_values(model.state_dict())).keys()  # tied ones stored again
+    own = mapping.shapes.keys() | _revert(model, _without_values(model.state_dict())).keys()  # or tied twins
     return {name: tensor for name, tensor in found.items() if name not in own}
 
 
-def published_from(parameters: Mapping[str, Tensor], frame: Path, unchanged: Path) -> dict[str, Tensor]:
-    """What would be published of `parameters`, without the learner: by the model's configuration in `frame` and what
-    `Policy.save_unchanged` has written."""
-    if not unchanged.is_file():  # of a learner of an earlier release
+def published_tensors(parameters: Mapping[str, Tensor], config_folder: Path, unchanged: Path) -> dict[str, Tensor]:
+    """The tensors that a learner would publish for `parameters`, from the model's configuration in `config_folder` and
+    the file `unchanged` that `Policy.save_unchanged` has written."""
+    if not unchanged.is_file():  # the run's learner was of an earlier release
         return dict(parameters)
     with safe_open(unchanged, "pt") as opened:
         names = json.loads(opened.metadata()["names"])
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
     tensors |= {names[name]: tensor for name, tensor in parameters.items() if name in names}
     if others := {name: tensor for name, tensor in parameters.items() if name not in names}:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(frame))
-        tensors |= {name: weight.detach().contiguous() for name, weight in Naming(model).of(others).items()}
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config_folder))
+        converted = CheckpointMapping(model).convert(others)
+        tensors |= {name: weight.detach().contiguous() for name, weight in converted.items()}
     return tensors
 
 
-def checkpoint_tensors(path: str, revision: str | None = None) -> Iterator[UnchangedWeight]:
-    """Of the safetensors files that `from_pretrained` reads. Raises `ValueError` on a dtype that no version carries."""
-    for file in _checkpoint_files(path, revision):
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - no mapping
-                part = opened.get_slice(name)
-                if part.get_dtype() not in _DTYPES:
-                    expected = ", ".join(_DTYPES)
-                    raise ValueError(f"model {path!r}: {name} is {part.get_dtype()}; expected one of {expected}")
-                yield UnchangedWeight(name, torch.Size(part.get_shape()), _DTYPES[part.get_dtype()], Path(file))
-
-
-def _checkpoint_files(path: str, revision: str | None) -> list[str]:
-    def find(name: str) -> str | None:
-        found: str | None = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-        return found
-
-    if single := find(SAFE_WEIGHTS_NAME):
-        return [single]
-    if index := find(SAFE_WEIGHTS_INDEX_NAME):
-        return list(get_checkpoint_shard_files(path, index, revision=revision)[0])
-    return []
-
-
-def _groups(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> list[Group]:
-    """As small as they can be; all as one where a conversion looks at more than it changes."""
-    by_first: dict[str, list[str]] = {}
-    for part, like in stored.items():
-        by_first.setdefault(next(iter(_revert(model, {part: like}))), []).append(part)
-    groups = [_group(model, {part: stored[part] for part in parts}) for parts in by_first.values()]
+def _groups(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> list[TensorGroup]:
+    """The smallest groups; a single group of all if a conversion depends on tensors outside its group."""
+    by_first_output: dict[str, list[str]] = {}
+    for name, like in stored.items():
+        by_first_output.setdefault(next(iter(_revert(model, {name: like}))), []).append(name)
+    groups = [_group(model, {name: stored[name] for name in names}) for names in by_first_output.values()]
     whole = _group(model, stored)
-    made = {name: tensor.shape for group in groups for name, tensor in group.made.items()}
-    return groups if made == {name: tensor.shape for name, tensor in whole.made.items()} else [whole]
+    shapes = {name: tensor.shape for group in groups for name, tensor in group.outputs.items()}
+    return groups if shapes == {name: tensor.shape for name, tensor in whole.outputs.items()} else [whole]
 
 
-def _group(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> Group:
-    made = _revert(model, stored)
-    is_itself = len(made) == len(stored) == 1 and next(iter(made.values())) is next(iter(stored.values()))
-    return Group(list(stored), made, is_itself)
+def _group(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> TensorGroup:
+    outputs = _revert(model, stored)
+    is_rename = len(outputs) == len(stored) == 1 and next(iter(outputs.values())) is next(iter(stored.values()))
+    return TensorGroup(list(stored), outputs, is_rename)
 
 
 def _revert(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    made: dict[str, Tensor] = revert_weight_conversion(model, dict(stored))
-    return made
+    reverted: dict[str, Tensor] = revert_weight_conversion(model, dict(stored))
+    return reverted
 
 
 def _without_values(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

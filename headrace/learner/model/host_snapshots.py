@@ -1,7 +1,7 @@
-"""Copies of tensors in host memory, taken while the loop waits and read by threads while it goes on.
+"""Copies of tensors in host memory, taken while the loop waits and read by other threads while it goes on.
 
-The memory of a copy is used again for a later one once nobody holds the copy any more, so that it is neither asked for
-nor given back at every version. It is pinned where the tensors are on a GPU.
+The memory of a copy is reused for a later one once the copy is no longer referenced, so that memory is not allocated
+and freed for every version. It is pinned if the tensors are on a GPU.
 """
 
 import weakref
@@ -16,7 +16,7 @@ from headrace.common.weights.delta import Bytes
 
 
 class Weight(Protocol):
-    """A tensor, or what stands for one until `detach` makes it whole."""
+    """A tensor, or an object that produces it when `detach` is called."""
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -26,26 +26,26 @@ class Weight(Protocol):
 
 
 def bytes_of(tensor: Tensor) -> Bytes:
-    """Of a contiguous one on the CPU, in the same memory."""
+    """The bytes of a contiguous CPU tensor, in the same memory."""
     content: Bytes = tensor.reshape(-1).view(torch.uint8).numpy()
     return content
 
 
 class Snapshot:
-    """Tensors by name, contiguous and on the CPU; their memory is the snapshot's for as long as somebody holds it."""
+    """Contiguous CPU tensors by name; their memory is not reused as long as the snapshot is referenced."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
 
 
-class Snapshots:
-    """Of the same tensors, again and again. `take` is for one thread; a snapshot may be let go of by any."""
+class SnapshotPool:
+    """Takes snapshots of the same tensors repeatedly. `take` is for one thread; any thread may release a snapshot."""
 
     def __init__(self) -> None:
         self._free: list[dict[str, Tensor]] = []
 
     def take(self, tensors: Mapping[str, Weight]) -> Snapshot:
-        """Returns when all of them are copied. A weight that lies on several ranks is gathered, one after the other."""
+        """Returns when all tensors are copied. Weights that are sharded are gathered one after another."""
         memory = self._free.pop() if self._free else {}
         is_on_gpu = False
         for name, weight in tensors.items():
@@ -62,7 +62,7 @@ class Snapshots:
 
 
 def _copy(tensor: Tensor, memory: Tensor) -> None:
-    """On the CPU by `memcpy`, which writes past the caches: torch's own copy takes half as long again."""
+    """Copies CPU tensors with `memcpy`, which bypasses the caches: torch's own copy takes 1.5 times as long."""
     if tensor.is_cuda or not tensor.is_contiguous():
         memory.copy_(tensor, non_blocking=True)
     else:

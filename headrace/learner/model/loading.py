@@ -1,8 +1,8 @@
-"""The model from its checkpoint: whole on rank 0, which alone reads it, and without values on the others.
+"""Loads the model from its checkpoint: the whole model on rank 0, a model without values on the other ranks.
 
-Those are given their rows when it is sharded (distributed/fsdp.py), so that a machine's memory holds the model once
-whole, whatever the number of its ranks. Computed is in the weights' dtype, but on a CPU that multiplies bfloat16 by
-emulation in float32: the weights then are float32 numbers that bfloat16 has.
+The others get their rows when it is sharded (distributed/fsdp.py), so that a machine holds only one whole copy for any
+number of ranks. Computation uses the weights' dtype, except on a CPU that emulates bfloat16: that computes in
+float32, on weights whose values are bfloat16 values.
 """
 
 from collections.abc import Mapping
@@ -15,27 +15,29 @@ from transformers.utils.logging import disable_progress_bar
 from headrace.common.config import ModelConfig
 from headrace.common.models.context_length import load_model_config
 from headrace.common.models.hub import loading
-from headrace.learner.model.checkpoint_layout import Naming, UnchangedWeight, stored_tensors, unchanged_weights
-from headrace.learner.model.self_check import shares_prompts
+from headrace.learner.model.checkpoint_layout import CheckpointMapping, stored_tensors, unchanged_weights
+from headrace.learner.model.pretrained_tensors import PretrainedTensor
+from headrace.learner.model.self_check import can_share_prompts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A model that was read, and what is to be known of it."""
+class LoadedModel:
+    """A loaded model, with what sharing prompts and publishing need to know of it."""
 
     model: PreTrainedModel
     shares_prompts: bool
-    naming: Naming
-    unchanged: Mapping[str, UnchangedWeight]
-    """Of its checkpoint, what the policy does not have."""
+    mapping: CheckpointMapping
+    unchanged: Mapping[str, PretrainedTensor]
+    """The checkpoint's tensors that the policy does not have."""
     dtypes: Mapping[str, torch.dtype]
-    """Of its parameters and persistent buffers, as they are published."""
+    """The dtypes that parameters and persistent buffers are published in."""
 
 
-def load(settings: ModelConfig, device: torch.device, compute: torch.dtype) -> Loaded:
-    """In evaluation mode, on `device`. Raises `ValueError` if it cannot be loaded or trained."""
+def load_pretrained(settings: ModelConfig, device: torch.device, compute: torch.dtype) -> LoadedModel:
+    """Loads the model in evaluation mode on `device`, to be computed in `compute`. Raises `ValueError` if it cannot be
+    loaded or trained."""
     disable_progress_bar()
     path, dtype = settings.location, DTYPES[settings.dtype]
     try:
@@ -44,17 +46,17 @@ def load(settings: ModelConfig, device: torch.device, compute: torch.dtype) -> L
         raise ValueError(f"model {path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     _check_deterministic(model, path)
     _check_tied(model, settings)
-    naming = Naming(model)
-    unchanged = unchanged_weights(model, naming, path, settings.revision)
+    mapping = CheckpointMapping(model)
+    unchanged = unchanged_weights(model, mapping, path, settings.revision)
     dtypes = {name: tensor.dtype for name, tensor in stored_tensors(model).items()}
     model.eval().to(device)
     if compute != dtype:
         model.to(compute)
-    return Loaded(model, shares_prompts(model, path), naming, unchanged, dtypes)
+    return LoadedModel(model, can_share_prompts(model, path), mapping, unchanged, dtypes)
 
 
-def load_without_values(settings: ModelConfig, compute: torch.dtype) -> PreTrainedModel:
-    """The same model, in evaluation mode, in memory of which no page has been touched."""
+def load_empty(settings: ModelConfig, compute: torch.dtype) -> PreTrainedModel:
+    """The same model in evaluation mode with uninitialised values, whose memory has not been touched yet."""
     config = AutoConfig.from_pretrained(settings.location, **loading(settings))
     trust = settings.trust_remote_code
     with torch.device("meta"):
@@ -62,7 +64,7 @@ def load_without_values(settings: ModelConfig, compute: torch.dtype) -> PreTrain
     model.to_empty(device="cpu").tie_weights()
     if forgotten := [name for name, module in model.named_modules() if any(_is_meta(v) for v in vars(module).values())]:
         raise ValueError(
-            f"model {settings.path!r} cannot be given to several ranks: {forgotten[0]} keeps a tensor that is no "
+            f"model {settings.path!r} cannot be trained on several ranks: {forgotten[0]} has a tensor that is no "
             "buffer; expected learner.num_ranks 1"
         )
     return model.eval()
@@ -82,11 +84,13 @@ def _check_deterministic(model: PreTrainedModel, path: str) -> None:
 
 
 def _check_tied(model: PreTrainedModel, settings: ModelConfig) -> None:
-    """Transformers unties what a checkpoint stores twice with other values; engines go by the configuration."""
-    says = load_model_config(settings).tie_word_embeddings
+    """Transformers unties weights that a checkpoint stores twice with different values; engines tie them nevertheless
+    if the configuration asks for it."""
+    is_tied = load_model_config(settings).tie_word_embeddings
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if says and head is not None and head.weight is not embedding.weight:
+    if is_tied and head is not None and head.weight is not embedding.weight:
         raise ValueError(
-            f"model {settings.path!r}: its configuration says tie_word_embeddings, but its checkpoint has a head that "
-            "is not the embedding, which engines would pass over; expected one of the two to say otherwise"
+            f"model {settings.path!r}: its configuration sets tie_word_embeddings, but its checkpoint has a head that "
+            "differs from the embedding, which engines would ignore; expected a configuration without "
+            "tie_word_embeddings, or a checkpoint without the head"
         )

@@ -1,9 +1,9 @@
 """Log-probabilities of given tokens from hidden states, without `(tokens, vocabulary)` logits of a whole batch.
 
-Logits exist for one chunk of tokens at a time, and are computed again in the backward pass. They, and all that is made
-of them, are float32 whatever the model's dtype: rounded to bfloat16 they would be off by 0.06 at 16 to 32, most of what
-engine and learner differ by (NVIDIA-NeMo/RL#3936). Bytes at the peak, with C tokens in a chunk, V the vocabulary and H
-the hidden size: forward `4.5 CV`; backward `4 CV + 4 VH` in float32, `6 CV + 8 VH` for bfloat16 on CUDA.
+Logits exist for one chunk of tokens at a time, and are recomputed in the backward pass. They and everything computed
+from them are float32, whatever the model's dtype: rounding logits of 16 to 32 to bfloat16 would give errors of 0.06,
+which would be most of the gap between engine and learner (NVIDIA-NeMo/RL#3936). Peak bytes, with C tokens in a chunk,
+vocabulary V and hidden size H: forward `4.5 CV`; backward `4 CV + 4 VH` in float32, `6 CV + 8 VH` for bfloat16 on CUDA.
 """
 
 from collections.abc import Iterator
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 NUM_PARTS = 8
-"""Of a chunk, one after another, where exponentials stand beside the logits."""
+"""Number of parts that a chunk is processed in where exponentials are needed beside the logits."""
 VOCABULARY_BLOCK = 16384
-"""Rows of a bfloat16 head that a CPU widens to float32 at one time."""
+"""Number of rows of a bfloat16 head that a CPU converts to float32 at a time."""
 
 
 class Scored(NamedTuple):
@@ -23,13 +23,13 @@ class Scored(NamedTuple):
 
     logprobs: Tensor
     entropy: Tensor
-    """Of the distribution that each token is from, in nats; without a gradient."""
+    """The entropy of the distribution that each token is from, in nats; without a gradient."""
 
 
 def score_tokens(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, chunk_tokens: int) -> Scored:
     """log softmax(hidden @ weight.T / temperature)[target], and the entropy of that softmax.
 
-    `hidden` `(N, H)`, `weight` `(V, H)`, `targets` `(N,)` int64, `temperature` `(N,)`: each token's own.
+    `hidden` `(N, H)`, `weight` `(V, H)`, `targets` `(N,)` int64, `temperature` `(N,)`, one per token.
     """
     return Scored(*_TokenLogprobs.apply(hidden, weight, targets, temperature, chunk_tokens))  # type: ignore[no-untyped-call]
 
@@ -45,7 +45,7 @@ class _TokenLogprobs(torch.autograd.Function):
         for chunk in _slices(len(hidden), chunk_tokens):
             logits = _logits(hidden[chunk], weight, temperature[chunk])
             logprobs[chunk] = logits.gather(1, targets[chunk, None]).squeeze(1)
-            top[chunk], total[chunk], entropy[chunk] = _sums(logits)
+            top[chunk], total[chunk], entropy[chunk] = _softmax_statistics(logits)
         logprobs.sub_(top).sub_(total.log())
         ctx.save_for_backward(hidden, weight, targets, temperature, top, total)
         ctx.chunk_tokens = chunk_tokens
@@ -69,7 +69,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: Tensor) -> Tensor:
-    """`(C, V)` float32 or better, from exact products: a bfloat16 matrix product rounds what it returns."""
+    """Logits `(C, V)` in float32 or float64. A plain bfloat16 matrix product would round them to bfloat16."""
     if hidden.dtype != torch.bfloat16:
         logits = hidden @ weight.T
     elif hidden.is_cuda:
@@ -82,9 +82,10 @@ def _logits(hidden: Tensor, weight: Tensor, temperature: Tensor) -> Tensor:
     return logits.div_(temperature.unsqueeze(1).to(logits.dtype))
 
 
-def _sums(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row: its largest logit, Σ exp(logits - largest), the softmax's entropy, `(C,)` each; uses `logits` up.
-    Largest and sum are kept apart, for their log's rounding would be in every probability."""
+def _softmax_statistics(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For each row its largest logit, Σ exp(logits - largest) and the softmax's entropy, `(C,)` each; overwrites
+    `logits`. Largest and sum are returned separately, because the rounding of their log would be in every
+    probability."""
     found = []
     for rows in logits.split(max(1, -(-len(logits) // NUM_PARTS))):
         top = rows.amax(dim=1, keepdim=True)
@@ -97,7 +98,7 @@ def _sums(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _add_gradients(grad_logits: Tensor, hidden: Tensor, weight: Tensor, grad_weight: Tensor) -> Tensor:
-    """Returns the gradient of `hidden`, in its dtype, and adds that of `weight` to `grad_weight`."""
+    """Returns the gradient of `hidden`, in its dtype, and adds the gradient of `weight` to `grad_weight`."""
     if hidden.dtype != torch.bfloat16:
         grad_weight.addmm_(grad_logits.T, hidden)
         return grad_logits @ weight

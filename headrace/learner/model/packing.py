@@ -1,7 +1,7 @@
-"""From a batch of groups to token-budgeted micro-batches: pure functions on numpy arrays.
+"""From a batch of groups to micro-batches of a token budget: pure functions on numpy arrays.
 
-A mini-batch takes whole groups or a part of each, and a micro-batch keeps the rollouts of a group beside each other,
-behind one copy of their prompt (shared_prefix.py); only attention sees padding.
+A mini-batch has whole groups or a part of each. A micro-batch has the rollouts of a group next to each other, behind
+one copy of their prompt (shared_prefix.py); only attention has padding.
 """
 
 import random
@@ -19,7 +19,7 @@ from headrace.learner.model.shared_prefix import Layout
 
 @dataclass(frozen=True)
 class Sample:
-    """One rollout in a batch. `advantage` is its sequence's; `token_staleness` `(n,)` int, in steps."""
+    """One rollout in a batch. `advantage` is the sequence's; `token_staleness` is `(n,)` int64, in steps."""
 
     group: Group
     rollout: Rollout
@@ -33,14 +33,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """B rollouts in one row of T tokens, of which N are trained. What has length N is packed by `sequence_offsets`."""
+    """B rollouts in one row of T tokens, of which N are trained. `sequence_offsets` splits arrays of length N by
+    rollout."""
 
     input_ids: np.ndarray
     """`(1, T)` int64."""
     layout: Layout
-    """Whose prompts and completions they are."""
+    """Where each prompt and completion is in the row."""
     positions: np.ndarray
-    """`(N,)` int64: index into `(T,)` of the token that predicts each trained one: of a first one its prompt's last."""
+    """`(N,)` int64: the index in the row of the token that predicts each trained token; for a completion's first token
+    that is the prompt's last."""
     targets: np.ndarray
     """`(N,)` int64."""
     behaviour_logprobs: np.ndarray
@@ -65,15 +67,16 @@ class MicroBatch:
 
 
 def current_version(step: int, version_steps: Mapping[int, int]) -> int | None:
-    """Of the weights after `step` steps; None where the map has none. Versions only grow, over all lives."""
+    """The version of the weights after `step` steps, None if the map has none. Version numbers only grow, also over
+    restarts."""
     return max((version for version, made_by in list(version_steps.items()) if made_by == step), default=None)
 
 
 def token_staleness(rollout: Rollout, step: int, version_steps: Mapping[int, int], current: int | None) -> np.ndarray:
     """Steps since the version that sampled each trained token was made, `(n,)` int64.
 
-    0 is a fresh token: of the version `current`, which the learner has after `step` steps. Versions of an earlier life
-    that had come as far, or farther, are of other weights: at least 1.
+    0 means a fresh token, sampled by `current`, the version after `step` steps. Tokens of other versions count at least
+    1: an earlier start of the learner may have published other weights for the same or a later step.
     """
     parts = []
     for span in rollout.version_spans:
@@ -84,9 +87,9 @@ def token_staleness(rollout: Rollout, step: int, version_steps: Mapping[int, int
 
 
 def split_mini_batches(samples: Sequence[Sample], settings: ActorConfig, seed: str) -> list[list[Sample]]:
-    """Whole groups, shuffled by `seed`, in mini-batches whose numbers of groups differ by at most one; or with
-    `mini_batch_split: completions` each group's samples, shuffled and dealt out, so that numbers of samples do, and
-    those of each group as well."""
+    """Splits whole groups, shuffled by `seed`, so that mini-batches differ by at most one group. With
+    `mini_batch_split: completions` it shuffles each group's samples and deals them out, so that mini-batches differ by
+    at most one sample, in total and per group."""
     by_group: dict[str, list[Sample]] = {}
     for sample in samples:
         by_group.setdefault(sample.group.ticket.id, []).append(sample)
@@ -100,13 +103,13 @@ def split_mini_batches(samples: Sequence[Sample], settings: ActorConfig, seed: s
 
 
 def pack(samples: Sequence[Sample], max_tokens: int) -> list[MicroBatch]:
-    """Micro-batches of at most `max_tokens` tokens as attention sees them, with padding and each completion's prompt; a
-    longer sample gets one of its own."""
+    """Micro-batches of at most `max_tokens` tokens, counted as attention computes them: with padding and with one copy
+    of the prompt per completion. A longer sample gets a micro-batch of its own."""
     return [_build(rows) for rows in _fill(longest_groups_first(samples), max_tokens)]
 
 
 def longest_groups_first(samples: Sequence[Sample]) -> list[Sample]:
-    """The order of packing: what is about as long side by side, groups whole."""
+    """The order of packing: groups by their longest sample, so that samples of similar length are adjacent."""
     longest: dict[str, int] = {}
     for sample in samples:
         name = sample.group.ticket.id

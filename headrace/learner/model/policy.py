@@ -1,7 +1,7 @@
 """The policy on its device: from a micro-batch to the log-probabilities of its trained tokens.
 
-Any causal language model that transformers loads (loading.py, self_check.py). The forward pass stops at the hidden
-states, and only those that predict a trained token meet the vocabulary. The same code runs on CPU and CUDA.
+It supports any causal language model that transformers loads (loading.py, self_check.py). The forward pass computes
+hidden states; logits are computed only from those that predict a trained token. The same code runs on CPU and CUDA.
 """
 
 import json
@@ -23,15 +23,15 @@ from headrace.learner.distributed.fsdp import shard
 from headrace.learner.distributed.ranks import Ranks
 from headrace.learner.model.checkpoint_layout import stored_tensors
 from headrace.learner.model.host_snapshots import Weight
-from headrace.learner.model.loading import DTYPES, Loaded, load, load_without_values
+from headrace.learner.model.loading import DTYPES, LoadedModel, load_empty, load_pretrained
 from headrace.learner.model.logprobs import Scored, score_tokens
 from headrace.learner.model.packing import MicroBatch
-from headrace.learner.model.shared_prefix import Places, hidden_states, places, use_shared_prompts
+from headrace.learner.model.shared_prefix import LayoutTensors, hidden_states, layout_tensors, use_shared_prompts
 
 
 def pick_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """As an engine would choose (headrace/common/hardware/device.py). Raises `ValueError` if that is CUDA, and torch
-    cannot use it."""
+    """The device that an engine would choose (headrace/common/hardware/device.py). Raises `ValueError` if that is CUDA
+    and torch cannot use it."""
     device = resolve_device(wanted)
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
@@ -42,7 +42,7 @@ def pick_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
 
 
 class TokenScorer(nn.Module):
-    """All of the forward pass, so that it can be sharded as one: from token ids to log-probabilities and entropies."""
+    """The whole forward pass as one module, to be sharded: from token ids to log-probabilities and entropies."""
 
     def __init__(self, model: PreTrainedModel, chunk_tokens: int, shares_prompts: bool) -> None:
         super().__init__()
@@ -51,16 +51,16 @@ class TokenScorer(nn.Module):
         self.shares_prompts = shares_prompts
 
     def forward(
-        self, input_ids: Tensor, places: Places, positions: Tensor, targets: Tensor, temperature: Tensor
+        self, input_ids: Tensor, layout: LayoutTensors, positions: Tensor, targets: Tensor, temperature: Tensor
     ) -> Scored:
-        hidden = hidden_states(self.model, input_ids, places, is_shared=self.shares_prompts)
+        hidden = hidden_states(self.model, input_ids, layout, is_shared=self.shares_prompts)
         weight = self.model.get_output_embeddings().weight
         return score_tokens(hidden[positions], weight, targets, temperature, self.chunk_tokens)
 
 
 @dataclass(frozen=True)
 class RoundedWeight:
-    """A weight that is computed in another dtype than it is published in, which holds its values exactly."""
+    """A weight that is published in another dtype than it is computed in; that dtype represents its values exactly."""
 
     tensor: Tensor
     dtype: torch.dtype
@@ -74,15 +74,16 @@ class RoundedWeight:
 
 
 class Policy:
-    """A model with weights in `dtype` on `device`, dropout off. Raises `ValueError` if it cannot be loaded or served.
+    """A model with weights in `dtype` on `device`, without dropout. Raises `ValueError` if it cannot be loaded or
+    served.
 
-    On several ranks it is sharded, and whatever it computes is computed by all of them at the same time.
+    On several ranks it is sharded, and all ranks must execute each computation together.
     """
 
     def __init__(
-        self, model: ModelConfig, learner: LearnerConfig, ranks: Ranks | None = None, loaded: Loaded | None = None
+        self, model: ModelConfig, learner: LearnerConfig, ranks: Ranks | None = None, loaded: LoadedModel | None = None
     ) -> None:
-        """`loaded`: by `load_model` on rank 0, which the others need not wait for then."""
+        """`loaded`: on rank 0, the result of `load_model` if it was called before."""
         self.ranks = ranks or Ranks()
         self.device = device_of(learner, self.ranks)
         self.dtype = DTYPES[model.dtype]
@@ -92,7 +93,7 @@ class Policy:
             self.model, shares_prompts = self._loaded.model, self.ranks.broadcast_flag(self._loaded.shares_prompts)
         else:
             self.model, shares_prompts = (
-                load_without_values(model, self.compute_dtype),
+                load_empty(model, self.compute_dtype),
                 self.ranks.broadcast_flag(False),
             )
             if shares_prompts:
@@ -102,13 +103,13 @@ class Policy:
             self.model.train()
         self.scorer = TokenScorer(self.model, learner.chunk_tokens(self.device.type), shares_prompts)
         self.sharded = {}
-        """The parameters by name; empty on one rank."""
+        """The sharded parameters by name; empty on a single rank."""
         if not self.ranks.is_alone:
             self.sharded = shard(self.model, self.scorer, self.ranks, self.device, self.dtype)
 
     @property
     def rounded_to(self) -> dict[str, torch.dtype]:
-        """Of parameters that are computed in another dtype than they are published in: the latter."""
+        """The published dtype of each parameter that is computed in another dtype, by name."""
         dtypes = self._loaded.dtypes if self.ranks.rank == 0 else {}
         return {
             name: dtypes.get(name, self.dtype)
@@ -121,10 +122,10 @@ class Policy:
         return self.score(micro_batch).logprobs
 
     def score(self, micro_batch: MicroBatch) -> Scored:
-        """As `logprobs`, with the entropy of the distribution that each trained token is from."""
+        """The log-probabilities of `logprobs`, and the entropy of the distribution that each trained token is from."""
         scored: Scored = self.scorer(
             self.to_device(micro_batch.input_ids),
-            places(micro_batch.layout, self.device),
+            layout_tensors(micro_batch.layout, self.device),
             self.to_device(micro_batch.positions),
             self.to_device(micro_batch.targets),
             self.to_device(micro_batch.temperature),
@@ -132,8 +133,8 @@ class Policy:
         return scored
 
     def reshard(self) -> None:
-        """After a pass without a gradient and before an update: the root's weights stay gathered on every rank until a
-        backward pass, and what comes next would compute with those of before."""
+        """Must be called after a pass without a gradient and before an update: otherwise the root's weights stay
+        gathered on every rank until the next backward pass, and later passes would compute with outdated weights."""
         if isinstance(self.scorer, FSDPModule):
             self.scorer.reshard()
 
@@ -141,52 +142,54 @@ class Policy:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     def tensors(self) -> Mapping[str, Weight]:
-        """What is published, on rank 0: the tensors of the checkpoint, under its names. To be read before the next
-        update; on several ranks each `detach` is a call to all of them."""
+        """On rank 0: the weights to publish, which are the checkpoint's tensors under its names. They must be read
+        before the next update; on several ranks each `detach` calls all of them."""
         stored = stored_tensors(self.model)
         own = {name: self._as_published(name, tensor) for name, tensor in stored.items()} | self.sharded
-        return {**self._loaded.naming.of(own), **self._loaded.unchanged}
+        return {**self._loaded.mapping.convert(own), **self._loaded.unchanged}
 
     def _as_published(self, name: str, tensor: Tensor) -> Weight:
         dtype = self._loaded.dtypes[name]
         return tensor if tensor.dtype == dtype else RoundedWeight(tensor, dtype)
 
-    def save_frame(self, folder: Path, tokenizer: Any) -> None:
-        """What `save` writes, but for the weights."""
+    def save_config_and_tokenizer(self, folder: Path, tokenizer: Any) -> None:
+        """Writes the same files as `save`, without the weights."""
         self.model.config.save_pretrained(folder)
         if self.model.generation_config is not None:
             self.model.generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
     def save_unchanged(self, file: Path) -> None:
-        """What an export needs beside a checkpoint's masters, in safetensors: the published tensors that no update
-        changes, and under which name each parameter is published that becomes a tensor as it is."""
+        """Writes what an export needs beside a checkpoint's masters, as safetensors: the published tensors that no
+        update changes, and the published name of each parameter that is at most renamed."""
         parameters = dict(self.model.named_parameters())
         stored = stored_tensors(self.model)
         buffers = {name: self._as_published(name, one) for name, one in stored.items() if name not in parameters}
-        unchanged = {**self._loaded.naming.of(buffers), **self._loaded.unchanged}
+        unchanged = {**self._loaded.mapping.convert(buffers), **self._loaded.unchanged}
         tensors = {name: weight.detach().cpu().contiguous() for name, weight in unchanged.items()}
-        save_file(tensors, file, metadata={"names": json.dumps(self._loaded.naming.names)})
+        save_file(tensors, file, metadata={"names": json.dumps(self._loaded.mapping.names)})
 
     def save(self, folder: Path, tokenizer: Any) -> None:
-        """In Hugging Face format: `AutoModelForCausalLM.from_pretrained(folder)` loads it."""
-        self.save_frame(folder, tokenizer)
+        """Writes the policy in Hugging Face format: `AutoModelForCausalLM.from_pretrained(folder)` loads it."""
+        self.save_config_and_tokenizer(folder, tokenizer)
         whole = {name: weight.detach().cpu().contiguous() for name, weight in self.tensors().items()}
         save_file(whole, folder / MODEL_FILE, metadata={"format": "pt"})
 
 
 def device_of(learner: LearnerConfig, ranks: Ranks) -> torch.device:
+    """This rank's device."""
     device = pick_device(learner.device)
     return torch.device("cuda", ranks.local_rank) if device.type == "cuda" and not ranks.is_alone else device
 
 
-def load_model(model: ModelConfig, learner: LearnerConfig, ranks: Ranks) -> Loaded:
-    """On rank 0; where there are others it stays in host memory, and its shards leave it one by one."""
+def load_model(model: ModelConfig, learner: LearnerConfig, ranks: Ranks) -> LoadedModel:
+    """Loads the model, on rank 0. With other ranks it stays in host memory until it is sharded."""
     device = device_of(learner, ranks)
-    loaded = load(
+    loaded = load_pretrained(
         model, device if ranks.is_alone else torch.device("cpu"), DTYPES[computed_in(model.dtype, device.type)]
     )
     dtypes = {str(loaded.dtypes[name]) for name, _ in loaded.model.named_parameters()}
     if not ranks.is_alone and len(dtypes) > 1:
-        raise ValueError(f"model {model.path!r} has weights in {', '.join(sorted(dtypes))}: on several ranks one dtype")
+        found = ", ".join(sorted(dtypes))
+        raise ValueError(f"model {model.path!r} has weights in {found}; expected a single dtype on several ranks")
     return loaded

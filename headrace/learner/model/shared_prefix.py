@@ -1,14 +1,14 @@
-"""A group's prompt computed once for all its completions: the layout of a packed row, and the attention over it.
+"""Shared prompts: the layout of a packed row, and attention that computes a group's prompt once for all completions.
 
-The row is groups one after another, each its prompt and then its completions, without padding: `prompt, c, c, …,
-prompt, c, …`. Everything but attention works token by token and needs only the positions. Attention alone lays each
-completion out behind its prompt, in rows padded on the right; there a prompt's queries are computed once for each
-completion, and one result is kept. Values and gradients are those of the unshared computation. `Layout` is of a
-micro-batch, `Places` the same as index tensors on a device, made once for all layers.
+The row contains the groups one after another, each with its prompt and then its completions, without padding: `prompt,
+c, c, …, prompt, c, …`. Everything but attention works token by token and needs only the positions. Attention copies
+each completion behind its prompt, into rows padded on the right; there a prompt's queries are computed once for each
+completion, and one result is kept. Values and gradients are those of the unshared computation. `Layout` describes a
+micro-batch; `LayoutTensors` are its index tensors on a device, made once for all layers.
 
-A model whose layers look at other tokens by other ways than transformers' attention interface (a recurrent state, a
-convolution) shares no prompt: all of it computes those padded rows, a sequence each, and what they share of a prompt is
-taken from one of them.
+A model whose layers use other tokens in other ways than by transformers' attention interface (a recurrent state, a
+convolution) cannot share prompts. Then the whole model computes the padded rows, one sequence each, and a prompt's
+hidden states are taken from one of its rows.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class Layout:
 
     prompt_lengths: Sequence[int]
     completion_lengths: Sequence[Sequence[int]]
-    """Of each group."""
+    """For each group, the lengths of its completions."""
 
     @property
     def num_tokens(self) -> int:
@@ -42,18 +42,18 @@ class Layout:
 
     @cached_property
     def spans(self) -> list[tuple[range, range]]:
-        """Of each completion: where its prompt and where itself stand in `(T,)`."""
-        found, place = [], 0
+        """For each completion, the positions of its prompt and of itself in the row."""
+        found, offset = [], 0
         for prompt, lengths in zip(self.prompt_lengths, self.completion_lengths, strict=True):
-            ends = list(accumulate(lengths, initial=place + prompt))
+            ends = list(accumulate(lengths, initial=offset + prompt))
             for start, length in zip(ends, lengths, strict=False):
-                found.append((range(place, place + prompt), range(start, start + length)))
-            place = ends[-1]
+                found.append((range(offset, offset + prompt), range(start, start + length)))
+            offset = ends[-1]
         return found
 
     @cached_property
     def indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`positions`, `rows` and `back` of `Places`, int64: for every pass over the micro-batch."""
+        """`positions`, `rows` and `back` of `LayoutTensors`, int64; cached, for all passes over the micro-batch."""
         width = max(len(prompt) + len(completion) for prompt, completion in self.spans)
         rows = np.full((len(self.spans), width), PADDING)
         positions, back = np.empty(self.num_tokens, np.int64), np.empty(self.num_tokens, np.int64)
@@ -68,36 +68,37 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Places:
+class LayoutTensors:
     """Index tensors of a `Layout`."""
 
     positions: Tensor
-    """`(1, T)`: each token's place in its own sequence."""
+    """`(1, T)`: each token's position in its own sequence."""
     rows: Tensor
-    """`(R, W)`: the tokens of each prompt with one completion, padded with other tokens, which none of them sees: with
-    each about as often, since the backward pass adds up what stands for the same token one after another on CUDA."""
+    """`(R, W)`: for each completion, the indices of its prompt's and its own tokens. The padding consists of other
+    tokens, which no token attends to; each occurs about equally often, because on CUDA the backward pass adds the
+    gradients of repeated indices one after another."""
     back: Tensor
-    """`(T,)`: where each token stands in `rows`, flattened; of a prompt's, in its first completion's row."""
+    """`(T,)`: each token's index in the flattened `rows`; a prompt's tokens are in its first completion's row."""
 
 
-def places(layout: Layout, device: torch.device) -> Places:
-    return Places(*(torch.from_numpy(array).to(device, non_blocking=True) for array in layout.indices))
+def layout_tensors(layout: Layout, device: torch.device) -> LayoutTensors:
+    return LayoutTensors(*(torch.from_numpy(array).to(device, non_blocking=True) for array in layout.indices))
 
 
 def use_shared_prompts(model: PreTrainedModel) -> None:
-    """Gives `model` our attention in the place of its own."""
+    """Replaces `model`'s attention by ours."""
     model.set_attn_implementation(ATTENTION)
 
 
-def hidden_states(model: PreTrainedModel, input_ids: Tensor, places: Places, *, is_shared: bool) -> Tensor:
-    """`(T, H)` of the tokens `(1, T)`; `is_shared`: `model` has our attention in the place of its own."""
+def hidden_states(model: PreTrainedModel, input_ids: Tensor, layout: LayoutTensors, *, is_shared: bool) -> Tensor:
+    """The last hidden states `(T, H)` of the tokens `(1, T)`; `is_shared`: `use_shared_prompts(model)` was called."""
     decoder = model.get_decoder()
     if is_shared:
-        found = decoder(input_ids=input_ids, position_ids=places.positions, use_cache=False, places=places)
+        found = decoder(input_ids=input_ids, position_ids=layout.positions, use_cache=False, layout=layout)
         hidden: Tensor = found.last_hidden_state[0]
         return hidden
-    rows: Tensor = decoder(input_ids=input_ids[0][places.rows], use_cache=False).last_hidden_state
-    return rows.flatten(0, 1)[places.back]
+    rows: Tensor = decoder(input_ids=input_ids[0][layout.rows], use_cache=False).last_hidden_state
+    return rows.flatten(0, 1)[layout.back]
 
 
 def attend(
@@ -109,7 +110,7 @@ def attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     *,
-    places: Places,
+    layout: LayoutTensors,
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
@@ -117,14 +118,14 @@ def attend(
     returns `(1, T, heads, D)`."""
     repeats = query.shape[1] // key.shape[1]
     parts = (query[0], key[0].repeat_interleave(repeats, 0), value[0].repeat_interleave(repeats, 0))
-    queries, keys, values = (part[:, places.rows].transpose(0, 1) for part in parts)
-    mask = None if sliding_window is None else _within(sliding_window, places.rows)
+    queries, keys, values = (part[:, layout.rows].transpose(0, 1) for part in parts)
+    mask = None if sliding_window is None else _within(sliding_window, layout.rows)
     found = scaled_dot_product_attention(queries, keys, values, mask, is_causal=mask is None, scale=scaling)
-    return found.transpose(1, 2).flatten(0, 1)[places.back][None], None
+    return found.transpose(1, 2).flatten(0, 1)[layout.back][None], None
 
 
 def _within(window: int, rows: Tensor) -> Tensor:
-    """`(W, W)`: true where a token sees another."""
+    """`(W, W)`: true where a token attends to another."""
     place = torch.arange(rows.shape[1], device=rows.device)
     ahead = place[:, None] - place
     return (ahead >= 0) & (ahead < window)

@@ -18,7 +18,7 @@ from headrace.learner.intake.intake import Intake, PendingGroup
 from headrace.learner.intake.samples import TokenTexts, shown_group
 from headrace.learner.reporting.summary import MetricsFile
 from headrace.learner.reporting.trackers import Trackers
-from headrace.learner.scaling.advice import Advice, Adviser
+from headrace.learner.scaling.advice import Advice, ReplicaAdviser
 from headrace.learner.steering.live_config import LiveConfig
 from headrace.learner.steering.switches import Switches
 from headrace.learner.store.store import LearnerStore
@@ -49,7 +49,7 @@ class RunReporter:
     switches: Switches
     progress: Progress
     waits: Waits
-    adviser: Adviser
+    adviser: ReplicaAdviser
     metrics: MetricsFile
     trackers: Trackers
     token_texts: TokenTexts
@@ -65,7 +65,10 @@ class RunReporter:
         if self._is_reported_paused and phase in ("waiting", "evaluating", "waiting for a replica"):
             phase = "paused"
         position = {"step": self.progress.step, "version": self.versions.current, "url": self.versions.url}
-        position |= {"settings_version": self.live_config.settings.version, "held_back": self.live_config.held_back}
+        position |= {
+            "settings_version": self.live_config.settings.version,
+            "held_back": self.live_config.guard_overrides,
+        }
         advised = {"advised_replicas": advice.replicas, "advice": advice.reason}
         waits = {"reason": self.waits.describe(), "waits": msgspec.json.encode(self.waits.durations_s()).decode()}
         self.store.set_status({"phase": phase, **waits, **position, **advised})
@@ -73,7 +76,7 @@ class RunReporter:
     def report_guard(self, kind: str, reason: str, notch: int) -> None:
         """Reports an action of the divergence guard, with its reason."""
         action = {"warn": "warns", "tighten": "tightens", "loosen": "loosens"}[kind]
-        text = f"the guard {action}: {reason}; {self.live_config.held_back or 'no setting is tightened'}"
+        text = f"the guard {action}: {reason}; {self.live_config.guard_overrides or 'no setting is tightened'}"
         _log.log(logging.INFO if kind == "loosen" else logging.WARNING, text)
         event = {"action": kind, "reason": reason, "notch": notch, "step": self.progress.step, "text": text}
         self.store.add_event("guard", event)

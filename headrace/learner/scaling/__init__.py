@@ -1,1 +1,1 @@
-"""How many replicas would keep the learner busy: advice from measured waits, and a simulation of others."""
+"""The number of replicas that keeps the learner busy: advice from measured waits, and a simulation of other numbers."""

@@ -1,7 +1,8 @@
-"""The loop as a discrete-event simulation: what replicas and learner would wait for, if durations are as given.
+"""Discrete-event simulation of the loop: how long replicas and learner wait, given the durations of groups and steps.
 
-Admission, slots, dynamic sampling and staleness follow the protocol. Simplified: a group's duration does not depend on
-how many others its replica works on, every weight swap is instant, and nothing fails. Seeded: the same every time.
+Admission, slots, dynamic sampling and staleness follow the protocol. Simplifications: a group's duration does not
+depend on the number of groups that its replica processes, weight swaps take no time, and nothing fails. The same seed
+gives the same result.
 """
 
 import heapq
@@ -13,18 +14,18 @@ from typing import Any
 
 from headrace.common.wire import Heartbeat
 
-LOOK_S = 1.0
-"""Between two looks of a learner that waits."""
+POLL_S = 1.0
+"""Interval at which a waiting learner reports its wait."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a run has measured and how it is configured."""
+class MeasuredRun:
+    """A run's measured durations and its configuration."""
 
     group_durations_s: Sequence[float]
-    """From a group's lease until it was scored."""
+    """Durations of groups, each from its lease until it was scored."""
     work_s: Sequence[float]
-    """Of a step, without its wait."""
+    """Durations of steps without their waits."""
     uniform_share: float
     groups_per_step: int
     max_staleness: int
@@ -45,7 +46,7 @@ class _Replica:
 
 @dataclass
 class Totals:
-    """Since the simulation began."""
+    """Totals since the simulation began."""
 
     steps: int = 0
     waited_s: float = 0.0
@@ -60,9 +61,10 @@ class Totals:
 
 @dataclass
 class Simulation:
-    """`observe(waited_s, worked_s, heartbeats)` is told of every stretch of the learner's time, as its adviser is."""
+    """`observe(waited_s, worked_s, heartbeats)` is called after every interval of the learner's time, like
+    `ReplicaAdviser.observe`."""
 
-    measured: Measured
+    measured: MeasuredRun
     num_replicas: int
     seed: int = 0
     observe: Callable[[float, float, list[Heartbeat]], object] = lambda *_: None
@@ -75,22 +77,22 @@ class Simulation:
         self._num_events = self._num_names = 0
         self._open = self._outstanding = 0
         self._queued: deque[tuple[int, int]] = deque()
-        """At which step each was leased, and scored."""
+        """The steps at which each queued group was leased and scored."""
         self.steps_in_queue = 0.0
-        """Of the latest batch, in the mean."""
-        self._num_orders = 0
+        """The latest batch's mean number of steps in the queue."""
+        self._num_requests = 0
         self._waiting_since: float | None = 0.0
         self._replicas: list[_Replica] = []
-        self.scale(self.num_replicas)
-        self._turn()
-        self._look()
+        self.set_replicas(self.num_replicas)
+        self._update()
+        self._poll()
 
     @property
     def num_running(self) -> int:
         return len(self._replicas)
 
     def run(self, until_s: float) -> Totals:
-        """Goes on up to that time, in simulated seconds."""
+        """Simulates up to the time `until_s`, in simulated seconds; returns the totals."""
         while self._events and self._events[0][0] <= until_s:
             self.now, _, act, arguments = heapq.heappop(self._events)
             act(*arguments)
@@ -100,17 +102,17 @@ class Simulation:
         self.totals.serving_s = sum(beat.serving_s for beat in beats)
         return self.totals
 
-    def order(self, count: int, startup_s: float) -> None:
-        """More are there after `startup_s`, fewer at once; the latest order is the one that counts."""
-        self._num_orders += 1
-        self._after(startup_s if count > self.num_running else 0.0, self._obey, self._num_orders, count)
+    def request_replicas(self, count: int, startup_s: float) -> None:
+        """Changes the number of replicas: to more after `startup_s`, to fewer at once. A later request replaces it."""
+        self._num_requests += 1
+        self._schedule(startup_s if count > self.num_running else 0.0, self._apply_request, self._num_requests, count)
 
-    def _obey(self, order: int, count: int) -> None:
-        if order == self._num_orders:
-            self.scale(count)
+    def _apply_request(self, request: int, count: int) -> None:
+        if request == self._num_requests:
+            self.set_replicas(count)
 
-    def scale(self, count: int) -> None:
-        """At once; who leaves hands its tickets back."""
+    def set_replicas(self, count: int) -> None:
+        """Changes the number of replicas at once; those that leave hand their tickets back."""
         while len(self._replicas) > count:
             replica = self._replicas.pop()
             replica.is_gone = True
@@ -137,12 +139,12 @@ class Simulation:
             for one in self._replicas
         ]
 
-    def _after(self, duration_s: float, act: Callable[..., None], *arguments: Any) -> None:
+    def _schedule(self, duration_s: float, act: Callable[..., None], *arguments: Any) -> None:
         self._num_events += 1
         heapq.heappush(self._events, (self.now + duration_s, self._num_events, act, arguments))
 
-    def _turn(self) -> None:
-        """What is stale is dropped; then admission, leases, and a step if a batch is there."""
+    def _update(self) -> None:
+        """Drops stale groups, admits and leases tickets, and begins a step if a batch is complete."""
         fresh = [one for one in self._queued if self.totals.steps - one[0] <= self.measured.max_staleness]
         num_stale = len(self._queued) - len(fresh)
         self._queued = deque(fresh)
@@ -156,7 +158,7 @@ class Simulation:
             self._begin_step()
 
     def _lease(self) -> None:
-        """Each ticket goes to the replica that holds the fewest."""
+        """Leases each open ticket to the replica with the fewest groups in flight."""
         while self._open and self._replicas:
             replica = min(self._replicas, key=lambda one: one.num_in_flight)
             if replica.num_in_flight == self.measured.max_groups_in_flight:
@@ -165,7 +167,8 @@ class Simulation:
                 replica.idle_s += self.now - replica.idle_since
             replica.num_in_flight += 1
             self._open -= 1
-            self._after(self._random.choice(self.measured.group_durations_s), self._finish, replica, self.totals.steps)
+            duration_s = self._random.choice(self.measured.group_durations_s)
+            self._schedule(duration_s, self._finish, replica, self.totals.steps)
 
     def _finish(self, replica: _Replica, leased_at_step: int) -> None:
         if replica.is_gone:
@@ -178,17 +181,17 @@ class Simulation:
             self._outstanding -= 1
         else:
             self._queued.append((leased_at_step, self.totals.steps))
-        self._turn()
+        self._update()
 
     def _begin_step(self) -> None:
         batch, step = [self._queued.popleft() for _ in range(self.measured.groups_per_step)], self.totals.steps
         self.totals.staleness += sum(step - leased for leased, _ in batch)
         self.totals.num_trained += len(batch)
         self.steps_in_queue = sum(step - scored for _, scored in batch) / len(batch)
-        self._tell_waited()
+        self._report_wait()
         self._waiting_since = None
         work_s = self._random.choice(self.measured.work_s)
-        self._after(work_s, self._end_step, work_s)
+        self._schedule(work_s, self._end_step, work_s)
 
     def _end_step(self, work_s: float) -> None:
         self.totals.steps += 1
@@ -196,14 +199,14 @@ class Simulation:
         self._outstanding -= self.measured.groups_per_step
         self.observe(0.0, work_s, self.heartbeats())
         self._waiting_since = self.now
-        self._turn()
+        self._update()
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         if self._waiting_since is not None:
-            self._tell_waited()
-        self._after(LOOK_S, self._look)
+            self._report_wait()
+        self._schedule(POLL_S, self._poll)
 
-    def _tell_waited(self) -> None:
+    def _report_wait(self) -> None:
         assert self._waiting_since is not None
         waited_s, self._waiting_since = self.now - self._waiting_since, self.now
         self.totals.waited_s += waited_s

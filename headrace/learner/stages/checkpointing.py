@@ -13,7 +13,7 @@ from pathlib import Path
 
 from headrace.common.process.waiting import Reason
 from headrace.learner.checkpoints.checkpoint import CheckpointError, save_checkpoint
-from headrace.learner.checkpoints.record import Record
+from headrace.learner.checkpoints.record import CheckpointRecord
 from headrace.learner.intake.intake import CheckpointDelta, Intake
 from headrace.learner.reporting.reporter import RunReporter
 from headrace.learner.stages.background import BackgroundWorker
@@ -50,13 +50,13 @@ class Checkpointer:
     def is_busy(self) -> bool:
         return self._worker.is_busy
 
-    def begin(self, record: Record, delta: CheckpointDelta) -> None:
+    def begin(self, record: CheckpointRecord, delta: CheckpointDelta) -> None:
         """Returns when the trainer's state is copied; `record` must be of the same step."""
         self.is_due = False
         self._trainer.copy_state()
         self._worker.begin(partial(self._write, record, delta))
 
-    def _write(self, record: Record, delta: CheckpointDelta) -> None:
+    def _write(self, record: CheckpointRecord, delta: CheckpointDelta) -> None:
         started = time.monotonic()
         try:
             saved = save_checkpoint(self._root, record, self._trainer.write_copy, self._check_fence)

@@ -7,7 +7,7 @@ tokens as possible are sampled by that version. The loop collects the result.
 import threading
 from dataclasses import dataclass, field
 
-from headrace.learner.checkpoints.best import Best
+from headrace.learner.checkpoints.best import BestPolicy
 from headrace.learner.intake.intake import Intake
 from headrace.learner.reporting.reporter import RunReporter
 from headrace.learner.weights.publisher import WeightVersions
@@ -19,7 +19,7 @@ class Evaluator:
 
     intake: Intake
     versions: WeightVersions
-    best: Best
+    best: BestPolicy
     reporter: RunReporter
     is_due: bool = False
     """An evaluation was requested and has not begun."""
@@ -33,7 +33,7 @@ class Evaluator:
             self.is_due = False
             self._last_version = self.versions.current
             step = self.versions.steps[self._last_version]
-            self.best.set_aside(step, self._last_version, self.versions.newest_model_writer())
+            self.best.write_candidate(step, self._last_version, self.versions.newest_model_writer())
             self.intake.begin_evaluation(step, self._last_version)
 
     def begin_if_due(self) -> None:
@@ -51,4 +51,4 @@ class Evaluator:
 
     def on_result(self, result: dict[str, float] | None) -> None:
         if result is not None:
-            self.reporter.write_row("evaluation", result | {"is_best": self.best.decide(result["held_out"])})
+            self.reporter.write_row("evaluation", result | {"is_best": self.best.keep_if_best(result["held_out"])})

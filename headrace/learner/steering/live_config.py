@@ -7,7 +7,7 @@ from typing import Any
 from headrace.common.config import RunConfig
 from headrace.common.config.hot_reload import with_settings
 from headrace.common.wire.desired_state import Settings
-from headrace.learner.algorithm.guard import Decision, GuardState, decide, held_back, tightened
+from headrace.learner.algorithm.guard import Decision, GuardState, decide, describe_overrides, tightened
 
 _log = logging.getLogger(__name__)
 
@@ -34,16 +34,16 @@ class LiveConfig:
     def update_guard(self, row: Mapping[str, Any]) -> Decision:
         """Lets the guard tighten or loosen the steps after the one of `row`, a row of step metrics."""
         decision = decide(self.guard, row, self.before_guard)
-        is_moved = decision.state.notch != self.guard.notch
+        is_moved = decision.state.level != self.guard.level
         self.guard = decision.state
         if is_moved:
             self.config = tightened(self.before_guard, self.guard)
         return decision
 
     @property
-    def held_back(self) -> str:
+    def guard_overrides(self) -> str:
         """The settings that the guard has tightened, for people; empty if there are none."""
-        return held_back(self.before_guard, self.config)
+        return describe_overrides(self.before_guard, self.config)
 
 
 def resume_config(

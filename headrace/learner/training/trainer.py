@@ -19,7 +19,7 @@ from headrace.common.wire import Group, decode_group, encode
 from headrace.learner.algorithm.loss import PolicyLoss, policy_loss, reference_kl
 from headrace.learner.distributed.state_files import read_state, write_state
 from headrace.learner.intake.samples import TrainedRollout
-from headrace.learner.model.host_snapshots import Snapshot, Snapshots
+from headrace.learner.model.host_snapshots import Snapshot, SnapshotPool
 from headrace.learner.model.packing import MicroBatch, pack, split_mini_batches
 from headrace.learner.model.policy import Policy
 from headrace.learner.training.batch_samples import probe_samples, training_samples
@@ -58,7 +58,7 @@ class Trainer:
         if config.actor.kl_coef > 0:
             self.reference = Policy(config.model, config.learner, self.ranks)
         self.optimizer = MasterAdamW(policy.model, config.optimizer, self.ranks, policy.rounded_to)
-        self._snapshots = Snapshots()
+        self._snapshots = SnapshotPool()
         self._copied: Snapshot | None = None
         self._latest: list[tuple[MicroBatch, Tensor]] = []
         """The latest step's micro-batches, each with its proximal log-probabilities."""

@@ -28,7 +28,7 @@ from headrace.common.weights.files import (
     version_folder,
 )
 from headrace.common.weights.memory_folder import MemoryFolder, memory_backed
-from headrace.learner.model.host_snapshots import Snapshot, Snapshots, Weight
+from headrace.learner.model.host_snapshots import Snapshot, SnapshotPool, Weight
 from headrace.learner.store.store import LearnerStore
 from headrace.learner.weights.version_writer import VersionWriter
 
@@ -63,7 +63,7 @@ class WeightVersions:
             if earlier.name < self.root.name:
                 shutil.rmtree(earlier, ignore_errors=True)
         self._writer = VersionWriter(f"epoch-{store.epoch}")
-        self._snapshots = Snapshots()
+        self._snapshots = SnapshotPool()
         self._notifiers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="notify")
         self._memory = MemoryFolder(PREFIX, memory_backed())
         self.memory = self._memory.root
