@@ -98,6 +98,20 @@ def test_there_are_recipes_to_check() -> None:
     assert len(NAMED) > 25
 
 
+@cache
+def words_of_the_code() -> set[str]:
+    """And of Compose's file and the tests, which the documents name too."""
+    patterns = ("headrace/**/*.py", "headrace/**/*.js", "tests/**/*.py", "docker-compose.yml")
+    files = [path for pattern in patterns for path in ROOT.glob(pattern)]
+    return {word for path in files for word in re.findall(r"\w+", path.read_text())}
+
+
+@pages
+def test_names_occur_in_the_code(page: Path) -> None:
+    for name in re.findall(r"`([a-z]{2,}\w*_\w+)`", page.read_text()):
+        assert {name, name.removeprefix("headrace_")} & words_of_the_code(), f"{page.name}: {name}"
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= MAX_README_LINES
 
