@@ -56,7 +56,7 @@ class Engine:
         """Since when each version."""
 
     @property
-    def heard_at(self) -> float:
+    def last_heard_at(self) -> float:
         return time.monotonic()
 
     async def generate(self, ticket: Ticket) -> list[Completion]:

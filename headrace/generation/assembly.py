@@ -87,7 +87,7 @@ async def assemble_replica(
         supervisor = EngineSupervisor(
             engine,
             server,
-            weights.start_weights,
+            weights.startup_weights,
             liveness_timeout_s=settings.engine.liveness_timeout_s,
             busy_timeout_s=settings.completion_timeout_s,
         )

@@ -123,17 +123,17 @@ class Replica:
         self._in_flight.begin_serving()
         self._heartbeat_due.set()
         keys, config = self.tickets.keys, self.config
-        async with asyncio.TaskGroup() as answers:
+        async with asyncio.TaskGroup() as tasks:
             streams = {keys.tickets: config.max_groups_in_flight, keys.eval: self._num_eval_slots}
             workers = [
-                answers.create_task(self._fill_slots(*stream, answers), name=stream[0]) for stream in streams.items()
+                tasks.create_task(self._fill_slots(*stream, tasks), name=stream[0]) for stream in streams.items()
             ]
             await self._draining.wait()
             await asyncio.wait([*workers, *self._in_flight.tasks], timeout=DRAIN_TIMEOUT_S)
             for task in (*workers, *self._in_flight.tasks):
                 task.cancel()
 
-    async def _fill_slots(self, stream: str, num_slots: int, answers: asyncio.TaskGroup) -> None:
+    async def _fill_slots(self, stream: str, num_slots: int, tasks: asyncio.TaskGroup) -> None:
         """Keeps up to `num_slots` tickets of `stream` in flight; tickets of dead replicas come first."""
         next_claim = time.monotonic() + self.config.ticket_lease_s
         while not self.status.is_draining:
@@ -150,9 +150,9 @@ class Replica:
                 if self.status.state != "running":  # the state has changed while the call waited
                     await self.tickets.hand_back(lease)
                 elif await self._retry_elsewhere.should_hand_back(lease.ticket):
-                    self._in_flight.add(lease, self._processor.hand_back_later(lease), answers, takes_slot=False)
+                    self._in_flight.add(lease, self._processor.hand_back_later(lease), tasks, takes_slot=False)
                 else:
-                    self._in_flight.add(lease, self._processor.process(lease), answers)
+                    self._in_flight.add(lease, self._processor.process(lease), tasks)
 
     async def _wait_for_slot(self) -> None:
         """Returns when a slot is free, or after `STATE_POLL_S`, when the state may have changed."""

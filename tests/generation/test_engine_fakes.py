@@ -415,13 +415,13 @@ def test_only_replies_that_need_the_scheduler_are_signs_of_life(fake: FakeSglang
     async def scenario() -> None:
         engine = Engine(fake.url)
         await engine.weight_version()
-        heard.append(engine.heard_at)
+        heard.append(engine.last_heard_at)
         for call in (engine.generate(ticket()), engine.swap(tmp_path, 4), engine.health()):
             await call
-            heard.append(engine.heard_at)
+            heard.append(engine.last_heard_at)
         fake.replies["/health"] = (503, {})
         assert not await engine.health()
-        heard.append(engine.heard_at)
+        heard.append(engine.last_heard_at)
         await engine.aclose()
 
     asyncio.run(scenario())

@@ -48,7 +48,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> EngineServer:
 
 
 @contextlib.asynccontextmanager
-async def keeping(
+async def supervising(
     engine: FakeSglang | EngineServer,
     busy_timeout_s: float = 60.0,
     swap_timeout_s: float = 60.0,
@@ -59,14 +59,14 @@ async def keeping(
     client = Engine(engine.url, completion_timeout_s=30.0, swap_timeout_s=swap_timeout_s)
     timeouts = {"liveness_timeout_s": liveness_timeout_s, "busy_timeout_s": busy_timeout_s}
     supervisor = EngineSupervisor(client, server, lambda: (Path("model"), 1), **timeouts)
-    keeping = asyncio.create_task(supervisor.run())
+    running = asyncio.create_task(supervisor.run())
     try:
         async with asyncio.timeout(60.0):
             await supervisor.serving.wait()
             yield supervisor
     finally:
-        keeping.cancel()
-        await asyncio.gather(keeping, return_exceptions=True)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
         await client.aclose()
         if server is not None:
             await server.stop()
@@ -88,7 +88,7 @@ def test_an_engine_that_hangs_or_dies_is_restarted_and_its_requests_are_not_at_f
     server: EngineServer, hit: signal.Signals, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def scenario() -> None:
-        async with keeping(server) as supervisor:
+        async with supervising(server) as supervisor:
             await script(supervisor, "/generate")
             requests = await requests_in_flight(supervisor, 3)
             assert server._process is not None
@@ -122,7 +122,7 @@ def test_a_hung_engine_is_killed_without_sigterm(server: EngineServer, monkeypat
         stops.append("SIGTERM")
 
     async def scenario() -> None:
-        async with keeping(server) as supervisor:
+        async with supervising(server) as supervisor:
             with monkeypatch.context() as patch:
                 patch.setattr(server, "stop", stop)
                 await script(supervisor, "/health")
@@ -134,10 +134,10 @@ def test_a_hung_engine_is_killed_without_sigterm(server: EngineServer, monkeypat
 
 def test_traffic_is_a_sign_of_life_without_probes(fake: FakeSglang) -> None:
     async def scenario() -> None:
-        async with keeping(fake) as supervisor:
+        async with supervising(fake) as supervisor:
             ends_at = time.monotonic() + SILENCE_S
             while time.monotonic() < ends_at:
-                supervisor.engine.calls.heard_at = time.monotonic()
+                supervisor.engine.calls.last_heard_at = time.monotonic()
                 await asyncio.sleep(0.05)
             assert "/health" not in fake.paths
             await until(lambda: "/health" in fake.paths)  # quiet: asked
@@ -155,7 +155,7 @@ def test_a_long_swap_does_not_count_as_silence_but_after_it_the_probe_decides(
     fake.hanging = {"/update_weights_from_disk", "/health"}
 
     async def scenario() -> None:
-        async with keeping(fake, swap_timeout_s=2 * SILENCE_S) as supervisor:
+        async with supervising(fake, swap_timeout_s=2 * SILENCE_S) as supervisor:
             if is_probed:  # just when it begins
                 await until(lambda: "/health" in fake.paths)
             swapping = asyncio.create_task(supervisor.engine.swap(tmp_path, 4))
@@ -176,7 +176,7 @@ def test_an_engine_that_hashes_its_weights_does_not_count_as_silent(fake: FakeSg
     fake.hanging = {"/weights_checker", "/health"}
 
     async def scenario() -> None:
-        async with keeping(fake, swap_timeout_s=2 * SILENCE_S) as supervisor:
+        async with supervising(fake, swap_timeout_s=2 * SILENCE_S) as supervisor:
             with pytest.raises(EngineError, match=r"/weights_checker at .* no answer within"):
                 await supervisor.engine.swap(tmp_path, 4)
             assert supervisor.silent_s > 1.5 * SILENCE_S and supervisor.serving.is_set()
@@ -191,7 +191,7 @@ def test_an_own_engine_that_hangs_in_a_swap_is_restarted_as_soon(
     server: EngineServer, path: str, tmp_path: Path
 ) -> None:
     async def scenario() -> None:
-        async with keeping(server) as supervisor:
+        async with supervising(server) as supervisor:
             await script(supervisor, path, "/health")
             began_at = time.monotonic()
             with pytest.raises(EngineError, match=path):
@@ -206,7 +206,7 @@ def test_a_failed_swap_does_not_restart_an_engine_that_answers(fake: FakeSglang,
     fake.hanging = {"/update_weights_from_disk"}
 
     async def scenario() -> None:
-        async with keeping(fake, swap_timeout_s=2 * SILENCE_S) as supervisor:
+        async with supervising(fake, swap_timeout_s=2 * SILENCE_S) as supervisor:
             with pytest.raises(EngineError, match="no answer within"):
                 await supervisor.engine.swap(tmp_path, 4)
             assert await supervisor.is_responsive(supervisor.incarnation)
@@ -218,7 +218,7 @@ def test_a_failed_swap_does_not_restart_an_engine_that_answers(fake: FakeSglang,
 @pytest.mark.parametrize("busy_timeout_s", [60.0, 2 * SILENCE_S])
 def test_a_busy_engine_gets_more_time_but_not_unlimited(server: EngineServer, busy_timeout_s: float) -> None:
     async def scenario() -> None:
-        async with keeping(server, busy_timeout_s) as supervisor:
+        async with supervising(server, busy_timeout_s) as supervisor:
             burning = asyncio.create_task(script(supervisor, "/health", burn_s=6 * SILENCE_S))
             await until(lambda: supervisor.silent_s > 5 * SILENCE_S or not supervisor.serving.is_set())
             assert supervisor.serving.is_set() == (busy_timeout_s == 60.0)
@@ -244,8 +244,8 @@ def test_a_replica_that_was_stopped_itself_probes_again(fake: FakeSglang, monkey
     monkeypatch.setattr(Engine, "health", oversleep)
 
     async def scenario() -> None:
-        async with keeping(fake, liveness_timeout_s=5.0) as supervisor:
-            await until(lambda: supervisor.engine.heard_at > 0)
+        async with supervising(fake, liveness_timeout_s=5.0) as supervisor:
+            await until(lambda: supervisor.engine.last_heard_at > 0)
             assert overslept and supervisor.incarnation == 1
 
     asyncio.run(scenario())
@@ -255,7 +255,7 @@ def test_a_replica_waits_for_an_external_engine(fake: FakeSglang) -> None:
     fake.hanging = {"/health", "/generate"}
 
     async def scenario() -> None:
-        async with keeping(fake) as supervisor:
+        async with supervising(fake) as supervisor:
             requests = await requests_in_flight(supervisor, 1)
             async with asyncio.timeout(SILENCE_S + 5.0):
                 [outcome] = await asyncio.gather(*requests, return_exceptions=True)
@@ -272,7 +272,7 @@ def test_an_error_counts_against_the_ticket_only_if_the_engine_still_answers(fak
     fake.replies["/generate"] = (500, {"error": "no"})
 
     async def scenario() -> None:
-        async with keeping(fake) as supervisor:
+        async with supervising(fake) as supervisor:
             with pytest.raises(EngineError, match="ticket 0-0: /generate answered 500"):
                 await supervisor.generate(make_ticket())
             fake.replies["/health"] = (503, {})
@@ -285,7 +285,7 @@ def test_an_error_counts_against_the_ticket_only_if_the_engine_still_answers(fak
 
 def test_an_error_of_an_earlier_incarnation_does_not_count_against_the_ticket(fake: FakeSglang) -> None:
     async def scenario() -> None:
-        async with keeping(fake) as supervisor:
+        async with supervising(fake) as supervisor:
             assert await supervisor.is_responsive(supervisor.incarnation)
             assert not await supervisor.is_responsive(supervisor.incarnation - 1)
 
@@ -316,7 +316,7 @@ def test_a_failed_start_is_retried(server: EngineServer, monkeypatch: pytest.Mon
     monkeypatch.setattr("headrace.generation.engine.supervisor.START_PAUSES_S", (0.3, 0.3))
 
     async def scenario() -> None:
-        async with keeping(server) as supervisor:
+        async with supervising(server) as supervisor:
             assert len(starts) == 2 and supervisor.problem == ""
 
     asyncio.run(scenario())
@@ -333,11 +333,11 @@ def test_repeated_failed_starts_raise_with_the_end_of_the_log(
         supervisor = EngineSupervisor(
             Engine(server.url), server, lambda: (Path("m"), 1), liveness_timeout_s=2, busy_timeout_s=2
         )
-        keeping = asyncio.create_task(supervisor.run())
-        while not keeping.done():
+        running = asyncio.create_task(supervisor.run())
+        while not running.done():
             problems.append(supervisor.problem)
             await asyncio.sleep(0.05)
-        await keeping
+        await running
 
     with pytest.raises(EngineError, match=r"(?s)exited with 7 .*cannot allocate the cache"):
         asyncio.run(scenario())
@@ -352,12 +352,12 @@ def test_a_cancelled_start_leaves_no_process(server: EngineServer, monkeypatch: 
         supervisor = EngineSupervisor(
             Engine(server.url), server, lambda: (Path("m"), 1), liveness_timeout_s=2, busy_timeout_s=2
         )
-        keeping = asyncio.create_task(supervisor.run())
+        running = asyncio.create_task(supervisor.run())
         await until(lambda: server.is_alive)
         began_at = time.monotonic()
-        keeping.cancel()
+        running.cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            await keeping
+            await running
         assert not server.is_alive and time.monotonic() - began_at < 3.0
 
     asyncio.run(scenario())
@@ -367,7 +367,7 @@ def test_unverified_weights_do_not_count_against_the_request(fake: FakeSglang, t
     fake.replies["/generate"] = (200, [sample()] * make_ticket().num_completions)
 
     async def scenario() -> None:
-        async with keeping(fake) as supervisor:
+        async with supervising(fake) as supervisor:
             await supervisor.engine.swap(tmp_path, 4)
             fake.fails_halfway = True
             with pytest.raises(EngineError, match="Rolling back"):

@@ -61,7 +61,7 @@ async def updating(
     server = fake if isinstance(fake, EngineServer) else None
     timeout_s = 1.0 if server is None else 20.0
     supervisor = EngineSupervisor(
-        engine, server, updater.start_weights, liveness_timeout_s=timeout_s, busy_timeout_s=timeout_s
+        engine, server, updater.startup_weights, liveness_timeout_s=timeout_s, busy_timeout_s=timeout_s
     )
     tasks = [asyncio.create_task(supervisor.run()), asyncio.create_task(updater.run(supervisor))]
     try:

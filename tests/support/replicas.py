@@ -104,7 +104,7 @@ async def running_replica(
     url = engine if isinstance(engine, str) else engine.url
     http = Engine(url, swap_mode=config.engine.swap_mode, completion_timeout_s=config.completion_timeout_s)
     timeouts = {"liveness_timeout_s": liveness_timeout_s, "busy_timeout_s": config.completion_timeout_s}
-    supervisor = EngineSupervisor(http, server, weights.start_weights, **timeouts)
+    supervisor = EngineSupervisor(http, server, weights.startup_weights, **timeouts)
     replica = Replica(
         name,
         "http://127.0.0.1:1",

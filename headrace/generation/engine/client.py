@@ -55,9 +55,9 @@ class Engine:
         return self.calls.url
 
     @property
-    def heard_at(self) -> float:
+    def last_heard_at(self) -> float:
         """`time.monotonic()` of the last sign of life."""
-        return self.calls.heard_at
+        return self.calls.last_heard_at
 
     @property
     def is_loading(self) -> bool:

@@ -30,7 +30,7 @@ class EngineCalls:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.heard_at = -math.inf
+        self.last_heard_at = -math.inf
         """`time.monotonic()` of the last sign of life."""
         self._http: aiohttp.ClientSession | None = None
         """Created at the first call, because it belongs to an event loop."""
@@ -65,7 +65,7 @@ class EngineCalls:
         if response.status != HTTPStatus.OK:
             raise EngineError(f"{path} answered {response.status}: {content.decode(errors='replace')[:500]}")
         if path in SIGNS_OF_LIFE:
-            self.heard_at = time.monotonic()
+            self.last_heard_at = time.monotonic()
         return content
 
 

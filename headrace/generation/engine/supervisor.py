@@ -43,7 +43,7 @@ class EngineSupervisor:
         self,
         engine: Engine,
         server: EngineServer | None,
-        start_weights: Callable[[], tuple[Path, int | None]],
+        startup_weights: Callable[[], tuple[Path, int | None]],
         *,
         liveness_timeout_s: float,
         busy_timeout_s: float,
@@ -56,7 +56,7 @@ class EngineSupervisor:
         self.problem = ""
         self.incarnation = 0
         """Counts the engine's starts; for an external engine, how often it began to answer."""
-        self._start_weights = start_weights
+        self._startup_weights = startup_weights
         self._busy_timeout_s = busy_timeout_s
         self._incarnation_began_at = time.monotonic()
         self._restart_reason = ""
@@ -67,7 +67,7 @@ class EngineSupervisor:
 
     @property
     def silent_s(self) -> float:
-        return time.monotonic() - max(self.engine.heard_at, self._incarnation_began_at)
+        return time.monotonic() - max(self.engine.last_heard_at, self._incarnation_began_at)
 
     @property
     def is_overdue(self) -> bool:
@@ -121,7 +121,7 @@ class EngineSupervisor:
         asked_at, num_failed = time.monotonic(), self._num_failed_probes
         self._is_probe_requested = True
         while self.incarnation == incarnation and self.serving.is_set() and self._num_failed_probes == num_failed:
-            if self.engine.heard_at > asked_at:
+            if self.engine.last_heard_at > asked_at:
                 return True
             await asyncio.sleep(POLL_S)
         return False
@@ -136,7 +136,7 @@ class EngineSupervisor:
         for pause_s in (*START_PAUSES_S, None):
             try:
                 _log.info("starting the engine")
-                await server.start(*self._start_weights())
+                await server.start(*self._startup_weights())
                 return
             except (EngineError, OSError) as error:
                 if pause_s is None:

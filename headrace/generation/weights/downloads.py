@@ -50,10 +50,10 @@ class Download:
             self.num_arrived = num_bytes
             self._grown.notify_all()
 
-    async def read(self, first: int) -> AsyncIterator[bytes]:
-        """Yields the bytes from `first` on as they arrive. Ends early if the download does."""
+    async def read(self, offset: int) -> AsyncIterator[bytes]:
+        """Yields the bytes from `offset` on as they arrive. Ends early if the download does."""
         with self.path.open("rb") as file:
-            file.seek(first)
+            file.seek(offset)
             while file.tell() < self.num_bytes:
                 async with self._grown:
                     await self._grown.wait_for(lambda: self.is_finished or self.num_arrived > file.tell())
@@ -144,22 +144,22 @@ class Fetcher:
         if download.num_arrived != download.num_bytes:
             raise OSError(f"ended after {download.num_arrived} of {download.num_bytes} bytes")
 
-    async def _chunks(self, source: str, version: int, name: str, first: int, most: int) -> AsyncIterator[bytes]:
-        """Yields the file's bytes from `first` on; raises `WeightsError` if the file is longer than `most` bytes."""
+    async def _chunks(self, source: str, version: int, name: str, offset: int, max_bytes: int) -> AsyncIterator[bytes]:
+        """Yields the file's bytes from `offset` on; raises `WeightsError` if the file is longer than `max_bytes`."""
         if source.startswith("file:"):
             folder = Path(unquote(urlsplit(source).path))
-            chunks = _read(version_folder(folder, version) / name, first)
+            chunks = _read(version_folder(folder, version) / name, offset)
         else:
-            chunks = self._get(f"{source}/weights/{version}/{name}", first)
+            chunks = self._get(f"{source}/weights/{version}/{name}", offset)
         async for chunk in chunks:
-            first += len(chunk)
-            if first > most:
-                raise WeightsError(f"more than {most} bytes")
+            offset += len(chunk)
+            if offset > max_bytes:
+                raise WeightsError(f"more than {max_bytes} bytes")
             yield chunk
 
-    async def _get(self, url: str, first: int) -> AsyncIterator[bytes]:
-        async with self._http.stream("GET", url, headers={"Range": f"bytes={first}-"} if first else {}) as response:
-            if response.status_code != (httpx.codes.PARTIAL_CONTENT if first else httpx.codes.OK):
+    async def _get(self, url: str, offset: int) -> AsyncIterator[bytes]:
+        async with self._http.stream("GET", url, headers={"Range": f"bytes={offset}-"} if offset else {}) as response:
+            if response.status_code != (httpx.codes.PARTIAL_CONTENT if offset else httpx.codes.OK):
                 response.raise_for_status()
                 raise OSError(f"{url} answered {response.status_code}")
             async for chunk in response.aiter_raw():
@@ -173,9 +173,9 @@ class Fetcher:
         return problem
 
 
-async def _read(path: Path, first: int) -> AsyncIterator[bytes]:
+async def _read(path: Path, offset: int) -> AsyncIterator[bytes]:
     with path.open("rb") as file:
-        file.seek(first)
+        file.seek(offset)
         while chunk := await asyncio.to_thread(file.read, 8 * CHUNK_BYTES):
             yield chunk
 

@@ -73,7 +73,7 @@ class WeightUpdater:
         """The highest hinted version, and the peers that can be asked for it."""
         self._swapped = asyncio.Condition()
 
-    def start_weights(self) -> tuple[Path, int | None]:
+    def startup_weights(self) -> tuple[Path, int | None]:
         """The folder and version that an engine starts on: the verified version, or the base model before the first."""
         return self.local.current_folder, self.version or None
 
@@ -122,8 +122,8 @@ class WeightUpdater:
         if incarnation != self.confirmed_incarnation and self.version and await engine.weight_version() != self.version:
             await engine.swap(self.local.current_folder, self.version)  # an external engine was restarted
         self.confirmed_incarnation = incarnation
-        while (published := await self._published()) is not None and published.version > self.version:
-            await self._take(published, engine)
+        while (published := await self._read_published()) is not None and published.version > self.version:
+            await self._install(published, engine)
         if engine.has_unverified_weights:  # an external engine: the replica's own would have been restarted
             if not self.version:
                 raise WeightsError(
@@ -132,16 +132,17 @@ class WeightUpdater:
             await engine.swap(self.local.current_folder, self.version)
         await self._clear_problem()
 
-    async def _published(self) -> PublishedVersion | None:
+    async def _read_published(self) -> PublishedVersion | None:
         return await read_newest_version(self.client, self.keys.weights)
 
-    async def _take(self, published: PublishedVersion, engine: Engine) -> None:
+    async def _install(self, published: PublishedVersion, engine: Engine) -> None:
         """Fetches the version and swaps it in. Also returns if the fetch fails because a newer version replaced it."""
         self.shares_memory = published.shares_memory_with(self.local.root)
+        peers = await self._peers_to_ask(published.version)
         try:
-            fetched = await fetch_version(self.local, self.fetcher, published, await self._sources(published.version))
+            fetched = await fetch_version(self.local, self.fetcher, published, peers)
         except WeightsError as error:
-            newest = await self._published()
+            newest = await self._read_published()
             if newest is None or newest.version <= published.version:
                 raise
             _log.warning("%s; continuing with version %d", error, newest.version)
@@ -164,7 +165,7 @@ class WeightUpdater:
         await self._on_swap(timings, fetched)
         await engine.wait_for_progress(timings)
 
-    async def _sources(self, version: int) -> list[str]:
+    async def _peers_to_ask(self, version: int) -> list[str]:
         """URLs of replicas to ask: those of the learner's hint, else some that serve the version."""
         if self._hinted_peers[0] < version:
             with contextlib.suppress(TimeoutError):
