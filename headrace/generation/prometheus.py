@@ -51,7 +51,7 @@ class ReplicaMetrics:
         families.gauge(
             "headrace_replica_engine_silent_seconds",
             "Seconds since the engine's last sign of life.",
-            supervisor.silent_s,
+            supervisor.liveness.silent_s,
             replica=name,
         )
         for outcome in OUTCOMES:

@@ -72,7 +72,7 @@ class ReplicaStatus:
         if problem := supervisor.problem:
             return Reason.ENGINE_SILENT, problem, None
         if supervisor.is_overdue:
-            return Reason.ENGINE_SILENT, "", supervisor.liveness_timeout_s
+            return Reason.ENGINE_SILENT, "", supervisor.liveness.timeout_s
         if weights.problem:
             return Reason.WAITING_FOR_WEIGHTS, weights.problem, None
         if (newest := max(weights.awaited_versions, default=0)) > weights.version:

@@ -30,7 +30,7 @@ SILENCE_S = 1.0
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headrace.generation.engine.supervisor.PROBE_PAUSE_S", 0.2)
+    monkeypatch.setattr("headrace.generation.engine.liveness.PROBE_PAUSE_S", 0.2)
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_a_long_swap_does_not_count_as_silence_but_after_it_the_probe_decides(
             swapping = asyncio.create_task(supervisor.engine.swap(tmp_path, 4))
             with pytest.raises(EngineError, match="no answer within"):
                 await swapping
-            assert supervisor.silent_s > 1.5 * SILENCE_S and supervisor.serving.is_set()
+            assert supervisor.liveness.silent_s > 1.5 * SILENCE_S and supervisor.serving.is_set()
             loading = fake.paths[
                 fake.paths.index("/update_weights_from_disk") : fake.paths.index("/continue_generation")
             ]
@@ -179,7 +179,7 @@ def test_an_engine_that_hashes_its_weights_does_not_count_as_silent(fake: FakeSg
         async with supervising(fake, swap_timeout_s=2 * SILENCE_S) as supervisor:
             with pytest.raises(EngineError, match=r"/weights_checker at .* no answer within"):
                 await supervisor.engine.swap(tmp_path, 4)
-            assert supervisor.silent_s > 1.5 * SILENCE_S and supervisor.serving.is_set()
+            assert supervisor.liveness.silent_s > 1.5 * SILENCE_S and supervisor.serving.is_set()
             assert fake.paths.count("/health") <= 1, "one may have been on its way when it began"
             await until(lambda: not supervisor.serving.is_set())
 
@@ -220,7 +220,7 @@ def test_a_busy_engine_gets_more_time_but_not_unlimited(server: EngineServer, bu
     async def scenario() -> None:
         async with supervising(server, busy_timeout_s) as supervisor:
             burning = asyncio.create_task(script(supervisor, "/health", burn_s=6 * SILENCE_S))
-            await until(lambda: supervisor.silent_s > 5 * SILENCE_S or not supervisor.serving.is_set())
+            await until(lambda: supervisor.liveness.silent_s > 5 * SILENCE_S or not supervisor.serving.is_set())
             assert supervisor.serving.is_set() == (busy_timeout_s == 60.0)
             await until(lambda: not supervisor.serving.is_set())  # it hangs on when it has done with computing
             await asyncio.gather(burning, return_exceptions=True)
@@ -230,7 +230,7 @@ def test_a_busy_engine_gets_more_time_but_not_unlimited(server: EngineServer, bu
 
 def test_a_replica_that_was_stopped_itself_probes_again(fake: FakeSglang, monkeypatch: pytest.MonkeyPatch) -> None:
     """A replica that was stopped finds its probe timed out, which is not the engine's fault."""
-    monkeypatch.setattr("headrace.generation.engine.supervisor.MIN_PROBE_S", 0.2)
+    monkeypatch.setattr("headrace.generation.engine.liveness.MIN_PROBE_S", 0.2)
     overslept: list[float] = []
     real = Engine.health
 

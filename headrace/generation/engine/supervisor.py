@@ -1,12 +1,9 @@
 """Supervises a replica's engine: starts it, detects that it has died or hangs, and restarts it.
 
-A sign of life is any reply that SGLang cannot give without its scheduler: completions, loaded weights, or the token of
-a probe. A probe is sent after a time without other signs. If an engine that the replica owns gives no sign for
-`liveness_timeout_s`, all its processes are killed and it is started on the verified weights. If an external engine
-gives none, the replica reports it and waits until the engine answers. An engine on a CPU that is computing gets
-`busy_timeout_s`. Others do not show whether they compute; they are not probed while they load or hash weights, which
-has its own deadline. Requests in an engine that dies or falls silent end with `EngineDown` before anything is killed,
-because the requests are not at fault.
+If an engine that the replica owns is silent for `liveness_timeout_s` (`liveness`), all its processes are killed and it
+is started on the verified weights. If an external engine is silent, the replica reports it and waits until the engine
+answers. Requests in an engine that dies or falls silent end with `EngineDown` before anything is killed, because the
+requests are not at fault.
 """
 
 import asyncio
@@ -18,16 +15,11 @@ from pathlib import Path
 from headrace.common.wire import Ticket
 from headrace.generation.engine.client import Engine, EngineError, UnconfirmedWeights
 from headrace.generation.engine.completions import Completion
+from headrace.generation.engine.liveness import EngineLiveness
 from headrace.generation.engine.server import POLL_S, EngineServer
 
 START_PAUSES_S = (2.0, 10.0)
 """Pauses before the second and the third start; after a third failure the replica gives up."""
-PROBE_AFTER = 0.25
-"""A probe is sent after this share of the liveness timeout without a sign of life."""
-MIN_PROBE_S = 5.0
-PROBE_PAUSE_S = 1.0
-BUSY_SHARE = 0.2
-"""An engine is busy if it uses at least this share of one core during a probe; a long prefill uses more."""
 _log = logging.getLogger(__name__)
 
 
@@ -51,28 +43,19 @@ class EngineSupervisor:
         self.engine = engine
         self.server = server
         """None for an external engine."""
-        self.liveness_timeout_s = liveness_timeout_s
+        self.liveness = EngineLiveness(engine, server, liveness_timeout_s, busy_timeout_s)
         self.serving = asyncio.Event()
         self.problem = ""
         self.incarnation = 0
         """Counts the engine's starts; for an external engine, how often it began to answer."""
         self._startup_weights = startup_weights
-        self._busy_timeout_s = busy_timeout_s
-        self._incarnation_began_at = time.monotonic()
         self._restart_reason = ""
-        self._is_probe_requested = False
-        self._num_failed_probes = 0
-        self._next_probe_at = 0.0
         self._requests: set[asyncio.Task[list[Completion]]] = set()
 
     @property
-    def silent_s(self) -> float:
-        return time.monotonic() - max(self.engine.last_heard_at, self._incarnation_began_at)
-
-    @property
     def is_overdue(self) -> bool:
-        """Whether the engine has been silent for so long that it should have answered a probe."""
-        return self.serving.is_set() and not self.engine.is_loading and self.silent_s > self.liveness_timeout_s / 2
+        """Whether an engine that serves has been silent for so long that it should have answered a probe."""
+        return self.serving.is_set() and self.liveness.is_overdue
 
     async def run(self) -> None:
         """Runs until cancelled. Raises the last `EngineError`, with the end of the log, if no start succeeds."""
@@ -88,7 +71,7 @@ class EngineSupervisor:
             if self.server is not None:
                 await self.server.kill()
             else:
-                await self._wait_until_responsive()
+                await self.liveness.wait_until_responsive()
 
     async def generate(self, ticket: Ticket) -> list[Completion]:
         """As `Engine.generate`. An `EngineError` counts against the ticket, `EngineDown` does not."""
@@ -118,9 +101,10 @@ class EngineSupervisor:
 
         The probe is sent at once, or when weights are loaded.
         """
-        asked_at, num_failed = time.monotonic(), self._num_failed_probes
-        self._is_probe_requested = True
-        while self.incarnation == incarnation and self.serving.is_set() and self._num_failed_probes == num_failed:
+        asked_at, liveness = time.monotonic(), self.liveness
+        num_failed = liveness.num_failed_probes
+        liveness.request_probe()
+        while self.incarnation == incarnation and self.serving.is_set() and liveness.num_failed_probes == num_failed:
             if self.engine.last_heard_at > asked_at:
                 return True
             await asyncio.sleep(POLL_S)
@@ -153,7 +137,7 @@ class EngineSupervisor:
         if self.server is not None:
             self._restart_reason = ""
             self.engine.mark_restarted()
-        self._incarnation_began_at = time.monotonic()
+        self.liveness.begin()
         self.serving.set()
         _log.info("the engine serves")
 
@@ -165,36 +149,6 @@ class EngineSupervisor:
                 return f"the engine exited with {self.server.returncode}: restarting it"
             if self._restart_reason:
                 return f"{self._restart_reason}: restarting it"
-            is_due = self._is_probe_requested or self.silent_s > PROBE_AFTER * self.liveness_timeout_s
-            if not is_due or self._is_busy_loading or time.monotonic() < self._next_probe_at:
-                continue
-            if await self._is_silent():
+            if await self.liveness.is_silent():
                 what_next = "waiting until it does" if self.server is None else "restarting it"
-                return f"the engine has not answered for {self.silent_s:.0f} s: {what_next}"
-
-    async def _is_silent(self) -> bool:
-        """Sends a probe; returns whether the engine has been silent for too long and is not busy loading."""
-        began_at, busy_s = time.monotonic(), self._busy_s()
-        probe_s = min(max(self.liveness_timeout_s - self.silent_s, MIN_PROBE_S), self.liveness_timeout_s)
-        if await self.engine.health(probe_s):
-            self._is_probe_requested = False
-            return False
-        now = time.monotonic()
-        if now - began_at > probe_s + MIN_PROBE_S:
-            return False  # this process was stopped meanwhile
-        self._num_failed_probes += 1
-        self._next_probe_at = now + PROBE_PAUSE_S
-        is_busy = (self._busy_s() or 0.0) - (busy_s or 0.0) > BUSY_SHARE * max(now - began_at, 1.0)
-        timeout_s = max(self.liveness_timeout_s, self._busy_timeout_s) if is_busy else self.liveness_timeout_s
-        return self.silent_s >= timeout_s and not self._is_busy_loading
-
-    @property
-    def _is_busy_loading(self) -> bool:
-        return self.engine.is_loading and self._busy_s() is None
-
-    def _busy_s(self) -> float | None:
-        return self.server.busy_s() if self.server is not None else None
-
-    async def _wait_until_responsive(self) -> None:
-        while not await self.engine.health(self.liveness_timeout_s):
-            await asyncio.sleep(PROBE_PAUSE_S)
+                return f"the engine has not answered for {self.liveness.silent_s:.0f} s: {what_next}"
