@@ -53,7 +53,7 @@ def test_commits_that_arrive_during_a_call_form_the_next_batch() -> None:
         await turns()
         later = [asyncio.create_task(batcher.add(item, 1)) for item in (1, 2, 3)]
         await turns()
-        assert sender.batches == [[0]], "the first one waits for no company"
+        assert sender.batches == [[0]], "the first one does not wait for others"
         sender.may_answer.set()
         assert await first is True
         assert [await one for one in later] == [False, True, False]
@@ -92,7 +92,7 @@ def test_a_cancelled_commit_does_not_affect_others_and_the_last_one_cancels_the_
         assert (sender.num_on_their_way, sender.num_cancelled) == (0, 1)
         sender.may_answer.set()
         assert await batcher.add(6, 1) is True
-        assert sender.batches == [[0, 2], [6]], "what only waited is not sent"
+        assert sender.batches == [[0, 2], [6]], "a commit that only waited is not sent"
 
     asyncio.run(run())
 

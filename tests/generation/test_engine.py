@@ -218,7 +218,7 @@ def test_a_swap_in_flight_keeps_tokens_and_logprobs_right_on_both_sides(
             expected = reference_logprobs(demo_policy, policy, completion.tokens, temperature)
             error = np.abs(expected - completion.behaviour_logprobs)
             assert error[span.start : span.end].max() < 1e-4
-            assert np.delete(error, slice(span.start, span.end)).max() > 1e-2  # the other side is another policy's
+            assert np.delete(error, slice(span.start, span.end)).max() > 1e-2  # the other tokens are another policy's
 
 
 def broken_folders(policy: Path, root: Path) -> dict[str, Path]:
@@ -338,8 +338,8 @@ def test_the_server_reports_that_it_is_healthy(engine_server: EngineServer) -> N
     assert engine_server.is_alive
     assert run(engine_server.url, lambda engine: engine.health())
     log = engine_server.log_path.read_text()
-    assert "Failed to apply hooks" not in log, "what makes SGLang fast on a CPU"
-    assert "Ignore import error" not in log, "of models that nobody asked for"
+    assert "Failed to apply hooks" not in log, "the hooks make SGLang fast on a CPU"
+    assert "Ignore import error" not in log, "for models that were not requested"
 
 
 def test_an_engine_that_kept_its_weights_under_a_new_label_is_detected(
@@ -395,7 +395,7 @@ def test_every_request_makes_progress_under_each_version_however_fast_they_come(
     assert min(span.end - span.start for completion in spans for span in completion[1:-1]) > 1
     for completion in spans:
         versions = [span.version for span in completion]
-        assert versions == list(range(versions[0], versions[-1] + 1)), "it got ahead under each"
+        assert versions == list(range(versions[0], versions[-1] + 1)), "it made progress under each"
 
 
 @pytest.fixture
@@ -418,7 +418,7 @@ def test_swaps_in_place_label_every_token_correctly_and_leave_no_stale_kv(
         await engine.swap(policies[0], 2)
         request = asyncio.create_task(engine.generate(ticket(8, max_new_tokens=IN_FLIGHT)))
         await until_running(engine, 8)
-        for version in (3, 4, 5):  # flushing a cache with requests in flight would be refused
+        for version in (3, 4, 5):  # SGLang would refuse to flush a cache with requests in flight
             await engine.swap(policies[version % 2], version)
         later = await engine.generate(ticket(4, max_new_tokens=24))
         return await request, later
@@ -441,7 +441,7 @@ def test_swaps_in_place_label_every_token_correctly_and_leave_no_stale_kv(
         assert [span.version for span in completion.version_spans] == [5]
         expected = reference_logprobs(demo_policy, policies[1], completion.tokens, 1.0)
         assert np.abs(expected - completion.behaviour_logprobs).max() < 1e-4
-    run(in_place_url, lambda engine: engine.swap(policies[0], 6))  # it serves the other mode as well
+    run(in_place_url, lambda engine: engine.swap(policies[0], 6))  # the engine serves the other mode, too
 
 
 def test_an_engine_with_its_overlap_schedule_is_refused_in_place(engine_url: str, policies: list[Path]) -> None:

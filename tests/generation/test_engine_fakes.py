@@ -286,7 +286,7 @@ def test_a_load_that_fails_halfway_refuses_requests_in_flight_and_later_ones(
         swapping = asyncio.create_task(engine.swap(folders[1], 5))
         while fake.paths[-1] != "/continue_generation":
             await asyncio.sleep(0.01)
-        with pytest.raises(UnconfirmedWeights):  # generation is about to go on, and nothing may come in between
+        with pytest.raises(UnconfirmedWeights):  # generation is about to continue; no request may come before
             await engine.generate(ticket())
         continuing.set()
         with pytest.raises(EngineError, match="Rolling back"):
@@ -344,7 +344,7 @@ def test_tokens_of_a_version_wait_until_it_is_confirmed(fake: FakeSglang, folder
         swapping = asyncio.create_task(engine.swap(folders[1], 4))
         while "/weights_checker" not in fake.paths:
             await asyncio.sleep(0.01)
-        assert engine.is_loading, "it has its own deadline, and is no silence"
+        assert engine.is_loading, "hashing has its own deadline and does not count as silence"
         request = asyncio.create_task(engine.generate(ticket()))
         while "/generate" not in fake.paths:
             await asyncio.sleep(0.01)

@@ -75,5 +75,5 @@ def test_a_hung_sglang_is_restarted_on_the_verified_weights(
     run(scenario)
     [(_, fields)] = client.xrange(keys.groups)
     group = decode_group(fields[b"group"])
-    assert group.ticket.attempts == 0, "an engine's fault is no attempt of the ticket"
+    assert group.ticket.attempts == 0, "an engine failure does not count as an attempt"
     assert group.oldest_version == group.newest_version == 2

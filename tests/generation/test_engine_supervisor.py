@@ -140,7 +140,7 @@ def test_traffic_is_a_sign_of_life_without_probes(fake: FakeSglang) -> None:
                 supervisor.engine.calls.last_heard_at = time.monotonic()
                 await asyncio.sleep(0.05)
             assert "/health" not in fake.paths
-            await until(lambda: "/health" in fake.paths)  # quiet: asked
+            await until(lambda: "/health" in fake.paths)  # probed when there is no traffic
             fake.calls.clear()
             await until(lambda: fake.paths.count("/health") == 2)
             assert supervisor.incarnation == 1 and supervisor.problem == ""
@@ -156,7 +156,7 @@ def test_a_long_swap_does_not_count_as_silence_but_after_it_the_probe_decides(
 
     async def scenario() -> None:
         async with supervising(fake, swap_timeout_s=2 * SILENCE_S) as supervisor:
-            if is_probed:  # just when it begins
+            if is_probed:  # the probe is sent just before the swap
                 await until(lambda: "/health" in fake.paths)
             swapping = asyncio.create_task(supervisor.engine.swap(tmp_path, 4))
             with pytest.raises(EngineError, match="no answer within"):
@@ -165,7 +165,7 @@ def test_a_long_swap_does_not_count_as_silence_but_after_it_the_probe_decides(
             loading = fake.paths[
                 fake.paths.index("/update_weights_from_disk") : fake.paths.index("/continue_generation")
             ]
-            assert loading.count("/health") <= (not is_probed), "one may have been on its way when the swap began"
+            assert loading.count("/health") <= (not is_probed), "one may have been sent before the swap began"
             await until(lambda: not supervisor.serving.is_set())
 
     asyncio.run(scenario())
@@ -180,7 +180,7 @@ def test_an_engine_that_hashes_its_weights_does_not_count_as_silent(fake: FakeSg
             with pytest.raises(EngineError, match=r"/weights_checker at .* no answer within"):
                 await supervisor.engine.swap(tmp_path, 4)
             assert supervisor.liveness.silent_s > 1.5 * SILENCE_S and supervisor.serving.is_set()
-            assert fake.paths.count("/health") <= 1, "one may have been on its way when it began"
+            assert fake.paths.count("/health") <= 1, "one may have been sent before it began"
             await until(lambda: not supervisor.serving.is_set())
 
     asyncio.run(scenario())
@@ -222,7 +222,7 @@ def test_a_busy_engine_gets_more_time_but_not_unlimited(server: EngineServer, bu
             burning = asyncio.create_task(script(supervisor, "/health", burn_s=6 * SILENCE_S))
             await until(lambda: supervisor.liveness.silent_s > 5 * SILENCE_S or not supervisor.serving.is_set())
             assert supervisor.serving.is_set() == (busy_timeout_s == 60.0)
-            await until(lambda: not supervisor.serving.is_set())  # it hangs on when it has done with computing
+            await until(lambda: not supervisor.serving.is_set())  # it still hangs after computing
             await asyncio.gather(burning, return_exceptions=True)
 
     asyncio.run(scenario())

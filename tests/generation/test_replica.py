@@ -52,7 +52,7 @@ def test_tickets_become_scored_groups_of_the_engines_versions(
             await until(lambda: client.xlen(keys.groups) == 2 and client.xlen(keys.evaluated) == 1)
             await until(lambda: beat(client, keys) == ("running", 1))
             await until(lambda: replica.heartbeat().groups_committed == 3)
-        assert not client.exists(keys.replica("a")), "a replica that left says so"
+        assert not client.exists(keys.replica("a")), "a drained replica deletes its heartbeat"
 
     run(scenario)
     groups = [decode_group(entry.payload) for entry in learner.store.read(10, 0.1)]
@@ -99,7 +99,7 @@ def test_a_failing_reward_uses_up_the_attempts_and_then_dead_letters_the_ticket(
     run(scenario)
     ((_, dead),) = client.xrange(keys.dead)
     assert dead[b"id"] == b"0-0" and b"ticket 0-0" in dead[b"reason"]
-    assert len(json.loads(dead[b"completions"])) == 2, "what could not be scored is kept"
+    assert len(json.loads(dead[b"completions"])) == 2, "completions that could not be scored are kept"
     assert parse_ledger_entry(client.hget(keys.ledger, "0-0")).state == "dead"
 
 
@@ -160,7 +160,7 @@ def test_a_drained_replica_hands_back_what_it_cannot_finish(
     run(scenario)
     assert parse_ledger_entry(client.hget(keys.ledger, "0-9")).state == "open"
     ((_, fields),) = client.xrange(keys.tickets)
-    assert decode_ticket(fields[b"ticket"]).attempts == 0, "a hand-back is no attempt"
+    assert decode_ticket(fields[b"ticket"]).attempts == 0, "a hand-back does not count as an attempt"
 
 
 def test_the_ticket_of_a_silent_replica_is_claimed(

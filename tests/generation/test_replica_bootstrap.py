@@ -77,7 +77,7 @@ def test_a_url_and_a_token_are_enough(
             process.send_signal(signal.SIGTERM)
             output, _ = process.communicate(timeout=GUARD_S)
             assert process.returncode == 0, output
-        assert not learner.store.replicas(), "replicas that left say so"
+        assert not learner.store.replicas(), "drained replicas delete their heartbeats"
 
 
 def test_a_replica_is_named_after_its_host(own_redis: str, start: Start, demo_policy: Path, fake: FakeSglang) -> None:

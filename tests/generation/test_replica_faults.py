@@ -105,7 +105,7 @@ def test_an_external_engine_that_was_silent_must_confirm_its_weights(
             await until(lambda: replica.supervisor.incarnation == 2)
             assert replica.status.state == "starting" and client.xlen(keys.tickets) == 1
             fake.hanging = set()
-            fake.closing.set()  # what hangs ends
+            fake.closing.set()  # ends the hanging requests
             await until(lambda: client.xlen(keys.groups) == 1)
 
     run(scenario)
@@ -147,7 +147,7 @@ def test_a_ticket_that_failed_here_is_left_to_another_replica_but_not_for_ever(
     run(scenario)
     assert hand_backs == ["0-0"] * MAX_HAND_BACKS
     [(_, fields)] = client.xrange(keys.groups)
-    assert decode_group(fields[b"group"]).ticket.attempts == 1, "passing on is no attempt"
+    assert decode_group(fields[b"group"]).ticket.attempts == 1, "a hand-back does not count as an attempt"
 
 
 @pytest.mark.parametrize(

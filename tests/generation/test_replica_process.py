@@ -144,7 +144,7 @@ def test_tickets_in_flight_are_handed_back(
         assert client.xpending(keys.tickets, "generation")["pending"] == 0
         [(_, fields)] = client.xrange(keys.tickets)
         assert decode_ticket(fields[b"ticket"]).attempts == 0
-        assert not client.exists(keys.replica("a")), "a replica that left says so"
+        assert not client.exists(keys.replica("a")), "a drained replica deletes its heartbeat"
 
 
 @pytest.mark.parametrize("fault", ["killed", "frozen"])

@@ -201,7 +201,7 @@ def test_the_next_source_continues_an_unfinished_file(
             expect(member, versions)
             num_bytes = versions.manifests[0].num_model_bytes
             assert learner.requests == [(MODEL_FILE, f"bytes={num_bytes // 2}-")]
-            assert fetched.num_bytes == num_bytes, "nothing came twice"
+            assert fetched.num_bytes == num_bytes, "no byte was fetched twice"
 
     run(scenario)
 

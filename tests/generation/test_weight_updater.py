@@ -66,7 +66,7 @@ async def updating(
     tasks = [asyncio.create_task(supervisor.run()), asyncio.create_task(updater.run(supervisor))]
     try:
         yield updater, supervisor
-        assert not any(task.done() for task in tasks), "it goes on whatever happens"
+        assert not any(task.done() for task in tasks), "it continues whatever happens"
     finally:
         for task in tasks:
             task.cancel()
