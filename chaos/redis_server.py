@@ -11,7 +11,7 @@ import psutil
 
 from headrace.common.http.addresses import free_port
 from headrace.common.process.child_process import set_parent_death_signal
-from headrace.common.redis.client import DURABLE
+from headrace.common.redis.client import DURABLE_SETTINGS
 from headrace.launcher.run.redis_server import is_answering, redis_binary, redis_url_at
 
 START_TIMEOUT_S = 60.0
@@ -52,7 +52,7 @@ class RedisServer:
             time.sleep(POLL_S)
 
     def _launch(self) -> subprocess.Popen[bytes]:
-        settings = {"port": self.port, "bind": "127.0.0.1", "dir": self.folder, "save": "", **DURABLE}
+        settings = {"port": self.port, "bind": "127.0.0.1", "dir": self.folder, "save": "", **DURABLE_SETTINGS}
         arguments = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
         with self.log.open("ab") as output:
             return subprocess.Popen(

@@ -12,7 +12,7 @@ import redis
 from hypothesis import HealthCheck, settings
 
 from headrace.common.config import EngineConfig
-from headrace.common.hardware.device import is_gpu_here
+from headrace.common.hardware.device import has_gpu
 from headrace.common.redis.client import connect
 from headrace.common.redis.keys import Keys
 from headrace.generation.engine.server import EngineServer
@@ -27,7 +27,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_report_header() -> str:
-    if not is_gpu_here():
+    if not has_gpu():
         return ""
     return "the tests use no GPU; with one: headrace up with device: auto, benchmarks/learner/gpu_learner.sh"
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.learner.throughput import samples_of
 from headrace.common.config import LearnerConfig, ModelConfig
-from headrace.common.hardware.device import multiplies_bfloat16
+from headrace.common.hardware.device import has_bfloat16_units
 from headrace.learner.model.packing import MicroBatch, pack
 from headrace.learner.model.policy import Policy
 
@@ -40,7 +40,7 @@ def main() -> None:
         made.save_pretrained(folder)
         policies = {dtype: policy_computing_in(dtype, folder, learner) for dtype in DTYPES}
         turns = [{dtype: timed(policy, micro_batch) for dtype, policy in policies.items()} for _ in range(repeats)]
-    print(f"this CPU has {'' if multiplies_bfloat16() else 'no '}units for bfloat16")
+    print(f"this CPU has {'' if has_bfloat16_units() else 'no '}units for bfloat16")
     for dtype in DTYPES:
         forward, backward = (np.array([turn[dtype][part] for turn in turns]) for part in (0, 1))
         print(
@@ -53,7 +53,7 @@ def main() -> None:
 
 def policy_computing_in(dtype: str, folder: str, learner: LearnerConfig) -> Policy:
     """Of the same bfloat16 weights, whatever this CPU has."""
-    with patch("headrace.learner.model.policy.computed_in", lambda *_: dtype):
+    with patch("headrace.learner.model.policy.compute_dtype", lambda *_: dtype):
         return Policy(ModelConfig(path=folder, dtype="bfloat16"), learner)
 
 

@@ -23,8 +23,8 @@ from unittest.mock import patch
 import numpy as np
 
 from benchmarks.scale.recorded_run import RecordedGroup, RecordedRun, read_recorded
-from headrace.common.bootstrap import Joined, join
-from headrace.common.http.addresses import listen, url_of
+from headrace.common.bootstrap import JoinedRun, join_run
+from headrace.common.http.addresses import listen, socket_url
 from headrace.common.http.service import serve_in_loop
 from headrace.common.metrics.families import SHORT_S, Histogram
 from headrace.common.process.waiting import Waits
@@ -121,10 +121,10 @@ class Rewards:
         pass
 
 
-async def serve(joined: Joined, redis_url: str, name: str) -> None:
+async def serve(joined: JoinedRun, redis_url: str, name: str) -> None:
     """One replica, until cancelled."""
     sock = listen("127.0.0.1", 0)
-    where = (name, url_of(sock), Path(), Waits())
+    where = (name, socket_url(sock), Path(), Waits())
     async with (
         assembly.assemble_replica(joined.config, joined.keys, redis_url, joined.token, *where) as replica,
         serve_in_loop(make_app(replica, joined.token), sock),
@@ -137,7 +137,7 @@ async def serve_all(names: list[str]) -> None:
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     with patch.multiple(assembly, Engine=Engine, RewardPool=Rewards), contextlib.suppress(asyncio.CancelledError):
-        joined = await asyncio.to_thread(join, redis_url, None, None, Waits())
+        joined = await asyncio.to_thread(join_run, redis_url, None, None, Waits())
         async with asyncio.TaskGroup() as replicas:
             for name in names:
                 replicas.create_task(serve(joined, redis_url, name), name=name)

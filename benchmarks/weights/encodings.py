@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from benchmarks.demo import RECIPE, ROOT, headrace_up
 from headrace.common.weights.delta import Bits, apply_patch, make_patch
 from headrace.common.weights.files import MODEL_FILE
-from headrace.common.weights.memory_folder import MemoryFolder, memory_backed
+from headrace.common.weights.memory_folder import MemoryFolder, memory_backed_folder
 from headrace.learner.weights.publisher import PREFIX
 
 RESULTS = ROOT / "benchmarks" / "results" / "weights.json"
@@ -82,11 +82,11 @@ def real_versions(folder: Path) -> list[list[Bits]]:
     settings = [part for setting in RUN_SETTINGS for part in ("--set", setting)]
     command = headrace_up(RECIPE, "real", "--runs-folder", str(folder), *settings)
     files = f"{PREFIX}*/v*/{MODEL_FILE}"
-    others, kept = set(memory_backed().glob(files)), MemoryFolder("headrace-benchmark-", memory_backed())
+    others, kept = set(memory_backed_folder().glob(files)), MemoryFolder("headrace-benchmark-", memory_backed_folder())
     with contextlib.closing(kept), subprocess.Popen(command, stdout=subprocess.DEVNULL) as run:
         while run.poll() is None:
             time.sleep(LOOK_S)
-            for path in memory_backed().glob(files):
+            for path in memory_backed_folder().glob(files):
                 place = kept.root / path.parent.name
                 if path not in others and not place.exists():
                     with contextlib.suppress(FileNotFoundError):  # deleted just now

@@ -27,9 +27,9 @@ from rich.table import Table
 from benchmarks.demo import ROOT
 from benchmarks.weights.encodings import random_pair
 from headrace.common.hardware.device import machine_id
-from headrace.common.http.addresses import listen, url_of
+from headrace.common.http.addresses import listen, socket_url
 from headrace.common.http.service import new_app, serve_in_loop, serve_in_thread
-from headrace.common.weights.files import encode_manifest, sha256_of, version_folder
+from headrace.common.weights.files import encode_manifest, sha256_hex, version_folder
 from headrace.generation.weights.downloads import Fetcher
 from headrace.generation.weights.local_weights import LocalWeights
 from headrace.generation.weights.peer_api import WeightFileServer, weights_router
@@ -87,7 +87,7 @@ class Replica:
         app, sock = new_app("replica"), listen("127.0.0.1", 0)
         app.include_router(weights_router(WeightFileServer(self.local, self.fetcher), TOKEN))
         async with serve_in_loop(app, sock):
-            yield url_of(sock)
+            yield socket_url(sock)
         await self.fetcher.aclose()
         self.local.close()
 
@@ -105,7 +105,7 @@ def write_versions(root: Path, num_items: int) -> list[PublishedVersion]:
         bits = before if version % 2 else after
         tensor = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
         manifest = writer.write(version_folder(root, version), version, version, Snapshot({"weights": tensor}))
-        found.append(PublishedVersion(version, sha256_of(encode_manifest(manifest)), ""))
+        found.append(PublishedVersion(version, sha256_hex(encode_manifest(manifest)), ""))
     return found
 
 
@@ -147,7 +147,7 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> list[Row]:
             for way in ("tree", "learner"):
                 rows += await spread(way, versions, arguments.replicas, relay, url, model_folder)
         for way in ("HTTP", "folder"):
-            rows += await spread(way, versions, 1, relay, url_of(sock), model_folder)
+            rows += await spread(way, versions, 1, relay, socket_url(sock), model_folder)
     return rows
 
 

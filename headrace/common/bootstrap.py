@@ -20,14 +20,14 @@ from headrace.common.process.logs import add_process_fields
 from headrace.common.process.run_token import TOKEN_VARIABLE, read_token_file, token_from_environment
 from headrace.common.process.waiting import Reason, Waits
 from headrace.common.redis.client import connect
-from headrace.common.redis.keys import Keys, of_every_run, run_of
+from headrace.common.redis.keys import Keys, key_pattern, run_in_key
 
 JOIN_TIMEOUT_S = 600.0
 POLL_S = 0.5
 Found = TypeVar("Found")
 
 
-class Joined(NamedTuple):
+class JoinedRun(NamedTuple):
     """A run that a service can begin to work for."""
 
     keys: Keys
@@ -35,8 +35,8 @@ class Joined(NamedTuple):
     token: str
 
 
-def joining_parser(service: str) -> argparse.ArgumentParser:
-    """The arguments that every service takes which joins a run: `join`'s, and where it listens."""
+def service_parser(service: str) -> argparse.ArgumentParser:
+    """The arguments that every service takes which joins a run: `join_run`'s, and where it listens."""
     parser = argparse.ArgumentParser(prog=f"python -m headrace.{service}")
     parser.add_argument("--run", default=os.environ.get("HEADRACE_RUN"), help="default: the only one in this Redis")
     parser.add_argument(
@@ -50,7 +50,7 @@ def joining_parser(service: str) -> argparse.ArgumentParser:
     return parser
 
 
-def join(redis_url: str, run: str | None, token_file: Path | None, waits: Waits) -> Joined:
+def join_run(redis_url: str, run: str | None, token_file: Path | None, waits: Waits) -> JoinedRun:
     """Waits `JOIN_TIMEOUT_S` for each, then raises `TimeoutError`; `ValueError` for what no wait would mend."""
     if not redis_url:
         raise ValueError("no Redis: expected the variable HEADRACE_REDIS_URL or --redis-url")
@@ -65,11 +65,11 @@ def join(redis_url: str, run: str | None, token_file: Path | None, waits: Waits)
         assert token_file is not None
         token = _wait_for(lambda: read_token_file(token_file), f"no token in {token_file}", waits)
     add_process_fields(run=keys.run)
-    return Joined(keys, config, token)
+    return JoinedRun(keys, config, token)
 
 
 def _only_run(client: redis.Redis) -> Keys | None:
-    runs = sorted(run_of(key) for key in client.scan_iter(match=of_every_run("config"), count=1000))
+    runs = sorted(run_in_key(key) for key in client.scan_iter(match=key_pattern("config"), count=1000))
     if len(runs) > 1:
         shown = ", ".join(runs[:5]) + ", …" * (len(runs) > 5)
         raise ValueError(f"this Redis has {len(runs)} runs ({shown}): expected HEADRACE_RUN or --run")
@@ -87,8 +87,8 @@ def _read_config(found: bytes) -> RunConfig:
 def _wait_for(look: Callable[[], Found | None], what: str, waits: Waits) -> Found:
     """The first look that finds something; raises `TimeoutError` after `JOIN_TIMEOUT_S`."""
     while not (found := look()):
-        if waits.waiting(Reason.NO_TICKETS, what, JOIN_TIMEOUT_S) > JOIN_TIMEOUT_S:
+        if waits.note(Reason.NO_TICKETS, what, JOIN_TIMEOUT_S) > JOIN_TIMEOUT_S:
             raise TimeoutError(f"{what} within {JOIN_TIMEOUT_S:.0f} s")
         time.sleep(POLL_S)
-    waits.over(Reason.NO_TICKETS)
+    waits.end(Reason.NO_TICKETS)
     return found

@@ -16,8 +16,8 @@ import sys
 
 import redis
 
-from headrace.common.bootstrap import Joined, join, joining_parser
-from headrace.common.http.addresses import listen_with_overrides, url_of
+from headrace.common.bootstrap import JoinedRun, join_run, service_parser
+from headrace.common.http.addresses import listen_with_overrides, socket_url
 from headrace.common.process.logs import set_up_logging
 from headrace.common.process.waiting import Waits
 from headrace.control.assembly import openapi_document, running_app, serving
@@ -32,7 +32,7 @@ def main() -> int:
         return 0
     set_up_logging("control")
     try:
-        joined = join(arguments.redis_url, arguments.run, arguments.token_file, Waits())
+        joined = join_run(arguments.redis_url, arguments.run, arguments.token_file, Waits())
         sock = listen_with_overrides(joined.config.control, arguments.host, arguments.port)
     except KeyboardInterrupt:
         return 0
@@ -48,12 +48,12 @@ def main() -> int:
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = joining_parser("control")
+    parser = service_parser("control")
     parser.add_argument("--openapi", action="store_true", help="print the OpenAPI document and exit")
     return parser.parse_args()
 
 
-async def _serve(arguments: argparse.Namespace, joined: Joined, sock: socket.socket) -> None:
+async def _serve(arguments: argparse.Namespace, joined: JoinedRun, sock: socket.socket) -> None:
     """Serves until SIGTERM or SIGINT."""
     stop_requested, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -63,7 +63,7 @@ async def _serve(arguments: argparse.Namespace, joined: Joined, sock: socket.soc
         run, joined.config, arguments.redis_url, joined.token, joined.config.control.require_token_for_reads
     )
     async with parts as (app, monitor), serving(app, monitor, sock):
-        _log.info("run %s at %s", run, url_of(sock))
+        _log.info("run %s at %s", run, socket_url(sock))
         await stop_requested.wait()
 
 

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import redis
 
-from headrace.common.bootstrap import Joined, joining_parser
-from headrace.common.http.addresses import listen_with_overrides, url_of
+from headrace.common.bootstrap import JoinedRun, service_parser
+from headrace.common.http.addresses import listen_with_overrides, socket_url
 from headrace.common.http.service import serve_in_loop
 from headrace.common.preflight.recipe import check_engine_installed
 from headrace.common.process.logs import set_up_logging
@@ -73,7 +73,7 @@ def _innermost(error: Exception) -> Exception:
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = joining_parser("generation")
+    parser = service_parser("generation")
     parser.add_argument("--name", default=f"{socket.gethostname()}-{secrets.token_hex(4)}", help="name of the replica")
     parser.add_argument("--log-folder", type=Path, default=Path("runs/logs"), help="folder for the engine's log")
     parser.add_argument(
@@ -84,8 +84,8 @@ def _parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-async def _serve(arguments: argparse.Namespace, joined: Joined, sock: socket.socket, waits: Waits) -> None:
-    task, url = asyncio.current_task(), url_of(sock)
+async def _serve(arguments: argparse.Namespace, joined: JoinedRun, sock: socket.socket, waits: Waits) -> None:
+    task, url = asyncio.current_task(), socket_url(sock)
     assert task is not None
     _on_signals(task.cancel)
     try:

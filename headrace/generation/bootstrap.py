@@ -2,15 +2,14 @@
 
 from pathlib import Path
 
-from headrace.common.bootstrap import Joined
-from headrace.common.bootstrap import join as join_run
+from headrace.common.bootstrap import JoinedRun, join_run
 from headrace.common.models.hub import is_hub_name
 from headrace.common.preflight.recipe import model_files
 from headrace.common.process.waiting import Waits
 from headrace.common.wire.checks import name_problem
 
 
-def join(redis_url: str, run: str | None, token_file: Path | None, waits: Waits) -> Joined:
+def join(redis_url: str, run: str | None, token_file: Path | None, waits: Waits) -> JoinedRun:
     """As `headrace.common.bootstrap.join`; also raises `ValueError` if the model's folder does not exist here."""
     joined = join_run(redis_url, run, token_file, waits)
     model = joined.config.model

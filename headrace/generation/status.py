@@ -60,9 +60,9 @@ class ReplicaStatus:
         now = self._current_wait()
         for reason in REPORTED_REASONS:
             if now is None or now[0] is not reason:
-                self._waits.over(reason)
+                self._waits.end(reason)
         if now is not None:
-            self._waits.waiting(*now)
+            self._waits.note(*now)
 
     def _current_wait(self) -> tuple[Reason, str, float | None] | None:
         """Reason, detail and deadline of what delays all or some of the replica's tickets."""

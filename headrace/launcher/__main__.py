@@ -144,9 +144,9 @@ def _new_name(origin: Path) -> str:
 def _load(config: Path, seed: int | None, overrides: list[str]) -> "Recipe":
     """The recipe. This process and all that it starts look for the task in the recipe's folder, too."""
     from headrace.common.config import load_recipe
-    from headrace.common.tasks import look_in
+    from headrace.common.tasks import add_import_folder
 
-    look_in(config.parent)
+    add_import_folder(config.parent)
     return load_recipe(config, overrides if seed is None else [*overrides, f"seed={seed}"])
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from headrace.common.config import Recipe
-from headrace.common.http.addresses import free_port, url_at
+from headrace.common.http.addresses import advertised_url, free_port
 from headrace.common.preflight.installation import check_installed
 from headrace.common.preflight.recipe import check_run
 from headrace.common.process.logs import log_to_file
@@ -81,7 +81,7 @@ def up(
             wait_for_redis(redis.service, url)
         stack.enter_context(write_url_file(folder, url))
         host, page_port = recipe.config.control.host, recipe.config.control.port or free_port()
-        page = url_at(host, page_port)
+        page = advertised_url(host, page_port)
         stack.enter_context(write_url_file(folder, page, CONTROL_URL_FILE))
         stack.enter_context(view)
         view.skip_to_now()

@@ -26,7 +26,7 @@ from typing import Any
 import redis
 
 from headrace.common.config import ConfigError, RunConfig, load_recipe, resolve
-from headrace.common.http.addresses import listen_with_overrides, url_of
+from headrace.common.http.addresses import listen_with_overrides, socket_url
 from headrace.common.http.service import serve_in_thread
 from headrace.common.metrics.endpoint import mount_metrics
 from headrace.common.preflight.recipe import check_model, check_trackers
@@ -37,7 +37,7 @@ from headrace.common.process.run_token import load_or_create_token
 from headrace.common.process.waiting import Waits
 from headrace.common.redis.client import OUTAGE_DEADLINE_S, connect, durability_problem
 from headrace.common.redis.keys import Keys
-from headrace.common.tasks import look_in
+from headrace.common.tasks import add_import_folder
 from headrace.learner.distributed.engine_wait import wait_for_engine
 from headrace.learner.distributed.launch import run_ranks
 from headrace.learner.intake.recordings import Recording
@@ -99,7 +99,7 @@ def _read(arguments: argparse.Namespace) -> tuple[RunConfig, Recording | None]:
     recording = None if arguments.replay is None else Recording(arguments.replay)
     if arguments.config is not None:
         if arguments.config.parent.resolve() != (arguments.runs_folder / arguments.run).resolve():
-            look_in(arguments.config.parent)  # in the run's own folder lies no task
+            add_import_folder(arguments.config.parent)  # in the run's own folder lies no task
         return load_recipe(arguments.config, arguments.overrides).config, recording
     if recording is not None:
         return resolve(recording.config, str(arguments.replay), arguments.overrides).config, recording
@@ -165,7 +165,7 @@ def _learn(
     from headrace.learner.store.store import Fenced
 
     _log.info("the libraries are imported")
-    arguments = (config, folder, token, client, keys, url_of(sock), task, switches, waits, recording, ranks)
+    arguments = (config, folder, token, client, keys, socket_url(sock), task, switches, waits, recording, ranks)
     loop, tokenizer = assemble(*arguments, is_new_epoch)
     add_process_fields(step=lambda: loop.progress.step)
     if loop.is_at_last_step and (folder / "summary.json").exists():

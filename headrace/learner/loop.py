@@ -336,12 +336,12 @@ class Loop:
             return
         self.reporter.enter_phase("paused")
         while self.switches.paused.is_set() and not self.switches.stop.wait(SWITCH_POLL_S):
-            self.waits.waiting(Reason.PAUSED)
+            self.waits.note(Reason.PAUSED)
             self.reporter.write_group_samples()
             self._apply_desired_state()
             self._raise_background_failure()
             self.evaluator.collect()
-        self.waits.over(Reason.PAUSED)
+        self.waits.end(Reason.PAUSED)
 
     def _is_interrupted(self) -> bool:
         return self.switches.stop.is_set() or self.switches.paused.is_set()

@@ -29,7 +29,7 @@ def chat_with(tokenizer: Any, template: str | None = None, system_prompt: str | 
 
 
 def make_ticket(chat: Chat, prompt: Any) -> Ticket:
-    return chat.ticket(prompt, id="0-0", kind="train", num_completions=2, sampling=SAMPLING, min_weight_version=1)
+    return chat.make_ticket(prompt, id="0-0", kind="train", num_completions=2, sampling=SAMPLING, min_weight_version=1)
 
 
 def test_a_prompt_is_tokenized_as_transformers_does_it(tokenizer: Any) -> None:

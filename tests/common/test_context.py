@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, PretrainedConfig
 
-from headrace.common.models.context_length import UNKNOWN_LENGTH, context_tokens, fits
+from headrace.common.models.context_length import DEFAULT_LENGTH, context_tokens, fits_context
 from tests.support.sglang_source import names_of
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}
@@ -36,7 +36,7 @@ def by_sglang(config: Any) -> int:
         (config_of("llama", max_position_embeddings=131072, rope_parameters=LLAMA3 | ORIGINAL), 131072),
         (config_of("gpt2", n_positions=1024), 1024),
         (config_of("gemma3"), 131072),
-        (SimpleNamespace(), UNKNOWN_LENGTH),
+        (SimpleNamespace(), DEFAULT_LENGTH),
     ],
     ids=lambda value: getattr(value, "model_type", None),
 )
@@ -46,4 +46,4 @@ def test_the_context_is_that_of_sglang(config: Any, expected: int) -> None:
 
 
 def test_a_prompt_and_its_completion_must_fit_together() -> None:
-    assert fits(500, 12, 512) and not fits(501, 12, 512)
+    assert fits_context(500, 12, 512) and not fits_context(501, 12, 512)

@@ -11,7 +11,7 @@ import pytest
 from headrace.common.hardware import device
 from headrace.common.hardware.device import resolve_device, why_not_cuda
 from headrace.common.hardware.gpus import Gpu, visible_gpus
-from headrace.common.hardware.placement import MIB, engine_static_bytes, place
+from headrace.common.hardware.placement import MIB, assign_gpus, engine_static_bytes
 from headrace.common.wire.desired_state import MAX_REPLICAS
 from tests.support.fake_gpus import GIB, FakeGpus
 
@@ -35,7 +35,7 @@ EIGHT = [str(index) for index in range(8)]
 def test_the_learners_ranks_come_first_then_each_replica(
     visible: list[str], ranks: int, replicas: int, tp_size: int, learner: str, engines: str
 ) -> None:
-    placement = place(visible, ranks=ranks, replicas=replicas, tp_size=tp_size, is_split=False)
+    placement = assign_gpus(visible, ranks=ranks, replicas=replicas, tp_size=tp_size, is_split=False)
     assert ",".join(placement.learner) == learner
     assert [",".join(names) for names in placement.engines] == engines.split()
     assert not placement.is_shared
@@ -44,26 +44,26 @@ def test_the_learners_ranks_come_first_then_each_replica(
 @pytest.mark.parametrize("ranks", range(9))
 @pytest.mark.parametrize("tp_size", range(1, 9))
 def test_no_gpu_is_given_twice_and_none_is_left_that_another_replica_could_use(ranks: int, tp_size: int) -> None:
-    placement = place(EIGHT, ranks=ranks, replicas=0, tp_size=tp_size, is_split=True)
+    placement = assign_gpus(EIGHT, ranks=ranks, replicas=0, tp_size=tp_size, is_split=True)
     given = [*placement.learner, *itertools.chain(*placement.engines)]
     assert given == EIGHT[: len(given)], "each once, in their order"
     assert len(EIGHT) - len(given) < tp_size and {len(names) for names in placement.engines} <= {tp_size}
 
 
 def test_engines_that_need_no_gpu_are_not_bounded_by_them() -> None:
-    placement = place(["0"], ranks=1, replicas=9, tp_size=0, is_split=False)
+    placement = assign_gpus(["0"], ranks=1, replicas=9, tp_size=0, is_split=False)
     assert placement.learner == ("0",) and placement.engines == ((),) * MAX_REPLICAS
-    assert place([], ranks=0, replicas=MAX_REPLICAS, tp_size=0, is_split=False).learner == ()
+    assert assign_gpus([], ranks=0, replicas=MAX_REPLICAS, tp_size=0, is_split=False).learner == ()
 
 
 def test_one_gpu_is_shared_only_by_an_explicit_split() -> None:
-    shared = place(["3"], ranks=1, replicas=1, tp_size=1, is_split=True)
+    shared = assign_gpus(["3"], ranks=1, replicas=1, tp_size=1, is_split=True)
     assert shared == (("3",), (("3",),), True)
-    assert not place(["0", "1"], ranks=1, replicas=1, tp_size=1, is_split=True).is_shared, "there are two"
+    assert not assign_gpus(["0", "1"], ranks=1, replicas=1, tp_size=1, is_split=True).is_shared, "there are two"
     with pytest.raises(ValueError, match=r"1 GPU is visible \(3\), and .* need 2; expected .*learner.memory_fraction"):
-        place(["3"], ranks=1, replicas=1, tp_size=1, is_split=False)
+        assign_gpus(["3"], ranks=1, replicas=1, tp_size=1, is_split=False)
     with pytest.raises(ValueError, match=r"need 3; expected generation\.replicas 1 at most"):
-        place(["3"], ranks=1, replicas=2, tp_size=1, is_split=True)
+        assign_gpus(["3"], ranks=1, replicas=2, tp_size=1, is_split=True)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_too_few_gpus_are_refused_with_the_numbers_and_the_next_step(
     visible: list[str], ranks: int, replicas: int, tp_size: int, line: str
 ) -> None:
     with pytest.raises(ValueError, match=line):
-        place(visible, ranks=ranks, replicas=replicas, tp_size=tp_size, is_split=False)
+        assign_gpus(visible, ranks=ranks, replicas=replicas, tp_size=tp_size, is_split=False)
 
 
 def test_the_split_of_a_gpu_adds_up() -> None:

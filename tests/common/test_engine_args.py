@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from headrace.common.config import EngineConfig
-from headrace.common.config.engine_args import CACHED, ONE_AT_MOST, OWN, QUANTIZED, SETTINGS
+from headrace.common.config.engine_args import CACHED, ONE_AT_MOST, QUANTIZED, SET_BY_REPLICA, SETTINGS
 from headrace.generation.engine.command import launch_command
 
 
@@ -74,7 +74,7 @@ def sglang_options() -> set[str]:
 def test_the_flags_that_are_refused_and_those_that_are_given_are_sglangs() -> None:
     """A flag that SGLang renames would no longer be refused, or end the engine at its start."""
     options = sglang_options()
-    assert {*SETTINGS, *OWN, *ONE_AT_MOST, *QUANTIZED, *CACHED} <= options
+    assert {*SETTINGS, *SET_BY_REPLICA, *ONE_AT_MOST, *QUANTIZED, *CACHED} <= options
     chosen: list[dict[str, Any]] = [
         {"device": "cuda", "tp_size": 2, "context_tokens": 64, "max_total_tokens": 4096, "memory_fraction": 0.5},
         {"device": "cuda", "swap_mode": "in_place", "extra_args": ["--chunked-prefill-size", "2048"]},

@@ -14,7 +14,7 @@ import redis
 
 from headrace.common.config import load_recipe
 from headrace.common.http import limits as http_limits
-from headrace.common.http.addresses import listen, url_of
+from headrace.common.http.addresses import listen, socket_url
 from headrace.common.http.service import serve_in_loop, serve_in_thread
 from headrace.common.process.waiting import Waits
 from headrace.common.redis.keys import Keys
@@ -33,7 +33,7 @@ NOBODY = "http://127.0.0.1:1"
 def a_learner(redis_url: str, folder: Path) -> Iterator[str]:
     sock = listen("127.0.0.1", 0)
     with serve_in_thread(learner_app(folder, lambda: {"step": 1}, Switches(), TOKEN), sock):
-        yield url_of(sock)
+        yield socket_url(sock)
 
 
 @contextlib.contextmanager
@@ -52,7 +52,7 @@ def a_replica(redis_url: str, folder: Path) -> Iterator[str]:
     thread.start()
     try:
         assert is_up.wait(GUARD_S)
-        yield url_of(sock)
+        yield socket_url(sock)
     finally:
         is_over.set()
         thread.join(GUARD_S)

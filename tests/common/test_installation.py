@@ -12,7 +12,14 @@ from headrace.common.config import ModelConfig, RunConfig
 from headrace.common.config.recipe import resolve
 from headrace.common.models.chat import load_tokenizer
 from headrace.common.models.context_length import load_model_config
-from headrace.common.preflight.installation import LIBRARIES, ON_CPU, ON_GPU, SGLANG, TORCHVISION, check_installed
+from headrace.common.preflight.installation import (
+    CPU_COMMAND,
+    GPU_COMMAND,
+    REQUIRED_PACKAGES,
+    SGLANG,
+    TORCHVISION,
+    check_installed,
+)
 from headrace.common.preflight.recipe import check_model
 from headrace.generation.weights.updater import local_model_folder
 from headrace.launcher.estimates.model_size import shape_of
@@ -31,12 +38,12 @@ def test_missing_packages_are_named_with_the_commands(monkeypatch: pytest.Monkey
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("torch", "aiohttp") else find(name))
     with pytest.raises(ValueError, match=r"^not installed here: aiohttp, torch; expected, [^\n]*$") as refused:
         check_installed()
-    assert ON_CPU in str(refused.value) and ON_GPU in str(refused.value)
+    assert CPU_COMMAND in str(refused.value) and GPU_COMMAND in str(refused.value)
 
 
 def test_the_commands_install_what_is_required_in_the_versions_of_the_checkout() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert set(LIBRARIES) <= {*extras["learner"], *extras["generation"]}
+    assert set(REQUIRED_PACKAGES) <= {*extras["learner"], *extras["generation"]}
     for file in ("Makefile", "deploy/Dockerfile"):
         assert SGLANG in (text := (ROOT / file).read_text()) and TORCHVISION in text
 

@@ -38,8 +38,8 @@ class Seen(Waits):
         self.details: dict[Reason, list[str]] = {UNREACHABLE: [], REFUSES: []}
         self._said = threading.Condition()
 
-    def waiting(self, reason: Reason, detail: str = "", deadline_s: float | None = None) -> float:
-        lasted_s = super().waiting(reason, detail, deadline_s)
+    def note(self, reason: Reason, detail: str = "", deadline_s: float | None = None) -> float:
+        lasted_s = super().note(reason, detail, deadline_s)
         with self._said:
             self.details[reason].append(detail)
             self._said.notify_all()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from headrace.common.bootstrap import join
+from headrace.common.bootstrap import join_run
 from headrace.common.process.run_token import (
     TOKEN_VARIABLE,
     load_or_create_token,
@@ -43,7 +43,7 @@ def test_what_can_be_no_token_is_refused_at_every_entrance(
     entrances: dict[str, Callable[[], Any]] = {
         "any": token_from_environment,
         "learner, launcher": lambda: load_or_create_token(tmp_path / "token"),
-        "replica, control": lambda: join("redis://127.0.0.1:1", "demo", tmp_path / "token", Waits()),
+        "replica, control": lambda: join_run("redis://127.0.0.1:1", "demo", tmp_path / "token", Waits()),
         "command": lambda: find_control("demo", "http://127.0.0.1:1", tmp_path),
     }
     for entrance, enter in entrances.items():
@@ -70,7 +70,7 @@ def test_a_variable_that_is_empty_is_not_set(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setenv(TOKEN_VARIABLE, "")
     assert token_from_environment() is None and read_token_file(tmp_path / "token") is None
     with pytest.raises(ValueError, match="no token: expected the variable HEADRACE_TOKEN or --token-file"):
-        join("redis://127.0.0.1:1", "demo", None, Waits())
+        join_run("redis://127.0.0.1:1", "demo", None, Waits())
 
 
 def test_a_token_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:

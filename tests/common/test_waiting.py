@@ -24,9 +24,9 @@ def clock() -> Clock:
 
 def test_a_wait_keeps_its_beginning_and_takes_the_newest_detail(clock: Clock) -> None:
     waits = Waits(clock)
-    assert waits.waiting(Reason.WAITING_FOR_GROUPS, "no group", deadline_s=30.0) == 0.0
+    assert waits.note(Reason.WAITING_FOR_GROUPS, "no group", deadline_s=30.0) == 0.0
     clock.now += 12.3
-    assert waits.waiting(Reason.WAITING_FOR_GROUPS, "3 of 16 groups", deadline_s=30.0) == pytest.approx(12.3)
+    assert waits.note(Reason.WAITING_FOR_GROUPS, "3 of 16 groups", deadline_s=30.0) == pytest.approx(12.3)
     assert waits.status() == [
         {
             "reason": "waiting_for_groups",
@@ -37,28 +37,28 @@ def test_a_wait_keeps_its_beginning_and_takes_the_newest_detail(clock: Clock) ->
         }
     ]
     assert waits.describe() == "not enough groups: 3 of 16 groups for 12 s"
-    waits.over(Reason.WAITING_FOR_GROUPS)
+    waits.end(Reason.WAITING_FOR_GROUPS)
     assert waits.status() == [] and waits.describe() == "" and not waits.is_waiting(Reason.WAITING_FOR_GROUPS)
-    waits.over(Reason.WAITING_FOR_GROUPS)  # twice does no harm
+    waits.end(Reason.WAITING_FOR_GROUPS)  # twice does no harm
 
 
 def test_the_longest_comes_first(clock: Clock) -> None:
     waits = Waits(clock)
-    waits.waiting(Reason.WAITING_FOR_WEIGHTS)
+    waits.note(Reason.WAITING_FOR_WEIGHTS)
     clock.now += 1
-    waits.waiting(Reason.REDIS_UNREACHABLE, "connection refused")
+    waits.note(Reason.REDIS_UNREACHABLE, "connection refused")
     assert [wait["reason"] for wait in waits.status()] == ["waiting_for_weights", "redis_unreachable"]
 
 
 def test_only_long_waits_are_logged_and_ever_more_rarely(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     waits = Waits(clock)
     with caplog.at_level(logging.WARNING):
-        waits.waiting(Reason.PAUSED)
-        waits.over(Reason.PAUSED)
+        waits.note(Reason.PAUSED)
+        waits.end(Reason.PAUSED)
         for _ in range(60):
             clock.now += 1
-            waits.waiting(Reason.WAITING_FOR_GROUPS, "no live replica", 90.0)
-        waits.over(Reason.WAITING_FOR_GROUPS)
+            waits.note(Reason.WAITING_FOR_GROUPS, "no live replica", 90.0)
+        waits.end(Reason.WAITING_FOR_GROUPS)
     told = [record.getMessage() for record in caplog.records]
     assert told == [
         "waiting for 5 s, until 90 s: not enough groups: no live replica",
@@ -71,10 +71,10 @@ def test_only_long_waits_are_logged_and_ever_more_rarely(clock: Clock, caplog: p
 
 def test_durations_go_through_redis_by_code(clock: Clock) -> None:
     waits = Waits(clock)
-    waits.waiting(Reason.CHECKPOINT_FAILING, "disk: full for 3 s; really")
+    waits.note(Reason.CHECKPOINT_FAILING, "disk: full for 3 s; really")
     clock.now += 20
-    waits.waiting(Reason.WAITING_FOR_GROUPS, "0 of 16 groups; replicas: a starting (the engine is starting for 6 s)")
-    waits.waiting(Reason.PAUSED)
+    waits.note(Reason.WAITING_FOR_GROUPS, "0 of 16 groups; replicas: a starting (the engine is starting for 6 s)")
+    waits.note(Reason.PAUSED)
     clock.now += 5
     expected = {"checkpoint_failing": 25.0, "waiting_for_groups": 5.0, "paused": 5.0}
     assert decode_waits(msgspec.json.encode(waits.durations_s())) == expected == waits.durations_s()

@@ -131,7 +131,7 @@ def test_what_was_cut_off_counts_or_does_not() -> None:
     group = make_group(rewards=(1.0, 1.0, 0.0))
     cut = replace(group, rollouts=[*group.rollouts[:2], replace(group.rollouts[2], finish_reason="length")])
     assert not cut.is_uniform("train") and cut.is_uniform("mask")
-    assert cut.counted("train") == cut.rollouts and cut.counted("mask") == cut.rollouts[:2]
+    assert cut.trainable_rollouts("train") == cut.rollouts and cut.trainable_rollouts("mask") == cut.rollouts[:2]
     assert replace(cut, rollouts=cut.rollouts[2:]).is_uniform("mask"), "nothing is left to learn from"
 
 

@@ -10,7 +10,7 @@ import redis
 
 from headrace.common.config import load_recipe
 from headrace.common.http import limits as http_limits
-from headrace.common.http.addresses import bearer
+from headrace.common.http.addresses import bearer_header
 from headrace.common.redis.keys import Keys
 from tests.support.controls import TOKEN, Control, a_control
 from tests.support.seeded_run import RECIPE, seed_run
@@ -178,7 +178,7 @@ def test_the_token_is_in_no_log(control: Control, caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.DEBUG):
         for method, path, body in CHANGING:
             control.ask(method, path, json=body)
-        control.http.get("/status", headers=bearer(TOKEN))
+        control.http.get("/status", headers=bearer_header(TOKEN))
         control.ask("POST", "/resume")
     assert TOKEN not in "".join(record.getMessage() for record in caplog.records if record.name != "asyncio")
     assert TOKEN not in control.http.get("/settings").text + control.http.get("/events/recent").text

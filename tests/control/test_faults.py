@@ -13,7 +13,7 @@ import pytest
 import redis
 
 from headrace.common.config import load_recipe
-from headrace.common.http.addresses import bearer, free_port
+from headrace.common.http.addresses import bearer_header, free_port
 from headrace.common.redis.keys import Keys
 from headrace.control.assembly import running_app
 from headrace.control.polling import learner_probe
@@ -156,7 +156,7 @@ def test_the_process_serves_a_run_and_exits_on_sigterm(
 
             until(is_up, "control")
             assert http.get("/status").json()["step"] == 40
-            assert http.post("/pause", headers=bearer(TOKEN)).status_code == 200
+            assert http.post("/pause", headers=bearer_header(TOKEN)).status_code == 200
             with http.stream("GET", "/events") as stream:
                 parts = stream.iter_raw()
                 next(parts)

@@ -11,7 +11,7 @@ import redis
 from fastapi import FastAPI
 
 from headrace.common.config import load_recipe
-from headrace.common.http.addresses import bearer
+from headrace.common.http.addresses import bearer_header
 from headrace.common.metrics.steps import metric_name
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import encode
@@ -167,6 +167,6 @@ def test_a_scrape_costs_redis_nothing(redis_url: str, seeded: Keys) -> None:
 def test_metrics_need_the_token_where_reads_do(redis_url: str, seeded: Keys) -> None:
     async def scenario(_: FastAPI, __: RunMonitor, http: httpx.AsyncClient) -> None:
         assert (await http.get("/metrics")).status_code == 401
-        assert (await http.get("/metrics", headers=bearer("secret"))).status_code == 200
+        assert (await http.get("/metrics", headers=bearer_header("secret"))).status_code == 200
 
     control(redis_url, seeded, scenario, require_token_for_reads=True)

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from headrace.common.http.addresses import bearer
+from headrace.common.http.addresses import bearer_header
 from headrace.common.redis.keys import Keys
 from tests.support.controls import TOKEN, Control, a_control
 from tests.support.fake_services import ROOT
@@ -65,7 +65,7 @@ def _try(operation: Any, mode: GenerationMode, url: str, excluded: list[Any]) ->
     @settings(max_examples=30, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(case=operation.as_strategy(generation_mode=mode))
     def every_answer_is_documented(case: Any) -> None:
-        case.call_and_validate(base_url=url, headers=bearer(TOKEN), timeout=GUARD_S, excluded_checks=excluded)
+        case.call_and_validate(base_url=url, headers=bearer_header(TOKEN), timeout=GUARD_S, excluded_checks=excluded)
 
     every_answer_is_documented()
 

@@ -13,7 +13,7 @@ import httpx
 import pytest
 import redis
 
-from headrace.common.http.addresses import bearer
+from headrace.common.http.addresses import bearer_header
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import encode
 from headrace.common.wire.desired_state import CHECKPOINTS, DESIRED_REPLICAS, EVALUATIONS, PAUSED, SETTINGS, STOP
@@ -227,7 +227,7 @@ def test_settings_are_accepted_rejected_and_not_overwritten(
 
     def overtaken(route: Any) -> None:
         body = {"settings": {"actor.eps_clip": 0.3}}
-        assert httpx.patch(f"{control}/settings", json=body, headers=bearer(TOKEN)).status_code == 200
+        assert httpx.patch(f"{control}/settings", json=body, headers=bearer_header(TOKEN)).status_code == 200
         route.continue_()
 
     page.route(lambda url: url.endswith("/settings"), overtaken, times=1)

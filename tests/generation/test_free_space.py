@@ -65,7 +65,7 @@ def test_a_version_that_does_not_fit_leaves_the_served_one_as_it_is(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_items: int
 ) -> None:
     """3 MB: the second version does not fit beside the first. 5 MB: the first does not fit."""
-    monkeypatch.setattr(local_weights, "memory_backed", lambda: small)
+    monkeypatch.setattr(local_weights, "memory_backed_folder", lambda: small)
     versions = Versions(tmp_path / "weights", num_items)
     model = tmp_path / "model"
     model.mkdir()
@@ -101,7 +101,7 @@ def test_a_replica_without_space_is_refused_before_anything_starts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
-    monkeypatch.setattr(local_weights, "memory_backed", lambda: tmp_path)
+    monkeypatch.setattr(local_weights, "memory_backed_folder", lambda: tmp_path)
     config = RunConfig.model_validate({"model": {"path": str(demo_policy)}, "task": {"name": "arithmetic"}})
 
     async def serve(*_: Any) -> None:

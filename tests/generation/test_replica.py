@@ -10,7 +10,7 @@ import httpx
 import pytest
 import redis
 
-from headrace.common.http.addresses import bearer
+from headrace.common.http.addresses import bearer_header
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import decode_group, decode_ticket
 from headrace.common.wire.ledger import parse_ledger_entry
@@ -210,7 +210,7 @@ def test_the_replicas_switches_need_the_token(learner: Learner, start: Start, cl
                 assert (await http.get("/status")).json()["weight_version"] == 1
                 for path in ("/pause", "/resume", "/drain", "/weights"):
                     assert (await http.post(path, json={"version": 1})).status_code == 401
-                headers = bearer("secret")
+                headers = bearer_header("secret")
                 assert (await http.post("/pause", headers=headers)).json()["state"] == "paused"
                 assert (await http.post("/resume", headers=headers)).json()["state"] == "running"
                 assert (await http.post("/weights", json={"version": 0}, headers=headers)).status_code == 422

@@ -13,17 +13,17 @@ import pytest
 from safetensors.torch import load_file
 
 from headrace.common.hardware.device import machine_id
-from headrace.common.http.addresses import bearer
+from headrace.common.http.addresses import bearer_header
 from headrace.common.weights.files import (
     DELTA_FILE,
     MANIFEST_FILE,
     MODEL_FILE,
     WeightsError,
     encode_manifest,
-    sha256_of,
+    sha256_hex,
     version_folder,
 )
-from headrace.common.weights.memory_folder import LOCK_FILE, MemoryFolder, memory_backed
+from headrace.common.weights.memory_folder import LOCK_FILE, MemoryFolder, memory_backed_folder
 from headrace.generation.weights import downloads, local_weights
 from headrace.generation.weights.published_version import PublishedVersion
 from headrace.generation.weights.version_fetch import FetchedVersion
@@ -279,7 +279,7 @@ def test_a_manifest_with_wrong_digests_is_detected_before_the_swap(
     async def scenario() -> None:
         async with members(model) as [member]:
             with pytest.raises(WeightsError, match="tensor w: BLAKE3"):
-                await member.take(PublishedVersion(1, sha256_of(path.read_bytes()), learner.url))
+                await member.take(PublishedVersion(1, sha256_hex(path.read_bytes()), learner.url))
 
     run(scenario)
 
@@ -400,7 +400,7 @@ def test_only_files_of_versions_are_served_and_only_with_the_token(
             async with member.served() as url, httpx.AsyncClient(base_url=url, trust_env=False) as http:
                 path = f"/weights/1/{MODEL_FILE}"
                 assert (await http.get(path)).status_code == 401
-                http.headers.update(bearer(TOKEN))
+                http.headers.update(bearer_header(TOKEN))
                 whole = await http.get(path)
                 assert whole.content == member.model
                 part = await http.get(path, headers={"Range": "bytes=5-"})
@@ -433,7 +433,7 @@ def test_deltas_are_kept_for_peers_within_bounds(
 def test_memory_folders_of_a_killed_replica_are_deleted(
     versions: Versions, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local_weights, "memory_backed", lambda: tmp_path)
+    monkeypatch.setattr(local_weights, "memory_backed_folder", lambda: tmp_path)
     alive = local_weights.LocalWeights(model)
     remains = tmp_path / f"{local_weights.PREFIX}dead"
     remains.mkdir()
@@ -448,7 +448,7 @@ def test_the_learners_file_in_memory_is_linked_without_a_copy(
     versions: Versions, learner: Source, model: Path, tmp_path: Path
 ) -> None:
     """It stays unchanged whatever a replica does; wrong bytes are refused, and fetched elsewhere."""
-    memory = MemoryFolder("test-", memory_backed())
+    memory = MemoryFolder("test-", memory_backed_folder())
 
     def publish() -> tuple[PublishedVersion, Path]:
         version = versions.publish(memory.root)

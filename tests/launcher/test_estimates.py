@@ -71,7 +71,7 @@ QWEN_7B = QWEN_1_5B | {
 @pytest.fixture(autouse=True)
 def units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those for bfloat16, whatever machine this is."""
-    monkeypatch.setattr(device_module, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(device_module, "has_bfloat16_units", lambda: True)
 
 
 def config_of(**sections: Any) -> RunConfig:
@@ -233,7 +233,7 @@ def test_a_cpu_without_units_for_bfloat16_has_weights_in_float32(monkeypatch: py
     shape = read_shape(QWEN_1_5B)
     on_cpu, on_cuda = (config_of(learner={"device": device}) for device in ("cpu", "cuda"))
     with_units = learner_bytes(shape, on_cpu)
-    monkeypatch.setattr(device_module, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(device_module, "has_bfloat16_units", lambda: False)
     without = learner_bytes(shape, on_cpu)
     assert with_units["weights, bfloat16"] == 2 * shape.num_parameters
     assert without["weights, bfloat16 in float32"] == 4 * shape.num_parameters

@@ -244,6 +244,6 @@ def test_a_launcher_says_how_many_replicas_it_can_keep() -> None:
     launcher = Launcher("machine process 1", 7)
     assert parse_launcher(str(launcher)) == launcher
     assert parse_launcher("another version's").max_replicas == 64
-    launcher.refuse(7)
+    launcher.check_capacity(7)
     with pytest.raises(ValueError, match="8 replicas: the run's launcher has GPUs for 7; expected 7 at most"):
-        launcher.refuse(8)
+        launcher.check_capacity(8)

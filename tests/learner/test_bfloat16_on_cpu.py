@@ -25,15 +25,15 @@ CPU_INFO = {
 def test_units_are_told_by_the_kernel(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nbugs\t\t: bf16_of_no_use\n{line}\n\nprocessor\t: 1\n{line}\n")
     monkeypatch.setattr(device_module, "_CPU_INFO", tmp_path / "cpuinfo")
-    assert device_module.multiplies_bfloat16() == CPU_INFO[line]
+    assert device_module.has_bfloat16_units() == CPU_INFO[line]
     monkeypatch.setattr(device_module, "_CPU_INFO", tmp_path / "none")
-    assert not device_module.multiplies_bfloat16()
+    assert not device_module.has_bfloat16_units()
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
 def test_weights_stay_numbers_that_bfloat16_has(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before and after a step: computed is with exactly what is published, and masters are rounded only to publish."""
-    monkeypatch.setattr(device_module, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(device_module, "has_bfloat16_units", lambda: False)
     folder = make_checkpoint(tmp_path / kind, kind)
     config = make_config(folder, model={"path": str(folder), "dtype": "bfloat16"}, optimizer={"lr": 1e-3})
     trainer = Trainer(config, Policy(config.model, config.learner))
@@ -51,7 +51,7 @@ def test_weights_stay_numbers_that_bfloat16_has(kind: str, tmp_path: Path, monke
 
 def test_a_weight_that_is_kept_in_float32_is_published_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And is not rounded: transformers keeps a router's bias as it is."""
-    monkeypatch.setattr(device_module, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(device_module, "has_bfloat16_units", lambda: False)
     experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
     folder = make_checkpoint(tmp_path / "glm", "glm4_moe", **experts, n_group=1)
     tensors = Policy(ModelConfig(path=str(folder)), LearnerConfig(device="cpu")).tensors()
@@ -62,6 +62,6 @@ def test_a_weight_that_is_kept_in_float32_is_published_so(tmp_path: Path, monkey
 
 
 def test_with_units_bfloat16_is_what_is_computed_in(demo_policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_module, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(device_module, "has_bfloat16_units", lambda: True)
     policy = Policy(ModelConfig(path=str(demo_policy)), LearnerConfig(device="cpu"))
     assert {p.dtype for p in policy.model.parameters()} == {torch.bfloat16} and not policy.rounded_to

@@ -151,7 +151,7 @@ def test_what_the_disk_refused_is_tried_again_in_a_wait(loop: Loop, monkeypatch:
 
 
 def test_a_full_redis_is_relieved_as_long_as_that_helps(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
-    loop.waits.waiting(Reason.REDIS_REFUSING, "OOM", 300.0)
+    loop.waits.note(Reason.REDIS_REFUSING, "OOM", 300.0)
     assert waited(loop, 45, monkeypatch) == [11, 22, 33, 44]
     loop.intake.settlement_log.unsettled_bytes, loop.intake.settlement_log.checkpointed = 0, []
     assert not loop._would_checkpoint_help(True), "there is nothing that could leave"

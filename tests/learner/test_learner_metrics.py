@@ -54,7 +54,7 @@ def test_what_is_not_known_is_not_there_and_states_are_zero_or_one() -> None:
     families = Families(run="r")
     families.gauge("headrace_a", "A.", None)
     families.counter("headrace_b_total", "B.", None)
-    families.states("headrace_phase", "P.", "phase", ["x", "y"], "z")
+    families.state_set("headrace_phase", "P.", "phase", ["x", "y"], "z")
     scrape = of(families)
     assert not scrape.values("headrace_a") and not scrape.values("headrace_b_total")
     assert [scrape.value("headrace_phase", phase=phase) for phase in "xyz"] == [0, 0, 1]
@@ -177,7 +177,7 @@ def test_a_learner_that_is_taken_up_counts_from_nothing(
 
 def test_a_scrape_waits_for_nobody(recording: Path, client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
     loop = take_up(tmp_path, client, keys, recording)
-    loop.waits.waiting(Reason.WAITING_FOR_GROUPS, "nothing")
+    loop.waits.note(Reason.WAITING_FOR_GROUPS, "nothing")
     collect = exported(loop)
 
     def refuse(*_: Any, **__: Any) -> None:

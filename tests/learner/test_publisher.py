@@ -11,7 +11,7 @@ import redis
 import torch
 from safetensors.torch import load_file
 
-from headrace.common.http.addresses import bearer, listen, url_of
+from headrace.common.http.addresses import bearer_header, listen, socket_url
 from headrace.common.http.service import serve_in_thread
 from headrace.common.redis.keys import Keys
 from headrace.common.weights.files import (
@@ -21,7 +21,7 @@ from headrace.common.weights.files import (
     Manifest,
     WeightsError,
     decode_manifest,
-    sha256_of,
+    sha256_hex,
     stored_versions,
     version_folder,
 )
@@ -57,7 +57,7 @@ def test_a_version_is_announced_with_the_digest_of_its_manifest(
     assert announced["version"] == "2" and announced["step"] == "1"
     assert decode_manifest(payload, announced["sha256"]) == manifest
     assert manifest.delta is not None and manifest.delta.base == 1
-    assert manifest.delta.base_sha256 == sha256_of((version_folder(versions.root, 1) / MANIFEST_FILE).read_bytes())
+    assert manifest.delta.base_sha256 == sha256_hex((version_folder(versions.root, 1) / MANIFEST_FILE).read_bytes())
     assert announced["folder"] == str(versions.root) and announced["machine"]
     assert versions.steps == {1: 0, 2: 1} == LearnerStore(client, keys).version_steps()
 
@@ -241,14 +241,14 @@ def test_a_manifest_of_impossible_tensors_is_refused(
     publish(versions, tensors(2.0), 1)
     versions.close()
     payload = (version_folder(versions.root, 2) / MANIFEST_FILE).read_bytes()
-    decode_manifest(payload, sha256_of(payload))
+    decode_manifest(payload, sha256_hex(payload))
     with pytest.raises(WeightsError, match="manifest has SHA-256"):
-        decode_manifest(payload + b" ", sha256_of(payload))
+        decode_manifest(payload + b" ", sha256_hex(payload))
     content = json.loads(payload)
     change(content)
     payload = json.dumps(content).encode()
     with pytest.raises(WeightsError, match=problem):
-        decode_manifest(payload, sha256_of(payload))
+        decode_manifest(payload, sha256_hex(payload))
 
 
 def test_the_learner_serves_versions_and_obeys_only_with_the_token(
@@ -261,11 +261,11 @@ def test_the_learner_serves_versions_and_obeys_only_with_the_token(
     in_memory = tmp_path / "in memory"
     app = make_app(versions.root, lambda: {"paused": switches.paused.is_set()}, switches, "secret", in_memory)
     monkeypatch.setattr(switches_module, "PERSIST_TIMEOUT_S", 0.01)  # nobody writes them
-    with serve_in_thread(app, sock), httpx.Client(base_url=url_of(sock)) as http:
+    with serve_in_thread(app, sock), httpx.Client(base_url=socket_url(sock)) as http:
         assert http.get("/healthz").json() == {"status": "ok"}
         for path in ("/weights/latest", f"/weights/1/{MODEL_FILE}"):
-            assert http.get(path).status_code == http.get(path, headers=bearer("wrong")).status_code == 401
-        allowed = bearer("secret")
+            assert http.get(path).status_code == http.get(path, headers=bearer_header("wrong")).status_code == 401
+        allowed = bearer_header("secret")
         assert http.get("/weights/latest", headers=allowed).json()["version"] == 1
         body = http.get(f"/weights/1/{MODEL_FILE}", headers=allowed).content
         assert body == (version_folder(versions.root, 1) / MODEL_FILE).read_bytes()
@@ -290,12 +290,12 @@ def test_the_learner_serves_versions_and_obeys_only_with_the_token(
         for path in ("/pause", "/resume", "/checkpoint", "/stop"):
             refused = http.post(path)
             assert (refused.status_code, refused.headers["content-type"]) == (401, "application/problem+json")
-            assert http.post(path, headers=bearer("wrong")).status_code == 401
+            assert http.post(path, headers=bearer_header("wrong")).status_code == 401
         assert not switches.paused.is_set() and not switches.stop.is_set()
-        assert http.post("/pause", headers=bearer("secret")).json() == {"paused": True}
-        assert http.post("/resume", headers=bearer("secret")).json() == {"paused": False}
-        http.post("/checkpoint", headers=bearer("secret"))
-        http.post("/stop", headers=bearer("secret"))
+        assert http.post("/pause", headers=bearer_header("secret")).json() == {"paused": True}
+        assert http.post("/resume", headers=bearer_header("secret")).json() == {"paused": False}
+        http.post("/checkpoint", headers=bearer_header("secret"))
+        http.post("/stop", headers=bearer_header("secret"))
     assert switches.unpersisted == [
         ("HSET", "paused", 1),
         ("HDEL", "paused"),

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import redis
 
-from headrace.common.redis.client import entries_of
+from headrace.common.redis.client import stream_entries
 from headrace.common.redis.keys import TICKET_GROUP, Keys
 from headrace.common.wire import Group, Ticket, decode_ticket, encode
 from headrace.generation.tickets.scripts import MOVE
@@ -13,7 +13,7 @@ from headrace.generation.tickets.scripts import MOVE
 def lease_all(client: redis.Redis, keys: Keys, stream: str, count: int = 1000) -> list[tuple[str, Ticket]]:
     """Entry ids and tickets that were open in `stream`."""
     found = client.xreadgroup(TICKET_GROUP, "pretended", {stream: ">"}, count=count)
-    return [(entry_id.decode(), decode_ticket(fields[b"ticket"])) for _, entry_id, fields in entries_of(found)]
+    return [(entry_id.decode(), decode_ticket(fields[b"ticket"])) for _, entry_id, fields in stream_entries(found)]
 
 
 def commit(client: redis.Redis, keys: Keys, stream: str, entry_id: str, ticket_id: str, payload: bytes) -> bool:

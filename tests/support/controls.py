@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from headrace.common.config import load_recipe
-from headrace.common.http.addresses import bearer, listen, url_of
+from headrace.common.http.addresses import bearer_header, listen, socket_url
 from headrace.common.redis.keys import Keys
 from headrace.control.assembly import running_app, serving
 from headrace.control.view.run_monitor import RunMonitor
@@ -32,7 +32,7 @@ class Control:
         self.http = httpx.Client(base_url=url, trust_env=False, timeout=GUARD_S)
 
     def ask(self, method: str, path: str, headers: dict[str, str] | None = None, **arguments: Any) -> httpx.Response:
-        return self.http.request(method, path, headers=(headers or {}) | bearer(TOKEN), **arguments)
+        return self.http.request(method, path, headers=(headers or {}) | bearer_header(TOKEN), **arguments)
 
     def refresh(self) -> None:
         """Polls Redis twice, because a replica is known one poll after its key was found."""
@@ -84,7 +84,7 @@ def a_control(redis_url: str, keys: Keys, require_token_for_reads: bool = False)
         ended.append(lambda: loop.call_soon_threadsafe(over.set))
         parts = running_app(keys.run, config, redis_url, TOKEN, require_token_for_reads)
         async with parts as (app, monitor), serving(app, monitor, sock):
-            started.set_result(Control(url_of(sock), monitor, loop))
+            started.set_result(Control(socket_url(sock), monitor, loop))
             await over.wait()
 
     def run() -> None:

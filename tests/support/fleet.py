@@ -11,9 +11,16 @@ from typing import Literal
 
 import torch
 
-from headrace.common.http.addresses import listen, url_of
+from headrace.common.http.addresses import listen, socket_url
 from headrace.common.http.service import new_app, serve_in_loop
-from headrace.common.weights.files import MODEL_FILE, Manifest, encode_manifest, file_of, sha256_of, version_folder
+from headrace.common.weights.files import (
+    MODEL_FILE,
+    Manifest,
+    encode_manifest,
+    sha256_hex,
+    version_file,
+    version_folder,
+)
 from headrace.generation.weights.downloads import Fetcher
 from headrace.generation.weights.local_weights import LocalWeights
 from headrace.generation.weights.peer_api import WeightFileServer, weights_router
@@ -55,7 +62,7 @@ class Versions:
 
     def published(self, url: str, version: int | None = None) -> PublishedVersion:
         manifest = self.manifests[(version or len(self.manifests)) - 1]
-        return PublishedVersion(manifest.version, sha256_of(encode_manifest(manifest)), url)
+        return PublishedVersion(manifest.version, sha256_hex(encode_manifest(manifest)), url)
 
 
 class Member:
@@ -80,7 +87,7 @@ class Member:
         app, sock = new_app("member"), listen("127.0.0.1", 0)
         app.include_router(weights_router(self.file_server, TOKEN))
         async with serve_in_loop(app, sock):
-            yield url_of(sock)
+            yield socket_url(sock)
 
     async def close(self) -> None:
         await self.fetcher.aclose()
@@ -121,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
         byte_range = self.headers.get("Range", "")
         self.server.requests.append((name, byte_range))
         fault = self.server.faults.get(name, "")
-        path = file_of(self.server.root, int(version), name)
+        path = version_file(self.server.root, int(version), name)
         if path is None or fault == "absent" or self.headers["Authorization"] != f"Bearer {TOKEN}":
             self.send_error(404)
             return

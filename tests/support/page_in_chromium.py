@@ -19,7 +19,7 @@ import pytest
 import redis
 
 from headrace.common.config import RunConfig
-from headrace.common.http.addresses import free_port, listen, url_of
+from headrace.common.http.addresses import free_port, listen, socket_url
 from headrace.common.process.run_token import TOKEN_VARIABLE
 from headrace.common.redis.client import connect
 from headrace.common.redis.keys import MAX_EVENTS, MAX_HISTORY, MAX_SHOWN, Keys
@@ -89,7 +89,7 @@ def a_control(redis_url: str, keys: Keys) -> Iterator[str]:
     thread = threading.Thread(target=asyncio.run, args=(serve(),), name="control", daemon=True)
     thread.start()
     assert is_up.wait(30), "control does not start"
-    yield url_of(sock)
+    yield socket_url(sock)
     is_over.set()
     thread.join(15)
     assert not thread.is_alive(), "control does not end"

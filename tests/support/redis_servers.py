@@ -11,7 +11,7 @@ from typing import Any
 import redis
 
 from headrace.common.http.addresses import free_port
-from headrace.common.redis.client import DURABLE
+from headrace.common.redis.client import DURABLE_SETTINGS
 from headrace.launcher.run.processes import Service
 from headrace.launcher.run.redis_server import redis_binary, start_redis
 from tests.support import fake_services
@@ -72,7 +72,7 @@ class Watched:
     """A durable master, its replica, and a Sentinel. `url` names the master, whichever it is."""
 
     def __init__(self, start: Start, folder: Path) -> None:
-        durable = {name.replace("-", "_"): value for name, value in DURABLE.items()}
+        durable = {name.replace("-", "_"): value for name, value in DURABLE_SETTINGS.items()}
         self.master = start(**durable)
         self.replica = start(replicaof=f"127.0.0.1 {self.master}", **durable)
         configuration = folder / "sentinel.conf"

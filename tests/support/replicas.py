@@ -10,7 +10,7 @@ import redis
 from safetensors.torch import load_file
 
 from headrace.common.config import GenerationConfig, ModelConfig
-from headrace.common.http.addresses import listen, url_of
+from headrace.common.http.addresses import listen, socket_url
 from headrace.common.http.service import serve_in_thread
 from headrace.common.models.chat import load_tokenizer
 from headrace.common.process.waiting import Waits
@@ -66,7 +66,7 @@ def a_learner(client: redis.Redis, keys: Keys, folder: Path, demo_policy: Path) 
         tokenize=False,
     )
     store, sock = LearnerStore(client, keys), listen("127.0.0.1", 0)
-    versions = WeightVersions(folder / "weights", store, url_of(sock), "token")
+    versions = WeightVersions(folder / "weights", store, socket_url(sock), "token")
     app = make_app(versions.root, dict, Switches(), "token")
     with serve_in_thread(app, sock):
         tensors = load_file(demo_policy / "model.safetensors")

@@ -18,7 +18,7 @@ import redis
 import yaml
 
 from headrace.common.config import load_recipe
-from headrace.common.http.addresses import free_port, listen, url_of
+from headrace.common.http.addresses import free_port, listen, socket_url
 from headrace.common.http.service import new_app, serve_in_loop, serve_in_thread
 from headrace.common.metrics.endpoint import mount_metrics
 from headrace.common.redis.client import connect
@@ -70,7 +70,7 @@ async def control_at(redis_url: str) -> AsyncIterator[str]:
     sock = listen("127.0.0.1", 0)
     parts = running_app(SEEDED.run, load_recipe(RECIPE, []).config, redis_url, "secret", False)
     async with parts as (app, monitor), serving(app, monitor, sock):
-        yield url_of(sock)
+        yield socket_url(sock)
 
 
 @contextlib.asynccontextmanager
@@ -82,7 +82,7 @@ async def replica_at(redis_url: str, demo_policy: Path, engine_url: str) -> Asyn
         serve_in_loop(make_replica_app(replica, "secret"), sock),
     ):
         await until(lambda: replica.heartbeat().groups_committed == 1)
-        yield url_of(sock)
+        yield socket_url(sock)
 
 
 @contextlib.contextmanager
@@ -94,7 +94,7 @@ def learner_at(client: redis.Redis, folder: Path) -> Iterator[str]:
     mount_metrics(app, exported)
     with serve_in_thread(app, sock):
         assert loop.run()
-        yield url_of(sock)
+        yield socket_url(sock)
     end(loop)
 
 

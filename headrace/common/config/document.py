@@ -60,20 +60,20 @@ def _type(field: FieldInfo) -> str:
         for key, sign in BOUNDS.items()
         if (value := getattr(constraint, key, None)) is not None
     ]
-    return ", ".join([_words(field.annotation), *bounds])
+    return ", ".join([_type_name(field.annotation), *bounds])
 
 
-def _words(annotation: Any) -> str:
+def _type_name(annotation: Any) -> str:
     """`int`, `"a" | "b"`, `list of text`."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
-        return _words(arguments[0])
+        return _type_name(arguments[0])
     if origin is typing.Literal:
         return " | ".join(f"`{value}`" for value in arguments)
     if origin in (types.UnionType, typing.Union):
-        return " | ".join(_words(kind) for kind in arguments if kind is not type(None))
+        return " | ".join(_type_name(kind) for kind in arguments if kind is not type(None))
     if origin in (list, tuple):
-        return f"list of {_words(arguments[0])}"
+        return f"list of {_type_name(arguments[0])}"
     if origin is not None and issubclass(origin, typing.Mapping):
         return "mapping"
     return {"str": "text", "bool": "`true` | `false`", "float": "number", "int": "whole number"}.get(

@@ -23,7 +23,7 @@ SETTINGS = {
     "--tp-size": "generation.engine.tp_size",
     "--trust-remote-code": "model.trust_remote_code",
 }
-OWN = ("--admin-api-key", "--api-key", "--base-gpu-id", "--host", "--port", "--weight-version")
+SET_BY_REPLICA = ("--admin-api-key", "--api-key", "--base-gpu-id", "--host", "--port", "--weight-version")
 """What each engine is given by its replica."""
 REPLICAS = "more replicas (headrace scale)"
 ONE_AT_MOST = {
@@ -58,7 +58,7 @@ def check_extra_args(extra_args: Sequence[str], swap_mode: str, tp_size: int) ->
 def _problem(word: str, value: str) -> str:
     if _is_one_of(word, QUANTIZED):
         return "new weights are published in model.dtype, and would not be quantized as these; expected no quantization"
-    if _is_one_of(word, OWN):
+    if _is_one_of(word, SET_BY_REPLICA):
         return "each engine is given its own; expected no such argument"
     for flag, setting in SETTINGS.items():
         if _is_one_of(word, [flag]):

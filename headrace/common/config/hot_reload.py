@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from pydantic import ValidationError
 
-from headrace.common.config.recipe import describe
+from headrace.common.config.recipe import describe_problem
 from headrace.common.config.run import RunConfig
 
 HOT_RELOADABLE = (
@@ -32,7 +32,7 @@ def with_settings(config: RunConfig, values: Mapping[str, int | float | None]) -
     try:
         return RunConfig.model_validate(settings)
     except ValidationError as error:
-        raise ValueError("; ".join(map(describe, error.errors()))) from error
+        raise ValueError("; ".join(map(describe_problem, error.errors()))) from error
 
 
 def hot_reloadable_values(config: RunConfig) -> dict[str, int | float | None]:

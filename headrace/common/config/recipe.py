@@ -54,7 +54,7 @@ def validate(given: dict[str, Any], origin: str) -> RunConfig:
     try:
         return RunConfig.model_validate(given)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{origin}: {describe(problem)}" for problem in error.errors())) from error
+        raise ConfigError("\n".join(f"{origin}: {describe_problem(problem)}" for problem in error.errors())) from error
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def _setting_names(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
-def describe(problem: Any) -> str:
+def describe_problem(problem: Any) -> str:
     """One of pydantic's errors about a `RunConfig`: the setting, what it was given, what was expected."""
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden" and where in NOT_OFFERED:

@@ -24,7 +24,7 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+    def _reject_non_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         """`true` is not 1 and `"5"` not 5: pydantic by itself would take them for numbers."""
         annotation = cls.model_fields[info.field_name or ""].annotation
         kinds = {annotation, *typing.get_args(annotation)}

@@ -62,7 +62,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     for key, _ in node.value:
         name = (key.tag, str(key.value))
         if name in lines:
-            raise _refusal(key, f"{key.value!r} is given again, first in line {lines[name]}")
+            raise _error(key, f"{key.value!r} is given again, first in line {lines[name]}")
         lines[name] = key.start_mark.line + 1
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
@@ -71,14 +71,14 @@ def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
     try:
         return int(node.value.replace("_", ""), 0)
     except ValueError as error:
-        raise _refusal(node, f"{node.value[:60]!r} is no integer, or has more digits than any setting") from error
+        raise _error(node, f"{node.value[:60]!r} is no integer, or has more digits than any setting") from error
 
 
 def _leading_zero(loader: _Loader, node: yaml.ScalarNode) -> None:
-    raise _refusal(node, f"{node.value[:60]} has a leading zero: write it without, or in quotes if it is text")
+    raise _error(node, f"{node.value[:60]} has a leading zero: write it without, or in quotes if it is text")
 
 
-def _refusal(node: yaml.Node, problem: str) -> yaml.constructor.ConstructorError:
+def _error(node: yaml.Node, problem: str) -> yaml.constructor.ConstructorError:
     return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 

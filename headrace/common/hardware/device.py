@@ -44,10 +44,10 @@ def why_not_cuda() -> str:
 
 def is_gpu_visible() -> bool:
     """Whether this machine or container has an NVIDIA GPU that CUDA_VISIBLE_DEVICES does not hide."""
-    return is_gpu_here() and not are_all_hidden(os.environ.get(VISIBLE_DEVICES))
+    return has_gpu() and not hides_all_gpus(os.environ.get(VISIBLE_DEVICES))
 
 
-def is_gpu_here() -> bool:
+def has_gpu() -> bool:
     return bool(gpu_files()) or ((DEVICE_FILES / "dxg").exists() and any(WSL_LIBRARIES.glob("libcuda.so*")))
 
 
@@ -55,7 +55,7 @@ def gpu_files() -> list[Path]:
     return sorted(DEVICE_FILES.glob("nvidia[0-9]*"))
 
 
-def are_all_hidden(visible: str | None) -> bool:
+def hides_all_gpus(visible: str | None) -> bool:
     """Whether that value of CUDA_VISIBLE_DEVICES shows nothing: CUDA takes its names up to the first that is none."""
     return visible is not None and visible.split(",")[0].strip() in ("", "-1", "NoDevFiles")
 
@@ -80,7 +80,7 @@ def _cuda_version(torch: Path) -> str | None:
     return version
 
 
-def multiplies_bfloat16() -> bool:
+def has_bfloat16_units() -> bool:
     """Whether this machine's CPU has units for it; without, torch's multiplications take several times as long as in
     float32. False if unknown."""
     lines = _CPU_INFO.read_text().splitlines() if _CPU_INFO.exists() else []
@@ -88,6 +88,6 @@ def multiplies_bfloat16() -> bool:
     return not _BFLOAT16_UNITS.isdisjoint(flags)
 
 
-def computed_in(dtype: Literal["float32", "bfloat16"], device: str) -> Literal["float32", "bfloat16"]:
+def compute_dtype(dtype: Literal["float32", "bfloat16"], device: str) -> Literal["float32", "bfloat16"]:
     """What a learner on `device` multiplies weights of `dtype` in."""
-    return "float32" if device == "cpu" and not multiplies_bfloat16() else dtype
+    return "float32" if device == "cpu" and not has_bfloat16_units() else dtype

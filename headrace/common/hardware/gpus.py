@@ -10,7 +10,7 @@ import os
 import subprocess
 from typing import NamedTuple
 
-from headrace.common.hardware.device import VISIBLE_DEVICES, are_all_hidden, gpu_files, is_gpu_here
+from headrace.common.hardware.device import VISIBLE_DEVICES, gpu_files, has_gpu, hides_all_gpus
 
 MIB = 1 << 20
 QUERY = ["nvidia-smi", "--query-gpu=uuid,memory.total,memory.free", "--format=csv,noheader,nounits"]
@@ -26,7 +26,7 @@ class Gpu(NamedTuple):
     """0 where memory is unknown."""
 
 
-class _Present(NamedTuple):
+class _DetectedGpu(NamedTuple):
     uuid: str
     total_bytes: int
     free_bytes: int
@@ -35,23 +35,23 @@ class _Present(NamedTuple):
 def visible_gpus() -> list[Gpu]:
     """In the order in which CUDA shows them. Raises `ValueError` if one is named twice, where CUDA shows none."""
     given = os.environ.get(VISIBLE_DEVICES)
-    if are_all_hidden(given) or not is_gpu_here():
+    if hides_all_gpus(given) or not has_gpu():
         return []
-    present = _ask_driver() or _count_files()
+    present = _query_driver() or _count_device_files()
     if given is None:
         return [Gpu(str(index), gpu.total_bytes, gpu.free_bytes) for index, gpu in enumerate(present)]
-    return named_gpus(given, present)
+    return select_gpus(given, present)
 
 
-def named_gpus(given: str, present: list[_Present]) -> list[Gpu]:
+def select_gpus(given: str, present: list[_DetectedGpu]) -> list[Gpu]:
     """Those of `present`, in the driver's order, that a value of CUDA_VISIBLE_DEVICES names."""
     found: list[Gpu] = []
     for name in (part.strip() for part in given.split(",")):
         if name.startswith("MIG-"):  # a part of a GPU, which the query does not list
-            gpu = _Present(name, 0, 0)
+            gpu = _DetectedGpu(name, 0, 0)
         elif name.isdecimal() and int(name) < len(present):
             gpu = present[int(name)]
-        elif name.startswith("GPU-") and (matching := [one for one in present if _may_be(one, name)]):
+        elif name.startswith("GPU-") and (matching := [one for one in present if _matches_uuid(one, name)]):
             gpu = matching[0]
         else:
             break
@@ -61,19 +61,19 @@ def named_gpus(given: str, present: list[_Present]) -> list[Gpu]:
     return found
 
 
-def _may_be(gpu: _Present, name: str) -> bool:
+def _matches_uuid(gpu: _DetectedGpu, name: str) -> bool:
     """Without the driver's word any UUID may be right."""
     return not gpu.uuid or gpu.uuid.startswith(name)
 
 
-def _ask_driver() -> list[_Present]:
+def _query_driver() -> list[_DetectedGpu]:
     """Empty if it cannot be asked."""
     try:
         answer = subprocess.run(QUERY, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
     rows = [row for row in csv.reader(answer.splitlines(), skipinitialspace=True) if len(row) == 3]
-    return [_Present(uuid, _bytes(total), _bytes(free)) for uuid, total, free in rows]
+    return [_DetectedGpu(uuid, _bytes(total), _bytes(free)) for uuid, total, free in rows]
 
 
 def _bytes(mib: str) -> int:
@@ -81,6 +81,6 @@ def _bytes(mib: str) -> int:
     return int(mib) * MIB if mib.strip().isdecimal() else 0
 
 
-def _count_files() -> list[_Present]:
+def _count_device_files() -> list[_DetectedGpu]:
     """At least one: under WSL2 there are no such files."""
-    return [_Present("", 0, 0)] * max(1, len(gpu_files()))
+    return [_DetectedGpu("", 0, 0)] * max(1, len(gpu_files()))

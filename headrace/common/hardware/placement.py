@@ -13,20 +13,20 @@ SHARED_PREFILL_TOKENS = 2048
 """Of one prefill of an engine on a shared GPU, which keeps its activations small."""
 OUTSIDE_TORCH_BYTES = 1 << 30
 """Of the learner: what CUDA and its libraries take beside torch's own allocations."""
-Names = tuple[str, ...]
+GpuNames = tuple[str, ...]
 
 
 class Placement(NamedTuple):
     """GPUs by their names in CUDA_VISIBLE_DEVICES; a service without one sees none."""
 
-    learner: Names
-    engines: tuple[Names, ...]
+    learner: GpuNames
+    engines: tuple[GpuNames, ...]
     """Of as many replicas as there can be, `generation-0` first."""
     is_shared: bool = False
     """The learner and the only engine are on the same GPU."""
 
 
-def place(gpus: Sequence[str], *, ranks: int, replicas: int, tp_size: int, is_split: bool) -> Placement:
+def assign_gpus(gpus: Sequence[str], *, ranks: int, replicas: int, tp_size: int, is_split: bool) -> Placement:
     """`ranks` 0: the learner needs no GPU; `tp_size` 0: an engine needs none. `is_split`: the learner's share of a GPU
     that it has to share is given. Raises `ValueError` with the numbers, and what to change, if there are too few."""
     if is_split and len(gpus) == ranks == tp_size == 1:
@@ -38,7 +38,7 @@ def place(gpus: Sequence[str], *, ranks: int, replicas: int, tp_size: int, is_sp
     return placement
 
 
-def _engines(gpus: Sequence[str], tp_size: int) -> tuple[Names, ...]:
+def _engines(gpus: Sequence[str], tp_size: int) -> tuple[GpuNames, ...]:
     if tp_size == 0:
         return ((),) * MAX_REPLICAS
     firsts = range(0, len(gpus) - tp_size + 1, tp_size)

@@ -8,7 +8,7 @@ ADVERTISED_HOST_VARIABLE = "HEADRACE_ADVERTISED_HOST"
 """Where host names do not resolve everywhere, as those of Kubernetes' pods."""
 
 
-def bearer(token: str) -> dict[str, str]:
+def bearer_header(token: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"}
 
 
@@ -46,13 +46,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def url_of(sock: socket.socket) -> str:
+def socket_url(sock: socket.socket) -> str:
     """How others reach the socket: its address; where it listens on all of them, what HEADRACE_ADVERTISED_HOST says,
     else this host's name."""
-    return url_at(*sock.getsockname()[:2])
+    return advertised_url(*sock.getsockname()[:2])
 
 
-def url_at(host: str, port: int) -> str:
+def advertised_url(host: str, port: int) -> str:
     if host == "0.0.0.0":
         host = os.environ.get(ADVERTISED_HOST_VARIABLE) or socket.gethostname()
     return f"http://{host}:{port}"

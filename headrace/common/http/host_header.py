@@ -8,7 +8,7 @@ import re
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from headrace.common.http.problems import problem
+from headrace.common.http.problems import problem_response
 
 _HOST = re.compile(rb"(\[[0-9a-fA-F:.]+\]|[^:]*)(:[0-9]{1,5})?")
 
@@ -21,7 +21,7 @@ class HostHeaderCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not all(_is_local(host) for name, host in scope["headers"] if name == b"host"):
-            await problem(421, "this service listens on loopback: ask for it by localhost or 127.0.0.1")(
+            await problem_response(421, "this service listens on loopback: ask for it by localhost or 127.0.0.1")(
                 scope, receive, send
             )
             return

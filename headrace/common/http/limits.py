@@ -9,7 +9,7 @@ import asyncio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from headrace.common.http.problems import problem
+from headrace.common.http.problems import problem_response
 
 MAX_BODY_BYTES = 1 << 20
 BODY_TIMEOUT_S = 10.0
@@ -37,10 +37,14 @@ class BoundedBody:
             async with asyncio.timeout(BODY_TIMEOUT_S):
                 body = await self._read(receive)
         except TimeoutError:
-            await problem(408, f"the request was not there within {BODY_TIMEOUT_S:g} s", CLOSING)(scope, receive, send)
+            await problem_response(408, f"the request did not arrive within {BODY_TIMEOUT_S:g} s", CLOSING)(
+                scope, receive, send
+            )
             return
         if body is None:
-            await problem(413, f"the request is larger than {self.max_bytes} bytes", CLOSING)(scope, receive, send)
+            await problem_response(413, f"the request is larger than {self.max_bytes} bytes", CLOSING)(
+                scope, receive, send
+            )
             return
         first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -67,7 +71,7 @@ def _has_body(scope: Scope) -> bool:
     return any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
 
 
-class Bounded(H11Protocol):
+class BoundedConnection(H11Protocol):
     """A connection that must have sent a request's head, and taken of an answer, within bounded times."""
 
     _deadline: asyncio.TimerHandle | None = None

@@ -12,24 +12,24 @@ MEDIA_TYPE = "application/problem+json"
 MAX_DETAIL_CHARS = 1000
 
 
-def problem(status: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+def problem_response(status: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     shown = detail[:MAX_DETAIL_CHARS].encode(errors="backslashreplace").decode()
     body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": shown}
     return JSONResponse(body, status, headers=headers, media_type=MEDIA_TYPE)
 
 
-def answer_by_problems(app: FastAPI) -> None:
+def add_problem_handlers(app: FastAPI) -> None:
     """Of the routes, of what a request lacks, and of our own."""
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
-        return problem(error.status_code, str(error.detail), error.headers)
+        return problem_response(error.status_code, str(error.detail), error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         told = [f"{'.'.join(str(part)[:60] for part in one['loc'][:8])}: {one['msg']}" for one in error.errors()[:5]]
-        return problem(422, "; ".join(told))
+        return problem_response(422, "; ".join(told))
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
-        return problem(500, "this call failed; the service's log tells why")
+        return problem_response(500, "this call failed; the service's log tells why")

@@ -17,8 +17,8 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 
 from headrace.common.http.host_header import HostHeaderCheck, is_loopback
-from headrace.common.http.limits import KEEP_ALIVE_S, MAX_CONNECTIONS, Bounded, BoundedBody
-from headrace.common.http.problems import answer_by_problems
+from headrace.common.http.limits import KEEP_ALIVE_S, MAX_CONNECTIONS, BoundedBody, BoundedConnection
+from headrace.common.http.problems import add_problem_handlers
 
 STARTUP_TIMEOUT_S = 30.0
 
@@ -40,7 +40,7 @@ def new_app(title: str, **settings: Any) -> FastAPI:
     """Its errors are problems, and its requests bounded."""
     app = FastAPI(title=title, **settings)
     app.add_middleware(BoundedBody)
-    answer_by_problems(app)
+    add_problem_handlers(app)
     return app
 
 
@@ -54,7 +54,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, sock: socket.socket) -> None:
         config = uvicorn.Config(
             HostHeaderCheck(app) if is_loopback(sock.getsockname()[0]) else app,
-            http=Bounded,
+            http=BoundedConnection,
             limit_concurrency=MAX_CONNECTIONS,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=5,

@@ -20,13 +20,13 @@ class _AtScrape(Collector):
         yield from self._collect()
 
 
-def mount_metrics(app: FastAPI, collect: Collect, **of_route: Any) -> None:
-    """`collect` runs in the server's event loop: it reads memory and waits for nobody. `of_route` is FastAPI's."""
+def mount_metrics(app: FastAPI, collect: Collect, **route_options: Any) -> None:
+    """`collect` runs in the server's event loop: it reads memory and waits for nobody. `route_options` is FastAPI's."""
     registry = CollectorRegistry()
     registry.register(_AtScrape(collect))
     ProcessCollector(registry=registry)
 
-    @app.get("/metrics", operation_id="metrics", response_class=Response, **of_route)
+    @app.get("/metrics", operation_id="metrics", response_class=Response, **route_options)
     async def metrics(request: Request) -> Response:
         """For Prometheus."""
         encode, content_type = choose_encoder(request.headers.get("accept", ""))

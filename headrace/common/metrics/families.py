@@ -66,7 +66,7 @@ class Families:
         family.add_sample(f"{name}_count", labels, buckets[-1][1])
         family.add_sample(f"{name}_sum", labels, total)
 
-    def states(self, name: str, text: str, label: str, known: Iterable[str], current: str, **labels: str) -> None:
+    def state_set(self, name: str, text: str, label: str, known: Iterable[str], current: str, **labels: str) -> None:
         """1 for the state that it is in, 0 for the others that are known."""
         for state in dict.fromkeys([*known, current]):
             self.gauge(name, text, float(state == current), **labels, **{label: state})

@@ -17,7 +17,7 @@ def add_replica_states(families: Families, heartbeats: Iterable[Heartbeat]) -> N
 
 def add_replica(families: Families, heartbeat: Heartbeat) -> None:
     one = {"replica": heartbeat.replica}
-    families.states(
+    families.state_set(
         "headrace_replica_state", "1 for the replica's state.", "state", get_args(ReplicaState), heartbeat.state, **one
     )
     families.gauge(

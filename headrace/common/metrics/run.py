@@ -21,15 +21,17 @@ PHASES = (
 STATES = (*get_args(DecidedState), "dead")
 
 
-def add_position(families: Families, *, phase: str, step: int, steps: int, version: int, epoch: int) -> None:
-    families.states("headrace_phase", "1 for what the learner does.", "phase", PHASES, phase)
+def add_progress(families: Families, *, phase: str, step: int, steps: int, version: int, epoch: int) -> None:
+    families.state_set("headrace_phase", "1 for what the learner does.", "phase", PHASES, phase)
     families.gauge("headrace_completed_steps", "Steps that are complete.", step)
     families.gauge("headrace_target_steps", "The step at which the run is complete.", steps)
     families.gauge("headrace_weight_version", "The weight version that was published last.", version)
     families.gauge("headrace_fencing_epoch", "Counts the run's learners.", epoch)
 
 
-def add_orders(families: Families, *, desired: int | None, advised: int | None, settings_version: int | None) -> None:
+def add_desired_state(
+    families: Families, *, desired: int | None, advised: int | None, settings_version: int | None
+) -> None:
     families.gauge("headrace_desired_replicas", "As ordered; not there where nobody has ordered any number.", desired)
     families.gauge("headrace_advised_replicas", "Replicas that would keep the learner busy, as measured.", advised)
     families.gauge("headrace_settings_version", "Of the hot settings that the learner works with.", settings_version)

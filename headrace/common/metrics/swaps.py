@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from headrace.common.metrics.families import LONG_S, SHORT_S, Families, Histogram
 
-WITHIN = ("apply", "load", "confirm")
+SWAP_PHASES = ("apply", "load", "confirm")
 
 
 class SwapTotals:
@@ -12,10 +12,10 @@ class SwapTotals:
         self._num_bytes = 0
         self._pauses = Histogram(SHORT_S)
         self._fetches = Histogram(LONG_S)
-        self._phases = {phase: Histogram(SHORT_S) for phase in WITHIN}
+        self._phases = {phase: Histogram(SHORT_S) for phase in SWAP_PHASES}
 
     def add(self, num_bytes: int, seconds: Mapping[str, float]) -> None:
-        """`seconds`: pause, fetch, and of `WITHIN` what is known."""
+        """`seconds`: pause, fetch, and of `SWAP_PHASES` what is known."""
         self._num_bytes += num_bytes
         for phase, histogram in ({"pause": self._pauses, "fetch": self._fetches} | self._phases).items():
             if phase in seconds:

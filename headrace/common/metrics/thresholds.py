@@ -39,13 +39,13 @@ came early enough to bring them back."""
 NUMERICS = "compare the engine's numerics with the learner's: dtype, kernels, sampling settings"
 
 
-def are_exact(dtype: str | None, swap_mode: str | None) -> bool:
+def has_exact_numerics(dtype: str | None, swap_mode: str | None) -> bool:
     """Whether engine and learner should agree but for float32's rounding; KV that is kept over a swap is of earlier
     weights."""
     return dtype == "float32" and swap_mode != "in_place"
 
 
-def numeric_gap(is_exact: bool) -> Threshold:
+def logprob_gap_threshold(is_exact: bool) -> Threshold:
     """Of what engine and learner say of tokens of the same weights, by root mean square: single tokens may be far off.
 
     A bfloat16 model is at 0.02 to 0.04 per token, by whether both sides have float32 logits (Qwen2.5-0.5B and 7B, three

@@ -15,16 +15,16 @@ from typing import Any
 import msgspec
 
 from headrace.common.config import ModelConfig
-from headrace.common.models.control_tokens import CannotQuote, ControlTokens, unused_characters
-from headrace.common.models.hub import loading
+from headrace.common.models.control_tokens import CannotEscape, ControlTokens, unused_characters
+from headrace.common.models.hub import from_pretrained_arguments
 from headrace.common.tasks import Prompt
 from headrace.common.wire import Message, Ticket, WireError, check_ticket, decode_ticket, encode, one_line
 
 TEMPLATE_DATE = datetime(2024, 7, 26)
 """What Llama 3's template itself takes where it knows no date. Others may be set: `date_string` in
 model.chat_template_settings, where the template reads it."""
-OURS = {"messages", "add_generation_prompt", "continue_final_message", "tools", "documents", "strftime_now"}
-"""Of a chat template's variables: they are not settings."""
+RESERVED = {"messages", "add_generation_prompt", "continue_final_message", "tools", "documents", "strftime_now"}
+"""The variables of a chat template that are not settings."""
 SAMPLE = "3 + 4 = ?"
 
 
@@ -37,7 +37,7 @@ def load_tokenizer(model: ModelConfig) -> Any:
     from transformers import AutoTokenizer  # seconds, and torch
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.location, **loading(model))
+        tokenizer = AutoTokenizer.from_pretrained(model.location, **from_pretrained_arguments(model))
     except (OSError, ValueError) as error:
         raise ValueError(f"model {model.path!r} has no tokenizer that loads: {str(error).splitlines()[0]}") from error
     if model.chat_template is not None:
@@ -80,18 +80,18 @@ class Chat:
         """The token ids of a prompt, up to where the answer begins. Raises `PromptError`."""
         whole = self._with_system_prompt(messages)
         try:
-            if self.control.are_named_in(whole):
-                marked, quotes = self.control.quoted(whole)
-                tokens = self.control.encode(self._apply(marked), quotes)
+            if self.control.occur_in(whole):
+                escaped, placeholders = self.control.escape(whole)
+                tokens = self.control.encode(self._apply(escaped), placeholders)
             else:
                 tokens = self.tokenizer.encode(self._apply(whole), add_special_tokens=False)
-        except CannotQuote as error:
+        except CannotEscape as error:
             raise PromptError(str(error)) from error
         if not tokens:
             raise PromptError("the chat template renders it to nothing")
         return tokens
 
-    def ticket(self, prompt: Prompt, **fields: Any) -> Ticket:
+    def make_ticket(self, prompt: Prompt, **fields: Any) -> Ticket:
         """A ticket as the replicas accept it; `fields` are those that the prompt does not give.
 
         Raises `PromptError` if the prompt is none (messages that are no list of texts by name), cannot be rendered or
@@ -106,9 +106,8 @@ class Chat:
         if not isinstance(prompt.reference, dict):
             raise PromptError(f"its reference is {_found(prompt.reference)}, expected a dict")
         try:
-            ticket = Ticket(
-                prompt_tokens=self.encode(messages), messages=messages, reference=plain(prompt.reference), **fields
-            )
+            tokens, reference = self.encode(messages), to_builtin_types(prompt.reference)
+            ticket = Ticket(prompt_tokens=tokens, messages=messages, reference=reference, **fields)
             check_ticket(ticket)  # names what cannot be encoded
             return decode_ticket(encode(ticket))
         except (WireError, UnicodeEncodeError, OverflowError, RecursionError) as error:
@@ -146,17 +145,17 @@ class Chat:
         turn: list[Message] = [{"role": "user", "content": SAMPLE}, {"role": "assistant", "content": answer}]
         try:
             text = self._apply(self._with_system_prompt(turn), add_generation_prompt=False)
-            parts = self.control.parts(text)
-        except (PromptError, CannotQuote):
+            segments = self.control.segments(text)
+        except (PromptError, CannotEscape):
             return None
-        behind = [part.tokens[0] for part in parts if part.is_control and part.start > text.find(answer) >= 0]
-        return behind[0] if behind else None
+        after = text.find(answer)
+        return next((one.tokens[0] for one in segments if one.is_control and one.start > after >= 0), None)
 
     def _check_settings(self, path: str) -> None:
         import jinja2
 
         try:
-            known = _variables(self.tokenizer.get_chat_template()) - OURS - set(self.tokenizer.special_tokens_map)
+            known = _variables(self.tokenizer.get_chat_template()) - RESERVED - set(self.tokenizer.special_tokens_map)
         except (jinja2.TemplateError, ValueError) as error:
             raise ValueError(f"the chat template of {path!r} cannot be read: {one_line(str(error))}") from error
         for name in self.settings:
@@ -191,15 +190,15 @@ def stop_token_ids(chat: Chat, generation_config: Any) -> list[int]:
     return sorted(found)
 
 
-def plain(value: Any) -> Any:
+def to_builtin_types(value: Any) -> Any:
     """The same with Python's scalars in the place of numpy's."""
     import numpy as np
 
     if isinstance(value, np.generic):
         return value.item()
     if type(value) is dict:
-        return {key: plain(inner) for key, inner in value.items()}
-    return [plain(inner) for inner in value] if type(value) in (list, tuple) else value
+        return {key: to_builtin_types(inner) for key, inner in value.items()}
+    return [to_builtin_types(inner) for inner in value] if type(value) in (list, tuple) else value
 
 
 def _variables(template: str) -> set[str]:

@@ -7,11 +7,11 @@ refuse is known before it is issued.
 from typing import Any
 
 from headrace.common.config import ModelConfig
-from headrace.common.models.hub import loading
+from headrace.common.models.hub import from_pretrained_arguments
 
 LENGTH_KEYS = ("max_sequence_length", "seq_length", "max_seq_len", "model_max_length", "max_position_embeddings")
 """The first that a configuration has counts."""
-UNKNOWN_LENGTH = 2048
+DEFAULT_LENGTH = 2048
 
 
 def load_model_config(model: ModelConfig) -> Any:
@@ -20,7 +20,7 @@ def load_model_config(model: ModelConfig) -> Any:
     from transformers import AutoConfig  # seconds, and torch
 
     try:
-        return AutoConfig.from_pretrained(model.location, **loading(model)).get_text_config()
+        return AutoConfig.from_pretrained(model.location, **from_pretrained_arguments(model)).get_text_config()
     except (OSError, ValueError) as error:
         raise ValueError(f"model {model.path!r}: no configuration that loads: {str(error).splitlines()[0]}") from error
 
@@ -35,9 +35,9 @@ def context_tokens(model_config: Any, asked: int | None = None) -> int:
     is_in_length = "original_max_position_embeddings" in scaling or scaling.get("rope_type") == "llama3"
     factor = 1 if is_in_length else scaling.get("factor", 1)
     lengths = (getattr(model_config, key, None) for key in LENGTH_KEYS)
-    return next((int(factor * length) for length in lengths if length is not None), UNKNOWN_LENGTH)
+    return next((int(factor * length) for length in lengths if length is not None), DEFAULT_LENGTH)
 
 
-def fits(num_prompt_tokens: int, max_new_tokens: int, context: int) -> bool:
+def fits_context(num_prompt_tokens: int, max_new_tokens: int, context: int) -> bool:
     """Whether the engine takes a request of so many tokens."""
     return num_prompt_tokens + max_new_tokens <= context

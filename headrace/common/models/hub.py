@@ -27,7 +27,7 @@ def is_hub_name(path: str) -> bool:
     return is_named and not local.exists() and not local.parent.exists()
 
 
-def loading(model: ModelConfig) -> dict[str, str | bool]:
+def from_pretrained_arguments(model: ModelConfig) -> dict[str, str | bool]:
     """Keyword arguments of transformers' `from_pretrained`. Without a word on code it would ask at the terminal."""
     revision = {} if model.revision is None else {"revision": model.revision}
     return {"trust_remote_code": model.trust_remote_code, **revision}

@@ -10,14 +10,14 @@ from typing import Any
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
-def layers_beyond_attention(model_config: Any) -> list[str]:
+def non_attention_layers(model_config: Any) -> list[str]:
     """Kinds of layers, of a configuration by `load_model_config`, that look at other tokens by other ways."""
     return sorted(set(getattr(model_config, "layer_types", None) or []) - ATTENTION)
 
 
-def unshared_prompts(model_config: Any, group_size: int, prompt_tokens: int, groups_per_step: int) -> str:
+def unshared_prompt_note(model_config: Any, group_size: int, prompt_tokens: int, groups_per_step: int) -> str:
     """A line for people, or "" where nothing speaks against sharing. `prompt_tokens` of a typical prompt."""
-    kinds = layers_beyond_attention(model_config)
+    kinds = non_attention_layers(model_config)
     if not kinds:
         return ""
     more = (group_size - 1) * prompt_tokens * groups_per_step

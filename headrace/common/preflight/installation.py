@@ -8,19 +8,19 @@ import importlib.util
 import sys
 from pathlib import Path
 
-LIBRARIES = ("aiohttp", "datasets", "matplotlib", "safetensors", "torch", "transformers")
+REQUIRED_PACKAGES = ("aiohttp", "datasets", "matplotlib", "safetensors", "torch", "transformers")
 """What the learner and the replicas import, in the extras `learner` and `generation`."""
 SGLANG, TORCHVISION = "sglang==0.5.23", "torchvision==0.28.0"
 CPU_TORCH = "--extra-index-url https://download.pytorch.org/whl/cpu"
 CPU_PACKAGES = Path(sys.prefix) / "sglang-cpu"
 """The folder of torchvision for SGLang alone: it is a CUDA build, with which no other process can import transformers
 beside CPU torch."""
-ON_CPU = (
+CPU_COMMAND = (
     f"pip install {CPU_TORCH} 'headrace[learner,generation,launcher,engine-cpu]' && pip install --no-deps {SGLANG} && "
     f"pip install --no-deps --target {CPU_PACKAGES} {TORCHVISION}"
 )
-ON_GPU = f"pip install 'headrace[learner,generation,launcher]' {SGLANG}"
-COMMANDS = f"without a GPU: {ON_CPU}; with one: {ON_GPU}; in a checkout without a GPU: make setup"
+GPU_COMMAND = f"pip install 'headrace[learner,generation,launcher]' {SGLANG}"
+INSTALL_COMMANDS = f"without a GPU: {CPU_COMMAND}; with one: {GPU_COMMAND}; in a checkout without a GPU: make setup"
 
 
 def is_installed(package: str) -> bool:
@@ -29,5 +29,5 @@ def is_installed(package: str) -> bool:
 
 def check_installed() -> None:
     """Raises `ValueError` with the missing packages and the commands that install them."""
-    if missing := [package for package in LIBRARIES if not is_installed(package)]:
-        raise ValueError(f"not installed here: {', '.join(missing)}; expected, {COMMANDS}")
+    if missing := [package for package in REQUIRED_PACKAGES if not is_installed(package)]:
+        raise ValueError(f"not installed here: {', '.join(missing)}; expected, {INSTALL_COMMANDS}")

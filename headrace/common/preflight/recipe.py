@@ -15,8 +15,7 @@ from headrace.common.config import ModelConfig, RunConfig
 from headrace.common.http.addresses import listen
 from headrace.common.models.chat import read_chat_template
 from headrace.common.models.hub import download, is_hub_name
-from headrace.common.preflight import installation
-from headrace.common.preflight.installation import is_installed
+from headrace.common.preflight.installation import INSTALL_COMMANDS, is_installed
 from headrace.common.process.redaction import redact_url_passwords
 
 HUB_TASKS = {"gsm8k"}
@@ -105,11 +104,11 @@ def check_redis(config: RunConfig) -> None:
         return
     import redis
 
-    from headrace.common.redis.address import client_of
+    from headrace.common.redis.address import make_client
 
     address = redact_url_passwords(config.redis_url)
     try:
-        client = client_of(config.redis_url, socket_connect_timeout=REDIS_TIMEOUT_S, socket_timeout=REDIS_TIMEOUT_S)
+        client = make_client(config.redis_url, socket_connect_timeout=REDIS_TIMEOUT_S, socket_timeout=REDIS_TIMEOUT_S)
         client.ping()
         client.close()
     except redis.RedisError as error:
@@ -126,7 +125,7 @@ def check_engine(config: RunConfig) -> None:
 def check_engine_installed() -> None:
     if not is_installed("sglang"):
         raise UnavailableHere(
-            f"SGLang is not installed here; expected generation.engine.url of a server, or, {installation.COMMANDS}"
+            f"SGLang is not installed here; expected generation.engine.url of a server, or, {INSTALL_COMMANDS}"
         )
 
 

@@ -25,14 +25,14 @@ REWARD = "def reward(self, completion, ticket)"
 def check_task(config: RunConfig) -> Task:
     """Loads the task and looks at the first prompt of each split."""
     name = config.task.name
-    task = load_checked(config)
+    task = load_checked_task(config)
     for split in SPLITS:
-        if next(prompts_of(task, config, split), None) is None:
+        if next(checked_prompts(task, config, split), None) is None:
             raise ValueError(f"task {name!r} has no {split} prompts")
     return task
 
 
-def load_checked(config: RunConfig) -> Task:
+def load_checked_task(config: RunConfig) -> Task:
     """The task, whose methods can be called as the services call them."""
     name = config.task.name
     try:
@@ -40,7 +40,9 @@ def load_checked(config: RunConfig) -> Task:
     except ValueError as error:
         raise ValueError(_of_task(name, _with_cause(error))) from error
     except Exception as error:
-        raise ValueError(f"task {name!r} with its settings {config.task.settings}: {raised(error)}") from error
+        raise ValueError(
+            f"task {name!r} with its settings {config.task.settings}: {describe_exception(error)}"
+        ) from error
     for method, arguments, keywords, expected in (
         ("prompts", ["train"], {"seed": 0, "epoch": 0}, PROMPTS),
         ("reward", ["", None], {}, REWARD),
@@ -50,10 +52,10 @@ def load_checked(config: RunConfig) -> Task:
     return task
 
 
-def prompts_of(task: Task, config: RunConfig, split: Split) -> Iterator[Prompt | BadRow]:
+def checked_prompts(task: Task, config: RunConfig, split: Split) -> Iterator[Prompt | BadRow]:
     """The prompts of the first epoch, one after another."""
     name = config.task.name
-    prompts: Any = _told(config, lambda: task.prompts(split, seed=config.seed, epoch=0), f"its {split} prompts")
+    prompts: Any = _call_task(config, lambda: task.prompts(split, seed=config.seed, epoch=0), f"its {split} prompts")
     if not isinstance(prompts, Iterator):
         raise ValueError(
             f"task {name!r}: its {split} prompts are a {type(prompts).__name__}; expected an iterator: "
@@ -61,14 +63,14 @@ def prompts_of(task: Task, config: RunConfig, split: Split) -> Iterator[Prompt |
         )
     row = 0
     while True:
-        prompt = _told(config, lambda: next(prompts, None), f"its {split} prompt {row}")
+        prompt = _call_task(config, lambda: next(prompts, None), f"its {split} prompt {row}")
         if prompt is None:
             return
         yield prompt
         row += 1
 
 
-def _told(config: RunConfig, ask: Any, what: str) -> Any:
+def _call_task(config: RunConfig, ask: Any, what: str) -> Any:
     """What `ask` returns. What it raises is told as the task's, or as missing from this machine."""
     name = config.task.name
     try:
@@ -81,7 +83,7 @@ def _told(config: RunConfig, ask: Any, what: str) -> Any:
     except ValueError as error:
         raise ValueError(_of_task(name, _with_cause(error))) from error
     except Exception as error:
-        raise ValueError(f"task {name!r}: {what}: {raised(error)}") from error
+        raise ValueError(f"task {name!r}: {what}: {describe_exception(error)}") from error
 
 
 def _call_problem(method: Any, arguments: list[Any], keywords: dict[str, Any]) -> str:
@@ -95,7 +97,7 @@ def _call_problem(method: Any, arguments: list[Any], keywords: dict[str, Any]) -
     return ""
 
 
-def raised(error: BaseException) -> str:
+def describe_exception(error: BaseException) -> str:
     """What foreign code raised, and where, in one line."""
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)
     text = one_line(error)

@@ -73,9 +73,9 @@ class LineFormatter(logging.Formatter):
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
         head = f"{_timestamp(record.created)} {record.levelname} {self.service}{told}"
-        return f"{head}: {_truncated(self._discreet(text))}".translate(_CONTROL).replace("\n", "\n  ")
+        return f"{head}: {_truncated(self._redacted(text))}".translate(_CONTROL).replace("\n", "\n  ")
 
-    def _discreet(self, text: str) -> str:
+    def _redacted(self, text: str) -> str:
         for secret in self.secrets:
             text = text.replace(secret, "...")
         return redact_url_passwords(text)

@@ -68,7 +68,7 @@ class Waits:
         self._lock = threading.Lock()
         self._waits: dict[Reason, Wait] = {}
 
-    def waiting(self, reason: Reason, detail: str = "", deadline_s: float | None = None) -> float:
+    def note(self, reason: Reason, detail: str = "", deadline_s: float | None = None) -> float:
         """Says that the wait goes on (or begins); returns how many seconds it has lasted."""
         with self._lock:
             wait = self._waits.setdefault(reason, Wait(reason, detail, deadline_s, self._clock()))
@@ -80,7 +80,7 @@ class Waits:
                 _log.warning("waiting for %.0f s%s: %s", lasted_s, until, wait)
             return lasted_s
 
-    def over(self, reason: Reason) -> None:
+    def end(self, reason: Reason) -> None:
         """The wait has ended; nothing if there was none."""
         with self._lock:
             wait = self._waits.pop(reason, None)

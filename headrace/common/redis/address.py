@@ -23,7 +23,7 @@ from redis.retry import Retry
 SENTINEL = "+sentinel"
 SENTINEL_PORT = 26379
 SENTINEL_TIMEOUT_S = 2.0
-EXPECTED = (
+EXPECTED_URL = (
     "the URL of Redis cannot be read: expected redis://:password@host:port/db, rediss://, unix:///path or"
     " redis+sentinel://:password@host:port,host:port/master/db, with the special characters of the password"
     " percent-encoded"
@@ -59,11 +59,11 @@ def parse_address(url: str) -> Address:
             return _sentinels(url)
         options: dict[str, Any] = parse_url(url)
     except ValueError:  # its text may hold a part of the password
-        raise ValueError(EXPECTED) from None
+        raise ValueError(EXPECTED_URL) from None
     return Address(options, options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}")
 
 
-def client_of(url: str, *, is_one_master: bool = False, **settings: Any) -> redis.Redis:
+def make_client(url: str, *, is_one_master: bool = False, **settings: Any) -> redis.Redis:
     """`is_one_master`: every connection is to the master of the first one, or raises `MasterChanged`."""
     address = parse_address(url)
     if not address.master:
@@ -71,13 +71,13 @@ def client_of(url: str, *, is_one_master: bool = False, **settings: Any) -> redi
     for_sentinels = _for_sentinels(address) | {"retry": Retry(NoBackoff(), 0)}
     sentinels = redis.sentinel.Sentinel(address.sentinels, sentinel_kwargs=for_sentinels)
     client = sentinels.master_for(address.master, **_for_master(address), **settings)
-    pool, asks = client.connection_pool, _StaysWithItsMaster if is_one_master else _AsksAgainInThreads
+    pool, asks = client.connection_pool, _PinsMaster if is_one_master else _RediscoversMaster
     pool.connection_class = type("Connection", (asks, pool.connection_class), {"first": []})
     return client
 
 
-class _AsksAgainInThreads:
-    """As `_AsksAgain`, of a connection for threads."""
+class _RediscoversMaster:
+    """As `_RediscoversMasterAsync`, of a connection for threads."""
 
     def connect_check_health(self, check_health: bool = True, retry_socket_connect: bool = True) -> None:
         if retry_socket_connect:
@@ -86,7 +86,7 @@ class _AsksAgainInThreads:
             super().connect_check_health(check_health, retry_socket_connect)  # type: ignore[misc]
 
 
-class _StaysWithItsMaster(_AsksAgainInThreads):
+class _PinsMaster(_RediscoversMaster):
     """Mixed into a connection to a master. `first`: where the first one of the client went."""
 
     first: list[tuple[str, int]]
@@ -100,7 +100,7 @@ class _StaysWithItsMaster(_AsksAgainInThreads):
             self.first.append(address)
 
 
-def async_client_of(url: str, **settings: Any) -> redis.asyncio.Redis:
+def make_async_client(url: str, **settings: Any) -> redis.asyncio.Redis:
     address = parse_address(url)
     if not address.master:
         return redis.asyncio.Redis.from_url(url, **settings)
@@ -108,11 +108,11 @@ def async_client_of(url: str, **settings: Any) -> redis.asyncio.Redis:
     sentinels = redis.asyncio.sentinel.Sentinel(address.sentinels, sentinel_kwargs=for_sentinels)
     client: redis.asyncio.Redis = sentinels.master_for(address.master, **_for_master(address), **settings)
     pool = client.connection_pool
-    pool.connection_class = type("Connection", (_AsksAgain, pool.connection_class), {})
+    pool.connection_class = type("Connection", (_RediscoversMasterAsync, pool.connection_class), {})
     return client
 
 
-class _AsksAgain:
+class _RediscoversMasterAsync:
     """Mixed into an asynchronous connection to a master. redis-py lets it reconnect to where the master was."""
 
     async def connect_check_health(self, check_health: bool = True, retry_socket_connect: bool = True) -> None:

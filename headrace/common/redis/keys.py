@@ -32,12 +32,12 @@ TICKET_GROUP = "generation"
 """Consumer group of `tickets` and `eval`."""
 
 
-def of_every_run(name: str) -> str:
+def key_pattern(name: str) -> str:
     """A pattern of the key of that name, whatever the run."""
     return f"headrace:{{*}}:{name}"
 
 
-def run_of(key: bytes) -> str:
+def run_in_key(key: bytes) -> str:
     """The run whose key this is."""
     return key.decode(errors="replace").partition("{")[2].partition("}")[0]
 

@@ -22,10 +22,10 @@ from redis.retry import Retry as RedisRetry
 
 from headrace.common.process.waiting import Reason, Waits
 
-FORGOTTEN_AFTER_S = 30.0
+OUTAGE_GAP_S = 30.0
 """A failure this long after the last one, with nobody waiting in between, begins another outage."""
 FIRST_PAUSE_S = 0.1
-LONGEST_PAUSE_S = 1.0
+MAX_PAUSE_S = 1.0
 
 _FINAL = (redis.AuthenticationError, AuthorizationError, ssl.SSLCertVerificationError)
 _REFUSALS = (redis.OutOfMemoryError, redis.ReadOnlyError, MasterDownError, TryAgainError)
@@ -37,7 +37,7 @@ _IN_PIPELINE = re.compile(r"^Command # .* of pipeline caused error: (?:\(['\"])?
 T = TypeVar("T")
 
 
-def words_of(error: BaseException) -> str:
+def server_message(error: BaseException) -> str:
     """The server's own words where it has spoken: without the payload of a pipeline's command."""
     return "loading its data" if isinstance(error, redis.BusyLoadingError) else _IN_PIPELINE.sub(r"\1", str(error))
 
@@ -47,7 +47,7 @@ def reason_to_wait(error: BaseException) -> Reason | None:
     if any(isinstance(link, _FINAL) for link in (error, error.__cause__, error.__context__)):
         return None  # redis-py wraps some of them in its ConnectionError
     if isinstance(error, _REFUSALS) or (
-        isinstance(error, redis.ResponseError) and words_of(error).startswith(_REFUSED)
+        isinstance(error, redis.ResponseError) and server_message(error).startswith(_REFUSED)
     ):
         return Reason.REDIS_REFUSING
     if isinstance(error, redis.ConnectionError | redis.TimeoutError | OSError):
@@ -74,10 +74,10 @@ class Outage:
         self._last_failure = 0.0
         self._num_waiting: Counter[Reason] = Counter()
 
-    def failed(self, now: float) -> float:
+    def note_failure(self, now: float) -> float:
         """Notes a failure; returns when its outage began."""
         with self._lock:
-            is_forgotten = not self._num_waiting.total() and now - self._last_failure > FORGOTTEN_AFTER_S
+            is_forgotten = not self._num_waiting.total() and now - self._last_failure > OUTAGE_GAP_S
             if self._began is None or is_forgotten:
                 self._began = now
             self._last_failure = now
@@ -93,7 +93,7 @@ class Outage:
             if is_answered:
                 self._began = None
             if is_answered or not self._num_waiting[reason]:  # others who still wait will say so again
-                self.waits.over(reason)
+                self.waits.end(reason)
 
     def hide_password(self, error: BaseException) -> None:
         """A server that does not know a command repeats its arguments, and HELLO has the password among them."""
@@ -104,7 +104,7 @@ class Outage:
                 )
 
 
-class _Call:
+class _RetriedCall:
     """One command's way through an outage, as a context: it leaves the wait however it ends."""
 
     def __init__(self, outage: Outage) -> None:
@@ -128,7 +128,7 @@ class _Call:
             self._outage.leave(self._reason, is_answered)
             self._reason = None
 
-    def is_worth_another_try(self, error: BaseException) -> bool:
+    def should_retry(self, error: BaseException) -> bool:
         """After `pause_s`. Shows the wait."""
         outage, now = self._outage, time.monotonic()
         outage.hide_password(error)
@@ -137,20 +137,20 @@ class _Call:
             self.answered()  # with a no
             return False
         self._first_failure = now if self._first_failure is None else self._first_failure
-        left_s = outage.deadline_s - (now - min(outage.failed(now), self._first_failure))
+        left_s = outage.deadline_s - (now - min(outage.note_failure(now), self._first_failure))
         if left_s <= 0 or outage.is_stopping():
             return False
         if reason is not self._reason:
             self._leave(is_answered=False)
             self._reason = reason
             outage.enter(reason)
-        outage.waits.waiting(reason, f"{outage.server}: {words_of(error)}", outage.deadline_s)
-        self.pause_s = min(FIRST_PAUSE_S * 2 ** min(self.num_failures, 10), LONGEST_PAUSE_S, left_s)
+        outage.waits.note(reason, f"{outage.server}: {server_message(error)}", outage.deadline_s)
+        self.pause_s = min(FIRST_PAUSE_S * 2 ** min(self.num_failures, 10), MAX_PAUSE_S, left_s)
         self.num_failures += 1
         return True
 
 
-class _Shared:
+class _SharedOutage:
     """Mixed into redis-py's Retry: each connection has its own copy, and all copies one outage. redis-py uses it for a
     command, for the handshake, and within a command for its connect."""
 
@@ -162,16 +162,16 @@ class _Shared:
         return type(self)(self._outage)
 
 
-class SyncRetry(_Shared, RedisRetry):  # type: ignore[misc]
+class SyncRetry(_SharedOutage, RedisRetry):  # type: ignore[misc]
     def call_with_retry(
         self, do: Callable[[], T], fail: Callable[..., object], _: object = None, with_failure_count: bool = False
     ) -> T:
-        with _Call(self._outage) as call:
+        with _RetriedCall(self._outage) as call:
             while True:
                 try:
                     result = do()
                 except (redis.RedisError, OSError) as error:
-                    if not call.is_worth_another_try(error):
+                    if not call.should_retry(error):
                         raise
                     fail(error, call.num_failures) if with_failure_count else fail(error)  # disconnects
                     time.sleep(call.pause_s)
@@ -182,7 +182,7 @@ class SyncRetry(_Shared, RedisRetry):  # type: ignore[misc]
                     return result
 
 
-class AsyncRetry(_Shared, RedisAsyncRetry):  # type: ignore[misc]
+class AsyncRetry(_SharedOutage, RedisAsyncRetry):  # type: ignore[misc]
     async def call_with_retry(
         self,
         do: Callable[[], Awaitable[T]],
@@ -190,12 +190,12 @@ class AsyncRetry(_Shared, RedisAsyncRetry):  # type: ignore[misc]
         _: object = None,
         with_failure_count: bool = False,
     ) -> T:
-        with _Call(self._outage) as call:
+        with _RetriedCall(self._outage) as call:
             while True:
                 try:
                     result = await do()
                 except (redis.RedisError, OSError) as error:
-                    if not call.is_worth_another_try(error):
+                    if not call.should_retry(error):
                         raise
                     with contextlib.suppress(redis.TimeoutError):  # of the disconnect itself; it is closed anyway
                         await (fail(error, call.num_failures) if with_failure_count else fail(error))
@@ -205,7 +205,7 @@ class AsyncRetry(_Shared, RedisAsyncRetry):  # type: ignore[misc]
                     return result
 
 
-class Cancellable:
+class CancellableConnection:
     """Mixed into a connection of redis-py. It sends inside `asyncio.wait_for`, and until Python 3.12 that forgets a
     cancellation which comes just as the sending is done, so that the command would be waited for to its end."""
 

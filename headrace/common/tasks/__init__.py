@@ -51,7 +51,7 @@ class Task(Protocol):
         ...
 
 
-def look_in(folder: Path) -> None:
+def add_import_folder(folder: Path) -> None:
     """A task may be in a module of `folder` too, such as the recipe's; what is found elsewhere comes first."""
     entry = str(folder.resolve())
     if entry not in sys.path:

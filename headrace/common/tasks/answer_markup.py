@@ -37,7 +37,7 @@ TAG = re.compile(r"<[/|]?[A-Za-z_]+[/|]?>")
 AROUND = " \t*_`\"'" + NARROW_SPACE
 
 
-def plain(text: str) -> str:
+def strip_markup(text: str) -> str:
     if text.isascii() and text.strip().isdigit():
         return text.strip()
     if any(sign in text for sign in "\\{~"):

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from fractions import Fraction
 
-from headrace.common.tasks.answer_markup import plain
+from headrace.common.tasks.answer_markup import strip_markup
 
 MAX_ANSWER_CHARS = 100
 MAX_MARKS = 64
@@ -64,7 +64,7 @@ def marked_answers(completion: str) -> Iterator[str]:
         if mark[1]:
             yield _answer_line(completion[mark.end() : min(end, mark.end() + WINDOW_CHARS)])
         else:
-            yield plain(_until_closing_brace(completion[mark.end() : mark.end() + MAX_ANSWER_CHARS + 1]))
+            yield strip_markup(_until_closing_brace(completion[mark.end() : mark.end() + MAX_ANSWER_CHARS + 1]))
         end = mark.start()
 
 
@@ -73,7 +73,7 @@ def _answer_line(text: str) -> str:
     for line in text.lstrip().splitlines():
         if len(line) > MAX_ANSWER_CHARS:
             return ""
-        answer = plain(line)
+        answer = strip_markup(line)
         if lead_in := LEAD_IN.match(answer):
             answer = answer[lead_in.end() :]
             answer = answer[BEFORE_NUMBER.match(answer).end() :]  # type: ignore[union-attr]  # it matches anything

@@ -63,18 +63,18 @@ class Delta(msgspec.Struct, frozen=True):
     """Of the file."""
     patches: dict[str, Patch]
 
-    def places(self) -> dict[str, slice]:
+    def slices(self) -> dict[str, slice]:
         """Where each patch's frames are in the file."""
         ends = itertools.accumulate(patch.num_bytes for patch in self.patches.values())
         sizes = {name: patch.num_bytes for name, patch in self.patches.items()}
         return {name: slice(end - sizes[name], end) for name, end in zip(sizes, ends, strict=True)}
 
 
-class Layout(NamedTuple):
+class FileLayout(NamedTuple):
     """How the model's file is laid out: its first bytes, where each tensor's bytes are, how many bytes in all."""
 
     header: bytes
-    places: dict[str, slice]
+    slices: dict[str, slice]
     num_bytes: int
 
 
@@ -101,13 +101,13 @@ def encode_manifest(manifest: Manifest) -> bytes:
     return msgspec.json.encode(manifest)
 
 
-def sha256_of(payload: bytes) -> str:
+def sha256_hex(payload: bytes) -> str:
     return hashlib.sha256(payload).hexdigest()
 
 
 def decode_manifest(payload: bytes, sha256: str) -> Manifest:
     """Raises `WeightsError` unless the bytes have that SHA-256 and are a manifest that a learner can have written."""
-    found = sha256_of(payload)
+    found = sha256_hex(payload)
     if found != sha256:
         raise WeightsError(f"manifest has SHA-256 {found[:12]}…, expected {sha256[:12]}…")
     try:
@@ -143,7 +143,7 @@ def file_order(dtypes: Mapping[str, str]) -> list[str]:
     return sorted(dtypes, key=lambda name: (-ITEM_BYTES[dtypes[name]], name))
 
 
-def model_layout(tensors: Mapping[str, TensorEntry]) -> Layout:
+def model_layout(tensors: Mapping[str, TensorEntry]) -> FileLayout:
     """A safetensors file with the tensors in their order, no gaps."""
     ends = list(itertools.accumulate((entry.num_bytes for entry in tensors.values()), initial=0))
     spans = dict(zip(tensors, itertools.pairwise(ends), strict=True))
@@ -154,8 +154,8 @@ def model_layout(tensors: Mapping[str, TensorEntry]) -> Layout:
     text = json.dumps(described, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
-    places = {name: slice(len(header) + begin, len(header) + end) for name, (begin, end) in spans.items()}
-    return Layout(header, places, len(header) + ends[-1])
+    slices = {name: slice(len(header) + begin, len(header) + end) for name, (begin, end) in spans.items()}
+    return FileLayout(header, slices, len(header) + ends[-1])
 
 
 def check_tensor(name: str, entry: TensorEntry, content: memoryview) -> None:
@@ -169,7 +169,7 @@ def version_folder(root: Path, version: int) -> Path:
     return root / f"v{version:08d}"
 
 
-def file_of(root: Path, version: int, name: str) -> Path | None:
+def version_file(root: Path, version: int, name: str) -> Path | None:
     """The version's file of that name; None if there is none. Nothing else under or beside `root` can be asked for."""
     path = version_folder(root, version) / name
     return path if name in FILES and path.is_file() and not path.is_symlink() else None

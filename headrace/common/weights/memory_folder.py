@@ -21,7 +21,7 @@ class MemoryFolder:
     """`root` is a new folder in `parent`, whose name begins with `prefix`."""
 
     def __init__(self, prefix: str, parent: Path) -> None:
-        _clear_remains(parent, prefix)
+        _remove_orphans(parent, prefix)
         self.root = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         self._end = weakref.finalize(self, _remove, self.root, _lock(self.root))  # also when the interpreter ends
 
@@ -29,7 +29,7 @@ class MemoryFolder:
         self._end()
 
 
-def memory_backed() -> Path:
+def memory_backed_folder() -> Path:
     """A tmpfs where there is one; else the ordinary temporary folder."""
     for folder in (Path("/dev/shm"), Path(tempfile.gettempdir())):
         with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder):
@@ -53,7 +53,7 @@ def _lock(folder: Path) -> int:
     return descriptor
 
 
-def _clear_remains(parent: Path, prefix: str) -> None:
+def _remove_orphans(parent: Path, prefix: str) -> None:
     """Of processes that were killed."""
     for lock in parent.glob(f"{prefix}*/{LOCK_FILE}"):
         with contextlib.suppress(OSError):

@@ -27,7 +27,7 @@ from headrace.common.wire.structs import (
     MAX_COMPLETIONS,
     MAX_SEQUENCE_TOKENS,
     MAX_TOKEN,
-    READABLE,
+    READABLE_SCHEMAS,
     SCHEMA,
     DecidedState,
     FinishReason,
@@ -132,15 +132,15 @@ def encode(value: Ticket | Group | Heartbeat) -> bytes:
 
 def decode_ticket(payload: bytes) -> Ticket:
     """Raises `WireError` if the payload is no ticket of this schema, or none that can be answered."""
-    ticket = _to_ticket(_decode(_ticket_decoder, payload, MAX_TICKET_BYTES, *READABLE))
+    ticket = _to_ticket(_decode(_ticket_decoder, payload, MAX_TICKET_BYTES, *READABLE_SCHEMAS))
     check_ticket(ticket)
     return ticket
 
 
 def decode_heartbeat(payload: bytes) -> Heartbeat:
     """Raises `WireError` if the payload is no heartbeat of this schema."""
-    heartbeat = _decode(_heartbeat_decoder, payload, MAX_HEARTBEAT_BYTES, *READABLE)
-    _expect_schema(heartbeat.schema, *READABLE)
+    heartbeat = _decode(_heartbeat_decoder, payload, MAX_HEARTBEAT_BYTES, *READABLE_SCHEMAS)
+    _expect_schema(heartbeat.schema, *READABLE_SCHEMAS)
     check_heartbeat(heartbeat)
     return heartbeat
 
@@ -162,7 +162,7 @@ def decode_group(payload: bytes) -> Group:
 
 
 def _to_ticket(raw: _RawTicket) -> Ticket:
-    _expect_schema(raw.schema, *READABLE)
+    _expect_schema(raw.schema, *READABLE_SCHEMAS)
     num_bytes = memoryview(raw.reference).nbytes
     if num_bytes > MAX_REFERENCE_BYTES:
         raise WireError(f"a reference of {num_bytes} bytes, more than {MAX_REFERENCE_BYTES}")

@@ -55,7 +55,7 @@ class Launcher(NamedTuple):
     def __str__(self) -> str:
         return f"{self.process}, up to {self.max_replicas} replicas"
 
-    def refuse(self, replicas: int) -> None:
+    def check_capacity(self, replicas: int) -> None:
         """Raises `ValueError` for a number of replicas that it cannot keep."""
         if replicas > self.max_replicas:
             raise ValueError(

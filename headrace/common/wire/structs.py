@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 import numpy as np
 
-from headrace.common.wire.uniform_rewards import are_equal
+from headrace.common.wire.uniform_rewards import are_equal_rewards
 
 SCHEMA = 2
 """Of tickets and heartbeats: since tickets have `stop`, which an older replica would pass over without a word."""
-READABLE = (1, SCHEMA)
+READABLE_SCHEMAS = (1, SCHEMA)
 """What an older release has left in Redis: its tickets stop at end tokens alone."""
 GROUP_SCHEMA = 2
 """Since tokens and masks of rollouts are arrays of bytes."""
@@ -134,15 +134,15 @@ class Group(msgspec.Struct, frozen=True, gc=False):
     def rewards(self) -> list[float]:
         return [rollout.reward for rollout in self.rollouts]
 
-    def counted(self, truncated: Literal["train", "mask"]) -> list[Rollout]:
+    def trainable_rollouts(self, truncated: Literal["train", "mask"]) -> list[Rollout]:
         """What is trained on: with "mask" none that has reached its limit of tokens."""
         return [rollout for rollout in self.rollouts if truncated == "train" or rollout.finish_reason != "length"]
 
     def is_uniform(self, truncated: Literal["train", "mask"]) -> bool:
         """All raw rewards that count are equal but for rounding, or there is none: the group carries no signal (dynamic
         sampling)."""
-        rewards = [rollout.reward for rollout in self.counted(truncated)]
-        return not rewards or bool(are_equal(min(rewards), max(rewards)))
+        rewards = [rollout.reward for rollout in self.trainable_rollouts(truncated)]
+        return not rewards or bool(are_equal_rewards(min(rewards), max(rewards)))
 
     @property
     def oldest_version(self) -> int:

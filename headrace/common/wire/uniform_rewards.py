@@ -7,6 +7,6 @@ RELATIVE, ABSOLUTE = 1e-6, 1e-12
 nothing by it: a standard deviation is divided by with 1e-5 added."""
 
 
-def are_equal(lowest: Any, highest: Any) -> Any:
+def are_equal_rewards(lowest: Any, highest: Any) -> Any:
     """Whether the least and the greatest of some rewards differ by rounding alone; floats, or tensors one by one."""
     return highest - lowest <= (abs(lowest) + abs(highest)) * (RELATIVE / 2) + ABSOLUTE

@@ -73,7 +73,7 @@ def command_router(
                 409, "no launcher keeps the replicas of this run, so a target would have no effect; start headrace up"
             )
         try:
-            parse_launcher(launcher or "").refuse(number or 0)
+            parse_launcher(launcher or "").check_capacity(number or 0)
         except ValueError as error:
             raise HTTPException(422, str(error)) from error
         text = "the replica target is cleared" if number is None else f"the replica target is {number}"

@@ -4,7 +4,7 @@ import asyncio
 
 import httpx
 
-from headrace.common.http.addresses import bearer
+from headrace.common.http.addresses import bearer_header
 from headrace.common.wire.checks import is_url
 
 DRAIN_DEADLINE_S = 5.0
@@ -20,7 +20,7 @@ async def drain(client: httpx.AsyncClient, url: str, token: str) -> None:
     try:
         async with (
             asyncio.timeout(DRAIN_DEADLINE_S),
-            client.stream("POST", f"{url}/drain", headers=bearer(token)) as got,
+            client.stream("POST", f"{url}/drain", headers=bearer_header(token)) as got,
         ):
             status = got.status_code
     except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:

@@ -6,7 +6,7 @@ Redis nothing, and works while Redis does not answer.
 
 from headrace.common.metrics.families import Families
 from headrace.common.metrics.replicas import add_learner_waits, add_replica, add_replica_states, add_replica_waits
-from headrace.common.metrics.run import add_files, add_orders, add_position, add_queues
+from headrace.common.metrics.run import add_desired_state, add_files, add_progress, add_queues
 from headrace.common.metrics.steps import add_latest_evaluation, add_latest_step
 from headrace.common.process.waiting import decode_waits
 from headrace.control.http.request_counts import RequestTotals
@@ -43,7 +43,7 @@ class ControlMetrics:
 
     def _add_run(self, families: Families, status: Status, poll: PollResult) -> None:
         history, probe = self._monitor.history, self._monitor.probe
-        add_position(
+        add_progress(
             families,
             phase=status.phase,
             step=status.step,
@@ -53,7 +53,7 @@ class ControlMetrics:
         )
         replicas = status.replicas
         applied = self._monitor.view.applied_version if self._monitor.view else None
-        add_orders(families, desired=replicas.desired, advised=replicas.advised, settings_version=applied)
+        add_desired_state(families, desired=replicas.desired, advised=replicas.advised, settings_version=applied)
         families.gauge("headrace_paused", "1 while the run is paused on request.", status.is_paused)
         families.gauge("headrace_stopping", "1 while the run is stopping on request.", status.is_stopping)
         if len(history):
@@ -88,7 +88,7 @@ class ControlMetrics:
 
 def _add_verdict(families: Families, status: Status) -> None:
     text = "1 for how the run is."
-    families.states("headrace_verdict", text, "level", LEVELS, status.verdict.level)
+    families.state_set("headrace_verdict", text, "level", LEVELS, status.verdict.level)
     families.gauge("headrace_verdict_since_timestamp_seconds", "Since when it is so.", status.verdict.since_at)
     for check in status.checks:
         text = "How bad one thing is: 0 healthy, 1 waiting, 2 warning, 3 failed."

@@ -9,7 +9,7 @@ from collections import deque
 from typing import NamedTuple
 
 from headrace.common.config import RunConfig
-from headrace.common.metrics.thresholds import SMOOTHED_STEPS, THRESHOLDS, are_exact, numeric_gap
+from headrace.common.metrics.thresholds import SMOOTHED_STEPS, THRESHOLDS, has_exact_numerics, logprob_gap_threshold
 from headrace.common.process.waiting import Reason, decode_waits
 from headrace.common.wire import Heartbeat
 from headrace.control.polling.history import RunHistory
@@ -20,7 +20,7 @@ from headrace.control.verdict.check_inputs import FINAL_PHASES, RECENT_DEAD_WIND
 RATE_WINDOW_S = 30.0
 DEAD_SAMPLE_S = 10.0
 WATCHED_METRICS = (*(one.name for one in THRESHOLDS), "skipped_updates")
-LOGPROB_GAP = numeric_gap(is_exact=True).name
+LOGPROB_GAP = logprob_gap_threshold(is_exact=True).name
 """Only steps with fresh tokens have it; its last value counts until a later step has one."""
 
 
@@ -125,7 +125,7 @@ class CheckInputCollector:
             settings_unapplied_s=self._timer.duration_s("settings", is_unapplied, now),
             recent={name: history.latest(name, SMOOTHED_STEPS) for name in WATCHED_METRICS}
             | {LOGPROB_GAP: history.latest_reported(LOGPROB_GAP, SMOOTHED_STEPS)},
-            is_exact=are_exact(config.model.dtype, config.generation.engine.swap_mode),
+            is_exact=has_exact_numerics(config.model.dtype, config.generation.engine.swap_mode),
             starvation_deadline_s=config.learner.starvation_deadline_s,
             max_staleness=config.learner.max_staleness,
         )

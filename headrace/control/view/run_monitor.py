@@ -14,7 +14,7 @@ import redis
 from pydantic import BaseModel, ValidationError
 
 from headrace.common.config import RunConfig
-from headrace.common.redis.retry import words_of
+from headrace.common.redis.retry import server_message
 from headrace.common.wire.desired_state import DesiredState
 from headrace.control.models.replicas import Replicas
 from headrace.control.models.status import Status
@@ -90,7 +90,7 @@ class RunMonitor:
             except (redis.RedisError, OSError, TimeoutError) as error:
                 news, is_unavailable = [], True
                 if not self._was_unavailable:
-                    _log.warning("Redis does not answer: %s", words_of(error))
+                    _log.warning("Redis does not answer: %s", server_message(error))
             else:
                 if self._was_unavailable:
                     _log.warning("Redis answers again")

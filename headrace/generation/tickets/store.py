@@ -17,7 +17,7 @@ import msgspec
 import redis
 import redis.asyncio
 
-from headrace.common.redis.client import entries_of
+from headrace.common.redis.client import stream_entries
 from headrace.common.redis.keys import MAX_EVENTS, TICKET_GROUP, Keys
 from headrace.common.wire import Group, Heartbeat, Ticket, TicketState, WireError, decode_ticket, encode
 from headrace.generation.tickets.commit_batching import Batcher
@@ -92,7 +92,7 @@ class TicketStore:
         except redis.ResponseError as error:
             await self._recreate_streams(error)
             return []
-        return await self._leases(stream, [(entry_id, fields) for _, entry_id, fields in entries_of(found)])
+        return await self._leases(stream, [(entry_id, fields) for _, entry_id, fields in stream_entries(found)])
 
     async def claim(self, stream: str, count: int, idle_s: float) -> list[Lease]:
         """Takes over up to `count` tickets whose leases have not been renewed for `idle_s` seconds."""

@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 import httpx
 
-from headrace.common.http.addresses import bearer
+from headrace.common.http.addresses import bearer_header
 from headrace.common.weights.files import (
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
@@ -73,7 +73,7 @@ class Fetcher:
         """Bytes received, by source."""
         self.downloads: dict[tuple[int, str], Download] = {}
         timeout = httpx.Timeout(STALL_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-        self._http = httpx.AsyncClient(timeout=timeout, headers=bearer(token), trust_env=False)
+        self._http = httpx.AsyncClient(timeout=timeout, headers=bearer_header(token), trust_env=False)
 
     async def aclose(self) -> None:
         await self._http.aclose()

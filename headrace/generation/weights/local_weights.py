@@ -20,7 +20,7 @@ from headrace.common.weights.files import (
     ITEM_BYTES,
     MODEL_FILE,
     Delta,
-    Layout,
+    FileLayout,
     Manifest,
     WeightsError,
     check_tensor,
@@ -28,7 +28,7 @@ from headrace.common.weights.files import (
     stored_versions,
     version_folder,
 )
-from headrace.common.weights.memory_folder import MemoryFolder, memory_backed
+from headrace.common.weights.memory_folder import MemoryFolder, memory_backed_folder
 from headrace.generation.weights.free_space import allocate
 
 PREFIX = "headrace-weights-"
@@ -49,7 +49,7 @@ class LocalWeights:
     def __init__(self, model_folder: Path) -> None:
         self.model_folder = model_folder
         self.current: LocalVersion | None = None
-        self._memory = MemoryFolder(PREFIX, memory_backed())
+        self._memory = MemoryFolder(PREFIX, memory_backed_folder())
         self.root = self._memory.root
 
     def folder_of(self, version: int) -> Path:
@@ -73,13 +73,13 @@ class LocalWeights:
         _check_layout(base_file, base, newest, layout)
         files = [_mapped(self.folder_of(manifest.version) / DELTA_FILE) for manifest in manifests]
         deltas = [(manifest.delta, file) for manifest, file in zip(manifests, files, strict=True) if manifest.delta]
-        patches_of = [(delta.patches, file, delta.places()) for delta, file in deltas]
+        patches_of = [(delta.patches, file, delta.slices()) for delta, file in deltas]
         if is_copied:
             result = allocate(unfinished, len(base))
             result[: len(layout.header)] = base[: len(layout.header)]
         else:
             result = np.memmap(base_file.rename(unfinished), np.uint8, "r+")
-        for name, span in layout.places.items():
+        for name, span in layout.slices.items():
             if is_copied:
                 result[span] = base[span]
             bits = bits_of(result[span], ITEM_BYTES[newest.tensors[name].dtype])
@@ -125,7 +125,7 @@ def check_model(path: Path, manifest: Manifest) -> None:
     """Raises `WeightsError` unless the file is the whole model of the version."""
     content, layout = _mapped(path), model_layout(manifest.tensors)
     _check_layout(path, content, manifest, layout)
-    for name, place in layout.places.items():
+    for name, place in layout.slices.items():
         check_tensor(name, manifest.tensors[name], content[place].data)
 
 
@@ -136,7 +136,7 @@ def check_delta(path: Path, delta: Delta) -> None:
         raise WeightsError(f"{path.name}: BLAKE3 {found[:12]}…, expected {delta.blake3[:12]}…")
 
 
-def _check_layout(path: Path, content: Bytes, manifest: Manifest, layout: Layout) -> None:
+def _check_layout(path: Path, content: Bytes, manifest: Manifest, layout: FileLayout) -> None:
     if len(content) != layout.num_bytes or content[: len(layout.header)].tobytes() != layout.header:
         raise WeightsError(f"{path.name} is not laid out as the manifest of version {manifest.version} says")
 

@@ -13,7 +13,7 @@ from fastapi.responses import FileResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from headrace.common.http.service import require_token
-from headrace.common.weights.files import file_of
+from headrace.common.weights.files import version_file
 from headrace.generation.weights.downloads import Download, Fetcher
 from headrace.generation.weights.local_weights import LocalWeights
 
@@ -36,7 +36,7 @@ class WeightFileServer:
         while True:
             if download := self._fetcher.downloads.get((version, name)):
                 return self._stream(download, byte_range)
-            if path := file_of(self._local.root, version, name):
+            if path := version_file(self._local.root, version, name):
                 return FileResponse(path)
             if time.monotonic() >= deadline_s:
                 raise HTTPException(404, f"weight version {version} has no file {name!r} here")

@@ -19,9 +19,9 @@ import msgspec
 from headrace.common.config import RunConfig
 from headrace.common.models.context_length import context_tokens, load_model_config
 from headrace.common.models.hub import is_hub_name
-from headrace.common.models.prompt_cost import unshared_prompts
+from headrace.common.models.prompt_cost import unshared_prompt_note
 from headrace.common.preflight.recipe import UnavailableHere, one_line
-from headrace.common.preflight.task import SPLITS, check_task, load_checked, prompts_of
+from headrace.common.preflight.task import SPLITS, check_task, checked_prompts, load_checked_task
 from headrace.common.tasks import BadRow, Prompt, Split
 from headrace.common.wire import Sampling, encode
 from headrace.launcher.estimates.duration import measured_flops
@@ -69,13 +69,13 @@ def try_prompts(config: RunConfig, num_prompts: int) -> TaskTrial:
     if num_prompts == 0:
         check_task(config)
         return TaskTrial()
-    task = load_checked(config)
+    task = load_checked_task(config)
     chat, model_config = _load(config)
     context = context_tokens(model_config, config.generation.engine.context_tokens)
     found = TaskTrial(context=context, flops=measured_flops())
     for split in SPLITS:
         count = num_prompts if split == "train" else min(num_prompts, config.evaluation.num_prompts)
-        prompts = itertools.islice(prompts_of(task, config, split), count)
+        prompts = itertools.islice(checked_prompts(task, config, split), count)
         trial = found.splits[split] = SplitTrial()
         for row, prompt in enumerate(prompts):
             _try(chat, config, split, row, prompt, trial)
@@ -83,7 +83,7 @@ def try_prompts(config: RunConfig, num_prompts: int) -> TaskTrial:
             why = trial.refused[0] if trial.refused else f"it has no {split} prompts"
             raise ValueError(f"task {config.task.name!r}: {why}")
     typical = int(statistics.median(found.splits["train"].lengths))
-    found.cost = unshared_prompts(model_config, config.actor.group_size, typical, config.learner.groups_per_step)
+    found.cost = unshared_prompt_note(model_config, config.actor.group_size, typical, config.learner.groups_per_step)
     return found
 
 
@@ -116,7 +116,7 @@ def _try(chat: Any, config: RunConfig, split: Split, row: int, prompt: Prompt | 
         trial.refused.append(f"{split} prompt {row}: {prompt.reason}")
         return
     try:
-        ticket = chat.ticket(
+        ticket = chat.make_ticket(
             prompt,
             id=f"0-{row}" if is_train else f"eval-1-{row}",
             kind="train" if is_train else "eval",

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from headrace.common.hardware.device import CPU_MAX_TOTAL_TOKENS, multiplies_bfloat16
+from headrace.common.hardware.device import CPU_MAX_TOTAL_TOKENS, has_bfloat16_units
 from headrace.launcher.check.estimate_inputs import EstimateInputs
 from headrace.launcher.estimates.device_memory import Rows, engine_bytes, learner_bytes
 from headrace.launcher.estimates.duration import START_S, cpu_speed, estimate, gpu_speed, readable_s, too_long
@@ -138,7 +138,7 @@ def times(inputs: EstimateInputs) -> Section | None:
     if inputs.shape is None or (inputs.device_of_learner == "cpu" and not inputs.found.flops):
         return None
     config, flops = inputs.config, inputs.found.flops
-    on_cpu, on_gpu = cpu_speed(config, flops, multiplies_bfloat16(), os.cpu_count() or 1), gpu_speed(config)
+    on_cpu, on_gpu = cpu_speed(config, flops, has_bfloat16_units(), os.cpu_count() or 1), gpu_speed(config)
     of_learner = (on_cpu if inputs.device_of_learner == "cpu" else on_gpu)[0]
     of_engine = (on_cpu if inputs.device_of_engine == "cpu" else on_gpu)[1]
     prompt_tokens = inputs.prompt_tokens * (config.actor.group_size if inputs.found.cost else 1)

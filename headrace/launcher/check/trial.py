@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from headrace.common.config import RunConfig
-from headrace.common.models.context_length import fits
+from headrace.common.models.context_length import fits_context
 from headrace.common.preflight.recipe import UnavailableHere
 from headrace.common.process.child_process import python_path, set_parent_death_signal
 from headrace.launcher.check.prompt_trial import SplitTrial, TaskTrial
@@ -73,7 +73,7 @@ def notes_of(found: TaskTrial, config: RunConfig) -> Iterator[str]:
 
 def num_fitting(trial: SplitTrial, config: RunConfig, context: int) -> int:
     """How many of the prompts leave the completion room in the context."""
-    return sum(fits(length, config.sampling.max_new_tokens, context) for length in trial.lengths)
+    return sum(fits_context(length, config.sampling.max_new_tokens, context) for length in trial.lengths)
 
 
 def _none_fits(split: str, trial: SplitTrial, config: RunConfig, context: int) -> str:

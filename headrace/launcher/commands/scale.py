@@ -67,6 +67,6 @@ def _in_redis(number: int | None, run: str | None, runs_folder: Path, redis_url:
             client.hdel(Keys(name).control, DESIRED_REPLICAS)
         else:
             presence: Any = client.get(Keys(name).launcher)
-            parse_launcher((presence or b"").decode(errors="replace")).refuse(number)
+            parse_launcher((presence or b"").decode(errors="replace")).check_capacity(number)
             client.hset(Keys(name).control, DESIRED_REPLICAS, number)
     return name

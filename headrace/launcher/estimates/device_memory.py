@@ -6,7 +6,7 @@ do not).
 """
 
 from headrace.common.config import RunConfig
-from headrace.common.hardware.device import computed_in, resolve_device
+from headrace.common.hardware.device import compute_dtype, resolve_device
 from headrace.launcher.estimates.model_size import Shape
 
 TYPICAL_PROMPT_TOKENS = 256
@@ -21,7 +21,7 @@ PREFILL_TOKENS = ((20 * 1024, 2048), (60 * 1024, 4096), (160 * 1024, 8192), (flo
 
 def learner_bytes(shape: Shape, config: RunConfig) -> Rows:
     """Each rank's device at its peak: a backward pass with all gradients there."""
-    size, learner = BYTES[compute_dtype(config)], config.learner
+    size, learner = BYTES[learner_dtype(config)], config.learner
     rows = _whole(shape, config) if learner.num_ranks == 1 else _sharded(shape, config)
     how = "recomputed" if learner.gradient_checkpointing else "kept"
     rows[f"activations of {learner.micro_batch_tokens:,} tokens, {how}"] = activation_bytes(
@@ -33,15 +33,15 @@ def learner_bytes(shape: Shape, config: RunConfig) -> Rows:
     return rows
 
 
-def compute_dtype(config: RunConfig) -> str:
+def learner_dtype(config: RunConfig) -> str:
     """Of the learner's multiplications (headrace/learner/model/loading.py): float32 on a CPU without units for
     bfloat16."""
-    return computed_in(config.model.dtype, resolve_device(config.learner.device))
+    return compute_dtype(config.model.dtype, resolve_device(config.learner.device))
 
 
 def _whole(shape: Shape, config: RunConfig) -> Rows:
     """On one rank. Masters are float32; weights in float32 are their own masters."""
-    dtype, computed, count = config.model.dtype, compute_dtype(config), shape.num_parameters
+    dtype, computed, count = config.model.dtype, learner_dtype(config), shape.num_parameters
     shown = dtype if computed == dtype else f"{dtype} in {computed}"
     rows = {f"weights, {shown}": count * BYTES[computed]}
     if dtype != "float32":
@@ -57,7 +57,7 @@ def _sharded(shape: Shape, config: RunConfig) -> Rows:
     """On each of several ranks (headrace/learner/distributed/fsdp.py): its part of masters, moments and gradients;
     embedding and head whole for the whole pass, and of layers the one that is computed and the next; and of the largest
     of these the gradient in the model's dtype and in float32, in which it is summed over ranks."""
-    dtype, part = compute_dtype(config), -(-shape.num_parameters // config.learner.num_ranks)
+    dtype, part = learner_dtype(config), -(-shape.num_parameters // config.learner.num_ranks)
     size, layer, root = BYTES[dtype], shape.num_layer_parameters, shape.num_root_parameters
     rows = {
         "masters, float32, its part": part * 4,

@@ -17,7 +17,7 @@ from headrace.common.hardware.device import (
     why_not_cuda,
 )
 from headrace.common.hardware.gpus import Gpu, visible_gpus
-from headrace.common.hardware.placement import Placement, place
+from headrace.common.hardware.placement import Placement, assign_gpus
 from headrace.common.preflight.recipe import UnavailableHere
 from headrace.launcher.placement.shared_gpu import check_split, proposed_split
 
@@ -70,7 +70,9 @@ def devices_of(config: RunConfig) -> Devices:
     is_split = learner.memory_fraction is not None
     try:
         names = [gpu.name for gpu in gpus]
-        placement = place(names, ranks=ranks, replicas=config.generation.replicas, tp_size=tp_size, is_split=is_split)
+        placement = assign_gpus(
+            names, ranks=ranks, replicas=config.generation.replicas, tp_size=tp_size, is_split=is_split
+        )
     except ValueError as error:
         raise UnavailableHere(f"{error}{_proposal(config, gpus)}") from error
     if placement.is_shared:

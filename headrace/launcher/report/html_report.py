@@ -19,7 +19,7 @@ import msgspec
 import redis
 
 from headrace.common.config import yaml_text
-from headrace.common.metrics.thresholds import are_exact
+from headrace.common.metrics.thresholds import has_exact_numerics
 from headrace.common.redis.keys import Keys
 from headrace.common.wire.group_samples import GroupSample, RolloutSample
 from headrace.launcher.report import curves
@@ -78,7 +78,7 @@ def render(run: str, rows: Sequence[Row], config: Row, summary: Row | None, held
     told, num_left_out = incidents(read_logs(logs, LogFilter(level="WARNING")) if log_files(logs) else [])
     dtype = (config.get("model") or {}).get("dtype")
     engine = (config.get("generation") or {}).get("engine") or {}
-    is_exact = are_exact(dtype, engine.get("swap_mode"))
+    is_exact = has_exact_numerics(dtype, engine.get("swap_mode"))
     return environment.get_template("report.html.jinja").render(
         run=run,
         now=datetime.now(UTC).timestamp(),

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from headrace.common.metrics.thresholds import SMOOTHED_STEPS, THRESHOLDS, Threshold, numeric_gap
+from headrace.common.metrics.thresholds import SMOOTHED_STEPS, THRESHOLDS, Threshold, logprob_gap_threshold
 from headrace.common.process.logs import LogLine
 from headrace.launcher.report.rows import Row, is_number
 
@@ -38,7 +38,7 @@ class Incident:
 
 def unhealthy_spans(rows: Sequence[Row], is_exact: bool) -> list[UnhealthySpan]:
     """Found with the thresholds of the live verdict, on medians of the last steps; ordered by first step."""
-    found = [span for one in (*THRESHOLDS, numeric_gap(is_exact)) for span in _unhealthy_spans(rows, one)]
+    found = [span for one in (*THRESHOLDS, logprob_gap_threshold(is_exact)) for span in _unhealthy_spans(rows, one)]
     skipped = Threshold("skipped_updates", 0.0, 1e9, "updates were skipped: not finite", "lower optimizer.lr")
     return sorted([*found, *_unhealthy_spans(rows, skipped, 1)], key=lambda span: span.first_step)
 

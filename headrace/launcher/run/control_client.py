@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from headrace.common.http.addresses import bearer
+from headrace.common.http.addresses import bearer_header
 from headrace.common.process.run_token import TOKEN_VARIABLE, read_token_file, token_from_environment
 from headrace.common.redis.keys import Keys
 from headrace.launcher.run.errors import ControlFailed, NotRunning
@@ -29,7 +29,7 @@ class ControlClient:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"{url!r} is not the URL of a control service: expected http://host:port")
         self.url = url.rstrip("/")
-        headers = {"User-Agent": "the headrace command"} | (bearer(token) if token else {})
+        headers = {"User-Agent": "the headrace command"} | (bearer_header(token) if token else {})
         self._http = httpx.Client(headers=headers, timeout=TIMEOUT_S, trust_env=False)
 
     def get(self, path: str, **query: str | int | None) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import redis
 
-from headrace.common.redis.keys import Keys, of_every_run, run_of
+from headrace.common.redis.keys import Keys, key_pattern, run_in_key
 from headrace.launcher.run.errors import NotRunning
 from headrace.launcher.run.redis_server import short_timeout_client
 from headrace.launcher.run.run_folder import REDIS_URL_FILE, newest_run, read_url_file
@@ -37,7 +37,7 @@ def launched_at(url: str, run: str | None) -> dict[str, str]:
     with answering_redis(url) as client:
         if run is not None:
             return {run: url} if client.exists(Keys(run).launcher) else {}
-        return {run_of(key): url for key in client.scan_iter(match=of_every_run("launcher"), count=1000)}
+        return {run_in_key(key): url for key in client.scan_iter(match=key_pattern("launcher"), count=1000)}
 
 
 def launched_in(runs_folder: Path, run: str | None) -> dict[str, str]:

@@ -12,8 +12,8 @@ from typing import Any
 import redis
 
 from headrace.common.http.addresses import free_port
-from headrace.common.redis.address import client_of
-from headrace.common.redis.client import DURABLE
+from headrace.common.redis.address import make_client
+from headrace.common.redis.client import DURABLE_SETTINGS
 from headrace.launcher.run.processes import Service
 
 REDIS_START_TIMEOUT_S = 60.0
@@ -29,7 +29,7 @@ def launch_redis(folder: Path, log: Path, port: int, lock: int | None = None) ->
     It keeps the run's `lock` open, so that no second server opens the file before this one has ended.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    settings: dict[str, Any] = {"port": port, "bind": "127.0.0.1", "dir": folder, "save": "", **DURABLE}
+    settings: dict[str, Any] = {"port": port, "bind": "127.0.0.1", "dir": folder, "save": "", **DURABLE_SETTINGS}
     arguments = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
     return Service("redis", [redis_binary(), *arguments], log, inherited=() if lock is None else (lock,))
 
@@ -65,7 +65,7 @@ def is_answering(url: str, timeout_s: float = 2.0) -> bool:
 
 def short_timeout_client(url: str, timeout_s: float) -> redis.Redis:
     """A client that gives up soon, for callers that poll anyway."""
-    return client_of(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s)
+    return make_client(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s)
 
 
 def redis_binary() -> str:

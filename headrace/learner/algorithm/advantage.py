@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from headrace.common.config import ActorConfig
-from headrace.common.wire.uniform_rewards import are_equal
+from headrace.common.wire.uniform_rewards import are_equal_rewards
 
 EPSILON = 1e-5
 """Added to every standard deviation."""
@@ -92,7 +92,7 @@ def _is_uniform(rewards: Tensor, shaped: Tensor, groups: Tensor) -> Tensor:
     """For each reward, whether all rewards of its group are equal, before or after shaping."""
     lowest, highest = _group_bounds(rewards, groups)
     lowest_shaped, highest_shaped = _group_bounds(shaped, groups)
-    is_uniform: Tensor = are_equal(lowest, highest) | (lowest_shaped == highest_shaped)
+    is_uniform: Tensor = are_equal_rewards(lowest, highest) | (lowest_shaped == highest_shaped)
     return is_uniform[groups]
 
 

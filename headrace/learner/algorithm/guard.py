@@ -21,8 +21,8 @@ from headrace.common.metrics.thresholds import (
     THRESHOLDS,
     TRAINED_KL,
     Threshold,
-    are_exact,
-    numeric_gap,
+    has_exact_numerics,
+    logprob_gap_threshold,
 )
 
 MIN_STEPS_BEYOND = SMOOTHED_STEPS // 2 + 1
@@ -91,7 +91,7 @@ def _check_drift(state: GuardState, row: Mapping[str, Any], config: RunConfig) -
 
 def _check_numerics(decision: Decision, row: Mapping[str, Any], config: RunConfig) -> Decision:
     """Warns once of a lasting gap, and again if it returns after it was gone; a decision about drift has precedence."""
-    threshold = numeric_gap(are_exact(config.model.dtype, config.generation.engine.swap_mode))
+    threshold = logprob_gap_threshold(has_exact_numerics(config.model.dtype, config.generation.engine.swap_mode))
     value = row.get(threshold.name)
     if value is None:
         return decision

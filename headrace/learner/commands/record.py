@@ -18,7 +18,7 @@ import msgspec
 import redis
 
 from headrace.common.process.logs import set_up_logging
-from headrace.common.redis.client import connect, entries_of
+from headrace.common.redis.client import connect, stream_entries
 from headrace.common.redis.keys import Keys
 from headrace.learner.intake.recordings import Header, RecordedGroup, RecordingWriter
 
@@ -65,7 +65,7 @@ def follow(
         while True:
             has_ended = has_ended or client.hget(keys.learner, "phase") in ENDED
             found: Any = client.xread({keys.groups: writer.last_entry_id}, count=READ_COUNT, block=BLOCK_MS)
-            entries = list(entries_of(found))
+            entries = list(stream_entries(found))
             if entries:  # their versions were published before they were sampled
                 steps: Any = client.hgetall(keys.versions)
                 writer.know({int(version): int(step) for version, step in steps.items()})

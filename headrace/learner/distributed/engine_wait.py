@@ -22,12 +22,12 @@ _log = logging.getLogger(__name__)
 def wait_for_engine(client: redis.Redis, keys: Keys, waits: Waits, stop: threading.Event, deadline_s: float) -> None:
     """Waits until a replica's engine serves or `stop` is set; gives up after `deadline_s`, with a warning."""
     while not _is_any_engine_up(client, keys):
-        if waits.waiting(Reason.ENGINE_STARTING, "it takes its share of the GPU first", deadline_s) > deadline_s:
+        if waits.note(Reason.ENGINE_STARTING, "it takes its share of the GPU first", deadline_s) > deadline_s:
             _log.warning("no engine within %.0f s: the learner takes its share of the GPU without one", deadline_s)
             break
         if stop.wait(POLL_S):
             break
-    waits.over(Reason.ENGINE_STARTING)
+    waits.end(Reason.ENGINE_STARTING)
 
 
 def _is_any_engine_up(client: redis.Redis, keys: Keys) -> bool:

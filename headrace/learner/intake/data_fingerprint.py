@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from headrace.common.config import RunConfig
-from headrace.common.models.chat import plain
+from headrace.common.models.chat import to_builtin_types
 from headrace.common.tasks import BadRow, Prompt, Split, Task
 
 MAX_ROWS = 100_000
@@ -102,7 +102,7 @@ def _bytes_of(prompt: object) -> bytes:
 
 def _as_it_is(value: Any) -> Any:
     """Numpy's scalars as numbers; of anything else the type, for an object's text may name its address."""
-    made = plain(value)
+    made = to_builtin_types(value)
     return type(value).__name__ if made is value else made
 
 

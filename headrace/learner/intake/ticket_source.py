@@ -16,7 +16,7 @@ import msgspec
 
 from headrace.common.config import RunConfig
 from headrace.common.models.chat import Chat, PromptError
-from headrace.common.models.context_length import fits
+from headrace.common.models.context_length import fits_context
 from headrace.common.tasks import BadRow, Prompt, Task
 from headrace.common.wire import MIN_TEMPERATURE, Sampling, Ticket
 from headrace.common.wire.ledger import TicketId, parse_ticket_id
@@ -226,7 +226,7 @@ class TicketSource:
     def _ticket(self, prompt: Prompt | BadRow, name: str, kind: Any, count: int, step: int, version: int) -> Ticket:
         if isinstance(prompt, BadRow):
             raise PromptError(prompt.reason)
-        ticket = self.chat.ticket(
+        ticket = self.chat.make_ticket(
             prompt,
             id=name,
             kind=kind,
@@ -236,6 +236,6 @@ class TicketSource:
             issued_step=step,
         )
         limit, longest, length = self.max_sequence_tokens, self.sampling.max_new_tokens, len(ticket.prompt_tokens)
-        if limit is not None and not fits(length, longest, limit):
+        if limit is not None and not fits_context(length, longest, limit):
             raise PromptTooLong(f"{length} tokens and {longest} new ones do not fit the context of {limit}")
         return ticket

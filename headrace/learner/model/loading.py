@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from headrace.common.config import ModelConfig
 from headrace.common.models.context_length import load_model_config
-from headrace.common.models.hub import loading
+from headrace.common.models.hub import from_pretrained_arguments
 from headrace.learner.model.checkpoint_layout import CheckpointMapping, stored_tensors, unchanged_weights
 from headrace.learner.model.pretrained_tensors import PretrainedTensor
 from headrace.learner.model.self_check import can_share_prompts
@@ -41,7 +41,9 @@ def load_pretrained(settings: ModelConfig, device: torch.device, compute: torch.
     disable_progress_bar()
     path, dtype = settings.location, DTYPES[settings.dtype]
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **loading(settings))
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, **from_pretrained_arguments(settings)
+        )
     except (OSError, ValueError) as error:
         raise ValueError(f"model {path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     _check_deterministic(model, path)
@@ -57,7 +59,7 @@ def load_pretrained(settings: ModelConfig, device: torch.device, compute: torch.
 
 def load_empty(settings: ModelConfig, compute: torch.dtype) -> PreTrainedModel:
     """The same model in evaluation mode with uninitialised values, whose memory has not been touched yet."""
-    config = AutoConfig.from_pretrained(settings.location, **loading(settings))
+    config = AutoConfig.from_pretrained(settings.location, **from_pretrained_arguments(settings))
     trust = settings.trust_remote_code
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=compute, trust_remote_code=trust)

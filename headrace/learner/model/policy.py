@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from headrace.common.config import LearnerConfig, ModelConfig
-from headrace.common.hardware.device import computed_in, resolve_device
+from headrace.common.hardware.device import compute_dtype, resolve_device
 from headrace.common.weights.files import MODEL_FILE
 from headrace.learner.distributed.fsdp import shard
 from headrace.learner.distributed.ranks import Ranks
@@ -87,7 +87,7 @@ class Policy:
         self.ranks = ranks or Ranks()
         self.device = device_of(learner, self.ranks)
         self.dtype = DTYPES[model.dtype]
-        self.compute_dtype = DTYPES[computed_in(model.dtype, self.device.type)]
+        self.compute_dtype = DTYPES[compute_dtype(model.dtype, self.device.type)]
         if self.ranks.rank == 0:
             self._loaded = loaded or load_model(model, learner, self.ranks)
             self.model, shares_prompts = self._loaded.model, self.ranks.broadcast_flag(self._loaded.shares_prompts)
@@ -186,7 +186,7 @@ def load_model(model: ModelConfig, learner: LearnerConfig, ranks: Ranks) -> Load
     """Loads the model, on rank 0. With other ranks it stays in host memory until it is sharded."""
     device = device_of(learner, ranks)
     loaded = load_pretrained(
-        model, device if ranks.is_alone else torch.device("cpu"), DTYPES[computed_in(model.dtype, device.type)]
+        model, device if ranks.is_alone else torch.device("cpu"), DTYPES[compute_dtype(model.dtype, device.type)]
     )
     dtypes = {str(loaded.dtypes[name]) for name, _ in loaded.model.named_parameters()}
     if not ranks.is_alone and len(dtypes) > 1:

@@ -13,7 +13,7 @@ from fastapi.responses import FileResponse
 from starlette.exceptions import HTTPException
 
 from headrace.common.http.service import new_app, require_token
-from headrace.common.weights.files import MANIFEST_FILE, file_of, stored_versions, version_folder
+from headrace.common.weights.files import MANIFEST_FILE, stored_versions, version_file, version_folder
 from headrace.learner.steering.switches import Switches
 
 
@@ -47,9 +47,9 @@ def make_app(
     @app.get("/weights/{version}/{name}", dependencies=guarded)
     def weights_file(version: int, name: str) -> FileResponse:
         """A file of a version, or a byte range of it."""
-        path = file_of(weights_root, version, name)
+        path = version_file(weights_root, version, name)
         if path is None and weights_in_memory is not None:
-            path = file_of(weights_in_memory, version, name)
+            path = version_file(weights_in_memory, version, name)
         if path is None:
             raise HTTPException(404, f"weight version {version} has no file {name!r} here")
         return FileResponse(path)

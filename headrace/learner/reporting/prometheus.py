@@ -10,7 +10,7 @@ from typing import Any
 
 from headrace.common.metrics.families import Families
 from headrace.common.metrics.replicas import add_learner_waits, add_replica_states
-from headrace.common.metrics.run import GroupTotals, add_files, add_orders, add_position, add_queues
+from headrace.common.metrics.run import GroupTotals, add_desired_state, add_files, add_progress, add_queues
 from headrace.common.metrics.steps import StepTotals, add_latest_evaluation, add_latest_step
 from headrace.common.weights.files import DELTA_FILE, MODEL_FILE
 from headrace.learner.intake.intake import Intake
@@ -39,9 +39,9 @@ class LearnerMetrics:
     def __call__(self) -> Families:
         status, redis_state, log = self._status(), self._intake.redis_state, self._intake.settlement_log
         families, latest = Families(run=status["run"]), status["latest"]
-        add_position(families, **{name: status[name] for name in ("phase", "step", "steps", "version", "epoch")})
+        add_progress(families, **{name: status[name] for name in ("phase", "step", "steps", "version", "epoch")})
         add_learner_waits(families, {wait["reason"]: wait["for_s"] for wait in status["waits"]})
-        add_orders(
+        add_desired_state(
             families,
             desired=status["desired_replicas"],
             advised=status["advised_replicas"],

@@ -36,7 +36,7 @@ class BackgroundWorker:
                 if running.done():
                     raise
                 self._wait_deadlines.note_wait(self._reason, detail)
-        self._wait_deadlines.waits.over(self._reason)
+        self._wait_deadlines.waits.end(self._reason)
 
     def raise_failure(self) -> None:
         if self._running is not None and self._running.done():

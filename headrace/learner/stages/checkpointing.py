@@ -67,5 +67,5 @@ class Checkpointer:
         self.last_duration_s = time.monotonic() - started
         _log.info("checkpoint: records %d groups", len(delta.settlements))
         self._reporter.report_checkpoint(saved, record.step, self.last_duration_s)
-        self._wait_deadlines.waits.over(Reason.CHECKPOINT_FAILING)
+        self._wait_deadlines.waits.end(Reason.CHECKPOINT_FAILING)
         self._intake.on_checkpointed(delta)

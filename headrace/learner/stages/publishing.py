@@ -62,6 +62,6 @@ class BackgroundPublisher:
                 self._wait_deadlines.note_wait(Reason.PUBLISH_FAILING, str(error))
                 if self._switches.stop.wait(RETRY_S):
                     raise
-        self._wait_deadlines.waits.over(Reason.PUBLISH_FAILING)
+        self._wait_deadlines.waits.end(Reason.PUBLISH_FAILING)
         self._versions.is_publishing = False
         on_announced(version)

@@ -22,7 +22,7 @@ class WaitDeadlines:
     def note_wait(self, reason: Reason, detail: str) -> float:
         """Notes that the wait goes on, and returns its duration in seconds. Raises `Starved` after the deadline."""
         deadline_s = self.live_config.config.learner.starvation_deadline_s
-        lasted_s = self.waits.waiting(reason, detail, deadline_s)
+        lasted_s = self.waits.note(reason, detail, deadline_s)
         if lasted_s > deadline_s:
             raise Starved(f"{reason.text} for {lasted_s:.0f} s: {detail}")
         return lasted_s
@@ -31,12 +31,12 @@ class WaitDeadlines:
         """As `note_wait`, but the deadline does not apply while learner or generation is paused on request."""
         is_paused = self.switches.paused.is_set()
         if is_paused or self.intake.redis_state.is_generation_paused:
-            self.waits.over(reason)
-            return self.waits.waiting(Reason.PAUSED, "" if is_paused else "generation is scaled to 0 replicas")
-        self.waits.over(Reason.PAUSED)
+            self.waits.end(reason)
+            return self.waits.note(Reason.PAUSED, "" if is_paused else "generation is scaled to 0 replicas")
+        self.waits.end(Reason.PAUSED)
         return self.note_wait(reason, self.intake.describe_wait())
 
     def end_group_wait(self, reason: Reason) -> None:
         """The groups have arrived, or the loop waits for them no longer."""
-        self.waits.over(reason)
-        self.waits.over(Reason.PAUSED)
+        self.waits.end(reason)
+        self.waits.end(Reason.PAUSED)

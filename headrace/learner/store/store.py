@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import redis
 
-from headrace.common.redis.client import entries_of
+from headrace.common.redis.client import stream_entries
 from headrace.common.redis.keys import MAX_EVENTS, MAX_HISTORY, MAX_SHOWN, TICKET_GROUP, Keys
 from headrace.common.wire import (
     Heartbeat,
@@ -197,7 +197,7 @@ class LearnerStore:
         found: Any = self.client.xread(self._read_up_to, count=count, block=max(1, int(block_s * 1000)))
         entries = [
             Entry(stream, entry_id.decode(), _text(fields.get(b"id", b"?")), fields.get(b"group", b""))
-            for stream, entry_id, fields in entries_of(found)
+            for stream, entry_id, fields in stream_entries(found)
         ]
         self._read_up_to |= {entry.stream: entry.entry_id for entry in entries}
         return entries

@@ -15,7 +15,9 @@ def training_samples(
 ) -> list[Sample]:
     """The rollouts that `actor.truncated` leaves to be trained; advantages are computed among these only."""
     actor = config.actor
-    rollouts = [(index, group, one) for index, group in enumerate(groups) for one in group.counted(actor.truncated)]
+    rollouts = [
+        (index, group, one) for index, group in enumerate(groups) for one in group.trainable_rollouts(actor.truncated)
+    ]
     lengths = torch.tensor([rollout.num_trained_tokens for _, _, rollout in rollouts])
     rewards = torch.tensor([rollout.reward for _, _, rollout in rollouts], dtype=torch.float64)
     rewards += overlong_penalty(lengths, config.sampling.max_new_tokens, actor)

@@ -112,7 +112,9 @@ def group_metrics(groups: Sequence[Group], truncated: Literal["train", "mask"] =
         "completion_tokens_mean": sum(lengths) / len(rollouts),
         "completion_tokens_max": float(max(lengths)),
         "truncated_share": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
-        "batch_tokens": float(sum(one.num_trained_tokens for group in groups for one in group.counted(truncated))),
+        "batch_tokens": float(
+            sum(one.num_trained_tokens for group in groups for one in group.trainable_rollouts(truncated))
+        ),
         "multi_version_share": sum(len(r.version_spans) > 1 for r in rollouts) / len(rollouts),
         "num_versions": float(len(set(versions))),
         "sampling_s_mean": sum(timing.sampled_s - timing.leased_s for timing in timings) / len(groups),

@@ -17,17 +17,17 @@ import httpx
 import redis
 
 from headrace.common.hardware.device import machine_id
-from headrace.common.http.addresses import bearer
+from headrace.common.http.addresses import bearer_header
 from headrace.common.process.atomic_files import fsync_path
 from headrace.common.weights.files import (
     Manifest,
     encode_manifest,
-    file_of,
-    sha256_of,
+    sha256_hex,
     stored_versions,
+    version_file,
     version_folder,
 )
-from headrace.common.weights.memory_folder import MemoryFolder, memory_backed
+from headrace.common.weights.memory_folder import MemoryFolder, memory_backed_folder
 from headrace.learner.model.host_snapshots import Snapshot, SnapshotPool, Weight
 from headrace.learner.store.store import LearnerStore
 from headrace.learner.weights.version_writer import VersionWriter
@@ -65,10 +65,10 @@ class WeightVersions:
         self._writer = VersionWriter(f"epoch-{store.epoch}")
         self._snapshots = SnapshotPool()
         self._notifiers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="notify")
-        self._memory = MemoryFolder(PREFIX, memory_backed())
+        self._memory = MemoryFolder(PREFIX, memory_backed_folder())
         self.memory = self._memory.root
         """Model files, in one folder per version, for replicas that share this memory."""
-        self._http = httpx.Client(timeout=NOTIFY_TIMEOUT_S, headers=bearer(token), trust_env=False)
+        self._http = httpx.Client(timeout=NOTIFY_TIMEOUT_S, headers=bearer_header(token), trust_env=False)
 
     def snapshot(self, tensors: Mapping[str, Weight]) -> Snapshot:
         """A copy in host memory, for `publish`: the tensors may change as soon as this returns."""
@@ -95,7 +95,7 @@ class WeightVersions:
         except OSError:
             self.store.check_fence()
             raise
-        digest = sha256_of(encode_manifest(manifest))
+        digest = sha256_hex(encode_manifest(manifest))
         announced = {"version": version, "step": step, "sha256": digest, "url": self.url}
         announced |= {"machine": machine_id(), "folder": self.root.resolve(), "memory": self.memory}
         fields = [str(part) for pair in announced.items() for part in pair]
@@ -119,7 +119,7 @@ class WeightVersions:
 
     def file_of(self, version: int, name: str) -> Path | None:
         """The version's file `name`, on disk or in memory; None if there is none."""
-        return file_of(self.root, version, name) or file_of(self.memory, version, name)
+        return version_file(self.root, version, name) or version_file(self.memory, version, name)
 
     def _has_room(self, weights: Snapshot) -> bool:
         num_bytes = sum(tensor.nbytes for tensor in weights.tensors.values())

@@ -28,7 +28,7 @@ from headrace.common.weights.files import (
     encode_manifest,
     file_order,
     model_layout,
-    sha256_of,
+    sha256_hex,
 )
 from headrace.learner.model.host_snapshots import Snapshot, bytes_of
 
@@ -134,7 +134,7 @@ class VersionWriter:
         if base is None:
             return entries, None
         num_bytes = sum(patch.num_bytes for patch in patches.values())
-        return entries, Delta(base.version, sha256_of(encode_manifest(base)), num_bytes, digest.hexdigest(), patches)
+        return entries, Delta(base.version, sha256_hex(encode_manifest(base)), num_bytes, digest.hexdigest(), patches)
 
     def _is_anchor_due(self, delta: Delta | None, entries: Mapping[str, TensorEntry], *, is_durable: bool) -> bool:
         if delta is None or len(self._chain_bytes) >= MAX_CHAIN or (is_durable and not self._is_anchored):
