@@ -320,7 +320,9 @@ def test_cancelling_and_running_out_of_time_abort_in_the_engine(engine_url: str,
 
         impatient = Engine(engine.url, completion_timeout_s=0.5)
         late = ticket(8, max_new_tokens=900)
-        with pytest.raises(EngineError, match=rf"ticket {late.id}: no reply, nor one to another ticket, within 0\.5 s"):
+        with pytest.raises(
+            EngineError, match=rf"ticket {late.id}: the engine answered neither it nor another ticket within 0\.5 s"
+        ):
             await impatient.generate(late)
         await impatient.aclose()
         await until_running(engine, 0, timeout_s=2.0)

@@ -114,7 +114,9 @@ def test_an_error_status_carries_the_engines_message(fake: FakeSglang) -> None:
 
 def test_a_hanging_generate_is_aborted_at_its_deadline(fake: FakeSglang) -> None:
     fake.hanging.add("/generate")
-    with pytest.raises(EngineError, match=r"ticket 0-7: no reply, nor one to another ticket, within 0\.3 s"):
+    with pytest.raises(
+        EngineError, match=r"ticket 0-7: the engine answered neither it nor another ticket within 0\.3 s"
+    ):
         generate(fake, num_completions=2, completion_timeout_s=0.3)
     [(_, request)] = [call for call in fake.calls if call[0] == "/generate"]
     assert sorted(body["rid"] for path, body in fake.calls if path == "/abort_request") == sorted(request["rid"])

@@ -96,7 +96,7 @@ class Engine:
             await self._abort(rids)
             allowance_s = self._deadlines.allowance_s(ticket.sampling.max_new_tokens)
             raise EngineError(
-                f"ticket {ticket.id}: no reply, nor one to another ticket, within {allowance_s:g} s"
+                f"ticket {ticket.id}: the engine answered neither it nor another ticket within {allowance_s:g} s"
             ) from error
         except asyncio.CancelledError:
             await self._abort(rids)
