@@ -22,8 +22,8 @@ import aiohttp
 import redis
 
 from benchmarks.compare.part import Part, Ratio
+from benchmarks.cpu_time import cpu_seconds
 from benchmarks.overhead.durability import redis_server
-from benchmarks.scale.__main__ import seconds_of
 from headrace.common.config import LearnerConfig, RunConfig, load_recipe
 from headrace.common.models.chat import Chat, load_tokenizer, stop_token_ids
 from headrace.common.process.run_token import TOKEN_VARIABLE
@@ -111,10 +111,10 @@ async def headrace(folder: Path, url: str, config: RunConfig, tickets: list[Tick
     versions.publish(versions.snapshot(policy.tensors()), 0, versions.reserve())
     with replica_of(folder, url, keys) as service:
         await until(lambda: is_running(client, keys))
-        started, spent_s = time.time(), seconds_of(service)
+        started, spent_s = time.time(), cpu_seconds(service)
         store.add_tickets(keys.tickets, tickets)
         await until(lambda: client.xlen(keys.groups) == len(tickets))
-        spent_s = seconds_of(service) - spent_s
+        spent_s = cpu_seconds(service) - spent_s
     versions.close()
     entries: Any = client.xrange(keys.groups)
     ended = int(entries[-1][0].partition(b"-")[0]) / 1e3

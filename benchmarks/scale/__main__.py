@@ -27,6 +27,7 @@ import numpy as np
 import psutil
 from rich.console import Console
 
+from benchmarks.cpu_time import cpu_seconds
 from benchmarks.demo import ROOT, cpu_model
 from benchmarks.scale.limits import Row, judge, report
 from benchmarks.scale.recorded_run import RecordedRun, read_recorded
@@ -105,9 +106,9 @@ class Stack:
         machine = psutil.cpu_times()
         idle_s = machine.idle + getattr(machine, "iowait", 0.0)
         return Spent(
-            seconds_of(self.redis),
-            seconds_of(self.learner),
-            [seconds_of(service) for service in self.replicas],
+            cpu_seconds(self.redis),
+            cpu_seconds(self.learner),
+            [cpu_seconds(service) for service in self.replicas],
             sum(machine[:8]) - idle_s,
         )
 
@@ -136,11 +137,6 @@ def overrides(recorded: RecordedRun, count: int, stretch: float) -> list[str]:
         "evaluation.num_prompts=1",
         "evaluation.completions_per_prompt=1",
     ]
-
-
-def seconds_of(service: Service) -> float:
-    times = psutil.Process(service.process.pid).cpu_times()
-    return float(times.user + times.system)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """One launcher has a run; others find its Redis, or open its files; nobody sees a password."""
 
+import importlib.util
 import re
 import signal
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import pytest
 import redis
 
 from headrace.common.http.addresses import free_port
+from headrace.launcher.commands.replay import replay
 from headrace.launcher.run.processes import Service
 from headrace.launcher.run.redis_server import redis_binary, redis_url_at, wait_for_redis
 from tests.support.fake_services import (
@@ -236,6 +238,16 @@ def test_a_replay_by_a_recipe(faking: Faking, tmp_path: Path) -> None:
     output = ended(fakes.headrace(*arguments, "--set", "seed=3"), 0)
     assert f"--config {fakes.run / 'config.yaml'}" in output and "\nseed: 3\n" in output and "--set" not in output
     assert "did you mean seed?" in refused(fakes, *arguments, "--set", "sed=3")
+
+
+def test_a_replay_checks_first_that_its_packages_are_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recording = tmp_path / "recording.msgpack"
+    recording.touch()
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
+    with pytest.raises(ValueError, match=r"^not installed here: torch; expected, "):
+        replay(recording, None, [], "faked", tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_second_ctrl_c_kills_a_command(faking: Faking, redis_url: str) -> None:

@@ -287,7 +287,7 @@ def test_of_several_launchers_one_must_be_named(faking: Faking) -> None:
     fakes.wait_for(*serving(0))
     second = fakes.headrace("up", RECIPE, "--run", "other", settings=QUICK)
     fakes.wait_for(*serving(0), times=2)
-    assert "2 launchers are running (faked, other): expected --run" in refused(fakes, "2")
+    assert "2 runs are live (faked, other): expected --run" in refused(fakes, "2")
     assert scaled(fakes, "2", "--run", "other") == "run other: target set to 2 replicas\n"
     fakes.wait_for(*serving(1))
     assert "2 replicas, as requested" not in stopped(first)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from headrace.common.config import Recipe
+from headrace.common.preflight.installation import check_installed
 from headrace.common.redis.keys import Keys
 from headrace.launcher.run.open_run import embedded_redis
 from headrace.launcher.run.processes import call_module
@@ -13,6 +14,7 @@ from headrace.launcher.run.run_folder import run_lock, write_config, write_url_f
 def replay(recording: Path, recipe: Recipe | None, overrides: Sequence[str], run: str, runs_folder: Path) -> int:
     """Returns the learner's exit code; the learner is not restarted. Without a recipe, the recording's own is used."""
     Keys(run)  # refuses a name that cannot be a folder's
+    check_installed()
     if not recording.exists():
         raise ValueError(f"{recording}: there is no such recording")
     folder = runs_folder / run

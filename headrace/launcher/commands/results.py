@@ -24,7 +24,6 @@ from headrace.launcher.commands.options import (
 )
 
 app = typer.Typer()
-RECORD_MODULE = "headrace.learner.commands.record"
 
 
 class DeadLetterAction(StrEnum):
@@ -120,7 +119,8 @@ def record(
     redis_url: RedisUrlOption = None,
 ) -> None:
     """Follow a run and write its groups and configuration into a recording, for `headrace replay`."""
-    _call_with_redis(RECORD_MODULE, ["--output", str(output)] if output else [], run, runs_folder, redis_url)
+    arguments = ["--output", str(output)] if output else []
+    _call_with_redis("headrace.learner.commands.record", arguments, run, runs_folder, redis_url, if_ended=["--ended"])
 
 
 @app.command(rich_help_panel=RECORDS)
@@ -140,8 +140,14 @@ def _call(module: str, arguments: Sequence[str], run: str | None, runs_folder: P
 
 
 def _call_with_redis(
-    module: str, arguments: Sequence[str], run: str | None, runs_folder: Path, redis_url: str | None
+    module: str,
+    arguments: Sequence[str],
+    run: str | None,
+    runs_folder: Path,
+    redis_url: str | None,
+    if_ended: Sequence[str] = (),
 ) -> None:
+    """Runs a module that needs the run's Redis. `if_ended`: further arguments if no process of the run is running."""
     from headrace.launcher.run.live_runs import choose_run
     from headrace.launcher.run.open_run import open_run
     from headrace.launcher.run.processes import call_module
@@ -150,8 +156,7 @@ def _call_with_redis(
         name = choose_run(run, runs_folder, redis_url)
         with open_run(name, runs_folder, redis_url) as opened:
             of_run = ["--run", name, "--runs-folder", str(runs_folder)]
-            ended = ["--ended"] if opened.has_ended and module == RECORD_MODULE else []
-            code = call_module(module, [*arguments, *of_run, *ended], opened.url)
+            code = call_module(module, [*arguments, *of_run, *(if_ended if opened.has_ended else ())], opened.url)
     raise typer.Exit(code)
 
 

@@ -11,7 +11,7 @@ from headrace.common.redis.keys import Keys
 from headrace.common.wire.desired_state import DESIRED_REPLICAS, parse_desired_replicas, parse_launcher
 from headrace.launcher.run.control_client import find_control
 from headrace.launcher.run.errors import ControlFailed, NotRunning
-from headrace.launcher.run.live_runs import answering_redis, launched_at, launched_in
+from headrace.launcher.run.live_runs import answering_redis, live_runs, only_live
 
 
 class Scaled(NamedTuple):
@@ -54,15 +54,13 @@ def _through_control(number: int | None, run: str | None, runs_folder: Path, url
 
 
 def _in_redis(number: int | None, run: str | None, runs_folder: Path, redis_url: str | None) -> str:
-    found = launched_at(redis_url, run) if redis_url else launched_in(runs_folder, run)
-    if len(found) > 1:
-        raise ValueError(f"{len(found)} launchers are running ({', '.join(sorted(found))}): expected --run")
-    if not found:
+    found = live_runs(runs_folder, redis_url, run)
+    name = only_live(found)
+    if name is None:
         where = "in that Redis" if redis_url else f"in {runs_folder}"
         problem = f"run {run!r} has no launcher" if run else "no launcher is running"
         raise NotRunning(f"{problem} {where}; headrace up starts one, and replicas elsewhere join by themselves")
-    ((name, url),) = found.items()
-    with answering_redis(url) as client:
+    with answering_redis(found[name]) as client:
         if number is None:
             client.hdel(Keys(name).control, DESIRED_REPLICAS)
         else:

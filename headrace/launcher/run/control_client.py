@@ -15,6 +15,7 @@ from headrace.common.http.addresses import bearer_header
 from headrace.common.process.run_token import TOKEN_VARIABLE, read_token_file, token_from_environment
 from headrace.common.redis.keys import Keys
 from headrace.launcher.run.errors import ControlFailed, NotRunning
+from headrace.launcher.run.live_runs import only_live
 from headrace.launcher.run.run_folder import CONTROL_URL_FILE, read_url_file, runs_with_control
 
 TIMEOUT_S = 15.0
@@ -86,12 +87,11 @@ def find_control(run: str | None, url: str | None, runs_folder: Path) -> Control
             silent.append(str(error))
         except (ControlFailed, ValueError):
             found[name] = control
-    if len(found) > 1:
-        raise ValueError(f"{len(found)} runs are live ({', '.join(sorted(found))}): expected --run")
-    if not found:
+    only = only_live(found)
+    if only is None:
         what = f"run {run!r} is not live" if run else "no run is live"
         raise NotRunning(f"{what} in {runs_folder}" + (f": {silent[0]}" if silent else "; headrace up starts one"))
-    return next(iter(found.values()))
+    return found[only]
 
 
 def _token(folder: Path | None) -> str:
