@@ -123,7 +123,7 @@ def assemble(
 
     settled = record.settlements if record else []
     intake = Intake(config, store, source, version_steps, limits, settled, switches)
-    intake.sync_desired_state()
+    intake.control_state.sync_desired_state()
     progress = Progress()
     if record is not None:
         intake.settlement_log.counts.update(record.counts)

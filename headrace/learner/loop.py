@@ -17,7 +17,8 @@ from headrace.common.wire.desired_state import DesiredState, Settings
 from headrace.learner.checkpoints.checkpoint import CheckpointError
 from headrace.learner.checkpoints.progress import Progress
 from headrace.learner.checkpoints.record import MAX_VERSION_STEPS, CheckpointRecord
-from headrace.learner.intake.intake import Intake, PendingGroup
+from headrace.learner.intake.intake import Intake
+from headrace.learner.intake.pending_groups import PendingGroup
 from headrace.learner.reporting.reporter import RunReporter
 from headrace.learner.stages.checkpointing import Checkpointer
 from headrace.learner.stages.evaluation import Evaluator
@@ -60,7 +61,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         """What was asked for once before this start counts as applied."""
-        self._applied = self.intake.redis_state.desired_state
+        self._applied = self.intake.control_state.desired_state
         self.wait_deadlines = WaitDeadlines(self.waits, self.intake, self.switches, self.live_config)
         parts = self.trainer, self.intake, self.reporter, self.wait_deadlines, self.store.check_fence
         self.checkpointer = Checkpointer(self.checkpoints, *parts)
@@ -109,12 +110,12 @@ class Loop:
         """An order to stop has been obeyed, or is met by a run that is complete."""
         self.intake.stop()
         self.switches.clear_stop()
-        self.intake.sync_desired_state()
+        self.intake.control_state.sync_desired_state()
 
     def _wait_for_replica(self) -> None:
         """Nobody could answer the first ticket before one serves."""
         self.reporter.enter_phase("waiting for a replica")
-        while not any(replica.state == "running" for replica in self.intake.redis_state.replicas):
+        while not any(replica.state == "running" for replica in self.intake.control_state.replicas):
             self.wait_deadlines.note_group_wait(Reason.NO_REPLICA)
             if self.switches.stop.wait(SWITCH_POLL_S):
                 break
@@ -134,7 +135,7 @@ class Loop:
     def _is_first_evaluation_open(self) -> bool:
         """Beside it the first step is taken; its version, and the second step, wait, so that all completions are of the
         weights that the run begins with."""
-        return self.intake.is_first_evaluation_open
+        return self.intake.evaluation.is_first_open
 
     @property
     def _waiting(self) -> str:
@@ -169,7 +170,7 @@ class Loop:
         self._checkpoint_if_due(is_due, self._would_checkpoint_help())
         self._apply_desired_state()
         interval = self.config.evaluation.interval_steps
-        if interval and self.progress.step % interval == 0 and not self.intake.is_evaluating:
+        if interval and self.progress.step % interval == 0 and not self.intake.evaluation.is_running:
             self.evaluator.is_due = True
         self._evaluate_if_due()
 
@@ -250,7 +251,7 @@ class Loop:
 
     def _apply_desired_state(self) -> None:
         """What is ordered beside pause and stop."""
-        desired, applied = self.intake.redis_state.desired_state, self._applied
+        desired, applied = self.intake.control_state.desired_state, self._applied
         self._applied = desired
         if desired.settings != applied.settings:
             self._change_settings(desired.settings)
@@ -307,12 +308,12 @@ class Loop:
             return True
         self._wait_while_paused()
         self.reporter.enter_phase("evaluating")
-        if self.intake.is_evaluating:
+        if self.intake.evaluation.is_running:
             self.evaluator.on_result(self._wait_for_evaluation())
         if not self.switches.stop.is_set():
             self.evaluator.begin()
             self.evaluator.on_result(self._wait_for_evaluation())
-        return not self.intake.is_evaluating and not self.switches.stop.is_set()
+        return not self.intake.evaluation.is_running and not self.switches.stop.is_set()
 
     def _wait_for_first_evaluation(self) -> None:
         if self._is_first_evaluation_open():
@@ -321,7 +322,7 @@ class Loop:
 
     def _wait_for_evaluation(self) -> dict[str, float] | None:
         """None when stopped."""
-        while (result := self.intake.finished_evaluation(WAIT_POLL_S, self.switches.stop.is_set)) is None:
+        while (result := self.intake.evaluation.take_result(WAIT_POLL_S, self.switches.stop.is_set)) is None:
             if self.switches.stop.is_set():
                 break
             self.wait_deadlines.note_group_wait(Reason.WAITING_FOR_EVALUATION)

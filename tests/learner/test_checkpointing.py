@@ -82,10 +82,8 @@ def test_a_checkpoint_that_is_ordered_while_one_is_written_is_one_more(loop: Loo
     loop.publish_first()
     loop._checkpoint()
     assert gate.reached.wait(GUARD_S)
-    desired = loop.intake.redis_state.desired_state
-    loop.intake.redis_state = loop.intake.redis_state._replace(
-        desired_state=desired._replace(checkpoints=desired.checkpoints + 1)
-    )
+    desired = loop.intake.control_state.desired_state
+    loop.intake.control_state.desired_state = desired._replace(checkpoints=desired.checkpoints + 1)
     for _ in range(2):
         loop._apply_desired_state()
     assert not checkpoint_folders(tmp_path / "checkpoints"), "answered by none that was begun before"

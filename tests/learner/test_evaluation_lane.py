@@ -86,7 +86,7 @@ def test_an_evaluation_that_is_asked_for_runs_beside_training(
         until(lambda: loop.progress.step >= 2, "two steps")
         replica.is_evaluating.clear()
         client.hincrby(keys.control, "evaluations", 1)
-        until(lambda: loop.intake.is_evaluating, "the evaluation that was asked for")
+        until(lambda: loop.intake.evaluation.is_running, "the evaluation that was asked for")
         asked = loop.progress.step
         until(lambda: loop.progress.step >= asked + 2, "two more steps while it runs")
         client.hincrby(keys.control, "evaluations", 1)
@@ -111,13 +111,13 @@ def test_the_best_step_is_named_though_training_has_gone_on(
 ) -> None:
     settings = ["learner.steps=6", "evaluation.interval_steps=2", "learner.checkpoint_interval_steps=100"]
     loop = take_up(tmp_path, client, keys, None, *SETTINGS, *settings)
-    begin = loop.intake.begin_evaluation
+    begin = loop.intake.evaluation.begin
 
     def begin_evaluation(step: int, version: int) -> None:
         replica.reward = {0: 0.5, 2: 1.0}.get(step, 0.25)
         begin(step, version)
 
-    loop.intake.begin_evaluation = begin_evaluation  # type: ignore[method-assign]
+    loop.intake.evaluation.begin = begin_evaluation  # type: ignore[method-assign]
     with running(loop):
         until(lambda: (tmp_path / "metrics.jsonl").read_text().count('"evaluation"') >= 3, "the last evaluation")
     rows = {row["step"]: row["is_best"] for row in rows_of(tmp_path, "evaluation")}
@@ -143,7 +143,7 @@ def test_the_first_step_is_taken_beside_the_first_evaluation_whose_tokens_are_of
     with running(loop):
         until(lambda: loop.progress.step == 1, "the first step, beside the evaluation")
         until(lambda: loop.waits.is_waiting(Reason.WAITING_FOR_EVALUATION), "the second step waits", loop.waits.status)
-        assert loop.intake.is_first_evaluation_open and not rows_of(tmp_path, "evaluation")
+        assert loop.intake.evaluation.is_first_open and not rows_of(tmp_path, "evaluation")
         assert (loop.versions.current, announced) == (1, ["1"])
         assert client.hget(keys.weights, "version") == b"1" and loop.progress.step == 1
         replica.is_evaluating.set()
@@ -158,11 +158,11 @@ def test_a_version_is_not_evaluated_twice(replica: Replica, client: redis.Redis,
     loop.publish_first()
     loop.evaluator.begin()
     assert loop.evaluator.best.keep_if_best(0.5)
-    loop.intake._evaluation = None
+    loop.intake.evaluation._evaluation = None
     loop.evaluator.is_due = True
     loop._evaluate_if_due()
-    assert not loop.intake.is_evaluating
+    assert not loop.intake.evaluation.is_running
     loop._publish()
     loop.publisher.wait()
-    assert loop.intake.is_evaluating and not loop.evaluator.is_due
+    assert loop.intake.evaluation.is_running and not loop.evaluator.is_due
     end(loop)

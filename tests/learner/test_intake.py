@@ -147,7 +147,7 @@ def test_tickets_are_issued_as_soon_as_a_step_has_made_room(
     batch = harness.intake.take_batch(1.0, never)
     assert batch is not None
     monkeypatch.setattr("headrace.learner.intake.intake.READ_BLOCK_S", GUARD_S)
-    changed, waiting = harness.intake._changed, threading.Event()
+    changed, waiting = harness.intake._lock, threading.Event()
     wait_for = changed.wait_for
 
     def told(*arguments: Any) -> Any:
@@ -184,7 +184,7 @@ def test_uniform_groups_are_replaced_by_the_next_prompt(client: redis.Redis, key
     harness.turn()
     assert harness.intake.settlement_log.counts["uniform"] == 8
     assert harness.outstanding() == [f"0-{i}" for i in range(8, 16)]
-    assert harness.intake.take_decided_rewards() == [0.0] * 16
+    assert harness.intake.outcomes.take_rewards() == [0.0] * 16
 
 
 @pytest.mark.parametrize(("truncated", "state"), [("mask", "uniform"), ("train", "trained")])
@@ -231,11 +231,11 @@ def test_a_batch_has_its_reward_though_all_of_it_arrived_before_the_step_before(
     for step in (1, 2):
         batch = harness.intake.take_batch(1.0, never)
         assert batch is not None
-        assert harness.intake.take_decided_rewards() == []
+        assert harness.intake.outcomes.take_rewards() == []
         harness.versions[step + 1] = step
         harness.intake.advance(step)
         harness.intake.mark_trained(batch)
-        assert harness.intake.take_decided_rewards() == [1.0, 0.5] * 4
+        assert harness.intake.outcomes.take_rewards() == [1.0, 0.5] * 4
     harness.intake.on_announced(2, 8)
     harness.turn()
     harness.answer(keys.tickets, rewards=(0.25, 0.0))
@@ -243,7 +243,7 @@ def test_a_batch_has_its_reward_though_all_of_it_arrived_before_the_step_before(
     harness.versions[9] = 9
     harness.intake.advance(9)
     assert harness.intake.take_batch(0.0, never) is None
-    assert harness.intake.take_decided_rewards() == [0.25, 0.0] * 8, "of what is dropped as stale"
+    assert harness.intake.outcomes.take_rewards() == [0.25, 0.0] * 8, "of what is dropped as stale"
 
 
 def test_without_dynamic_sampling_uniform_groups_are_trained(client: redis.Redis, keys: Keys) -> None:
@@ -266,7 +266,7 @@ def test_stale_groups_are_dropped_at_packing_and_their_prompt_comes_once_more(cl
     harness.intake.on_announced(2)
     assert harness.intake.take_batch(0.0, never) is None
     assert harness.intake.settlement_log.counts["stale"] == 8
-    told = harness.intake.take_drop_statistics()
+    told = harness.intake.outcomes.take_drop_statistics()
     assert (told["dropped_groups"], told["dropped_share"]) == (8.0, 1.0)
     harness.turn()
     assert harness.outstanding() == [f"0-{i}.1" for i in range(8)]
@@ -287,7 +287,7 @@ def test_stale_policy_train_keeps_them(client: redis.Redis, keys: Keys) -> None:
     batch = harness.intake.take_batch(1.0, never)
     assert batch is not None and {arrived.staleness.total for arrived in batch} == {9}
     harness.intake.mark_trained(batch)
-    assert harness.intake.take_drop_statistics()["dropped_share"] == 0.0
+    assert harness.intake.outcomes.take_drop_statistics()["dropped_share"] == 0.0
 
 
 def test_epochs_follow_each_other(client: redis.Redis, keys: Keys) -> None:
@@ -306,7 +306,7 @@ def test_groups_that_cannot_be_used_are_dead_and_counted(client: redis.Redis, ke
     harness.answer(keys.tickets, version=99)
     harness.turn()
     assert harness.intake.settlement_log.counts["dead"] == 11
-    assert harness.intake.take_drop_statistics()["dropped_groups"] == 8, "those that can be read at all"
+    assert harness.intake.outcomes.take_drop_statistics()["dropped_groups"] == 8, "those that can be read at all"
     reasons = {fields[b"id"]: fields[b"reason"].decode() for _, fields in client.xrange(keys.dead)}
     assert "cannot decode" in reasons[b"0-77"]
     assert reasons[b"0-78"] == reasons[b"?"] == "the ledger knows no such group: it says nothing"
@@ -350,14 +350,14 @@ def test_a_dead_ticket_is_issued_again_when_a_person_asks(client: redis.Redis, k
 def test_an_evaluation_is_beside_admission_and_counts_first_tokens(client: redis.Redis, keys: Keys) -> None:
     harness = Harness(client, keys, make_config())
     harness.versions[2] = 4
-    harness.intake.begin_evaluation(4, 2)
+    harness.intake.evaluation.begin(4, 2)
     harness.turn()
     assert len(harness.outstanding()) == 8
-    assert harness.intake.finished_evaluation() is None
+    assert harness.intake.evaluation.take_result() is None
     names = harness.answer(keys.eval, rewards=(1.0, 0.0), version=2)
     assert names == ["eval-2-0", "eval-2-1", "eval-2-2"]
     harness.turn()
-    result = harness.intake.finished_evaluation()
+    result = harness.intake.evaluation.take_result()
     assert result is not None
     assert (result["held_out"], result["num_completions"], result["first_token_step_mean"]) == (0.5, 6, 4.0)
     assert harness.intake.settlement_log.counts["evaluated"] == 3
@@ -365,7 +365,7 @@ def test_an_evaluation_is_beside_admission_and_counts_first_tokens(client: redis
 
 def test_dead_evaluation_tickets_are_left_out_and_counted(client: redis.Redis, keys: Keys) -> None:
     harness = Harness(client, keys, make_config())
-    harness.intake.begin_evaluation(0, 1)
+    harness.intake.evaluation.begin(0, 1)
     client.hset(keys.ledger, "eval-1-1", "dead 1-0")
     ((_, first), *_) = [e for e in client.xrange(keys.eval) if e[1][b"id"] == b"eval-1-1"]
     assert decode_ticket(first[b"ticket"]).kind == "eval"
@@ -375,21 +375,21 @@ def test_dead_evaluation_tickets_are_left_out_and_counted(client: redis.Redis, k
     harness.answer(keys.eval)
     harness.turn()
     harness.intake.poll_control_state()
-    result = harness.intake.finished_evaluation()
+    result = harness.intake.evaluation.take_result()
     assert result is not None and (result["num_dead"], result["num_completions"]) == (1, 4)
 
 
 def test_a_restarted_learner_evaluates_the_same_step_again(client: redis.Redis, keys: Keys) -> None:
     """Its version is another, so its tickets are; what the earlier life had asked is answered and left out."""
     first = Harness(client, keys, make_config())
-    first.intake.begin_evaluation(0, 1)
+    first.intake.evaluation.begin(0, 1)
     first.answer(keys.eval)
     second = Harness(client, keys, make_config())
     second.versions[2] = 0
-    second.intake.begin_evaluation(0, 2)
+    second.intake.evaluation.begin(0, 2)
     second.answer(keys.eval, rewards=(1.0, 1.0), version=2)
     second.turn()
-    result = second.intake.finished_evaluation()
+    result = second.intake.evaluation.take_result()
     assert result is not None and (result["held_out"], result["num_completions"]) == (1.0, 6)
     assert second.intake.settlement_log.counts["evaluated"] == 6
 

@@ -259,7 +259,7 @@ def test_the_status_needs_no_redis(loop: Loop) -> None:
     answers: list[dict[str, Any]] = []
     loop.store.client.connection_pool.disconnect()
     loop.waits.note(Reason.REDIS_UNREACHABLE, "127.0.0.1:1: refused", 300.0)
-    with loop.intake._changed:  # as the thread does while a command is tried again
+    with loop.intake._lock:  # as the thread does while a command is tried again
         asking = threading.Thread(target=lambda: answers.append(_status(loop, "x")))
         asking.start()
         asking.join(GUARD_S)

@@ -185,7 +185,7 @@ def test_a_scrape_waits_for_nobody(recording: Path, client: redis.Redis, keys: K
 
     loop.store.client.execute_command = refuse
     try:
-        with loop.intake._changed:  # as while the intake works
+        with loop.intake._lock:  # as while the intake works
             started = time.monotonic()
             scrape = of(collect())
             assert time.monotonic() - started < 1.0

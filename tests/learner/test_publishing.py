@@ -103,7 +103,7 @@ def test_what_a_version_replaces_is_admitted_when_it_is_announced(loop: Loop) ->
     with running(loop):
         until(lambda: loop.waits.is_waiting(Reason.WAITING_FOR_PUBLISH), "the second version waits", loop.waits.status)
         outstanding = loop.config.learner.max_outstanding_groups
-        arrived = loop.intake.settlement_log.counts["trained"] + len(loop.intake._pending)
+        arrived = loop.intake.settlement_log.counts["trained"] + len(loop.intake._pending.groups)
         assert loop.progress.step == 2 and arrived <= outstanding, "no place of a group in training was given away"
         assert set(rooms) == {1}
         may_go_on.set()

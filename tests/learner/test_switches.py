@@ -163,9 +163,9 @@ def test_what_comes_over_http_counts_at_once_and_is_written_to_redis(
     assert parse_desired_state(client.hgetall(keys.control)).is_paused and loop.switches.unpersisted == []
     loop.switches.resume()
     loop.switches.request_checkpoint()
-    loop.intake.sync_desired_state()
+    loop.intake.control_state.sync_desired_state()
     assert client.hgetall(keys.control) == {b"checkpoints": b"1"} and not loop.switches.paused.is_set()
-    assert loop.intake.redis_state.desired_state.checkpoints == 1
+    assert loop.intake.control_state.desired_state.checkpoints == 1
 
 
 def test_an_order_over_http_answers_without_redis(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -595,9 +595,9 @@ class Protocol(RuleBasedStateMachine):
             assert self._everything() == self.as_overtaken, "a learner that was overtaken has changed something"
         self._note(life, self.num_noted)
         self._note_checkpoint(life)
-        is_full = len(taken._pending) >= 2 * CONFIG.learner.max_outstanding_groups
+        is_full = len(taken._pending.groups) >= 2 * CONFIG.learner.max_outstanding_groups
         if name == "turn" and self.life is life and not self.is_lost and not is_full:
-            arrived = [one.entry for one in taken._pending]
+            arrived = [one.entry for one in taken._pending.groups]
             seen = [*taken.settlement_log.since_checkpoint, *taken.settlement_log.checkpointed, *arrived]
             queued = {mark.entry_id for mark in self._ledger().values() if mark.state == "queued"}
             assert queued <= {one.entry_id for one in seen}, "groups that the learner does not see"
@@ -676,7 +676,7 @@ class Protocol(RuleBasedStateMachine):
         for _ in range(20):
             self._round()
             self.check()
-            if not any(mark.state == "open" for mark in self.marks.values()) and len(loop.intake._pending) < G:
+            if not any(mark.state == "open" for mark in self.marks.values()) and len(loop.intake._pending.groups) < G:
                 break
         for name in ("write", *("checkpoint", "write") * 2):
             self._act(name)
@@ -685,7 +685,7 @@ class Protocol(RuleBasedStateMachine):
         assert states.items() <= line.states.items() and (self.was_lost or states == line.states)
         assert not any(mark.state == "open" for mark in self.marks.values())
         queued = {mark.entry_id for mark in self.marks.values() if mark.state == "queued"}
-        assert len(queued) < G and queued == {arrived.entry.entry_id for arrived in loop.intake._pending}
+        assert len(queued) < G and queued == {arrived.entry.entry_id for arrived in loop.intake._pending.groups}
         _, _, pending, *streams = self._read()
         assert queued == {entry.decode() for rows in streams[:-1] for entry, _ in rows} and not pending
 

@@ -1,7 +1,7 @@
-"""The books of consumed groups: what became of which, and what the next checkpoint must know of it.
+"""The log of settlements: which state each consumed group has, and what the next checkpoint must record of it.
 
-A consumed group stays in Redis until the checkpoint after the one that recorded it: `since_checkpoint` holds what
-the next one will record, `recorded` what the last one did. Not for use by two threads without a lock around it.
+A consumed group stays in Redis until the checkpoint after the one that recorded it: `since_checkpoint` is what the next
+checkpoint will record, `checkpointed` what the last one did. Needs a lock around it if several threads use it.
 """
 
 from collections import Counter
@@ -14,36 +14,37 @@ from headrace.learner.store.store import Entry, LearnerStore, Settlement
 
 class SettlementLog:
     def __init__(self, checkpointed: list[Settlement]) -> None:
-        """`recorded`: by the checkpoint that the learner was taken up from."""
+        """`checkpointed`: what the checkpoint that the learner resumes from recorded."""
         self.counts: Counter[str] = Counter()
-        """Of the whole run: groups by state, generated tokens."""
+        """Of the whole run: groups by state, and generated tokens."""
         self.since_checkpoint: list[Settlement] = []
         self.checkpointed = checkpointed
         self.unsettled_bytes = 0
-        """Of groups in Redis that only the next checkpoint will record."""
+        """The size of the groups in Redis that the next checkpoint will record."""
         self.discarded: Counter[str] = Counter()
         """Uniform and stale groups since the last batch."""
         self._unfinished: set[str] = set()
-        self._num_consumed_in = Counter(one.stream for one in checkpointed)
-        """By stream. Asked for at every turn of the intake, which must not count a batch of 64 replicas each time."""
+        self._num_consumed = Counter(one.stream for one in checkpointed)
+        """By stream. Kept, because each iteration of the intake asks for it, and must not count the batches of 64
+        replicas each time."""
 
-    def resume_unsettled(self, store: LearnerStore, pending: Sequence[Entry]) -> list[Entry]:
-        """What earlier lives have issued and the last checkpoint did not see the end of. Of the `pending` entries those
-        that no checkpoint has recorded are returned: of what one has recorded a Redis that went back may lack some."""
+    def resume_unsettled(self, store: LearnerStore, unsettled: Sequence[Entry]) -> list[Entry]:
+        """Takes over the tickets that earlier learners of the run issued and did not finish. Returns those of the
+        `unsettled` entries that no checkpoint has recorded; a Redis that went back in time may lack recorded ones."""
         recorded = {(one.stream, one.entry_id) for one in self.checkpointed}
-        kept = [(entry.stream, entry.entry_id) in recorded for entry in pending]
-        self._num_consumed_in = Counter(entry.stream for entry, is_kept in zip(pending, kept, strict=True) if is_kept)
+        is_recorded = [(entry.stream, entry.entry_id) in recorded for entry in unsettled]
+        self._num_consumed = Counter(entry.stream for entry, known in zip(unsettled, is_recorded, strict=True) if known)
         names = {name for name in store.unfinished() if parse_ticket_id(name).kind == "train"}
         self._unfinished |= names - {one.ticket_id for one in self.checkpointed}
-        return [entry for entry, is_kept in zip(pending, kept, strict=True) if not is_kept]
+        return [entry for entry, known in zip(unsettled, is_recorded, strict=True) if not known]
 
-    def issued(self, ticket_ids: list[str]) -> None:
+    def add_issued(self, ticket_ids: list[str]) -> None:
         self._unfinished |= set(ticket_ids)
 
     def consume(self, entry: Entry, group: Group, state: TicketState) -> None:
         self.since_checkpoint.append(Settlement(entry.stream, entry.entry_id, entry.ticket_id, state))
         self._unfinished.discard(entry.ticket_id)
-        self._num_consumed_in[entry.stream] += 1
+        self._num_consumed[entry.stream] += 1
         self.unsettled_bytes += len(entry.payload)
         self.counts[state] += 1
         if state in ("uniform", "stale"):
@@ -51,11 +52,11 @@ class SettlementLog:
         self.counts["generated_tokens"] += group.num_trained_tokens
 
     def num_consumed_in(self, stream: str) -> int:
-        """CheckpointDelta groups that still stand in the stream."""
-        return self._num_consumed_in[stream]
+        """The consumed groups that are still in the stream."""
+        return self._num_consumed[stream]
 
     def unfinished(self, store: LearnerStore) -> list[str]:
-        """Training tickets that are open or queued and not consumed."""
+        """The training tickets that are open or queued and not consumed."""
         names = sorted(self._unfinished)
         found = [
             name
@@ -65,9 +66,9 @@ class SettlementLog:
         self._unfinished = set(found)
         return found
 
-    def on_checkpointed(self, num_recorded: int, unsettled_bytes: int) -> None:
-        """A checkpoint has recorded the first of `since_checkpoint`, of so many bytes."""
+    def on_checkpointed(self, num_recorded: int, num_bytes: int) -> None:
+        """A checkpoint has recorded the first `num_recorded` of `since_checkpoint`, groups of `num_bytes` together."""
         self.checkpointed = self.since_checkpoint[:num_recorded]
         del self.since_checkpoint[:num_recorded]
-        self._num_consumed_in = Counter(one.stream for one in (*self.since_checkpoint, *self.checkpointed))
-        self.unsettled_bytes -= unsettled_bytes
+        self._num_consumed = Counter(one.stream for one in (*self.since_checkpoint, *self.checkpointed))
+        self.unsettled_bytes -= num_bytes

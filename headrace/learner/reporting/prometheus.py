@@ -37,7 +37,7 @@ class LearnerMetrics:
         self._num_seen = len(rows)
 
     def __call__(self) -> Families:
-        status, redis_state, log = self._status(), self._intake.redis_state, self._intake.settlement_log
+        status, intake, log = self._status(), self._intake, self._intake.settlement_log
         families, latest = Families(run=status["run"]), status["latest"]
         add_progress(families, **{name: status[name] for name in ("phase", "step", "steps", "version", "epoch")})
         add_learner_waits(families, {wait["reason"]: wait["for_s"] for wait in status["waits"]})
@@ -54,13 +54,13 @@ class LearnerMetrics:
         self._groups.collect(families, status["counts"])
         add_queues(
             families,
-            open_tickets=redis_state.open_tickets,
-            stream_length=redis_state.in_stream,
-            unread=redis_state.unread_groups,
+            open_tickets=intake.queue.open_tickets,
+            stream_length=intake.queue.in_stream,
+            unread=intake.num_unread,
         )
         text = "Bytes of consumed groups that no checkpoint has recorded yet."
         families.gauge("headrace_unsettled_group_bytes", text, log.unsettled_bytes)
-        add_replica_states(families, redis_state.replicas)
+        add_replica_states(families, intake.control_state.replicas)
         add_files(families, latest.get("checkpoint", {}), self._version_bytes())
         return families
 

@@ -14,7 +14,8 @@ import msgspec
 from headrace.common.process.waiting import Waits
 from headrace.learner.checkpoints.checkpoint import num_bytes_in
 from headrace.learner.checkpoints.progress import Progress
-from headrace.learner.intake.intake import Intake, PendingGroup
+from headrace.learner.intake.intake import Intake
+from headrace.learner.intake.pending_groups import PendingGroup
 from headrace.learner.intake.samples import TokenTexts, shown_group
 from headrace.learner.reporting.summary import MetricsFile
 from headrace.learner.reporting.trackers import Trackers
@@ -107,7 +108,7 @@ class RunReporter:
 
     def write_group_samples(self) -> None:
         """Writes a sample of the groups that were settled since, for people to read."""
-        decided = self.intake.take_samples()
+        decided = self.intake.outcomes.take_samples()
         trained = [self.trainer.trained_rollouts(one.group) if one.state == "trained" else [] for one in decided]
         if decided:
             self.store.add_samples(
@@ -123,7 +124,7 @@ class RunReporter:
         """The numbers of a step's row that describe the run up to that step rather than the batch."""
         counts = self.intake.settlement_log.counts
         decided = max(1, counts["trained"] + counts["uniform"] + counts["stale"])
-        rewards = self.intake.take_decided_rewards()
+        rewards = self.intake.outcomes.take_rewards()
         return {
             "sampled_reward_mean": sum(rewards) / len(rewards),
             "version": self.versions.highest,  # this step's version, which is being published
@@ -131,7 +132,7 @@ class RunReporter:
             "run_uniform_share": counts["uniform"] / decided,
             "run_stale_share": counts["stale"] / decided,
             "skipped_prompts": counts["skipped"],
-            **self.intake.take_drop_statistics(),
+            **self.intake.outcomes.take_drop_statistics(),
             "swap_pauses_ms": self.store.take_swap_pauses_ms(),
         }
 
@@ -143,7 +144,7 @@ class RunReporter:
         return self.adviser.observe(
             waited_s=spent_s if self.progress.phase == "waiting" else 0.0,
             worked_s=spent_s if self.progress.phase == "training" else 0.0,
-            replicas=self.intake.redis_state.replicas,
+            replicas=self.intake.control_state.replicas,
             steps_in_queue=self.progress.latest.get("step", {}).get("staleness_in_queue_mean", 0.0),
         )
 

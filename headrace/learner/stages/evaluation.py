@@ -34,20 +34,20 @@ class Evaluator:
             self._last_version = self.versions.current
             step = self.versions.steps[self._last_version]
             self.best.write_candidate(step, self._last_version, self.versions.newest_model_writer())
-            self.intake.begin_evaluation(step, self._last_version)
+            self.intake.evaluation.begin(step, self._last_version)
 
     def begin_if_due(self) -> None:
         """Begins the evaluation that is due, unless one is in progress or a version is being published. A version is
         evaluated once: a second time its tickets would exist already."""
         with self._lock:
-            is_possible = not self.intake.is_evaluating and not self.versions.is_publishing
+            is_possible = not self.intake.evaluation.is_running and not self.versions.is_publishing
             if self.is_due and is_possible and self._last_version < self.versions.current:
                 self.begin()
 
     def collect(self) -> None:
         """Reports the evaluation if it is complete."""
         with self._lock:
-            self.on_result(self.intake.finished_evaluation())
+            self.on_result(self.intake.evaluation.take_result())
 
     def on_result(self, result: dict[str, float] | None) -> None:
         if result is not None:

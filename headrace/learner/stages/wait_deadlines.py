@@ -30,7 +30,7 @@ class WaitDeadlines:
     def note_group_wait(self, reason: Reason) -> float:
         """As `note_wait`, but the deadline does not apply while learner or generation is paused on request."""
         is_paused = self.switches.paused.is_set()
-        if is_paused or self.intake.redis_state.is_generation_paused:
+        if is_paused or self.intake.control_state.is_generation_paused:
             self.waits.end(reason)
             return self.waits.note(Reason.PAUSED, "" if is_paused else "generation is scaled to 0 replicas")
         self.waits.end(Reason.PAUSED)
