@@ -26,10 +26,10 @@ from headrace.common.wire import Group
 from headrace.learner import assembly
 from headrace.learner.algorithm.staleness import group_staleness
 from headrace.learner.model.policy import Policy
-from headrace.learner.reporting import http_api as api
+from headrace.learner.reporting import http_api
 from headrace.learner.training.step_metrics import group_metrics
 from headrace.learner.training.trainer import Probe, Trainer, no_probe
-from headrace.learner.weights import publisher as versions
+from headrace.learner.weights import publisher
 
 CHANGED_SHARE = 0.015
 _sent = Counter[str]()
@@ -78,7 +78,7 @@ class Counting:
 
 
 def counted_app(*arguments: Any) -> Any:
-    app = api.make_app(*arguments)
+    app = http_api.make_app(*arguments)
     app.add_middleware(Counting)
     return app
 
@@ -93,7 +93,7 @@ def main() -> int:
     with (
         patch.object(assembly, "build_trainer", build_trainer),
         patch.object(program, "make_app", counted_app),
-        patch.object(versions, "machine_id", lambda: ""),
+        patch.object(publisher, "machine_id", lambda: ""),
     ):
         return program.main()
 

@@ -27,7 +27,7 @@ from headrace.generation.engine.shared_gpu import settings_beside_learner
 from headrace.learner import __main__ as learner_process
 from headrace.learner.distributed import engine_wait
 from headrace.learner.distributed.ranks import Ranks
-from headrace.learner.training import leader as leading
+from headrace.learner.training import leader
 from headrace.learner.training.leader import set_up_torch
 from tests.support.fake_gpus import GIB, FakeGpus
 from tests.support.fake_services import until
@@ -135,7 +135,7 @@ def test_the_learner_is_held_to_its_share(monkeypatch: pytest.MonkeyPatch) -> No
     recipe = load_recipe(Path("configs/tiny-cpu.yaml"), ["learner.memory_fraction=0.6"]).config
     set_up_torch(recipe, Ranks())
     assert held == [], "on a CPU there is nothing to hold"
-    monkeypatch.setattr(leading, "pick_device", lambda _: SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(leader, "pick_device", lambda _: SimpleNamespace(type="cuda"))
     set_up_torch(recipe, Ranks())
     assert held == [(0.6, 0)]
 

@@ -15,7 +15,7 @@ from headrace.learner.checkpoints.checkpoint import save_checkpoint
 from headrace.learner.checkpoints.data_check import resolve_fingerprint, store_fingerprint, stored_fingerprint
 from headrace.learner.checkpoints.record import CheckpointRecord
 from headrace.learner.commands.dead_letters import dead_entries
-from headrace.learner.intake import data_fingerprint as fingerprint
+from headrace.learner.intake import data_fingerprint
 from headrace.learner.intake.data_fingerprint import Fingerprint, fingerprint_of
 from headrace.learner.intake.ticket_source import TicketSource
 from headrace.learner.store.store import Cursor, LearnerStore
@@ -83,11 +83,11 @@ def test_another_chat_template_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_long_or_slow_task_is_hashed_in_part_and_the_next_start_hashes_as_much(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fingerprint, "BUDGET_S", -1.0)
-    monkeypatch.setattr(fingerprint, "MIN_ROWS", 5)
+    monkeypatch.setattr(data_fingerprint, "BUDGET_S", -1.0)
+    monkeypatch.setattr(data_fingerprint, "MIN_ROWS", 5)
     known = taken_up(None, Rows(*ROWS))
     assert (known.train.count, known.train.is_all) == (5, False)
-    monkeypatch.setattr(fingerprint, "MIN_ROWS", 2)
+    monkeypatch.setattr(data_fingerprint, "MIN_ROWS", 2)
     assert taken_up(known, Rows(*ROWS)) == known
 
 

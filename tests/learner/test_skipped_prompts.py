@@ -14,7 +14,7 @@ from headrace.common.tasks import BadRow, Prompt
 from headrace.common.wire.ledger import LedgerEntry
 from headrace.learner.commands.audit import audit
 from headrace.learner.commands.dead_letters import dead_entries, retry
-from headrace.learner.intake import ticket_source as prompts
+from headrace.learner.intake import ticket_source
 from headrace.learner.intake.held_out import Evaluation
 from headrace.learner.intake.intake import Intake
 from headrace.learner.intake.ticket_source import TicketSource
@@ -108,7 +108,7 @@ def test_an_epoch_without_any_ticket_ends_the_run_with_the_reason() -> None:
 def test_many_bad_rows_are_passed_in_several_calls(
     client: redis.Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prompts, "MAX_UNUSABLE", 2)
+    monkeypatch.setattr(ticket_source, "MAX_UNUSABLE", 2)
     source, store = source_of(*[BAD["none"][0]] * 5, GOOD), LearnerStore(client, keys)
     issued = [source.issue(store, 1, 0, 1) for _ in range(3)]
     assert [(one.ticket_ids, len(one.unusable)) for one in issued] == [([], 2), ([], 2), (["0-5"], 1)]

@@ -45,7 +45,7 @@ from hypothesis.stateful import (
 )
 
 from headrace.common.config import RunConfig
-from headrace.common.process import atomic_files as durable
+from headrace.common.process import atomic_files
 from headrace.common.process.atomic_files import FileEntry
 from headrace.common.process.waiting import Waits
 from headrace.common.redis.client import connect, connect_async
@@ -67,12 +67,12 @@ from headrace.learner.distributed.state_files import STATE_FILE, read_state, wri
 from headrace.learner.intake import intake
 from headrace.learner.intake.samples import TrainedRollout
 from headrace.learner.loop import Loop
-from headrace.learner.stages import background as beside
+from headrace.learner.stages import background
 from headrace.learner.steering.switches import Switches
 from headrace.learner.store import scripts
 from headrace.learner.store.store import Fenced, RedisLost
-from headrace.learner.training import leader as leading
-from headrace.learner.weights import publisher as versions
+from headrace.learner.training import leader
+from headrace.learner.weights import publisher
 from tests.learner.test_intake import Counting, PlainTokenizer
 from tests.support.crashing_redis import Crash, Fault, Trap, faults
 from tests.support.making import make_rollout
@@ -267,15 +267,15 @@ class Server:
 def server(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """Real but for what takes long: processes die here, not machines, so that nothing need reach the disk."""
     for module, name, other in (
-        (leading, "Policy", Policy),
-        (leading, "Trainer", Trainer),
+        (leader, "Policy", Policy),
+        (leader, "Trainer", Trainer),
         (assembly, "load_tokenizer", lambda path: Tokenizer()),
         (assembly, "Loop", Stepwise),
-        (versions, "ThreadPoolExecutor", Nobody),
-        (beside, "ThreadPoolExecutor", Later),
-        (versions, "httpx", SimpleNamespace(Client=Nobody)),
-        (versions, "fsync_path", lambda path: None),
-        (durable, "fsync_path", lambda path: None),
+        (publisher, "ThreadPoolExecutor", Nobody),
+        (background, "ThreadPoolExecutor", Later),
+        (publisher, "httpx", SimpleNamespace(Client=Nobody)),
+        (publisher, "fsync_path", lambda path: None),
+        (atomic_files, "fsync_path", lambda path: None),
         (state_files, "fsync_path", lambda path: None),
         (intake, "READ_BLOCK_S", 0.001),
         (intake, "LOOK_INTERVAL_S", float("inf")),

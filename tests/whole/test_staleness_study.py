@@ -17,7 +17,7 @@ from benchmarks.staleness.runs import GUARDED, GUARDED_LONG, LOSSES, Run
 from benchmarks.tasks.long_arithmetic import HIGHEST, LongArithmetic
 from headrace.common.config import load_recipe
 from headrace.common.tasks.arithmetic import score
-from headrace.learner.training import step_metrics as metrics
+from headrace.learner.training import step_metrics
 
 ROOT = Path(__file__).parents[2]
 
@@ -118,7 +118,7 @@ def test_groups_are_as_stale_as_is_said_and_the_guard_makes_them_fresher(monkeyp
 
     def alarming(micro_batches: Any, logprobs: Any) -> dict[str, float]:
         found.append(max(int(m.token_staleness.max()) for m in micro_batches))
-        return metrics.off_policy_metrics(micro_batches, logprobs) | {"kl_behaviour_proximal": 9.0}
+        return step_metrics.off_policy_metrics(micro_batches, logprobs) | {"kl_behaviour_proximal": 9.0}
 
     monkeypatch.setattr("headrace.learner.training.trainer.off_policy_metrics", alarming)
     sizes = ["learner.steps=7", "learner.groups_per_step=6", "actor.group_size=4", "evaluation.num_prompts=4"]

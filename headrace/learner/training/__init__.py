@@ -1,1 +1,1 @@
-"""One step: a batch of groups becomes optimizer updates and a row of metrics, on one rank or several."""
+"""One training step: from a batch of groups to optimizer updates and a row of metrics, on one rank or several."""

@@ -6,9 +6,9 @@ trackers and Prometheus, if its value is a single number and its name is lower-c
 (`group_durations_s`). The key's help text in Prometheus is its line in `TEXTS` of `headrace/common/metrics/steps.py`.
 The page draws it once it is a series in `headrace/control/page/chart_specs.js`. `/history` keeps at most 200 columns.
 
-Off-policy metrics compare behaviour with proximal log-probabilities token by token, over the whole batch and by
-how stale each token is. A fresh token was sampled by the very weights that compute its proximal log-probability: its
-gap is numerics alone, engine against learner. A stale one's is numerics and the policy's drift together.
+Off-policy metrics compare behaviour with proximal log-probabilities token by token, over the whole batch and by token
+staleness. A fresh token was sampled with the same weights that compute its proximal log-probability, so its gap is due
+to numerics alone, engine against learner. The gap of a stale token is due to numerics and to the policy's drift.
 """
 
 from collections.abc import Sequence
@@ -24,13 +24,14 @@ from headrace.learner.algorithm.staleness import Staleness
 from headrace.learner.model.packing import MicroBatch
 
 MAX_COUNTED_GAP = 3.0
-"""In nats: what a token's p - b counts as at most in `ess` and `kl_*`. Beyond that exp(p - b) of a single token, which
-bfloat16 or a router's flip may be behind, would be all that they tell: one in a thousand at this bound leaves an `ess`
-of 0.75 and a KL of 0.016, which raise no alarm. The losses' own weights are masked or truncated far below it."""
+"""Upper bound, in nats, of a token's p - b in `ess` and `kl_*`. Without it exp(p - b) of a single token, caused by
+bfloat16 or by a router that chose another expert, could dominate them. One token in a thousand at this bound gives an
+`ess` of 0.75 and a KL of 0.016, which raise no alarm. The losses mask or truncate weights far below it."""
 
 
 def combine_losses(results: Sequence[PolicyLoss]) -> dict[str, float]:
-    """Metrics of micro-batches as those of the step: `_max` by the maximum, others weighted by tokens; none of none."""
+    """The step's metrics from those of its micro-batches: the maximum for `_max`, else the mean weighted by tokens;
+    empty without micro-batches."""
     if not results:
         return {}
     total = sum(result.num_tokens for result in results)
@@ -47,8 +48,8 @@ def combine_losses(results: Sequence[PolicyLoss]) -> dict[str, float]:
 def off_policy_metrics(micro_batches: Sequence[MicroBatch], proximal_logprobs: Sequence[Tensor]) -> dict[str, float]:
     """`ess`: effective sample size of the uncapped behaviour weights as a share of the tokens, in (0, 1].
 
-    `kl_*`: KL(behaviour ‖ proximal) by the estimator exp(p - b) - 1 - (p - b), overall and at each staleness. Both
-    count p - b as `MAX_COUNTED_GAP` at most. Nothing where no token is trained.
+    `kl_*`: KL(behaviour ‖ proximal) by the estimator exp(p - b) - 1 - (p - b), overall and for each staleness. Both
+    bound p - b by `MAX_COUNTED_GAP`. Empty if no token is trained.
     """
     if not micro_batches:
         return {}
@@ -73,9 +74,9 @@ def logprob_gaps(
     proximal_logprobs: Sequence[Tensor],
     probed: tuple[MicroBatch, Tensor] | None = None,
 ) -> dict[str, float]:
-    """`fresh_logprob_gap_*`: mean, root mean square and 99.9th percentile of |p - b|, over however many `fresh_tokens`
-    there are in the batch, or among those `probed`; `stale_logprob_gap_rms`: of the batch's others. Nothing of what has
-    no token."""
+    """`fresh_logprob_gap_*`: mean, root mean square and 99.9th percentile of |p - b| over the `fresh_tokens` of the
+    batch or, if given, of `probed`. `stale_logprob_gap_rms`: the same over the batch's other tokens. Gaps that have no
+    tokens are left out."""
     batch = [_gap(one, logprobs) for one, logprobs in zip(micro_batches, proximal_logprobs, strict=True)]
     scored = batch if probed is None else [_gap(*probed)]
     fresh = np.concatenate([gap[staleness == 0] for gap, staleness in scored] or [np.zeros(0)])
@@ -102,7 +103,7 @@ def _rms(values: np.ndarray) -> float:
 
 
 def group_metrics(groups: Sequence[Group], truncated: Literal["train", "mask"] = "train") -> dict[str, float]:
-    """Of all completions; `batch_tokens` of those alone that `actor.truncated` leaves to be trained."""
+    """Metrics of all completions; `batch_tokens` counts only those that `actor.truncated` leaves to be trained."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     lengths = [rollout.num_trained_tokens for rollout in rollouts]
     timings = [group.timings for group in groups]
@@ -123,7 +124,7 @@ def group_metrics(groups: Sequence[Group], truncated: Literal["train", "mask"] =
 
 
 def group_durations_s(groups: Sequence[Group]) -> list[float]:
-    """Of each, from its lease until it was scored."""
+    """Seconds from each group's lease until it was scored."""
     return [round(group.timings.scored_s - group.timings.leased_s, 4) for group in groups]
 
 

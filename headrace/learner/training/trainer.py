@@ -1,4 +1,4 @@
-"""One step: a batch of groups becomes `num_mini_batches` optimizer updates and a row of metrics.
+"""One training step: from a batch of groups to `num_mini_batches` optimizer updates and a row of metrics.
 
 Advantages are computed over the whole batch. Each mini-batch is split into micro-batches of a token budget, and each
 of these adds its share of the mini-batch's loss, so that the gradient does not depend on the split. On several ranks
