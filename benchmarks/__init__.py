@@ -1,1 +1,1 @@
-"""Commands that print the numbers of the README; each writes its rows to `benchmarks/results/` as well."""
+"""Commands that measure the numbers of the documentation; most write their rows to `benchmarks/results/` as well."""

@@ -1,10 +1,10 @@
-"""The demo on several seeds: `python -m benchmarks.demo` runs `headrace up` for each in turn and prints a table.
+"""The demo on several seeds: `python -m benchmarks.demo` runs `headrace up` for each of them and prints a table.
 
     python -m benchmarks.demo --seeds 0 1 2 --at-least 0.80
     python -m benchmarks.demo --vary generation.engine.swap_mode=retract generation.engine.swap_mode=in_place
 
-Writes its rows to `benchmarks/results/demo.json`, with `--vary` to `demo-varied.json` there; exit code 1 if a run fails
-or stays below `--at-least`.
+Writes its rows to `benchmarks/results/demo.json`, with `--vary` to `demo-varied.json` there. The exit code is 1 if a
+run fails or its held-out accuracy is below `--at-least`.
 """
 
 import argparse
@@ -30,8 +30,10 @@ GPUS = Path("/proc/driver/nvidia/gpus")
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--at-least", type=float, default=0.0, help="lowest held-out accuracy that is a success")
-    parser.add_argument("--vary", nargs="+", default=[], metavar="SETTING=VALUE", help="each seed with each in turn")
+    parser.add_argument("--at-least", type=float, default=0.0, help="lowest held-out accuracy that counts as success")
+    parser.add_argument(
+        "--vary", nargs="+", default=[], metavar="SETTING=VALUE", help="settings to run each seed with, one at a time"
+    )
     arguments = parser.parse_args()
     settings = [["--set", setting] for setting in arguments.vary] or [[]]
     rows = [run_demo(seed, *setting) for seed in arguments.seeds for setting in settings]
@@ -49,7 +51,7 @@ def headrace_up(recipe: str, run: str, *arguments: str) -> list[str]:
 
 
 def run_demo(seed: int, *setting: str) -> dict[str, Any]:
-    """One whole run; `total_s` is what a user waits, from the command to its end."""
+    """One whole run; `total_s` is the duration of the command, which a user would wait."""
     run = f"benchmark-{time.strftime('%Y%m%d-%H%M%S')}-seed-{seed}"
     started = time.monotonic()
     subprocess.run(headrace_up(RECIPE, run, "--seed", str(seed), *setting), cwd=ROOT, check=True)
@@ -58,7 +60,7 @@ def run_demo(seed: int, *setting: str) -> dict[str, Any]:
 
 
 def this_machine() -> dict[str, Any]:
-    """What a figure is to be read with."""
+    """The machine that the numbers were measured on."""
     machine = {"cores": os.cpu_count(), "cpu": cpu_model()}
     gpus = [said_in(path, "Model") for path in GPUS.glob("*/information")]
     return machine | ({"gpus": gpus} if gpus else {}) | {"python": platform.python_version()}

@@ -3,7 +3,7 @@
     python -m chaos --seed 7
     python -m chaos --seed 7 --faults 3 --kinds kill_redis --no-undisturbed
 
-A run `chaos-SEED` of an earlier harness is deleted first. Ctrl-C stops everything that was started.
+A run `chaos-SEED` of an earlier call is deleted first. Ctrl-C stops everything that was started.
 """
 
 import argparse
@@ -59,11 +59,13 @@ def main() -> int:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m chaos", description="The kill matrix.")
-    parser.add_argument("--seed", type=int, default=0, help="of the schedule")
-    parser.add_argument("--faults", type=int, default=44, help="how many")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the schedule")
+    parser.add_argument("--faults", type=int, default=44, help="number of faults")
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--runs-folder", type=Path, default=Path("runs"))
-    parser.add_argument("--no-undisturbed", dest="undisturbed", action="store_false", help="leave the second run out")
+    parser.add_argument(
+        "--no-undisturbed", dest="undisturbed", action="store_false", help="skip the second run, without faults"
+    )
     parser.add_argument("--kinds", type=_kinds, default=list(Kind), help=f"some of {','.join(Kind)}")
     return parser.parse_args()
 
@@ -94,7 +96,8 @@ def _measure(arguments: argparse.Namespace, say: Any) -> dict[str, Any]:
 
 
 def _possible(kinds: Sequence[Kind], disk_problem: str, say: Any) -> list[Kind]:
-    """Without a small disk nothing can fill it; in CI that is an error."""
+    """The kinds that can be tried: the disk cannot be filled if no small disk can be mounted, which is an error in
+    CI."""
     if not disk_problem or Kind.FILL_DISK not in kinds:
         return list(kinds)
     if os.environ.get("CI"):
@@ -104,7 +107,7 @@ def _possible(kinds: Sequence[Kind], disk_problem: str, say: Any) -> list[Kind]:
 
 
 def _run_undisturbed(run: str, runs_folder: Path, num_replicas: int, num_steps: int, say: Any) -> float | None:
-    """Its final accuracy."""
+    """Runs the same number of steps without faults; returns the final accuracy."""
     clear(runs_folder / run)
     launched = Launched(run, runs_folder, None, num_replicas)
     say(f"the same without faults: run {run}, {num_steps} steps")

@@ -19,7 +19,8 @@ import redis
 AUDIT_TIMEOUT_S = 120.0
 LOST, TWICE = "lost", "trained twice"
 STUCK_AFTER_STEPS = 6
-"""No group waits for this many steps: it would be stale before."""
+"""A group that has waited for more steps than this is stuck: a working learner would have dropped it as stale
+before."""
 
 
 class Violation(NamedTuple):

@@ -81,7 +81,7 @@ def is_readable(folder: Path) -> bool:
 
 
 def truncate(checkpoint: Path, choice: int, place: float) -> str:
-    """Truncates one of its files at `place` in [0, 1) of its length; returns a description."""
+    """Truncates one of the checkpoint's files at `place` in [0, 1) of its length; returns a description."""
     files = sorted(path for path in checkpoint.iterdir() if path.is_file())
     path = files[choice % len(files)]
     length = path.stat().st_size

@@ -1,6 +1,6 @@
-"""Injects the scheduled faults into the process, connection or file that is there at that moment.
+"""Injects the scheduled faults into the process, connection or file that exists at that moment.
 
-A target that is being started again is waited for, so that every fault hits something.
+It waits for a target that is being restarted, so that every fault hits something.
 """
 
 import time

@@ -63,7 +63,7 @@ class Launched:
         self._service = Service("headrace up", [*command, "--runs-folder", str(self.runs_folder), *chosen], self.log)
 
     def ask_to_stop(self) -> None:
-        """As a Ctrl-C does."""
+        """Sends SIGINT to the launcher, like Ctrl-C."""
         if self._service is not None and self.is_running:
             self._service.process.send_signal(signal.SIGINT)
 

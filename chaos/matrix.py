@@ -22,7 +22,7 @@ RECOVERY_TIMEOUT_S = 240.0
 END_TIMEOUT_S = 900.0
 MIN_STEPS = 24
 EXTRA_STEPS = 2
-"""After the last fault."""
+"""Number of steps after the last fault."""
 AUDIT_EVERY = 3
 AUDITED_PARTS = ("learner", "redis")
 

@@ -39,7 +39,7 @@ class _Answer(msgspec.Struct):
 
 
 class Observer:
-    """Call `poll` regularly; unix times in seconds throughout."""
+    """Observes the run; `poll` must be called regularly. All times are unix times in seconds."""
 
     def __init__(self, url: str, keys: Keys, num_replicas: int) -> None:
         self.client = short_timeout_client(url, REDIS_TIMEOUT_S)
@@ -56,7 +56,7 @@ class Observer:
         self._beats: dict[str, tuple[int, float, str]] = {}
         """By replica: remaining time to live of its heartbeat, when that last came, its state."""
         self._leased_s: dict[str, float] = {}
-        """By replica: when it took the newest lease that became a group."""
+        """By replica: the lease time of the newest lease that became a group."""
 
     def poll(self) -> None:
         with suppress(redis.RedisError):

@@ -1,7 +1,7 @@
-"""A TCP proxy on loopback that can fail as networks do: refuse, reset, delay, stall.
+"""A TCP proxy on loopback that can fail like a network: refuse, reset, delay, stall.
 
 It runs an event loop in a thread. It delivers stalled data when the stall ends, in the order of each connection, even
-after the sender has closed, as a network may. Nothing of it is left after the `with` block.
+after the sender has closed, as a network may. After the `with` block its thread and connections are gone.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ RESET = struct.pack("ii", 1, 0)
 
 
 class Proxy:
-    """Between clients at `port` and the server at `target_port`; its methods may be called from any thread."""
+    """Forwards clients at `port` to the server at `target_port`; its methods may be called from any thread."""
 
     def __init__(self, target_port: int) -> None:
         self.target_port = target_port
@@ -92,7 +92,7 @@ class Proxy:
         try:
             await self._connect(reader, writer)
         except (OSError, asyncio.CancelledError):
-            pass  # whoever was at the other end sees its connection end
+            pass  # the peer at the other end sees its connection end
         finally:
             writer.transport.abort()
             self._open.discard(writer)

@@ -1,4 +1,4 @@
-"""A learner is frozen until its replacement runs, and then woken: it must notice that it was replaced, and end.
+"""Replaces a frozen learner and then wakes it: it must notice that it was replaced, and exit.
 
 The replacement is started beside the launcher, with the launcher's arguments. The woken learner must exit with code 3,
 after which the launcher does not restart it. Then the replacement is stopped with a checkpoint, as a user would do, and
@@ -29,7 +29,7 @@ def replace_learner(test_bed: TestBed, fault: Fault) -> InjectedFault:
     injected_fault = InjectedFault(
         fault, f"the learner ({learner.pid})", began_s, is_over=lambda: False, end=learner.resume
     )
-    test_bed.injected.append(injected_fault)  # whatever happens now, it is woken
+    test_bed.injected.append(injected_fault)  # the frozen learner is woken in any case
     replacement = test_bed.launched.start_replacement(test_bed.proxied_url)
     try:
         test_bed.wait_until(
@@ -49,7 +49,7 @@ def replace_learner(test_bed: TestBed, fault: Fault) -> InjectedFault:
         replacement.stop(END_TIMEOUT_S)
     injected_fault.ended_s = (
         time.time()
-    )  # the launcher starts everything again: nothing else is struck before that has worked
+    )  # the launcher restarts everything; no other fault may come before that has worked
     return injected_fault
 
 

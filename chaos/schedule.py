@@ -68,7 +68,7 @@ HOLD_S = {
 @dataclass(frozen=True)
 class Fault:
     number: int
-    """From 1."""
+    """Starts at 1."""
     kind: Kind
     pause_s: float
     """Pause before it, after the recovery from the previous fault (or its injection, if this one overlaps it)."""

@@ -1,4 +1,4 @@
-"""The processes that faults hit, as they are at that moment. A process that is being restarted is waited for."""
+"""Finds the processes that faults hit. It waits for a process that is being restarted."""
 
 from collections.abc import Callable
 
@@ -19,7 +19,7 @@ def running_replica(test_bed: TestBed, index: int) -> psutil.Process:
 
 
 def engine_process(test_bed: TestBed, fault: Fault) -> tuple[psutil.Process, str]:
-    """The server or its scheduler, of one of the replicas."""
+    """The server or the scheduler of one of the replicas' engines."""
     index, part = divmod(fault.choose(2 * test_bed.launched.num_replicas), 2)
     what = f"SGLang's {('server', 'scheduler')[part]} of generation-{index}"
 

@@ -1,8 +1,8 @@
-"""What the faults hit: Redis behind a proxy, a small disk for the checkpoints, and the run on both.
+"""The parts that faults hit: Redis behind a proxy, a small disk for the checkpoints, and the run that uses both.
 
 Every wait has a deadline. It ends at once, with the last lines of the logs, when the launcher ends unexpectedly, and
-meanwhile it ends injected faults whose time is over. After the `with` block nothing of it runs; the run's files are in
-its folder.
+meanwhile it ends injected faults whose time is over. After the `with` block no process of it is left; the run's files
+are in its folder.
 """
 
 import shutil
@@ -31,7 +31,7 @@ TAIL_BYTES = 1 << 15
 
 
 class ChaosError(RuntimeError):
-    """The run did not do in time what it must; the text ends with the last lines of the logs."""
+    """The run did not reach an expected state in time; the text ends with the last lines of the logs."""
 
 
 @dataclass
@@ -62,7 +62,7 @@ class InjectedFault:
 
 
 class TestBed:
-    """Everything is kept in the run's folder."""
+    """The test bed of one run; all its files are in the run's folder."""
 
     __test__ = False
     """Not a test case of pytest."""

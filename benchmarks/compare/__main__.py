@@ -1,12 +1,13 @@
-"""Headrace beside its peers on the same cores, in one run: `python -m benchmarks.compare [part ...]`.
+"""Headrace and its peers on the same cores, side by side: `python -m benchmarks.compare [part ...]`.
 
-Each part runs both sides in turn, `--repeats` times, and prints ratios with their spread. What was measured is written
-to benchmarks/results/compare.json, where a part replaces what it had measured before. Beside TRL a repeat is a seed,
-from `--first-seed` on, and takes long: each is written as it ends, and those of other seeds by the same settings stay.
+Each part runs both sides in turn, `--repeats` times, and prints ratios with their spread. Measurements go to
+benchmarks/results/compare.json, where they replace the part's earlier ones. In the comparison with TRL a repeat is a
+seed, from `--first-seed` on, and takes long: each result is written as soon as it is known, and results of other seeds
+with the same settings are kept.
 
     python -m benchmarks.compare --recipe benchmarks/compare/gpu.yaml
 
-runs the parts that a device makes a difference to, by another recipe than the demo's, into compare-gpu.json.
+runs the parts that depend on the device with another recipe than the demo's, into compare-gpu.json.
 """
 
 import argparse
@@ -28,7 +29,7 @@ class Asked(NamedTuple):
     repeats: int
     first_seed: int
     earlier: list[dict[str, Any]]
-    """Rows that the part has measured before."""
+    """The part's earlier rows."""
 
     @property
     def seeds(self) -> range:
@@ -46,7 +47,7 @@ PARTS: dict[str, Callable[[Asked], Iterable[Part]]] = {
     "streams": lambda asked: [streams.measure(asked.repeats)],
     "paced": lambda asked: [paced.measure(asked.repeats)],
 }
-"""What each measures, again and again as it gets on."""
+"""What each part measures; it yields its results repeatedly as they grow."""
 
 
 def main() -> None:

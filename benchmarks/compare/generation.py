@@ -1,11 +1,10 @@
-"""Tokens per second of a replica against those of its bare engine: one SGLang server, started once as a replica
-starts it, answers both in turn.
+"""Tokens per second of a replica and of its bare engine: one SGLang server, started as a replica starts it, serves both
+in turn.
 
-Headrace's side is the replica's program: it leases tickets from a durable Redis, asks the engine, scores with the
-task's reward in a process of its own, and commits groups; the clock runs from issuing the tickets until the last group
-stands in the stream. The bare side is an aiohttp client that sends the same requests, as many groups at a time, reads
-the answers and does nothing with them; no replica runs meanwhile. Prompts, sampling and log-probabilities are the
-recipe's.
+Headrace's side is the replica's program: it leases tickets from a durable Redis, calls the engine, scores with the
+task's reward in a separate process, and commits groups. It is timed from issuing the tickets until the last group is in
+the stream. The bare side is an aiohttp client that sends the same requests with the same concurrency, reads the
+responses and discards them, while no replica runs. Prompts, sampling and log-probabilities are the recipe's.
 """
 
 import asyncio
@@ -103,7 +102,7 @@ async def bare(url: str, config: RunConfig, tickets: list[Ticket]) -> Row:
 
 
 async def headrace(folder: Path, url: str, config: RunConfig, tickets: list[Ticket], policy: Policy, turn: int) -> Row:
-    """In a run of its own, whose first version the replica has swapped to before the clock runs."""
+    """A run of its own; the replica has swapped to its first version before the timing starts."""
     client, keys = connect(url), Keys(f"generation-{turn}")
     store = LearnerStore(client, keys)
     client.set(keys.config, config.model_dump_json(exclude={"redis_url"}))
@@ -148,7 +147,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def as_row(side: str, num_groups: int, num_tokens: int, seconds: float, client_s: float) -> Row:
-    """`client_s`: processor time of the replica, or of the bare client."""
+    """`client_s`: processor time of the replica or of the bare client."""
     rates = {"tokens_per_s": num_tokens / seconds, "groups_per_s": num_groups / seconds}
     spent = {"client_ms_per_group": client_s / num_groups * 1e3, "load_average": os.getloadavg()[0]}
     return {"side": side, "num_tokens": num_tokens, "seconds": seconds} | rates | spent

@@ -1,8 +1,9 @@
-"""Headrace's side: `headrace up` as users run it, with a real engine and Redis; its policies are its checkpoints.
+"""Headrace's side of the comparison with TRL: `headrace up` with a real engine and Redis; its checkpoints are its
+policies.
 
-A checkpoint every `save_every` steps is part of what is measured, and so are those that the learner adds where a step
-takes long; accuracy is of the former alone, as on TRL's side. The evaluation before the first step, of one prompt, runs
-beside the first tickets.
+A checkpoint every `save_every` steps is included in the times, and so are those that the learner adds where a step
+takes long. Accuracy is measured only for the former, as on TRL's side. The evaluation before the first step, with one
+prompt, runs beside the first tickets.
 """
 
 import os
@@ -25,7 +26,7 @@ MODEL_FILE = "model.safetensors"
 
 
 def run(workload: Workload, overrides: list[str], config: RunConfig, folder: Path, name: str) -> Outcome:
-    """`overrides` are what makes `config` of the workload's recipe; policies are left in `folder`."""
+    """`overrides` turn the workload's recipe into `config`; the policies are left in `folder`."""
     where = ROOT / "runs" / name
     shutil.rmtree(where, ignore_errors=True)
     settings = [word for override in overrides for word in ("--set", override)]
@@ -47,7 +48,7 @@ def run(workload: Workload, overrides: list[str], config: RunConfig, folder: Pat
 
 
 def _collect(checkpoints: Path, folder: Path, save_every: int, over: threading.Event) -> None:
-    """Every checkpoint at a multiple of `save_every` while it is there: the learner keeps two."""
+    """Copies every checkpoint at a multiple of `save_every` while it exists: the learner keeps only two."""
     seen: set[str] = set()
     is_last = False
     while not is_last:
@@ -61,7 +62,7 @@ def _collect(checkpoints: Path, folder: Path, save_every: int, over: threading.E
 
 
 def _as_policy(path: Path, start: Path) -> None:
-    """A copied checkpoint becomes a policy in Hugging Face format, as that it started from."""
+    """Turns a copied checkpoint into a policy in Hugging Face format, with the initial one's other files."""
     state = load_file(path / "state.safetensors")
     weights = {name.removeprefix(MASTER): tensor for name, tensor in state.items() if name.startswith(MASTER)}
     shutil.rmtree(path)

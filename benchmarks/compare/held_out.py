@@ -1,4 +1,4 @@
-"""Held-out accuracy of a policy, by the same code whoever trained it, outside of what is timed."""
+"""Held-out accuracy of a policy: the same code for both sides, outside the timed part."""
 
 import itertools
 from pathlib import Path
@@ -14,7 +14,7 @@ from headrace.common.tasks.arithmetic import score
 
 
 def accuracy(policy: Path, config: RunConfig, num_problems: int) -> float:
-    """Of one completion at temperature 1 for each of the first problems; deterministic on one machine."""
+    """The accuracy of one completion at temperature 1 for each of the first problems; deterministic on one machine."""
     disable_progress_bar()
     task = load_task(config.task.name, config.task.settings)
     prompts = itertools.islice(task.prompts("held_out", seed=config.seed, epoch=0), num_problems)

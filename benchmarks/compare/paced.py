@@ -1,8 +1,8 @@
-"""What the streams take of a step of the demo: commits and intake where groups come one by one, as often as in it.
+"""The share of a step of the demo that the streams take: commits and intake of groups that arrive at the demo's pace.
 
-Processor time of both, the intake's idle turns included, over the seconds of a step; how many groups a step decides
-and how long it takes are from benchmarks/results/demo.json. Beside it what one XADD of the same bytes takes at the same
-times: at this pace a round trip costs more than what is done in it.
+It is the processor time of both, the intake's idle polls included, divided by the seconds of a step. The number of
+groups settled per step and the step's duration come from benchmarks/results/demo.json. For comparison it measures one
+XADD of the same bytes at the same times: at this pace a round trip costs more than the work done in it.
 """
 
 import asyncio
@@ -69,7 +69,7 @@ def share_of_a_step(folder: Path) -> Row:
 
 
 async def commit_paced(url: str, keys: Keys, groups: list[Group]) -> float:
-    """Seconds of processor time that the commits take."""
+    """Processor seconds of the commits."""
     client = connect_async(url)
     store = TicketStore(client, keys, "generation-0")
     await store.open()
@@ -84,7 +84,7 @@ async def commit_paced(url: str, keys: Keys, groups: list[Group]) -> float:
 
 
 async def add_paced(url: str, groups: list[Group]) -> float:
-    """Seconds of processor time that one XADD for each takes, of what is already encoded."""
+    """Processor seconds of one XADD per group, of bytes that are already encoded."""
     client, payloads = redis.asyncio.Redis.from_url(url), {group.ticket.id: encode(group) for group in groups}
 
     async def add(group: Group) -> None:
@@ -96,7 +96,7 @@ async def add_paced(url: str, groups: list[Group]) -> float:
 
 
 async def paced(groups: list[Group], send: Callable[[Group], Awaitable[None]]) -> float:
-    """At times as random as the demo's; seconds of this thread's processor time."""
+    """Calls `send` at times as random as the demo's; returns this thread's processor seconds."""
     rng = random.Random(0)
     due_s = sorted(rng.uniform(0.0, PACED_S) for _ in groups)
     started, began = time.monotonic(), time.thread_time()
@@ -112,7 +112,7 @@ async def paced(groups: list[Group], send: Callable[[Group], Awaitable[None]]) -
 
 
 def demo_pace() -> tuple[float, float]:
-    """Groups decided in a step of the demo, and its seconds: medians over the runs of benchmarks.demo."""
+    """The number of groups settled in a step of the demo, and its seconds: medians over the runs of benchmarks.demo."""
     runs = json.loads((RESULTS / "demo.json").read_text())["rows"]
     decided = [sum(run["groups"].get(s, 0) for s in ("trained", "uniform", "stale")) / run["steps"] for run in runs]
     return statistics.median(decided), statistics.median(run["wall_s"] / run["steps"] for run in runs)

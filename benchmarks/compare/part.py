@@ -1,17 +1,17 @@
-"""What a part of the comparison found."""
+"""The result of one part of the comparison."""
 
 import statistics
 from typing import Any, NamedTuple
 
 
 class Ratio(NamedTuple):
-    """Headrace over what it is compared with; one value a repeat, each measured side by side."""
+    """Headrace divided by its peer; one value per repeat, each measured side by side."""
 
     name: str
     values: list[float]
     goal: float
     is_ceiling: bool = False
-    """The goal is not to be exceeded; else it is to be reached."""
+    """Whether the goal is an upper bound instead of a lower one."""
 
     @property
     def median(self) -> float:
@@ -24,5 +24,5 @@ class Ratio(NamedTuple):
 
 class Part(NamedTuple):
     rows: list[dict[str, Any]]
-    """What was measured, a row a run."""
+    """Measurements, one row per run."""
     ratios: list[Ratio]

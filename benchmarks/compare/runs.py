@@ -1,4 +1,4 @@
-"""What both sides of a comparison of runs are given, and what they give: times, and the policies on the way."""
+"""What the two sides of a comparison of runs get as input and return: times, and policies saved on the way."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,42 +9,43 @@ from headrace.common.config import RunConfig
 
 
 class Workload(NamedTuple):
-    """A recipe is all that both sides are told, but for what only one of them has."""
+    """Both sides get the recipe; the other fields are for one side or for the evaluation."""
 
     name: str
     recipe: str
     held_out_problems: int
     save_every: int
-    """Steps between policies whose accuracy is measured."""
+    """Number of steps between policies whose accuracy is measured."""
     target: float | None
-    """Held-out accuracy that both reach; None where it is not measured."""
+    """Held-out accuracy that both sides reach; None where the time to it is not measured."""
     goal: float
-    """Times as fast as TRL."""
+    """The factor by which Headrace should be faster than TRL."""
     trl_micro_batch: int
-    """Completions of one forward pass of TRL, the fastest of those tried."""
+    """Completions per forward pass of TRL: the fastest number of those tried."""
     trl_threads: tuple[int, ...]
-    """A run with each; the fastest counts."""
+    """One run with each number; the fastest counts."""
 
 
 class Outcome(NamedTuple):
-    """Of one run. Times are wall seconds since training began: engines, models and data are loaded by then."""
+    """The result of one run. Times are wall seconds since training began, when engines, models and data are loaded."""
 
     who: str
     num_threads: int
-    """Of the process that trains."""
+    """Number of threads of the training process."""
     steps: list[dict[str, Any]]
-    """`step` and `wall_s` of each, in order."""
+    """`step` and `wall_s` of each step, in order."""
     policies: dict[int, Path]
-    """By step, in Hugging Face format."""
+    """Folders of policies in Hugging Face format, by step."""
 
     def s_per_step(self) -> float:
-        """Once the pipeline is full: without the first fifth of the steps."""
+        """Seconds per step once the pipeline is full: without the first fifth of the steps."""
         skipped = max(1, len(self.steps) // 5)
         first, last = self.steps[skipped - 1], self.steps[-1]
         return float((last["wall_s"] - first["wall_s"]) / (last["step"] - first["step"]))
 
     def s_to(self, target: float, accuracy: dict[int, float]) -> float | None:
-        """Until a policy is as good; linearly between the first measured that is and that before. None if none is."""
+        """Seconds until a policy reaches the target, interpolated linearly between the first one that does and the one
+        before; None if none does."""
         measured = sorted(step for step in accuracy if step > 0)
         reached = next((place for place, step in enumerate(measured) if accuracy[step] >= target), None)
         if reached is None:
@@ -55,7 +56,8 @@ class Outcome(NamedTuple):
 
 
 def spec_of(config: RunConfig) -> dict[str, Any]:
-    """`GRPOConfig` arguments that say what a recipe says. Raises `ValueError` for what TRL cannot be told."""
+    """TRL's `GRPOConfig` arguments that correspond to the recipe. Raises `ValueError` for settings that TRL does not
+    have."""
     actor, optimizer, learner = config.actor, config.optimizer, config.learner
     said = (actor.loss_aggregation, actor.advantage_mean, actor.advantage_std, optimizer.lr_schedule)
     if said != ("sequence_mean", "group", "group", "linear") or optimizer.warmup_fraction or optimizer.warmup_steps:

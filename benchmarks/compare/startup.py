@@ -1,10 +1,10 @@
-"""Seconds from `headrace up` on the demo's recipe to its first training step, by phase, from what the logs say.
+"""Seconds from `headrace up` with the demo's recipe to its first training step, by phase, from the logs.
 
-Everything is installed, nothing of the run is there yet. Two chains run beside each other: the learner's (imports,
-policy, first version) and the replica's (imports, engine, first weights); the first group needs both. The demo
-evaluates what it begins with, 512 completions, beside its first step. What a phase takes on few cores is
-more than it would take alone: the chains compete. There is nothing to compare with: the engine's own start, of the same
-server by the same command, is the yardstick.
+Everything is installed, and the run is new. Two chains run in parallel: the learner's (imports, policy, first version)
+and the replica's (imports, engine, first weights); the first group needs both. Beside its first step the demo evaluates
+the initial policy with 512 completions. On few cores a phase takes longer than it would alone, because the chains
+compete. There is no peer to compare with; the start of the engine alone, the same server by the same command, is the
+yardstick.
 """
 
 import os
@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 
 class Mark(NamedTuple):
-    """When a line with these words first stands in a log."""
+    """A phase ends when a line with these words first appears in a log."""
 
     name: str
     log: str
@@ -61,7 +61,7 @@ def measure(recipe: str, repeats: int) -> Part:
 
 
 def start(recipe: str, folder: Path, run: str) -> Row:
-    """Seconds since the command, of each mark."""
+    """Seconds from the command to each mark."""
     load, began = os.getloadavg()[0], time.time()
     service = Service("up", headrace_up(recipe, run, "--runs-folder", str(folder)), folder / f"{run}.log")
     try:

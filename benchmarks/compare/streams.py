@@ -1,9 +1,10 @@
 """Groups through Headrace's streams, against raw pipelined XADD, XREADGROUP, XACK and XDEL of the same bytes.
 
-One server, durable as a run's is, one client process; both sides in turn on it. Headrace's side is a replica's commits,
-as many at a time as the demo has groups in flight, then the learner's intake with what it checks, batches, and the
-settling of checkpoints (whose files are not written), its log included. The raw side has the round trips that this
-allows: as many XADDs in a pipeline, XREADGROUP of as many as the intake reads, and their XACK and XDEL in one pipeline.
+There is one server, as durable as a run's, and one client process; both sides use them in turn. Headrace's side is a
+replica's commits, with the demo's number of groups in flight, then the learner's intake with its validation, batches,
+and the settling of checkpoints (without writing their files), including its log. The raw side uses as few round trips
+as possible: the same number of XADDs in a pipeline, XREADGROUP of as many entries as the intake reads, and their XACK
+and XDEL in one pipeline.
 """
 
 import asyncio
@@ -37,7 +38,7 @@ class Size(NamedTuple):
     name: str
     num_rollouts: int
     num_tokens: int
-    """Of each rollout."""
+    """Number of tokens of each rollout."""
     num_groups: int
 
 
@@ -46,7 +47,7 @@ Row = dict[str, Any]
 
 
 class NoTickets:
-    """A source that issues nothing: the tickets are there before the clock starts."""
+    """A source that issues nothing: the tickets exist before the timing starts."""
 
     cursor, data, is_recording, is_exhausted = Cursor(0, 0), None, False, False
 
@@ -67,7 +68,7 @@ class NoTickets:
 
 
 class Learner:
-    """Intake and settling as the loop does them, with no step between."""
+    """Intake and settling as in the loop, without steps."""
 
     def __init__(self, client: redis.Redis, keys: Keys, size: Size) -> None:
         self.config = load_recipe(RECIPE, [f"actor.group_size={size.num_rollouts}"]).config
@@ -82,7 +83,7 @@ class Learner:
         self.train()
 
     def train(self) -> None:
-        """All whole batches that are there."""
+        """Consumes all complete batches."""
         while batch := self.intake.take_batch(0.0, lambda: True):
             self.intake.mark_trained(batch)
             self.intake.on_announced(1, len(batch))
@@ -108,7 +109,7 @@ def measure(repeats: int) -> Part:
 
 
 def both(folder: Path, size: Size, turn: int) -> tuple[Row, Row]:
-    """Headrace's row and the raw one, measured in an order that alternates."""
+    """Headrace's row and the raw one, measured in alternating order."""
     groups = groups_of(size)
     with redis_server(folder, True) as url, log_to_file(folder / "learner.log", "learner", run="streams"):
         sides = {"headrace": headrace, "raw": raw}
@@ -142,7 +143,7 @@ def headrace(url: str, size: Size, groups: list[Group]) -> Row:
 
 
 def decoding_s(groups: list[Group]) -> float:
-    """Seconds that decoding and validating them takes alone, which the raw side does not do."""
+    """Seconds to decode and validate the groups, which the raw side does not do."""
     payloads = [encode(group) for group in groups]
     started = time.perf_counter()
     for payload in payloads:
@@ -151,7 +152,7 @@ def decoding_s(groups: list[Group]) -> float:
 
 
 async def commit_all(url: str, keys: Keys, groups: list[Group], at_once: int) -> float:
-    """Seconds that the commits take; leases are there before."""
+    """Seconds of the commits; the leases were taken before."""
     client = connect_async(url)
     store = TicketStore(client, keys, "generation-0")
     await store.open()
@@ -196,7 +197,7 @@ def raw(url: str, size: Size, groups: list[Group]) -> Row:
 
 @contextmanager
 def counted(client: redis.Redis) -> Iterator[dict[str, float]]:
-    """What the server was asked meanwhile: commands, and bytes in and out."""
+    """The server's counters for the block: commands, and bytes in and out."""
     names = ("total_commands_processed", "total_net_input_bytes", "total_net_output_bytes")
     found: dict[str, float] = {}
     before: Any = client.info("stats")
@@ -206,7 +207,7 @@ def counted(client: redis.Redis) -> Iterator[dict[str, float]]:
 
 
 def as_row(side: str, size: Size, groups: list[Group], seconds: list[float], counts: dict[str, float]) -> Row:
-    """`seconds`: of publishing, of consuming, and of what acknowledging is done afterwards."""
+    """`seconds`: of publishing, of consuming, and of the acknowledgements that follow."""
     num_bytes = sum(len(encode(group)) for group in groups)
     return {
         "side": side,

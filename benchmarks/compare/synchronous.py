@@ -1,17 +1,17 @@
-"""Headrace asynchronous against itself synchronous, by one recipe: how much of one hides behind the other.
+"""Asynchronous against synchronous Headrace, with the same recipe: how much of generation and training overlaps.
 
-Synchronous is `learner.max_staleness: 0`: a batch in training still counts as outstanding, so that no ticket is open
-meanwhile; the replica generates a batch, the learner trains it, the replica swaps. Generation and training have the
-machine to themselves in turn, and what each then takes in a step is what it takes alone: `wait_s` of the learner (the
-swap to the new version included) and the rest of `step_s`. A perfect overlap would make an asynchronous step as long as
-the longer of the two. Seconds of an asynchronous step are those between its row and the row before, so that nothing is
-left out (checkpoints, rows, the groups shown).
+Synchronous means `learner.max_staleness: 0`: a batch in training still counts as outstanding, so that no ticket is open
+meanwhile. The replica generates a batch, the learner trains it, the replica swaps. Generation and training thus have
+the machine to themselves in turn, and their durations are those without competition: `wait_s` of the learner (with the
+swap to the new version) and the rest of `step_s`. With a perfect overlap an asynchronous step would take as long as the
+longer of the two. The seconds of an asynchronous step are those between its row and the row before, so that nothing is
+left out (checkpoints, rows, group samples).
 
-Both compete for the same cores in the asynchronous run, and did not in the synchronous one: on few cores, which an
-engine and a learner fill by themselves, the ratio says as much of the machine as of Headrace. On the other side a
-synchronous replica never has more than one batch of groups in flight, and its last completions run alone, so that its
-generation is slower than that of an engine that is kept full: the yardstick is what this run would do in turn, not the
-engine's best (for that see generation.py).
+In the asynchronous run both compete for the same cores, in the synchronous one they do not. On few cores, which an
+engine or a learner can use fully, the ratio therefore depends on the machine as much as on Headrace. On the other hand
+a synchronous replica never has more than one batch of groups in flight, and its last completions run alone, so that its
+generation is slower than that of a full engine. The yardstick is therefore this run without overlap, not the engine's
+best speed (for that see generation.py).
 """
 
 import itertools

@@ -1,14 +1,14 @@
-"""Headrace beside TRL's `GRPOTrainer` on the same cores: seconds a batch, seconds to an accuracy, the accuracy at last.
+"""Headrace and TRL's `GRPOTrainer` on the same cores: seconds per batch, seconds to an accuracy, and final accuracy.
 
-One recipe tells both the policy, task, prompts in their order, group size, sampling, loss and optimizer. Both train on
-every group that they sample (`actor.dynamic_sampling: false`; TRL knows nothing else): a uniform one has advantage 0,
-so it gives no gradient and is not replaced; Headrace does not compute what gives none, TRL does. Both deal the
-completions of a batch out to their mini-batches (`actor.mini_batch_split: completions`, as TRL does). Headrace is
-`headrace up`: a replica with SGLang, Redis, the learner, groups up to `learner.max_staleness` steps old. TRL generates
-and trains in turn in one process, with one and with two threads: the better counts. Starting is not timed, on neither
-side; nor is evaluation, of saved policies, by the same code (held_out.py). Saving them is.
+One recipe defines policy, task, prompts in their order, group size, sampling, loss and optimizer for both. Both train
+on every group that they sample (`actor.dynamic_sampling: false`; TRL has no other mode): a uniform group has advantage
+0, gives no gradient and is not replaced; Headrace skips its computation, TRL does not. Both distribute the completions
+of a batch over its mini-batches (`actor.mini_batch_split: completions`, as TRL does). Headrace is `headrace up`: a
+replica with SGLang, Redis, the learner, and groups up to `learner.max_staleness` steps old. TRL generates and trains in
+turn in one process, with one and with two threads; the better result counts. Start-up is not timed on either side, and
+neither is evaluation, of saved policies, by the same code (held_out.py). Saving them is timed.
 
-On the heavy tail TRL has two threads alone: with one a batch took it 115 s instead of 69.
+On the heavy tail TRL runs with two threads only: with one a batch took 115 s instead of 69.
 """
 
 import hashlib
@@ -56,11 +56,11 @@ SAME = (
     "evaluation.completions_per_prompt=1",
 )
 NO_WORSE = 0.98
-"""What an accuracy may be of the other's: a standard error of both evaluations is 2 %."""
+"""The share of TRL's accuracy that Headrace's must reach: the standard error of both evaluations is 2 %."""
 
 
 def short(recipe: str) -> Workload:
-    """By the demo's recipe, or seconds a batch by another."""
+    """The short workload of the demo's recipe; with another recipe it measures only seconds per batch."""
     if recipe == SHORT.recipe:
         return SHORT
     other = SHORT._replace(name=Path(recipe).stem, recipe=recipe, target=None)
@@ -68,7 +68,7 @@ def short(recipe: str) -> Workload:
 
 
 def compare(workload: Workload, seeds: Iterable[int], earlier: list[dict[str, Any]]) -> Iterator[Part]:
-    """After each seed what is known of all: of `earlier` what other seeds have found by the same settings."""
+    """Yields, after each seed, the results of all seeds, with those in `earlier` that have the same settings."""
     if workload is LONG and not (ROOT / heavy_tail.POLICY).exists():
         heavy_tail.make_policy(ROOT / heavy_tail.POLICY)
     trl_side.make_environment()
@@ -81,7 +81,7 @@ def compare(workload: Workload, seeds: Iterable[int], earlier: list[dict[str, An
 
 
 def measure(workload: Workload, seed: int) -> list[dict[str, Any]]:
-    """A row of each run, in turn."""
+    """One row per run."""
     overrides = [f"seed={seed}", f"learner.checkpoint_interval_steps={workload.save_every}", *SAME]
     config = load_recipe(ROOT / workload.recipe, overrides).config
     rows = []
@@ -118,13 +118,13 @@ def row_of(workload: Workload, seed: int, config: RunConfig, found: Outcome) -> 
 
 
 def settings_of(workload: Workload, config: RunConfig) -> str:
-    """Tells runs apart that are not to be put together."""
+    """The settings by which runs are told apart that must not be combined."""
     said = config.model_dump_json(exclude={"seed"}) + repr(workload)
     return hashlib.sha256(said.encode()).hexdigest()[:12]
 
 
 def ratios(workload: Workload, rows: list[dict[str, Any]]) -> list[Ratio]:
-    """One value a seed; where TRL does not reach the accuracy, its whole time is a lower bound."""
+    """One value per seed; where TRL does not reach the accuracy, its whole time is a lower bound."""
     mine = [row for row in rows if row["workload"] == workload.name]
     pairs = []
     for seed in sorted({row["seed"] for row in mine}):

@@ -1,8 +1,9 @@
 """One run of TRL's `GRPOTrainer`, in TRL's own environment: `python -m benchmarks.compare.trl_run SPEC OUT`.
 
-Of Headrace it knows the task's reward alone. SPEC, JSON, holds a model's folder, a task, prompts with their answers,
-`GRPOConfig` arguments, how many updates a batch has, and a number of threads. OUT, JSON, gets a row a batch with the
-seconds since training began; every `save_every` batches the policy is saved beside it, and that counts.
+It uses nothing of Headrace but the task's reward. SPEC is JSON with a model's folder, a task, prompts with their
+answers, `GRPOConfig` arguments, the number of updates per batch, and the number of threads. OUT is JSON with a row per
+batch and the seconds since training began. Every `save_every` batches the policy is saved beside it, which is timed as
+well.
 """
 
 import json
@@ -29,7 +30,7 @@ LOGGED = {
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
-    """Rows of batches, and saved policies."""
+    """Records the rows of batches and saves policies."""
 
     def __init__(self, folder: Path, updates_per_batch: int, save_every: int) -> None:
         self.folder, self.updates_per_batch, self.save_every = folder, updates_per_batch, save_every
@@ -49,7 +50,7 @@ class Clock(TrainerCallback):  # type: ignore[misc]  # transformers has no types
         self.rows.append({"step": step, **spent})
 
     def on_log(self, _arguments: Any, _state: Any, _control: Any, logs: Any = None, **__: Any) -> None:
-        """What TRL says of the batch that has just ended."""
+        """TRL's numbers of the batch that has just ended."""
         if self.rows and "reward" in logs:
             self.rows[-1] |= {ours: logs[theirs] for ours, theirs in LOGGED.items()}
 
@@ -65,7 +66,7 @@ def reward_of(task_name: str, settings: dict[str, Any]) -> Callable[..., list[fl
 
 
 def ticket_of(answer: str) -> Ticket:
-    """All of it that a reward looks at."""
+    """A ticket with the fields that a reward uses."""
     return Ticket("0-0", "train", [], [], {"answer": answer}, 1, Sampling(1.0, 1, []), 0)
 
 

@@ -1,4 +1,4 @@
-"""TRL's side: an environment of its own, and runs of benchmarks.compare.trl_run in it."""
+"""TRL's side of the comparison: its own Python environment, and runs of benchmarks.compare.trl_run in it."""
 
 import itertools
 import json
@@ -18,8 +18,8 @@ from headrace.common.tasks import Prompt, load_task
 ENVIRONMENT = ROOT / "benchmarks" / ".trl-venv"
 REQUIREMENTS = ROOT / "benchmarks" / "compare" / "trl-requirements.txt"
 KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
-"""Else the C library gives large tensors back at each step of generation, and the kernel zeroes their pages again: on
-the heavy tail most of TRL's time."""
+"""Without these settings the C library returns large tensors to the kernel at each generation step, which zeroes their
+pages again: most of TRL's time on the heavy tail."""
 ALONE = {
     "use_vllm": False,  # it has no build for a CPU: transformers generates in the process
     "report_to": [],
@@ -29,7 +29,7 @@ ALONE = {
 
 
 def make_environment() -> Path:
-    """Its Python; made anew when the requirements have changed. `TORCH_INDEX` as for `make setup`."""
+    """The environment's Python; it is rebuilt when the requirements have changed. `TORCH_INDEX` as for `make setup`."""
     python, installed = ENVIRONMENT / "bin" / "python", ENVIRONMENT / "installed"
     if not installed.exists() or installed.read_text() != REQUIREMENTS.read_text():
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(ENVIRONMENT)], check=True)
@@ -41,7 +41,7 @@ def make_environment() -> Path:
 
 
 def run(workload: Workload, config: RunConfig, folder: Path, num_threads: int) -> Outcome:
-    """Of `config`, which is Headrace's; policies are left in `folder`."""
+    """Runs TRL with the settings of `config`, which is Headrace's; the policies are left in `folder`."""
     folder.mkdir(parents=True)
     spec, out = folder / "spec.json", folder / "out.json"
     spec.write_text(json.dumps(spec_for(workload, config, num_threads)))
@@ -59,7 +59,7 @@ def run(workload: Workload, config: RunConfig, folder: Path, num_threads: int) -
 
 
 def spec_for(workload: Workload, config: RunConfig, num_threads: int) -> dict[str, Any]:
-    """A batch is generated at once, and trained in as many updates as Headrace takes for one."""
+    """A batch is generated at once, and trained in as many updates as Headrace takes per batch."""
     completions = config.learner.groups_per_step * config.actor.group_size
     updates = config.actor.num_mini_batches
     micro_batch = min(workload.trl_micro_batch, completions // updates)
@@ -82,7 +82,7 @@ def spec_for(workload: Workload, config: RunConfig, num_threads: int) -> dict[st
 
 
 def prompts_of(config: RunConfig) -> list[dict[str, Any]]:
-    """Those of Headrace, in its order."""
+    """The prompts of the Headrace run, in the same order."""
     task = load_task(config.task.name, config.task.settings)
     wanted = config.learner.steps * config.learner.groups_per_step
     prompts = itertools.islice(task.prompts("train", seed=config.seed, epoch=0), wanted)

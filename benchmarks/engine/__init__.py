@@ -1,1 +1,1 @@
-"""Questions about SGLang under changing weights: what a swap costs, and how exact log-probabilities stay."""
+"""Benchmarks of SGLang under changing weights: the cost of a swap, and how exact log-probabilities stay."""

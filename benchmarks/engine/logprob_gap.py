@@ -1,4 +1,5 @@
-"""How far reported behaviour log-probabilities are from an exact forward pass, by transformers in float32."""
+"""The gap between reported behaviour log-probabilities and an exact forward pass, computed by transformers in
+float32."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -12,17 +13,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from headrace.generation.engine.completions import Completion
 
 Prompted = list[tuple[list[int], Completion]]
-"""Prompt tokens and a completion of them, at temperature 1."""
+"""Prompt tokens, and a completion of them at temperature 1."""
 MAX_COMPARED = 8
-"""Completions, the first that saw a swap; of each, the last `MAX_SPANS` of its spans."""
+"""The number of completions to compare: the first ones during which a swap happened. Of each, the last `MAX_SPANS`
+spans count."""
 MAX_SPANS = 4
 
 
 def gaps(completions: Prompted, folders: dict[int, Path], config: Path) -> dict[str, Any]:
-    """Of tokens after a swap: exact minus behaviour log-probability, under the version of the token's span.
+    """Gaps of tokens after a swap: exact minus behaviour log-probability, by the version of the token's span.
 
-    `folders` has the weights of each version, `config` the model's. A token's importance weight is exp(gap), a
-    sequence's the exponential of the mean over those of its tokens that are compared.
+    `folders` has the weights of each version, `config` the model's configuration. A token's importance weight is
+    exp(gap); a sequence's is the exponential of its mean gap over the compared tokens.
     """
     swapped = [(prompt, c) for prompt, c in completions if len(c.version_spans) > 1][:MAX_COMPARED]
     torch.set_num_threads(1)
@@ -59,7 +61,7 @@ def exact_model(folder: Path, config: Path) -> Any:
 
 
 def exact_logprobs(model: Any, prompt: list[int], tokens: list[int]) -> np.ndarray:
-    """`(len(tokens),)`, at temperature 1."""
+    """Log-probabilities `(len(tokens),)` at temperature 1."""
     with torch.no_grad():
         logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
     chosen = torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]

@@ -1,18 +1,21 @@
-"""What a weight swap costs requests in flight, by swap mode: `python -m benchmarks.engine.swap_modes [--repeats 2]`.
+"""The cost of a weight swap for requests in flight, by swap mode: `python -m benchmarks.engine.swap_modes [--repeats
+2]`.
 
-Both modes in turns on one engine that serves both (no overlap schedule, no radix cache), beside the same work without
-swaps: groups of the demo's policy, of the demo's length (about 14 tokens, ended by itself) and of 512 tokens (its end
-token ignored), a new version every one or two seconds of the engine's processor time. A version moves each weight by
-a normal step of `lr`, about what one AdamW update does. Reported: tokens per second of the engine's processor time,
-which other work on the machine does not change, and the share lost to swaps; tokens prefilled beyond the prompts, per
-version, by the engine's own count; the pause; and how far the behaviour log-probabilities of tokens after a swap are
-from an exact forward pass under the version they are labelled with. Rows go to benchmarks/results/swap_modes.json.
+Both modes take turns on one engine that supports both (no overlap schedule, no radix cache), beside the same work
+without swaps. The workloads are groups of the demo's policy, of the demo's length (about 14 tokens, up to the end
+token) and of 512 tokens (the end token is ignored), with a new version every one or two seconds of the engine's
+processor time. A version moves each weight by a normal step of `lr`, about as much as one AdamW update. Reported are:
+tokens per second of the engine's processor time, which other work on the machine does not change, and the share lost to
+swaps; tokens prefilled beyond the prompts, per version, by the engine's own count; the pause; and the gap between the
+behaviour log-probabilities of tokens after a swap and an exact forward pass under the version that they are labelled
+with. Rows go to benchmarks/results/swap_modes.json.
 
-The default stays `retract`: it loses engine time (21 % of the demo's at a version a second, 7 % at 512 tokens and a
-version in two), but is exact and asks nothing of the engine. Of whole runs of the demo (`benchmarks.demo --vary`) it
-takes 4 % more time, and 10 % more of the engine's (there it keeps the overlap schedule); they learn as well in place,
-but engine and learner then differ by up to 0.4 on fresh tokens, which else tells whether an engine computes what it
-should. What `in_place` forbids matters on a GPU: not measured.
+The default stays `retract`: it costs engine time (21 % in the demo with a version every second, 7 % with 512 tokens and
+a version every two seconds), but is exact and needs no special engine settings. Whole runs of the demo
+(`benchmarks.demo --vary`) take 4 % more time with it, and 10 % more of the engine's (they keep the overlap schedule).
+With `in_place` they learn as well, but engine and learner differ by up to 0.4 on fresh tokens, and this gap otherwise
+shows whether an engine computes correctly. The engine features that `in_place` rules out matter on a GPU; this was not
+measured.
 """
 
 import argparse
@@ -47,14 +50,15 @@ POLICY = ROOT / "headrace" / "demo" / "policy"
 RESULTS = ROOT / "benchmarks" / "results" / "swap_modes.json"
 LRS = (1e-3, 1e-4)
 NUM_STEPS = 8
-"""Versions of a random walk, which is walked to and fro."""
+"""Number of versions of a random walk, which is walked back and forth."""
 GROUP_SIZE = 8
 POLL_S = 0.05
 
 
 @dataclass(frozen=True)
 class Shape:
-    """`num_groups` groups with `num_in_flight` at a time; `ends`: at the end token, not only at `max_new_tokens`."""
+    """`num_groups` groups with `num_in_flight` at a time; `ends`: completions end at the end token, not only at
+    `max_new_tokens`."""
 
     name: str
     num_groups: int
@@ -62,7 +66,7 @@ class Shape:
     max_new_tokens: int
     ends: bool
     interval_s: float
-    """Processor time of the engine between versions: the demo's step; a few versions within one long completion."""
+    """Processor time of the engine between versions: the demo's step, or a few versions within one long completion."""
 
 
 SHAPES = [Shape("demo, ~14 tokens", 60, 16, 40, True, 1.0), Shape("512 tokens", 2, 2, 512, False, 2.0)]
@@ -72,7 +76,7 @@ MODES: tuple[SwapMode | None, ...] = (None, "retract", "in_place")
 
 @dataclass
 class Walk:
-    """Which folder of weights each version of one engine has been."""
+    """The folder of weights that each version of one engine was loaded from."""
 
     root: Path
     version: int = 1
@@ -90,8 +94,8 @@ class Walk:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engine.swap_modes")
-    parser.add_argument("--repeats", type=int, default=2, help="turns of each kind and learning rate")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the groups")
+    parser.add_argument("--repeats", type=int, default=2, help="number of turns of each kind and learning rate")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the groups to run")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="headrace-swap-modes-") as folder:
         for lr in LRS:
@@ -105,7 +109,7 @@ def main() -> None:
 
 
 def write_walk(root: Path, lr: float) -> None:
-    """Folders of `NUM_STEPS` versions, each a normal step of `lr` from the one before."""
+    """Writes the folders of `NUM_STEPS` versions, each a normal step of `lr` away from the one before."""
     generator = torch.Generator().manual_seed(0)
     weights = load_file(POLICY / "model.safetensors")
     for step in range(NUM_STEPS):
@@ -116,7 +120,7 @@ def write_walk(root: Path, lr: float) -> None:
 
 
 async def measure(turns: list[Turn], root: Path, scale: float) -> list[Row]:
-    """Turn after turn on one server, the first of them twice, for it to warm up."""
+    """Takes the turns one after another on one server; the first runs twice, to warm the server up."""
     server = EngineServer(EngineConfig(device="cpu", swap_mode="in_place"), "float32", root / "sglang.log")
     await server.start(POLICY, 1)
     walk, rows = Walk(root), []
@@ -169,7 +173,7 @@ def make_tickets(shape: Shape, count: int) -> Iterator[Ticket]:
 
 
 async def answer(engine: Engine, ticket: Ticket, shape: Shape, slots: asyncio.Semaphore) -> list[Completion]:
-    """As `Engine.generate`, but that the end token may be ignored."""
+    """Like `Engine.generate`, but can ignore the end token."""
     request = uuid.uuid4().hex
     body = generate_body(ticket, [f"{request}-{index}." for index in range(GROUP_SIZE)])
     body["sampling_params"]["ignore_eos"] = not shape.ends
@@ -181,7 +185,8 @@ async def answer(engine: Engine, ticket: Ticket, shape: Shape, slots: asyncio.Se
 async def keep_swapping(
     server: EngineServer, engine: Engine, walk: Walk, lr: float, interval_s: float | None, ended: asyncio.Event
 ) -> list[SwapTimings]:
-    """Every `interval_s` of the engine's processor time, or as seldom as a replica would, until `ended`."""
+    """Swaps after every `interval_s` of the engine's processor time, at most as often as a replica would, until
+    `ended`."""
     timings: list[SwapTimings] = []
     last_s = busy_s(server)
     while not ended.is_set():
@@ -200,7 +205,7 @@ def busy_s(server: EngineServer) -> float:
 
 
 async def prefilled_tokens(engine: Engine) -> int:
-    """That the engine has computed in prefills since its start, by its own count."""
+    """The number of tokens that the engine has prefilled since its start, by its own count."""
     async with httpx.AsyncClient(base_url=engine.url, trust_env=False) as http:
         return int((await http.get("/v1/loads")).json()["loads"][0]["total_prefill_uncached_tokens"])
 

@@ -1,1 +1,1 @@
-"""Questions about the learner's passes: tokens per second, memory, and a GPU without SGLang."""
+"""Benchmarks of the learner's passes: tokens per second, memory, and a GPU without SGLang."""

@@ -1,9 +1,10 @@
-"""What a learner on a CPU gains by computing bfloat16 weights in float32: `python -m benchmarks.learner.bfloat16_cpu`.
+"""The gain of a learner on a CPU from computing bfloat16 weights in float32: `python -m
+benchmarks.learner.bfloat16_cpu`.
 
 One forward and one backward pass of a random model of SmolLM2-135M's shape over a prompt of 128 tokens with eight
-completions of 96, by one thread, in turns: in bfloat16, and in float32 with the same weights. Prints processor seconds
-of each and how far their log-probabilities are apart. Worth something only on a CPU without units for bfloat16, and it
-says whether this is one.
+completions of 96, by one thread, in turns: in bfloat16, and in float32 with the same weights. Prints the processor
+seconds of each and the difference of their log-probabilities. The result is meaningful only on a CPU without bfloat16
+units; the command prints whether this CPU has them.
 """
 
 import argparse
@@ -52,7 +53,7 @@ def main() -> None:
 
 
 def policy_computing_in(dtype: str, folder: str, learner: LearnerConfig) -> Policy:
-    """Of the same bfloat16 weights, whatever this CPU has."""
+    """A policy with the same bfloat16 weights that computes in `dtype`, whatever this CPU supports."""
     with patch("headrace.learner.model.policy.compute_dtype", lambda *_: dtype):
         return Policy(ModelConfig(path=folder, dtype="bfloat16"), learner)
 

@@ -4,9 +4,10 @@
     python -m benchmarks.learner.gpu_learner run FOLDER --dtype bfloat16          # `headrace replay`: seconds, memory
     python -m benchmarks.learner.gpu_learner resume FOLDER --dtype bfloat16       # in two halves, or straight
 
-The recording is made up: groups of completions of heavy-tailed lengths, whose behaviour log-probabilities are those of
-a model that finds every token as likely, as a random one about does. Memory is sampled every 0.1 s: on a GPU what
-nvidia-smi says beyond what was in use before, on a CPU the resident bytes of the learner's processes.
+The recording is artificial: groups of completions with heavy-tailed lengths. Their behaviour log-probabilities are
+those of a model that gives every token the same probability, as a random model about does. Memory is sampled every 0.1
+s: on a GPU the memory that nvidia-smi reports beyond what was in use before, on a CPU the resident bytes of the
+learner's processes.
 """
 
 import argparse
@@ -73,7 +74,7 @@ def main() -> int:
 
 
 def prepare(folder: Path, shape: Shape) -> None:
-    """`model/`, `recipe.yaml` and `recording.msgpack`."""
+    """Writes `model/`, `recipe.yaml` and `recording.msgpack`."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     config = AutoConfig.for_model("qwen2", **shape["model"], tie_word_embeddings=True, max_position_embeddings=4096)
@@ -113,7 +114,7 @@ def record(path: Path, recipe: dict[str, Any], shape: Shape) -> None:
 
 
 def group_of(rng: random.Random, place: int, shape: Shape) -> Group:
-    """Sampled by the version before the step that trains it; never uniform."""
+    """A group sampled by the version before the step that trains it; never uniform."""
     size, version = shape["group_size"], 1 + place // shape["groups_per_step"]
     shortest, longest = shape["completion"]
     sampling = Sampling(temperature=1.0, max_new_tokens=longest, stop_token_ids=[1])
@@ -137,7 +138,7 @@ def group_of(rng: random.Random, place: int, shape: Shape) -> Group:
 
 
 def run(folder: Path, dtype: str) -> None:
-    """Straight through, in its own processes; prints a row a step and the peak of memory."""
+    """Replays all steps without interruption, in separate processes; prints a row per step and the peak of memory."""
     peak = replay(folder, dtype, dtype, NUM_STEPS)
     print(f"{dtype}: peak of memory while {NUM_STEPS} steps ran: {peak / MIB:,.0f} MiB ({measured_by()})")
     for row in rows_of(folder, dtype):
@@ -146,7 +147,8 @@ def run(folder: Path, dtype: str) -> None:
 
 
 def resume(folder: Path, dtype: str) -> int:
-    """Half of the steps, then the other half by another process from the checkpoint: how far it ends from `run`."""
+    """Replays half of the steps, then the rest in another process from the checkpoint; prints the difference to `run`'s
+    policy."""
     name = f"{dtype}-resumed"
     for steps in (NUM_STEPS // 2, NUM_STEPS):
         replay(folder, dtype, name, steps)
@@ -167,7 +169,7 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 
 
 def replay(folder: Path, dtype: str, name: str, steps: int) -> int:
-    """Takes a run up to `steps`; the peak of memory, in bytes. Raises if it fails."""
+    """Continues a run up to `steps`; returns the peak of memory in bytes. Raises if it fails."""
     if steps == NUM_STEPS and name == dtype:
         shutil.rmtree(folder / "runs" / name, ignore_errors=True)
     settings = [f"model.dtype={dtype}", f"learner.steps={steps}"]
@@ -196,7 +198,7 @@ def measured_by() -> str:
 
 
 def used_on_gpu() -> int:
-    """Of the first GPU, in bytes; 0 without one."""
+    """Bytes in use on the first GPU; 0 without one."""
     if not torch.cuda.is_available():
         return 0
     query = ["nvidia-smi", "--id=0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
@@ -204,7 +206,7 @@ def used_on_gpu() -> int:
 
 
 def resident(pid: int) -> int:
-    """Of the largest process among this one's and its children."""
+    """Resident bytes of the largest process among `pid` and its children."""
     sizes = [0]
     with contextlib.suppress(psutil.NoSuchProcess):
         parent = psutil.Process(pid)

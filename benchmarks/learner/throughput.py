@@ -2,12 +2,12 @@
 
     python -m benchmarks.learner.throughput [--repeats 3]
 
-Two comparisons, side by side in turns on the same machine, by a GPU where torch sees one, each with gradients that
-agree: (1) tokens per second of a group of 8 completions, by the learner (its prompt computed once, nothing padded but
-attention) and by the same model on the same batch padded on the right, for completions of one length and for
-heavy-tailed ones; a token of a prompt counts for each completion, on both sides. (2) Log-probabilities of 6,144 tokens
-at a vocabulary of 151,936, in chunks, so without the entropy that comes with them, and with all logits at once:
-seconds, and the peak of memory beyond what stood before, each in a process of its own. Rows go to
+Two comparisons, in turns on the same machine (on a GPU if torch sees one), both with a check that the gradients agree.
+(1) Tokens per second of a group of 8 completions, by the learner (the prompt is computed once, only attention is
+padded) and by the same model on the same batch padded on the right, for completions of equal length and for
+heavy-tailed ones; on both sides a prompt's token counts once per completion. (2) Log-probabilities of 6,144 tokens with
+a vocabulary of 151,936, in chunks (without the entropy that otherwise comes with them) and with all logits at once:
+seconds, and the peak of memory beyond what was in use before, each in a separate process. Rows go to
 benchmarks/results/learner.json.
 """
 
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def passes(folder: Path, shape: str, repeats: int) -> list[Row]:
-    """Turns of both, after one of each to warm up."""
+    """Turns of both sides, after one of each to warm up."""
     path = folder / "model"
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **MODEL)).save_pretrained(path)
@@ -107,7 +107,7 @@ def step(model: Any, logprobs: Callable[[], Tensor]) -> tuple[float, Tensor]:
 
 
 def now() -> float:
-    """When all that was asked of the device is done."""
+    """The time when the device has finished all work."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -120,7 +120,7 @@ def tokens_of(prompt: int, lengths: list[int]) -> tuple[list[int], list[list[int
 
 
 def samples_of(prompt: int, lengths: list[int]) -> list[Sample]:
-    """The longest first, as `padded` has them."""
+    """Samples in the order of `padded`: the longest first."""
     tokens, completions = tokens_of(prompt, lengths)
     ticket = Ticket("0-0", "train", tokens, [], {}, len(lengths), Sampling(1.0, max(lengths), []), 0)
     rollouts = [
@@ -144,7 +144,7 @@ def logprobs(kind: str) -> Row:
 
 
 def logprobs_once(kind: str) -> Row:
-    """Forward and backward, in a fresh process."""
+    """One forward and backward pass, in a fresh process."""
     torch.manual_seed(0)
     hidden = torch.randn(NUM_TOKENS, HIDDEN, device=DEVICE, requires_grad=True)
     weight = (torch.randn(VOCABULARY, HIDDEN, device=DEVICE) / 16).requires_grad_()
@@ -165,7 +165,7 @@ def logprobs_once(kind: str) -> Row:
 
 
 def sums_alone(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What log-probabilities alone need, in the same parts."""
+    """The statistics that log-probabilities need, without the entropy, in the same parts."""
     found = []
     for rows in logits.split(-(-len(logits) // learner_logprobs.NUM_PARTS)):
         top = rows.amax(dim=1, keepdim=True)
@@ -179,7 +179,7 @@ def held_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """Of this program alone; `ru_maxrss` would count its parent's as well."""
+    """The peak of this program only; `ru_maxrss` would include its parent's."""
     if DEVICE.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return int(said_in(Path("/proc/self/status"), "VmHWM").split()[0]) * 1024

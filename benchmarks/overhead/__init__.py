@@ -1,1 +1,1 @@
-"""What durability costs, and what pages and requests cost the control service."""
+"""Benchmarks of overhead: the cost of durability, and of pages and requests for the control service."""

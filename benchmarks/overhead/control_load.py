@@ -1,11 +1,12 @@
-"""What readers cost control and Redis: pages on /events, bursts on /status, pages that never read.
+"""The load that readers put on control and Redis: pages on /events, bursts on /status, pages that never read.
 
     python -m benchmarks.overhead.control_load [--seconds 10] [--pages 200] [--requests-per-s 200]
 
-The real control as a process of its own, beside a real Redis with a seeded run that goes on (a step, a heartbeat and an
-event a second). In each phase of so many seconds: CPU time of control, commands that Redis was sent by it (all that it
-was sent, less those of this benchmark), memory, and how long each request took, from when it was due, so that a late
-answer delays none behind it. Pages read in a process of their own. Rows go to benchmarks/results/control_load.json.
+The real control service runs as a separate process, beside a real Redis with an artificial run that continues (a step,
+a heartbeat and an event per second). Each phase of `--seconds` measures: CPU time of control, commands that control
+sent to Redis (all commands minus those of this benchmark), memory, and the latency of each request from the time when
+it was due, so that a late response delays no later request. Pages read in a separate process. Rows go to
+benchmarks/results/control_load.json.
 """
 
 import argparse
@@ -49,7 +50,7 @@ Row = dict[str, Any]
 
 
 class Going(threading.Thread):
-    """The run: what it writes in a second, and how many commands that was."""
+    """The continuing run: writes each second's data, and counts its own commands."""
 
     def __init__(self, url: str) -> None:
         super().__init__(daemon=True)
@@ -73,14 +74,14 @@ class Going(threading.Thread):
                 pipe.execute()
 
     def commands_of_others(self) -> int:
-        """That Redis has been sent, ever, this question included."""
+        """Number of commands that Redis has received from others, this query included."""
         self.num_commands += 1
         info: Any = self.client.info("stats")
         return int(info["total_commands_processed"]) - self.num_commands
 
 
 class Measured:
-    """What control and Redis spend while the block runs."""
+    """Measures what control and Redis spend while the block runs."""
 
     def __init__(self, control: psutil.Process, going: Going) -> None:
         self.control, self.going = control, going
@@ -131,7 +132,7 @@ def _answers(url: str) -> bool:
 
 @contextlib.contextmanager
 def pages(url: str, count: int, never_read: bool = False) -> Iterator[dict[str, float]]:
-    """So many of them, connected; what they have read stands there at the end."""
+    """`count` connected pages; the yielded dictionary has what they have read, once the block has ended."""
     if not count:
         yield {}
         return
@@ -156,7 +157,7 @@ def pages(url: str, count: int, never_read: bool = False) -> Iterator[dict[str, 
 
 
 async def follow(url: str, count: int, never_read: bool) -> None:
-    """The other side of `pages`."""
+    """The process of `pages`."""
     address, num_bytes = urlsplit(url), [0] * count
 
     async def page(place: int) -> None:
@@ -181,7 +182,7 @@ async def follow(url: str, count: int, never_read: bool) -> None:
 
 
 async def ask(url: str, path: str, per_s: int, seconds: float) -> Row:
-    """Requests at a steady rate over connections that stay, each timed from when it was due."""
+    """Sends requests at a steady rate over persistent connections, and times each from when it was due."""
     address, latencies_ms, errors = urlsplit(url), [], 0
     request = f"GET {path} HTTP/1.1\r\nHost: {address.netloc}\r\n\r\n".encode()
     free: asyncio.Queue[Any] = asyncio.Queue()
@@ -247,7 +248,7 @@ def phases(url: str, measured: Measured, arguments: argparse.Namespace) -> Itera
 
 
 def derive(rows: list[Row]) -> Row:
-    """What one more page, and one more request, cost."""
+    """The cost of one more page and of one more request."""
     alone, following, asked = rows[0], rows[2], rows[3]
     page_s = (following["cpu_s_per_s"] - alone["cpu_s_per_s"]) / following["pages"]
     request_s = (asked["cpu_s_per_s"] - alone["cpu_s_per_s"]) * asked["seconds"] / asked["num_requests"]

@@ -1,11 +1,11 @@
-"""What it costs that nothing is lost: bytes in Redis, the commit of a group, checkpoints and acknowledgements.
+"""The cost of durability: bytes in Redis, the commit of a group, checkpoints and acknowledgements.
 
     python -m benchmarks.overhead.durability [--repeats 3] [--steps 40]
 
-Three measurements, each against the same without durability, in turns on the same machine: (1) bytes of Redis's
-memory a group takes in its stream, and a finished ticket in the ledger; (2) milliseconds a replica's commit takes
-with `appendfsync always` and with no append-only file; (3) steps per second of a learner that replays a recording
-with a checkpoint every 20 steps, acknowledgements and a durable Redis, and with none of them. Rows go to
+Three measurements, each against the same without durability, in turns on the same machine: (1) the bytes of Redis's
+memory that a group takes in its stream and a finished ticket in the ledger; (2) the milliseconds of a replica's commit
+with `appendfsync always` and without an append-only file; (3) the steps per second of a learner that replays a
+recording with a checkpoint every 20 steps, acknowledgements and a durable Redis, and without any of them. Rows go to
 benchmarks/results/durability.json.
 """
 
@@ -40,7 +40,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "durability.json"
 SHAPES = {"demo: 8 x 14 tokens": (8, 14), "16 x 1,000 tokens": (16, 1000)}
 NUM_SAMPLED = 300
 NUM_FINISHED = 10_000
-"""Enough that Redis keeps the ledger as the hash table that it is in a long run."""
+"""Enough that Redis stores the ledger as a hash table, as in a long run."""
 NUM_COMMITS = 1000
 Row = dict[str, Any]
 
@@ -96,7 +96,7 @@ def bytes_in_redis(folder: Path, name: str, num_rollouts: int, num_tokens: int) 
 
 
 def commits(folder: Path, is_durable: bool) -> Row:
-    """One replica that commits one group after another."""
+    """Times of one replica that commits groups one after another."""
     rng = random.Random(1)
     with redis_server(folder / f"commit-{is_durable}", is_durable) as url:
         keys = Keys("commits")
@@ -146,7 +146,7 @@ def replay(folder: Path, recording: Path, num_steps: int, is_durable: bool) -> R
 
 
 def synthetic_recording(path: Path, num_steps: int) -> Path:
-    """Groups of the demo's shape, none uniform, all fresh: as many as `num_steps` steps need."""
+    """Groups of the demo's shape, none uniform and all fresh, enough for `num_steps` steps."""
     config = load_recipe(RECIPE, [f"learner.steps={num_steps}", "learner.stale_policy=train"]).config
     writer, rng = RecordingWriter(path, Header("synthetic", config.model_dump(mode="json"))), random.Random(2)
     writer.know({1: 0})

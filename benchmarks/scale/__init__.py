@@ -1,1 +1,1 @@
-"""What one learner and one Redis carry, with simulated engines. `python -m benchmarks.scale`."""
+"""The load that one learner and one Redis can carry, with simulated engines. `python -m benchmarks.scale`."""

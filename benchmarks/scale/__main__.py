@@ -1,15 +1,15 @@
-"""What one learner and one Redis carry: 1 to 64 replicas with simulated engines, no GPU.
+"""The load that one learner and one Redis can carry: 1 to 64 replicas with simulated engines, without a GPU.
 
     python -m benchmarks.scale [--replicas 1 2 4 8 16 32 64] [--stretch 1 8] [--seconds 30] [--processes 2]
 
-The learner's program, replicas (their leases, commits, heartbeats, weight fetching and building, HTTP side) and a
-durable Redis are real; engines, rewards and a step's computing take what was recorded of the demo
-(simulated_replicas.py, simulated_learner.py). A batch grows with the replicas, as one would have it, so that a step
-takes as long with 64 as with one, and a replica could do as much. `--stretch 8` makes all completions 8 times as long,
-and everything as much slower.
+The learner's program, the replicas (leases, commits, heartbeats, fetching and building weights, HTTP service) and a
+durable Redis are real. Engines, rewards and a step's computation take the time that was recorded in a run of the demo
+(simulated_replicas.py, simulated_learner.py). The batch grows with the number of replicas, as users would configure it,
+so that a step takes as long with 64 replicas as with one. `--stretch 8` makes all completions 8 times as long, and
+everything 8 times as slow.
 
-For each number: what was done in so many seconds, and the processor time of Redis, the learner and the simulated
-replicas. `scale_limits.py` names what was the limit, by a rule. Rows go to benchmarks/results/scale.json.
+For each number of replicas it reports the work done in `--seconds`, and the processor time of Redis, the learner and
+the simulated replicas. `limits.py` determines the bottleneck by a rule. Rows go to benchmarks/results/scale.json.
 """
 
 import argparse
@@ -49,12 +49,12 @@ POLL_S = 0.1
 
 
 class Spent(NamedTuple):
-    """Processor seconds since the processes, or the machine, have started."""
+    """Processor seconds since the start of the processes or of the machine."""
 
     redis: float
     learner: float
     replicas: Sequence[float]
-    """Of each process of replicas."""
+    """For each process of replicas."""
     machine: float
 
 
@@ -88,7 +88,7 @@ class Stack:
                 service.stop(60.0)
 
     def steps(self) -> list[dict[str, Any]]:
-        """Raises `RuntimeError` if a process has ended."""
+        """The rows of all steps. Raises `RuntimeError` if a process has ended."""
         for service in (self.redis, self.learner, *self.replicas):
             if service.returncode is not None:
                 raise RuntimeError(f"{service.exit_summary()}: {service.log_tail()}")
@@ -113,13 +113,13 @@ class Stack:
         )
 
     def counts(self) -> dict[str, int]:
-        """Of Redis, ever."""
+        """Redis's counters since its start."""
         stream: Any = self.client.xinfo_stream(self.keys.groups)
         stats: Any = self.client.info("stats")
         return {"groups": stream["entries-added"], "commands": stats["total_commands_processed"]}
 
     def delta_bytes(self) -> int:
-        """Of the newest version that is a delta."""
+        """Size of the newest version that is a delta."""
         (root,) = (self.folder / "scale" / "weights").glob("epoch-*")
         sizes = [(version_folder(root, version) / DELTA_FILE) for version in sorted(stored_versions(root))]
         return next((path.stat().st_size for path in reversed(sizes) if path.exists()), 0)
@@ -169,7 +169,7 @@ def measure(count: int, stretch: float, arguments: argparse.Namespace) -> Row:
 
 
 def of_steps(steps: list[dict[str, Any]], delta_bytes: int) -> Row:
-    """From the first of them, which is over, to the last."""
+    """Numbers from the end of the first step to the end of the last."""
     first, last, inner = steps[0], steps[-1], steps[1:]
     seconds, levels = last["time_s"] - first["time_s"], [level for step in inner for level in step["group_staleness"]]
     egress = (last["sent_bytes"] - first["sent_bytes"]) / len(inner)
@@ -187,7 +187,7 @@ def of_steps(steps: list[dict[str, Any]], delta_bytes: int) -> Row:
 
 
 def shares(before: Spent, after: Spent, seconds: float) -> Row:
-    """Of one core each, but the machine's, which is of all its cores."""
+    """Shares of one core each; the machine's is a share of all its cores."""
     ours = [(now - then) / seconds for then, now in zip(before.replicas, after.replicas, strict=True)]
     busy = (after.machine - before.machine) / seconds
     found = {
@@ -206,8 +206,10 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--stretch", type=float, nargs="+", default=[1.0, 8.0])
     parser.add_argument("--seconds", type=float, default=30.0)
-    parser.add_argument("--millions", type=float, default=2.0, help="of bfloat16 weights")
-    parser.add_argument("--processes", type=int, default=2, help="that the replicas are spread over")
+    parser.add_argument(
+        "--millions", type=float, default=2.0, help="size of the model, in millions of bfloat16 weights"
+    )
+    parser.add_argument("--processes", type=int, default=2, help="number of processes that run the replicas")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     rows: list[Row] = []

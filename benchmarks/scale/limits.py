@@ -1,13 +1,13 @@
-"""What the rows of `benchmarks.scale` say: pure, but for the table.
+"""The conclusions from the rows of `benchmarks.scale`: pure functions, except for printing.
 
-The rule. A number of replicas is carried if they do at least 90 % of what one replica does, times their number. The
-first number that is not carried has a limit: of the four below, the one with the highest share, if that is 85 % or
-more of what it has; else it is not processor time, and is named so. Redis and the learner's Python have one core each,
-and are limits of the design; the processes of simulated replicas (each one core) and the machine (all its cores) are
-the benchmark's own.
+The rule: a number of replicas is carried if together they do at least 90 % of that number times the work of one
+replica. The first number that is not carried has a bottleneck: of the four components below, the one with the highest
+share of its processor time, if that share is at least 85 %; otherwise the limit is not processor time, and is reported
+so. Redis and the learner's Python have one core each, and are limits of the design. The processes of simulated replicas
+(one core each) and the machine (all its cores) are limits of the benchmark.
 
-What the design would carry with cores enough follows from the row with the most groups per second: Redis and the
-learner each at one whole core, at what a group costs them there.
+The load that the design could carry with enough cores is computed from the row with the most groups per second: Redis
+and the learner with one whole core each, at their processor time per group in that row.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ LIMITS = {
 
 
 def efficiency(row: Row, alone: Row) -> float:
-    """Of what as many replicas would do if each did as much as one alone."""
+    """The work done as a share of what the replicas would do if each did as much as a single one."""
     return float(row["groups_per_s"] / (alone["groups_per_s"] * row["replicas"] / alone["replicas"]))
 
 
@@ -37,7 +37,7 @@ def limit_of(row: Row) -> str:
 
 
 def judge(rows: list[Row]) -> Row:
-    """Of the rows of one stretch, by growing number of replicas."""
+    """Conclusions from the rows of one stretch, ordered by the number of replicas."""
     alone, most = rows[0], max(rows, key=lambda row: float(row["groups_per_s"]))
     not_carried = [row for row in rows if efficiency(row, alone) < CARRIED]
     redis, learner = (most["groups_per_s"] / most[name] for name in ("redis_cpu", "learner_cpu"))

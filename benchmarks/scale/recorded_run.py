@@ -1,12 +1,12 @@
-"""How long the groups of a real run took and were, for engines that are simulated (simulated_replicas.py).
+"""Durations and lengths of a real run's groups, for simulated engines (simulated_replicas.py).
 
     headrace up configs/tiny-cpu.yaml --run NAME & sleep 20; headrace record --run NAME
     python -m benchmarks.scale.recorded_run runs/NAME [--tokens-per-s 2600]
 
-Writes benchmarks/scale/recorded/demo.json: of `NUM_GROUPS` training groups, evenly over the run, seconds from lease
-to the last token, the number of tokens and the reward of each completion; and the medians of the run's steps and weight
-pauses. The seconds are those of an engine that had as many groups in flight as it may, and so is the speed that
-follows. Where other work slowed the run down, all seconds are divided so that it has the speed that is given.
+Writes benchmarks/scale/recorded/demo.json: for `NUM_GROUPS` training groups, evenly spaced over the run, the seconds
+from lease to the last token, and the number of tokens and the reward of each completion; further the medians of the
+run's steps and weight pauses. The seconds are those of an engine with the maximum number of groups in flight, and so is
+the computed speed. If other work slowed the run down, `--tokens-per-s` scales all seconds to the given speed.
 """
 
 import argparse
@@ -29,9 +29,9 @@ NUM_GROUPS = 400
 
 class RecordedGroup(msgspec.Struct, frozen=True, array_like=True):
     seconds: float
-    """From its lease until its last token was there."""
+    """Seconds from the lease to the last token."""
     num_tokens: list[int]
-    """Of each completion."""
+    """For each completion."""
     rewards: list[float]
 
 
@@ -40,19 +40,19 @@ class RecordedRun(msgspec.Struct, frozen=True):
     cpu: str
     cores: int
     load_average: float
-    """Of the machine when this was written: other work makes engines slower."""
+    """The machine's load when this was written: other work makes engines slower."""
     num_recorded: int
     groups_in_flight: int
-    """At most, at one time, in the one replica."""
+    """Maximum number at one time in the single replica."""
     groups_per_step: int
     group_size: int
     max_new_tokens: int
     recorded_tokens_per_s: float
-    """Of the replica, in the median step, as it was."""
+    """The replica's measured speed in the median step."""
     tokens_per_s: float
-    """As it is here."""
+    """The speed after scaling."""
     step_s: float
-    """A step's computing, median."""
+    """Median duration of a step's computation."""
     swap_pause_s: float
     groups: list[RecordedGroup]
 

@@ -1,11 +1,11 @@
-"""The learner's own program, but that a step takes the recorded time instead of computing, and changes 1.5 % of a
-bfloat16 model of `MILLIONS` of weights by one unit in the last place.
+"""The learner's own program with simulated steps.
 
     python -m benchmarks.scale.simulated_learner STRETCH MILLIONS [arguments of headrace.learner]
 
-`STRETCH` multiplies the recorded time. What it tells of a step has two things more: `group_staleness`, the staleness
-of each group, and `sent_bytes`, what its HTTP side had sent by then. Replicas on this machine fetch over HTTP as
-others do.
+A step takes the recorded time times `STRETCH` instead of computing, and changes 1.5 % of a bfloat16 model of `MILLIONS`
+of weights by one unit in the last place. A step's row has two further numbers: `group_staleness`, the staleness of each
+group, and `sent_bytes`, the bytes that the learner's HTTP service had sent by then. Replicas on this machine fetch
+weights over HTTP, like those on other machines.
 """
 
 import sys
@@ -64,7 +64,7 @@ class Steps(Trainer):
 
 
 class Counting:
-    """Counts the bytes that an ASGI application answers."""
+    """Counts the bytes of an ASGI application's responses."""
 
     def __init__(self, app: Any) -> None:
         self.app = app

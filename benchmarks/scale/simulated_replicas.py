@@ -1,12 +1,11 @@
-"""Replicas whose engines and rewards are simulated, several in one process; all else of them is real, and put together
-by their own assembly.
+"""Replicas with simulated engines and rewards, several in one process; everything else is the product's own code.
 
     HEADRACE_REDIS_URL=... HEADRACE_TOKEN=... python -m benchmarks.scale.simulated_replicas STRETCH NAME...
 
-A simulated engine takes for a group what a recorded one took (recorded_run.py) and answers with as many
-random tokens; a swap takes what it took then, and in a completion that was under way the versions change where they
-would have. It is no faster with fewer groups in flight. Rewards are the recorded ones. `STRETCH` multiplies lengths
-and durations. SIGTERM ends all of them at once; their tickets are handed back.
+For a group a simulated engine takes the time of a recorded one (recorded_run.py), and answers with as many random
+tokens. A swap takes the recorded time too, and the tokens of completions in progress change their version at that time.
+The engine is not faster with fewer groups in flight. Rewards are the recorded ones. `STRETCH` multiplies lengths and
+durations. SIGTERM ends all replicas at once; they hand their tickets back.
 """
 
 import asyncio
@@ -35,14 +34,14 @@ from headrace.generation.engine.swapping import SwapTimings
 from headrace.generation.http_api import make_app
 
 NUM_REMEMBERED = 64
-"""Of the versions that an engine has served."""
+"""Number of versions whose start times an engine remembers."""
 RANDOM = np.random.default_rng(0)
 TOKENS = RANDOM.integers(2, 500, 1 << 16).tolist()
 LOGPROBS = -RANDOM.random(1 << 16, np.float32)
 
 
 class Engine:
-    """In the place of `headrace.generation.engine.client.Engine`, as the supervisor and the weight updater use it."""
+    """Replaces `headrace.generation.engine.client.Engine`; has what the supervisor and the weight updater use."""
 
     recorded: RecordedRun
     stretch: float
@@ -53,7 +52,7 @@ class Engine:
         self.url = url
         self._random = random.Random()
         self._served: list[tuple[float, int]] = []
-        """Since when each version."""
+        """For each version, since when it is served."""
 
     @property
     def last_heard_at(self) -> float:
@@ -97,7 +96,7 @@ class Engine:
 
 
 def spans(served: list[tuple[float, int]], began_s: float, token_s: float, num_tokens: int) -> list[VersionSpan]:
-    """Of tokens that came one every `token_s` from `began_s` on, from an engine that has `served` these versions."""
+    """Spans of tokens sampled every `token_s` from `began_s` on, by an engine that has `served` these versions."""
     starts = {max(0, math.ceil((since_s - began_s) / token_s)): version for since_s, version in served}
     found = sorted((start, version) for start, version in starts.items() if start < num_tokens)
     ends = [*(start for start, _ in found[1:]), num_tokens]
@@ -105,7 +104,7 @@ def spans(served: list[tuple[float, int]], began_s: float, token_s: float, num_t
 
 
 class Rewards:
-    """In the place of the reward pool: what stands in front of the text."""
+    """Replaces the reward pool; the reward is the number at the beginning of the text."""
 
     def __init__(self, *_: object, **__: object) -> None:
         self.seconds = Histogram(SHORT_S)
@@ -122,7 +121,7 @@ class Rewards:
 
 
 async def serve(joined: JoinedRun, redis_url: str, name: str) -> None:
-    """One replica, until cancelled."""
+    """Runs one replica until it is cancelled."""
     sock = listen("127.0.0.1", 0)
     where = (name, socket_url(sock), Path(), Waits())
     async with (

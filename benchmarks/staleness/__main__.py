@@ -1,15 +1,16 @@
-"""Which loss learns from stale groups: `python -m benchmarks.staleness` screens, studies what did best, and reports.
+"""Which loss learns from stale groups: `python -m benchmarks.staleness` screens losses, studies the best, and reports.
 
     screen   every loss at staleness 8, one seed
     study    the baseline loss and the three best (or --losses) at staleness 0, 8, 16, then 1, 4, 32; three seeds
     long     the study's first part on a second task, with longer answers (benchmarks/tasks/long_arithmetic.py)
     splits   the default loss with other mini-batches, at staleness 0, 2 and 16; three seeds
     guard    the baseline loss where it collapses, without the guard and with it
-    report   tables and a plot of what has been run, into docs/staleness.md
+    report   writes tables and a plot of all runs into docs/staleness.md
 
-Each run is the real trainer on groups that are all exactly so stale (forced_staleness.py), in a process of
-its own, on one thread, with accuracy on 2,048 held-out problems. What has been run is kept in
-benchmarks/results/staleness.json and not run again, as long as its settings are the same; `--minutes` ends in time.
+Each run uses the real trainer on groups that all have exactly the given staleness (forced_staleness.py), in a separate
+process, on one thread, and measures accuracy on 2,048 held-out problems. Results are kept in
+benchmarks/results/staleness.json; a run is not repeated as long as its settings are the same. `--minutes` limits the
+time.
 """
 
 import argparse
@@ -50,10 +51,10 @@ def main() -> int:
     parser.add_argument("what", nargs="?", default="all", choices=("all", *PARTS, "report", "one"))
     parser.add_argument("--losses", nargs="+", choices=list(BY_NAME), default=None)
     parser.add_argument("--staleness", type=int, nargs="+", default=None)
-    parser.add_argument("--long", action="store_true", help="of `one`: on the second task")
+    parser.add_argument("--long", action="store_true", help="for `one`: use the second task")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so long")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="minutes after which no further run begins")
     arguments = parser.parse_args()
     if arguments.what == "one":
         run = Run(arguments.losses[0], arguments.staleness[0], arguments.seeds[0], arguments.long)
@@ -69,7 +70,7 @@ def main() -> int:
 
 
 def runs_of(part: str, results: Results, arguments: argparse.Namespace) -> Iterator[Run]:
-    """In their order; what `study` and `long` are made of is decided by the screening."""
+    """A part's runs in their order; the screening determines those of `study` and `long`."""
     losses = arguments.losses or ["baseline", *best(results)]
     if part == "screen":
         yield from (Run(loss, SCREENED, SEEDS[0]) for loss in arguments.losses or LOSSES)
@@ -93,7 +94,8 @@ def make_long_policy() -> None:
 
 
 def study(losses: list[str], stalenesses: Iterable[int], seeds: Iterable[int]) -> Iterator[Run]:
-    """What says most first: the baseline loss and the best at the stalenesses that the default is decided by."""
+    """The most informative runs first: the baseline loss and the best ones at the stalenesses that decide the
+    default."""
     first = [staleness for staleness in stalenesses if staleness in FIRST_STALENESSES]
     rest = [staleness for staleness in stalenesses if staleness not in FIRST_STALENESSES]
     for some, levels in ((losses[:2], first), (losses[2:], first), (losses, rest)):
@@ -102,7 +104,8 @@ def study(losses: list[str], stalenesses: Iterable[int], seeds: Iterable[int]) -
 
 
 def best(results: Results) -> list[str]:
-    """Of the screening, beside the baseline's: by the mean of the accuracies on the way, so that a dip counts."""
+    """The best losses of the screening beside the baseline: by the mean of all accuracies of the run, so that a dip
+    counts."""
 
     def merit(loss: str) -> float:
         row = results.of(Run(loss, SCREENED, SEEDS[0]))

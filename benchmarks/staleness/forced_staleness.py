@@ -1,9 +1,10 @@
-"""One run of the real trainer on groups that are all exactly max_staleness steps old: no engine, no Redis, one thread.
+"""One run of the real trainer on groups that are all exactly `max_staleness` steps old: no engine, no Redis, one
+thread.
 
-The weights of the last steps are kept; a step's groups are sampled with those of so many steps ago, by the same model
-in the same process, and uniform groups are not refilled, so that runs that differ only in their loss see the same
-number of prompts; with `actor.dynamic_sampling: false` they count in the batch. Everything else (advantages, packing,
-loss, optimizer, metrics, guard) is the learner's own.
+The weights of the last steps are kept; a step's groups are sampled with those of `max_staleness` steps before, by the
+same model in the same process. Uniform groups are not replaced, so that runs that differ only in their loss see the
+same number of prompts; with `actor.dynamic_sampling: false` they count in the batch. Everything else (advantages,
+packing, loss, optimizer, metrics, guard) is the learner's own code.
 """
 
 import itertools
@@ -40,7 +41,7 @@ class Sampled(NamedTuple):
 
 
 def run(config: RunConfig, num_held_out: int, evaluate_every: int) -> Iterator[dict[str, Any]]:
-    """Rows of steps and of evaluations. Deterministic, but for times."""
+    """Rows of steps and of evaluations; deterministic, except for times."""
     torch.set_num_threads(1)
     torch.manual_seed(config.seed)
     task, tokenizer = load_task(config.task.name, config.task.settings), load_tokenizer(config.model)
@@ -81,8 +82,8 @@ def run(config: RunConfig, num_held_out: int, evaluate_every: int) -> Iterator[d
 def sample(
     model: Any, prompts: list[list[int]], max_new_tokens: int, stops: list[int], drops_ended: bool = False
 ) -> list[Sampled]:
-    """One completion a prompt at temperature 1, with its log-probabilities. `drops_ended`: what has ended leaves the
-    batch when it is half of it; faster where few are long, and other random numbers."""
+    """One completion per prompt at temperature 1, with its log-probabilities. `drops_ended`: ended completions leave
+    the batch when they are half of it, which is faster if few are long, and changes the random numbers."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -113,7 +114,7 @@ def sample(
 
 
 def _groups(model: Any, tickets: list[Ticket], version: int, task: Task, tokenizer: Any) -> Iterator[Group]:
-    """Of `num_completions` each."""
+    """Groups of `num_completions` each."""
     wanted = [ticket for ticket in tickets for _ in range(ticket.num_completions)]
     sampling = tickets[0].sampling
     found: list[Sampled] = []

@@ -1,6 +1,6 @@
-"""What `benchmarks.staleness` has found, as tables between the marks of docs/staleness.md and as docs/staleness.svg.
+"""The results of `benchmarks.staleness`, as tables between the marks of docs/staleness.md and as docs/staleness.svg.
 
-A cell that has not been run is shown as missing; nothing is filled in.
+A cell without a run is shown as missing; nothing is interpolated.
 """
 
 import itertools
@@ -92,7 +92,7 @@ def _splits(results: Results) -> str:
 def _by_staleness(
     results: Results, what: str, losses: Iterable[str], levels: Sequence[int], is_long: bool = False
 ) -> list[str]:
-    """Final accuracies, a row a loss and a column a staleness."""
+    """Final accuracies, a row per loss and a column per staleness."""
     lines = [
         f"| {what} | {' | '.join(f'staleness {staleness}' for staleness in levels)} |",
         f"|---|{'---|' * len(levels)}",
@@ -150,7 +150,7 @@ def _would_have_tightened(results: Results) -> str:
 
 
 def _first_tightening(run: Run, columns: dict[str, list[float | None]]) -> str:
-    """Had it been let."""
+    """The step at which the guard would have tightened first, if it had been allowed to."""
     config = load_recipe(ROOT / "configs" / "tiny-cpu.yaml", [*run.settings, "actor.divergence_guard=act"]).config
     state = GuardState()
     names = ("kl_behaviour_proximal", "behaviour_clip_fraction", "ess")
@@ -168,7 +168,7 @@ def _studied(results: Results, is_long: bool = False) -> list[str]:
 
 
 def _finals(results: Results, loss: str, staleness: int, is_long: bool = False) -> dict[int, float]:
-    """Of each seed that was run, the accuracy after the last step."""
+    """The accuracy after the last step, for each seed that was run."""
     rows = {seed: results.of(Run(loss, staleness, seed, is_long)) for seed in SEEDS}
     return {seed: row["accuracy"][str(row["steps"])] for seed, row in rows.items() if row}
 

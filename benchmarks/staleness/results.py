@@ -1,4 +1,4 @@
-"""What runs of the study of staleness have found, kept in benchmarks/results/staleness.json as they end."""
+"""The results of the staleness study's runs, stored in benchmarks/results/staleness.json as each run ends."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "staleness.json"
 
 
 class Results:
-    """By the name of the run: what it was run with, accuracy by step, and columns of its steps."""
+    """By the name of the run: its settings, accuracy by step, and columns of its steps."""
 
     def __init__(self, path: Path = RESULTS) -> None:
         self.path = path
@@ -20,7 +20,7 @@ class Results:
         self._rows: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
 
     def of(self, run: Run) -> dict[str, Any] | None:
-        """None where it has not been run with the settings that it has now."""
+        """The run's result; None if it was not run with its present settings."""
         row = self._rows.get(run.name)
         return row if row and row["settings"] == run.settings else None
 

@@ -1,4 +1,4 @@
-"""What the study of staleness runs: losses as settings over the demo's recipe, and runs by their names."""
+"""The runs of the staleness study: losses as settings over the demo's recipe, and runs by their names."""
 
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ BASE = [
     f"evaluation.num_prompts={NUM_HELD_OUT}",
     "evaluation.completions_per_prompt=1",
 ]
-"""On top of the demo's recipe."""
+"""Settings over the demo's recipe."""
 SEQUENCE, NO_CLIP = "actor.ratio_gradient=sequence", "actor.behaviour_clip=false"
 COUPLED, TOKEN = "actor.use_decoupled_loss=false", "actor.importance_sampling_level=token"
 WEIGHTS, CAP = "actor.behav_imp_weight_mode", "actor.behav_imp_weight_cap"
@@ -58,7 +58,7 @@ SPLITS: dict[str, list[str]] = {
     "kept": [*NARROW, KEPT],
     "kept and dealt": [*NARROW, KEPT, DEALT],
 }
-"""Mini-batches of whole groups, or of completions dealt out; uniform groups dropped, or kept in the batch."""
+"""Mini-batches of whole groups or of distributed completions; uniform groups dropped or kept in the batch."""
 SPLIT_STALENESSES = (0, 2, 16)
 FAST = [*LOSSES["baseline, 4 mini-batches"], "optimizer.lr=6e-4", "learner.steps=40"]
 GUARDED: dict[str, list[str]] = {
@@ -70,7 +70,7 @@ GUARDED_LONG: dict[str, list[str]] = {
     "baseline": LOSSES["baseline"],
     "baseline, guarded": [*LOSSES["baseline"], "actor.divergence_guard=act"],
 }
-"""Likewise at the demo's lr, on the second task, where the baseline loss collapses."""
+"""The same at the demo's lr on the second task, where the baseline loss collapses."""
 BY_NAME = LOSSES | GUARDED | GUARDED_LONG | SPLITS
 LONG = [
     "task.name=benchmarks.tasks.long_arithmetic:LongArithmetic",
@@ -103,7 +103,7 @@ class Run(NamedTuple):
 
 
 def guarded(seed: int) -> list[Run]:
-    """Runs that collapse, each before the same one with a guard."""
+    """Runs that collapse, each before the same run with a guard."""
     return [
         *(Run(loss, SCREENED, seed) for loss in GUARDED),
         *(Run(loss, SCREENED, seed, is_long=True) for loss in GUARDED_LONG),

@@ -1,7 +1,7 @@
-"""What the benchmarks' own tasks share: problems drawn at random, and a policy that has seen mostly mistaken answers.
+"""The basis of the benchmarks' own tasks: problems drawn at random, and a policy trained on mostly mistaken answers.
 
-A policy is the demo's, supervised for a while on worked answers of which most contain a slip, as in its own warm start
-(headrace/learner/demo_policy/make.py). A problem is held out by a hash of its numbers.
+The policy is the demo's, finetuned for a while on worked answers of which most contain a slip, as the demo's policy was
+made (headrace/learner/demo_policy/make.py). Whether a problem is held out is decided by a hash of its numbers.
 """
 
 import random
@@ -48,7 +48,7 @@ class DrawnTask(Generic[P]):
 
 
 def answered(problems: Iterator[P], slip_share: float) -> Iterator[tuple[P, str]]:
-    """Each with a worked answer, of which so many contain a slip."""
+    """Each problem with a worked answer; the share `slip_share` of these contains a slip."""
     rng = random.Random("slips")
     for problem in problems:
         yield problem, rng.choice(problem.slips) if rng.random() < slip_share else problem.worked()
@@ -57,7 +57,7 @@ def answered(problems: Iterator[P], slip_share: float) -> Iterator[tuple[P, str]
 def supervised_demo_policy(
     batches: Iterator[list[tuple[Prompt, str]]], num_steps: int, learning_rate: float
 ) -> tuple[Any, Any]:
-    """The demo's policy (Qwen3ForCausalLM, float32) after so many steps on one core, and its tokenizer."""
+    """The demo's policy (Qwen3ForCausalLM, float32) after `num_steps` of finetuning on one core, and its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,8 +1,9 @@
-"""A small Qwen3 grown into one of about 10 M parameters that computes the same: what is long to train is trained small.
+"""Grows a small Qwen3 to about 10 M parameters without changing its results, so that it can be trained while it is
+small.
 
-What is added only reads: every projection that writes to the residual stream is 0 where it is new, so that the added
-width stays 0 there and the added heads, neurons and layers add nothing, until training changes that. Norms divide by
-the root mean square over the width, so their weights shrink by what the added zeros take from it.
+The added parts have no effect until training changes them: every new row of a projection that writes to the residual
+stream is 0, so that the added width stays 0 and the added heads, neurons and layers add nothing. Norms divide by the
+root mean square over the width, so their weights are scaled down to compensate for the added zeros.
 """
 
 from typing import Any
@@ -15,12 +16,12 @@ GROWN |= {"num_attention_heads": 12, "num_key_value_heads": 6}
 """Grouped like the demo's policy: two heads share a key."""
 DEVIATION = 0.02
 WRITES = ("o_proj.weight", "down_proj.weight", "embed_tokens.weight", "lm_head.weight")
-"""Of the residual stream; the embedding is the output layer as well."""
+"""Parameters that write to the residual stream; the embedding is the output layer as well."""
 READS_WIDTH = ("input_layernorm.weight", "post_attention_layernorm.weight", "model.norm.weight")
 
 
 def grown(model: Any) -> Any:
-    """Deterministic; logits within float32's rounding of the small model's."""
+    """The larger model, deterministic; its logits equal the small model's up to float32 rounding."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = model.config.to_dict() | GROWN | {"initializer_range": DEVIATION, "layer_types": None}

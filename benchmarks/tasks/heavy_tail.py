@@ -1,9 +1,9 @@
-"""A workload whose completions are of 20 to 512 tokens with a heavy tail, and a policy of 10.8 M parameters for it.
+"""A workload with completions of 20 to 512 tokens with a heavy tail, and a policy of 10.8 M parameters for it.
 
-`python -m benchmarks.tasks.heavy_tail` makes the policy, in runs/heavy-tail-policy. A problem takes a number away so
-many times, a line for each, which count down; how often is Pareto-distributed, from a short question. The policy is the
-demo's, supervised on answers of which most tell what was left once earlier or later (drawn_task.py), and then grown
-without changing what it computes (growth.py).
+`python -m benchmarks.tasks.heavy_tail` makes the policy, in runs/heavy-tail-policy. A short question asks to subtract a
+number repeatedly; the answer has one line per subtraction, counting down. The number of repetitions is
+Pareto-distributed. The policy is the demo's, finetuned on answers of which most report the result one repetition too
+early or too late (drawn_task.py), and then grown without changing its results (growth.py).
 """
 
 import random
@@ -18,7 +18,8 @@ from headrace.common.tasks.arithmetic import ANSWER_MARK, ITEMS, NAMES, is_held_
 
 POLICY = Path("runs/heavy-tail-policy")
 FEWEST_TIMES, MOST_TIMES, TAIL_INDEX = 2, 37, 1.1
-"""How often something is taken away: P(more than n) is (FEWEST_TIMES / n) ** TAIL_INDEX, up to the most."""
+"""Bounds and tail index of the number of subtractions: P(more than n) is (FEWEST_TIMES / n) ** TAIL_INDEX, up to
+MOST_TIMES."""
 TAKEN, LEFT = range(3, 13), range(12, 50)
 MAX_NEW_TOKENS = 512
 NUM_STEPS, BATCH_TOKENS, POOL_SIZE, LEARNING_RATE, SLIP_SHARE = 900, 4096, 512, 1.5e-3, 0.65
@@ -41,7 +42,8 @@ class Selling:
         return self.left + (self.times - times) * self.taken
 
     def worked(self, slip: int = 0) -> str:
-        """The right answer; or right arithmetic, and what is left so many times later told for it."""
+        """The right answer; with `slip` the same arithmetic, but the final answer is that of `slip` repetitions
+        later."""
         lines = [f"{self.times - n}:{self.after(n)} - {self.taken} = {self.after(n + 1)}" for n in range(self.times)]
         return "\n".join([*lines, f"{ANSWER_MARK} {self.after(self.times + slip)}"])
 
@@ -62,7 +64,7 @@ class HeavyTail(DrawnTask[Selling]):
 
 
 def make_policy(folder: Path, num_steps: int = NUM_STEPS) -> None:
-    """Deterministic on one machine; some minutes of one core."""
+    """Deterministic on one machine; takes some minutes on one core."""
     from benchmarks.tasks.growth import grown
     from headrace.learner.demo_policy.make import save_policy
 
@@ -72,7 +74,7 @@ def make_policy(folder: Path, num_steps: int = NUM_STEPS) -> None:
 
 
 def _batches() -> Iterator[list[tuple[Prompt, str]]]:
-    """Of answers of about one length, in at most so many tokens with padding; in random order."""
+    """Batches of answers of similar length, of at most `BATCH_TOKENS` tokens with padding; in random order."""
     rng, source = random.Random("batches"), answered(HeavyTail().problems("train", "warm start"), SLIP_SHARE)
     while True:
         pairs = sorted(islice(source, POOL_SIZE), key=lambda pair: len(pair[1]))

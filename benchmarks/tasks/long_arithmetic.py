@@ -1,6 +1,8 @@
-"""The study's second task: chains of four to six additions and subtractions, answered in about 50 tokens, not 16.
+"""The staleness study's second task: chains of four to six additions and subtractions, answered in about 50 tokens, not
+16.
 
-`python -m benchmarks.tasks.long_arithmetic` makes the policy that it starts from, in runs/long-policy (drawn_task.py).
+`python -m benchmarks.tasks.long_arithmetic` makes the policy that the study starts from, in runs/long-policy
+(drawn_task.py).
 """
 
 import random
@@ -33,7 +35,7 @@ class Chain:
         return Prompt([{"role": "user", "content": f"{story} How many now?"}], {"answer": str(self.results()[-1])})
 
     def results(self, operations: str | None = None) -> list[int]:
-        """After each operation; by other operations than the right ones where they are given."""
+        """The result after each operation; `operations` replaces the right operations if it is given."""
         total, found = self.operands[0], []
         for operation, operand in zip(operations or self.operations, self.operands[1:], strict=False):
             total += operand if operation == "+" else -operand
@@ -48,7 +50,7 @@ class Chain:
 
     @property
     def slips(self) -> list[str]:
-        """Worked answers with one operation mistaken, or one left out at the end."""
+        """Worked answers with one wrong operation, or without the last one."""
         flipped = [
             self.operations[:place] + ("-" if operation == "+" else "+") + self.operations[place + 1 :]
             for place, operation in enumerate(self.operations)
@@ -73,7 +75,7 @@ def is_easy(results: list[int]) -> bool:
 
 
 def make_policy(folder: Path, num_steps: int = NUM_STEPS) -> None:
-    """Deterministic on one machine; about five minutes of one core."""
+    """Deterministic on one machine; takes about five minutes on one core."""
     from headrace.learner.demo_policy.make import save_policy
 
     pairs = answered(LongArithmetic().problems("train", "warm start"), SLIP_SHARE)

@@ -1,1 +1,1 @@
-"""Questions about weight versions: bytes, the time that a step waits for them, and how they reach many replicas."""
+"""Benchmarks of weight versions: their size, how long a step waits for them, and how they reach many replicas."""

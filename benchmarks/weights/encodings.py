@@ -1,15 +1,15 @@
-"""What weight versions cost on the wire and on one core.
+"""The cost of weight versions in bytes and on one core, by encoding.
 
     python -m benchmarks.weights.encodings [--millions 50]
 
-Bytes (share of the whole model's) and speeds (of the model's bytes, GB/s) of four exact encodings: full (nothing is
-encoded), raw sparse (a 32-bit place and a value for each change), xor + zstd, and ours
-(headrace/common/weights/delta.py). On random bfloat16 weights of which none, 1.5 % or all differ by one unit in the
-last place, and on real consecutive versions: a run of the demo with the real engine, in bfloat16 with float32 masters,
-at lr 1e-6, that this command makes first.
+Sizes (as a share of the whole model) and speeds (GB/s of the model's bytes) of four exact encodings: full (no
+encoding), raw sparse (a 32-bit index and a value for each change), xor + zstd, and ours
+(headrace/common/weights/delta.py). They are measured on random bfloat16 weights of which none, 1.5 % or all differ by
+one unit in the last place, and on real consecutive versions, from a run of the demo with the real engine, in bfloat16
+with float32 masters, at lr 1e-6, which this command makes first.
 
-Speeds are the best of some repetitions, in memory, on one thread. BLAKE3 of the result, which every version needs
-whichever encoding it has, is a row of its own. Rows go to benchmarks/results/weights.json.
+Speeds are the best of several repetitions, in memory, on one thread. BLAKE3 of the result, which every version needs
+with any encoding, has a row of its own. Rows go to benchmarks/results/weights.json.
 """
 
 import argparse
@@ -40,19 +40,19 @@ from headrace.learner.weights.publisher import PREFIX
 RESULTS = ROOT / "benchmarks" / "results" / "weights.json"
 REPEATS = 5
 LOOK_S = 0.02
-"""Between two looks for a version, of which two lie in memory at a time."""
+"""Interval of polling for versions, of which two are in memory at a time."""
 RUN_SETTINGS = ["model.dtype=bfloat16", "optimizer.lr=1e-6", "learner.steps=12", "evaluation.num_prompts=16"]
 Row = dict[str, Any]
 Pair = tuple[Bits, Bits]
-"""A tensor, and what it was a version before."""
+"""A tensor, and the same tensor one version before."""
 Encode = Callable[[Bits, Bits], Any]
 Decode = Callable[[Any, Bits, Bits], None]
-"""What was sent, the tensor before, and where to write."""
+"""Arguments: the encoded bytes, the tensor before, and where to write."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.weights.encodings")
-    parser.add_argument("--millions", type=float, default=50, help="Of random weights.")
+    parser.add_argument("--millions", type=float, default=50, help="millions of random weights")
     num_items = int(parser.parse_args().millions * 1e6)
     rows = []
     for case, share in (("none changes", 0.0), ("1.5 % by one unit", 0.015), ("all by one unit", 1.0)):
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def random_pair(num_items: int, share: float) -> Pair:
-    """Normal weights of deviation 0.02, and the same with a random `share` a unit up or down."""
+    """Normal weights of deviation 0.02, and a copy with a random `share` moved a unit up or down."""
     rng = np.random.default_rng(0)
     floats = rng.standard_normal(num_items, np.float32) * np.float32(0.02)
     before: Bits = (floats.view(np.uint32) >> 16).astype(np.uint16)
@@ -78,7 +78,7 @@ def random_pair(num_items: int, share: float) -> Pair:
 
 
 def real_versions(folder: Path) -> list[list[Bits]]:
-    """The tensors of consecutive versions of a short run, whose files are kept as a replica beside it keeps them."""
+    """Tensors of consecutive versions of a short run; the files are hard-linked before the learner deletes them."""
     settings = [part for setting in RUN_SETTINGS for part in ("--set", setting)]
     command = headrace_up(RECIPE, "real", "--runs-folder", str(folder), *settings)
     files = f"{PREFIX}*/v*/{MODEL_FILE}"

@@ -1,11 +1,11 @@
-"""How a weight version reaches many replicas, and one on the learner's machine.
+"""The time in which a weight version reaches many replicas, and a replica on the learner's machine.
 
     python -m benchmarks.weights.fan_out [--replicas 8] [--millions 10] [--megabytes-per-s 20]
 
-The learner's real HTTP side with its port capped (a relay of so many megabytes a second in all), and replicas without
-engines but with their real copies of the weights, each with a port of its own. Every version, an anchor and then
-deltas, is fetched by all at the same time: once as the learner tells them (a tree of replicas) and once all from the
-learner. Then one replica fetches the same versions over HTTP without a cap, and from the learner's folder. Rows go to
+The learner's real HTTP service behind a relay with a limited total bandwidth, and replicas without engines that keep
+real copies of the weights, each with its own port. All replicas fetch every version, an anchor and then deltas, at the
+same time: once from the sources that the learner names (a tree of replicas), and once all from the learner. Then one
+replica fetches the same versions over HTTP without a bandwidth limit, and from the learner's folder. Rows go to
 benchmarks/results/fan_out.json.
 """
 
@@ -49,7 +49,7 @@ Row = dict[str, Any]
 
 
 class Relay:
-    """Passes connections on to `port`; what comes back is slowed down to `bytes_per_s` in all, and counted."""
+    """Forwards connections to `port`; limits the returned bytes to `bytes_per_s` in total, and counts them."""
 
     def __init__(self, port: int, bytes_per_s: float) -> None:
         self.port = port
@@ -97,7 +97,7 @@ class Replica:
 
 
 def write_versions(root: Path, num_items: int) -> list[PublishedVersion]:
-    """An anchor, and deltas of 1.5 % by one unit."""
+    """Writes an anchor, and deltas in which 1.5 % of the weights change by one unit."""
     root.mkdir()
     writer, found = VersionWriter("benchmark"), []
     after, before = random_pair(num_items, 0.015)
@@ -171,8 +171,8 @@ def report(rows: list[Row], console: Console) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.weights.fan_out")
     parser.add_argument("--replicas", type=int, default=8)
-    parser.add_argument("--millions", type=float, default=10, help="Of bfloat16 weights.")
-    parser.add_argument("--megabytes-per-s", type=float, default=20, help="That the learner's port lets through.")
+    parser.add_argument("--millions", type=float, default=10, help="millions of bfloat16 weights")
+    parser.add_argument("--megabytes-per-s", type=float, default=20, help="bandwidth of the learner's port")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="headrace-fan-out-") as folder:
         rows = asyncio.run(measure(arguments, Path(folder)))

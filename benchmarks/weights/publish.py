@@ -1,12 +1,13 @@
-"""How long a step waits for its version and its checkpoint, and how long these then take beside the next one.
+"""How long a step waits for its version and its checkpoint, and how long both then take beside the next step.
 
     python -m benchmarks.weights.publish [--millions 1500] [--state-gb 4] [--threads 1 2]
 
-Random bfloat16 weights, in tensors like those of a model of 1.5 billion, of which 0.5, 5 or 25 % change by a unit in
-the last place before each version; then float32 state. By the learner's own classes, with a real Redis: seconds that
-the loop is held up, beside one `memcpy` of the same bytes into the same memory just before, both on the clock and of
-the processor; seconds until the version is announced, or the checkpoint durable; bytes; and how much slower a thread
-that trains a small network becomes meanwhile. Torch has one thread. Rows go to benchmarks/results/publish.json.
+Random bfloat16 weights, in tensors of the shapes of a model with 1.5 billion, of which 0.5, 5 or 25 % change by one
+unit in the last place before each version; then float32 state. It uses the learner's own classes and a real Redis.
+Measured are: the seconds that the loop waits, next to one `memcpy` of the same bytes into the same memory just before,
+as wall time and as processor time; the seconds until the version is announced or the checkpoint is durable; bytes; and
+how much a thread that trains a small network is slowed down meanwhile. Torch has one thread. Rows go to
+benchmarks/results/publish.json.
 """
 
 import argparse
@@ -49,10 +50,10 @@ LAYER: dict[str, tuple[int, ...]] = {"q": (1536, 1536), "k": (256, 1536), "v": (
 LAYER |= {"gate": (8960, 1536), "up": (8960, 1536), "down": (1536, 8960), "norm": (1536,)}
 EMBEDDINGS = (151_936, 1536)
 BLOCK = 1 << 24
-"""Random numbers; zstd does not see that they come again."""
+"""Number of distinct random numbers; zstd does not notice the repetition."""
 MEMCPY_REPEATS = 3
 TRAIN_S = 3.0
-"""How long the thread that trains is timed alone."""
+"""How long the training thread is timed without other work."""
 COLUMNS = ["", "threads", "GB", "memcpy, s", "held up, s", "of a memcpy (processor)", "done after, s", "GB written"]
 COLUMNS += ["training slowed by"]
 Row = dict[str, Any]
@@ -60,7 +61,7 @@ Row = dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.weights.publish")
-    parser.add_argument("--millions", type=float, default=1500, help="Of weights.")
+    parser.add_argument("--millions", type=float, default=1500, help="millions of weights")
     parser.add_argument("--state-gb", type=float, default=4)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     arguments = parser.parse_args()
@@ -83,7 +84,7 @@ def main() -> None:
 
 
 def made_weights(num_items: int) -> dict[str, Tensor]:
-    """As many layers as it takes, and embeddings; the same few million random numbers again and again."""
+    """Embeddings and as many layers as needed, filled with the same few million random numbers repeatedly."""
     block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
     found, left = dict[str, Tensor](), num_items
     layers = {f"layers.{n}.{name}": shape for n in range(999) for name, shape in LAYER.items()}
@@ -99,7 +100,7 @@ def made_weights(num_items: int) -> dict[str, Tensor]:
 
 
 def change(weights: Mapping[str, Tensor], share: float) -> None:
-    """A random `share` by one unit up or down, in place."""
+    """Moves a random `share` by one unit up or down, in place."""
     chance = torch.empty(BLOCK, dtype=torch.int16).random_(0, 1 << 15)
     block = ((chance < share * (1 << 15)) * (1 - 2 * (chance & 1))).to(torch.int16)
     for tensor in weights.values():
@@ -108,7 +109,7 @@ def change(weights: Mapping[str, Tensor], share: float) -> None:
 
 
 def publications(folder: Path, url: str, num_items: int, num_threads: int) -> list[Row]:
-    """After two, which ask for the memory that is then used again and again."""
+    """Rows of publications, after two that allocate the memory which later ones reuse."""
     weights, waits = made_weights(num_items), Waits()
     versions = WeightVersions(folder / f"weights-{num_threads}", LearnerStore(connect(url), Keys("publish")), "", "")
     versions._writer = VersionWriter("benchmark", num_threads)
@@ -141,7 +142,7 @@ def publications(folder: Path, url: str, num_items: int, num_threads: int) -> li
 
 
 def memcpy(tensors: Mapping[str, Tensor], memory: Mapping[str, Tensor]) -> Row:
-    """Seconds on the clock and of the processor, each the median of a few."""
+    """Wall seconds and processor seconds, each the median of a few copies."""
     times = []
     for _ in range(MEMCPY_REPEATS):
         began_s, began_cpu_s = time.perf_counter(), time.thread_time()
@@ -158,7 +159,8 @@ def trained_alone() -> float:
 
 
 def trained_a_second(goes_on: Callable[[float], bool]) -> float:
-    """Updates of a small network by this thread; `goes_on` is asked with the seconds since the first."""
+    """Updates per second of a small network by this thread; `goes_on` is called with the seconds since the first
+    one."""
     torch.manual_seed(0)
     network = nn.Sequential(*(nn.Linear(256, 256) for _ in range(8)))
     optimizer, batch = torch.optim.AdamW(network.parameters()), torch.randn(256, 256)
