@@ -141,7 +141,7 @@ def texts_of_the_code() -> str:
                 parts = [str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values]
                 found.append("".join(parts))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(re.sub(r"\{\w*\}", "…", node.value))
+                found.append(re.sub(r"\{\w*\}|%(?:\.\d)?[sdgf]", "…", node.value))
     return "\n".join(found)
 
 
