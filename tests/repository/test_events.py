@@ -6,7 +6,7 @@ from pathlib import Path
 from headrace.control.models.history import Event
 
 ROOT = Path(__file__).parents[2]
-EMITTED = re.compile(r"""(?:announce\(\s*|["']kind["']: |'kind', )["']([a-z_]+)["']""")
+EMITTED = re.compile(r"""(?:announce\(\s*|add_event\(\s*|["']kind["']: |'kind', )["']([a-z_]+)["']""")
 ROWS = {"step", "evaluation"}
 """Rows of metrics are announced by their kind."""
 
