@@ -129,7 +129,7 @@ def test_check_prints_every_setting_once_with_its_source(tmp_path: Path) -> None
     assert rest.startswith("redis_url ")
     assert "estimates, for 656,448 parameters\nlearner" in rest
     titles = {line.split()[0] for line in rest.splitlines() if not line.startswith(" ") and line}
-    assert titles >= {"prompts", "estimates,", "learner", "engine", "host", "disk", "moved", "time"}
+    assert titles >= {"prompts", "template", "estimates,", "learner", "engine", "host", "disk", "moved", "time"}
     assert "100  train prompts tried: 18 to 27 tokens" in rest
 
 
@@ -166,6 +166,7 @@ def test_check_for_programs_says_the_same() -> None:
     titles = {"learner", "engine", "host", "disk", "moved", "time"}
     assert found["estimates"]["parameters"] == 656_448 and set(found["estimates"]) >= titles
     assert found["prompts"]["train"] == {"tried": 100, "refused": [], "tokens": [18, 23, 27]}
+    assert found["template"]["after_user"] == "kept" and found["template"]["after_tool"] == "not rendered"
     assert found["notes"][0].startswith("redis_url ")
 
 

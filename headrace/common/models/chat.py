@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from headrace.common.config import ModelConfig
-from headrace.common.models.control_tokens import CannotEscape, ControlTokens, unused_characters
+from headrace.common.models.control_tokens import CannotEscape, ControlTokens, Piece, unused_characters
 from headrace.common.models.hub import from_pretrained_arguments
 from headrace.common.tasks import Prompt
 from headrace.common.wire import Message, Ticket, WireError, check_ticket, decode_ticket, encode, one_line
@@ -79,17 +79,27 @@ class Chat:
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """The token ids of a prompt, up to where the answer begins. Raises `PromptError`."""
         whole = self._with_system_prompt(messages)
-        try:
-            if self.control.occur_in(whole):
-                escaped, placeholders = self.control.escape(whole)
-                tokens = self.control.encode(self._apply(escaped), placeholders)
-            else:
-                tokens = self.tokenizer.encode(self._apply(whole), add_special_tokens=False)
-        except CannotEscape as error:
-            raise PromptError(str(error)) from error
+        if self.control.occur_in(whole):
+            tokens = [token for piece in self.pieces(messages) for token in piece.tokens]
+        else:
+            tokens = self.tokenizer.encode(self._apply(whole), add_special_tokens=False)
         if not tokens:
             raise PromptError("the chat template renders it to nothing")
         return tokens
+
+    def pieces(
+        self, messages: Sequence[Any], tools: Sequence[Any] = (), add_generation_prompt: bool = True
+    ) -> list[Piece]:
+        """A conversation as control tokens and the texts between them. `messages` and `tools` are as in OpenAI's API.
+        Raises `PromptError`, also if the tokenizer reports no offsets."""
+        value = {"messages": self._with_system_prompt(messages), "tools": list(tools)}
+        escaped, placeholders = self.control.escape(value)
+        try:
+            return self.control.encode(
+                self._apply(**escaped, add_generation_prompt=add_generation_prompt), placeholders
+            )
+        except CannotEscape as error:
+            raise PromptError(str(error)) from error
 
     def make_ticket(self, prompt: Prompt, **fields: Any) -> Ticket:
         """A ticket as the replicas accept it; `fields` are those that the prompt does not give.
@@ -120,12 +130,13 @@ class Chat:
             raise PromptError("it has a system message of its own; expected no task.system_prompt")
         return [{"role": "system", "content": self.system_prompt}, *messages]
 
-    def _apply(self, messages: list[Message], add_generation_prompt: bool = True) -> str:
+    def _apply(self, messages: list[Any], tools: Sequence[Any] = (), add_generation_prompt: bool = True) -> str:
         import jinja2
 
         try:
             text: str = self.tokenizer.apply_chat_template(
                 messages,
+                tools=list(tools) or None,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
                 strftime_now=TEMPLATE_DATE.strftime,
@@ -145,11 +156,11 @@ class Chat:
         turn: list[Message] = [{"role": "user", "content": SAMPLE}, {"role": "assistant", "content": answer}]
         try:
             text = self._apply(self._with_system_prompt(turn), add_generation_prompt=False)
-            segments = self.control.segments(text)
+            pieces = self.control.pieces(text)
         except (PromptError, CannotEscape):
             return None
         after = text.find(answer)
-        return next((one.tokens[0] for one in segments if one.is_control and one.start > after >= 0), None)
+        return next((one.tokens[0] for one in pieces if one.is_control and one.start > after >= 0), None)
 
     def _check_settings(self, path: str) -> None:
         import jinja2

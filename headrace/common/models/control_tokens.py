@@ -5,17 +5,16 @@ neither: it is an ordinary token, which a prompt may use.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
-
-from headrace.common.wire import Message
 
 
 class CannotEscape(ValueError):
     """A text contains a control token's name that this tokenizer cannot tokenize as plain text."""
 
 
-class Segment(NamedTuple):
+class Piece(NamedTuple):
     """A control token, or the text between two of them."""
 
     text: str
@@ -39,51 +38,51 @@ class ControlTokens:
         longest_first = sorted(map(re.escape, self.by_id.values()), key=len, reverse=True)
         self._names = re.compile("|".join(longest_first)) if longest_first else None
 
-    def occur_in(self, messages: Sequence[Message]) -> bool:
-        return self._names is not None and any(map(self._names.search, message_texts(messages)))
+    def occur_in(self, value: Any) -> bool:
+        """Whether a text of `value`, which may be nested as JSON is, contains the name of a control token."""
+        return self._names is not None and any(map(self._names.search, texts_of(value)))
 
-    def escape(self, messages: Sequence[Message]) -> tuple[list[Message], "Placeholders"]:
-        """Returns the messages with a placeholder for each control token's name; render them, then call `encode`."""
-        assert self._names is not None
-        placeholders = Placeholders(*unused_characters("".join(message_texts(messages))))
-        escaped = [{key: self._names.sub(placeholders.add, text) for key, text in one.items()} for one in messages]
+    def escape(self, value: Any) -> tuple[Any, "Placeholders"]:
+        """Returns the value with a placeholder for each control token's name; render it, then call `encode`."""
+        placeholders = Placeholders(*unused_characters("".join(texts_of(value))))
+        escaped = _mapped(value, partial(self._names.sub, placeholders.add)) if self._names else value
         return escaped, placeholders
 
-    def encode(self, text: str, placeholders: "Placeholders") -> list[int]:
-        """The token ids of a rendered text, with the original text in place of each placeholder.
+    def encode(self, text: str, placeholders: "Placeholders") -> list[Piece]:
+        """A rendered text in pieces, with the original text in place of each placeholder.
 
-        A tokenizer cuts a text at control tokens first and tokenizes each segment between them separately. So only the
-        segments that contain a placeholder are tokenized again. Raises `CannotEscape`.
+        A tokenizer cuts a text at control tokens first and tokenizes each piece between them separately. So only the
+        pieces that contain a placeholder are tokenized again. Raises `CannotEscape`.
         """
-        tokens: list[int] = []
-        for segment in self.segments(text):
-            if segment.is_control or not placeholders.occur_in(segment.text):
-                tokens += segment.tokens
-                continue
-            if [token.id for token in self._tokens(segment.text, is_plain=True)] != segment.tokens:
-                raise CannotEscape("it names a control token, which this tokenizer cannot tokenize as plain text")
-            found = self._tokens(placeholders.restore(segment.text), is_plain=True)
-            if any(map(self._is_control, found)):
-                raise CannotEscape("it names a control token, which this tokenizer always takes for one")
-            tokens += [token.id for token in found]
-        return tokens
+        return [
+            piece._replace(tokens=self._restored(piece, placeholders)) if placeholders.occur_in(piece.text) else piece
+            for piece in self.pieces(text)
+        ]
 
-    def segments(self, text: str) -> list[Segment]:
+    def _restored(self, piece: Piece, placeholders: "Placeholders") -> list[int]:
+        if [token.id for token in self._tokens(piece.text, is_plain=True)] != piece.tokens:
+            raise CannotEscape("it names a control token, which this tokenizer cannot tokenize as plain text")
+        found = self._tokens(placeholders.restore(piece.text), is_plain=True)
+        if any(map(self._is_control, found)):
+            raise CannotEscape("it names a control token, which this tokenizer always takes for one")
+        return [token.id for token in found]
+
+    def pieces(self, text: str) -> list[Piece]:
         """Cuts the text at its control tokens. Raises `CannotEscape` if the tokenizer reports no offsets."""
         if not getattr(self.tokenizer, "is_fast", False):
             raise CannotEscape("it names a control token, and the model's tokenizer does not report where tokens are")
-        segments: list[Segment] = []
+        pieces: list[Piece] = []
         start, between = 0, list[int]()
         for token in self._tokens(text):
             if not self._is_control(token):
                 between.append(token.id)
                 continue
-            segments += [
-                Segment(text[start : token.start], between, start, False),
-                Segment(token.text, [token.id], token.start, True),
+            pieces += [
+                Piece(text[start : token.start], between, start, False),
+                Piece(token.text, [token.id], token.start, True),
             ]
             start, between = token.start + len(token.text), []
-        return [*segments, Segment(text[start:], between, start, False)]
+        return [*pieces, Piece(text[start:], between, start, False)]
 
     def _tokens(self, text: str, is_plain: bool = False) -> list["Token"]:
         found = self.tokenizer(
@@ -116,8 +115,25 @@ class Placeholders:
         return self._pattern.sub(lambda match: self._texts[int(match.group(1))], text)
 
 
-def message_texts(messages: Sequence[Message]) -> list[str]:
-    return [text for message in messages for text in message.values()]
+def texts_of(value: Any) -> Iterator[str]:
+    """All texts of a value that is nested as JSON is, the names of its fields included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from value
+        for inner in value.values():
+            yield from texts_of(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from texts_of(inner)
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(name): _mapped(inner, change) for name, inner in value.items()}
+    return [_mapped(inner, change) for inner in value] if isinstance(value, list) else value
 
 
 def unused_characters(text: str) -> tuple[str, str]:

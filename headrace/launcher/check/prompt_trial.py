@@ -20,6 +20,7 @@ from headrace.common.config import RunConfig
 from headrace.common.models.context_length import context_tokens, load_model_config
 from headrace.common.models.hub import is_hub_name
 from headrace.common.models.prompt_cost import unshared_prompt_note
+from headrace.common.models.template_probe import TemplateProbe
 from headrace.common.preflight.recipe import UnavailableHere, one_line
 from headrace.common.preflight.task import SPLITS, check_task, checked_prompts, load_checked_task
 from headrace.common.tasks import BadRow, Prompt, Split
@@ -47,6 +48,8 @@ class TaskTrial(msgspec.Struct):
     splits: dict[str, SplitTrial] = {}
     cost: str = ""
     """The cost of prompts that the model cannot share within a group; empty if it can."""
+    template: TemplateProbe | None = None
+    """What the chat template does with several turns."""
     flops: float = 0.0
     """Floating-point operations a second of one thread of this machine, in float32."""
 
@@ -72,7 +75,7 @@ def try_prompts(config: RunConfig, num_prompts: int) -> TaskTrial:
     task = load_checked_task(config)
     chat, model_config = _load(config)
     context = context_tokens(model_config, config.generation.engine.context_tokens)
-    found = TaskTrial(context=context, flops=measured_flops())
+    found = TaskTrial(context=context, flops=measured_flops(), template=_template_probe(chat, config))
     for split in SPLITS:
         count = num_prompts if split == "train" else min(num_prompts, config.evaluation.num_prompts)
         prompts = itertools.islice(checked_prompts(task, config, split), count)
@@ -106,6 +109,21 @@ def _load(config: RunConfig) -> tuple[Any, Any]:
     finally:
         if is_kept_out:
             del sys.modules["torch"]  # the task may want it
+
+
+def _template_probe(chat: Any, config: RunConfig) -> TemplateProbe:
+    """Raises `ValueError` if nothing says which token ends a reply."""
+    from transformers import GenerationConfig
+
+    from headrace.common.models.bridge import Bridge
+    from headrace.common.models.chat import stop_token_ids
+    from headrace.common.models.template_probe import probe_template
+
+    try:
+        generation = GenerationConfig.from_pretrained(config.model.location, revision=config.model.revision)
+    except OSError:
+        generation = None
+    return probe_template(Bridge(chat, stop_token_ids(chat, generation)))
 
 
 def _try(chat: Any, config: RunConfig, split: Split, row: int, prompt: Prompt | BadRow, trial: SplitTrial) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from headrace.common.hardware.device import CPU_MAX_TOTAL_TOKENS, has_bfloat16_units
 from headrace.launcher.check.estimate_inputs import EstimateInputs
 from headrace.launcher.estimates.device_memory import Rows, engine_bytes, learner_bytes
@@ -57,6 +59,20 @@ def prompts(inputs: EstimateInputs) -> Section | None:
     if inputs.found.cost:
         lines.append(f"{'':10}  {inputs.found.cost}")
     return Section("prompts", lines, value | {"cost": inputs.found.cost}, is_estimate=False) if lines else None
+
+
+def template(inputs: EstimateInputs) -> Section | None:
+    """What the chat template does with an earlier reply of a conversation."""
+    found = inputs.found.template
+    if found is None:
+        return None
+    rows = [
+        (found.after_user, "a reply, once a user message follows"),
+        (found.reasoning_after_user, "a reply with reasoning, once a user message follows"),
+        (found.after_tool, "a reply that calls a tool, once the tool's answer follows"),
+    ]
+    lines = [f"{history:>12}  {what}" for history, what in rows] + [f"{'':12}  {line}" for line in found.problems]
+    return Section("template", lines, msgspec.to_builtins(found), is_estimate=False)
 
 
 def devices(inputs: EstimateInputs) -> Section | None:
@@ -160,6 +176,7 @@ def times(inputs: EstimateInputs) -> Section | None:
 
 SECTIONS: list[Callable[[EstimateInputs], Section | None]] = [
     prompts,
+    template,
     devices,
     learner,
     engine,
