@@ -24,7 +24,7 @@ from headrace.common.process.logs import log_to_file
 from headrace.common.process.run_token import load_or_create_token, token_from_environment
 from headrace.common.redis.keys import Keys
 from headrace.launcher.check.before_start import preflight_notes
-from headrace.launcher.placement.devices import Devices, device_lines, devices_of
+from headrace.launcher.placement.devices import Devices, assign_devices, device_lines
 from headrace.launcher.run.open_run import REDIS_GRACE_S
 from headrace.launcher.run.processes import Service, handling_signals, python_service
 from headrace.launcher.run.redis_server import launch_redis, redis_url_at, wait_for_redis
@@ -63,7 +63,7 @@ def up(
     keys, folder = Keys(run), runs_folder / run
     check_installed()
     check_run(recipe.config)
-    devices = devices_of(recipe.config)
+    devices = assign_devices(recipe.config)
     notes = preflight_notes(recipe.config)
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -140,7 +140,7 @@ def _learner(folder: Path, url: str, view: ProgressView, is_new_epoch: bool, dev
 
     def start() -> Service:
         view.clear_learner_status()
-        return python_service("learner", "headrace.learner", arguments, log, url, devices.of_learner())
+        return python_service("learner", "headrace.learner", arguments, log, url, devices.learner_environment())
 
     return SupervisedProcess(
         start,
@@ -155,7 +155,7 @@ def _replica(folder: Path, index: int, url: str, devices: Devices) -> Supervised
     """Always restarted on the same devices."""
     name, logs = f"generation-{index}", folder / "logs"
     arguments = ["--run", folder.name, "--token-file", str(folder / "token"), "--name", name, "--log-folder", str(logs)]
-    arguments, environment = arguments + devices.arguments, devices.of_replica(index)
+    arguments, environment = arguments + devices.arguments, devices.replica_environment(index)
     return SupervisedProcess(
         lambda: python_service(name, "headrace.generation", arguments, logs / f"{name}.log", url, environment),
         grace_s=REPLICA_GRACE_S,

@@ -21,7 +21,7 @@ from headrace.common.wire import Group, Rollout, Sampling, Ticket, Timings, Vers
 from headrace.launcher.check import estimate_inputs, sections
 from headrace.launcher.check.estimate_inputs import EstimateInputs
 from headrace.launcher.check.prompt_trial import TaskTrial
-from headrace.launcher.check.sections import readable
+from headrace.launcher.check.sections import format_bytes
 from headrace.launcher.estimates.device_memory import (
     activation_bytes,
     engine_bytes,
@@ -30,11 +30,18 @@ from headrace.launcher.estimates.device_memory import (
     logprob_bytes,
     static_fraction,
 )
-from headrace.launcher.estimates.duration import Speed, cpu_speed, estimate, measured_flops, readable_s, too_long
+from headrace.launcher.estimates.duration import (
+    Speed,
+    cpu_speed,
+    duration_warnings,
+    estimate,
+    format_seconds,
+    measure_flops,
+)
 from headrace.launcher.estimates.host_memory import STATE_BYTES, disk_rows, host_rows, shared_memory_problem
 from headrace.launcher.estimates.model_size import Shape, read_shape, shape_in
 from headrace.launcher.estimates.model_size import shape_of as shape_of_run
-from headrace.launcher.estimates.traffic import delta_share, full_length_group, moved_bytes
+from headrace.launcher.estimates.traffic import delta_share, full_length_group, traffic_bytes
 from headrace.launcher.up import up
 from headrace.learner.distributed.state_files import write_state
 from headrace.learner.training.optimizer import MasterAdamW
@@ -111,7 +118,7 @@ def test_parameters_are_those_of_the_demo_policy(demo_policy: Path) -> None:
         count = sum(int(np.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
     shape = read_shape(json.loads((demo_policy / "config.json").read_text()))
     assert shape.num_parameters == count
-    _, whole, _ = moved_bytes(shape, config_of(model={"path": "m", "dtype": "float32"})).values()
+    _, whole, _ = traffic_bytes(shape, config_of(model={"path": "m", "dtype": "float32"})).values()
     assert whole == pytest.approx((demo_policy / "model.safetensors").stat().st_size, rel=0.005)
 
 
@@ -365,9 +372,9 @@ def test_times_follow_from_the_multiplications() -> None:
     assert times.evaluation == pytest.approx(10 * 100 * forward / 2e11, rel=0.01)
     assert times.step == times.generation
     assert times.first_step == pytest.approx(10 + times.evaluation + times.generation + times.training)
-    assert too_long(times, config) == []
+    assert duration_warnings(times, config) == []
     slow = estimate(shape, config, 50, Speed(1e10, 1e9), Speed(1e10, 1e9), start=10.0)
-    evaluation, step = too_long(slow, config)
+    evaluation, step = duration_warnings(slow, config)
     assert "10 prompts x 1 completions takes about 51 min here" in evaluation and "evaluation.num_prompts" in evaluation
     assert "which is generating 8 groups x 4 completions" in step and "learner.groups_per_step" in step
 
@@ -379,12 +386,12 @@ def test_a_cpus_speed_is_of_its_threads_and_units() -> None:
     assert engine.training == pytest.approx(4e10 / 5), "bfloat16 without units"
     learner, engine = cpu_speed(config_of(**threads), 4e10, has_units=True, num_cores=1)
     assert (learner.training, engine.training) == (2e10, 2e10), "no more threads than cores"
-    assert 1e8 < measured_flops() < 1e14
+    assert 1e8 < measure_flops() < 1e14
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.25, "0.2 s"), (99.4, "99 s"), (301, "5 min"), (7200, "2.0 h")])
 def test_seconds_are_readable(seconds: float, text: str) -> None:
-    assert readable_s(seconds) == text
+    assert format_seconds(seconds) == text
 
 
 def test_a_reference_policy_is_counted_where_there_is_one() -> None:
@@ -412,7 +419,7 @@ def test_the_key_value_cache_of_a_published_model() -> None:
 def test_bytes_of_a_step_are_those_of_encoded_groups() -> None:
     shape = read_shape(QWEN_1_5B)
     config = config_of(learner={"groups_per_step": 5}, generation={"replicas": 3})
-    version, whole, step = moved_bytes(shape, config).values()
+    version, whole, step = traffic_bytes(shape, config).values()
     assert whole == 2 * shape.num_parameters
     assert version == int(whole * delta_share(config))
     group = _random_group(config, shape.vocab)
@@ -454,4 +461,4 @@ def _random_group(config: RunConfig, vocab: int) -> Group:
     [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (3 << 30, "3.0 GiB"), (5 << 40, "5.0 TiB")],
 )
 def test_bytes_are_readable(num_bytes: int, text: str) -> None:
-    assert readable(num_bytes) == text
+    assert format_bytes(num_bytes) == text

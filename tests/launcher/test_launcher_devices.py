@@ -208,7 +208,7 @@ def test_a_split_that_cannot_be_is_refused(seen: Seen, gib: int, settings: list[
     seen(1, gib)
     cuda = ["learner.device=cuda", "generation.engine.device=cuda"]
     with pytest.raises(ValueError) as caught:
-        devices.devices_of(load_recipe(Path(RECIPE), [*cuda, *settings]).config)
+        devices.assign_devices(load_recipe(Path(RECIPE), [*cuda, *settings]).config)
     assert line in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -234,9 +234,9 @@ def test_a_gpu_without_what_it_needs_is_refused_where_it_is_asked_for_by_name(
     monkeypatch.setattr(devices, "missing_for_cuda", device.missing_for_cuda)
     config = load_recipe(Path(RECIPE), ["learner.device=cuda"]).config
     with pytest.raises(ValueError, match=r"learner\.device is 'cuda', and not installed here: a CUDA build of torch"):
-        devices.devices_of(config)
+        devices.assign_devices(config)
     auto = load_recipe(Path(RECIPE), ["learner.device=auto", "generation.engine.device=auto"]).config
-    (note,) = devices.devices_of(auto).notes
+    (note,) = devices.assign_devices(auto).notes
     assert note.startswith("the GPU is not used: not installed here: a CUDA build of torch")
 
 

@@ -16,7 +16,7 @@ from headrace.common.config import load_recipe
 from headrace.common.redis.keys import Keys
 from headrace.common.wire.group_samples import RolloutSample
 from headrace.launcher.__main__ import app
-from headrace.launcher.report.curves import MAX_POINTS, Series, draw, thinned, ticks_between
+from headrace.launcher.report.curves import MAX_POINTS, Series, downsample, draw, ticks_between
 from headrace.launcher.report.headline import settings
 from headrace.launcher.report.problems import incidents, unhealthy_spans
 from tests.launcher.test_cli_logs import LEARNER
@@ -173,7 +173,7 @@ def test_curves_leave_out_what_is_not_finite_and_are_thinned() -> None:
     picture = draw([Series('"<b>', [(1, 0.0), (2, math.nan), (3, 1.0)])])
     assert picture.count("<circle") == 2 and "<b>" not in picture and "nan" not in picture
     assert "nothing was measured" in draw([Series("x", [(1, math.inf)])])
-    points = thinned([(step, float(step)) for step in range(10_001)])
+    points = downsample([(step, float(step)) for step in range(10_001)])
     assert len(points) <= MAX_POINTS and points[0][1] == 12.5 and points[-1][0] == 10_000
     assert ticks_between(0.0, 1.0) == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert ticks_between(3.0, 3.0)[0] <= 3.0 <= ticks_between(3.0, 3.0)[-1]

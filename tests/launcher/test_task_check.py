@@ -21,7 +21,7 @@ from headrace.launcher.check.before_start import preflight_notes
 from headrace.launcher.check.estimate_inputs import EstimateInputs
 from headrace.launcher.check.prompt_trial import SplitTrial, TaskTrial, try_prompts
 from headrace.launcher.check.sections import prompts
-from headrace.launcher.check.trial import notes_of, try_task
+from headrace.launcher.check.trial import trial_notes, try_task
 
 USER = [{"role": "user", "content": "1 + 1?"}]
 
@@ -205,7 +205,7 @@ def test_prompts_that_can_be_no_tickets_are_refused(train: str, text: str, demo_
 def test_what_the_run_passes_over_is_a_note(train: str, text: str, demo_policy: Path) -> None:
     config = config_of(told(train=train), demo_policy)
     found = try_prompts(config, 100)
-    (note,) = notes_of(found, config)
+    (note,) = trial_notes(found, config)
     assert text in note
     assert [len(one.lengths) + len(one.refused) for one in found.splits.values()] == [2, 1]
     assert decode_ticket(found.splits["held_out"].ticket).kind == "eval"
@@ -260,7 +260,7 @@ def test_completions_that_no_prompt_leaves_room_for_are_refused(monkeypatch: pyt
         try_task(config)
     assert "(the shortest has 25); expected at most 999" in str(caught.value)
     found.splits["train"].lengths.append(24)
-    (note,) = notes_of(try_task(config), config)
+    (note,) = trial_notes(try_task(config), config)
     assert note.startswith("2 of the first 3 train prompts do not fit")
 
 

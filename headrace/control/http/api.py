@@ -12,11 +12,11 @@ from headrace.common.wire import DecidedState, TicketKind
 from headrace.control.http.access import error_responses, require_view, service_unavailable
 from headrace.control.http.command_routes import ReplicaName, command_router
 from headrace.control.http.command_writer import CommandWriter
-from headrace.control.http.openapi import openapi_of
+from headrace.control.http.openapi import build_openapi
 from headrace.control.http.page import page_router
 from headrace.control.http.prometheus import ControlMetrics
-from headrace.control.http.request_counts import CountRequests, RequestTotals
-from headrace.control.http.settings_response import settings_response_of
+from headrace.control.http.request_counts import RequestCounter, RequestTotals
+from headrace.control.http.settings_response import settings_response
 from headrace.control.models.commands import SettingsResponse
 from headrace.control.models.groups import GroupDetail, Groups, GroupSummary
 from headrace.control.models.history import Evaluation, Events, History
@@ -33,7 +33,7 @@ def make_app(
     monitor: RunMonitor, commands: CommandWriter, http: httpx.AsyncClient, token: str, require_token_for_reads: bool
 ) -> FastAPI:
     app = new_app("Headrace control", docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.openapi = lambda: openapi_of(app, require_token_for_reads)  # type: ignore[method-assign]
+    app.openapi = lambda: build_openapi(app, require_token_for_reads)  # type: ignore[method-assign]
     require_valid_token = require_token(token)
     app.include_router(page_router())
 
@@ -50,7 +50,7 @@ def make_app(
 
     reading = [Depends(require_valid_token)] if require_token_for_reads else []
     requests = RequestTotals()
-    app.add_middleware(CountRequests, totals=requests)
+    app.add_middleware(RequestCounter, totals=requests)
     mount_metrics(
         app, ControlMetrics(monitor, requests), tags=["status"], dependencies=reading, responses=error_responses(401)
     )
@@ -82,7 +82,7 @@ def _status_router(monitor: RunMonitor) -> APIRouter:
 
     @router.get("/settings", operation_id="settings", tags=["settings"])
     async def settings() -> SettingsResponse:
-        return settings_response_of(require_view(monitor))
+        return settings_response(require_view(monitor))
 
     @router.get("/events", operation_id="events", response_class=Response, responses=_EVENT_STREAM)
     async def events() -> Response:
@@ -114,7 +114,7 @@ def _history_router(monitor: RunMonitor) -> APIRouter:
     async def history(after: Cursor = "", max_points: Annotated[int, Query(ge=1, le=5000)] = 1000) -> Response:
         """The numbers of every step, or of those after a cursor."""
         require_view(monitor)
-        return _json(monitor.history.answer(after, max_points))
+        return _json(monitor.history.encoded_response(after, max_points))
 
     @router.get("/evaluations", operation_id="evaluations")
     async def evaluations() -> list[Evaluation]:

@@ -12,7 +12,7 @@ from headrace.common.wire.desired_state import parse_launcher
 from headrace.control.http.access import caller_of, error_responses, require_view, service_unavailable
 from headrace.control.http.command_writer import CommandWriter, RedisUnavailable, VersionConflict
 from headrace.control.http.drain import DrainFailed, drain
-from headrace.control.http.settings_response import settings_response_of
+from headrace.control.http.settings_response import settings_response
 from headrace.control.models.commands import CommandAccepted, DesiredReplicas, SettingsChange, SettingsResponse
 from headrace.control.view.run_monitor import RunMonitor
 
@@ -104,7 +104,7 @@ def command_router(
         except ValueError as error:
             raise HTTPException(422, str(error)) from error
         await monitor.refresh()
-        return settings_response_of(require_view(monitor))
+        return settings_response(require_view(monitor))
 
     return router
 

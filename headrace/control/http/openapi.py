@@ -16,7 +16,7 @@ OPEN = {"healthz"}
 """Operations that never need the token."""
 
 
-def openapi_of(app: FastAPI, require_token_for_reads: bool) -> dict[str, Any]:
+def build_openapi(app: FastAPI, require_token_for_reads: bool) -> dict[str, Any]:
     """Generated once and cached, as FastAPI does."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version="1", description=DESCRIPTION, routes=app.routes)

@@ -15,15 +15,15 @@ def redact_secrets(settings: Any, name: str = "") -> Any:
     if isinstance(settings, dict):
         return {key: redact_secrets(value, str(key)) for key, value in settings.items()}
     if isinstance(settings, list):
-        return [_of_list(settings, place, name) for place in range(len(settings))]
+        return [_redact_item(settings, index, name) for index in range(len(settings))]
     if isinstance(settings, str):
         return HIDDEN if _NAMES.search(name) else _IN_URL.sub(f"{HIDDEN}@", settings)
     return settings
 
 
-def _of_list(values: list[Any], place: int, name: str) -> Any:
+def _redact_item(values: list[Any], index: int, name: str) -> Any:
     """In a command line an argument is named by itself (`--x=y`) or by the argument before it."""
-    value, before = values[place], values[place - 1] if place else ""
+    value, before = values[index], values[index - 1] if index else ""
     if isinstance(value, str) and value.startswith("-"):
         flag, is_assigned, assigned = value.partition("=")
         return f"{flag}={redact_secrets(assigned, flag)}" if is_assigned else value

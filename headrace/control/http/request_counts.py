@@ -30,7 +30,7 @@ class RequestTotals:
             families.histogram("headrace_control_request_seconds", "Time of a request.", histogram, route=route)
 
 
-class CountRequests:
+class RequestCounter:
     """Wraps an app and adds each of its requests to `totals`."""
 
     def __init__(self, app: ASGIApp, totals: RequestTotals) -> None:

@@ -9,7 +9,7 @@ from headrace.control.models.commands import Setting, SettingsResponse
 from headrace.control.view.run_monitor import RunView
 
 
-def settings_response_of(view: RunView) -> SettingsResponse:
+def settings_response(view: RunView) -> SettingsResponse:
     configured, standing = hot_reloadable_values(view.config), view.desired_state.settings
     try:
         values = hot_reloadable_values(with_settings(view.config, standing.values))

@@ -5,12 +5,12 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 
-def whole(value: Any) -> Any:
+def whole_float_to_int(value: Any) -> Any:
     """JSON has one type of number, so 3.0 is accepted as a whole number; strings and booleans are not."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-WholeNumber = Annotated[int, BeforeValidator(whole)]
+WholeNumber = Annotated[int, BeforeValidator(whole_float_to_int)]
 
 
 class ResponseBody(BaseModel):

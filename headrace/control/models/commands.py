@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, StrictFloat, StrictInt
 
 from headrace.common.wire.desired_state import MAX_REPLICAS
-from headrace.control.models.bodies import RequestBody, ResponseBody, WholeNumber, whole
+from headrace.control.models.bodies import RequestBody, ResponseBody, WholeNumber, whole_float_to_int
 from headrace.control.models.status import Status
 
 
@@ -35,7 +35,7 @@ class SettingsChange(RequestBody):
 
 
 class DesiredReplicas(RequestBody):
-    replicas: Annotated[int, Field(ge=0, le=MAX_REPLICAS), BeforeValidator(whole)] | None = Field(
+    replicas: Annotated[int, Field(ge=0, le=MAX_REPLICAS), BeforeValidator(whole_float_to_int)] | None = Field(
         description="The number to keep running; null clears the target."
     )
 

@@ -22,7 +22,7 @@ MAX_REPLICAS = 1000
 """Replicas whose swaps are remembered."""
 
 
-class _Swaps:
+class _SwapDurations:
     """The swaps of one replica."""
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class EventLog:
     def __init__(self) -> None:
         self._swaps: deque[Event] = deque(maxlen=MAX_SWAPS)
         self._others: deque[Event] = deque(maxlen=MAX_OTHER_EVENTS)
-        self._by_replica: dict[str, _Swaps] = {}
+        self._by_replica: dict[str, _SwapDurations] = {}
 
     def add(self, entry: Entry) -> Event | None:
         """Adds an entry; returns its event, or None for steps and invalid entries."""
@@ -65,7 +65,7 @@ class EventLog:
         except (ValueError, RecursionError):
             return None
         at = parse_entry_id(entry_id)[0] / 1000
-        event = Event(id=entry_id, at=at, kind=one_line(kind), text=one_line(describe(kind, found)), data=found)
+        event = Event(id=entry_id, at=at, kind=one_line(kind), text=one_line(describe_event(kind, found)), data=found)
         if kind == "weight_swap":
             self._note_swap(found)
         (self._swaps if kind == "weight_swap" else self._others).append(event)
@@ -76,15 +76,15 @@ class EventLog:
         return merged[:limit]
 
     def pauses(self, replica: str) -> SwapPauses:
-        return self._by_replica.get(replica, _Swaps()).pauses()
+        return self._by_replica.get(replica, _SwapDurations()).pauses()
 
     def _note_swap(self, event: dict[str, Any]) -> None:
         replica = event.get("replica")
         if isinstance(replica, str) and (replica in self._by_replica or len(self._by_replica) < MAX_REPLICAS):
-            self._by_replica.setdefault(replica, _Swaps()).add(event)
+            self._by_replica.setdefault(replica, _SwapDurations()).add(event)
 
 
-def describe(kind: str, event: dict[str, Any]) -> str:
+def describe_event(kind: str, event: dict[str, Any]) -> str:
     """One line for people, even if fields are missing."""
 
     def number(name: str, form: str) -> str:

@@ -19,7 +19,7 @@ MAX_KEPT_BYTES = 64 << 20
 MAX_PROMPT_CHARS = 200
 
 
-class _Kept(NamedTuple):
+class _CachedSample(NamedTuple):
     summary: GroupSummary
     payload: bytes
 
@@ -28,7 +28,7 @@ class GroupSamples:
     def __init__(self, max_bytes: int = MAX_KEPT_BYTES) -> None:
         self._max_bytes = max_bytes
         self._num_bytes = 0
-        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self._kept: OrderedDict[str, _CachedSample] = OrderedDict()
         """By id, the newest last."""
 
     def __len__(self) -> int:
@@ -41,7 +41,7 @@ class GroupSamples:
             return None
         if (before := self._kept.pop(group.id, None)) is not None:
             self._num_bytes -= len(before.payload)
-        self._kept[group.id] = _Kept(_summary(group), payload)
+        self._kept[group.id] = _CachedSample(_summary(group), payload)
         self._num_bytes += len(payload)
         while len(self._kept) > MAX_SHOWN or (self._num_bytes > self._max_bytes and len(self._kept) > 1):
             self._num_bytes -= len(self._kept.popitem(last=False)[1].payload)

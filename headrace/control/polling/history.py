@@ -91,7 +91,7 @@ class RunHistory:
         values = (value for value in reversed(self._columns.get(name, ())) if not math.isnan(value))
         return list(islice(values, count))[::-1]
 
-    def answer(self, after: str, max_points: int) -> bytes:
+    def encoded_response(self, after: str, max_points: int) -> bytes:
         """`History` as JSON."""
         asked = (self._last_id, after, max_points)
         if asked not in self._answers:
@@ -102,7 +102,7 @@ class RunHistory:
 
     def _encode(self, after: tuple[int, int], max_points: int) -> bytes:
         first, total = bisect_right(self._ids, after), len(self._ids)
-        chosen = evenly(first, total, max_points)
+        chosen = evenly_spaced(first, total, max_points)
         evaluations = [one.model_dump() for entry_id, one in self._evaluations.values() if entry_id > after]
         return msgspec.json.encode(
             {
@@ -116,7 +116,7 @@ class RunHistory:
         )
 
 
-def evenly(first: int, end: int, max_points: int) -> list[int]:
+def evenly_spaced(first: int, end: int, max_points: int) -> list[int]:
     """At most `max_points` indices of `[first, end)`, the first and the last among them."""
     count = end - first
     if count <= max_points:

@@ -4,7 +4,7 @@ from headrace.common.config import RunConfig
 from headrace.common.preflight.recipe import UnavailableHere
 from headrace.launcher.check.estimate_inputs import EstimateInputs
 from headrace.launcher.check.sections import disk, host, learner, times
-from headrace.launcher.check.trial import notes_of, try_task
+from headrace.launcher.check.trial import trial_notes, try_task
 from headrace.launcher.estimates.host_memory import shared_memory_problem
 from headrace.launcher.estimates.model_size import shape_of
 
@@ -21,4 +21,4 @@ def preflight_notes(config: RunConfig) -> list[str]:
     inputs = EstimateInputs(config, try_task(config), shape, [])
     for note_in in (learner, host, disk, times):
         note_in(inputs)
-    return [*notes_of(inputs.found, config), *inputs.notes]
+    return [*trial_notes(inputs.found, config), *inputs.notes]

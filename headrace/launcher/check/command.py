@@ -18,7 +18,7 @@ from headrace.common.process.redaction import redact_url_passwords
 from headrace.launcher.check.estimate_inputs import EstimateInputs
 from headrace.launcher.check.prompt_trial import TaskTrial
 from headrace.launcher.check.sections import SECTIONS, Section
-from headrace.launcher.check.trial import notes_of, try_task
+from headrace.launcher.check.trial import trial_notes, try_task
 from headrace.launcher.estimates.model_size import Shape, shape_of
 
 VALUE_WIDTH = 36
@@ -63,7 +63,7 @@ def _try(config: RunConfig, notes: list[str]) -> TaskTrial:
     except UnavailableHere as problem:
         notes.append(str(problem))
         return TaskTrial()
-    notes += notes_of(found, config)
+    notes += trial_notes(found, config)
     return found
 
 

@@ -25,7 +25,7 @@ from headrace.common.preflight.recipe import UnavailableHere, one_line
 from headrace.common.preflight.task import SPLITS, check_task, checked_prompts, load_checked_task
 from headrace.common.tasks import BadRow, Prompt, Split
 from headrace.common.wire import Sampling, encode
-from headrace.launcher.estimates.duration import measured_flops
+from headrace.launcher.estimates.duration import measure_flops
 
 
 class SplitTrial(msgspec.Struct):
@@ -75,7 +75,7 @@ def try_prompts(config: RunConfig, num_prompts: int) -> TaskTrial:
     task = load_checked_task(config)
     chat, model_config = _load(config)
     context = context_tokens(model_config, config.generation.engine.context_tokens)
-    found = TaskTrial(context=context, flops=measured_flops(), template=_template_probe(chat, config))
+    found = TaskTrial(context=context, flops=measure_flops(), template=_template_probe(chat, config))
     for split in SPLITS:
         count = num_prompts if split == "train" else min(num_prompts, config.evaluation.num_prompts)
         prompts = itertools.islice(checked_prompts(task, config, split), count)

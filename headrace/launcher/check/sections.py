@@ -15,18 +15,25 @@ import msgspec
 from headrace.common.hardware.device import CPU_MAX_TOTAL_TOKENS, has_bfloat16_units
 from headrace.launcher.check.estimate_inputs import EstimateInputs
 from headrace.launcher.estimates.device_memory import Rows, engine_bytes, learner_bytes
-from headrace.launcher.estimates.duration import START_S, cpu_speed, estimate, gpu_speed, readable_s, too_long
+from headrace.launcher.estimates.duration import (
+    START_S,
+    cpu_speed,
+    duration_warnings,
+    estimate,
+    format_seconds,
+    gpu_speed,
+)
 from headrace.launcher.estimates.host_memory import (
     SHARED_MEMORY,
     SHARED_VERSIONS,
     disk_rows,
     host_rows,
-    memory_here,
+    machine_memory_bytes,
     shared_memory_problem,
     weight_bytes,
 )
 from headrace.launcher.estimates.model_size import Shape
-from headrace.launcher.estimates.traffic import delta_share, moved_bytes
+from headrace.launcher.estimates.traffic import delta_share, traffic_bytes
 from headrace.launcher.placement.devices import plan_lines
 
 KIB = 1024
@@ -42,7 +49,7 @@ class Section(NamedTuple):
 
 def _rows(title: str, rows: Rows, total: str | None = None) -> Section:
     shown = rows if total is None else rows | {total: sum(rows.values())}
-    return Section(title, [f"{readable(num_bytes):>10}  {what}" for what, num_bytes in shown.items()], rows)
+    return Section(title, [f"{format_bytes(num_bytes):>10}  {what}" for what, num_bytes in shown.items()], rows)
 
 
 def prompts(inputs: EstimateInputs) -> Section | None:
@@ -89,7 +96,7 @@ def learner(inputs: EstimateInputs) -> Section | None:
     needed = sum(rows.values())
     if inputs.device_of_learner == "cuda" and 0 < gpu_bytes < needed:
         inputs.notes.append(
-            f"the learner needs {readable(needed)} of a GPU's memory by estimate, and there are {readable(gpu_bytes)}; "
+            f"the learner needs about {format_bytes(needed)} of GPU memory, and the GPU has {format_bytes(gpu_bytes)}; "
             "expected more learner.num_ranks, gradient_checkpointing, or less learner.micro_batch_tokens"
         )
     total = "together" if ranks == 1 else f"together, on each of {ranks} ranks' devices"
@@ -119,16 +126,16 @@ def host(inputs: EstimateInputs) -> Section | None:
     rows, of_replica = host_rows(inputs.shape, config, *on_device, on_cpu)
     rows |= {f"weights in {SHARED_MEMORY}, for all replicas here": SHARED_VERSIONS * weight_bytes(inputs.shape, config)}
     total = sum(rows.values()) + replicas * sum(of_replica.values())
-    here = memory_here()
+    here = machine_memory_bytes()
     if 0 < here < total:
         inputs.notes.append(
-            f"this machine has {readable(here)} of memory, and a run with {replicas} replica{'s' * (replicas != 1)} "
-            f"takes {readable(total)} by estimate"
+            f"this machine has {format_bytes(here)} of memory, and a run with {replicas} "
+            f"replica{'s' * (replicas != 1)} takes {format_bytes(total)} by estimate"
         )
     if problem := shared_memory_problem(inputs.shape, config):
         inputs.notes.append(problem)
     section = _rows("host", rows | of_replica)
-    section.lines.append(f"{readable(total):>10}  together, with {replicas} replica{'s' * (replicas != 1)}")
+    section.lines.append(f"{format_bytes(total):>10}  together, with {replicas} replica{'s' * (replicas != 1)}")
     return section
 
 
@@ -139,14 +146,14 @@ def disk(inputs: EstimateInputs) -> Section | None:
     free = shutil.disk_usage(Path.cwd()).free
     if free < sum(rows.values()):
         inputs.notes.append(
-            f"{readable(free)} are free on the disk of {Path.cwd()}, and a run's folder takes up to "
-            f"{readable(sum(rows.values()))} by estimate"
+            f"{format_bytes(free)} are free on the disk of {Path.cwd()}, and a run's folder takes up to "
+            f"{format_bytes(sum(rows.values()))} by estimate"
         )
     return _rows("disk", rows, "a run's folder, at most, without logs and Redis' file")
 
 
-def moved(inputs: EstimateInputs) -> Section | None:
-    return None if inputs.shape is None else _rows("moved", moved_bytes(inputs.shape, inputs.config))
+def traffic(inputs: EstimateInputs) -> Section | None:
+    return None if inputs.shape is None else _rows("moved", traffic_bytes(inputs.shape, inputs.config))
 
 
 def times(inputs: EstimateInputs) -> Section | None:
@@ -160,7 +167,7 @@ def times(inputs: EstimateInputs) -> Section | None:
     prompt_tokens = inputs.prompt_tokens * (config.actor.group_size if inputs.found.cost else 1)
     found = estimate(inputs.shape, config, prompt_tokens, of_learner, of_engine, START_S[inputs.device_of_engine])
     if "cpu" in (inputs.device_of_learner, inputs.device_of_engine):
-        inputs.notes.extend(too_long(found, config))
+        inputs.notes.extend(duration_warnings(found, config))
     by = f"{flops / 1e9:.0f} GFLOP/s a thread, measured" if inputs.device_of_learner == "cpu" else "an H100's speed"
     rows = {
         f"to the end of the first step, the first evaluation before it (by {by}; within a factor of two or three)": (
@@ -170,7 +177,7 @@ def times(inputs: EstimateInputs) -> Section | None:
         "a step: generating its groups": found.generation,
         "a step: training on them, beside that": found.training,
     }
-    lines = [f"{readable_s(seconds):>10}  {what}" for what, seconds in rows.items()]
+    lines = [f"{format_seconds(seconds):>10}  {what}" for what, seconds in rows.items()]
     return Section("time", lines, {what: round(seconds, 3) for what, seconds in rows.items()})
 
 
@@ -182,12 +189,12 @@ SECTIONS: list[Callable[[EstimateInputs], Section | None]] = [
     engine,
     host,
     disk,
-    moved,
+    traffic,
     times,
 ]
 
 
-def readable(num_bytes: int) -> str:
+def format_bytes(num_bytes: int) -> str:
     """Such as 2.9 GiB."""
     amount = float(num_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):

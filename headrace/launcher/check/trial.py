@@ -42,7 +42,7 @@ def try_task(config: RunConfig, is_model_here: bool = True) -> TaskTrial:
         if found.problem:
             raise (UnavailableHere if found.is_only_here else ValueError)(found.problem)
         for split, trial in found.splits.items():
-            if trial.lengths and not num_fitting(trial, config, found.context):
+            if trial.lengths and not count_fitting(trial, config, found.context):
                 raise ValueError(_none_fits(split, trial, config, found.context))
         tickets = [trial.ticket for trial in found.splits.values()]
         problem = reward.answer(name, msgspec.msgpack.encode(tickets)).decode()
@@ -52,7 +52,7 @@ def try_task(config: RunConfig, is_model_here: bool = True) -> TaskTrial:
     return found
 
 
-def notes_of(found: TaskTrial, config: RunConfig) -> Iterator[str]:
+def trial_notes(found: TaskTrial, config: RunConfig) -> Iterator[str]:
     """Notes on prompts that the run will skip."""
     for split, trial in found.splits.items():
         tried = len(trial.lengths) + len(trial.refused)
@@ -61,7 +61,7 @@ def notes_of(found: TaskTrial, config: RunConfig) -> Iterator[str]:
                 f"{len(trial.refused)} of the first {tried} {split} prompts cannot become tickets and are skipped: "
                 f"{trial.refused[0]}"
             )
-        skipped = len(trial.lengths) - num_fitting(trial, config, found.context)
+        skipped = len(trial.lengths) - count_fitting(trial, config, found.context)
         if skipped:
             longest = max(trial.lengths)
             yield (
@@ -71,7 +71,7 @@ def notes_of(found: TaskTrial, config: RunConfig) -> Iterator[str]:
             )
 
 
-def num_fitting(trial: SplitTrial, config: RunConfig, context: int) -> int:
+def count_fitting(trial: SplitTrial, config: RunConfig, context: int) -> int:
     """How many of the prompts leave the completion room in the context."""
     return sum(fits_context(length, config.sampling.max_new_tokens, context) for length in trial.lengths)
 

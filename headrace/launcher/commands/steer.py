@@ -98,7 +98,7 @@ def settings(
     from headrace.launcher.run.control_client import find_control
 
     with one_line_errors():
-        wanted: dict[str, int | float | None] = dict(map(_change, changes or []))
+        wanted: dict[str, int | float | None] = dict(map(_parse_change, changes or []))
         if both := sorted(wanted.keys() & set(reset or [])):
             raise ValueError(f"{both[0]}: expected either a new value or --reset")
         wanted |= dict.fromkeys(reset or [])
@@ -119,7 +119,7 @@ def _send(path: str, run: str | None, url: str | None, runs_folder: Path, as_jso
             print(f"run {name}: {answer['text']}")
 
 
-def _change(text: str) -> tuple[str, int | float]:
+def _parse_change(text: str) -> tuple[str, int | float]:
     """The setting's name and new value. Raises `ValueError`."""
     from headrace.common.config import yaml_text
 

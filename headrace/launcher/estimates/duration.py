@@ -16,7 +16,7 @@ H100_FLOPS = {"float32": 4e14, "bfloat16": 9.9e14}
 EFFICIENCY = {"cpu": 0.5, "cuda": 0.35}
 DECODING_SHARE = {"cpu": 0.5, "cuda": 0.1}
 """Of that: decoding reads all weights for each token of the batch."""
-NO_UNITS = 5.0
+BFLOAT16_SLOWDOWN = 5.0
 """How much slower a CPU without them multiplies bfloat16."""
 START_S = {"cpu": 25.0, "cuda": 120.0}
 """Until an engine answers and the learner has loaded; the first start on a GPU compiles kernels for minutes more."""
@@ -65,7 +65,7 @@ def estimate(shape: Shape, config: RunConfig, prompt_tokens: int, learner: Speed
     )
 
 
-def too_long(times: Times, config: RunConfig) -> list[str]:
+def duration_warnings(times: Times, config: RunConfig) -> list[str]:
     """For people: which sizes do not suit the machine."""
     notes = []
     evaluation = config.evaluation
@@ -73,14 +73,15 @@ def too_long(times: Times, config: RunConfig) -> list[str]:
         notes.append(
             f"an evaluation of {evaluation.num_prompts:,} prompts x {evaluation.completions_per_prompt} completions "
             "takes about "
-            f"{readable_s(times.evaluation)} here, and the first one goes before the first step; expected fewer "
+            f"{format_seconds(times.evaluation)} here, and the first one goes before the first step; expected fewer "
             "evaluation.num_prompts, evaluation.completions_per_prompt or sampling.max_new_tokens"
         )
     if times.step > LONG_S:
         which = "training" if times.training > times.generation else "generating"
         notes.append(
-            f"a step takes about {readable_s(times.step)} here, which is {which} {config.learner.groups_per_step:,} "
-            f"groups x {config.actor.group_size} completions; expected fewer learner.groups_per_step, a smaller "
+            f"a step takes about {format_seconds(times.step)} here, which is {which} "
+            f"{config.learner.groups_per_step:,} groups x {config.actor.group_size} completions; "
+            "expected fewer learner.groups_per_step, a smaller "
             "actor.group_size or sampling.max_new_tokens, or a faster machine"
         )
     return notes
@@ -88,7 +89,7 @@ def too_long(times: Times, config: RunConfig) -> list[str]:
 
 def cpu_speed(config: RunConfig, flops: float, has_units: bool, num_cores: int) -> tuple[Speed, Speed]:
     """The learner's, and of all engines together. `flops`: of one thread in float32."""
-    slow = NO_UNITS if config.model.dtype == "bfloat16" and not has_units else 1.0
+    slow = BFLOAT16_SLOWDOWN if config.model.dtype == "bfloat16" and not has_units else 1.0
     threads = min(config.learner.num_threads or num_cores, num_cores)
     engines = min(config.generation.replicas * config.generation.engine.num_threads, num_cores)
     return _speed("cpu", flops * threads), _speed("cpu", flops * max(1, engines) / slow)
@@ -104,7 +105,7 @@ def _speed(device: str, flops: float) -> Speed:
     return Speed(flops * EFFICIENCY[device], flops * EFFICIENCY[device] * DECODING_SHARE[device])
 
 
-def measured_flops() -> float:
+def measure_flops() -> float:
     """Of this process's threads, in float32; `OPENBLAS_NUM_THREADS` says how many these are."""
     import numpy as np
 
@@ -119,7 +120,7 @@ def measured_flops() -> float:
     return best
 
 
-def readable_s(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """Such as 12 s, 5 min, 3.4 h."""
     if seconds < 100:
         return f"{seconds:.0f} s" if seconds >= 1 else f"{seconds:.1f} s"

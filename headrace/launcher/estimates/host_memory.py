@@ -103,7 +103,7 @@ def weight_bytes(shape: Shape, config: RunConfig) -> int:
     return shape.num_parameters * BYTES[config.model.dtype]
 
 
-def memory_here() -> int:
+def machine_memory_bytes() -> int:
     """Memory of the machine, or of the container if that is less; 0 if unknown."""
     found = []
     for line in _read(Path("/proc/meminfo")).splitlines():

@@ -89,7 +89,7 @@ def shape_in(folder: Path, model_config: dict[str, Any]) -> Shape:
     is_tied = bool(
         _text_config(model_config).get("tie_word_embeddings", model_config.get("tie_word_embeddings", False))
     )
-    return read_shape(model_config, counted_parameters(folder, is_tied))
+    return read_shape(model_config, count_parameters(folder, is_tied))
 
 
 def read_shape(model_config: dict[str, Any], counted: int | None = None) -> Shape:
@@ -137,7 +137,7 @@ def _intermediate(text: dict[str, Any]) -> int:
     return width
 
 
-def counted_parameters(folder: Path, is_tied: bool) -> int | None:
+def count_parameters(folder: Path, is_tied: bool) -> int | None:
     """By the headers of the folder's safetensors; None where these are not (all) here. A head that is tied to the
     embedding counts once, whether or not it is in the files. Raises `ValueError` naming a file that is none."""
     index = folder / INDEX_FILE
@@ -146,13 +146,13 @@ def counted_parameters(folder: Path, is_tied: bool) -> int | None:
         return None
     sizes: dict[str, int] = {}
     for name in names:
-        sizes |= {tensor: math.prod(shape) for tensor, shape in shapes_in(folder / name).items()}
+        sizes |= {tensor: math.prod(shape) for tensor, shape in tensor_shapes(folder / name).items()}
     if is_tied:
         sizes.pop(HEAD, None)
     return sum(sizes.values())
 
 
-def shapes_in(path: Path) -> dict[str, list[int]]:
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
     """Of the tensors in a file of safetensors (a length in 8 bytes, then so many bytes of JSON)."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

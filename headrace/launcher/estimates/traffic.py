@@ -21,7 +21,7 @@ CODING = 1.15
 QUANTILES = 999
 
 
-def moved_bytes(shape: Shape, config: RunConfig) -> Rows:
+def traffic_bytes(shape: Shape, config: RunConfig) -> Rows:
     """A version is what has changed, to a replica on another machine; on the learner's nothing is moved. One that
     joins, or is far behind, takes all weights. A step's groups are encoded, with every completion at full length."""
     whole = shape.num_parameters * BYTES[config.model.dtype]

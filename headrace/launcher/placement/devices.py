@@ -1,6 +1,6 @@
 """The devices of a run on this machine: which GPUs its services see, and the lines that describe the plan.
 
-`devices_of` is called before anything starts and refuses what the machine's GPUs cannot serve. The names in the
+`assign_devices` is called before anything starts and refuses what the machine's GPUs cannot serve. The names in the
 launcher's CUDA_VISIBLE_DEVICES are passed on unchanged. A service that runs on the CPU sees no GPU.
 """
 
@@ -19,7 +19,7 @@ from headrace.common.hardware.device import (
 from headrace.common.hardware.gpus import Gpu, visible_gpus
 from headrace.common.hardware.placement import Placement, assign_gpus
 from headrace.common.preflight.recipe import UnavailableHere
-from headrace.launcher.placement.shared_gpu import check_split, proposed_split
+from headrace.launcher.placement.shared_gpu import check_split, propose_split
 
 ORDER = "CUDA_DEVICE_ORDER"
 GIB = 1 << 30
@@ -41,21 +41,21 @@ class Devices(NamedTuple):
         """Arguments that learner and replicas get."""
         return ["--shares-gpu"] if self.placement.is_shared else []
 
-    def of_learner(self) -> dict[str, str]:
+    def learner_environment(self) -> dict[str, str]:
         """Variables that are added to our environment."""
-        return self._showing(self.placement.learner)
+        return self._environment(self.placement.learner)
 
-    def of_replica(self, index: int) -> dict[str, str]:
-        return self._showing(self.placement.engines[index])
+    def replica_environment(self, index: int) -> dict[str, str]:
+        return self._environment(self.placement.engines[index])
 
-    def _showing(self, names: tuple[str, ...]) -> dict[str, str]:
+    def _environment(self, names: tuple[str, ...]) -> dict[str, str]:
         shown = {VISIBLE_DEVICES: ",".join(names)}
         if names and VISIBLE_DEVICES not in os.environ:  # the numbers are nvidia-smi's
             shown[ORDER] = os.environ.get(ORDER, "PCI_BUS_ID")
         return shown
 
 
-def devices_of(config: RunConfig) -> Devices:
+def assign_devices(config: RunConfig) -> Devices:
     """Raises `UnavailableHere` if this machine lacks what the services need, `ValueError` for an impossible split."""
     learner, engine = config.learner, config.generation.engine
     ranks = learner.num_ranks if resolve_device(learner.device) == "cuda" else 0
@@ -83,7 +83,7 @@ def devices_of(config: RunConfig) -> Devices:
 def _proposal(config: RunConfig, gpus: list[Gpu]) -> str:
     learner, engine = config.learner, config.generation.engine
     if len(gpus) == learner.num_ranks == engine.tp_size == 1 and config.generation.replicas == 1:
-        return f": {proposed_split(config, gpus[0])}"
+        return f": {propose_split(config, gpus[0])}"
     return ""
 
 
@@ -102,7 +102,7 @@ def _notes(config: RunConfig) -> Iterator[str]:
 def plan_lines(config: RunConfig, missing: list[str]) -> list[str]:
     """Who would get what, and notes; in `missing` what this machine lacks for it."""
     try:
-        devices = devices_of(config)
+        devices = assign_devices(config)
     except UnavailableHere as problem:
         missing.append(str(problem))
         return []

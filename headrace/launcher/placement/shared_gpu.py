@@ -24,7 +24,7 @@ SLACK = 1.1
 GIB = 1 << 30
 
 
-def proposed_split(config: RunConfig, gpu: Gpu) -> str:
+def propose_split(config: RunConfig, gpu: Gpu) -> str:
     """For people: the setting that would do, or why none would. Raises `UnavailableHere` if nothing fits."""
     shape = _shape(config)
     if shape is None or not gpu.total_bytes:

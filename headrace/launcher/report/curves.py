@@ -24,7 +24,7 @@ class Series(NamedTuple):
 def draw(series: Sequence[Series], is_share: bool = False) -> Markup:
     """Draws lines over steps; `is_share`: on an axis from 0 to 1. Values that are not finite are omitted."""
     finite = [[point for point in one.points if all(map(math.isfinite, point))] for one in series]
-    shown = [one._replace(points=thinned(points)) for one, points in zip(series, finite, strict=True)]
+    shown = [one._replace(points=downsample(points)) for one, points in zip(series, finite, strict=True)]
     points = [point for one in shown for point in one.points]
     if not points:
         return Markup('<p class="none">nothing was measured</p>')
@@ -42,7 +42,7 @@ def draw(series: Sequence[Series], is_share: bool = False) -> Markup:
         y = place((low_x, tick))[1]
         parts.append(Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(LEFT, WIDTH - RIGHT, y, y))
         parts.append(
-            Markup('<text x="{}" y="{}" dy="4" text-anchor="end">{}</text>').format(LEFT - 6, y, readable(tick))
+            Markup('<text x="{}" y="{}" dy="4" text-anchor="end">{}</text>').format(LEFT - 6, y, format_number(tick))
         )
     for x, anchor in ((low_x, "start"), (high_x, "end")):
         text = Markup('<text x="{}" y="{}" text-anchor="{}">{:g}</text>')
@@ -63,7 +63,7 @@ def _line(series: Series, index: int, places: Sequence[tuple[str, str]]) -> Mark
     return Markup("").join(parts)
 
 
-def thinned(points: Sequence[Point]) -> list[Point]:
+def downsample(points: Sequence[Point]) -> list[Point]:
     """At most `MAX_POINTS` points: means of equally many neighbours."""
     size = math.ceil(len(points) / MAX_POINTS) or 1
     parts = [points[first : first + size] for first in range(0, len(points), size)]
@@ -79,7 +79,7 @@ def ticks_between(low: float, high: float) -> list[float]:
     return [round(index * step, 12) for index in range(first, max(last, first + 1) + 1)]
 
 
-def readable(value: float) -> str:
+def format_number(value: float) -> str:
     if value and abs(value) < 1e-3:
         return f"{value:.2g}".replace("e-0", "e-")
     return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"

@@ -64,17 +64,17 @@ def write_report(run: str, runs_folder: Path, output: Path | None, redis_url: st
     if not folder.is_dir() or not (rows or (folder / "config.yaml").exists()):
         raise ValueError(f"run {run!r}: there is nothing to report in {folder}")
     config = _read(folder / "config.yaml", yaml_text.load) or {}
-    held = _held(run, runs_folder, redis_url)
+    content = _redis_content(run, runs_folder, redis_url)
     path = output or folder / REPORT_FILE
-    path.write_text(render(run, rows, config, _read(folder / "summary.json", json.loads), held, folder / "logs"))
+    path.write_text(render(run, rows, config, _read(folder / "summary.json", json.loads), content, folder / "logs"))
     return path
 
 
-def render(run: str, rows: Sequence[Row], config: Row, summary: Row | None, held: RedisContent, logs: Path) -> str:
+def render(run: str, rows: Sequence[Row], config: Row, summary: Row | None, content: RedisContent, logs: Path) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"clock": _clock, "duration": duration, "spans": spans, "readable": curves.readable}
+    environment.filters |= {"clock": _clock, "duration": duration, "spans": spans, "readable": curves.format_number}
     told, num_left_out = incidents(read_logs(logs, LogFilter(level="WARNING")) if log_files(logs) else [])
     dtype = (config.get("model") or {}).get("dtype")
     engine = (config.get("generation") or {}).get("engine") or {}
@@ -90,12 +90,12 @@ def render(run: str, rows: Sequence[Row], config: Row, summary: Row | None, held
         incidents=told,
         num_left_out=num_left_out,
         settings=settings(config),
-        held=held,
-        examples=[(group, [(one, _tokens(one)) for one in group.rollouts[:MAX_ROLLOUTS]]) for group in held.groups],
+        content=content,
+        examples=[(group, [(one, _tokens(one)) for one in group.rollouts[:MAX_ROLLOUTS]]) for group in content.groups],
     )
 
 
-def _held(run: str, runs_folder: Path, redis_url: str | None) -> RedisContent:
+def _redis_content(run: str, runs_folder: Path, redis_url: str | None) -> RedisContent:
     try:
         with open_run(run, runs_folder, redis_url) as opened:
             return RedisContent(_audit(run, runs_folder, opened.url), _examples(opened.url, Keys(run)))

@@ -17,7 +17,7 @@ from headrace.common.process.logs import LogLine, parse_line
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _REDIS = re.compile(r"\d+:\w (?P<time>\d\d \w{3} \d{4} \d\d:\d\d:\d\d\.\d{3}) (?P<mark>[.\-*#]) (?P<message>.*)")
 _ENGINE = re.compile(r"(?:\[|\w+:\s+)?(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\S*(?: \w+\])? (?P<message>.*)")
-_SAYS_LEVEL = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b")
+_LEVEL = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b")
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 MAX_LINES = 400
 """Lines of one event; more are omitted."""
@@ -102,18 +102,18 @@ class LogFile:
         written_at = self._path.stat().st_mtime
         for text in lines:
             clean = _ESCAPES.sub("", text)
-            first = parse_line(clean) or self._foreign(clean)
+            first = parse_line(clean) or self._parse_foreign(clean)
             if first is None and event is not None:
                 texts += [clean.removeprefix("  ")] if len(texts) < MAX_LINES else []
                 continue
             if event is not None:
                 yield event._replace(at=event.at or (first.at if first else written_at), message="\n".join(texts))
-            event = first or LogLine(self._time, _said_level(clean), self._service, {}, clean)
+            event = first or LogLine(self._time, _level_in_text(clean), self._service, {}, clean)
             texts, self._time = [event.message], event.at
         if event is not None:
             yield event._replace(at=event.at or written_at, message="\n".join(texts))
 
-    def _foreign(self, text: str) -> LogLine | None:
+    def _parse_foreign(self, text: str) -> LogLine | None:
         if text.startswith(("Traceback ", "headrace ")):
             return LogLine(self._time, "ERROR", self._service, {}, text)
         with suppress(ValueError):
@@ -123,7 +123,7 @@ class LogFile:
                 return LogLine(at, level, "redis", {}, found["message"])
             if found := _ENGINE.fullmatch(text):
                 at = datetime.strptime(found["time"], "%Y-%m-%d %H:%M:%S").timestamp()
-                return LogLine(at, _said_level(text), self._service, {}, found["message"])
+                return LogLine(at, _level_in_text(text), self._service, {}, found["message"])
         return None
 
 
@@ -131,8 +131,8 @@ def _wanted(lines: Iterator[LogLine], wanted: LogFilter, file: str) -> Iterator[
     return (line for line in lines if wanted.matches(line, file))
 
 
-def _said_level(text: str) -> str:
-    found = _SAYS_LEVEL.search(text)
+def _level_in_text(text: str) -> str:
+    found = _LEVEL.search(text)
     return found[1] if found else "INFO"
 
 
