@@ -67,7 +67,7 @@ def gather(client: redis.Redis, prefix: str, folder: Path) -> Evidence:
     """`prefix`: of the run's keys."""
     ledger = {name.decode(): mark.decode() for name, mark in client.hgetall(f"{prefix}ledger").items()}
     found: dict[str, str] = {}
-    for stream in ("tickets", "eval", "groups", "evaluated", "dead"):
+    for stream in ("tickets", "eval_tickets", "groups", "eval_groups", "dead_letters"):
         rows: Any = client.xrange(f"{prefix}{stream}")
         found |= {fields.get(b"id", b"?").decode(): entry_id.decode() for entry_id, fields in rows}
     epoch, place = client.hmget(f"{prefix}cursor", "epoch", "place")
@@ -135,7 +135,7 @@ def _check_steps(steps: Sequence[Mapping[str, Any]], num_steps: int, groups_per_
     numbers = [row["step"] for row in steps]
     if numbers != list(range(1, num_steps + 1)):
         found.append(Violation("-", f"expected the steps 1 to {num_steps} once each, in order, found {numbers}"))
-    versions = [row["version"] for row in steps]
+    versions = [row["weight_version"] for row in steps]
     if versions != sorted(set(versions)):
         found.append(Violation("-", f"versions do not grow: {versions}"))
     for row in steps:

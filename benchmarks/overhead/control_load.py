@@ -65,7 +65,7 @@ class Going(threading.Thread):
             row = step_rows(self.step, time.time())[-1]
             with self.client.pipeline(transaction=False) as pipe:
                 pipe.xadd(KEYS.history, {"kind": "step", "row": msgspec.json.encode(row)})
-                pipe.hset(KEYS.learner, mapping={"step": self.step, "version": self.step + 1})
+                pipe.hset(KEYS.learner, mapping={"step": self.step, "weight_version": self.step + 1})
                 pipe.set(KEYS.replica("generation-0"), encode(heartbeat("generation-0", "http://a", self.step)), ex=60)
                 pipe.xadd(
                     KEYS.events, {"kind": "weight_swap", "event": b'{"replica": "generation-0", "pause_ms": 50.0}'}

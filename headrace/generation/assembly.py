@@ -60,7 +60,7 @@ async def assemble_replica(
         stack.push_async_callback(rewards.close)
 
         async def announce(timings: SwapTimings, fetched: FetchedVersion) -> None:
-            event = {"replica": name, "version": fetched.local.manifest.version, "bytes": fetched.num_bytes}
+            event = {"replica": name, "weight_version": fetched.local.manifest.version, "bytes": fetched.num_bytes}
             event |= {"fetch_ms": fetched.fetch_s * 1e3, "apply_ms": fetched.apply_s * 1e3}
             await tickets.announce(
                 "weight_swap", event | {"pause_ms": timings.pause_s * 1e3, "load_ms": timings.load_s * 1e3}

@@ -124,7 +124,7 @@ class Replica:
         self._heartbeat_due.set()
         keys, config = self.tickets.keys, self.config
         async with asyncio.TaskGroup() as tasks:
-            streams = {keys.tickets: config.max_groups_in_flight, keys.eval: self._num_eval_slots}
+            streams = {keys.tickets: config.max_groups_in_flight, keys.eval_tickets: self._num_eval_slots}
             workers = [
                 tasks.create_task(self._fill_slots(*stream, tasks), name=stream[0]) for stream in streams.items()
             ]

@@ -34,7 +34,7 @@ def test_the_last_view_stays_while_redis_is_unavailable(tmp_path: Path) -> None:
             seed_run(client, KEYS)
         with a_control(url, KEYS) as control:
             service.kill()
-            away = control.wait_for(lambda found: found["verdict"]["level"] == "failed", "Redis missed")
+            away = control.wait_for(lambda found: found["verdict"]["level"] == "critical", "Redis missed")
             assert away["verdict"]["text"] == "Redis does not answer; the data shown is from before"
             assert away["step"] == 40 and control.http.get("/history").json()["num_steps"] == 40
             again = control.status()

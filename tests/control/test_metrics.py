@@ -49,7 +49,7 @@ def test_metrics_have_all_numbers_of_status_and_history(redis_url: str, seeded: 
     async def scenario(_: FastAPI, monitor: RunMonitor, http: httpx.AsyncClient) -> None:
         await monitor.refresh()  # replicas are known one look after they were found
         scrape, status = await scraped(http), json.loads((await http.get("/status")).text)
-        said_elsewhere = ("step", "version", "time_s", "kl_at_staleness_0", "kl_at_staleness_1")
+        said_elsewhere = ("step", "weight_version", "time_s", "kl_at_staleness_0", "kl_at_staleness_1")
         row = {name: value for name, value in step_rows(40, 0.0)[-1].items() if name not in said_elsewhere}
         assert {name: scrape.value(metric_name(name)) for name in row} == row
         assert scrape.value("headrace_kl_at_staleness", staleness="1") == 0.003
@@ -89,10 +89,10 @@ def test_only_what_happens_after_the_start_is_counted(redis_url: str, seeded: Ke
         assert before.value("headrace_groups_total", state="dead") == 0
         row = step_rows(41, 0.0)[-1]
         client.xadd(seeded.history, {"kind": "step", "row": msgspec.json.encode(row)})
-        swap = {"replica": "generation-0", "version": 42, "bytes": 7, "pause_ms": 50.0, "fetch_ms": "odd"}
+        swap = {"replica": "generation-0", "weight_version": 42, "bytes": 7, "pause_ms": 50.0, "fetch_ms": "odd"}
         for event in (swap, {"replica": ["odd"]}, {}):
             client.xadd(seeded.events, {"kind": "weight_swap", "event": msgspec.json.encode(event)})
-        client.xadd(seeded.dead, {"id": "0-1", "reason": "why"})
+        client.xadd(seeded.dead_letters, {"id": "0-1", "reason": "why"})
         await monitor.refresh()
         after = await scraped(http)
         assert after.value("headrace_trained_tokens_total") == 2000

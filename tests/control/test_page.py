@@ -31,7 +31,7 @@ from tests.support.page_in_chromium import (
     keep_shot,
     open_page,
 )
-from tests.support.seeded_run import evaluation_row, heartbeat, seed_run, shown_group, step_rows
+from tests.support.seeded_run import evaluation_row, group_sample, heartbeat, seed_run, step_rows
 
 NUM_STEPS = 40
 
@@ -156,7 +156,7 @@ def test_numbers_are_updated_live(page: Any, client: redis.Redis, run_keys: Keys
     add_row(client, run_keys, "evaluation", {**evaluation_row(NUM_STEPS + 1, 1.0), "held_out": 0.8768})
     client.set(run_keys.replica("generation-1"), encode(heartbeat("generation-1", "http://127.0.0.1:9", 77)), ex=3600)
     add_event(client, run_keys, "checkpoint", {"text": "a checkpoint of step 41 is durable"})
-    add_group(client, run_keys, shown_group(4321, NUM_STEPS + 1, 1.0))
+    add_group(client, run_keys, group_sample(4321, NUM_STEPS + 1, 1.0))
     wait_for_text(page, "#run-step", f"step {NUM_STEPS + 1} of")
     wait_for_text(page, "#figures", "0.432")
     wait_for_text(page, "#evaluations-rows", "0.877")

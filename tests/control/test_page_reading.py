@@ -22,7 +22,7 @@ from tests.support.page_in_chromium import (
     keep_shot,
     open_page,
 )
-from tests.support.seeded_run import heartbeat, seed_run, shown_group
+from tests.support.seeded_run import group_sample, heartbeat, seed_run
 
 HOSTILE = "<img src=x onerror=\"alert('x');window.taken=1\"><script>alert(1)</script>\u202egnp.exe</p>{{7*7}}"
 
@@ -90,7 +90,7 @@ def test_groups_that_were_not_trained_have_no_gap(page: Any) -> None:
 def test_hostile_text_stays_text(browser: Any, redis_url: str, client: redis.Redis) -> None:
     keys = Keys("test-page-hostile")
     seed_run(client, keys, 3, num_groups=0)
-    group = shown_group(0, 3, time.time(), num_completions=1)
+    group = group_sample(0, 3, time.time(), num_completions=1)
     rollout = msgspec.structs.replace(group.rollouts[0], text=HOSTILE, tokens=[HOSTILE] * 10)
     prompt = [{"role": HOSTILE, "content": HOSTILE, "name": HOSTILE}]
     add_group(client, keys, msgspec.structs.replace(group, prompt=prompt, rollouts=[rollout]))
@@ -119,7 +119,7 @@ def test_hostile_text_stays_text(browser: Any, redis_url: str, client: redis.Red
 def test_an_empty_run_says_what_will_come(browser: Any, redis_url: str, client: redis.Redis, tmp_path: Path) -> None:
     keys = Keys("test-page-empty")
     seed_run(client, keys, 1, 0, num_groups=0, num_dead=0)
-    for key in (keys.history, keys.events, keys.learner, keys.shown):
+    for key in (keys.history, keys.events, keys.learner, keys.samples):
         client.delete(key)
     with a_control(redis_url, keys) as control, a_page(browser) as page:
         open_page(page, control)
@@ -141,7 +141,7 @@ def test_a_failing_run_says_what_to_do(browser: Any, redis_url: str, client: red
     client.set(keys.replica("generation-1"), encode(ill), ex=600)
     with a_control(redis_url, keys) as control, a_page(browser, color_scheme="dark") as page:
         open_page(page, control)
-        page.wait_for_selector("#verdict[data-level=failed]")
+        page.wait_for_selector("#verdict[data-level=critical]")
         assert "the loss is not finite" in page.locator("#verdict-text").inner_text()
         assert page.locator("#verdict-advice").inner_text() != ""
         assert page.locator("#verdict-words").get_attribute("role") == "status"

@@ -12,7 +12,7 @@ import redis
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import encode
 from tests.support.page_in_chromium import a_browser, a_control, a_page, add_event, add_group, add_row, open_page
-from tests.support.seeded_run import heartbeat, seed_run, shown_group, step_rows
+from tests.support.seeded_run import group_sample, heartbeat, seed_run, step_rows
 
 NUM_STEPS, NUM_REPLICAS = 10_000, 64
 EVENTS_PER_S, OBSERVED_S = 20, 5.0
@@ -46,9 +46,13 @@ def _news(redis_url: str, keys: Keys, ends_at: float) -> None:
         while time.monotonic() < ends_at:
             step += 1
             add_row(client, keys, "step", {**row, "step": step, "time_s": time.time(), "wall_s": 1.5 * step})
-            add_group(client, keys, shown_group(step, step, time.time()))
+            add_group(client, keys, group_sample(step, step, time.time()))
             for index in range(EVENTS_PER_S // 2 - 2):
-                swap = {"replica": f"generation-{(8 * step + index) % NUM_REPLICAS}", "version": step, "pause_ms": 50.0}
+                swap = {
+                    "replica": f"generation-{(8 * step + index) % NUM_REPLICAS}",
+                    "weight_version": step,
+                    "pause_ms": 50.0,
+                }
                 add_event(client, keys, "weight_swap", {**swap, "bytes": 10**6})
             with client.pipeline(transaction=False) as pipe:
                 for index in range(NUM_REPLICAS):

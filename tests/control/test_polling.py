@@ -17,7 +17,7 @@ from headrace.control.models.replicas import Replicas
 from headrace.control.models.status import Status
 from tests.support.controls import Control, a_control
 from tests.support.fake_sglang import FakeSglang
-from tests.support.seeded_run import heartbeat, seed_run, shown_group, step_rows
+from tests.support.seeded_run import group_sample, heartbeat, seed_run, step_rows
 
 WAITS = [{"reason": "waiting_for_groups", "text": "few groups", "for_s": 2.0}]
 
@@ -97,7 +97,7 @@ def test_replicas(control: Control, client: redis.Redis, keys: Keys) -> None:
         "fetched_bytes": 20_000,
     }
     assert first["versions_behind"] == 0 and first["tokens_per_s"] is None
-    client.hset(keys.learner, "version", 44)
+    client.hset(keys.learner, "weight_version", 44)
     moved = msgspec.structs.replace(heartbeat("generation-1", "http://127.0.0.1:9", 40), tokens_generated=10**6)
     client.set(keys.replica("generation-1"), encode(moved), ex=60)
     client.delete(keys.replica("generation-0"))
@@ -137,7 +137,7 @@ def test_the_logprob_gap_keeps_its_last_value(control: Control, client: redis.Re
     for value in [5.0] * SMOOTHED_STEPS + [None] * 12:
         fresh = {} if value is None else {"fresh_logprob_gap_rms": value}
         announce(client, keys, "step", {"step": next(steps), "fresh_tokens": 0.0, "ess": 0.9, **fresh})
-    assert check() == ("failed", 5.0)
+    assert check() == ("critical", 5.0)
     for _ in range(SMOOTHED_STEPS // 2 + 1):
         announce(client, keys, "step", {"step": next(steps), "fresh_logprob_gap_rms": 1e-5})
     assert check() == ("healthy", 1e-5)
@@ -173,8 +173,8 @@ def test_groups_are_listed_and_read_token_by_token(control: Control, client: red
     assert len(rollout.tokens) == len(rollout.weight_versions) == len(rollout.behaviour_logprobs) == 10
     assert rollout.proximal_logprobs and rollout.advantage == -0.9 and detail.messages[0]["role"] == "user"
     assert control.http.get("/groups/0-999").status_code == 404
-    again = msgspec.structs.replace(shown_group(1, 40, 1.0), state="stale")
-    client.xadd(keys.shown, {"group": msgspec.json.encode(again)})
+    again = msgspec.structs.replace(group_sample(1, 40, 1.0), state="stale")
+    client.xadd(keys.samples, {"group": msgspec.json.encode(again)})
     control.refresh()
     assert control.http.get("/groups", params={"state": "stale"}).json()["groups"][0]["id"] == "0-1"
     assert control.http.get("/groups").json()["num_kept"] == 24
@@ -221,8 +221,8 @@ def test_settings_have_present_values_and_no_secrets(redis_url: str, client: red
         ("history", {"kind": "step", "row": b"[" * 5000}),
         ("history", {"kind": "evaluation", "row": b'{"step": 50}'}),
         ("history", {"row": b"{}"}),
-        ("shown", {"group": b'{"id": 3}'}),
-        ("shown", {"id": "x"}),
+        ("samples", {"group": b'{"id": 3}'}),
+        ("samples", {"id": "x"}),
         ("events", {"kind": b"\xff", "event": b"{"}),
         ("events", {"kind": "weight_swap", "event": b'{"replica": [1], "pause_ms": "x", "bytes": -1e3}'}),
         ("events", {"event": b'{"a": 123456789012345678901234567890}'}),

@@ -23,7 +23,7 @@ from headrace.control.view.event_stream import Hub, TooManySubscribers
 from tests.support.controls import Control, a_control
 from tests.support.fake_services import until
 from tests.support.guard import GUARD_S
-from tests.support.seeded_run import heartbeat, seed_run, shown_group, step_rows
+from tests.support.seeded_run import group_sample, heartbeat, seed_run, step_rows
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_a_page_gets_the_state_and_then_the_news(control: Control, client: redis
         assert len(Replicas.model_validate(replicas).replicas) == 2
         client.xadd(keys.history, {"kind": "step", "row": msgspec.json.encode(step_rows(41, 9.0)[-1])})
         client.xadd(keys.history, {"kind": "evaluation", "row": b'{"step": 41, "held_out": 0.5}'})
-        client.xadd(keys.shown, {"group": msgspec.json.encode(shown_group(99, 41, 9.0))})
+        client.xadd(keys.samples, {"group": msgspec.json.encode(group_sample(99, 41, 9.0))})
         client.xadd(keys.events, {"kind": "checkpoint", "event": b'{"step": 41}'})
         row, evaluation, group, event = take(events, "step", "evaluation", "group", "event")
         assert row["step"] == 41 and row["at"] == 9.0 and row["sampled_reward_mean"] == pytest.approx(0.9)

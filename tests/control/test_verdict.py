@@ -31,18 +31,18 @@ def verdict_of(**changes: Any) -> Verdict:
         ({"phase": ""}, "waiting", "the learner is loading, or has not been started"),
         ({"phase": "finished", "replicas": ()}, "ended", "the run is complete: 9 steps"),
         ({"phase": "stopped", "learner_silent_s": 99.0}, "ended", "the run was stopped after step 9 of 60"),
-        ({"phase": "failed", "reason": "no space for 9 s"}, "failed", "the learner failed: no space"),
-        ({"phase": "starved", "reason": "x"}, "failed", "the learner gave up waiting: x"),
+        ({"phase": "failed", "reason": "no space for 9 s"}, "critical", "the learner failed: no space"),
+        ({"phase": "starved", "reason": "x"}, "critical", "the learner gave up waiting: x"),
         ({"learner_silent_s": 4.9}, "healthy", "healthy"),
         ({"learner_silent_s": 6.0}, "warning", "the learner has not answered lately"),
-        ({"learner_silent_s": 16.0}, "failed", "the learner does not answer"),
-        ({"redis_unavailable_s": 0.001}, "failed", "Redis does not answer; the data shown is from before"),
+        ({"learner_silent_s": 16.0}, "critical", "the learner does not answer"),
+        ({"redis_unavailable_s": 0.001}, "critical", "Redis does not answer; the data shown is from before"),
         ({"is_paused": True}, "waiting", "paused on request"),
         ({"is_stopping": True, "is_paused": True}, "waiting", "stopping on request: after the step in progress"),
         ({"replicas": (), "no_replica_s": 59.0}, "waiting", "no live replica"),
-        ({"replicas": (), "no_replica_s": 61.0}, "failed", "the learner starves: no live replica"),
+        ({"replicas": (), "no_replica_s": 61.0}, "critical", "the learner starves: no live replica"),
         ({"replicas": (), "no_replica_s": 61.0, "desired_replicas": 0}, "waiting", "scaled to 0 replicas on request"),
-        ({"replicas": (ILL,), "no_replica_s": 61.0}, "failed", "no replica serves"),
+        ({"replicas": (ILL,), "no_replica_s": 61.0}, "critical", "no replica serves"),
         ({"replicas": (ILL, SERVES)}, "warning", "1 of 2 replicas quarantined: b: checksums differ"),
         (
             {"replicas": (SERVES._replace(state="starting", reason="the engine is starting for 6 s"),)},
@@ -53,7 +53,7 @@ def verdict_of(**changes: Any) -> Verdict:
         ({"replicas": (SERVES._replace(versions_behind=4),)}, "warning", "a is 4 weight versions behind"),
         ({"waiting_s": 30.0}, "healthy", "healthy"),
         ({"waiting_s": 31.0}, "warning", "the learner starves: replicas serve, but no batch arrives"),
-        ({"waiting_s": 901.0}, "failed", "the learner starves: replicas serve, but no batch arrives"),
+        ({"waiting_s": 901.0}, "critical", "the learner starves: replicas serve, but no batch arrives"),
         ({"waiting_s": 901.0, "is_paused": True}, "waiting", "paused on request"),
         ({"num_recent_dead": 1}, "warning", "1 new dead letter in the last 10 minutes"),
         (
@@ -62,10 +62,10 @@ def verdict_of(**changes: Any) -> Verdict:
             "2 new dead letters in the last 10 minutes, the",
         ),
         ({"replicas": (UNSCORED,)}, "warning", "a: rewards fail: ticket 0-1: ValueError: no"),
-        ({"replicas": (UNSCORED,), "waiting_s": 31.0}, "failed", "a: rewards fail: ticket 0-1: ValueError: no"),
+        ({"replicas": (UNSCORED,), "waiting_s": 31.0}, "critical", "a: rewards fail: ticket 0-1: ValueError: no"),
         ({"replicas": (UNSCORED,), "phase": "finished"}, "ended", "the run is complete"),
-        ({"num_recent_dead": 20}, "failed", "20 new dead letters in the last 10 minutes"),
-        ({"checkpoint_failing_s": 1.0}, "failed", "the checkpoint cannot be written"),
+        ({"num_recent_dead": 20}, "critical", "20 new dead letters in the last 10 minutes"),
+        ({"checkpoint_failing_s": 1.0}, "critical", "the checkpoint cannot be written"),
         ({"settings_unapplied_s": 61.0}, "waiting", "changed settings wait for the learner's next step"),
         (
             {"held_back": "lr 1e-05 instead of 2e-05"},
@@ -74,19 +74,19 @@ def verdict_of(**changes: Any) -> Verdict:
         ),
         ({"recent": {"kl_behaviour_proximal": [0.06] * 3 + [0.0] * 2}}, "warning", "the policy is far from the one"),
         ({"recent": {"kl_behaviour_proximal": [9.0] * 2 + [0.0] * 3}}, "healthy", "healthy"),
-        ({"recent": {"kl_behaviour_proximal": [0.3]}}, "failed", "the policy is far from the one that sampled"),
+        ({"recent": {"kl_behaviour_proximal": [0.3]}}, "critical", "the policy is far from the one that sampled"),
         ({"recent": {"ess": [0.4] * 5}}, "warning", "few tokens carry the batch"),
-        ({"recent": {"ess": [0.1] * 5}}, "failed", "few tokens carry the batch"),
+        ({"recent": {"ess": [0.1] * 5}}, "critical", "few tokens carry the batch"),
         ({"recent": {"clip_fraction": [0.6] * 5}}, "warning", "most tokens are clipped"),
         ({"recent": {"dropped_length_bias": [0.04] * 5}}, "healthy", "healthy"),
         ({"recent": {"dropped_length_bias": [-0.3] * 5}}, "healthy", "healthy"),
         ({"recent": {"dropped_length_bias": [0.1] * 5}}, "warning", "dropped are the long ones"),
-        ({"recent": {"dropped_length_bias": [0.3] * 5}}, "failed", "dropped are the long ones"),
+        ({"recent": {"dropped_length_bias": [0.3] * 5}}, "critical", "dropped are the long ones"),
         ({"recent": {"fresh_logprob_gap_rms": [5e-3] * 5}}, "warning", "engine and learner disagree"),
         ({"recent": {"fresh_logprob_gap_rms": [0.04] * 5}, "is_exact": False}, "healthy", "healthy"),
         ({"recent": {"fresh_logprob_gap_rms": [0.2] * 5}, "is_exact": False}, "warning", "engine and learner disagree"),
         ({"recent": {"skipped_updates": [0.0, 1.0, 0.0]}}, "warning", "1 of the last 3 steps skipped updates"),
-        ({"recent": {"skipped_updates": [2.0] * 5}}, "failed", "5 of the last 5 steps skipped updates"),
+        ({"recent": {"skipped_updates": [2.0] * 5}}, "critical", "5 of the last 5 steps skipped updates"),
     ],
 )
 def test_the_verdict_is_the_worst_check(changes: dict[str, Any], level: str, text: str) -> None:
@@ -107,7 +107,7 @@ def test_the_worst_check_comes_first_and_others_are_counted() -> None:
         check_result.check.level
         for check_result in all_checks(replace(WELL, redis_unavailable_s=1.0, num_recent_dead=1))
     ]
-    assert levels[:3] == ["failed", "warning", "healthy"] and len({f.check.name for f in all_checks(WELL)}) == len(
+    assert levels[:3] == ["critical", "warning", "healthy"] and len({f.check.name for f in all_checks(WELL)}) == len(
         levels
     )
 

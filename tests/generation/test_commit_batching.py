@@ -137,10 +137,10 @@ def test_commits_in_one_script_are_independent(redis_url: str, client: redis.Red
     assert as_replica(redis_url, keys, "a", commit) == [False, False, False, True, True]
     groups = {fields[b"id"]: decode_group(fields[b"group"]) for _, fields in client.xrange(keys.groups)}
     assert {name: group.rewards[0] for name, group in groups.items()} == {b"0-0": 1.0, b"0-3": 3.0, b"0-4": 4.0}
-    assert [fields[b"id"] for _, fields in client.xrange(keys.dead)] == [b"0-2"]
+    assert [fields[b"id"] for _, fields in client.xrange(keys.dead_letters)] == [b"0-2"]
     marks = client.hgetall(keys.ledger)
     assert {name: parse_ledger_entry(mark).state for name, mark in marks.items()} == {
-        b"0-0": "queued", b"0-1": "open", b"0-3": "queued", b"0-4": "queued"
+        b"0-0": "answered", b"0-1": "open", b"0-3": "answered", b"0-4": "answered"
     }  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def test_tickets_become_scored_groups_of_the_engines_versions(
 
     async def scenario() -> None:
         async with start() as replica:
-            await until(lambda: client.xlen(keys.groups) == 2 and client.xlen(keys.evaluated) == 1)
+            await until(lambda: client.xlen(keys.groups) == 2 and client.xlen(keys.eval_groups) == 1)
             await until(lambda: beat(client, keys) == ("running", 1))
             await until(lambda: replica.heartbeat().groups_committed == 3)
         assert not client.exists(keys.replica("a")), "a drained replica deletes its heartbeat"
@@ -91,13 +91,13 @@ def test_a_failing_reward_uses_up_the_attempts_and_then_dead_letters_the_ticket(
 
     async def scenario() -> None:
         async with start(task="tests.support.faulty_tasks:Raises") as replica:
-            await until(lambda: client.xlen(keys.dead) == 1)
+            await until(lambda: client.xlen(keys.dead_letters) == 1)
             assert replica.status.state == "running"
             told = "rewards fail: ticket 0-0: completion 1 of 2: RuntimeError: no reward today"
             await until(lambda: replica.heartbeat().reason.startswith(told))
 
     run(scenario)
-    ((_, dead),) = client.xrange(keys.dead)
+    ((_, dead),) = client.xrange(keys.dead_letters)
     assert dead[b"id"] == b"0-0" and b"ticket 0-0" in dead[b"reason"]
     assert len(json.loads(dead[b"completions"])) == 2, "completions that could not be scored are kept"
     assert parse_ledger_entry(client.hget(keys.ledger, "0-0")).state == "dead"

@@ -50,7 +50,7 @@ def test_at_most_a_share_swaps_at_the_same_time(
 
     asyncio.run(scenario())
     assert len(seen) == 8 and max(seen) == most
-    assert client.zcard(keys.swapping) == 0
+    assert client.zcard(keys.swap_slots) == 0
 
 
 def test_a_replica_that_dies_with_a_slot_blocks_it_only_until_it_expires(
@@ -58,7 +58,7 @@ def test_a_replica_that_dies_with_a_slot_blocks_it_only_until_it_expires(
 ) -> None:
     monkeypatch.setattr(swap_slots, "SLOT_TTL_S", 0.3)
     seconds, microseconds = client.time()
-    client.zadd(keys.swapping, {"dead": seconds * 1000 + microseconds // 1000 + 300})
+    client.zadd(keys.swap_slots, {"dead": seconds * 1000 + microseconds // 1000 + 300})
 
     async def scenario() -> None:
         client = connect_async(redis_url)

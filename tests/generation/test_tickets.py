@@ -60,7 +60,7 @@ def test_a_ticket_becomes_one_group(redis_url: str, client: redis.Redis, keys: K
         return await store.commit(lease, make_group()), await store.commit(lease, make_group())
 
     assert as_replica(redis_url, keys, "a", answer) == (True, False)
-    assert states(client, keys) == {"0-0": "queued"}
+    assert states(client, keys) == {"0-0": "answered"}
     assert learner.queue_state()[:2] == (0, 1)
     (entry,) = learner.read(10, 0.1)
     assert entry.ticket_id == "0-0"
@@ -114,7 +114,7 @@ def test_a_failure_is_retried_and_then_dead_with_its_reason(redis_url: str, clie
     as_replica(redis_url, keys, "b", fail)
     assert states(client, keys) == {"0-0": "dead"}
     assert client.xlen(keys.tickets) == 0
-    ((_, dead),) = client.xrange(keys.dead)
+    ((_, dead),) = client.xrange(keys.dead_letters)
     assert (dead[b"id"], dead[b"reason"]) == (b"0-0", b"reward: boom")
     (found,) = dead_entries(client, keys)
     kept = kept_of(client, keys, found.entry_id)
@@ -143,7 +143,7 @@ def test_a_ticket_interrupted_too_often_becomes_a_dead_letter(redis_url: str, cl
             await store.requeue_interrupted(lease, "the engine exited with -9")
 
     as_replica(redis_url, keys, "a", interrupt)
-    ((_, dead),) = client.xrange(keys.dead)
+    ((_, dead),) = client.xrange(keys.dead_letters)
     assert dead[b"reason"] == b"interrupted 10 times: the engine exited with -9"
     assert states(client, keys) == {"0-0": "dead"} and client.xlen(keys.tickets) == 0
 
@@ -174,8 +174,8 @@ def test_an_entry_that_the_ledger_does_not_know_becomes_a_dead_letter(
         return [await store.commit(lease, make_group(lease.ticket.id)) for lease in leases]
 
     assert as_replica(redis_url, keys, "a", answer) == [True, False, False]
-    assert (client.xlen(keys.groups), client.xlen(keys.tickets), client.xlen(keys.dead)) == (1, 0, 2)
-    assert states(client, keys) == {"0-1": "queued"}
+    assert (client.xlen(keys.groups), client.xlen(keys.tickets), client.xlen(keys.dead_letters)) == (1, 0, 2)
+    assert states(client, keys) == {"0-1": "answered"}
 
 
 def test_after_a_loss_of_data_leases_are_dropped_and_streams_created_again(
@@ -185,7 +185,7 @@ def test_after_a_loss_of_data_leases_are_dropped_and_streams_created_again(
 
     async def lose(store: TicketStore) -> list[Lease]:
         lease = await lease_one(store)
-        client.delete(keys.tickets, keys.eval, keys.ledger)
+        client.delete(keys.tickets, keys.eval_tickets, keys.ledger)
         assert not await store.commit(lease, make_group())
         client.delete(keys.tickets)
         await store.renew([lease])

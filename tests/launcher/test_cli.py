@@ -171,7 +171,7 @@ def test_check_for_programs_says_the_same() -> None:
 
 
 def test_dead_tickets_for_programs(redis_url: str, client: redis.Redis, keys: Keys) -> None:
-    entry_id = client.xadd(keys.dead, {"id": "0-7", "reason": "no answer"}).decode()
+    entry_id = client.xadd(keys.dead_letters, {"id": "0-7", "reason": "no answer"}).decode()
     client.hset(keys.ledger, "0-7", f"dead {entry_id}")
     where = ["--run", keys.run, "--json", "--redis-url", redis_url]
     (dead,) = json.loads(headrace("dead-letters", "list", *where).stdout)["dead"]
@@ -191,7 +191,7 @@ def test_a_dead_ticket_shows_its_prompt_and_what_could_not_be_scored(
     }
     for name, fields in payloads.items():
         entry: Any = {"id": name, "reason": f"why {name}", **fields}
-        client.hset(keys.ledger, name, f"dead {client.xadd(keys.dead, entry).decode()}")
+        client.hset(keys.ledger, name, f"dead {client.xadd(keys.dead_letters, entry).decode()}")
     where = ["--run", keys.run, "--redis-url", redis_url]
     shown = headrace("dead-letters", "list", "0-7", *where).stdout
     assert "0-7  why 0-7\n  user:\n    1 + 1?\n  reference:\n" in shown and "why 0-8" not in shown

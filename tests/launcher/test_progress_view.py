@@ -124,10 +124,10 @@ def test_why_rewards_fail_and_what_has_died_is_told(
         beat(
             client, keys, "a", reason="rewards fail: ticket 0-2: ValueError: no for 3 s", waits={"rewards_failing": 3.0}
         )
-        client.xadd(keys.dead, {"id": "0-1", "reason": "ValueError"})
+        client.xadd(keys.dead_letters, {"id": "0-1", "reason": "ValueError"})
         view.refresh()
         assert view.new_lines() == [f"1 ticket is dead {told}"]
-        client.xadd(keys.dead, {"id": "0-2", "reason": "ValueError"})
+        client.xadd(keys.dead_letters, {"id": "0-2", "reason": "ValueError"})
         view.refresh()
         assert view.new_lines() == [], "not at each"
         now += 31

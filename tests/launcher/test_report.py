@@ -20,7 +20,7 @@ from headrace.launcher.report.curves import MAX_POINTS, Series, downsample, draw
 from headrace.launcher.report.headline import settings
 from headrace.launcher.report.problems import incidents, unhealthy_spans
 from tests.launcher.test_cli_logs import LEARNER
-from tests.support.seeded_run import evaluation_row, seed_run, shown_group, step_rows
+from tests.support.seeded_run import evaluation_row, group_sample, seed_run, step_rows
 
 AT = 1_795_000_000.0
 HOSTILE = "</pre></script><script>alert(1)</script><img src=//evil.example/x onerror=alert(2)>\x1b[2J\"'"
@@ -97,11 +97,11 @@ def test_it_needs_nothing_else_and_runs_nothing(
     seed_run(client, keys, at=AT)
     rollout = RolloutSample(HOSTILE, 1.0, 0.5, "stop", [HOSTILE, " b"], [3, 4], [-1.0, -1.0], [-1.0, -3.0])
     group = msgspec.structs.replace(
-        shown_group(0, 40, AT), id="0-hostile", replica=HOSTILE, prompt=[{"role": HOSTILE, "content": HOSTILE}]
+        group_sample(0, 40, AT), id="0-hostile", replica=HOSTILE, prompt=[{"role": HOSTILE, "content": HOSTILE}]
     )
     group = msgspec.structs.replace(group, rollouts=[rollout])
-    client.xadd(keys.shown, {"id": group.id, "group": msgspec.json.encode(group)})
-    client.xadd(keys.shown, {"id": "broken", "group": b"{"})
+    client.xadd(keys.samples, {"id": group.id, "group": msgspec.json.encode(group)})
+    client.xadd(keys.samples, {"id": "broken", "group": b"{"})
     output = tmp_path / "out.html"
     found = report(runs, keys.run, "--redis-url", redis_url, "--output", str(output), "--json")
     assert json.loads(found.stdout) == {"run": keys.run, "report": str(output)}

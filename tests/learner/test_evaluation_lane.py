@@ -48,7 +48,7 @@ class Replica:
         while not self._ending.wait(0.01):
             answer_all(self._client, self._keys, self._keys.tickets, self._group)
             if self.is_evaluating.is_set():
-                answer_all(self._client, self._keys, self._keys.eval, self._group)
+                answer_all(self._client, self._keys, self._keys.eval_tickets, self._group)
 
     def _group(self, ticket: Ticket) -> Group:
         best = 1.0 if ticket.kind == "train" else self.reward
@@ -60,7 +60,7 @@ class Replica:
 
 @pytest.fixture
 def replica(redis_url: str, client: redis.Redis, keys: Keys) -> Iterator[Replica]:
-    for stream in (keys.tickets, keys.eval):
+    for stream in (keys.tickets, keys.eval_tickets):
         client.xgroup_create(stream, "generation", id="0", mkstream=True)
     found = Replica(redis_url, keys)
     yield found
@@ -95,14 +95,16 @@ def test_an_evaluation_that_is_asked_for_runs_beside_training(
         client.hset(keys.control, "stop", 1)
     first, second, third = rows_of(tmp_path, "evaluation")
     assert first["step"] == 0 and 2 <= second["step"] < third["step"]
-    assert [row["version"] for row in (first, second, third)] == [row["step"] + 1 for row in (first, second, third)]
+    assert [row["weight_version"] for row in (first, second, third)] == [
+        row["step"] + 1 for row in (first, second, third)
+    ]
     assert second["pass_at_1"] == second["held_out"] == 0.5 and second["pass_at_2"] == 1.0
     history = [fields for _, fields in client.xrange(keys.history) if fields[b"kind"] == b"evaluation"]
-    assert [json.loads(fields[b"row"])["version"] for fields in history] == [
-        first["version"],
-        *(row["version"] for row in (second, third)),
+    assert [json.loads(fields[b"row"])["weight_version"] for fields in history] == [
+        first["weight_version"],
+        *(row["weight_version"] for row in (second, third)),
     ]
-    shown = [fields for _, fields in client.xrange(keys.shown) if fields[b"kind"] == b"eval"]
+    shown = [fields for _, fields in client.xrange(keys.samples) if fields[b"kind"] == b"eval"]
     assert len(shown) == 9 and {fields[b"state"] for fields in shown} == {b"evaluated"}
 
 
@@ -148,8 +150,8 @@ def test_the_first_step_is_taken_beside_the_first_evaluation_whose_tokens_are_of
         assert client.hget(keys.weights, "version") == b"1" and loop.progress.step == 1
         replica.is_evaluating.set()
     first, last = rows_of(tmp_path, "evaluation")
-    assert (first["step"], first["version"], first["first_token_step_mean"]) == (0, 1, 0.0)
-    assert (last["step"], last["version"]) == (3, 4) and announced == ["1", "2", "3", "4"]
+    assert (first["step"], first["weight_version"], first["first_token_step_mean"]) == (0, 1, 0.0)
+    assert (last["step"], last["weight_version"]) == (3, 4) and announced == ["1", "2", "3", "4"]
 
 
 def test_a_version_is_not_evaluated_twice(replica: Replica, client: redis.Redis, keys: Keys, tmp_path: Path) -> None:

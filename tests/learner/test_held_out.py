@@ -42,7 +42,7 @@ def test_a_result_is_of_the_version_that_was_asked_for() -> None:
     assert evaluation.is_done
     assert evaluation.result() == {
         "step": 4,
-        "version": 9,
+        "weight_version": 9,
         "held_out": 0.4375,
         "pass_at_1": 0.25,
         "pass_at_2": 0.5,

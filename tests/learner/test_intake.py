@@ -307,7 +307,7 @@ def test_groups_that_cannot_be_used_are_dead_and_counted(client: redis.Redis, ke
     harness.turn()
     assert harness.intake.settlement_log.counts["dead"] == 11
     assert harness.intake.outcomes.take_drop_statistics()["dropped_groups"] == 8, "those that can be read at all"
-    reasons = {fields[b"id"]: fields[b"reason"].decode() for _, fields in client.xrange(keys.dead)}
+    reasons = {fields[b"id"]: fields[b"reason"].decode() for _, fields in client.xrange(keys.dead_letters)}
     assert "cannot decode" in reasons[b"0-77"]
     assert reasons[b"0-78"] == reasons[b"?"] == "the ledger knows no such group: it says nothing"
     assert "version 99, from the future" in reasons[b"0-0"]
@@ -324,8 +324,8 @@ def test_a_copy_of_a_group_is_refused_and_the_group_itself_is_trained(client: re
     harness.turn()
     batch = harness.intake.take_batch(1.0, never)
     assert batch is not None and len({arrived.group.ticket.id for arrived in batch}) == 4
-    assert client.xlen(keys.dead) == 2
-    assert [mark and mark.state for mark in harness.store.marks(["0-0", "0-1"])] == ["queued", "queued"]
+    assert client.xlen(keys.dead_letters) == 2
+    assert [mark and mark.state for mark in harness.store.marks(["0-0", "0-1"])] == ["answered", "answered"]
 
 
 def test_a_dead_ticket_is_issued_again_when_a_person_asks(client: redis.Redis, keys: Keys) -> None:
@@ -340,11 +340,11 @@ def test_a_dead_ticket_is_issued_again_when_a_person_asks(client: redis.Redis, k
     harness.intake.poll_control_state()
     assert "0-3" in harness.outstanding() and client.scard(keys.retries) == 0
     mark = harness.store.marks(["0-3"])[0]
-    assert mark is not None and mark.state == "open" and client.xlen(keys.dead) == 7
+    assert mark is not None and mark.state == "open" and client.xlen(keys.dead_letters) == 7
     with pytest.raises(ValueError, match="'0-3' is not dead"):
         retry(client, keys, ["0-3"])
     assert harness.store.dead_reason(died) == "", "it is dead no more"
-    assert len(purge(client, keys, [])) == 7 and client.xlen(keys.dead) == 0
+    assert len(purge(client, keys, [])) == 7 and client.xlen(keys.dead_letters) == 0
 
 
 def test_an_evaluation_is_beside_admission_and_counts_first_tokens(client: redis.Redis, keys: Keys) -> None:
@@ -354,7 +354,7 @@ def test_an_evaluation_is_beside_admission_and_counts_first_tokens(client: redis
     harness.turn()
     assert len(harness.outstanding()) == 8
     assert harness.intake.evaluation.take_result() is None
-    names = harness.answer(keys.eval, rewards=(1.0, 0.0), version=2)
+    names = harness.answer(keys.eval_tickets, rewards=(1.0, 0.0), version=2)
     assert names == ["eval-2-0", "eval-2-1", "eval-2-2"]
     harness.turn()
     result = harness.intake.evaluation.take_result()
@@ -367,12 +367,12 @@ def test_dead_evaluation_tickets_are_left_out_and_counted(client: redis.Redis, k
     harness = Harness(client, keys, make_config())
     harness.intake.evaluation.begin(0, 1)
     client.hset(keys.ledger, "eval-1-1", "dead 1-0")
-    ((_, first), *_) = [e for e in client.xrange(keys.eval) if e[1][b"id"] == b"eval-1-1"]
+    ((_, first), *_) = [e for e in client.xrange(keys.eval_tickets) if e[1][b"id"] == b"eval-1-1"]
     assert decode_ticket(first[b"ticket"]).kind == "eval"
-    for entry_id, fields in client.xrange(keys.eval):
+    for entry_id, fields in client.xrange(keys.eval_tickets):
         if fields[b"id"] == b"eval-1-1":
-            client.xdel(keys.eval, entry_id)
-    harness.answer(keys.eval)
+            client.xdel(keys.eval_tickets, entry_id)
+    harness.answer(keys.eval_tickets)
     harness.turn()
     harness.intake.poll_control_state()
     result = harness.intake.evaluation.take_result()
@@ -383,11 +383,11 @@ def test_a_restarted_learner_evaluates_the_same_step_again(client: redis.Redis, 
     """Its version is another, so its tickets are; what the earlier life had asked is answered and left out."""
     first = Harness(client, keys, make_config())
     first.intake.evaluation.begin(0, 1)
-    first.answer(keys.eval)
+    first.answer(keys.eval_tickets)
     second = Harness(client, keys, make_config())
     second.versions[2] = 0
     second.intake.evaluation.begin(0, 2)
-    second.answer(keys.eval, rewards=(1.0, 1.0), version=2)
+    second.answer(keys.eval_tickets, rewards=(1.0, 1.0), version=2)
     second.turn()
     result = second.intake.evaluation.take_result()
     assert result is not None and (result["held_out"], result["num_completions"]) == (1.0, 6)

@@ -137,7 +137,7 @@ def test_a_learner_says_all_that_its_steps_and_its_status_say(
         end(loop)
     row = loop.progress.latest["step"]
     numbers = {name for name, value in row.items() if isinstance(value, int | float)}
-    plain = {name for name in numbers - {"step", "time_s", "version"} if not name.startswith("kl_at_staleness")}
+    plain = {name for name in numbers - {"step", "time_s", "weight_version"} if not name.startswith("kl_at_staleness")}
     assert {name: after.value(metric_name(name)) for name in plain} == {name: row[name] for name in plain}
     assert plain <= TEXTS.keys(), f"without a text: {sorted(plain - TEXTS.keys())}"
     assert after.values("headrace_kl_at_staleness")
@@ -208,7 +208,7 @@ def test_a_replica_says_what_it_has_done(
                 await until(lambda: client.xlen(keys.groups) == 1)
                 fake.replies["/generate"] = (400, {"error": "no"})
                 learner.issue("0-1")
-                await until(lambda: client.xlen(keys.dead) == 1)
+                await until(lambda: client.xlen(keys.dead_letters) == 1)
                 await until(lambda: replica.heartbeat().groups_in_flight == 0)
                 found.append(Scrape((await http.get("/metrics")).text))
 

@@ -80,7 +80,7 @@ def test_the_next_step_is_taken_while_a_version_is_on_its_way(loop: Loop, tmp_pa
     assert announced == list(range(1, STEPS + 2)) and not loop.waits.status()
     assert {step: manifest.tensors[name].blake3 for step, manifest in written.items()} == weights
     assert len(set(weights.values())) == STEPS + 1, "the weights do change"
-    rows = {row["step"]: row["version"] for row in rows_of(tmp_path, "step")}
+    rows = {row["step"]: row["weight_version"] for row in rows_of(tmp_path, "step")}
     assert rows == {step: manifest.version for step, manifest in written.items() if step}, (
         "a row has its step's version"
     )

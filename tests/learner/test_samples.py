@@ -22,7 +22,7 @@ from headrace.learner.intake.samples import (
     SampleCollector,
     TokenTexts,
     TrainedRollout,
-    shown_group,
+    group_sample,
 )
 from tests.learner.test_trainer import STEPS as VERSION_STEPS
 from tests.learner.test_trainer import make_batch, make_config, make_trainer
@@ -88,20 +88,20 @@ def test_a_group_as_it_is_shown(byte_level: PreTrainedTokenizerFast) -> None:
     )
     group = msgspec.structs.replace(make_group(rewards=(0.5,), issued_step=6), rollouts=[rollout])
     trained = [TrainedRollout(0.33333, np.array([-0.2, -1.25], np.float32))]
-    shown = shown_group(DecidedGroup(group, "trained", 7, 1, 9.0), trained, TokenTexts(byte_level))
+    shown = group_sample(DecidedGroup(group, "trained", 7, 1, 9.0), trained, TokenTexts(byte_level))
     (one,) = shown.rollouts
     assert (one.tokens, one.versions, one.advantage, one.reward) == (["a", "\n"], [3, 4], 0.3333, 0.5)
     assert (one.behaviour_logprobs, one.proximal_logprobs) == ([-0.1235, -1.5], [-0.2, -1.25])
     assert (shown.id, shown.state, shown.step, shown.issued_step, shown.staleness) == ("0-0", "trained", 7, 6, 1)
     assert (shown.prompt, shown.decided_s, shown.num_left_out) == ([{"role": "user", "content": "1 + 1?"}], 9.0, 0)
-    (stale,) = shown_group(DecidedGroup(group, "stale", 7, 3, 9.0), [], TokenTexts(byte_level)).rollouts
+    (stale,) = group_sample(DecidedGroup(group, "stale", 7, 3, 9.0), [], TokenTexts(byte_level)).rollouts
     assert stale.advantage is None and stale.proximal_logprobs is None
 
 
 def test_completions_that_would_make_a_group_too_large_are_left_out(byte_level: PreTrainedTokenizerFast) -> None:
     rollouts = [make_rollout(1.0, tokens=(70,) * 20_000) for _ in range(8)]
     group = msgspec.structs.replace(make_group(rewards=(1.0,) * 8), rollouts=rollouts)
-    shown = shown_group(DecidedGroup(group, "uniform", 1, 0, 0.0), [], TokenTexts(byte_level))
+    shown = group_sample(DecidedGroup(group, "uniform", 1, 0, 0.0), [], TokenTexts(byte_level))
     assert 0 < len(shown.rollouts) < 8 and len(shown.rollouts) + shown.num_left_out == 8
     size = len(msgspec.json.encode(shown))
     assert MAX_SAMPLE_BYTES * 0.7 < size < MAX_SAMPLE_BYTES
@@ -145,7 +145,7 @@ def test_a_run_shows_some_groups_of_every_step(client: redis.Redis, keys: Keys, 
     loop = take_up(tmp_path, client, keys, recording)
     assert loop.run()
     end(loop)
-    entries = [fields for _, fields in client.xrange(keys.shown)]
+    entries = [fields for _, fields in client.xrange(keys.samples)]
     groups = [msgspec.json.decode(fields[b"group"], type=GroupSample) for fields in entries]
     for fields, group in zip(entries, groups, strict=True):
         named = {name: fields[name.encode()].decode() for name in ("id", "kind", "state", "step")}

@@ -39,7 +39,7 @@ def test_a_ticket_is_added_once_and_the_cursor_moves_with_it(client: redis.Redis
     store.add_tickets(keys.tickets, tickets, Cursor(0, 2))
     assert client.xlen(keys.tickets) == 2
     assert store.cursor() == Cursor(0, 2)
-    store.add_tickets(keys.eval, [make_ticket("eval-0-0", kind="eval")])
+    store.add_tickets(keys.eval_tickets, [make_ticket("eval-0-0", kind="eval")])
     assert store.cursor() == Cursor(0, 2)
 
 
@@ -47,7 +47,7 @@ def test_what_was_read_and_not_settled_is_found_again(client: redis.Redis, keys:
     store = LearnerStore(client, keys)
     for index in range(3):
         queue(client, keys, f"0-{index}", b"payload")
-    client.xadd(keys.evaluated, {"id": "eval-0-0", "group": "e"})
+    client.xadd(keys.eval_groups, {"id": "eval-0-0", "group": "e"})
     entries = store.read(10, 0.1)
     assert sorted(entry.ticket_id for entry in entries) == ["0-0", "0-1", "0-2", "eval-0-0"]
     assert store.read(10, 0.01) == []
@@ -57,7 +57,7 @@ def test_what_was_read_and_not_settled_is_found_again(client: redis.Redis, keys:
     again = LearnerStore(client, keys)
     assert sorted(entry.ticket_id for entry in again.read_unsettled()) == ["0-1", "0-2", "eval-0-0"]
     assert again.queue_state()[:2] == (0, 2)
-    assert [mark and mark.state for mark in again.marks(["0-0", "0-1", "0-9"])] == ["trained", "queued", None]
+    assert [mark and mark.state for mark in again.marks(["0-0", "0-1", "0-9"])] == ["trained", "answered", None]
     assert sorted(again.unfinished()) == ["0-1", "0-2"]
     client.xdel(keys.groups, again.read_unsettled()[0].entry_id)
     assert sorted(entry.ticket_id for entry in again.read_unsettled()) == ["0-2", "eval-0-0"], "a deleted one is gone"
@@ -68,7 +68,7 @@ def test_a_group_that_cannot_be_used_is_buried_with_the_reason(client: redis.Red
     entry_id = queue(client, keys, "0-0", b"\xff" * 100_000)
     (entry,) = store.read(10, 0.1)
     assert store.dead_letter(entry, "cannot decode") and not store.dead_letter(entry, "again")
-    ((dead_id, fields),) = client.xrange(keys.dead)
+    ((dead_id, fields),) = client.xrange(keys.dead_letters)
     assert fields[b"payload"] == b"\xff" * DEAD_PAYLOAD_BYTES
     assert {key: fields[key] for key in (b"id", b"reason", b"bytes")} == {
         b"id": b"0-0",
@@ -86,7 +86,7 @@ def test_what_a_checkpoint_knows_and_redis_forgot_is_repaired(client: redis.Redi
     queued = queue(client, keys, "0-2", b"group")
     names = ("0-0", "0-2", "0-3")
     store.settle([Settlement(keys.groups, queued, name, "trained") for name in names], groups="keep")
-    assert [mark and mark.state for mark in store.marks(names)] == ["trained", "queued", "trained"]
+    assert [mark and mark.state for mark in store.marks(names)] == ["trained", "answered", "trained"]
     assert [fields[b"id"] for _, fields in client.xrange(keys.tickets)] == [b"0-1"]
     assert client.xlen(keys.groups) == 1, "a group that is there waits for the next checkpoint"
 

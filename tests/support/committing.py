@@ -17,9 +17,9 @@ def lease_all(client: redis.Redis, keys: Keys, stream: str, count: int = 1000) -
 
 
 def commit(client: redis.Redis, keys: Keys, stream: str, entry_id: str, ticket_id: str, payload: bytes) -> bool:
-    target = keys.evaluated if stream == keys.eval else keys.groups
-    names = (stream, target, keys.dead, keys.ledger)
-    (moved,) = client.eval(MOVE, 4, *names, TICKET_GROUP, "queued", entry_id, ticket_id, 2, "group", payload)
+    target = keys.eval_groups if stream == keys.eval_tickets else keys.groups
+    names = (stream, target, keys.dead_letters, keys.ledger)
+    (moved,) = client.eval(MOVE, 4, *names, TICKET_GROUP, "answered", entry_id, ticket_id, 2, "group", payload)
     return bool(moved)
 
 
@@ -36,7 +36,7 @@ def bury_all(client: redis.Redis, keys: Keys, reason: str) -> list[str]:
     """Every open training ticket fails for good, as replicas write it; returns their ids."""
     names = []
     for entry_id, ticket in lease_all(client, keys, keys.tickets):
-        streams = (keys.tickets, keys.dead, keys.dead, keys.ledger)
+        streams = (keys.tickets, keys.dead_letters, keys.dead_letters, keys.ledger)
         fields = ("reason", reason, "payload", encode(ticket))
         assert client.eval(MOVE, 4, *streams, TICKET_GROUP, "dead", entry_id, ticket.id, 4, *fields) == [1]
         names.append(ticket.id)
@@ -46,5 +46,5 @@ def bury_all(client: redis.Redis, keys: Keys, reason: str) -> list[str]:
 def queue(client: redis.Redis, keys: Keys, ticket_id: str, payload: bytes) -> str:
     """A group in the stream with its mark in the ledger, as a commit leaves them; returns the entry's id."""
     entry_id: str = client.xadd(keys.groups, {"id": ticket_id, "group": payload}).decode()
-    client.hset(keys.ledger, ticket_id, f"queued {entry_id}")
+    client.hset(keys.ledger, ticket_id, f"answered {entry_id}")
     return entry_id

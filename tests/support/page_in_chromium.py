@@ -22,7 +22,7 @@ from headrace.common.config import RunConfig
 from headrace.common.http.addresses import free_port, listen, socket_url
 from headrace.common.process.run_token import TOKEN_VARIABLE
 from headrace.common.redis.client import connect
-from headrace.common.redis.keys import MAX_EVENTS, MAX_HISTORY, MAX_SHOWN, Keys
+from headrace.common.redis.keys import MAX_EVENTS, MAX_HISTORY, MAX_SAMPLES, Keys
 from headrace.common.wire.group_samples import GroupSample
 from headrace.control.assembly import running_app, serving
 from tests.support.guard import GUARD_S
@@ -132,7 +132,7 @@ def open_page(page: Any, url: str, token: str | None = TOKEN) -> None:
 def add_row(client: redis.Redis, keys: Keys, kind: str, row: dict[str, Any]) -> None:
     """Writes a step or an evaluation as the learner does."""
     client.xadd(keys.history, {"kind": kind, "row": json.dumps(row)}, maxlen=MAX_HISTORY, approximate=True)
-    client.hset(keys.learner, mapping={"step": row["step"], "version": row["step"] + 1})
+    client.hset(keys.learner, mapping={"step": row["step"], "weight_version": row["step"] + 1})
 
 
 def add_event(client: redis.Redis, keys: Keys, kind: str, event: dict[str, Any]) -> None:
@@ -142,7 +142,7 @@ def add_event(client: redis.Redis, keys: Keys, kind: str, event: dict[str, Any])
 def add_group(client: redis.Redis, keys: Keys, group: GroupSample) -> None:
     summary = {"id": group.id, "kind": group.kind, "state": group.state, "step": group.step}
     fields = summary | {"group": msgspec.json.encode(group)}
-    client.xadd(keys.shown, fields, maxlen=MAX_SHOWN, approximate=True)
+    client.xadd(keys.samples, fields, maxlen=MAX_SAMPLES, approximate=True)
 
 
 def faults_of(page: Any) -> list[str]:

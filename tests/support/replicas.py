@@ -53,7 +53,7 @@ class Learner:
         sampling = Sampling(temperature=1.0, max_new_tokens=max_new_tokens, stop_token_ids=[1])
         tickets = [make_ticket(name, prompt_tokens=self.prompt_tokens, sampling=sampling, **changes) for name in names]
         kind = tickets[0].kind
-        self.store.add_tickets(self.store.keys.eval if kind == "eval" else self.store.keys.tickets, tickets)
+        self.store.add_tickets(self.store.keys.eval_tickets if kind == "eval" else self.store.keys.tickets, tickets)
 
 
 @contextlib.contextmanager
@@ -94,7 +94,7 @@ async def running_replica(
     rewards = RewardPool(task, {}, num_workers=1, deadline_s=GUARD_S, memory_bytes=4 << 30)
 
     async def announce(timings: SwapTimings, fetched: FetchedVersion) -> None:
-        event = {"version": fetched.local.manifest.version, "pause_ms": timings.pause_s * 1e3}
+        event = {"weight_version": fetched.local.manifest.version, "pause_ms": timings.pause_s * 1e3}
         await tickets.announce("weight_swap", event)
 
     weights = WeightUpdater(

@@ -14,7 +14,7 @@ import msgspec
 import redis
 
 from headrace.common.config import load_recipe
-from headrace.common.redis.keys import MAX_EVENTS, MAX_HISTORY, MAX_SHOWN, TICKET_GROUP, Keys
+from headrace.common.redis.keys import MAX_EVENTS, MAX_HISTORY, MAX_SAMPLES, TICKET_GROUP, Keys
 from headrace.common.wire import Heartbeat, encode
 from headrace.common.wire.group_samples import GroupSample, RolloutSample
 from tests.support.making import make_ticket
@@ -47,7 +47,7 @@ def seed_run(
         pipe.set(keys.epoch, 1)
         pipe.set(keys.launcher, "machine process 1", ex=3600)
         advice = "the learner waits 23% of its time for groups, replicas 2% of theirs for tickets"
-        position = {"phase": "training", "reason": "", "step": num_steps, "version": num_steps + 1}
+        position = {"phase": "training", "reason": "", "step": num_steps, "weight_version": num_steps + 1}
         position |= {"checkpoint_step": num_steps, "checkpoint_time_s": at, "checkpoint_seconds": 0.2}
         position |= {"checkpoint_bytes": 8_000_000}
         advised = {"advised_replicas": num_replicas + 1, "advice": advice}
@@ -61,17 +61,17 @@ def seed_run(
                 _announce(
                     pipe, keys, "evaluation", evaluation_row(row["step"], at - STEP_S * (num_steps - row["step"]))
                 )
-        for group in (shown_group(index, num_steps, at) for index in range(num_groups)):
+        for group in (group_sample(index, num_steps, at) for index in range(num_groups)):
             summary = {"id": group.id, "kind": group.kind, "state": group.state, "step": group.step}
             fields = summary | {"group": msgspec.json.encode(group)}
-            pipe.xadd(keys.shown, fields, maxlen=MAX_SHOWN, approximate=True)
+            pipe.xadd(keys.samples, fields, maxlen=MAX_SAMPLES, approximate=True)
         for index in range(num_replicas):
-            swap = {"replica": f"generation-{index}", "version": num_steps + 1, "bytes": 20_000}
+            swap = {"replica": f"generation-{index}", "weight_version": num_steps + 1, "bytes": 20_000}
             swap |= {"fetch_ms": 30.0, "apply_ms": 10.0, "pause_ms": 50.0 + index, "load_ms": 20.0}
             _event(pipe, keys, "weight_swap", swap)
         for index in range(num_dead):
-            pipe.xadd(keys.dead, {"id": f"0-{90_000 + index}", "reason": "scoring failed: no answer in 10 s"})
-        for stream in (keys.tickets, keys.eval):
+            pipe.xadd(keys.dead_letters, {"id": f"0-{90_000 + index}", "reason": "scoring failed: no answer in 10 s"})
+        for stream in (keys.tickets, keys.eval_tickets):
             pipe.xgroup_create(stream, TICKET_GROUP, id="0", mkstream=True)
         for index in range(8):
             pipe.xadd(keys.tickets, {"ticket": encode(make_ticket(f"0-{91_000 + index}"))})
@@ -86,7 +86,7 @@ def step_rows(num_steps: int, at: float) -> list[dict[str, Any]]:
             "step": step,
             "time_s": at - STEP_S * (num_steps - step),
             "wall_s": STEP_S * step,
-            "version": step + 1,
+            "weight_version": step + 1,
             "sampled_reward_mean": 0.3 + 0.6 * step / num_steps,
             "trained_reward_mean": 0.5,
             "run_uniform_share": 0.25,
@@ -138,7 +138,7 @@ def step_rows(num_steps: int, at: float) -> list[dict[str, Any]]:
 def evaluation_row(step: int, at: float) -> dict[str, Any]:
     accuracy = {"held_out": 0.7 + step / 1000, "pass_at_1": 0.7 + step / 1000, "pass_at_2": 0.8 + step / 1000}
     counts = {"num_completions": 512, "num_dead": 0, "first_token_step_mean": float(step)}
-    return {"step": step, "time_s": at, "version": step + 1, "is_best": True} | accuracy | counts
+    return {"step": step, "time_s": at, "weight_version": step + 1, "is_best": True} | accuracy | counts
 
 
 def heartbeat(name: str, url: str, num_steps: int, index: int = 0) -> Heartbeat:
@@ -156,7 +156,7 @@ def heartbeat(name: str, url: str, num_steps: int, index: int = 0) -> Heartbeat:
     )
 
 
-def shown_group(index: int, num_steps: int, at: float, num_completions: int = 4) -> GroupSample:
+def group_sample(index: int, num_steps: int, at: float, num_completions: int = 4) -> GroupSample:
     """Every fourth group is uniform, every eighth of an evaluation, the others trained; two versions sampled each."""
     state = "evaluated" if index % 8 == 7 else "uniform" if index % 4 == 3 else "trained"
     step, is_trained = max(1, num_steps - index // 4), state == "trained"

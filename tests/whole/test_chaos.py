@@ -224,14 +224,14 @@ def until(condition: object) -> None:
 
 
 def evidence(**changes: Any) -> Evidence:
-    """Two steps of two tickets; one ticket is open, one queued; the second step is in the checkpoint alone."""
+    """Two steps of two tickets; one ticket is open, one answered; the second step is in the checkpoint alone."""
     rows = [
         {"kind": "evaluation", "step": 0},
-        {"kind": "step", "step": 1, "version": 2, "tickets": ["0-0", "0-2"]},
-        {"kind": "step", "step": 2, "version": 5, "tickets": ["0-3", "0-4"]},
+        {"kind": "step", "step": 1, "weight_version": 2, "tickets": ["0-0", "0-2"]},
+        {"kind": "step", "step": 2, "weight_version": 5, "tickets": ["0-3", "0-4"]},
     ]
-    ledger = {"0-0": "trained", "0-1": "uniform", "0-2": "trained", "0-3": "queued 7-0", "0-4": "queued 8-0"}
-    ledger |= {"0-5": "open 3-0", "0-6": "queued 9-0"}
+    ledger = {"0-0": "trained", "0-1": "uniform", "0-2": "trained", "0-3": "answered 7-0", "0-4": "answered 8-0"}
+    ledger |= {"0-5": "open 3-0", "0-6": "answered 9-0"}
     entries = {"0-3": "7-0", "0-4": "8-0", "0-5": "3-0", "0-6": "9-0"}
     recorded = {"0-3": "trained", "0-4": "trained"}
     return Evidence(rows, ledger, recorded, entries, (0, 7))._replace(**changes)
@@ -246,7 +246,7 @@ def test_sound_accounts_have_no_violation() -> None:
 
 
 def test_a_ticket_that_two_steps_trained_is_found() -> None:
-    rows = [*evidence().rows[:2], {"kind": "step", "step": 2, "version": 5, "tickets": ["0-0", "0-3"]}]
+    rows = [*evidence().rows[:2], {"kind": "step", "step": 2, "weight_version": 5, "tickets": ["0-0", "0-3"]}]
     found = texts(check(evidence(rows=rows), 2, 2))
     assert "0-0 trained twice" in found and "0-4 is trained, and no step has it" in found
 
@@ -258,14 +258,14 @@ def test_a_step_that_is_missing_or_taken_twice_is_found() -> None:
 
 
 def test_versions_that_do_not_grow_and_short_batches_are_found() -> None:
-    rows = [*evidence().rows[:2], {"kind": "step", "step": 2, "version": 2, "tickets": ["0-3"]}]
+    rows = [*evidence().rows[:2], {"kind": "step", "step": 2, "weight_version": 2, "tickets": ["0-3"]}]
     found = texts(check(evidence(rows=rows), 2, 2))
     assert "versions do not grow: [2, 2]" in found and "step 2 has 1 tickets" in found
 
 
 def test_a_trained_ticket_that_is_nowhere_recorded_is_found() -> None:
     found = texts(check(evidence(recorded={"0-3": "trained"}), 2, 2))
-    assert "0-4 trained by a step, and is queued" in found and "3 tickets are trained, expected 4" in found
+    assert "0-4 trained by a step, and is answered" in found and "3 tickets are trained, expected 4" in found
 
 
 def test_what_the_ledger_points_to_and_no_stream_has_is_lost() -> None:

@@ -95,7 +95,7 @@ def test_what_is_killed_is_started_again(finished: Finished) -> None:
 def test_each_step_is_taken_once(finished: Finished) -> None:
     """Over a stop, and over kills of every process."""
     assert steps_in(finished.run) == list(range(1, STEPS + 1)), finished.second
-    versions = [row["version"] for row in rows_of(finished.run, "step")]
+    versions = [row["weight_version"] for row in rows_of(finished.run, "step")]
     assert versions == sorted(set(versions)), "versions only grow"
 
 

@@ -161,9 +161,9 @@ def go_on(prometheus: Prometheus, client: redis.Redis, control_url: str) -> None
     for step in (41, 42):
         row = step_rows(step, time.time())[-1]
         client.xadd(SEEDED.history, {"kind": "step", "row": msgspec.json.encode(row)})
-        client.hset(SEEDED.learner, mapping={"step": step, "version": step + 1})
+        client.hset(SEEDED.learner, mapping={"step": step, "weight_version": step + 1})
         for replica in ("generation-0", "generation-1"):
-            swap = {"replica": replica, "version": step + 1, "bytes": 20_000, "pause_ms": 50.0, "fetch_ms": 30.0}
+            swap = {"replica": replica, "weight_version": step + 1, "bytes": 20_000, "pause_ms": 50.0, "fetch_ms": 30.0}
             client.xadd(SEEDED.events, {"kind": "weight_swap", "event": msgspec.json.encode(swap)})
             client.set(SEEDED.replica(replica), encode(heartbeat(replica, "http://127.0.0.1:9", step)), ex=3600)
         httpx.get(f"{control_url}/status", trust_env=False)

@@ -91,16 +91,16 @@ CONFIG = RunConfig.model_validate(
 G = CONFIG.learner.groups_per_step
 FINAL: tuple[TicketState, ...] = ("trained", "uniform", "stale", "evaluated")
 AFTER: dict[str, set[str]] = {
-    "open": {"open", "queued", "dead"},
-    "queued": {"queued", "dead", *FINAL},
+    "open": {"open", "answered", "dead"},
+    "answered": {"answered", "dead", *FINAL},
     "dead": {"dead", "open"},
 }
 AFTER |= {state: {state} for state in (*FINAL, "skipped")}
 PASSED: dict[int, TicketState] = {2: "dead", 4: "skipped"}
 """Places of every epoch of which there is no ticket."""
-WORK, ANSWERS = ("tickets", "eval"), ("groups", "evaluated")
-STREAMS = (*WORK, *ANSWERS, "dead")
-HOMES = {"open": WORK, "queued": ANSWERS, "dead": ("dead", "dead")}
+WORK, ANSWERS = ("tickets", "eval_tickets"), ("groups", "eval_groups")
+STREAMS = (*WORK, *ANSWERS, "dead_letters")
+HOMES = {"open": WORK, "answered": ANSWERS, "dead": ("dead_letters", "dead_letters")}
 KINDS = ["mixed", "mixed", "mixed", "uniform", "old", "future", "fail", "hand back"]
 """What a replica does with a ticket; a group of a future version is refused by the learner."""
 JUNK = [{"id": "9-99", "group": "?"}, {"id": "x", "ticket": "?"}, {"unheard": "of"}]
@@ -443,7 +443,7 @@ class Protocol(RuleBasedStateMachine):
                 assert kept, f"{name} is {mark}, and no checkpoint says so"
                 for folder in kept:
                     assert self._line(folder).states.get(name) == mark.state, f"{name} is {mark}, not so in {folder}"
-        self._check_versions(streams[STREAMS.index("tickets")] + streams[STREAMS.index("eval")])
+        self._check_versions(streams[STREAMS.index("tickets")] + streams[STREAMS.index("eval_tickets")])
         self._check_numbers(int(epoch or 0) * NUM_PROMPTS + int(place or 0))
         found = audit(self.client, self.keys, self.folder)
         assert not [one for one in found.violations if not (one[0] in copied and one[1].endswith("as well"))]
@@ -453,7 +453,7 @@ class Protocol(RuleBasedStateMachine):
         for name, old in self.marks.items():
             new = marks.get(name)
             assert new is not None and new.state in AFTER[old.state], f"{name} was {old} and is {new}"
-            if old.state == "queued" and new != old:
+            if old.state == "answered" and new != old:
                 assert new.state in FINAL or self.groups[name, old.entry_id][0] == "future", (
                     f"{name} was {old} and is {new}"
                 )
@@ -475,7 +475,7 @@ class Protocol(RuleBasedStateMachine):
                 assert entries[entry][b"id"].decode() == name
                 assert stream not in ANSWERS or entries[entry][b"group"] == encode(self.groups[name, entry][1])
             foreign = entries.keys() - pointed.keys()
-            if stream == "dead":
+            if stream == "dead_letters":
                 assert len(foreign) <= len(self.planted), f"nobody's entries in dead: {foreign}"
             else:
                 assert foreign <= self.planted, f"nobody's entries in {stream}: {foreign - self.planted}"
@@ -544,7 +544,7 @@ class Protocol(RuleBasedStateMachine):
         """What a checkpoint that begins now must hold, whenever it is written."""
         self._note(life, self.num_noted)
         self.num_noted = len(life.loop.intake.settlement_log.since_checkpoint)
-        names = [name for name, mark in self._ledger().items() if mark.state in ("open", "queued")]
+        names = [name for name, mark in self._ledger().items() if mark.state in ("open", "answered")]
         unfinished = {name for name in names if name not in life.line.states and is_training(name)}
         self.begun[id(life.loop)] = copy.deepcopy(life.line), unfinished
         begin(*given)
@@ -599,7 +599,7 @@ class Protocol(RuleBasedStateMachine):
         if name == "turn" and self.life is life and not self.is_lost and not is_full:
             arrived = [one.entry for one in taken._pending.groups]
             seen = [*taken.settlement_log.since_checkpoint, *taken.settlement_log.checkpointed, *arrived]
-            queued = {mark.entry_id for mark in self._ledger().values() if mark.state == "queued"}
+            queued = {mark.entry_id for mark in self._ledger().values() if mark.state == "answered"}
             assert queued <= {one.entry_id for one in seen}, "groups that the learner does not see"
 
     def _do(self, loop: Any, name: str) -> None:
@@ -684,7 +684,7 @@ class Protocol(RuleBasedStateMachine):
         states = {name: mark.state for name, mark in self.marks.items() if mark.state in FINAL}
         assert states.items() <= line.states.items() and (self.was_lost or states == line.states)
         assert not any(mark.state == "open" for mark in self.marks.values())
-        queued = {mark.entry_id for mark in self.marks.values() if mark.state == "queued"}
+        queued = {mark.entry_id for mark in self.marks.values() if mark.state == "answered"}
         assert len(queued) < G and queued == {arrived.entry.entry_id for arrived in loop.intake._pending.groups}
         _, _, pending, *streams = self._read()
         assert queued == {entry.decode() for rows in streams[:-1] for entry, _ in rows} and not pending

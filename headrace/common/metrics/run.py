@@ -21,12 +21,14 @@ PHASES = (
 STATES = (*get_args(DecidedState), "dead")
 
 
-def add_progress(families: Families, *, phase: str, step: int, steps: int, version: int, epoch: int) -> None:
+def add_progress(
+    families: Families, *, phase: str, step: int, target_steps: int, weight_version: int, fencing_epoch: int
+) -> None:
     families.state_set("headrace_phase", "1 for what the learner does.", "phase", PHASES, phase)
     families.gauge("headrace_completed_steps", "Steps that are complete.", step)
-    families.gauge("headrace_target_steps", "The step at which the run is complete.", steps)
-    families.gauge("headrace_weight_version", "The weight version that was published last.", version)
-    families.gauge("headrace_fencing_epoch", "Counts the run's learners.", epoch)
+    families.gauge("headrace_target_steps", "The step at which the run is complete.", target_steps)
+    families.gauge("headrace_weight_version", "The weight version that was published last.", weight_version)
+    families.gauge("headrace_fencing_epoch", "Counts the run's learners.", fencing_epoch)
 
 
 def add_desired_state(

@@ -77,7 +77,7 @@ _STEP_TIMES = {f"{phase}_s": f"step_{phase}_s" for phase in PHASES}
 """By a row's name: its name in Prometheus, where it stands among other times."""
 _LABELLED = {"kl_at_staleness": "staleness", "pass_at": "k"}
 """The number at the end of the name is a label."""
-_SAID_ELSEWHERE = {"kind", "step", "time_s", "at", "version", "is_best"}
+_SAID_ELSEWHERE = {"kind", "step", "time_s", "at", "weight_version", "is_best"}
 
 
 def add_latest_step(families: Families, row: Mapping[str, Any]) -> None:

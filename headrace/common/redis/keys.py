@@ -1,35 +1,36 @@
 """The names of a run's keys in Redis: `headrace:{<run>}:…`, the braces literal, so that a run is one hash slot.
 
-tickets     stream, group `generation`   open work, leased by replicas                        written by learner
-eval        stream, group `generation`   evaluation tickets, beside admission                 learner
-groups      stream                       scored groups, each exactly once per ticket          replicas
-evaluated   stream                       scored evaluation groups, outside admission          replicas
-dead        stream                       what could not be generated, scored or decoded       either
-ledger      hash                         ticket id -> mark (headrace/common/wire/ledger.py)                 either
-retries     set                          dead tickets to be issued again                      headrace dead-letters
-cursor      hash                         epoch and place of the next prompt, and of what data learner
-replicas    hash-slot prefix, TTL keys   heartbeats                                           replicas
-learner     hash                         step, version, phase, its waits (code -> seconds)      learner
-epoch       counter                      fences learners                                      learner
-epochs      hash                         a learner's start -> the epoch that it took          learner
-weights     hash                         newest version, its manifest's SHA-256, URL, folder  learner
-swapping    sorted set                   replicas that swap, by when their turn ends          replicas
-versions    hash                         weight version -> the step that made it              learner
-config      string                       the resolved configuration, for replicas that join   learner
-control     hash                         what is ordered (common/wire/control.py)             control, command line
-launcher    string, TTL                  host and process of the launcher that obeys it       launcher
-events      stream, bounded              what happened, for the page and the command line     everybody
-history     stream, bounded              rows of numbers; the last one of a step counts       learner
-shown       stream, bounded              a sample of groups for people to read                learner
+key           type                        content                                               written by
+tickets       stream, group `generation`  open work, leased by replicas                         learner
+eval_tickets  stream, group `generation`  evaluation tickets, beside admission                  learner
+groups        stream                      scored groups, each exactly once per ticket           replicas
+eval_groups   stream                      scored evaluation groups, outside admission           replicas
+dead_letters  stream                      what could not be generated, scored or decoded        either
+ledger        hash                        ticket id -> ledger entry (common/wire/ledger.py)     either
+retries       set                         dead tickets to be issued again                       headrace dead-letters
+cursor        hash                        position of the next prompt, and in which data        learner
+replicas      prefix of keys with a TTL   heartbeats                                            replicas
+learner       hash                        step, weight version, phase, waits (code -> seconds)  learner
+epoch         counter                     fences learners                                       learner
+epochs        hash                        a learner's start -> the epoch that it took           learner
+weights       hash                        newest version, its manifest's SHA-256, URL, folder   learner
+swap_slots    sorted set                  replicas that swap, by when their slot expires        replicas
+versions      hash                        weight version -> the step that made it               learner
+config        string                      the resolved configuration, for replicas that join    learner
+control       hash                        desired state (common/wire/desired_state.py)          control, command line
+launcher      string, TTL                 host and process of the launcher that follows it      launcher
+events        stream, bounded             what happened, for the page and the command line      everybody
+history       stream, bounded             rows of numbers; the last one of a step counts        learner
+samples       stream, bounded             a sample of groups for people to read                 learner
 """
 
 import re
 
 MAX_EVENTS = 10_000
 MAX_HISTORY = 20_000
-MAX_SHOWN = 256
+MAX_SAMPLES = 256
 TICKET_GROUP = "generation"
-"""Consumer group of `tickets` and `eval`."""
+"""Consumer group of `tickets` and `eval_tickets`."""
 
 
 def key_pattern(name: str) -> str:
@@ -53,10 +54,10 @@ class Keys:
         self.run = run
         prefix = f"headrace:{{{run}}}:"
         self.tickets = prefix + "tickets"
-        self.eval = prefix + "eval"
+        self.eval_tickets = prefix + "eval_tickets"
         self.groups = prefix + "groups"
-        self.evaluated = prefix + "evaluated"
-        self.dead = prefix + "dead"
+        self.eval_groups = prefix + "eval_groups"
+        self.dead_letters = prefix + "dead_letters"
         self.ledger = prefix + "ledger"
         self.retries = prefix + "retries"
         self.cursor = prefix + "cursor"
@@ -65,14 +66,14 @@ class Keys:
         self.epoch = prefix + "epoch"
         self.epochs = prefix + "epochs"
         self.weights = prefix + "weights"
-        self.swapping = prefix + "swapping"
+        self.swap_slots = prefix + "swap_slots"
         self.versions = prefix + "versions"
         self.config = prefix + "config"
         self.control = prefix + "control"
         self.launcher = prefix + "launcher"
         self.events = prefix + "events"
         self.history = prefix + "history"
-        self.shown = prefix + "shown"
+        self.samples = prefix + "samples"
 
     def replica(self, replica: str) -> str:
         return self.replicas + replica

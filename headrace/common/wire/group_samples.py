@@ -1,4 +1,4 @@
-"""A group as people read it: the learner writes a sample of them, as JSON, into the bounded stream `shown`.
+"""A group as people read it: the learner writes a sample of them, as JSON, into the bounded stream `samples`.
 
 Of a completion there is an entry per token: its text, the weight version that sampled it, and its log-probabilities.
 """

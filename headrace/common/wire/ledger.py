@@ -1,8 +1,9 @@
 """The ledger: a hash in Redis with one entry for every ticket that the run has ever issued.
 
 A ledger entry is the ticket's state and, while a stream holds the ticket or its group, the id of that stream entry:
-`open 17-0` (in `tickets` or `eval`), `queued 18-0` (in `groups` or `evaluated`), `dead 19-0` (in `dead`; `dead` alone
-once purged), else `trained`, `uniform`, `stale` or `evaluated`; or `skipped`, where a prompt was too long to be issued.
+`open 17-0` (in `tickets` or `eval_tickets`), `answered 18-0` (in `groups` or `eval_groups`), `dead 19-0` (in
+`dead_letters`; `dead` alone once purged), else `trained`, `uniform`, `stale` or `evaluated`; or `skipped`, where a
+prompt was too long to be issued.
 A stream entry to which no ledger entry points is never acted on.
 """
 

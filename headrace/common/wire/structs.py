@@ -38,7 +38,7 @@ Message = Annotated[dict[str, str], msgspec.Meta(max_length=64)]
 TicketKind = Literal["train", "eval"]
 DecidedState = Literal["trained", "uniform", "stale", "evaluated"]
 """Of a group that the learner is done with."""
-TicketState = Literal["open", "queued", DecidedState, "dead", "skipped"]
+TicketState = Literal["open", "answered", DecidedState, "dead", "skipped"]
 FinishReason = Literal["stop", "length"]
 ReplicaState = Literal["starting", "running", "paused", "draining", "quarantined"]
 

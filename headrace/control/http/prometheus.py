@@ -16,7 +16,7 @@ from headrace.control.polling.redis_poll import PollResult
 from headrace.control.verdict.check_inputs import FINAL_PHASES
 from headrace.control.view.run_monitor import RunMonitor
 
-LEVELS = {"healthy": 0, "ended": 0, "waiting": 1, "warning": 2, "failed": 3}
+LEVELS = {"healthy": 0, "ended": 0, "waiting": 1, "warning": 2, "critical": 3}
 
 
 class ControlMetrics:
@@ -47,9 +47,9 @@ class ControlMetrics:
             families,
             phase=status.phase,
             step=status.step,
-            steps=status.target_steps,
-            version=status.weight_version,
-            epoch=status.fencing_epoch,
+            target_steps=status.target_steps,
+            weight_version=status.weight_version,
+            fencing_epoch=status.fencing_epoch,
         )
         replicas = status.replicas
         applied = self._monitor.view.applied_version if self._monitor.view else None
@@ -91,12 +91,12 @@ def _add_verdict(families: Families, status: Status) -> None:
     families.state_set("headrace_verdict", text, "level", LEVELS, status.verdict.level)
     families.gauge("headrace_verdict_since_timestamp_seconds", "Since when it is so.", status.verdict.since_at)
     for check in status.checks:
-        text = "How bad one thing is: 0 healthy, 1 waiting, 2 warning, 3 failed."
+        text = "How bad one thing is: 0 healthy, 1 waiting, 2 warning, 3 critical."
         families.gauge("headrace_check_level", text, LEVELS[check.level], check=check.name)
         text = "What the check is about; of a metric the median of the last 5 steps."
         families.gauge("headrace_check_value", text, check.value, check=check.name)
         families.gauge("headrace_check_warning", "The value from which it is a warning.", check.warn, check=check.name)
-        families.gauge("headrace_check_alarm", "The value from which it has failed.", check.alarm, check=check.name)
+        families.gauge("headrace_check_alarm", "The value from which it is critical.", check.alarm, check=check.name)
 
 
 def _add_rates(families: Families, status: Status) -> None:
@@ -123,7 +123,7 @@ def _add_queues(families: Families, queues: Queues) -> None:
     )
     families.gauge("headrace_leased_tickets", "Open training tickets that a replica holds.", queues.leased_tickets)
     families.gauge("headrace_evaluation_tickets", "Evaluation tickets not yet answered.", queues.evaluation_tickets)
-    families.gauge("headrace_dead_letters", "Tickets and groups in the stream of the dead.", queues.dead_letters)
+    families.gauge("headrace_dead_letters", "Entries of the stream of dead letters.", queues.dead_letters)
 
 
 def _add_replicas(families: Families, poll: PollResult, shown: Replicas) -> None:

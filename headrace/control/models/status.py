@@ -8,7 +8,7 @@ from headrace.control.models.bodies import ResponseBody
 from headrace.control.models.history import Evaluation
 from headrace.control.models.replicas import ReplicaCounts
 
-Level = Literal["healthy", "waiting", "warning", "failed", "ended"]
+Level = Literal["healthy", "waiting", "warning", "critical", "ended"]
 
 
 class Verdict(ResponseBody):

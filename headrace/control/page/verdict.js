@@ -4,8 +4,8 @@
 import { byId, el, keep, setHidden, setText } from "./dom.js";
 import { clock, duration, number, plural } from "./format.js";
 
-const SIGNS = { healthy: "✓", waiting: "…", warning: "!", failed: "✕", ended: "■" };
-const LEVELS = ["failed", "warning", "waiting", "ended", "healthy"];
+const SIGNS = { healthy: "✓", waiting: "…", warning: "!", critical: "✕", ended: "■" };
+const LEVELS = ["critical", "warning", "waiting", "ended", "healthy"];
 const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 
 export function startVerdict(store) {

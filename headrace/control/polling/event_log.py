@@ -94,9 +94,8 @@ def describe_event(kind: str, event: dict[str, Any]) -> str:
     if isinstance(text := event.get("text"), str):
         return text
     if kind == "weight_swap":
-        return (
-            f"{event.get('replica')} uses weight version {event.get('version')}; paused {number('pause_ms', '.0f')} ms"
-        )
+        version, paused_ms = event.get("weight_version"), number("pause_ms", ".0f")
+        return f"{event.get('replica')} uses weight version {version}; paused {paused_ms} ms"
     if kind == "evaluation":
         return f"held-out pass@1 {number('held_out', '.3f')} after step {event.get('step')}"
     if kind == "redis_lost":

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from headrace.common.redis.keys import MAX_SHOWN
+from headrace.common.redis.keys import MAX_SAMPLES
 from headrace.common.wire import name_problem
 from headrace.common.wire.group_samples import MAX_SAMPLE_BYTES, GroupSample, RolloutSample
 from headrace.control.models.groups import GroupDetail, GroupSummary, Rollout
@@ -43,7 +43,7 @@ class GroupSamples:
             self._num_bytes -= len(before.payload)
         self._kept[group.id] = _CachedSample(_summary(group), payload)
         self._num_bytes += len(payload)
-        while len(self._kept) > MAX_SHOWN or (self._num_bytes > self._max_bytes and len(self._kept) > 1):
+        while len(self._kept) > MAX_SAMPLES or (self._num_bytes > self._max_bytes and len(self._kept) > 1):
             self._num_bytes -= len(self._kept.popitem(last=False)[1].payload)
         return self._kept[group.id].summary
 

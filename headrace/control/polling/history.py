@@ -141,7 +141,7 @@ def _or_none(value: float) -> float | None:
 def _evaluation(row: dict[str, Any], numbers: dict[str, float]) -> Evaluation | None:
     if "held_out" not in numbers:
         return None
-    version = numbers.get("version")
+    version = numbers.get("weight_version")
     return Evaluation(
         step=int(numbers["step"]),
         held_out=numbers["held_out"],

@@ -27,7 +27,7 @@ class LearnerWait(msgspec.Struct):
 class LearnerStatus(msgspec.Struct):
     """The fields of its `/status` that control uses."""
 
-    epoch: int = 0
+    fencing_epoch: int = 0
     step: int = 0
     waits: list[LearnerWait] = []
     counts: dict[str, int] = {}

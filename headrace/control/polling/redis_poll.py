@@ -19,7 +19,7 @@ MAX_ROWS = 2000
 """Entries of a stream in one poll."""
 MAX_FIRST_EVENTS = 2000
 """At its start control reads only this many of the newest events."""
-MAX_SHOWN_ROWS = 32
+MAX_SAMPLE_ROWS = 32
 """Group samples in one poll; each has up to a megabyte."""
 SCAN_COUNT = 1000
 MAX_TEXT_CHARS = 500
@@ -40,7 +40,7 @@ class PollResult(NamedTuple):
     heartbeats: list[Heartbeat]
     events: list[Entry]
     history: list[Entry]
-    shown: list[Entry]
+    samples: list[Entry]
     dead_reason: str
     """Of the latest dead letter; empty: there is none."""
     is_behind: bool
@@ -54,7 +54,7 @@ class RedisPoller:
         self._client = client
         self._keys = keys
         self._events_after: str | None = None
-        self._history_after = self._shown_after = "0-0"
+        self._history_after = self._samples_after = "0-0"
         self._scan_cursor = 0
         self._replica_keys: list[bytes] = []
         self.num_commands = 0
@@ -72,10 +72,10 @@ class RedisPoller:
             if isinstance(answer, Exception):
                 raise answer
         learner, control, config, epoch, launcher, *lengths = found[:9]
-        newest_dead, events, history, shown, (cursor, scanned), beats = found[9:]
+        newest_dead, events, history, samples, (cursor, scanned), beats = found[9:]
         self._events_after, is_first = _last_id(events, self._events_after), self._events_after is None
         self._history_after = _last_id(history, self._history_after)
-        self._shown_after = _last_id(shown, self._shown_after)
+        self._samples_after = _last_id(samples, self._samples_after)
         heartbeats = self._update_replicas(names, beats, cursor, scanned)
         tickets, groups, evaluations, dead = lengths
         leased = pending.get("pending", 0) if isinstance(pending, dict) else 0
@@ -95,9 +95,9 @@ class RedisPoller:
             heartbeats=heartbeats,
             events=_entries(reversed(events) if is_first else events),
             history=_entries(history),
-            shown=_entries(shown),
+            samples=_entries(samples),
             dead_reason=one_line(_text(newest_dead[0][1].get(b"reason", b""))) if newest_dead else "",
-            is_behind=len(history) == MAX_ROWS or len(shown) == MAX_SHOWN_ROWS or (len(events) >= MAX_ROWS),
+            is_behind=len(history) == MAX_ROWS or len(samples) == MAX_SAMPLE_ROWS or (len(events) >= MAX_ROWS),
         )
 
     def _queue_commands(self, pipe: Any, names: list[bytes]) -> None:
@@ -108,15 +108,15 @@ class RedisPoller:
         pipe.get(keys.config)
         pipe.get(keys.epoch)
         pipe.get(keys.launcher)
-        for stream in (keys.tickets, keys.groups, keys.eval, keys.dead):
+        for stream in (keys.tickets, keys.groups, keys.eval_tickets, keys.dead_letters):
             pipe.xlen(stream)
-        pipe.xrevrange(keys.dead, count=1)
+        pipe.xrevrange(keys.dead_letters, count=1)
         if self._events_after is None:
             pipe.xrevrange(keys.events, count=MAX_FIRST_EVENTS)
         else:
             pipe.xrange(keys.events, min=f"({self._events_after}", count=MAX_ROWS)
         pipe.xrange(keys.history, min=f"({self._history_after}", count=MAX_ROWS)
-        pipe.xrange(keys.shown, min=f"({self._shown_after}", count=MAX_SHOWN_ROWS)
+        pipe.xrange(keys.samples, min=f"({self._samples_after}", count=MAX_SAMPLE_ROWS)
         pipe.scan(self._scan_cursor, match=keys.replicas + "*", count=SCAN_COUNT)
         pipe.mget(names or [keys.replicas.encode()])
 

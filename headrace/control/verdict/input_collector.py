@@ -96,7 +96,7 @@ class CheckInputCollector:
         now: float,
     ) -> CheckInputs:
         phase, waits = poll.learner.get("phase", ""), decode_waits(poll.learner.get("waits", ""))
-        version = int_field(poll.learner, "version")
+        version = int_field(poll.learner, "weight_version")
         replicas = [
             ReplicaInput(beat.replica, beat.state, beat.reason, max(0, version - beat.weight_version), beat.waits)
             for beat in poll.heartbeats

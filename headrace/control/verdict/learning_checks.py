@@ -22,7 +22,7 @@ def _metric(inputs: CheckInputs, threshold: Threshold) -> CheckResult:
     median = values[len(values) // 2]
     if not threshold.is_beyond(median, warn):
         return check_result(name, "healthy", f"{name} {median:.3g}", "", median, warn=warn, alarm=alarm)
-    level: Level = "failed" if threshold.is_beyond(median, alarm) else "warning"
+    level: Level = "critical" if threshold.is_beyond(median, alarm) else "warning"
     return check_result(name, level, f"{text} ({name} {median:.3g})", advice, median, warn=warn, alarm=alarm)
 
 
@@ -30,7 +30,7 @@ def _skipped_updates(inputs: CheckInputs) -> CheckResult:
     values = inputs.recent.get("skipped_updates", [])[-SMOOTHED_STEPS:]
     skipped = sum(value > 0 for value in values)
     if skipped:
-        level: Level = "failed" if skipped == SMOOTHED_STEPS else "warning"
+        level: Level = "critical" if skipped == SMOOTHED_STEPS else "warning"
         text = f"{skipped} of the last {len(values)} steps skipped updates because the gradient was not finite"
         return check_result("skipped_updates", level, text, "lower optimizer.lr", skipped, warn=1, alarm=SMOOTHED_STEPS)
     return check_result("skipped_updates", "healthy", "gradients are finite", "", 0, warn=1, alarm=SMOOTHED_STEPS)

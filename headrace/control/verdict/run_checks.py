@@ -44,7 +44,7 @@ def _redis(inputs: CheckInputs) -> CheckResult:
     if inputs.redis_unavailable_s > 0:
         text = "Redis does not answer; the data shown is from before"
         advice = "check whether Redis runs; learner and replicas wait for it and then continue"
-        return check_result("redis", "failed", text, advice)
+        return check_result("redis", "critical", text, advice)
     return check_result("redis", "healthy", "Redis answers")
 
 
@@ -58,13 +58,13 @@ def _learner(inputs: CheckInputs) -> CheckResult:
             return check_result("learner", "ended", text, "start it again under the same name to continue")
         case "starved":
             text = f"the learner gave up waiting: {without_duration(inputs.reason)}"
-            return check_result("learner", "failed", text, "start it again")
+            return check_result("learner", "critical", text, "start it again")
         case "failed":
             text = f"the learner failed: {without_duration(inputs.reason)}"
-            return check_result("learner", "failed", text, "see its log")
+            return check_result("learner", "critical", text, "see its log")
     if silent_s > LEARNER_SILENT_S:
         advice = "check whether its process is running or frozen; headrace up restarts it"
-        return check_result("learner", "failed", "the learner does not answer", advice, silent_s, **value)
+        return check_result("learner", "critical", "the learner does not answer", advice, silent_s, **value)
     if silent_s > LEARNER_SLOW_S:
         return check_result("learner", "warning", "the learner has not answered lately", "", silent_s, **value)
     if not inputs.phase:
@@ -96,13 +96,13 @@ def _replicas(inputs: CheckInputs) -> CheckResult:
     if inputs.no_replica_s < NO_REPLICA_S:
         return check_result("replicas", "waiting", "no live replica", "", count, warn=1)
     text = "the learner starves: no live replica" if not inputs.replicas else "no replica serves"
-    return check_result("replicas", "failed", text, "start replicas, or see their logs", count, warn=1)
+    return check_result("replicas", "critical", text, "start replicas, or see their logs", count, warn=1)
 
 
 def _reward_failures(inputs: CheckInputs) -> CheckResult:
     failing = [replica for replica in inputs.replicas if Reason.REWARDS_FAILING in replica.waits]
     if failing and inputs.phase not in FINAL_PHASES:
-        level: Level = "failed" if inputs.waiting_s > STARVED_S else "warning"
+        level: Level = "critical" if inputs.waiting_s > STARVED_S else "warning"
         text = f"{failing[0].name}: {without_duration(failing[0].reason)}"
         return check_result("rewards", level, text, INSPECT_DEAD_LETTERS, len(failing), warn=1)
     return check_result("rewards", "healthy", "rewards are computed", "", len(failing), warn=1)
@@ -113,7 +113,7 @@ def _starvation(inputs: CheckInputs) -> CheckResult:
     limits = {"warn": STARVED_S, "alarm": inputs.starvation_deadline_s / 2}
     is_expected = inputs.is_paused or inputs.desired_replicas == 0 or inputs.phase in FINAL_PHASES
     if value > STARVED_S and not is_expected and any(replica.state == "running" for replica in inputs.replicas):
-        level: Level = "failed" if value > limits["alarm"] else "warning"
+        level: Level = "critical" if value > limits["alarm"] else "warning"
         advice = "check whether the engines work, and whether nearly all groups are uniform"
         if inputs.num_recent_dead:
             advice = INSPECT_DEAD_LETTERS
@@ -144,7 +144,7 @@ def _version_lag(inputs: CheckInputs) -> CheckResult:
 def _dead_letters(inputs: CheckInputs) -> CheckResult:
     count, limits = inputs.num_recent_dead, {"warn": 1.0, "alarm": float(MANY_DEAD_LETTERS)}
     if count:
-        level: Level = "failed" if count >= MANY_DEAD_LETTERS else "warning"
+        level: Level = "critical" if count >= MANY_DEAD_LETTERS else "warning"
         what = "1 new dead letter" if count == 1 else f"{count} new dead letters"
         why = f", the latest: {inputs.dead_reason}" if inputs.dead_reason else ""
         text = f"{what} in the last {RECENT_DEAD_WINDOW_S / 60:.0f} minutes{why}"
@@ -156,7 +156,9 @@ def _checkpoint(inputs: CheckInputs) -> CheckResult:
     failing_s = inputs.checkpoint_failing_s
     if failing_s > 0:
         text = "the checkpoint cannot be written"
-        return check_result("checkpoint", "failed", text, "free disk space; earlier checkpoints are intact", failing_s)
+        return check_result(
+            "checkpoint", "critical", text, "free disk space; earlier checkpoints are intact", failing_s
+        )
     return check_result("checkpoint", "healthy", "checkpoints are written")
 
 

@@ -7,7 +7,7 @@ from headrace.control.verdict.check_inputs import CheckInputs, CheckResult
 from headrace.control.verdict.learning_checks import learning_checks
 from headrace.control.verdict.run_checks import run_checks
 
-WORST_FIRST: tuple[Level, ...] = ("failed", "warning", "waiting", "ended", "healthy")
+WORST_FIRST: tuple[Level, ...] = ("critical", "warning", "waiting", "ended", "healthy")
 
 
 def all_checks(inputs: CheckInputs) -> list[CheckResult]:
@@ -31,6 +31,6 @@ class VerdictTracker:
         if known != self._known:
             self._known, self._since_at = known, now
         others = 0 if is_well else sum(one.check.level == worst.level for one in results) - 1
-        more = f" (and {others} more)" if others and worst.level in ("failed", "warning") else ""
+        more = f" (and {others} more)" if others and worst.level in ("critical", "warning") else ""
         text = "healthy" if is_well else worst.text + more
         return Verdict(level=worst.level, text=text, advice=advice, since_at=self._since_at)

@@ -121,7 +121,7 @@ class RunMonitor:
         if self.view is not None:
             self.counters.add(rows, events)
         news = [message(kind, _json(row)) for kind, row in rows]
-        news += [message("group", _json(summary)) for entry in poll.shown if (summary := self.groups.add(entry))]
+        news += [message("group", _json(summary)) for entry in poll.samples if (summary := self.groups.add(entry))]
         return news + [message("event", _json(event)) for event in events]
 
     def _update_config(self, found: bytes) -> None:

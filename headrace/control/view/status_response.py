@@ -46,7 +46,7 @@ def status_response(
         is_stopping=inputs.is_stopping,
         step=inputs.step,
         target_steps=inputs.steps,
-        weight_version=int_field(poll.learner, "version"),
+        weight_version=int_field(poll.learner, "weight_version"),
         fencing_epoch=poll.epoch,
         wall_s=_latest(history, "wall_s"),
         remaining_s=_remaining_s(inputs, rates),
@@ -68,7 +68,7 @@ def status_response(
 
 
 def replicas_response(poll: PollResult, tracker: ReplicaTracker, event_log: EventLog) -> Replicas:
-    version = int_field(poll.learner, "version")
+    version = int_field(poll.learner, "weight_version")
     found = []
     for beat in poll.heartbeats:
         rates = tracker.rates(beat.replica)

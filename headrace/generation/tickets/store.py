@@ -69,14 +69,16 @@ class TicketStore:
         self._move_script = client.register_script(MOVE)
         self._renew_script = client.register_script(RENEW)
         self._commits = {
-            keys.tickets: Batcher[Move](lambda moves: self._move(keys.tickets, keys.groups, "queued", moves)),
-            keys.eval: Batcher[Move](lambda moves: self._move(keys.eval, keys.evaluated, "queued", moves)),
+            keys.tickets: Batcher[Move](lambda moves: self._move(keys.tickets, keys.groups, "answered", moves)),
+            keys.eval_tickets: Batcher[Move](
+                lambda moves: self._move(keys.eval_tickets, keys.eval_groups, "answered", moves)
+            ),
         }
 
     async def open(self) -> None:
         """Creates the streams and loads the script; without the load the first commits would be sent twice."""
         await self.client.script_load(MOVE)
-        for stream in (self.keys.tickets, self.keys.eval):
+        for stream in (self.keys.tickets, self.keys.eval_tickets):
             try:
                 await self.client.xgroup_create(stream, TICKET_GROUP, id="0", mkstream=True)
             except redis.ResponseError as error:
@@ -205,11 +207,11 @@ class TicketStore:
         if completions:
             fields["completions"] = msgspec.json.encode(completions)
         move = Move(entry_id, ticket_id, fields)
-        (moved,) = await self._move(stream, self.keys.dead, "dead", [move])
+        (moved,) = await self._move(stream, self.keys.dead_letters, "dead", [move])
         self.outcomes["dead"] += moved
 
     async def _move(self, source: str, target: str, state: TicketState, moves: Sequence[Move]) -> list[bool]:
-        keys = [source, target, self.keys.dead, self.keys.ledger]
+        keys = [source, target, self.keys.dead_letters, self.keys.ledger]
         arguments: list[str | bytes | int] = [TICKET_GROUP, state]
         for entry_id, ticket_id, fields in moves:
             arguments += [entry_id, ticket_id, 2 * len(fields), *(part for pair in fields.items() for part in pair)]

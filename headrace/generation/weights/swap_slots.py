@@ -48,7 +48,7 @@ class SwapSlots:
         num_live = len(await live_replicas(self._client, self._keys))
         arguments = [self._replica, max(1, int(self._share * num_live)), int(SLOT_TTL_S * 1000)]
         deadline_s = time.monotonic() + SLOT_TTL_S
-        while not await self._acquire(keys=[self._keys.swapping], args=arguments):
+        while not await self._acquire(keys=[self._keys.swap_slots], args=arguments):
             if time.monotonic() > deadline_s:
                 _log.warning("no swap slot was free within %g s; swapping without one", SLOT_TTL_S)
                 break
@@ -57,4 +57,4 @@ class SwapSlots:
             yield
         finally:
             with contextlib.suppress(redis.RedisError):  # the slot will expire
-                await self._client.zrem(self._keys.swapping, self._replica)
+                await self._client.zrem(self._keys.swap_slots, self._replica)

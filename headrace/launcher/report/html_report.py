@@ -119,7 +119,7 @@ def _examples(url: str, keys: Keys) -> list[GroupSample]:
     left = dict(WANTED_EXAMPLES)
     found = []
     with short_timeout_client(url, 10.0) as client:
-        rows: Any = client.xrevrange(keys.shown)
+        rows: Any = client.xrevrange(keys.samples)
     for _, fields in rows:
         with suppress(msgspec.MsgspecError):
             group = msgspec.json.decode(fields.get(b"group", b""), type=GroupSample)

@@ -144,8 +144,8 @@ class ProgressView:
 
     def _show_failures(self) -> None:
         """Shows dead letters and failing rewards when they begin, and dead letters from time to time."""
-        self.num_dead_letters = int(self.client.xlen(self.keys.dead))
-        newest: Any = self.client.xrevrange(self.keys.dead, count=1) if self.num_dead_letters else []
+        self.num_dead_letters = int(self.client.xlen(self.keys.dead_letters))
+        newest: Any = self.client.xrevrange(self.keys.dead_letters, count=1) if self.num_dead_letters else []
         self._dead_letter_reason = one_line(newest[0][1].get(b"reason", b"").decode(errors="replace")) if newest else ""
         if self._live:
             return

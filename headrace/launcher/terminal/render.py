@@ -11,7 +11,7 @@ from headrace.common.process.redaction import printable
 
 Answer = dict[str, Any]
 
-COLOURS = {"healthy": "green", "waiting": "cyan", "warning": "yellow", "failed": "bold red", "ended": "blue"}
+COLOURS = {"healthy": "green", "waiting": "cyan", "warning": "yellow", "critical": "bold red", "ended": "blue"}
 GAPS = ((0.01, ""), (0.05, "on grey19"), (0.2, "black on yellow"), (1.0, "black on dark_orange"), (9e9, "white on red"))
 """|log-probability of the learner - of the engine| of a token, up to: its colour."""
 GROUP_STATES = ("trained", "uniform", "stale", "evaluated", "dead_letters")

@@ -29,7 +29,11 @@ from headrace.learner.reporting.summary import METRICS_FILE, read_rows
 
 STATES: tuple[TicketState, ...] = get_args(TicketState)
 FINISHED = get_args(DecidedState)
-HOMES: dict[str, tuple[str, ...]] = {"open": ("tickets", "eval"), "queued": ("groups", "evaluated"), "dead": ("dead",)}
+HOMES: dict[str, tuple[str, ...]] = {
+    "open": ("tickets", "eval_tickets"),
+    "answered": ("groups", "eval_groups"),
+    "dead": ("dead_letters",),
+}
 MAX_ATTEMPTS = 10
 
 _SNAPSHOT = """#!lua flags=no-writes
@@ -86,7 +90,7 @@ def audit(client: redis.Redis, keys: Keys, folder: Path) -> Audit:
 
 
 def take_snapshot(client: redis.Redis, keys: Keys, folder: Path) -> Snapshot:
-    names = ("tickets", "eval", "groups", "evaluated", "dead")
+    names = ("tickets", "eval_tickets", "groups", "eval_groups", "dead_letters")
     for _ in range(MAX_ATTEMPTS):
         record = newest_record(folder / "checkpoints")
         others = (keys.ledger, keys.cursor, keys.versions)
@@ -143,7 +147,11 @@ def _check_entries(snapshot: Snapshot, recorded: dict[str, TicketState], found: 
     for name, mark in snapshot.marks.items():
         homes = HOMES.get(mark.state, ())
         at_home = [entry_id for stream, entry_id in places.get(name, []) if stream in homes]
-        strays = [stream for stream, entry_id in places.get(name, []) if stream != "dead" and entry_id != mark.entry_id]
+        strays = [
+            stream
+            for stream, entry_id in places.get(name, [])
+            if stream != "dead_letters" and entry_id != mark.entry_id
+        ]
         if mark.entry_id and mark.entry_id not in at_home:
             found.violations.append(
                 (name, f"lost: the ledger says {mark}, and no such entry is in {' or '.join(homes)}")
@@ -151,11 +159,13 @@ def _check_entries(snapshot: Snapshot, recorded: dict[str, TicketState], found: 
         if strays:
             found.violations.append((name, f"the ledger says {mark}, and it is in {' and '.join(strays)} as well"))
         state = recorded.get(name)
-        if state is not None and mark.state not in ("queued", state):
+        if state is not None and mark.state not in ("answered", state):
             found.violations.append((name, f"recorded as {state} by the checkpoint, and the ledger says {mark}"))
     pointed = {mark.entry_id for mark in snapshot.marks.values() if mark.entry_id}
     for stream, entries in snapshot.entries.items():
-        foreign = [e for e, name in entries if e not in pointed and (stream == "dead" or name not in snapshot.marks)]
+        foreign = [
+            e for e, name in entries if e not in pointed and (stream == "dead_letters" or name not in snapshot.marks)
+        ]
         if foreign:
             found.notes.append(f"{len(foreign)} entries of {stream} are no ticket of this run (first: {foreign[0]})")
     num_purged = sum(mark == LedgerEntry("dead") for mark in snapshot.marks.values())

@@ -42,7 +42,7 @@ class Dead(NamedTuple):
 
 def dead_entries(client: redis.Redis, keys: Keys) -> list[Dead]:
     """The oldest first."""
-    rows: Any = client.xrange(keys.dead)
+    rows: Any = client.xrange(keys.dead_letters)
     names = [fields.get(b"id", b"?").decode(errors="replace") for _, fields in rows]
     marks: Any = client.hmget(keys.ledger, names) if names else []
     return [
@@ -67,7 +67,7 @@ class Kept(NamedTuple):
 
 
 def kept_of(client: redis.Redis, keys: Keys, entry_id: str) -> Kept:
-    entries: Any = client.xrange(keys.dead, entry_id, entry_id)
+    entries: Any = client.xrange(keys.dead_letters, entry_id, entry_id)
     fields = entries[0][1] if entries else {}
     payload, completions = fields.get(b"payload", b""), []
     with contextlib.suppress(ValueError):
@@ -101,7 +101,7 @@ def purge(client: redis.Redis, keys: Keys, ticket_ids: list[str]) -> list[str]:
     """The ids of what was given up: those named, or everything."""
     chosen = _chosen(dead_entries(client, keys), ticket_ids)
     for dead in chosen:
-        client.eval(_PURGE, 3, keys.dead, keys.ledger, keys.retries, dead.entry_id, dead.ticket_id)
+        client.eval(_PURGE, 3, keys.dead_letters, keys.ledger, keys.retries, dead.entry_id, dead.ticket_id)
     return [dead.ticket_id for dead in chosen]
 
 

@@ -63,7 +63,7 @@ class Evaluation:
         num_completions = len(self.first_token_steps)
         return {
             "step": self.step,
-            "version": self.version,
+            "weight_version": self.version,
             "held_out": sum(map(sum, self.rewards)) / num_completions,
             **pass_at(self.rewards),
             "first_token_step_mean": sum(self.first_token_steps) / num_completions,

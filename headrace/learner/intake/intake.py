@@ -244,7 +244,7 @@ class Intake:
         for entry, mark in zip(entries, marks, strict=True):
             group = None
             try:
-                if mark != LedgerEntry("queued", entry.entry_id):
+                if mark != LedgerEntry("answered", entry.entry_id):
                     raise GroupRejected(f"the ledger knows no such group: it says {mark or 'nothing'}")
                 group = decode_group(entry.payload)
                 validate_group(group, entry.ticket_id, limits)

@@ -40,7 +40,7 @@ class RunningEvaluation:
             assert self._evaluation is None
             self._evaluation = Evaluation.of(step, version, tickets)
             self._outcomes.begin_evaluation()
-        self._store.add_tickets(self._store.keys.eval, tickets)
+        self._store.add_tickets(self._store.keys.eval_tickets, tickets)
         ticket_ids = [ticket.id for ticket in tickets]
         _log.info("issued for an evaluation", extra={"tickets": ticket_ids, "version": version})
 

@@ -92,7 +92,7 @@ class TokenTexts:
         return text
 
 
-def shown_group(decided: DecidedGroup, trained: Sequence[TrainedRollout | None], texts: TokenTexts) -> GroupSample:
+def group_sample(decided: DecidedGroup, trained: Sequence[TrainedRollout | None], texts: TokenTexts) -> GroupSample:
     """`trained`: of each rollout, or empty. Completions that would make it too large are left out, from the last."""
     group, state, step, staleness, decided_s = decided
     ticket, timings = group.ticket, group.timings

@@ -61,7 +61,7 @@ class SettlementLog:
         found = [
             name
             for name, mark in zip(names, store.marks(names), strict=True)
-            if mark and mark.state in ("open", "queued")
+            if mark and mark.state in ("open", "answered")
         ]
         self._unfinished = set(found)
         return found

@@ -39,7 +39,8 @@ class LearnerMetrics:
     def __call__(self) -> Families:
         status, intake, log = self._status(), self._intake, self._intake.settlement_log
         families, latest = Families(run=status["run"]), status["latest"]
-        add_progress(families, **{name: status[name] for name in ("phase", "step", "steps", "version", "epoch")})
+        progress = ("phase", "step", "target_steps", "weight_version", "fencing_epoch")
+        add_progress(families, **{name: status[name] for name in progress})
         add_learner_waits(families, {wait["reason"]: wait["for_s"] for wait in status["waits"]})
         add_desired_state(
             families,

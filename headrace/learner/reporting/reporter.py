@@ -16,7 +16,7 @@ from headrace.learner.checkpoints.checkpoint import num_bytes_in
 from headrace.learner.checkpoints.progress import Progress
 from headrace.learner.intake.intake import Intake
 from headrace.learner.intake.pending_groups import PendingGroup
-from headrace.learner.intake.samples import TokenTexts, shown_group
+from headrace.learner.intake.samples import TokenTexts, group_sample
 from headrace.learner.reporting.summary import MetricsFile
 from headrace.learner.reporting.trackers import Trackers
 from headrace.learner.scaling.advice import Advice, ReplicaAdviser
@@ -65,7 +65,7 @@ class RunReporter:
         self._is_reported_paused = self.switches.paused.is_set()
         if self._is_reported_paused and phase in ("waiting", "evaluating", "waiting for a replica"):
             phase = "paused"
-        position = {"step": self.progress.step, "version": self.versions.current, "url": self.versions.url}
+        position = {"step": self.progress.step, "weight_version": self.versions.current, "url": self.versions.url}
         position |= {
             "settings_version": self.live_config.settings.version,
             "held_back": self.live_config.guard_overrides,
@@ -112,7 +112,7 @@ class RunReporter:
         trained = [self.trainer.trained_rollouts(one.group) if one.state == "trained" else [] for one in decided]
         if decided:
             self.store.add_samples(
-                shown_group(one, rollouts, self.token_texts) for one, rollouts in zip(decided, trained, strict=True)
+                group_sample(one, rollouts, self.token_texts) for one, rollouts in zip(decided, trained, strict=True)
             )
 
     def report_checkpoint(self, saved: Path, step: int, lasted_s: float) -> None:
@@ -127,7 +127,7 @@ class RunReporter:
         rewards = self.intake.outcomes.take_rewards()
         return {
             "sampled_reward_mean": sum(rewards) / len(rewards),
-            "version": self.versions.highest,  # this step's version, which is being published
+            "weight_version": self.versions.highest,  # this step's version, which is being published
             "run_generated_tokens": counts["generated_tokens"],
             "run_uniform_share": counts["uniform"] / decided,
             "run_stale_share": counts["stale"] / decided,

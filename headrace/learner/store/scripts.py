@@ -75,7 +75,7 @@ SETTLE = (
 for i = 3, #ARGV, 4 do
   local stream, entry, id, state = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
   local mark = redis.call('HGET', KEYS[2], id) or ''
-  local open, other = string.match(mark, '^open (.+)$'), string.match(mark, '^queued (.+)$')
+  local open, other = string.match(mark, '^open (.+)$'), string.match(mark, '^answered (.+)$')
   if other == entry then other = nil end
   if other then redis.call('XDEL', stream, other) end
   if open then
@@ -90,17 +90,17 @@ end
 return 'OK'
 """
 )
-"""KEYS: epoch, ledger, tickets, eval. ARGV: epoch, `delete` or `keep`, then stream, entry, ticket and state of each.
-`delete` writes the states and deletes the groups. `keep` only repairs a Redis that is older than the checkpoint: a
-ticket that it shows as open, or not at all, was answered and consumed before; one that it shows as queued with another
-group was answered a second time since, for nothing."""
+"""KEYS: epoch, ledger, tickets, eval_tickets. ARGV: epoch, `delete` or `keep`, then stream, entry, ticket and state of
+each. `delete` writes the states and deletes the groups. `keep` only repairs a Redis that is older than the checkpoint:
+a ticket that it shows as open, or not at all, was answered and consumed before; one that it shows as answered with
+another group was answered a second time since, for nothing."""
 
 DEAD_LETTER = (
     _ALWAYS
     + """
 if #redis.call('XRANGE', KEYS[2], ARGV[2], ARGV[2]) == 0 then return 0 end
 local added = redis.call('XADD', KEYS[3], '*', 'id', ARGV[3], 'reason', ARGV[4], 'payload', ARGV[5], 'bytes', ARGV[6])
-if redis.call('HGET', KEYS[4], ARGV[3]) == 'queued ' .. ARGV[2] then
+if redis.call('HGET', KEYS[4], ARGV[3]) == 'answered ' .. ARGV[2] then
   redis.call('HSET', KEYS[4], ARGV[3], 'dead ' .. added)
 end
 redis.call('XDEL', KEYS[2], ARGV[2])

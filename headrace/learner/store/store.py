@@ -15,7 +15,7 @@ import msgspec
 import redis
 
 from headrace.common.redis.client import stream_entries
-from headrace.common.redis.keys import MAX_EVENTS, MAX_HISTORY, MAX_SHOWN, TICKET_GROUP, Keys
+from headrace.common.redis.keys import MAX_EVENTS, MAX_HISTORY, MAX_SAMPLES, TICKET_GROUP, Keys
 from headrace.common.wire import (
     Heartbeat,
     Ticket,
@@ -34,7 +34,7 @@ from headrace.learner.store import scripts
 from headrace.learner.store.row_numbers import numbers_of
 
 DEAD_PAYLOAD_BYTES = 1 << 16
-"""How much of a payload that cannot be used is kept in `dead`."""
+"""How much of a payload that cannot be used is kept in `dead_letters`."""
 _log = logging.getLogger(__name__)
 
 Command = Sequence[str | bytes | int | float]
@@ -56,7 +56,7 @@ class Cursor(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One entry of `groups` or `evaluated`, read but not yet settled; without a ticket's id if it is gone."""
+    """One entry of `groups` or `eval_groups`, read but not yet settled; without a ticket's id if it is gone."""
 
     stream: str
     entry_id: str
@@ -98,12 +98,12 @@ class LearnerStore:
     def __init__(self, client: redis.Redis, keys: Keys, above: int = 0) -> None:
         self.client = client
         self.keys = keys
-        for stream in (keys.tickets, keys.eval):
+        for stream in (keys.tickets, keys.eval_tickets):
             _create_group(client, stream, TICKET_GROUP)
         take_epoch = client.register_script(scripts.TAKE_EPOCH)
         self.epoch = int(take_epoch(keys=[keys.epoch, keys.epochs], args=[uuid.uuid4().hex, above]))
         newest: Any = client.xrevrange(keys.events, count=1)
-        self._read_up_to = {keys.groups: "0", keys.evaluated: "0"}
+        self._read_up_to = {keys.groups: "0", keys.eval_groups: "0"}
         self._seen_event = newest[0][0].decode() if newest else "0"
         self._scripts = {
             text: client.register_script(text)
@@ -140,16 +140,16 @@ class LearnerStore:
 
     def add_groups(self, groups: Sequence[tuple[str, bytes]], cursor: Cursor) -> None:
         """Recorded groups, by ticket id, as if replicas had committed them."""
-        self._add(self.keys.groups, cursor, [(name, "queued", "group", payload) for name, payload in groups])
+        self._add(self.keys.groups, cursor, [(name, "answered", "group", payload) for name, payload in groups])
 
     def _add(self, stream: str, cursor: Cursor | None, items: Sequence[tuple[str | bytes, ...]]) -> None:
         place = ("", "") if cursor is None else cursor
-        keys = [stream, self.keys.ledger, self.keys.cursor, self.keys.dead]
+        keys = [stream, self.keys.ledger, self.keys.cursor, self.keys.dead_letters]
         self._run(scripts.ADD_TICKETS, keys, [*place, *(part for item in items for part in item)])
 
     def requeue_dead(self, ticket: Ticket) -> bool:
         """Puts a dead ticket back to work; False if it is not dead any more."""
-        keys = [self.keys.ledger, self.keys.tickets, self.keys.dead, self.keys.retries]
+        keys = [self.keys.ledger, self.keys.tickets, self.keys.dead_letters, self.keys.retries]
         return bool(self._run(scripts.REQUEUE_DEAD, keys, [ticket.id, encode(ticket)]))
 
     def dead_ticket(self, ticket_id: str) -> Ticket | None:
@@ -157,7 +157,7 @@ class LearnerStore:
         (mark,) = self.marks([ticket_id])
         if mark is None or mark.state != "dead" or not mark.entry_id:
             return None
-        entries: Any = self.client.xrange(self.keys.dead, mark.entry_id, mark.entry_id)
+        entries: Any = self.client.xrange(self.keys.dead_letters, mark.entry_id, mark.entry_id)
         payload = entries[0][1].get(b"payload", b"") if entries else b""
         for decode in (decode_ticket, lambda group: decode_group(group).ticket):
             with contextlib.suppress(WireError):
@@ -166,7 +166,7 @@ class LearnerStore:
 
     def dead_reason(self, mark: LedgerEntry) -> str:
         """Why the ticket of that mark died; empty if it was purged."""
-        entries: Any = self.client.xrange(self.keys.dead, mark.entry_id, mark.entry_id) if mark.entry_id else []
+        entries: Any = self.client.xrange(self.keys.dead_letters, mark.entry_id, mark.entry_id) if mark.entry_id else []
         return one_line(entries[0][1].get(b"reason", b"").decode(errors="replace")) if entries else ""
 
     def retry_requests(self) -> list[str]:
@@ -175,16 +175,16 @@ class LearnerStore:
 
     def settle(self, settlements: Sequence[Settlement], groups: Literal["delete", "keep"] = "delete") -> None:
         """Writes the final states into the ledger and deletes the groups. `keep`: only where Redis has forgotten."""
-        keys = [self.keys.ledger, self.keys.tickets, self.keys.eval]
+        keys = [self.keys.ledger, self.keys.tickets, self.keys.eval_tickets]
         for first in range(0, len(settlements), 1000):  # Lua's stack is bounded
             part = settlements[first : first + 1000]
             self._run(scripts.SETTLE, keys, [groups, *(field for settlement in part for field in settlement)])
 
     def dead_letter(self, entry: Entry, reason: str) -> bool:
-        """A group that cannot be used goes to `dead`, with the reason; False if it is not pending any more."""
+        """A group that cannot be used goes to `dead_letters`, with the reason; False if it is not pending any more."""
         payload = entry.payload[:DEAD_PAYLOAD_BYTES]
         _log.error("group %s is dead: %s", entry.entry_id, reason, extra={"ticket": entry.ticket_id})
-        keys = [entry.stream, self.keys.dead, self.keys.ledger]
+        keys = [entry.stream, self.keys.dead_letters, self.keys.ledger]
         arguments = [entry.entry_id, entry.ticket_id, reason, payload, len(entry.payload)]
         return bool(self._run(scripts.DEAD_LETTER, keys, arguments))
 
@@ -234,15 +234,15 @@ class LearnerStore:
         return _marks(found)
 
     def unfinished(self) -> list[str]:
-        """Tickets that are open or queued, in no order."""
+        """Tickets that are open or answered, in no order."""
         marks = self.client.hscan_iter(self.keys.ledger, count=1000)
-        return [name.decode() for name, mark in marks if parse_ledger_entry(mark).state in ("open", "queued")]
+        return [name.decode() for name, mark in marks if parse_ledger_entry(mark).state in ("open", "answered")]
 
     def num_dead(self) -> int:
-        return int(self.client.xlen(self.keys.dead))
+        return int(self.client.xlen(self.keys.dead_letters))
 
     def replicas(self) -> list[Heartbeat]:
-        """The replicas whose heartbeat has not expired; what is none is unusable over."""
+        """The replicas whose heartbeat has not expired; invalid ones are skipped."""
         names = sorted(self.client.scan_iter(match=self.keys.replicas + "*", count=1000))
         found = []
         for name, payload in zip(names, self.client.mget(names) if names else [], strict=True):
@@ -281,12 +281,12 @@ class LearnerStore:
 
     def add_samples(self, groups: Iterable[GroupSample]) -> None:
         """Adds them to what people may read."""
-        self.execute([self._shown(group) for group in groups])
+        self.execute([self._sample(group) for group in groups])
 
-    def _shown(self, group: GroupSample) -> Command:
+    def _sample(self, group: GroupSample) -> Command:
         fields = ("id", group.id, "kind", group.kind, "state", group.state, "step", group.step)
         payload = msgspec.json.encode(group)
-        return ("XADD", self.keys.shown, "MAXLEN", "~", MAX_SHOWN, "*", *fields, "group", payload)
+        return ("XADD", self.keys.samples, "MAXLEN", "~", MAX_SAMPLES, "*", *fields, "group", payload)
 
     def _event(self, kind: str, event: dict[str, Any]) -> Command:
         payload = msgspec.json.encode(event)
