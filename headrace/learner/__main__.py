@@ -170,7 +170,7 @@ def _learn(
     add_process_fields(step=lambda: loop.progress.step)
     if loop.is_at_last_step and (folder / "summary.json").exists():
         _log.info("run %s is complete: more learner.steps would go on with it", folder.name)
-        loop.has_ended()
+        loop.acknowledge_stop()
         return 0
     status = partial(_status, loop, folder.name)
     app = make_app(loop.versions.root, status, switches, token, loop.versions.memory)

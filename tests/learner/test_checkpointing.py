@@ -80,7 +80,7 @@ def test_steps_are_taken_while_a_checkpoint_is_written_and_it_is_of_its_own_step
 def test_a_checkpoint_that_is_ordered_while_one_is_written_is_one_more(loop: Loop, tmp_path: Path) -> None:
     gate = Gate(loop)
     loop.publish_first()
-    loop._checkpoint()
+    loop.checkpointer.begin()
     assert gate.reached.wait(GUARD_S)
     desired = loop.intake.control_state.desired_state
     loop.intake.control_state.desired_state = desired._replace(checkpoints=desired.checkpoints + 1)
@@ -129,7 +129,7 @@ def waited(loop: Loop, num_s: int, monkeypatch: pytest.MonkeyPatch) -> list[int]
 
     monkeypatch.setattr(loop.wait_deadlines, "note_group_wait", tick)
     monkeypatch.setattr(loop.intake, "take_batch", lambda *_: None)
-    monkeypatch.setattr(loop, "_checkpoint", begin)
+    monkeypatch.setattr(loop.checkpointer, "begin", begin)
     assert loop._wait_for_batch() is None
     loop.switches.stop.clear()
     return begun
@@ -152,4 +152,4 @@ def test_a_full_redis_is_relieved_as_long_as_that_helps(loop: Loop, monkeypatch:
     loop.waits.note(Reason.REDIS_REFUSING, "OOM", 300.0)
     assert waited(loop, 45, monkeypatch) == [11, 22, 33, 44]
     loop.intake.settlement_log.unsettled_bytes, loop.intake.settlement_log.checkpointed = 0, []
-    assert not loop._would_checkpoint_help(True), "there is nothing that could leave"
+    assert not loop.checkpointer.would_help(True), "there is nothing that could leave"

@@ -60,13 +60,13 @@ def after_step(loop: Loop, number: int, act: Any) -> None:
 
 def wait_for_checkpoints(loop: Loop) -> None:
     """Each is over, in one way or the other, before the next step."""
-    begin = loop._checkpoint
+    begin = loop.checkpointer.begin
 
     def begin_and_wait() -> None:
         begin()
         loop.checkpointer.wait()
 
-    loop._checkpoint = begin_and_wait  # type: ignore[method-assign]
+    loop.checkpointer.begin = begin_and_wait  # type: ignore[method-assign]
 
 
 def test_a_full_disk_is_waited_for_and_nothing_is_lost(
@@ -98,7 +98,7 @@ def test_a_disk_that_stays_full_ends_the_learner_with_the_reason(loop: Loop, mon
         raise CheckpointError("No space left on device")
 
     monkeypatch.setattr(checkpointing, "save_checkpoint", save)
-    monkeypatch.setattr(loop_module, "WAIT_POLL_S", 0.01)
+    monkeypatch.setattr(checkpointing, "RETRY_S", 0.01)
     learner = loop.config.learner.model_copy(update={"starvation_deadline_s": 0.05})
     loop.live_config.config = loop.config.model_copy(update={"learner": learner})
     with pytest.raises(Starved, match=r"the checkpoint cannot be written for .*No space left"):

@@ -614,7 +614,8 @@ class Protocol(RuleBasedStateMachine):
         elif name == "write":
             loop.checkpointer.wait()
         elif name == "checkpoint":
-            loop._checkpoint_if_due(True, False)
+            loop.checkpointer.is_due = True
+            loop.checkpointer.begin_if_due()
         else:
             loop.evaluator.is_due = True
             loop._begin_evaluation_if_due()
