@@ -1,7 +1,7 @@
 """The learner's HTTP service: health, status, files of weight versions, and the loop's switches.
 
 It runs in a thread beside the loop and only reads the status or sets a switch; the loop applies switches between
-steps. A command is answered once Redis has it. If that takes too long, the response lists it in `unwritten_orders`.
+steps. A command is answered once Redis has it. If that takes too long, the response lists it in `unpersisted_commands`.
 """
 
 from collections.abc import Callable
