@@ -142,7 +142,7 @@ def test_a_tracker_that_fails_is_told_of_once_and_the_others_go_on(
 
     good = Told()
     kinds = {"tensorboard": Failing, "trackio": refuse, "wandb": lambda *_: good}
-    monkeypatch.setattr(trackers_module, "KINDS", kinds)
+    monkeypatch.setattr(trackers_module, "TRACKERS", kinds)
     trackers = Trackers(["tensorboard", "trackio", "wandb"], tmp_path, {}, 0)
     with caplog.at_level(logging.ERROR):
         for step in (1, 2, 3):
@@ -165,7 +165,7 @@ def test_a_tracker_that_hangs_costs_rows_and_no_time(
         def log(self, numbers: Mapping[str, float], step: int) -> None:
             released.wait(GUARD_S)
 
-    monkeypatch.setattr(trackers_module, "KINDS", {"wandb": Hanging})
+    monkeypatch.setattr(trackers_module, "TRACKERS", {"wandb": Hanging})
     monkeypatch.setattr(trackers_module, "MAX_QUEUED_ROWS", 2)
     monkeypatch.setattr(trackers_module, "CLOSE_TIMEOUT_S", 0.05)
     trackers = Trackers(["wandb"], tmp_path, {}, 0)

@@ -88,7 +88,7 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-KINDS: dict[str, Callable[[Path, Mapping[str, Any], int], Tracker]] = {
+TRACKERS: dict[str, Callable[[Path, Mapping[str, Any], int], Tracker]] = {
     "tensorboard": TensorBoard,
     "trackio": Trackio,
     "wandb": WeightsAndBiases,
@@ -142,7 +142,7 @@ class Trackers:
     def _start(
         self, trackers: dict[str, Tracker], name: str, folder: Path, config: Mapping[str, Any], step: int
     ) -> None:
-        trackers[name] = KINDS[name](folder, config, step)
+        trackers[name] = TRACKERS[name](folder, config, step)
 
     def _try(self, trackers: dict[str, Tracker], name: str, act: Callable[[], None]) -> None:
         try:

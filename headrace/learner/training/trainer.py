@@ -89,25 +89,37 @@ class Trainer:
         for mini_batch, found in zip(mini_batches, proximal, strict=True):
             losses.append(self._accumulate(mini_batch, found))
             if not norms:
-                probed = self._probe(mini_batches, step, version_steps, probe)
+                probed = self._score_probe(mini_batches, step, version_steps, probe)
             norms.append(self.optimizer.update(lr))
         outcome = self._outcome(mini_batches, losses, proximal)
         if outcome is None:
             return {}
-        micro_batches = [m for mini_batch in mini_batches for m in mini_batch.micro_batches]
-        logprobs = [one for part in outcome.proximal_logprobs for one in part]
-        self._latest = list(zip(micro_batches, logprobs, strict=True))
         return {
             "lr": lr,
             "gradient_norm": max(norms),
             "skipped_updates": float(sum(norm != norm or norm == float("inf") for norm in norms)),
+            **self._batch_metrics(groups, mini_batches, outcome, probed),
+            "proximal_s": proximal_done - started,
+            "train_s": time.monotonic() - proximal_done,
+        }
+
+    def _batch_metrics(
+        self,
+        groups: Sequence[Group],
+        mini_batches: list[MiniBatch],
+        outcome: StepOutcome,
+        probed: tuple[MicroBatch, Tensor] | None,
+    ) -> dict[str, float]:
+        """The metrics of a step's batch; keeps its micro-batches for `trained_rollouts`."""
+        micro_batches = [m for mini_batch in mini_batches for m in mini_batch.micro_batches]
+        logprobs = [one for part in outcome.proximal_logprobs for one in part]
+        self._latest = list(zip(micro_batches, logprobs, strict=True))
+        return {
             **combine_losses([loss for part in outcome.losses for loss in part]),
             **off_policy_metrics(micro_batches, logprobs),
             **logprob_gaps(micro_batches, logprobs, probed),
-            **group_metrics(groups, actor.truncated),
+            **group_metrics(groups, self.config.actor.truncated),
             "padding_share": padding_share(micro_batches),
-            "proximal_s": proximal_done - started,
-            "train_s": time.monotonic() - proximal_done,
         }
 
     def trained_rollouts(self, group: Group) -> list[TrainedRollout | None]:
@@ -146,7 +158,7 @@ class Trainer:
             ]
         return [[], *later]
 
-    def _probe(
+    def _score_probe(
         self, mini_batches: list[MiniBatch], step: int, version_steps: Mapping[int, int], probe: Probe
     ) -> tuple[MicroBatch, Tensor] | None:
         """If the batch has no fresh token: a micro-batch of another group, and its log-probabilities by the weights at
