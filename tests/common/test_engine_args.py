@@ -25,8 +25,8 @@ from headrace.generation.engine.command import launch_command
         (["--mem-fraction-static", "0.5"], "expected the setting generation.engine.memory_fraction"),
         (["--mem-fr=0.5"], "expected the setting generation.engine.memory_fraction"),
         (["--context-length", "4096"], "expected the setting generation.engine.context_tokens"),
-        (["--log-level", "info", "--port", "30000"], "--port 30000 in extra_args: each engine is given its own"),
-        (["--host=0.0.0.0"], "each engine is given its own"),
+        (["--log-level", "info", "--port", "30000"], "--port 30000 in extra_args: the replica sets it for each engine"),
+        (["--host=0.0.0.0"], "the replica sets it for each engine"),
         (["--model_path", "other"], "expected the setting model.path"),
         (["--enable-fp32-lm-head"], "--enable-fp32-lm-head in extra_args: expected the setting model.dtype"),
         (["--dp-size", "2"], r"expected more replicas \(headrace scale\)"),
@@ -56,7 +56,7 @@ def test_in_place_goes_with_neither_tensor_parallelism_nor_a_cache() -> None:
     assert EngineConfig(tp_size=2).tp_size == 2
     with pytest.raises(ValidationError, match="tp_size 2: swap_mode in_place can deadlock"):
         EngineConfig(swap_mode="in_place", tp_size=2)
-    with pytest.raises(ValidationError, match="--enable-hierarchical-cache in extra_args: a cache would hand KV"):
+    with pytest.raises(ValidationError, match="--enable-hierarchical-cache in extra_args: the cache would give KV"):
         EngineConfig(swap_mode="in_place", extra_args=["--enable-hierarchical-cache"])
 
 

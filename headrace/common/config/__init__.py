@@ -1,7 +1,8 @@
 """Configuration: every setting of a run, typed, documented and checked before anything starts.
 
-`ActorConfig` is the algorithm, `RunConfig` the whole run, `load_recipe` reads one from YAML and says where
-each value came from. Only a service's `__main__` reads configuration; everything else is handed its section.
+`ActorConfig` holds the algorithm's settings, `RunConfig` those of the whole run. `load_recipe` reads a run's settings
+from YAML, with the source of every value. Only a service's `__main__` reads configuration; every other module is given
+its section.
 """
 
 from headrace.common.config.actor import ActorConfig

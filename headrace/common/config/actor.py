@@ -1,8 +1,7 @@
 """The algorithm's settings: advantages, ratios, clips, aggregation; and the presets that set several at once.
 
-Field names are those of the recipe this project started from (`preset: baseline`). The defaults are the variant that
-stays alive on stale data: decoupled, a gradient per token, and the behaviour clip. A preset fills in only
-what is not given beside it.
+Field names are those of the recipe that this project started from (`preset: baseline`). The defaults are the variant
+that keeps learning on stale data: decoupled loss, a gradient per token, and the behaviour clip.
 """
 
 from typing import Any, Literal, Self
@@ -51,103 +50,118 @@ class ActorConfig(Section):
     """How rewards become advantages and advantages a loss. Equations: docs/algorithm.md."""
 
     preset: Literal["baseline", "paper", "token"] | None = Field(
-        None, description="Fill in a named set of the fields below; a field given beside it wins."
+        None, description="Named set of values for the fields below; a field given beside it takes precedence."
     )
 
     group_size: int = Field(8, ge=1, description="Completions per prompt.")
     dynamic_sampling: bool = Field(
-        True, description="Replace groups whose raw rewards are all equal, so that the batch size is constant."
+        True, description="Replacement of groups whose raw rewards are all equal, so that the batch size is constant."
     )
 
-    reward_bias: float = Field(0.0, description="Added to the raw reward.")
-    reward_scaling: float = Field(1.0, gt=0, description="Factor on the biased reward.")
-    reward_clip: float = Field(20.0, gt=0, description="Bound on the absolute value of the scaled reward.")
+    reward_bias: float = Field(0.0, description="Number added to the raw reward.")
+    reward_scaling: float = Field(1.0, gt=0, description="Factor applied to the reward after reward_bias.")
+    reward_clip: float = Field(
+        20.0, gt=0, description="Largest absolute value of the scaled reward; beyond it the reward is clipped."
+    )
     advantage_mean: Literal["group", "leave_one_out", "batch", "none"] = Field(
-        "group", description="Baseline that is subtracted from a reward."
+        "group",
+        description="Mean that is subtracted from a reward: of its group, of the others in the group, or of the batch.",
     )
     advantage_std: Literal["group", "batch", "none"] = Field(
-        "group", description="Unbiased standard deviation that the difference is divided by."
+        "group",
+        description="Unbiased standard deviation by which the difference is divided: of the group or the batch.",
     )
     batch_advantage_norm: bool = Field(
-        False, description="Normalise advantages once more over all loss tokens of the batch."
+        False, description="Second normalisation of advantages, over all loss tokens of the batch."
     )
     truncated: Literal["train", "mask"] = Field(
         "train",
-        description="Completions that reached max_new_tokens. train: like any other, by the reward that they got. "
-        "mask: as if they had not been sampled, neither in the loss nor in their group's mean, deviation and "
-        "uniformity.",
+        description="Treatment of completions that reached max_new_tokens. train: like any other, with their reward. "
+        "mask: as if they had not been sampled; they count neither in the loss nor in their group's mean, deviation "
+        "and uniformity.",
     )
     overlong_tokens: int = Field(
-        0, ge=0, description="Completions within this many tokens of max_new_tokens are penalised (DAPO); 0: never."
+        0,
+        ge=0,
+        description="Width in tokens of the range below max_new_tokens where length is penalised (DAPO); 0: none.",
     )
-    overlong_penalty_factor: float = Field(1.0, ge=0, description="Penalty of a completion of max_new_tokens.")
+    overlong_penalty_factor: float = Field(
+        1.0,
+        ge=0,
+        description="Penalty of a completion of max_new_tokens; shorter ones in the range get less, linearly.",
+    )
 
     importance_sampling_level: Literal["sequence", "token"] = Field(
         "sequence", description="Importance ratio per sequence (GSPO) or per token (PPO, GRPO)."
     )
     ratio_gradient: Literal["sequence", "token"] = Field(
         "token",
-        description="At sequence level: one gradient for all tokens of a sequence, or each token its own, with the "
-        "same ratio value (GSPO-token). Does nothing at token level.",
+        description="Gradient at sequence level: one for all tokens of a sequence, or one per token with the same "
+        "ratio value (GSPO-token). No effect at token level.",
     )
-    eps_clip: float = Field(0.067, gt=0, lt=1, description="Ratios below 1 - eps_clip are clipped.")
+    eps_clip: float = Field(0.067, gt=0, lt=1, description="Lower clip width: ratios below 1 - eps_clip are clipped.")
     eps_clip_higher: float | None = Field(
-        0.093, gt=0, description="Ratios above 1 + eps_clip_higher are clipped; null: above 1 + eps_clip."
+        0.093, gt=0, description="Upper clip width: ratios above 1 + eps_clip_higher are clipped; null: eps_clip."
     )
     trust_region: Literal["clip", "soft", "second_moment"] = Field(
         "clip",
-        description="What bounds the ratio. clip: to the range above, where that makes the objective worse (PPO). "
-        "soft: a sigmoid gate instead (SAPO). second_moment: in each sequence the tokens that have moved furthest with "
-        "their advantage are masked, until the mean squared log-ratio of the others is at most 0.04 (M2PO).",
+        description="Bound on the ratio. clip: clipped to the range above, where that makes the objective worse (PPO). "
+        "soft: a sigmoid gate instead (SAPO). second_moment: in each sequence, the tokens that have moved furthest in "
+        "the direction of their advantage are masked, until the mean squared log-ratio of the others is at most 0.04 "
+        "(M2PO).",
     )
     dual_clip: float | None = Field(
         None,
         gt=1,
-        description="Dual clip: bound on the loss where the advantage is negative. Only for trust_region clip.",
+        description="Bound on the loss where the advantage is negative (dual clip); default: none. Only for "
+        "trust_region clip.",
     )
 
     use_decoupled_loss: bool = Field(
-        True, description="Ratio against the proximal policy, weighted by proximal/behaviour; else against behaviour."
+        True, description="Ratio to the proximal policy, weighted by proximal/behaviour; if false, ratio to behaviour."
     )
     behav_imp_weight_mode: Literal[
         "token_mask", "token_truncate", "token_band", "sequence_mask", "sequence_truncate", "disabled"
     ] = Field(
         "token_mask",
-        description="How the behaviour weight is formed and what happens above the cap. token_band: masked above it "
-        "and below 0.5 (IcePop).",
+        description="Level of the behaviour weight, and treatment of weights above the cap: masked or truncated. "
+        "token_band: masked above the cap and below 0.5 (IcePop).",
     )
     behav_imp_weight_cap: float = Field(5.0, gt=0, description="Cap of the behaviour weight.")
     behaviour_clip: bool = Field(
         True,
-        description="Drop sequences that have already moved from the behaviour policy beyond the clip range in the "
-        "direction of their advantage.",
+        description="Removal of sequences that have already moved from the behaviour policy beyond the clip range, in "
+        "the direction of their advantage.",
     )
 
     loss_aggregation: Literal["token_mean", "sequence_mean"] = Field(
-        "sequence_mean", description="Mean over all loss tokens, or over sequences of their token means."
+        "sequence_mean", description="Mean over all loss tokens, or mean over sequences of their token means."
     )
     num_mini_batches: int = Field(
         4,
         ge=1,
-        description="Optimizer updates per step. With 1, and the decoupled loss, the policy equals the proximal "
-        "policy at the only update: the ratio is 1 and the clip never acts.",
+        description="Number of optimizer updates per step. With 1 and the decoupled loss, the policy equals the "
+        "proximal policy at the only update: the ratio is 1 and the clip never acts.",
     )
     mini_batch_split: Literal["groups", "completions"] = Field(
         "groups",
-        description="What is dealt out to mini-batches: whole groups, or the completions of each group evenly, so that "
-        "every update sees every prompt; a prompt is then computed in every mini-batch.",
+        description="Unit of the split into mini-batches: whole groups, or the completions of each group evenly. With "
+        "completions every update sees every prompt, and a prompt is computed in every mini-batch.",
     )
     divergence_guard: Literal["act", "warn"] = Field(
         "act",
-        description="When policy and behaviour drift far apart (KL, effective sample size): warn, or act as well: "
-        "lower max_staleness, then lr, until it is over. Where engine and learner disagree on the same weights: warn.",
+        description="Reaction when policy and behaviour drift far apart (KL, effective sample size). warn: log an "
+        "event. act: also lower max_staleness, then lr, until the drift is over. Where engine and learner disagree on "
+        "the same weights, both only warn.",
     )
-    kl_coef: float = Field(0.0, ge=0, description="Weight of the KL to the reference policy (the start); 0: none.")
+    kl_coef: float = Field(
+        0.0, ge=0, description="Weight of the KL to the reference policy (the initial policy); 0: no KL term."
+    )
     kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="Estimator of that KL.")
 
     @property
     def clip_range(self) -> tuple[float, float]:
-        """Lowest and highest ratio that is not clipped."""
+        """The lowest and the highest ratio that is not clipped."""
         higher = self.eps_clip if self.eps_clip_higher is None else self.eps_clip_higher
         return 1.0 - self.eps_clip, 1.0 + higher
 
@@ -165,7 +179,7 @@ class ActorConfig(Section):
                 "group_size 1 has no group mean or deviation: set advantage_mean and advantage_std to 'batch' or 'none'"
             )
         if self.group_size == 1 and self.advantage_mean == "leave_one_out":
-            raise ValueError("group_size 1 leaves nobody in for advantage_mean 'leave_one_out'")
+            raise ValueError("group_size 1 leaves no other completion for advantage_mean 'leave_one_out'")
         if self.group_size == 1 and self.dynamic_sampling:
             raise ValueError("group_size 1 makes every group uniform: set dynamic_sampling to false")
         return self

@@ -1,4 +1,4 @@
-"""docs/configuration.md from the settings' own definitions: `python -m headrace.common.config.document`."""
+"""Generates docs/configuration.md from the settings: `python -m headrace.common.config.document`."""
 
 import types
 import typing
@@ -16,10 +16,10 @@ HEAD = """# Configuration
 
 Every setting of a run. A recipe is a YAML file that holds only what differs from these defaults;
 `--set section.key=value` overrides it, several times if needed. `headrace check RECIPE` prints every setting with the
-source of its value. An unknown key is refused with a suggestion, an impossible combination with the reason.
+source of its value. An unknown key is refused with a suggestion, an invalid combination with the reason.
 
-"Live" settings may change while a run goes on (`headrace settings NAME=VALUE`); they apply from the learner's next
-step. Units are in the names: `_s` seconds, `_bytes`, `_tokens`, `_steps`.
+Settings marked "live" can change while a run is live (`headrace settings NAME=VALUE`); a change applies from the
+learner's next step. Units are in the names: `_s` seconds, `_bytes`, `_tokens`, `_steps`.
 
 This page is generated: `python -m headrace.common.config.document > docs/configuration.md`. A test compares it.
 """

@@ -1,6 +1,7 @@
-"""Which arguments of sglang.launch_server `generation.engine.extra_args` may not have, and what to use instead.
+"""The arguments of sglang.launch_server that `generation.engine.extra_args` may not have, and what to use instead.
 
-Refused is what Headrace sets itself, for which there is a setting or no choice, and what it could not serve rightly.
+Refused are arguments that Headrace sets (by a setting, or without a choice) and arguments with which results would be
+wrong.
 """
 
 import itertools
@@ -24,7 +25,7 @@ SETTINGS = {
     "--trust-remote-code": "model.trust_remote_code",
 }
 SET_BY_REPLICA = ("--admin-api-key", "--api-key", "--base-gpu-id", "--host", "--port", "--weight-version")
-"""What each engine is given by its replica."""
+"""Arguments whose values the replica chooses for its engine."""
 REPLICAS = "more replicas (headrace scale)"
 ONE_AT_MOST = {
     "--data-parallel-size": REPLICAS,
@@ -36,7 +37,7 @@ ONE_AT_MOST = {
 }
 QUANTIZED = ("--modelopt-quant", "--quantization", "--quantize-and-serve", "--rl-quant-profile")
 CACHED = ("--enable-flexkv", "--enable-hicache", "--enable-hierarchical-cache", "--enable-lmcache")
-"""KV that outlives its request."""
+"""Arguments with which the KV cache outlives its request."""
 
 
 def check_extra_args(extra_args: Sequence[str], swap_mode: str, tp_size: int) -> None:
@@ -46,7 +47,8 @@ def check_extra_args(extra_args: Sequence[str], swap_mode: str, tp_size: int) ->
             raise ValueError(f"{' '.join(filter(None, (word, value)))} in extra_args: {problem}")
         if swap_mode == "in_place" and _is_one_of(word, CACHED):
             raise ValueError(
-                f"{word} in extra_args: a cache would hand KV of earlier weights to later requests; expected swap_mode "
+                f"{word} in extra_args: the cache would give KV of earlier weights to later requests; expected "
+                f"swap_mode "
                 "retract"
             )
     if swap_mode == "in_place" and tp_size > 1:
@@ -57,9 +59,11 @@ def check_extra_args(extra_args: Sequence[str], swap_mode: str, tp_size: int) ->
 
 def _problem(word: str, value: str) -> str:
     if _is_one_of(word, QUANTIZED):
-        return "new weights are published in model.dtype, and would not be quantized as these; expected no quantization"
+        return (
+            "new weights are published in model.dtype and would not be quantized like these; expected no quantization"
+        )
     if _is_one_of(word, SET_BY_REPLICA):
-        return "each engine is given its own; expected no such argument"
+        return "the replica sets it for each engine; expected no such argument"
     for flag, setting in SETTINGS.items():
         if _is_one_of(word, [flag]):
             return f"expected the setting {setting}"
@@ -70,7 +74,7 @@ def _problem(word: str, value: str) -> str:
 
 
 def _is_one_of(word: str, flags: Sequence[str]) -> bool:
-    """Also abbreviated, as argparse takes it."""
+    """Whether `word` is one of the flags, or an abbreviation of one, which argparse accepts."""
     return len(word) > len("--") and any(flag.startswith(word) for flag in flags)
 
 

@@ -12,49 +12,53 @@ from headrace.common.wire.desired_state import MAX_REPLICAS
 class EngineConfig(Section):
     """The SGLang server of each replica."""
 
-    url: str | None = Field(None, description="Attach to a running SGLang server instead of starting one.")
+    url: str | None = Field(None, description="URL of a running SGLang server to use; default: the replica starts one.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description=AUTO_DEVICE)
     tp_size: int = Field(
         1,
         ge=1,
-        description="Tensor parallelism: number of GPUs of one engine.",
+        description="Number of GPUs of one engine (tensor parallelism).",
     )
     context_tokens: int | None = Field(
-        None, ge=16, description="Longest sequence, prompt included; default: the model's own (config.json)."
+        None,
+        ge=16,
+        description="Longest sequence in tokens, with the prompt; default: the model's limit (config.json).",
     )
-    max_running_requests: int = Field(256, ge=1, description="Completions decoded at one time.")
+    max_running_requests: int = Field(
+        256, ge=1, description="Largest number of completions that are decoded at one time."
+    )
     max_total_tokens: int | None = Field(
-        None, ge=256, description="Tokens in the KV cache; default: what fits, 65,536 on a CPU."
+        None, ge=256, description="Size of the KV cache in tokens; default: what fits in memory; 65,536 on a CPU."
     )
     memory_fraction: float | None = Field(
         None,
         gt=0,
         lt=1,
-        description="Share of the free device memory for weights and KV cache, measured when the engine starts; "
-        "default: SGLang's choice (0.7 to 0.9 of a GPU), 0.3 on a CPU.",
+        description="Share of the free device memory, measured when the engine starts, for weights and KV cache; "
+        "default: SGLang's choice (0.7 to 0.9 of a GPU); 0.3 on a CPU.",
     )
-    num_threads: int = Field(1, ge=1, description="CPU threads of the engine's kernels.")
+    num_threads: int = Field(1, ge=1, description="Number of CPU threads of the engine's kernels.")
     startup_timeout_s: float = Field(
         1800.0,
         gt=0,
-        description="Longest wait for the engine to answer after its start. On a GPU the first start on a machine "
-        "compiles kernels, about half a minute of a core for each.",
+        description="Longest wait for the engine to answer after its start. The first start on a machine with a GPU "
+        "compiles kernels, which takes about half a minute of one core each.",
     )
     liveness_timeout_s: float = Field(
         60.0,
         ge=2,
-        description="Time without a sign of life after which an engine is killed and started again. An engine on a CPU "
-        "that is busy computing is given completion_timeout_s; on a GPU this must exceed the longest prefill.",
+        description="Time without any response after which an engine is killed and restarted. An engine on a CPU that "
+        "is busy computing has completion_timeout_s instead; on a GPU this must exceed the longest prefill.",
     )
     swap_mode: Literal["retract", "in_place"] = Field(
         "retract",
-        description="KV cache of requests in flight when weights are swapped. retract: it is computed again, and "
-        "log-probabilities stay exact. in_place: it is kept, which saves engine time (docs/swap-modes.md), but tokens "
-        "after a swap match no version exactly, and the engine must have no overlap schedule, radix cache or tensor "
-        "parallelism.",
+        description="Treatment of the KV cache of requests in flight when weights are swapped. retract: it is computed "
+        "again, and log-probabilities stay exact. in_place: it is kept, which saves engine time (docs/swap-modes.md), "
+        "but tokens after a swap match no version exactly, and the engine must run without overlap schedule, radix "
+        "cache and tensor parallelism.",
     )
     extra_args: list[str] = Field(
-        [], description="Further arguments of sglang.launch_server; those that a setting covers are refused."
+        [], description="Further arguments of sglang.launch_server; arguments that a setting covers are refused."
     )
 
     @model_validator(mode="after")
@@ -70,37 +74,46 @@ class GenerationConfig(Section):
         le=MAX_REPLICAS,
         description="Number of replicas that `headrace up` keeps, unless `headrace scale` has set a target.",
     )
-    autoscale: bool = Field(False, description="Let `headrace up` follow the learner's advice, unless a target is set.")
-    max_replicas: int = Field(8, ge=1, le=MAX_REPLICAS, description="Upper bound of the advice.")
-    max_groups_in_flight: int = Field(32, ge=1, description="Training groups that a replica works on at one time.")
+    autoscale: bool = Field(
+        False,
+        description="Automatic number of replicas, by the learner's advice, unless `headrace scale` has set a target.",
+    )
+    max_replicas: int = Field(
+        8, ge=1, le=MAX_REPLICAS, description="Largest number of replicas that the advice may ask for."
+    )
+    max_groups_in_flight: int = Field(32, ge=1, description="Largest number of training groups in flight per replica.")
     max_eval_groups_in_flight: int = Field(
         32,
         ge=1,
-        description="Evaluation groups that a replica works on at one time, beside training groups, if they have "
-        "actor.group_size completions; proportionally more if they are smaller.",
+        description="Largest number of evaluation groups in flight per replica, beside training groups, if they have "
+        "actor.group_size completions; proportionally more if they have fewer.",
     )
-    max_attempts: int = Field(3, ge=1, description="Failed attempts after which a ticket becomes a dead letter.")
+    max_attempts: int = Field(
+        3, ge=1, description="Number of failed attempts after which a ticket becomes a dead letter."
+    )
     ticket_lease_s: float = Field(
         30.0,
         gt=0,
-        description="Lease duration: a ticket whose lease is not renewed for this long may be claimed by another "
-        "replica (checked every third of it).",
+        description="Lease duration of a ticket: if the lease is not renewed for this long, another replica may claim "
+        "the ticket (checked every third of it).",
     )
     completion_timeout_s: float = Field(
         600.0,
         gt=0,
-        description="Longest wait for the completions of a ticket while the engine answers no other either, and four "
-        "times that in any case; for up to 4,096 tokens, in proportion for longer completions.",
+        description="Longest wait for the completions of a ticket while the engine answers no other ticket either; "
+        "four times as long in any case. Applies to up to 4,096 tokens; longer completions have proportionally more.",
     )
     weights_timeout_s: float = Field(
-        600.0, gt=0, description="Longest wait for the weight version that a ticket asks for; then it is handed back."
+        600.0,
+        gt=0,
+        description="Longest wait for the weight version that a ticket needs; then the ticket is handed back.",
     )
     max_concurrent_swap_share: float = Field(
-        0.5, gt=0, le=1, description="Maximum share of replicas that swap weights at the same time; one always may."
+        0.5, gt=0, le=1, description="Largest share of replicas that swap weights at the same time; one always may."
     )
-    reward_workers: int = Field(1, ge=1, description="Number of processes per replica that score completions.")
-    reward_deadline_s: float = Field(10.0, gt=0, description="Longest time to score one group, in seconds.")
+    reward_workers: int = Field(1, ge=1, description="Number of reward processes per replica.")
+    reward_deadline_s: float = Field(10.0, gt=0, description="Longest time to score one group.")
     reward_memory_bytes: int = Field(4 << 30, ge=1 << 26, description="Largest address space of one reward process.")
-    host: str = Field("127.0.0.1", description="Address a replica listens on.")
+    host: str = Field("127.0.0.1", description="Address that a replica listens on; 0.0.0.0 if others must reach it.")
     port: int = Field(0, ge=0, le=65535, description="Port; 0: any free one.")
     engine: EngineConfig = EngineConfig()

@@ -1,4 +1,4 @@
-"""Settings that may change while a run goes on; they count from the learner's next step."""
+"""The settings that can change while a run is live; a change applies from the learner's next step."""
 
 from collections.abc import Mapping
 
@@ -19,13 +19,15 @@ HOT_RELOADABLE = (
 
 
 def with_settings(config: RunConfig, values: Mapping[str, int | float | None]) -> RunConfig:
-    """The configuration with `values` by their dotted names, validated anew. Raises `ValueError` naming the setting,
-    what it was given and what was expected."""
+    """The configuration with `values`, keyed by dotted name, validated again.
+
+    Raises `ValueError` naming the setting, the value and what was expected.
+    """
     settings = config.model_dump()
     for name, value in values.items():
         if name not in HOT_RELOADABLE:
             raise ValueError(
-                f"{name[:60]} cannot change while the run goes on: expected one of {', '.join(HOT_RELOADABLE)}"
+                f"{name[:60]} cannot change while the run is live: expected one of {', '.join(HOT_RELOADABLE)}"
             )
         section, field = name.split(".")
         settings[section][field] = value
@@ -36,6 +38,6 @@ def with_settings(config: RunConfig, values: Mapping[str, int | float | None]) -
 
 
 def hot_reloadable_values(config: RunConfig) -> dict[str, int | float | None]:
-    """What stands of each."""
+    """The current value of each hot-reloadable setting, by dotted name."""
     settings = config.model_dump()
     return {name: settings[name.split(".")[0]][name.split(".")[1]] for name in HOT_RELOADABLE}

@@ -1,4 +1,4 @@
-"""What is trained, on what: the model, the task, sampling."""
+"""The settings of the model, the task and sampling."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +14,7 @@ DType = Literal["float32", "bfloat16"]
 
 class ModelConfig(Section):
     path: str = Field(
-        description="Policy to start from: a folder in Hugging Face format, or a hub name. `headrace/demo/policy` is "
+        description="Initial policy: a folder in Hugging Face format, or a hub name. `headrace/demo/policy` is "
         "the demo's policy, which comes with the package."
     )
     revision: str | None = Field(
@@ -22,15 +22,16 @@ class ModelConfig(Section):
     )
     trust_remote_code: bool = Field(
         False,
-        description="Run Python code from the model's repository with your rights, in the learner, the engines and "
-        "`headrace check`, if transformers or SGLang lack the architecture. Name a commit as revision.",
+        description="Permission to run Python code from the model's repository, with your rights, in the learner, the "
+        "engines and `headrace check`. Needed if transformers or SGLang lack the architecture; set revision to a "
+        "commit.",
     )
     dtype: DType = Field(
         "bfloat16", description="Data type of the published weights and of the learner's forward pass."
     )
     chat_template: str | None = Field(
         None,
-        description="File of a Jinja chat template; default: the model's own. policy/ is saved with it.",
+        description="File with a Jinja chat template, also saved with the policy; default: the model's template.",
     )
     chat_template_settings: dict[str, Any] = Field(
         {}, description="Variables of the chat template, such as enable_thinking: false for Qwen3."
@@ -49,13 +50,13 @@ class ModelConfig(Section):
 
 
 class TaskConfig(Section):
-    name: str = Field(description="A built-in task (arithmetic, gsm8k) or 'package.module:Class'.")
+    name: str = Field(description="Name of a built-in task (arithmetic, gsm8k), or 'package.module:Class'.")
     settings: dict[str, Any] = Field({}, description="Keyword arguments of the task.")
     system_prompt: str | None = Field(
         None,
         min_length=1,
-        description="System message before each of the task's prompts. It is refused if the chat template takes none "
-        "or the task has its own.",
+        description="System message before each of the task's prompts; default: none. Refused if the chat template "
+        "takes none or the task has its own.",
     )
 
 
@@ -67,20 +68,20 @@ NOT_OFFERED = {
     + FULL_DISTRIBUTION
     + "; a reward can ask for length",
 }
-"""What others have and this cannot have, with the reason."""
+"""Settings that other libraries have and Headrace cannot have, with the reason."""
 
 
 class SamplingConfig(Section):
-    """top_p stays 1 and top_k off, and nothing masks a token: the engine's log-probabilities are of the full
-    distribution, as the learner's are."""
+    """The engine samples from the full distribution, which is also the learner's: top_p is 1, top_k is off, and no
+    token is masked."""
 
     temperature: float = Field(
-        1.0, ge=1e-3, le=1e3, description="Sampling temperature; the learner divides its logits by it."
+        1.0, ge=1e-3, le=1e3, description="Sampling temperature; the learner also divides its logits by it."
     )
     max_new_tokens: int = Field(1024, ge=1, description="Longest completion, in tokens.")
     stop: list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]] = Field(
         [],
         max_length=MAX_STOPS,
-        description="Texts that end a completion, besides the model's end tokens. The token that completes one is the "
-        "last token of the completion, for training and for the reward.",
+        description="Texts that end a completion, in addition to the model's end tokens. The token that completes such "
+        "a text is the last token of the completion, in training and for the reward.",
     )

@@ -1,7 +1,7 @@
 """Recipes: a YAML file that holds only what differs from the defaults, and `key=value` overrides on top.
 
-`load_recipe` returns the resolved configuration with the source of every value, or raises `ConfigError`: one
-line per problem, naming the file, the dotted key, the value, and what was expected.
+`load_recipe` returns the resolved configuration with the source of every value, or raises `ConfigError` with one line
+per problem: the file, the dotted key, the value, and what was expected.
 """
 
 import difflib
@@ -22,7 +22,7 @@ from headrace.common.config.section import section_in
 
 
 class ConfigError(ValueError):
-    """The configuration is wrong; the text has one line per problem."""
+    """The configuration is invalid; the text has one line per problem."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Recipe:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads `path`, applies `section.key=value` overrides (values are YAML), checks everything."""
+    """Reads `path`, applies `section.key=value` overrides (values are YAML) and validates the result."""
     return resolve(_read_yaml(Path(path)), str(path), overrides)
 
 
 def resolve(given: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The same for what was read from `origin` already."""
+    """Like `load_recipe`, for settings that were already read from `origin`."""
     sources = dict.fromkeys(_leaves(given, set(_setting_names(RunConfig))), origin)
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -86,7 +86,7 @@ def _assign(given: dict[str, Any], keys: list[str], value: Any) -> None:
 
 
 def _leaves(given: dict[str, Any], settings: set[str], prefix: str = "") -> Iterator[str]:
-    """Dotted keys; what stands in a setting that is itself a mapping is its value."""
+    """The dotted keys of all settings that are given; the content of a setting that is a mapping is its value."""
     for key, value in given.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict) and name not in settings:
@@ -111,7 +111,7 @@ def _setting_names(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def describe_problem(problem: Any) -> str:
-    """One of pydantic's errors about a `RunConfig`: the setting, what it was given, what was expected."""
+    """One line for one of pydantic's errors about a `RunConfig`: the setting, its value, what was expected."""
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden" and where in NOT_OFFERED:
         return f"{where} is not offered: {NOT_OFFERED[where]}"
@@ -132,7 +132,7 @@ def _suggestion(location: tuple[str | int, ...]) -> str:
     if close:
         return f"; did you mean {'.'.join([*sections, close[0]])}?"
     if sections == ["task"]:
-        return f"; did you mean task.settings.{key}, an argument of the task's own?"
+        return f"; did you mean task.settings.{key}, an argument of the task?"
     elsewhere = [name for name in _setting_names(RunConfig) if name.rpartition(".")[2] == key]
     return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; expected one of {', '.join(known)}"
 

@@ -1,4 +1,4 @@
-"""The whole run: its sections, and the combinations that are impossible. Defaults suit one GPU box."""
+"""The configuration of a run: its sections, and the combinations that are refused. Defaults suit one GPU machine."""
 
 from typing import Literal, Self
 
@@ -12,10 +12,12 @@ from headrace.common.config.section import Section
 
 
 class EvaluationConfig(Section):
-    interval_steps: int = Field(0, ge=0, description="Steps between evaluations; 0: before and after the run only.")
-    num_prompts: int = Field(256, ge=1, description="Held-out prompts, the first of the split.")
+    interval_steps: int = Field(
+        0, ge=0, description="Number of steps between evaluations; 0: only before and after the run."
+    )
+    num_prompts: int = Field(256, ge=1, description="Number of held-out prompts, from the beginning of the split.")
     completions_per_prompt: int = Field(
-        2, ge=1, description="Completions per held-out prompt; pass@k is reported up to this k."
+        2, ge=1, description="Number of completions per held-out prompt; pass@k is reported up to this k."
     )
     temperature: float | None = Field(
         None,
@@ -26,19 +28,21 @@ class EvaluationConfig(Section):
 
 
 class ControlConfig(Section):
-    """The run's front door: REST, the live page, metrics."""
+    """The control service: the run's REST interface, live page and metrics."""
 
-    host: str = Field("127.0.0.1", description="Address control listens on.")
+    host: str = Field(
+        "127.0.0.1", description="Address that the control service listens on; 0.0.0.0 to reach it from other machines."
+    )
     port: int = Field(0, ge=0, le=65535, description="Port; 0: any free one.")
     require_token_for_reads: bool = Field(
-        False, description="Require the run's token for reading too; changing something always requires it."
+        False, description="Token required for reading too; changes always require the run's token."
     )
 
 
 class RunConfig(Section):
     model: ModelConfig
     task: TaskConfig
-    seed: int = Field(0, ge=0, description="Seed of the order of prompts and of torch's random state.")
+    seed: int = Field(0, ge=0, description="Seed for the order of prompts and torch's random state.")
     sampling: SamplingConfig = SamplingConfig()
     actor: ActorConfig = ActorConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -47,18 +51,18 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     control: ControlConfig = ControlConfig()
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = Field(
-        [], description="Experiment trackers that also get every row of metrics; `pip install` them first."
+        [], description="Experiment trackers that receive every row of metrics; install their packages first."
     )
     redis_url: str | None = Field(None, description="URL of an existing Redis; default: `headrace up` starts one.")
     durability: Literal["strict", "relaxed"] = Field(
         "strict",
-        description="strict: refuse a Redis that may lose writes (appendonly, appendfsync, eviction). relaxed: accept "
-        "it.",
+        description="Treatment of a Redis that may lose writes (appendonly, appendfsync, eviction). strict: refused. "
+        "relaxed: accepted.",
     )
 
     @property
     def num_eval_slots(self) -> int:
-        """Evaluation groups that a replica works on at one time."""
+        """Largest number of evaluation groups in flight per replica."""
         num_completions = self.generation.max_eval_groups_in_flight * self.actor.group_size
         return max(1, num_completions // self.evaluation.completions_per_prompt)
 

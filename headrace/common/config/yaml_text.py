@@ -1,8 +1,9 @@
-"""YAML as people mean it: the scalars of YAML 1.2's core schema, each key of a mapping once, errors with their line.
+"""YAML reading and writing: the scalars of YAML 1.2's core schema, no repeated keys, errors with their line.
 
-Unlike YAML 1.1, which PyYAML reads by itself: `yes` and `on` are text, `1e-6` is a number, `12:30` and `2026-11-30` are
-text, and what is in quotes is text. Beyond 1.2: `1_000` is a number, and one with a leading zero, `0100`, which is 64
-to the one and 100 to the other, is refused. `dump` writes what `load` reads as the same, and readers of 1.1 as well.
+Differences from YAML 1.1, which PyYAML implements: `yes` and `on` are text, `1e-6` is a number, `12:30` and
+`2026-11-30` are text, and everything in quotes is text. Differences from YAML 1.2: `1_000` is a number, and a number
+with a leading zero is refused, because `0100` is 64 in YAML 1.1 and 100 in 1.2. What `dump` writes, `load` and readers
+of YAML 1.1 read as the same values.
 """
 
 import re
@@ -30,7 +31,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts in quotes whatever a reader of YAML 1.1 or 1.2 would take for something else than text."""
+    """Quotes every text that a reader of YAML 1.1 or 1.2 would read as another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -42,7 +43,7 @@ for _tag, _pattern, _first in SCALARS:
 
 
 def load(text: str) -> Any:
-    """Raises `ValueError`, in one line, which names the line of the text where it can."""
+    """Raises `ValueError` with one line, which names the line of the text if it is known."""
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
