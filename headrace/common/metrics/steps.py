@@ -67,6 +67,9 @@ TEXTS = {
     "publish_s": "Time of the latest step's publication.",
     "sample_write_s": "Time of the latest step's sample of groups for people to read.",
     "step_s": "Time of the latest step, its wait included.",
+}
+"""Of the numbers of a step's row."""
+EVALUATION_TEXTS = {
     "held_out": "pass@1 of the latest evaluation.",
     "pass_at": "pass@k of the latest evaluation.",
     "first_token_step_mean": "Mean step of the weights that answered the latest evaluation.",
@@ -116,7 +119,7 @@ def metric_name(name: str, prefix: str = "headrace") -> str:
 
 
 def text_of(name: str) -> str:
-    return TEXTS.get(name, f"{name} of the latest step or evaluation.")
+    return (TEXTS | EVALUATION_TEXTS).get(name, f"{name} of the latest step or evaluation.")
 
 
 class StepTotals:
