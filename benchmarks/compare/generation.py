@@ -35,7 +35,8 @@ from headrace.generation.engine.server import EngineServer
 from headrace.launcher.run.processes import REDIS_URL_VARIABLE, Service
 from headrace.learner.intake.ticket_source import TicketSource
 from headrace.learner.model.policy import Policy
-from headrace.learner.store.store import Cursor, LearnerStore
+from headrace.learner.store.store import LearnerStore
+from headrace.learner.store.structs import Cursor
 from headrace.learner.weights.publisher import WeightVersions
 
 NUM_GROUPS, NUM_WARMING = 512, 64

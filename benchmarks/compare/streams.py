@@ -31,7 +31,8 @@ from headrace.learner.intake.group_source import IssueResult
 from headrace.learner.intake.intake import READ_COUNT, Intake
 from headrace.learner.intake.validation import GroupLimits
 from headrace.learner.steering.switches import Switches
-from headrace.learner.store.store import Cursor, LearnerStore
+from headrace.learner.store.store import LearnerStore
+from headrace.learner.store.structs import Cursor
 
 
 class Size(NamedTuple):

@@ -34,7 +34,8 @@ from headrace.common.wire import Group, Rollout, Sampling, Ticket, Timings, Vers
 from headrace.generation.tickets.store import TicketStore
 from headrace.launcher.run.redis_server import start_redis
 from headrace.learner.intake.recordings import Header, RecordedGroup, RecordingWriter
-from headrace.learner.store.store import Cursor, LearnerStore, Settlement
+from headrace.learner.store.store import LearnerStore
+from headrace.learner.store.structs import Cursor, Settlement
 
 RESULTS = ROOT / "benchmarks" / "results" / "durability.json"
 SHAPES = {"demo: 8 x 14 tokens": (8, 14), "16 x 1,000 tokens": (16, 1000)}

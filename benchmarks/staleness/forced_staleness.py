@@ -27,7 +27,7 @@ from headrace.learner.algorithm.guard import GuardState
 from headrace.learner.intake.ticket_source import TicketSource
 from headrace.learner.model.policy import Policy
 from headrace.learner.steering.live_config import LiveConfig
-from headrace.learner.store.store import Cursor
+from headrace.learner.store.structs import Cursor
 from headrace.learner.training.trainer import Trainer
 
 ROWS_AT_ONCE = 256

@@ -40,7 +40,8 @@ from headrace.learner.distributed.state_files import write_state
 from headrace.learner.model.host_snapshots import Snapshot, SnapshotPool
 from headrace.learner.stages.background import BackgroundWorker
 from headrace.learner.stages.wait_deadlines import WaitDeadlines
-from headrace.learner.store.store import Cursor, LearnerStore
+from headrace.learner.store.store import LearnerStore
+from headrace.learner.store.structs import Cursor
 from headrace.learner.weights.publisher import WeightVersions
 from headrace.learner.weights.version_writer import VersionWriter
 

@@ -162,7 +162,7 @@ def _learn(
     from headrace.learner.assembly import assemble
     from headrace.learner.reporting.prometheus import LearnerMetrics
     from headrace.learner.stages.wait_deadlines import Starved
-    from headrace.learner.store.store import Fenced
+    from headrace.learner.store.fenced_redis import Fenced
 
     _log.info("the libraries are imported")
     arguments = (config, folder, token, client, keys, socket_url(sock), task, switches, waits, recording, ranks)
@@ -222,11 +222,11 @@ def _status(loop: Any, run: str) -> dict[str, Any]:
 
 
 def _report_end(loop: Any, phase: str, reason: str) -> None:
-    from headrace.learner.store.store import Fenced, RedisLost
+    from headrace.learner.store.fenced_redis import Fenced, RedisLost
 
     loop.switches.stop.set()  # nothing is retried any more
     with suppress(Fenced, RedisLost, redis.RedisError):
-        loop.store.set_status({"phase": phase, "reason": reason, "waits": "{}"})
+        loop.store.run_log.set_status({"phase": phase, "reason": reason, "waits": "{}"})
 
 
 def _write_results(loop: Any, folder: Path, tokenizer: Any) -> None:

@@ -46,7 +46,8 @@ from headrace.learner.scaling.advice import ReplicaAdviser
 from headrace.learner.stages.evaluation import Evaluator
 from headrace.learner.steering.live_config import resume_config
 from headrace.learner.steering.switches import Switches
-from headrace.learner.store.store import Cursor, LearnerStore
+from headrace.learner.store.store import LearnerStore
+from headrace.learner.store.structs import Cursor
 from headrace.learner.training.leader import build_trainer, set_up_torch
 from headrace.learner.weights.publisher import WeightVersions
 
@@ -171,7 +172,9 @@ def _repair(store: LearnerStore, source: GroupSource, record: CheckpointRecord) 
     store.settle(record.earlier)
     store.settle(record.settlements, groups="keep")
     unknown = [
-        name for name, mark in zip(record.unfinished, store.marks(record.unfinished), strict=True) if mark is None
+        name
+        for name, mark in zip(record.unfinished, store.ledger_entries(record.unfinished), strict=True)
+        if mark is None
     ]
     source.issue_again(unknown)
 
@@ -190,4 +193,4 @@ def _report_loss(store: LearnerStore, loss: RedisLoss) -> None:
         loss.num_reissued,
         sum(loss.forgotten.values()),
     )
-    store.add_event("redis_lost", {"step": loss.step, "num_reissued": loss.num_reissued})
+    store.run_log.add_event("redis_lost", {"step": loss.step, "num_reissued": loss.num_reissued})

@@ -208,11 +208,11 @@ class Loop:
             self.live_config.apply_settings(settings)
         except ValueError as error:
             _log.error("settings of version %d are refused: %s", settings.version, error)
-            self.store.add_event("settings_refused", change | {"reason": str(error)})
+            self.store.run_log.add_event("settings_refused", change | {"reason": str(error)})
             return
         self._configure()
         _log.info("settings of version %d apply after step %d: %s", *change.values())
-        self.store.add_event("settings_applied", change)
+        self.store.run_log.add_event("settings_applied", change)
         self.reporter.enter_phase(self.progress.phase)
 
     def _configure(self) -> None:

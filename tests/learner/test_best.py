@@ -12,7 +12,7 @@ from headrace.common.redis.keys import Keys
 from headrace.learner.checkpoints.best import BEST, CONFIG_FOLDER, NEXT, BestPolicy, best_folder, read_best_record
 from headrace.learner.commands.export import export
 from headrace.learner.model.host_snapshots import SnapshotPool
-from headrace.learner.store.store import Fenced
+from headrace.learner.store.fenced_redis import Fenced
 from headrace.learner.weights.version_writer import VersionWriter
 from tests.support.replaying import STEPS, end, make_recording, take_up
 

@@ -10,7 +10,8 @@ from headrace.learner.checkpoints.checkpoint import CheckpointError, find_newest
 from headrace.learner.checkpoints.record import CheckpointRecord, checkpoint_folders, read_record
 from headrace.learner.distributed.state_files import read_state, write_state
 from headrace.learner.reporting.summary import MetricsFile, percentile, summarise
-from headrace.learner.store.store import Cursor, Fenced, Settlement
+from headrace.learner.store.fenced_redis import Fenced
+from headrace.learner.store.structs import Cursor, Settlement
 
 
 def make_record(step: int, epoch: int = 1) -> CheckpointRecord:

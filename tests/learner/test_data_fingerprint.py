@@ -18,7 +18,8 @@ from headrace.learner.commands.dead_letters import dead_entries
 from headrace.learner.intake import data_fingerprint
 from headrace.learner.intake.data_fingerprint import Fingerprint, fingerprint_of
 from headrace.learner.intake.ticket_source import TicketSource
-from headrace.learner.store.store import Cursor, LearnerStore
+from headrace.learner.store.store import LearnerStore
+from headrace.learner.store.structs import Cursor
 from tests.learner.test_intake import PlainTokenizer, make_config, plain_chat
 from tests.learner.test_skipped_prompts import BAD, GOOD, Rows, prompt
 from tests.support.replaying import take_up as taken_up_by_process

@@ -8,7 +8,7 @@ from headrace.common.config import RunConfig
 from headrace.common.wire import MIN_TEMPERATURE, decode_ticket, encode
 from headrace.learner.intake.held_out import Evaluation, pass_at
 from headrace.learner.intake.ticket_source import TicketSource
-from headrace.learner.store.store import Cursor
+from headrace.learner.store.structs import Cursor
 from tests.learner.test_intake import Counting, make_config, plain_chat
 from tests.support.making import make_group, make_ticket
 

@@ -19,7 +19,8 @@ from headrace.learner.intake.intake import Intake
 from headrace.learner.intake.ticket_source import TicketSource
 from headrace.learner.intake.validation import GroupLimits
 from headrace.learner.steering.switches import Switches
-from headrace.learner.store.store import Cursor, LearnerStore, Settlement
+from headrace.learner.store.store import LearnerStore
+from headrace.learner.store.structs import Cursor, Settlement
 from tests.support.committing import answer_all, queue
 from tests.support.guard import GUARD_S
 from tests.support.making import make_rollout
@@ -311,7 +312,7 @@ def test_groups_that_cannot_be_used_are_dead_and_counted(client: redis.Redis, ke
     assert "cannot decode" in reasons[b"0-77"]
     assert reasons[b"0-78"] == reasons[b"?"] == "the ledger knows no such group: it says nothing"
     assert "version 99, from the future" in reasons[b"0-0"]
-    marks = harness.store.marks(["0-77", "0-0", "0-78"])
+    marks = harness.store.ledger_entries(["0-77", "0-0", "0-78"])
     assert [mark and mark.state for mark in marks] == ["dead", "dead", None]
 
 
@@ -325,7 +326,7 @@ def test_a_copy_of_a_group_is_refused_and_the_group_itself_is_trained(client: re
     batch = harness.intake.take_batch(1.0, never)
     assert batch is not None and len({arrived.group.ticket.id for arrived in batch}) == 4
     assert client.xlen(keys.dead_letters) == 2
-    assert [mark and mark.state for mark in harness.store.marks(["0-0", "0-1"])] == ["answered", "answered"]
+    assert [mark and mark.state for mark in harness.store.ledger_entries(["0-0", "0-1"])] == ["answered", "answered"]
 
 
 def test_a_dead_ticket_is_issued_again_when_a_person_asks(client: redis.Redis, keys: Keys) -> None:
@@ -333,13 +334,13 @@ def test_a_dead_ticket_is_issued_again_when_a_person_asks(client: redis.Redis, k
     harness.turn()
     harness.answer(keys.tickets, version=99)
     harness.turn()
-    (died,) = harness.store.marks(["0-3"])
+    (died,) = harness.store.ledger_entries(["0-3"])
     assert died is not None and "from the future" in harness.store.dead_reason(died)
     assert retry(client, keys, ["0-3"]) == ["0-3"]
     client.sadd(keys.retries, "no such ticket")
     harness.intake.poll_control_state()
     assert "0-3" in harness.outstanding() and client.scard(keys.retries) == 0
-    mark = harness.store.marks(["0-3"])[0]
+    mark = harness.store.ledger_entries(["0-3"])[0]
     assert mark is not None and mark.state == "open" and client.xlen(keys.dead_letters) == 7
     with pytest.raises(ValueError, match="'0-3' is not dead"):
         retry(client, keys, ["0-3"])

@@ -22,7 +22,8 @@ from headrace.learner.intake.group_source import IssueResult
 from headrace.learner.loop import Loop
 from headrace.learner.stages import checkpointing
 from headrace.learner.stages.wait_deadlines import Starved
-from headrace.learner.store.store import Fenced, LearnerStore, RedisLost
+from headrace.learner.store.fenced_redis import Fenced, RedisLost
+from headrace.learner.store.store import LearnerStore
 from tests.support.fake_services import until
 from tests.support.guard import GUARD_S
 from tests.support.launching import rows_of

@@ -29,7 +29,8 @@ from headrace.common.wire import Heartbeat, encode
 from headrace.learner.reporting.http_api import make_app
 from headrace.learner.steering import switches as switches_module
 from headrace.learner.steering.switches import Switches
-from headrace.learner.store.store import Fenced, LearnerStore
+from headrace.learner.store.fenced_redis import Fenced
+from headrace.learner.store.store import LearnerStore
 from headrace.learner.weights.publisher import WeightVersions, ancestors_in_tree
 
 

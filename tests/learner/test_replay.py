@@ -19,7 +19,8 @@ from headrace.common.wire import encode
 from headrace.learner.commands.audit import audit
 from headrace.learner.commands.record import follow
 from headrace.learner.intake.recordings import Recording
-from headrace.learner.store.store import Cursor, LearnerStore
+from headrace.learner.store.store import LearnerStore
+from headrace.learner.store.structs import Cursor
 from tests.support.committing import queue
 from tests.support.guard import GUARD_S
 from tests.support.making import make_group

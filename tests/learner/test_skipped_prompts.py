@@ -19,7 +19,8 @@ from headrace.learner.intake.held_out import Evaluation
 from headrace.learner.intake.intake import Intake
 from headrace.learner.intake.ticket_source import TicketSource
 from headrace.learner.steering.switches import Switches
-from headrace.learner.store.store import Cursor, LearnerStore
+from headrace.learner.store.store import LearnerStore
+from headrace.learner.store.structs import Cursor
 from tests.learner.test_intake import LIMITS, make_config, plain_chat
 from tests.support.committing import bury_all
 
@@ -84,7 +85,7 @@ def test_a_prompt_that_never_fits_is_skipped_and_counted(client: redis.Redis, ke
     intake = Intake(make_config(), store, source, {1: 0}, lambda: LIMITS, [], Switches())
     intake.poll_once()
     assert intake.settlement_log.counts["skipped"] == 4 and intake.settlement_log.counts["dead"] == 0
-    assert store.marks(["0-0", "0-1", "0-2"])[1] == LedgerEntry("skipped")
+    assert store.ledger_entries(["0-0", "0-1", "0-2"])[1] == LedgerEntry("skipped")
     assert not dead_entries(client, keys) and client.xlen(keys.tickets) == 8
     found = audit(client, keys, tmp_path)
     assert not found.violations and found.counts == {"open": 8, "skipped": 4}
@@ -95,7 +96,7 @@ def test_what_was_passed_stays_passed_after_a_restart(client: redis.Redis, keys:
     source_of(GOOD, BAD["none"][0]).issue(store, 2, 0, 1)
     again = source_of(GOOD, GOOD)
     again.issue(store, 2, 0, 1)  # a checkpoint's cursor, older than Redis's
-    assert store.marks(["0-1"]) == [LedgerEntry("dead", dead_entries(client, keys)[0].entry_id)]
+    assert store.ledger_entries(["0-1"]) == [LedgerEntry("dead", dead_entries(client, keys)[0].entry_id)]
     assert len(dead_entries(client, keys)) == 1 and client.xlen(keys.tickets) == 2
 
 
@@ -150,5 +151,5 @@ def test_a_dead_ticket_is_not_issued_again_with_another_prompt(client: redis.Red
     task.rows["train"] = (GOOD, prompt("another"))
     assert retry(client, keys, []) == ["0-0", "0-1"]
     intake.poll_control_state()
-    assert [mark and mark.state for mark in store.marks(["0-0", "0-1"])] == ["open", "dead"]
+    assert [mark and mark.state for mark in store.ledger_entries(["0-0", "0-1"])] == ["open", "dead"]
     assert not client.smembers(keys.retries)

@@ -11,7 +11,9 @@ from headrace.common.redis.keys import Keys
 from headrace.common.wire import Heartbeat, encode
 from headrace.common.wire.ledger import LedgerEntry
 from headrace.learner.store import scripts
-from headrace.learner.store.store import DEAD_PAYLOAD_BYTES, Cursor, Fenced, LearnerStore, RedisLost, Settlement
+from headrace.learner.store.fenced_redis import Fenced, RedisLost
+from headrace.learner.store.store import DEAD_PAYLOAD_BYTES, LearnerStore
+from headrace.learner.store.structs import Cursor, Settlement
 from tests.support.committing import queue
 from tests.support.making import make_ticket
 
@@ -23,11 +25,11 @@ def test_a_newer_learner_fences_the_older_one_off(client: redis.Redis, keys: Key
     with pytest.raises(Fenced, match=f"above {older.epoch}"):
         older.add_tickets(keys.tickets, [make_ticket()])
     with pytest.raises(Fenced):
-        older.set_status({"phase": "training"})
+        older.run_log.set_status({"phase": "training"})
     with pytest.raises(Fenced):
         older.settle([Settlement(keys.groups, "1-1", "0-0", "trained")])
     assert not client.exists(keys.learner) and not client.exists(keys.ledger)
-    newer.set_status({"phase": "training"})
+    newer.run_log.set_status({"phase": "training"})
     assert client.hget(keys.learner, "phase") == b"training"
 
 
@@ -57,7 +59,8 @@ def test_what_was_read_and_not_settled_is_found_again(client: redis.Redis, keys:
     again = LearnerStore(client, keys)
     assert sorted(entry.ticket_id for entry in again.read_unsettled()) == ["0-1", "0-2", "eval-0-0"]
     assert again.queue_state()[:2] == (0, 2)
-    assert [mark and mark.state for mark in again.marks(["0-0", "0-1", "0-9"])] == ["trained", "answered", None]
+    known = again.ledger_entries(["0-0", "0-1", "0-9"])
+    assert [one and one.state for one in known] == ["trained", "answered", None]
     assert sorted(again.unfinished()) == ["0-1", "0-2"]
     client.xdel(keys.groups, again.read_unsettled()[0].entry_id)
     assert sorted(entry.ticket_id for entry in again.read_unsettled()) == ["0-2", "eval-0-0"], "a deleted one is gone"
@@ -76,7 +79,7 @@ def test_a_group_that_cannot_be_used_is_buried_with_the_reason(client: redis.Red
         b"bytes": b"100000",
     }
     assert (client.xlen(keys.groups), store.num_dead()) == (0, 1)
-    assert store.marks(["0-0"]) == [LedgerEntry("dead", dead_id.decode())] and entry_id == entry.entry_id
+    assert store.ledger_entries(["0-0"]) == [LedgerEntry("dead", dead_id.decode())] and entry_id == entry.entry_id
 
 
 def test_what_a_checkpoint_knows_and_redis_forgot_is_repaired(client: redis.Redis, keys: Keys) -> None:
@@ -86,7 +89,7 @@ def test_what_a_checkpoint_knows_and_redis_forgot_is_repaired(client: redis.Redi
     queued = queue(client, keys, "0-2", b"group")
     names = ("0-0", "0-2", "0-3")
     store.settle([Settlement(keys.groups, queued, name, "trained") for name in names], groups="keep")
-    assert [mark and mark.state for mark in store.marks(names)] == ["trained", "answered", "trained"]
+    assert [mark and mark.state for mark in store.ledger_entries(names)] == ["trained", "answered", "trained"]
     assert [fields[b"id"] for _, fields in client.xrange(keys.tickets)] == [b"0-1"]
     assert client.xlen(keys.groups) == 1, "a group that is there waits for the next checkpoint"
 
@@ -100,19 +103,19 @@ def test_what_was_answered_again_after_redis_forgot_is_no_second_group(
     forgotten, second = "17-0", queue(client, keys, "0-0", b"group")
     assert second != forgotten
     store.settle([Settlement(keys.groups, forgotten, "0-0", "trained")], groups=groups)
-    assert store.marks(["0-0"]) == [LedgerEntry("trained")] and client.xlen(keys.groups) == 0
+    assert store.ledger_entries(["0-0"]) == [LedgerEntry("trained")] and client.xlen(keys.groups) == 0
 
 
 def test_a_redis_that_lost_everything_is_told_from_a_newer_learner(client: redis.Redis, keys: Keys) -> None:
     store = LearnerStore(client, keys)
     client.delete(keys.epoch, keys.tickets, keys.groups)
     with pytest.raises(RedisLost):
-        store.set_status({"phase": "training"})
+        store.run_log.set_status({"phase": "training"})
     with pytest.raises(RedisLost):
         store.queue_state()
     again = LearnerStore(client, keys, above=7)
     assert again.epoch == 8
-    again.set_status({"phase": "training"})
+    again.run_log.set_status({"phase": "training"})
 
 
 def test_a_late_copy_of_a_learners_first_command_fences_nobody(client: redis.Redis, keys: Keys) -> None:
@@ -138,8 +141,8 @@ def test_swap_pauses_are_taken_once_and_only_from_now_on(client: redis.Redis, ke
     store = LearnerStore(client, keys)
     client.xadd(keys.events, {"kind": "weight_swap", "event": '{"pause_ms": 2.5}'})
     client.xadd(keys.events, {"kind": "step", "event": "{}"})
-    assert store.take_swap_pauses_ms() == [2.5]
-    assert store.take_swap_pauses_ms() == []
+    assert store.run_log.take_swap_pauses_ms() == [2.5]
+    assert store.run_log.take_swap_pauses_ms() == []
 
 
 def test_a_redis_that_may_lose_writes_is_named(client: redis.Redis) -> None:
@@ -160,7 +163,7 @@ def test_a_run_name_is_one_hash_slot_and_one_folder(run: str) -> None:
 def test_a_row_is_an_event_and_its_numbers_are_history(client: redis.Redis, keys: Keys) -> None:
     store = LearnerStore(client, keys)
     row = {"kind": "step", "step": 3, "time_s": 1700000000.1234, "kl": float("nan"), "lr": 1 / 3e6, "tickets": ["0-0"]}
-    store.append_row("step", row | {"is_best": True, "loss": float("-inf")})
+    store.run_log.append_row("step", row | {"is_best": True, "loss": float("-inf")})
     ((_, event),) = client.xrange(keys.events)
     assert event[b"kind"] == b"step" and b'"tickets":["0-0"]' in event[b"event"]
     ((_, fields),) = client.xrange(keys.history)
@@ -175,5 +178,5 @@ def test_a_row_is_an_event_and_its_numbers_are_history(client: redis.Redis, keys
     }
     LearnerStore(client, keys)
     with pytest.raises(Fenced):
-        store.append_row("step", row)
+        store.run_log.append_row("step", row)
     assert client.xlen(keys.history) == client.xlen(keys.events) == 1

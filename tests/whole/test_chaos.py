@@ -29,7 +29,7 @@ from headrace.common.process.atomic_files import file_entry
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import Heartbeat, encode
 from headrace.learner.checkpoints.record import CheckpointRecord, write_record
-from headrace.learner.store.store import Cursor, Settlement
+from headrace.learner.store.structs import Cursor, Settlement
 from tests.support.guard import GUARD_S
 
 LONG = 44

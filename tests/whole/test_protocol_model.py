@@ -70,7 +70,7 @@ from headrace.learner.loop import Loop
 from headrace.learner.stages import background
 from headrace.learner.steering.switches import Switches
 from headrace.learner.store import scripts
-from headrace.learner.store.store import Fenced, RedisLost
+from headrace.learner.store.fenced_redis import Fenced, RedisLost
 from headrace.learner.training import leader
 from headrace.learner.weights import publisher
 from tests.learner.test_intake import Counting, PlainTokenizer
@@ -109,16 +109,7 @@ NUM_COMMANDS = {"turn": 4, "step": 9, "publish": 4, "look": 4, "evaluate": 1, "c
 ANY_FAULT = faults(30, "before", "after", "twice", "full")
 LEARNER_FAULT = faults(12, "before", "after", "twice", "full", "frozen")
 REPLICA_FAULT = faults(2, "before", "after", "twice", "full")
-SCRIPTS = (
-    scripts.EXECUTE,
-    scripts.QUEUE_STATE,
-    scripts.ADD_TICKETS,
-    scripts.SETTLE,
-    scripts.DEAD_LETTER,
-    scripts.REQUEUE_DEAD,
-    MOVE,
-    RENEW,
-)
+SCRIPTS = (*scripts.FENCED_SCRIPTS, MOVE, RENEW)
 
 
 class Uneven(Counting):

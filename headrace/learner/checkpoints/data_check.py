@@ -12,7 +12,8 @@ from headrace.common.redis.keys import Keys
 from headrace.common.tasks import Task
 from headrace.learner.checkpoints.record import newest_record
 from headrace.learner.intake.data_fingerprint import Fingerprint, differences, fingerprint_of
-from headrace.learner.store.store import Cursor, LearnerStore
+from headrace.learner.store.store import LearnerStore
+from headrace.learner.store.structs import Cursor
 
 _log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from headrace.common.process.atomic_files import FileEntry
 from headrace.common.wire.desired_state import Settings
 from headrace.learner.algorithm.guard import GuardState
 from headrace.learner.intake.data_fingerprint import Fingerprint
-from headrace.learner.store.store import Cursor, Settlement
+from headrace.learner.store.structs import Cursor, Settlement
 
 RECORD_FILE = "record.json"
 MAX_VERSION_STEPS = 4096

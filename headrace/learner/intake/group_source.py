@@ -7,7 +7,8 @@ from typing import NamedTuple, Protocol
 from headrace.common.config import RunConfig
 from headrace.common.wire import Ticket
 from headrace.learner.intake.data_fingerprint import Fingerprint
-from headrace.learner.store.store import Cursor, LearnerStore, UnusablePrompt
+from headrace.learner.store.store import LearnerStore
+from headrace.learner.store.structs import Cursor, UnusablePrompt
 
 
 class IssueResult(NamedTuple):

@@ -26,7 +26,8 @@ from headrace.learner.intake.settlements import SettlementLog
 from headrace.learner.intake.validation import GroupLimits, GroupRejected, validate_group
 from headrace.learner.steering.control_state import ControlState
 from headrace.learner.steering.switches import Switches
-from headrace.learner.store.store import Cursor, Entry, LearnerStore, QueueState, Settlement
+from headrace.learner.store.store import LearnerStore
+from headrace.learner.store.structs import Cursor, Entry, QueueState, Settlement
 
 READ_COUNT = 64
 READ_BLOCK_S = 0.2
@@ -105,7 +106,7 @@ class Intake:
     def resume(self) -> None:
         """Takes in the groups that an earlier learner of the run had read and no checkpoint has recorded."""
         entries = self.settlement_log.resume_unsettled(self.store, self.store.read_unsettled())
-        self._take_in(entries, self.store.marks([entry.ticket_id for entry in entries]))
+        self._take_in(entries, self.store.ledger_entries([entry.ticket_id for entry in entries]))
 
     def stop(self) -> None:
         self._stopping.set()
@@ -199,7 +200,7 @@ class Intake:
         is_full = len(self._pending.groups) >= self._max_pending
         entries = [] if is_full else self.store.read(READ_COUNT, self._block_s())
         queue = self.store.queue_state([entry.ticket_id for entry in entries])
-        self._take_in(entries, queue.marks)
+        self._take_in(entries, queue.ledger_entries)
         self._issue_tickets(queue)
         if self.switches.unpersisted or time.monotonic() > self._control_polled_at + CONTROL_POLL_INTERVAL_S:
             self.poll_control_state()

@@ -5,7 +5,7 @@ from headrace.learner.intake.dropped import DropStatistics
 from headrace.learner.intake.lock import IntakeLock
 from headrace.learner.intake.samples import DecidedGroup, SampleCollector
 from headrace.learner.intake.settlements import SettlementLog
-from headrace.learner.store.store import Entry
+from headrace.learner.store.structs import Entry
 
 
 class GroupOutcomes:

@@ -10,7 +10,7 @@ from headrace.common.wire import Group
 from headrace.learner.algorithm.staleness import Staleness, group_staleness, step_of
 from headrace.learner.intake.group_source import GroupSource
 from headrace.learner.intake.outcomes import GroupOutcomes
-from headrace.learner.store.store import Entry
+from headrace.learner.store.structs import Entry
 
 _log = logging.getLogger(__name__)
 

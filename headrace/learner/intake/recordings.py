@@ -16,7 +16,8 @@ import msgspec
 from headrace.common.config import RunConfig
 from headrace.common.wire import Ticket
 from headrace.learner.intake.group_source import IssueResult
-from headrace.learner.store.store import Cursor, LearnerStore
+from headrace.learner.store.store import LearnerStore
+from headrace.learner.store.structs import Cursor
 
 SCHEMA = 2
 """Since groups are of schema 2."""

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from headrace.common.wire import Group, TicketState
 from headrace.common.wire.ledger import parse_ticket_id
-from headrace.learner.store.store import Entry, LearnerStore, Settlement
+from headrace.learner.store.store import LearnerStore
+from headrace.learner.store.structs import Entry, Settlement
 
 
 class SettlementLog:
@@ -60,7 +61,7 @@ class SettlementLog:
         names = sorted(self._unfinished)
         found = [
             name
-            for name, mark in zip(names, store.marks(names), strict=True)
+            for name, mark in zip(names, store.ledger_entries(names), strict=True)
             if mark and mark.state in ("open", "answered")
         ]
         self._unfinished = set(found)

@@ -22,7 +22,8 @@ from headrace.common.wire import MIN_TEMPERATURE, Sampling, Ticket
 from headrace.common.wire.ledger import TicketId, parse_ticket_id
 from headrace.learner.intake.data_fingerprint import Fingerprint
 from headrace.learner.intake.group_source import IssueResult
-from headrace.learner.store.store import Cursor, LearnerStore, UnusablePrompt
+from headrace.learner.store.store import LearnerStore
+from headrace.learner.store.structs import Cursor, UnusablePrompt
 
 GREEDY = MIN_TEMPERATURE
 """At this temperature the likeliest token is sampled, or any that is within about 1e-5 nats of it. SGLang's own greedy

@@ -72,7 +72,7 @@ class RunReporter:
         }
         advised = {"advised_replicas": advice.replicas, "advice": advice.reason}
         waits = {"reason": self.waits.describe(), "waits": msgspec.json.encode(self.waits.durations_s()).decode()}
-        self.store.set_status({"phase": phase, **waits, **position, **advised})
+        self.store.run_log.set_status({"phase": phase, **waits, **position, **advised})
 
     def report_guard(self, kind: str, reason: str, notch: int) -> None:
         """Reports an action of the divergence guard, with its reason."""
@@ -80,7 +80,7 @@ class RunReporter:
         text = f"the guard {action}: {reason}; {self.live_config.guard_overrides or 'no setting is tightened'}"
         _log.log(logging.INFO if kind == "loosen" else logging.WARNING, text)
         event = {"action": kind, "reason": reason, "notch": notch, "step": self.progress.step, "text": text}
-        self.store.add_event("guard", event)
+        self.store.run_log.add_event("guard", event)
 
     def refresh_paused_phase(self) -> None:
         """Reports the phase again if the learner was paused or resumed since."""
@@ -99,7 +99,7 @@ class RunReporter:
     def write_row(self, kind: str, row: dict[str, Any]) -> None:
         position = {"step": self.progress.step, "time_s": time.time(), "wall_s": self.progress.wall_s}
         row = {"kind": kind} | position | row
-        self.store.append_row(kind, row)
+        self.store.run_log.append_row(kind, row)
         self.metrics.append(row)
         self.trackers.write(row)
         self.progress.latest[kind] = row
@@ -111,14 +111,14 @@ class RunReporter:
         decided = self.intake.outcomes.take_samples()
         trained = [self.trainer.trained_rollouts(one.group) if one.state == "trained" else [] for one in decided]
         if decided:
-            self.store.add_samples(
+            self.store.run_log.add_samples(
                 group_sample(one, rollouts, self.token_texts) for one, rollouts in zip(decided, trained, strict=True)
             )
 
     def report_checkpoint(self, saved: Path, step: int, lasted_s: float) -> None:
         row = {"step": step, "time_s": time.time(), "seconds": lasted_s, "bytes": num_bytes_in(saved)}
         self.progress.latest["checkpoint"] = row
-        self.store.set_status({f"checkpoint_{name}": value for name, value in row.items()})
+        self.store.run_log.set_status({f"checkpoint_{name}": value for name, value in row.items()})
 
     def _run_metrics(self) -> dict[str, Any]:
         """The numbers of a step's row that describe the run up to that step rather than the batch."""
@@ -133,7 +133,7 @@ class RunReporter:
             "run_stale_share": counts["stale"] / decided,
             "skipped_prompts": counts["skipped"],
             **self.intake.outcomes.take_drop_statistics(),
-            "swap_pauses_ms": self.store.take_swap_pauses_ms(),
+            "swap_pauses_ms": self.store.run_log.take_swap_pauses_ms(),
         }
 
     def _advise(self) -> Advice:

@@ -123,3 +123,5 @@ return dead and 1 or 0
 """
 )
 """KEYS: epoch, ledger, tickets, dead, retries. ARGV: epoch, ticket, its payload."""
+
+FENCED_SCRIPTS = (EXECUTE, QUEUE_STATE, ADD_TICKETS, SETTLE, DEAD_LETTER, REQUEUE_DEAD)
