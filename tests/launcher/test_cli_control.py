@@ -180,7 +180,7 @@ def test_what_is_no_change_is_refused_at_once(headrace: Command, change: str) ->
 
 
 def test_what_control_refuses_is_one_line(headrace: Command, runs: Path, keys: Keys) -> None:
-    assert "cannot change while the run goes on" in error(headrace("settings", "optimizer.betas=1", code=2))
+    assert "cannot change while the run is live" in error(headrace("settings", "optimizer.betas=1", code=2))
     assert "no live replica has this id" in error(headrace("drain", "nobody", code=2))
     assert "no such group" in error(headrace("groups", "0-12345", code=2))
     assert "'65' replicas: expected a number from 0 to 64" in error(headrace("scale", "65", code=2))

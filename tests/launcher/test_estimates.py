@@ -282,7 +282,7 @@ def test_what_a_gpu_has_not_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = sections.engine(inputs)
     assert sections.learner(inputs) is not None and engine is not None
     (note,) = inputs.notes
-    assert "the learner needs 13" in note and "there are 80.0 GiB; expected more learner.num_ranks" in note
+    assert "the learner needs about 13" in note and "the GPU has 80.0 GiB; expected more learner.num_ranks" in note
     assert sum(engine.value.values()) == pytest.approx(80 << 30, rel=1e-6)
     ranks = {"learner": {"device": "cuda", "num_ranks": 8}}
     inputs = EstimateInputs(config_of(**ranks), TaskTrial(), read_shape(QWEN_7B), [])
