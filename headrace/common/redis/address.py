@@ -1,11 +1,10 @@
-"""What a Redis URL names: one server, or the master that Sentinels know, asked for at every connect.
+"""Redis URLs, and clients for them: of one server, or of the master that Sentinels name at every connect.
 
     redis://user:password@host:6379/0        rediss:// with TLS, such as ?ssl_ca_certs=/path        unix:///path
     redis+sentinel://user:password@host1:26379,host2:26379/mymaster/0        rediss+sentinel:// with TLS to all of them
 
-The Sentinels' own password is `?sentinel_password=…`. Who must not go on unawares where another master, that may lack
-what was written last, has taken over, stays with the first: `MasterChanged`. Nothing here connects, and no error
-repeats a password.
+The Sentinels' own password is `?sentinel_password=…`. With `is_one_master` a client raises `MasterChanged` after a
+failover, because the new master may lack the latest writes. Nothing here connects, and no error contains a password.
 """
 
 from typing import Any, NamedTuple
@@ -31,18 +30,20 @@ EXPECTED_URL = (
 
 
 class MasterChanged(redis.RedisError):  # type: ignore[misc]  # untyped there
-    """Sentinels have made another server the master: replication is asynchronous, and what the one before acknowledged
-    last may be lost."""
+    """Sentinels have made another server the master.
+
+    Replication is asynchronous, so the last writes that the previous master acknowledged may be lost.
+    """
 
 
 class Address(NamedTuple):
-    """`options` are redis-py's, of a connection."""
+    """A parsed URL; `options` are the arguments of redis-py's connection."""
 
     options: dict[str, Any]
     server: str
-    """For people."""
+    """Host and port, or path, for messages."""
     master: str = ""
-    """Its name at the Sentinels; empty: there are none."""
+    """The master's name at the Sentinels; empty without Sentinels."""
     sentinels: tuple[tuple[str, int], ...] = ()
 
     @property
@@ -52,7 +53,7 @@ class Address(NamedTuple):
 
 
 def parse_address(url: str) -> Address:
-    """Raises `ValueError` with what was expected."""
+    """Raises `ValueError` with the expected forms."""
     try:
         parts = urlsplit(url)
         if parts.scheme.endswith(SENTINEL):
@@ -64,7 +65,7 @@ def parse_address(url: str) -> Address:
 
 
 def make_client(url: str, *, is_one_master: bool = False, **settings: Any) -> redis.Redis:
-    """`is_one_master`: every connection is to the master of the first one, or raises `MasterChanged`."""
+    """With `is_one_master`, a connection to another master than the first connection's raises `MasterChanged`."""
     address = parse_address(url)
     if not address.master:
         return redis.Redis.from_url(url, **settings)
@@ -77,7 +78,7 @@ def make_client(url: str, *, is_one_master: bool = False, **settings: Any) -> re
 
 
 class _RediscoversMaster:
-    """As `_RediscoversMasterAsync`, of a connection for threads."""
+    """Like `_RediscoversMasterAsync`, for connections of threads."""
 
     def connect_check_health(self, check_health: bool = True, retry_socket_connect: bool = True) -> None:
         if retry_socket_connect:
@@ -87,7 +88,7 @@ class _RediscoversMaster:
 
 
 class _PinsMaster(_RediscoversMaster):
-    """Mixed into a connection to a master. `first`: where the first one of the client went."""
+    """Mixin for a connection to a master. `first`: the address of the client's first connection."""
 
     first: list[tuple[str, int]]
 
@@ -113,7 +114,7 @@ def make_async_client(url: str, **settings: Any) -> redis.asyncio.Redis:
 
 
 class _RediscoversMasterAsync:
-    """Mixed into an asynchronous connection to a master. redis-py lets it reconnect to where the master was."""
+    """Mixin for a connection to a master: asks the Sentinels at every connect; redis-py would reuse the old address."""
 
     async def connect_check_health(self, check_health: bool = True, retry_socket_connect: bool = True) -> None:
         if retry_socket_connect:

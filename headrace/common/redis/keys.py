@@ -34,17 +34,17 @@ TICKET_GROUP = "generation"
 
 
 def key_pattern(name: str) -> str:
-    """A pattern of the key of that name, whatever the run."""
+    """A pattern for SCAN that matches the key of this name in every run."""
     return f"headrace:{{*}}:{name}"
 
 
 def run_in_key(key: bytes) -> str:
-    """The run whose key this is."""
+    """The name of the run that a key belongs to."""
     return key.decode(errors="replace").partition("{")[2].partition("}")[0]
 
 
 class Keys:
-    """Raises `ValueError` for a run name that would not be one hash slot or one folder."""
+    """The keys of one run. Raises `ValueError` for a name that cannot be a hash tag or a folder."""
 
     def __init__(self, run: str) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", run):

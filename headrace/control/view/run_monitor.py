@@ -14,7 +14,7 @@ import redis
 from pydantic import BaseModel, ValidationError
 
 from headrace.common.config import RunConfig
-from headrace.common.redis.retry import server_message
+from headrace.common.redis.outage import server_message
 from headrace.common.wire.desired_state import DesiredState
 from headrace.control.models.replicas import Replicas
 from headrace.control.models.status import Status
