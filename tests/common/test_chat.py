@@ -109,11 +109,11 @@ def test_the_date_is_always_the_same(tokenizer: Any) -> None:
         (Prompt([], {}), "Cannot apply chat template to an empty conversation"),
         (Prompt([{"role": "user", "content": "\ud83d"}], {}), r"half of a character \('.ud83d'"),
         (Prompt(USER, {"answer": "\ud83d"}), "half of a character"),
-        (Prompt(USER, {"answer": object()}), "a reference with a object, which JSON has not"),
+        (Prompt(USER, {"answer": object()}), "a reference with a object, which JSON does not have"),
         (Prompt(USER, {"answer": float("nan")}), "a number that is not finite"),
         (Prompt(USER, {"answer": np.zeros(2)}), "ndarray"),
         (Prompt(USER, {"answer": 2**70}), "serialize ints"),
-        (Prompt(USER, {1: "x"}), "keys that are no text"),  # type: ignore[dict-item]
+        (Prompt(USER, {1: "x"}), "keys that are not text"),  # type: ignore[dict-item]
         (Prompt(USER, None), "its reference is NoneType None, expected a dict"),  # type: ignore[arg-type]
     ],
 )

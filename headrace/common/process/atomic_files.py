@@ -1,4 +1,4 @@
-"""Files that are whole or not there, also after a kill: written aside, fsynced, renamed."""
+"""Atomic folders, whole or absent even after a kill: written under another name, fsynced, renamed."""
 
 import hashlib
 import os
@@ -14,6 +14,7 @@ class FileEntry(msgspec.Struct, frozen=True):
 
 
 def file_entry(path: Path) -> FileEntry:
+    """Size and digest of the file."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
         return FileEntry(num_bytes=file.tell(), sha256=digest.hexdigest())
@@ -28,12 +29,12 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def publish_atomically(aside: Path, final: Path) -> None:
-    """Makes a folder that was written aside durable, under its final name, in place of what was there."""
-    for path in aside.iterdir():
+def publish_atomically(staging: Path, final: Path) -> None:
+    """Fsyncs the folder `staging` and its files, and renames it to `final`, replacing a folder of that name."""
+    for path in staging.iterdir():
         fsync_path(path)
-    fsync_path(aside)
+    fsync_path(staging)
     if final.exists():
         shutil.rmtree(final)
-    aside.rename(final)
+    staging.rename(final)
     fsync_path(final.parent)

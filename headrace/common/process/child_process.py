@@ -1,4 +1,4 @@
-"""Child processes that do not outlive their parent, however it dies, and know no more of the run than they need."""
+"""Child processes: they end with their parent, however it dies, and get no more of the run's secrets than they need."""
 
 import ctypes
 import os
@@ -9,18 +9,18 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 RUN_VARIABLE_PREFIXES = ("HEADRACE_", "REDIS")
-"""How the names of variables begin that lead to the run: its token, Redis' URL, and Redis' password, of which a pod's
-manifest makes the URL."""
+"""Prefixes of the variables that give access to the run: its token, the Redis URL, and the Redis password, from which
+a pod's manifest makes the URL."""
 
 
 def set_parent_death_signal(signal_number: int = signal.SIGKILL) -> Callable[[], None]:
-    """For `preexec_fn`: the kernel sends `signal_number` to the child when the starting thread has ended."""
+    """A `preexec_fn`: the kernel will send `signal_number` to the child when the thread that started it has ended."""
     parent_pid = os.getpid()
-    prctl = ctypes.CDLL(None).prctl  # looked up here: between fork and exec nothing should be loaded
+    prctl = ctypes.CDLL(None).prctl  # loaded here, because nothing should be loaded between fork and exec
 
     def ask_the_kernel() -> None:
         prctl(PR_SET_PDEATHSIG, signal_number)
-        if os.getppid() != parent_pid:  # it died before we asked
+        if os.getppid() != parent_pid:  # the parent died before the call
             os._exit(1)
 
     return ask_the_kernel
@@ -35,5 +35,5 @@ def untrusted_code_environment() -> dict[str, str]:
 
 
 def python_path() -> str:
-    """For a child's PYTHONPATH, so that it can import what we can."""
+    """The value of PYTHONPATH with which a child imports the same modules as this process."""
     return os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)

@@ -1,4 +1,4 @@
-"""Logging of a service: one line an event, to stderr, in a form that people and programs read.
+"""Logging of a service: one event per line on stderr, in a form that people and programs can read.
 
     2026-11-23T01:02:03.456Z INFO learner run=demo step=12 ticket=0-17: message
 
@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 from headrace.common.process.redaction import redact_url_passwords
 
 FIELDS = ("run", "step", "replica", "version", "ticket", "tickets")
-"""In this order; `tickets` are many, separated by commas."""
+"""In the order of a line; `tickets` holds several, separated by commas."""
 MAX_MESSAGE_CHARS = 8000
-"""Tracebacks included; of a longer one begin and end are kept."""
+"""Includes the traceback; of a longer message the beginning and the end are kept."""
 Field = str | int | Sequence[str] | Callable[[], str | int]
 
 _LINE = re.compile(
@@ -34,7 +34,7 @@ _work: ContextVar[Mapping[str, Field]] = ContextVar("work", default=MappingProxy
 
 
 class LogLine(NamedTuple):
-    """One event of a log."""
+    """One event of a log, with its further lines."""
 
     at: float
     """Unix time."""
@@ -42,12 +42,12 @@ class LogLine(NamedTuple):
     service: str
     fields: dict[str, str]
     message: str
-    """Of one or more lines."""
+    """One or more lines."""
 
 
 @contextmanager
 def log_context(**fields: Field) -> Iterator[None]:
-    """What this task or thread logs meanwhile carries these fields."""
+    """Adds the fields to everything that this task or thread logs inside the block."""
     token = _work.set({**_work.get(), **fields})
     try:
         yield
@@ -56,7 +56,7 @@ def log_context(**fields: Field) -> Iterator[None]:
 
 
 class LineFormatter(logging.Formatter):
-    """Of one process. `fields` and `secrets` may grow while it runs."""
+    """The formatter of one process; `fields` and `secrets` may grow while it runs."""
 
     def __init__(self, service: str, **fields: Field) -> None:
         super().__init__()
@@ -66,13 +66,13 @@ class LineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         fields = {**self.fields, **_work.get(), **{name: vars(record)[name] for name in FIELDS if name in vars(record)}}
-        told = "".join(f" {name}={_field_text(fields[name])}" for name in FIELDS if name in fields)
+        shown = "".join(f" {name}={_field_text(fields[name])}" for name in FIELDS if name in fields)
         text = record.getMessage()
         if record.name.partition(".")[0] not in ("headrace", "root"):
             text = f"{record.name}: {text}"
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
-        head = f"{_timestamp(record.created)} {record.levelname} {self.service}{told}"
+        head = f"{_timestamp(record.created)} {record.levelname} {self.service}{shown}"
         return f"{head}: {_truncated(self._redacted(text))}".translate(_CONTROL).replace("\n", "\n  ")
 
     def _redacted(self, text: str) -> str:
@@ -82,7 +82,7 @@ class LineFormatter(logging.Formatter):
 
 
 def set_up_logging(service: str, **fields: Field) -> None:
-    """Of the whole process. A field may be a function that says it."""
+    """Sets up logging for the process. A field's value may be a function, which is called for every line."""
     stderr = logging.StreamHandler()
     stderr.setFormatter(LineFormatter(service, **fields))
     logging.basicConfig(level=logging.INFO, handlers=[stderr])
@@ -92,7 +92,7 @@ def set_up_logging(service: str, **fields: Field) -> None:
 
 @contextmanager
 def log_to_file(path: Path, service: str, **fields: Field) -> Iterator[None]:
-    """While the block runs, what this process logs goes to the end of a file."""
+    """Appends everything that this process logs inside the block to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(path, encoding="utf-8")
     file.setFormatter(LineFormatter(service, **fields))
@@ -109,13 +109,13 @@ def log_to_file(path: Path, service: str, **fields: Field) -> Iterator[None]:
 
 
 def add_process_fields(**fields: Field) -> None:
-    """Every line of the process carries these fields as well."""
+    """Adds the fields to every further line of the process."""
     for formatter in _formatters():
         formatter.fields |= fields
 
 
 def redact(secret: str) -> None:
-    """From now on no line has it."""
+    """Replaces the secret with `...` in every further line of the process."""
     for formatter in _formatters():
         formatter.secrets |= {secret} - {""}
 
@@ -126,7 +126,7 @@ def _formatters() -> list[LineFormatter]:
 
 
 def parse_line(line: str) -> LogLine | None:
-    """None of what is no event's first line."""
+    """The event whose first line this is; None for any other line."""
     found = _LINE.fullmatch(line)
     if found is None:
         return None
@@ -136,13 +136,13 @@ def parse_line(line: str) -> LogLine | None:
 
 
 def format_line(line: LogLine) -> str:
-    """As it stands in a log."""
-    told = "".join(f" {name}={value}" for name, value in line.fields.items())
-    return f"{_timestamp(line.at)} {line.level} {line.service}{told}: {line.message}".replace("\n", "\n  ")
+    """The event as a log has it."""
+    shown = "".join(f" {name}={value}" for name, value in line.fields.items())
+    return f"{_timestamp(line.at)} {line.level} {line.service}{shown}: {line.message}".replace("\n", "\n  ")
 
 
 def line_as_dict(line: LogLine) -> dict[str, Any]:
-    """For programs: the fields beside the rest, `tickets` as a list."""
+    """The event for programs: the fields beside the other keys, `tickets` as a list."""
     fields: dict[str, Any] = dict(line.fields)
     if "tickets" in fields:
         fields["tickets"] = fields["tickets"].split(",")

@@ -51,10 +51,10 @@ class Wait:
     reason: Reason
     detail: str
     deadline_s: float | None
-    """Seconds after its begin at which whoever waits gives up; None: a person decides."""
+    """Seconds from its start until the code that waits gives up; None: until a person acts."""
     started: float
     logged_s: float = 0.0
-    """How long it had lasted when the log last told of it."""
+    """How long it had lasted when the log last reported it."""
 
     def __str__(self) -> str:
         return f"{self.reason.text}: {self.detail}" if self.detail else self.reason.text
@@ -69,7 +69,7 @@ class Waits:
         self._waits: dict[Reason, Wait] = {}
 
     def note(self, reason: Reason, detail: str = "", deadline_s: float | None = None) -> float:
-        """Says that the wait goes on (or begins); returns how many seconds it has lasted."""
+        """Records that the wait begins or continues; returns how many seconds it has lasted."""
         with self._lock:
             wait = self._waits.setdefault(reason, Wait(reason, detail, deadline_s, self._clock()))
             wait.detail, wait.deadline_s = detail, deadline_s
@@ -81,7 +81,7 @@ class Waits:
             return lasted_s
 
     def end(self, reason: Reason) -> None:
-        """The wait has ended; nothing if there was none."""
+        """Records the end of the wait, if there is one."""
         with self._lock:
             wait = self._waits.pop(reason, None)
             if wait is not None and wait.logged_s:

@@ -1,9 +1,8 @@
-"""The wire format: typed msgspec structs in msgpack, never pickle, and every payload is validated here.
+"""The wire format: typed msgspec structs in msgpack, never pickle; every payload is validated here.
 
-`decode_*` either returns a value of which every later use is safe, or raises `WireError`, whatever the bytes: no
-other exception, and no more memory or time than a valid payload of the largest size takes. The structs are in
-`headrace.common.wire.structs`, what they must satisfy is in `headrace.common.wire.checks`, and everybody
-imports both from here.
+For any bytes, `decode_*` either returns a value that is safe to use or raises `WireError`. It raises no other exception
+and takes no more memory or time than the largest valid payload. The structs are in `headrace.common.wire.structs`, and
+the conditions that they must satisfy in `headrace.common.wire.checks`; other modules import both from here.
 """
 
 from collections.abc import Sequence
@@ -78,11 +77,11 @@ MAX_GROUP_BYTES = 64 << 20
 """About 6 million tokens: 64 completions of 100,000."""
 MAX_HEARTBEAT_BYTES = 64 << 10
 MAX_REFERENCE_BYTES = 1 << 20
-"""Its type is unknown, and small values take 64 times their bytes in memory."""
+"""A reference has no fixed type, and small values take 64 times their encoded size in memory."""
 
 
 class _RawTicket(Ticket, frozen=True, kw_only=True):
-    """As it stands in a payload: the reference is decoded when its length is known."""
+    """A ticket in a payload: the reference is decoded only after its length has been checked."""
 
     reference: msgspec.Raw  # type: ignore[assignment]
 
@@ -104,7 +103,7 @@ class _Schema(msgspec.Struct):
 
 Payload = TypeVar("Payload")
 _UNDECODABLE = (ValueError, RecursionError, MemoryError)
-"""What msgspec raises: its own errors and UnicodeDecodeError are `ValueError`s."""
+"""The exceptions of msgspec; its own errors and UnicodeDecodeError are `ValueError`s."""
 
 
 _INT32, _FLOAT32 = np.dtype("<i4"), np.dtype("<f4")
@@ -131,14 +130,14 @@ def encode(value: Ticket | Group | Heartbeat) -> bytes:
 
 
 def decode_ticket(payload: bytes) -> Ticket:
-    """Raises `WireError` if the payload is no ticket of this schema, or none that can be answered."""
+    """Raises `WireError` if the payload is not a valid ticket of a readable schema."""
     ticket = _to_ticket(_decode(_ticket_decoder, payload, MAX_TICKET_BYTES, *READABLE_SCHEMAS))
     check_ticket(ticket)
     return ticket
 
 
 def decode_heartbeat(payload: bytes) -> Heartbeat:
-    """Raises `WireError` if the payload is no heartbeat of this schema."""
+    """Raises `WireError` if the payload is not a valid heartbeat of a readable schema."""
     heartbeat = _decode(_heartbeat_decoder, payload, MAX_HEARTBEAT_BYTES, *READABLE_SCHEMAS)
     _expect_schema(heartbeat.schema, *READABLE_SCHEMAS)
     check_heartbeat(heartbeat)
@@ -146,7 +145,7 @@ def decode_heartbeat(payload: bytes) -> Heartbeat:
 
 
 def decode_group(payload: bytes) -> Group:
-    """Raises `WireError` if the payload is no group of this schema or its parts do not fit together."""
+    """Raises `WireError` if the payload is not a valid group of this schema."""
     raw = _decode(_group_decoder, payload, MAX_GROUP_BYTES, GROUP_SCHEMA)
     _expect_schema(raw.schema, GROUP_SCHEMA)
     ticket = _to_ticket(raw.ticket)
@@ -174,7 +173,7 @@ def _to_ticket(raw: _RawTicket) -> Ticket:
 
 
 def _arrays(parts: Sequence[Any], dtype: np.dtype[Any], name: str) -> tuple[np.ndarray, list[np.ndarray]]:
-    """All of them one after another, in one array, and each as a view of it."""
+    """The parts concatenated in one array, and each part as a view of it."""
     ends = [0]
     for part in parts:
         if len(part) % 4:
@@ -195,7 +194,7 @@ def _decode(decoder: msgspec.msgpack.Decoder[Payload], payload: bytes, max_bytes
 
 
 def _schema_of(payload: bytes) -> int | None:
-    """The schema that a payload names which does not decode, if it names one."""
+    """The schema that an undecodable payload names; None if it names none."""
     try:
         return _schema_decoder.decode(payload).schema
     except _UNDECODABLE:

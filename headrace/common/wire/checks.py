@@ -1,8 +1,8 @@
-"""What tickets, groups and heartbeats must satisfy beyond the types of their fields. Pure.
+"""Conditions on tickets, groups and heartbeats beyond the types of their fields. Pure.
 
-Whatever passes is safe in every later use: lengths agree, spans tile, and every number is one that arithmetic in
-float32, JSON and a calendar survive. Whatever does not is a `WireError`, whose text is one short line. A replica
-holds its own groups against the same checks before it commits them.
+A value that passes is safe to use: lengths agree, spans tile the tokens, and every number is within the range of
+float32 arithmetic, JSON and calendar dates. Other values raise `WireError` with one short line. A replica applies the
+same checks to its own groups before it commits them.
 """
 
 import ipaddress
@@ -20,15 +20,15 @@ MAX_URL_CHARS = 500
 MAX_REFERENCE_DEPTH = 32
 MAX_REFERENCE_VALUES = 1_000_000
 MAX_REQUEST_TOKENS = 2**25
-"""Prompt tokens times completions: an engine is sent the prompt once for each."""
+"""Prompt tokens times completions, since an engine receives the prompt once for each completion."""
 LOGPROB_TOLERANCE = 1e-3
-"""Rounding takes log-probabilities this far above 0."""
+"""Rounding may raise log-probabilities this far above 0."""
 MIN_LOGPROB = -80.0
-"""exp(80) is a float32, which exp(-logprob), and so an importance weight, must be. No engine samples such a token."""
+"""exp(-logprob), part of importance weights, must fit in float32, as exp(80) does; no engine samples such a token."""
 MAX_REWARD = 1e30
-"""Squares and sums of rewards stay finite in float64."""
+"""Up to this size squares and sums of rewards are finite in float64."""
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
-"""Logits divided by it stay finite in float32; below the least, SGLang samples greedily."""
+"""In this range divided logits are finite in float32; below it SGLang samples greedily."""
 
 _URL = re.compile(
     r"https?://(?:(?P<name>[\w-]{1,63}(?:\.[\w-]{1,63})*)|\[(?P<ipv6>[0-9a-f:.]+)\])(?::(?P<port>\d{1,5}))?(?:/[\w.~/-]*)?",
@@ -38,29 +38,32 @@ _IPV4 = re.compile(r"\d+\.\d+\.\d+\.\d+", re.ASCII)
 
 
 class WireError(ValueError):
-    """A payload that cannot be decoded or contradicts itself; the text, one short line, says what and where."""
+    """A payload cannot be decoded or is inconsistent; the text is one short line with what is wrong and where."""
 
     def __init__(self, problem: str) -> None:
         super().__init__(one_line(problem))
 
 
 def one_line(text: str) -> str:
-    """At most `MAX_REASON_CHARS` printable characters, whatever the text holds."""
+    """The text as at most `MAX_REASON_CHARS` printable characters."""
     shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: MAX_REASON_CHARS + 1])
     line = "".join(shown)
     return line if len(line) <= MAX_REASON_CHARS else line[: MAX_REASON_CHARS - 1] + "…"
 
 
 def check_ticket(ticket: Ticket) -> None:
-    """Raises `WireError` naming the ticket and what does not fit."""
+    """Raises `WireError` naming the ticket and the problem."""
     _expect_name("ticket id", ticket.id)
     problem = _ticket_problem(ticket)
     _expect(not problem, f"ticket {ticket.id} {problem}")
 
 
 def check_group(group: Group, joined: tuple[np.ndarray, np.ndarray] | None = None) -> None:
-    """Raises `WireError` naming the ticket and what does not fit. `joined`: all tokens and all log-probabilities, where
-    they are at hand in one array each: a call on numpy costs more than a short completion."""
+    """Raises `WireError` naming the ticket and the problem.
+
+    `joined`: the tokens and the log-probabilities of all rollouts, each in one array, if the caller has them. They are
+    checked together, because one numpy call per rollout costs more than the check of a short completion.
+    """
     check_ticket(group.ticket)
     _expect_name(f"group {group.ticket.id}: replica", group.replica)
     name, expected, allowed = group.ticket.id, group.ticket.num_completions, group.ticket.sampling.max_new_tokens
@@ -82,7 +85,7 @@ def check_group(group: Group, joined: tuple[np.ndarray, np.ndarray] | None = Non
 
 
 def check_heartbeat(heartbeat: Heartbeat) -> None:
-    """Raises `WireError` naming the replica and what does not fit."""
+    """Raises `WireError` naming the replica and the problem."""
     _expect_name("replica", heartbeat.replica)
     _expect(is_url(heartbeat.url), f"replica {heartbeat.replica}: {heartbeat.url[:MAX_NAME_CHARS]!r} is no URL")
     waited, served = heartbeat.waiting_s, heartbeat.serving_s
@@ -101,7 +104,7 @@ def name_problem(name: str) -> str:
 
 
 def is_url(url: str) -> bool:
-    """Whether an HTTP client takes it: `http` or `https`, a host name or address, maybe a port and a path."""
+    """Whether it is a valid URL: `http` or `https`, a host name or address, optionally a port and a path."""
     match = _URL.fullmatch(url) if len(url) <= MAX_URL_CHARS else None
     if match is None or int(match["port"] or 0) > 65535:
         return False
@@ -138,7 +141,7 @@ def _ticket_problem(ticket: Ticket) -> str:
 
 
 def _reference_problem(reference: dict[str, Any]) -> str:
-    """JSON's values and no others, and neither deep nor many; the walk needs no recursion."""
+    """Only JSON values, within bounds on depth and number; walks level by level, without recursion."""
     level: list[Any] = [reference]
     num_values = 0
     for _ in range(MAX_REFERENCE_DEPTH):
@@ -147,7 +150,7 @@ def _reference_problem(reference: dict[str, Any]) -> str:
             kind = type(value)
             if kind is dict:
                 if any(type(key) is not str for key in value):
-                    return "has a reference with keys that are no text"
+                    return "has a reference with keys that are not text"
                 inner += value.values()
             elif kind is list:
                 inner += value
@@ -155,7 +158,7 @@ def _reference_problem(reference: dict[str, Any]) -> str:
                 if not math.isfinite(value):
                     return "has a reference with a number that is not finite"
             elif kind not in (str, int, bool, type(None)):
-                return f"has a reference with a {kind.__name__}, which JSON has not"
+                return f"has a reference with a {kind.__name__}, which JSON does not have"
         num_values += len(inner)
         if num_values > MAX_REFERENCE_VALUES:
             return f"has a reference of more than {MAX_REFERENCE_VALUES} values"

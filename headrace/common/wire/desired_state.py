@@ -1,7 +1,7 @@
-"""What a person or an autoscaler orders of a run: fields of its hash `control` in Redis.
+"""The desired state of a run, set by a person or an autoscaler: the fields of its hash `control` in Redis.
 
-An order stands until it is withdrawn or has been obeyed, whatever is restarted meanwhile. What nobody could obey reads
-as no order.
+A request stays in force until it is withdrawn or carried out, also across restarts. An invalid value is treated as if
+the field were absent.
 """
 
 import re
@@ -11,30 +11,33 @@ from typing import NamedTuple
 import msgspec
 
 DESIRED_REPLICAS = "desired_replicas"
-"""How many replicas the run's launcher keeps; no such field: nobody has ordered any number."""
+"""Field: the number of replicas that the run's launcher keeps; absent: no target is set."""
 PAUSED = "paused"
-"""Present: no steps and no tickets."""
+"""Field; if present, no steps are taken and no tickets issued."""
 STOP = "stop"
-"""Present: the run ends after the step in progress, with a checkpoint; the learner removes it at its end."""
+"""Field; if present, the run ends after the step in progress, with a checkpoint; the learner then removes it."""
 CHECKPOINTS = "checkpoints"
 EVALUATIONS = "evaluations"
-"""How many were ever asked for; the learner obeys when it sees one of these two grow."""
+"""Fields: how many were ever requested; the learner acts when one of these two counters grows."""
 SETTINGS = "settings"
-"""`Settings` as JSON."""
+"""Field: `Settings` as JSON."""
 MAX_REPLICAS = 64
-"""Of one launcher, which is one machine."""
+"""Largest number of replicas of one launcher, and so of one machine."""
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """What was changed while the run goes on: dotted names as in a recipe (headrace/common/config/hot_reload.py), all
-    of them that differ from its configuration. `version` grows by one with every change."""
+    """The settings that were changed while the run is live (headrace/common/config/hot_reload.py).
+
+    `values` has every setting that differs from the configuration, by dotted name as in a recipe. `version` grows by
+    one with every change.
+    """
 
     version: int = 0
     values: dict[str, int | float | None] = {}
 
 
 class DesiredState(NamedTuple):
-    """All that stands."""
+    """The parsed fields of `control`."""
 
     desired_replicas: int | None = None
     is_paused: bool = False
@@ -45,18 +48,18 @@ class DesiredState(NamedTuple):
 
 
 class Launcher(NamedTuple):
-    """Who keeps a run's replicas, as its key in Redis tells."""
+    """The launcher that keeps a run's replicas, as its presence key in Redis describes it."""
 
     process: str
-    """Its machine and process, for people."""
+    """Its machine and process, for messages."""
     max_replicas: int = MAX_REPLICAS
-    """As many as its machine has devices for."""
+    """The number for which its machine has devices."""
 
     def __str__(self) -> str:
         return f"{self.process}, up to {self.max_replicas} replicas"
 
     def check_capacity(self, replicas: int) -> None:
-        """Raises `ValueError` for a number of replicas that it cannot keep."""
+        """Raises `ValueError` for more replicas than the machine has devices for."""
         if replicas > self.max_replicas:
             raise ValueError(
                 f"{replicas} replicas: the run's launcher has GPUs for {self.max_replicas}; expected "
@@ -70,7 +73,7 @@ def parse_launcher(text: str) -> Launcher:
 
 
 def parse_desired_state(fields: Mapping[bytes, bytes]) -> DesiredState:
-    """Of the hash `control`."""
+    """`fields`: the content of the hash `control`."""
     text = {name.decode(errors="replace"): value.decode(errors="replace") for name, value in fields.items()}
     return DesiredState(
         desired_replicas=_desired_replicas(text.get(DESIRED_REPLICAS, "")),
@@ -83,7 +86,7 @@ def parse_desired_state(fields: Mapping[bytes, bytes]) -> DesiredState:
 
 
 def parse_desired_replicas(text: str) -> int:
-    """The number that is ordered. Raises `ValueError` naming what is none."""
+    """The number of replicas. Raises `ValueError` for any other text."""
     if not (re.fullmatch("[0-9]{1,4}", text) and int(text) <= MAX_REPLICAS):
         raise ValueError(f"{text[:40]!r} replicas: expected a number from 0 to {MAX_REPLICAS}")
     return int(text)

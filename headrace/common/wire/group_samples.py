@@ -1,6 +1,6 @@
 """A group as people read it: the learner writes a sample of them, as JSON, into the bounded stream `samples`.
 
-Of a completion there is an entry per token: its text, the weight version that sampled it, and its log-probabilities.
+A completion has one entry per token: its text, the weight version that sampled it, and its log-probabilities.
 """
 
 import msgspec
@@ -8,7 +8,7 @@ import msgspec
 from headrace.common.wire import DecidedState, FinishReason, TicketKind
 
 MAX_SAMPLE_BYTES = 1 << 20
-"""Of one group as JSON; completions beyond it are left out, from the last (`num_left_out`)."""
+"""Largest size of one group as JSON; completions beyond it are left out, from the last (`num_left_out`)."""
 
 
 class RolloutSample(msgspec.Struct, frozen=True):
@@ -28,14 +28,14 @@ class RolloutSample(msgspec.Struct, frozen=True):
 
 class GroupSample(msgspec.Struct, frozen=True):
     id: str
-    """Of its ticket."""
+    """Its ticket's id."""
     kind: TicketKind
     state: DecidedState
     step: int
-    """The learner's, when it was decided: of a trained group the step that it made."""
+    """The learner's step when the group was decided; of a trained group, the step that trained it."""
     issued_step: int
     staleness: int | None
-    """In steps; None of evaluation groups."""
+    """In steps; None for evaluation groups."""
     replica: str
     prompt: list[dict[str, str]]
     """Chat messages."""

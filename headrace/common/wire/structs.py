@@ -1,9 +1,9 @@
-"""What travels between services, as typed structs: tickets, groups of rollouts, heartbeats.
+"""The messages between services as typed structs: tickets, groups of rollouts, heartbeats.
 
-`schema` names the layout. A rollout is token ids with a loss mask over them, so that several turns with tool output
-in between need no other format. Everybody imports these from `headrace.common.wire`, which decodes and checks them; the
-bounds that stand here are checked as a payload is decoded, before memory is taken for what is beyond them. None of them
-can be part of a cycle, so that the collector need not walk through all groups that wait (`gc=False`).
+`schema` names the layout. A rollout is token ids with a loss mask, so several turns with tool output between them need
+no other format. Other modules import the structs from `headrace.common.wire`, which decodes and checks them. The bounds
+declared here are checked during decoding, before memory is allocated for larger values. No struct can be part of a
+reference cycle, so the garbage collector need not traverse all waiting groups (`gc=False`).
 """
 
 from typing import Annotated, Any, Literal
@@ -14,30 +14,30 @@ import numpy as np
 from headrace.common.wire.uniform_rewards import are_equal_rewards
 
 SCHEMA = 2
-"""Of tickets and heartbeats: since tickets have `stop`, which an older replica would pass over without a word."""
+"""Schema of tickets and heartbeats; 2 since tickets have `stop`, which an older replica would silently ignore."""
 READABLE_SCHEMAS = (1, SCHEMA)
-"""What an older release has left in Redis: its tickets stop at end tokens alone."""
+"""Schemas that are decoded: an older release may have left tickets in Redis, which stop only at end tokens."""
 GROUP_SCHEMA = 2
-"""Since tokens and masks of rollouts are arrays of bytes."""
+"""2 since tokens and masks of rollouts are arrays of bytes."""
 
 MAX_TOKEN = 2**31 - 1
 MAX_VERSION = 2**53 - 1
-"""Also the largest of every other counter: the largest that JSON and a float64 carry exactly."""
+"""Also the largest value of every other counter: up to here JSON and float64 are exact."""
 MAX_REPORTED_VERSION = 2**52
-"""Of a heartbeat. The learner publishes above what replicas report, and there must be versions above."""
+"""Largest version in a heartbeat. The learner publishes above reported versions, so there must be higher ones."""
 MAX_UNIX_S = 2.5e11
-"""In the year 9892: later ones have no calendar date."""
+"""A time in the year 9892; Python has no calendar dates much later."""
 MAX_SEQUENCE_TOKENS = 2**20
 MAX_COMPLETIONS = 4096
 MAX_STOPS, MAX_STOP_CHARS = 32, 60
-"""SGLang takes 32 patterns of 256 bytes, and looks for each of them after each token."""
+"""SGLang accepts 32 patterns of 256 bytes and searches for each of them after every token."""
 
 Message = Annotated[dict[str, str], msgspec.Meta(max_length=64)]
 """A chat message: `{"role": ..., "content": ...}`."""
 
 TicketKind = Literal["train", "eval"]
 DecidedState = Literal["trained", "uniform", "stale", "evaluated"]
-"""Of a group that the learner is done with."""
+"""The final states of a group."""
 TicketState = Literal["open", "answered", DecidedState, "dead", "skipped"]
 FinishReason = Literal["stop", "length"]
 ReplicaState = Literal["starting", "running", "paused", "draining", "quarantined"]
@@ -56,7 +56,7 @@ class Sampling(msgspec.Struct, frozen=True, gc=False):
     stop: Annotated[
         list[Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_STOP_CHARS)]], msgspec.Meta(max_length=MAX_STOPS)
     ] = []
-    """Texts that end a completion as well; the token that completes one is its last."""
+    """Texts that also end a completion; the token that completes such a text is the completion's last."""
 
 
 class Ticket(msgspec.Struct, frozen=True, gc=False):
@@ -67,16 +67,16 @@ class Ticket(msgspec.Struct, frozen=True, gc=False):
     prompt_tokens: Tokens
     messages: Annotated[list[Message], msgspec.Meta(max_length=4096)]
     reference: dict[str, Any]
-    """What the reward needs besides the completion: values that JSON has, at most 1 MiB."""
+    """What the reward needs besides the completion: JSON values, at most 1 MiB encoded."""
     num_completions: int
     sampling: Sampling
     min_weight_version: NonNegative
     """A replica below this version swaps first, then samples."""
     issued_step: NonNegative = 0
     reissues: NonNegative = 0
-    """How often the same prompt was replaced because its group had become stale."""
+    """How often this prompt was issued again because its group had become stale."""
     attempts: NonNegative = 0
-    """Failed attempts so far; a hand-back on a drain is none."""
+    """Failed attempts so far; a hand-back on a drain does not count."""
     avoid: Annotated[list[str], msgspec.Meta(max_length=4096)] = []
     """Replicas that failed on this ticket."""
     interruptions: NonNegative = 0
@@ -97,7 +97,7 @@ class Rollout(msgspec.Struct, frozen=True, gc=False):
 
     `tokens` (int32) and `loss_mask` (a byte each, 1 or 0) have one entry per token after the prompt;
     `behaviour_logprobs` (float32, at the sampling temperature) and `version_spans` cover the tokens whose mask is 1, in
-    order. Arrays, so that a long group is decoded without an object for every token.
+    order. They are arrays, so that a long group is decoded without an object per token.
     """
 
     tokens: np.ndarray
@@ -135,12 +135,14 @@ class Group(msgspec.Struct, frozen=True, gc=False):
         return [rollout.reward for rollout in self.rollouts]
 
     def trainable_rollouts(self, truncated: Literal["train", "mask"]) -> list[Rollout]:
-        """What is trained on: with "mask" none that has reached its limit of tokens."""
+        """The rollouts that are trained on; with "mask" those that reached max_new_tokens are left out."""
         return [rollout for rollout in self.rollouts if truncated == "train" or rollout.finish_reason != "length"]
 
     def is_uniform(self, truncated: Literal["train", "mask"]) -> bool:
-        """All raw rewards that count are equal but for rounding, or there is none: the group carries no signal (dynamic
-        sampling)."""
+        """Whether the raw rewards of the trainable rollouts are equal up to rounding, or there are none.
+
+        Such a group has no learning signal (dynamic sampling).
+        """
         rewards = [rollout.reward for rollout in self.trainable_rollouts(truncated)]
         return not rewards or bool(are_equal_rewards(min(rewards), max(rewards)))
 
@@ -158,7 +160,7 @@ class Group(msgspec.Struct, frozen=True, gc=False):
 
 
 class Heartbeat(msgspec.Struct, frozen=True):
-    """What a replica says of itself every second or two, under a key that expires."""
+    """A replica's report about itself, every second or two, under a key that expires."""
 
     replica: str
     url: str
@@ -175,5 +177,4 @@ class Heartbeat(msgspec.Struct, frozen=True):
     waits: Annotated[dict[Annotated[str, msgspec.Meta(max_length=64)], Seconds], msgspec.Meta(max_length=64)] = {}
     """Seconds by reason (headrace/common/process/waiting.py), the longest first."""
     shares_memory: bool = False
-    """It takes a version's file as it lies in the learner's memory-backed folder, and needs neither a delta nor a copy.
-    """
+    """The replica uses a version's file in the learner's memory-backed folder, without a delta or a copy."""

@@ -1,12 +1,12 @@
-"""Whether rewards differ at all: one rule for dynamic sampling, advantages and so the share of uniform groups."""
+"""The rule for equal rewards, shared by dynamic sampling, advantages and the share of uniform groups."""
 
 from typing import Any
 
 RELATIVE, ABSOLUTE = 1e-6, 1e-12
-"""What counts as rounding: of float32 arithmetic, relative to the rewards, and of float64's about 0. Learning loses
-nothing by it: a standard deviation is divided by with 1e-5 added."""
+"""Differences up to these count as rounding: relative for float32 arithmetic, absolute for float64 around 0. Learning
+loses nothing, because 1e-5 is added to the standard deviation before the division."""
 
 
 def are_equal_rewards(lowest: Any, highest: Any) -> Any:
-    """Whether the least and the greatest of some rewards differ by rounding alone; floats, or tensors one by one."""
+    """Whether the lowest and the highest reward differ only by rounding; floats, or tensors elementwise."""
     return highest - lowest <= (abs(lowest) + abs(highest)) * (RELATIVE / 2) + ABSOLUTE
