@@ -71,10 +71,10 @@ rewards_of_groups = st.lists(
 
 
 @given(rewards_of_groups, st.sampled_from(MEANS), st.sampled_from(STDS), st.sampled_from([0.0, -0.5]))
-def test_no_combination_of_mean_and_deviation_explodes(
+def test_no_combination_of_mean_and_deviation_diverges(
     groups: list[list[float]], mean: str, std: str, bias: float
 ) -> None:
-    """Nor does rounding, of float64 or float32, make a uniform group any other."""
+    """Rounding, in float64 or float32, does not make a uniform group anything else either."""
     spread = [[reward * (1 + 3e-16 * (i % 2)) for i, reward in enumerate(group)] for group in groups]
     rounded = [torch.tensor(group, dtype=torch.float32).double().tolist()[:2] + group[2:] for group in groups]
     for variant in (groups, spread, rounded):
@@ -90,8 +90,8 @@ def test_no_combination_of_mean_and_deviation_explodes(
             assert found == [0.0] * len(found)
 
 
-def test_a_uniform_group_against_the_batchs_mean() -> None:
-    """It was 33,000 to 70,000: what a mean of others leaves, divided by 1e-5."""
+def test_a_uniform_group_with_the_batch_mean_has_bounded_advantages() -> None:
+    """Before, its advantages were 33,000 to 70,000: the rounding error of the mean of others, divided by 1e-5."""
     found = advantages([1, 1, 1, 0], [0, 0, 1, 1], advantage_mean="batch", advantage_std="group")
     assert found[:2] == [0.0, 0.0] and found[2] == pytest.approx(0.25 / (0.5**0.5 + 1e-5))
     assert advantages([2, 2, 2, 2], [0, 0, 1, 1], advantage_mean="none", advantage_std="batch") == [0.0] * 4

@@ -1,4 +1,5 @@
-"""The advice on replicas, by hand: when it changes, by how much, and when it had better not."""
+"""The advice on the number of replicas, against hand-worked examples: when it changes, by how much, and when it must
+not."""
 
 from typing import Any
 
@@ -14,7 +15,7 @@ FULL = int(WINDOW_S / STEP_S)
 
 
 class Measured:
-    """An adviser, and replicas that beat as told: cumulative seconds, as theirs are."""
+    """An adviser, and replicas that send the given heartbeats: cumulative seconds, as real ones do."""
 
     def __init__(self, count: int = 1, start: int = 1, max_replicas: int = 8) -> None:
         self.adviser = ReplicaAdviser(start, max_replicas, NUM_SLOTS)
@@ -35,7 +36,7 @@ class Measured:
         steps_in_queue: float = 0.0,
         filled: int = NUM_SLOTS,
     ) -> int:
-        """One of `STEP_S`, with these shares; the number that is then advised."""
+        """One step of `STEP_S` with these shares; returns the number that is then advised."""
         for part, waited_s, worked_s in ((waiting, STEP_S * waiting, 0.0), (1 - waiting, 0.0, STEP_S * (1 - waiting))):
             for name, beat in self.beats.items():
                 self.beats[name] = _with(
@@ -93,7 +94,7 @@ def test_nothing_changes_before_a_window_is_full() -> None:
     assert [measured.step(0.5, 0.0) for _ in range(FULL)] == [1] * (FULL - 1) + [2]
 
 
-def test_what_was_advised_and_has_not_come_stands() -> None:
+def test_an_advice_that_is_not_yet_followed_is_kept() -> None:
     assert Measured(1, start=3).window(0.5, 0.0) == 3
 
 
@@ -103,7 +104,7 @@ def test_few_long_steps_are_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [measured.step(0.5, 0.0) for _ in range(MIN_STEPS)] == [1] * (MIN_STEPS - 1) + [2]
 
 
-def test_other_replicas_are_measured_anew() -> None:
+def test_a_change_of_replicas_restarts_the_measurement() -> None:
     measured = Measured()
     assert measured.window(0.5, 0.0) == 2
     measured.run_with(2)
@@ -117,7 +118,7 @@ def test_what_was_long_ago_is_forgotten() -> None:
     assert measured.window(0.0, 0.0) == 2
 
 
-def test_a_crash_takes_nothing_back() -> None:
+def test_a_crash_does_not_change_the_advice() -> None:
     measured = Measured()
     assert measured.window(0.5, 0.0) == 2
     measured.run_with(0)
@@ -126,7 +127,7 @@ def test_a_crash_takes_nothing_back() -> None:
     assert measured.step(0.0, 0.9) == 2, "too early to say"
 
 
-def test_a_replica_that_began_again_within_a_beat_counts_from_then_on() -> None:
+def test_a_replica_that_restarted_between_heartbeats_counts_from_its_restart() -> None:
     measured = Measured(start=1)
     for _ in range(FULL):
         measured.step(0.0, 0.9)
@@ -134,8 +135,8 @@ def test_a_replica_that_began_again_within_a_beat_counts_from_then_on() -> None:
     assert measured.window(0.5, 0.0) == 2
 
 
-def test_replicas_that_bring_nothing_are_not_followed_by_more() -> None:
-    """Such as several on one machine's cores; the next order is judged on its own."""
+def test_no_more_replicas_are_advised_after_some_without_a_gain() -> None:
+    """Such as several replicas on one machine's cores; the next change of the number is judged separately."""
     measured = Measured()
     assert measured.window(0.5, 0.0, groups_per_s=1.0) == 2
     measured.run_with(2)
@@ -146,8 +147,8 @@ def test_replicas_that_bring_nothing_are_not_followed_by_more() -> None:
     assert measured.window(0.5, 0.0, groups_per_s=1.6) == 6
 
 
-def test_it_does_not_flap_around_a_bound() -> None:
-    """Whether anybody follows the advice or not."""
+def test_the_advice_does_not_flap_around_a_threshold() -> None:
+    """Whether the advice is followed or not."""
     measured = Measured()
     assert [measured.window(waiting, 0.0) for waiting in (0.15, 0.21, 0.19, 0.11, 0.2)] == [1, 2, 2, 2, 2]
     assert measured.window(0.05, 0.0) == 1, "it has passed without another replica"
@@ -156,7 +157,7 @@ def test_it_does_not_flap_around_a_bound() -> None:
     assert measured.window(0.15, 0.0) == 4
 
 
-def test_a_number_that_was_too_few_is_not_tried_again_for_an_hour() -> None:
+def test_a_number_that_was_too_few_is_not_advised_again_for_an_hour() -> None:
     measured = Measured()
     assert measured.window(0.5, 0.0) == 2
     measured.run_with(2)
@@ -165,13 +166,13 @@ def test_a_number_that_was_too_few_is_not_tried_again_for_an_hour() -> None:
     assert [measured.window(0.0, 0.9, groups_per_s=2.0) for _ in range(3)][-1] == 1
 
 
-def test_one_replica_less_is_tried_where_the_groups_in_flight_fit() -> None:
-    """Few groups keep each of them from ever being idle."""
+def test_one_replica_fewer_is_advised_if_the_groups_in_flight_fit() -> None:
+    """With few groups each replica is idle part of the time."""
     for filled, advised in ((4, 4), (3, 4), (2, 3), (1, 3)):
         assert Measured(4, start=4).window(0.0, 0.0, filled=filled) == advised
 
 
-def test_the_bounds_hold_whatever_was_configured() -> None:
+def test_the_bounds_hold_for_any_configured_start() -> None:
     assert ReplicaAdviser(0, 8, 4).advice.replicas == 1
     assert ReplicaAdviser(9, 8, 4).advice.replicas == 8
     assert Measured(9, start=9).window(0.0, 0.0) == 8

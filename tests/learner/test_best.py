@@ -1,4 +1,5 @@
-"""The best policy so far: the weights of the step that was evaluated, whole, over restarts; and what is exported."""
+"""The best policy so far has the weights of the step that was evaluated, complete, also after restarts; and its
+export."""
 
 import json
 from pathlib import Path
@@ -71,7 +72,7 @@ def test_a_crash_between_the_two_renames_loses_nothing(tmp_path: Path, monkeypat
     assert kept(tmp_path) == (20, 0.6, "second") and not (tmp_path / NEXT).exists()
 
 
-def test_an_unfinished_candidate_of_an_earlier_life_goes(tmp_path: Path) -> None:
+def test_an_unfinished_candidate_of_an_earlier_start_is_deleted(tmp_path: Path) -> None:
     best = make_best(tmp_path)
     best.write_candidate(0, 1, write("weights"))
     best._writer.shutdown()
@@ -80,7 +81,7 @@ def test_an_unfinished_candidate_of_an_earlier_life_goes(tmp_path: Path) -> None
     assert not list(tmp_path.glob("best*"))
 
 
-def test_a_disk_that_refuses_costs_the_policy_and_not_the_run(tmp_path: Path) -> None:
+def test_a_disk_error_loses_the_candidate_and_not_the_run(tmp_path: Path) -> None:
     def refuse(_: Path) -> None:
         raise OSError("No space left on device")
 
@@ -88,11 +89,11 @@ def test_a_disk_that_refuses_costs_the_policy_and_not_the_run(tmp_path: Path) ->
     best.write_candidate(0, 1, refuse)
     assert not best.keep_if_best(0.9) and read_best_record(tmp_path) is None
     best.write_candidate(20, 21, write("weights"))
-    assert best.keep_if_best(0.5), "what could not be kept is not the best"
+    assert best.keep_if_best(0.5), "a candidate that could not be saved is not the best"
     best.close()
 
 
-def test_a_learner_that_was_overtaken_names_no_best(tmp_path: Path) -> None:
+def test_a_fenced_learner_does_not_replace_the_best_policy(tmp_path: Path) -> None:
     def fenced() -> None:
         raise Fenced("a newer one has started")
 
@@ -105,7 +106,7 @@ def test_a_learner_that_was_overtaken_names_no_best(tmp_path: Path) -> None:
     best.close()
 
 
-def test_the_weights_are_those_of_the_version_however_late_they_are_written(tmp_path: Path) -> None:
+def test_the_candidate_has_the_weights_of_its_version_even_if_written_later(tmp_path: Path) -> None:
     """The next versions are published while the file is being written."""
     from safetensors.torch import load_file
 
@@ -131,8 +132,8 @@ def logits(folder: Path) -> torch.Tensor:
     return found
 
 
-def test_what_is_exported_is_the_policy_that_was_asked_for(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
-    """Of a real learner: the best is that of step 2, though the weights have moved on when its result arrives."""
+def test_export_writes_the_requested_policy(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
+    """With a real learner: the best is step 2's policy, though the weights have moved on when its result arrives."""
     run = tmp_path / "runs" / "x"
     with pytest.raises(ValueError, match="there is no folder"):
         export(run, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""bfloat16 weights on a CPU that multiplies them by emulation: computed in float32, published as they are."""
+"""bfloat16 weights on a CPU that emulates bfloat16: computed in float32, published unchanged."""
 
 from pathlib import Path
 
@@ -22,7 +22,9 @@ CPU_INFO = {
 
 
 @pytest.mark.parametrize("line", CPU_INFO)
-def test_units_are_told_by_the_kernel(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_units_are_detected_by_the_kernels_flags(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nbugs\t\t: bf16_of_no_use\n{line}\n\nprocessor\t: 1\n{line}\n")
     monkeypatch.setattr(device_module, "_CPU_INFO", tmp_path / "cpuinfo")
     assert device_module.has_bfloat16_units() == CPU_INFO[line]
@@ -31,8 +33,9 @@ def test_units_are_told_by_the_kernel(line: str, tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
-def test_weights_stay_numbers_that_bfloat16_has(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before and after a step: computed is with exactly what is published, and masters are rounded only to publish."""
+def test_weights_stay_bfloat16_values(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before and after a step the weights in the computation equal the published ones; masters are rounded only for
+    publishing."""
     monkeypatch.setattr(device_module, "has_bfloat16_units", lambda: False)
     folder = make_checkpoint(tmp_path / kind, kind)
     config = make_config(folder, model={"path": str(folder), "dtype": "bfloat16"}, optimizer={"lr": 1e-3})
@@ -49,8 +52,10 @@ def test_weights_stay_numbers_that_bfloat16_has(kind: str, tmp_path: Path, monke
         trainer.train(make_batch(trainer), num_steps, STEPS)
 
 
-def test_a_weight_that_is_kept_in_float32_is_published_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And is not rounded: transformers keeps a router's bias as it is."""
+def test_a_weight_that_transformers_keeps_in_float32_is_published_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it is not rounded: transformers keeps a router's bias in float32."""
     monkeypatch.setattr(device_module, "has_bfloat16_units", lambda: False)
     experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
     folder = make_checkpoint(tmp_path / "glm", "glm4_moe", **experts, n_group=1)
@@ -61,7 +66,7 @@ def test_a_weight_that_is_kept_in_float32_is_published_so(tmp_path: Path, monkey
     assert kept == {name for name in dtypes if name.endswith("e_score_correction_bias")} != set()
 
 
-def test_with_units_bfloat16_is_what_is_computed_in(demo_policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_with_bfloat16_units_computes_in_bfloat16(demo_policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_module, "has_bfloat16_units", lambda: True)
     policy = Policy(ModelConfig(path=str(demo_policy)), LearnerConfig(device="cpu"))
     assert {p.dtype for p in policy.model.parameters()} == {torch.bfloat16} and not policy.rounded_to

@@ -1,4 +1,5 @@
-"""Checkpoints: what is saved comes back, two are kept, an unreadable newest is passed over; reports are cut back."""
+"""Checkpoints: they are read back, two are kept, an unreadable newest one is skipped; rows of repeated steps are
+dropped."""
 
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def newest_step(root: Path) -> int:
     return found[0].step
 
 
-def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+def test_a_saved_checkpoint_is_read_back(tmp_path: Path) -> None:
     assert find_newest(tmp_path) is None
     save(tmp_path, 5)
     found = find_newest(tmp_path)
@@ -58,7 +59,7 @@ def test_two_are_kept_and_the_newest_is_taken(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2 and newest_step(tmp_path) == 15
 
 
-def test_what_a_fenced_learner_still_writes_is_not_the_newest(tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_fenced_learner_is_not_the_newest(tmp_path: Path) -> None:
     for step in (5, 10, 15):
         save(tmp_path, step, epoch=1)
     save(tmp_path, 11, epoch=2)
@@ -66,7 +67,7 @@ def test_what_a_fenced_learner_still_writes_is_not_the_newest(tmp_path: Path) ->
     assert newest_step(tmp_path) == 11
 
 
-def test_a_learner_that_was_fenced_off_while_it_wrote_leaves_nothing(tmp_path: Path) -> None:
+def test_a_learner_that_is_fenced_while_it_writes_leaves_no_checkpoint(tmp_path: Path) -> None:
     def fenced() -> None:
         raise Fenced("a newer one has started")
 
@@ -77,7 +78,7 @@ def test_a_learner_that_was_fenced_off_while_it_wrote_leaves_nothing(tmp_path: P
 
 @pytest.mark.parametrize("broken", ["state.safetensors", "record.json"])
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
-def test_an_unreadable_newest_is_passed_over_and_set_aside(tmp_path: Path, broken: str, damage: str) -> None:
+def test_an_unreadable_newest_checkpoint_is_skipped_and_renamed(tmp_path: Path, broken: str, damage: str) -> None:
     save(tmp_path, 5)
     path = save(tmp_path, 10) / broken
     content = bytearray(path.read_bytes())
@@ -91,7 +92,7 @@ def test_an_unreadable_newest_is_passed_over_and_set_aside(tmp_path: Path, broke
     assert (tmp_path / "unreadable-checkpoint-000001-000002").is_dir()
 
 
-def test_a_run_whose_checkpoints_are_all_unreadable_does_not_begin_anew(tmp_path: Path) -> None:
+def test_a_run_whose_checkpoints_are_all_unreadable_does_not_start_over(tmp_path: Path) -> None:
     for step in (5, 10):
         (save(tmp_path, step) / "record.json").write_text("{}")
     with pytest.raises(ValueError, match=r"no checkpoint in .* can be read: checkpoint-000001-000002"):
@@ -99,7 +100,7 @@ def test_a_run_whose_checkpoints_are_all_unreadable_does_not_begin_anew(tmp_path
     assert len(checkpoint_folders(tmp_path)) == 2
 
 
-def test_a_disk_that_refuses_leaves_the_checkpoints_before(tmp_path: Path) -> None:
+def test_a_disk_error_leaves_the_earlier_checkpoints(tmp_path: Path) -> None:
     save(tmp_path, 5)
     (tmp_path / "aside-000001").write_text("a file where the folder should be")
     with pytest.raises(CheckpointError, match="aside-000001"):
@@ -110,13 +111,13 @@ def test_a_disk_that_refuses_leaves_the_checkpoints_before(tmp_path: Path) -> No
     assert newest_step(tmp_path) == 10
 
 
-def test_what_was_never_renamed_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_folder_that_was_never_renamed_is_not_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "aside-000001").mkdir(parents=True)
     (tmp_path / "aside-000001" / "record.json").write_text("{}")
     assert find_newest(tmp_path) is None
 
 
-def test_rows_of_steps_to_be_taken_again_are_cut_off(tmp_path: Path) -> None:
+def test_rows_of_steps_that_will_be_repeated_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     first = MetricsFile(path, 0)
     for step in (1, 2, 3):
@@ -131,7 +132,7 @@ def test_rows_of_steps_to_be_taken_again_are_cut_off(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == [1, 2, 3] and rows[-1]["again"]
 
 
-def test_what_a_fenced_learner_still_writes_is_no_row(tmp_path: Path) -> None:
+def test_a_fenced_learner_adds_no_row(tmp_path: Path) -> None:
     older = MetricsFile(tmp_path / "metrics.jsonl", 0)
     newer = MetricsFile(tmp_path / "metrics.jsonl", 0)
     older.append({"kind": "step", "step": 1})

@@ -1,4 +1,4 @@
-"""What is published has the checkpoint's names, whatever transformers makes of them on loading, as of experts."""
+"""Published weights have the checkpoint's names, whatever transformers converts on loading, such as experts."""
 
 import json
 import shutil
@@ -49,14 +49,14 @@ def trained(folder: Path, dtype: str) -> Trainer:
 
 
 def change(file: Path, tensors: Mapping[str, Tensor | None]) -> None:
-    """Adds tensors to a safetensors file, and takes out those that are None."""
+    """Adds tensors to a safetensors file, and removes those that are None."""
     changed = load_file(file) | tensors
     save_file({name: tensor for name, tensor in changed.items() if tensor is not None}, file, {"format": "pt"})
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_after_a_step_each_expert_is_published_by_itself(mixture: Path, tmp_path: Path, dtype: str) -> None:
-    """The same tensors are published, saved, and made of a checkpoint alone; and transformers reads them back."""
+def test_after_a_step_each_expert_is_published_separately(mixture: Path, tmp_path: Path, dtype: str) -> None:
+    """The same tensors are published, saved, and exported from a checkpoint; transformers reads them back."""
     trainer = trained(mixture, dtype)
     policy, run = trainer.policy, tmp_path / "run"
     start, tensors = load_file(mixture / "model.safetensors"), {n: w.detach() for n, w in policy.tensors().items()}
@@ -83,8 +83,8 @@ def test_after_a_step_each_expert_is_published_by_itself(mixture: Path, tmp_path
         assert torch.equal(parameter.float(), dict(policy.model.named_parameters())[name].float()), name
 
 
-def test_no_more_is_made_at_once_than_a_parameter(mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The names of two parameters' experts alternate: each is made once all the same."""
+def test_only_one_parameter_is_converted_at_a_time(mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names of two parameters' experts alternate; nevertheless each parameter is converted only once."""
     policy, made = load(mixture), []
     revert = checkpoint_layout._revert
 
@@ -100,8 +100,8 @@ def test_no_more_is_made_at_once_than_a_parameter(mixture: Path, monkeypatch: py
     assert sorted(made) == [[name] for name in sorted(experts)] and experts
 
 
-def test_what_the_policy_does_not_have_is_published_as_it_is(copy: Path, tmp_path: Path) -> None:
-    """And the head, which is tied and stored a second time, is not: engines would have it from the embedding."""
+def test_tensors_that_the_policy_lacks_are_published_unchanged(copy: Path, tmp_path: Path) -> None:
+    """The head, which is tied and stored a second time, is not published: engines take it from the embedding."""
     extra = {"mtp.head.weight": torch.arange(6.0).reshape(2, 3), "model.visual.patch.weight": torch.ones(4)}
     change(copy / "model.safetensors", extra)
     tensors = load(copy).tensors()
@@ -127,8 +127,8 @@ def test_a_tied_head_that_is_stored_again_is_not_published(tmp_path: Path) -> No
         load(folder)
 
 
-def test_buffers_that_are_stored_are_published_and_exported(tmp_path: Path) -> None:
-    """A router's bias is no parameter, and no update changes it."""
+def test_persistent_buffers_are_published_and_exported(tmp_path: Path) -> None:
+    """A router's bias is a buffer, not a parameter, and no update changes it."""
     experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
     folder = make_checkpoint(tmp_path / "biased", "glm4_moe", **experts, n_group=1)
     policy = load(folder)
@@ -149,7 +149,7 @@ def test_buffers_that_are_stored_are_published_and_exported(tmp_path: Path) -> N
         ({"model.extra.weight": torch.zeros(2, dtype=torch.float8_e4m3fn)}, r"model\.extra\.weight is F8_E4M3"),
     ],
 )
-def test_names_that_are_not_the_checkpoints_are_refused_at_the_start(
+def test_a_checkpoint_with_other_names_is_refused_at_the_start(
     copy: Path, changes: Mapping[str, Tensor | None], problem: str
 ) -> None:
     change(copy / "model.safetensors", changes)
@@ -157,8 +157,8 @@ def test_names_that_are_not_the_checkpoints_are_refused_at_the_start(
         load(copy)
 
 
-def test_a_second_copy_under_other_names_is_not_what_is_expected(copy: Path) -> None:
-    """As Mistral's `consolidated.safetensors`, beside an index that does not know it."""
+def test_a_second_copy_under_other_names_is_ignored(copy: Path) -> None:
+    """Like Mistral's `consolidated.safetensors`, beside an index that does not list it."""
     names = load_file(copy / "model.safetensors").keys()
     (copy / "model.safetensors").rename(copy / "model-00001-of-00001.safetensors")
     weight_map = dict.fromkeys(names, "model-00001-of-00001.safetensors")

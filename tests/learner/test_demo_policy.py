@@ -1,4 +1,4 @@
-"""The demo policy: its tokenizer, what its training counts, and that the committed one is what `made.json` says."""
+"""The demo policy: its tokenizer, its training loss, and that the committed one has the results in `made.json`."""
 
 import json
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from headrace.learner.demo_policy.tokenizer import VOCAB_SIZE, make_tokenizer
 
 POLICY = Path(__file__).parents[2] / "headrace" / "demo" / "policy"
 PREFIX_TOLERANCE = 1e-3
-"""Relative, of a loss in the first 30 steps: other kernels and threads sum in another order."""
+"""Relative tolerance of a loss in the first 30 steps: other kernels and thread counts sum in another order."""
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def test_the_committed_folder_is_small_and_loads(tokenizer: Any) -> None:
     assert model.generation_config.pad_token_id == tokenizer.convert_tokens_to_ids("<|pad|>") == tokenizer.pad_token_id
 
 
-def test_the_committed_tokenizer_is_the_made_one(tokenizer: Any) -> None:
+def test_the_committed_tokenizer_equals_a_newly_made_one(tokenizer: Any) -> None:
     assert make_tokenizer().get_vocab() == tokenizer.get_vocab()
     question = next(train_problems(seed=3, epoch=0)).question
     assert make_tokenizer()(question).input_ids == tokenizer(question).input_ids
@@ -62,7 +62,7 @@ def test_a_digit_is_a_token(tokenizer: Any) -> None:
         assert digits == [character for character in text if character.isdigit()]
 
 
-def test_every_text_survives_the_tokenizer(tokenizer: Any) -> None:
+def test_encoding_and_decoding_a_text_gives_the_same_text(tokenizer: Any) -> None:
     for problem in islice(train_problems(seed=1, epoch=0), 300):
         for text in (problem.question, problem.demonstration, *problem.slips):
             assert tokenizer.decode(tokenizer(text).input_ids) == text
@@ -109,7 +109,7 @@ def test_the_loss_is_the_mean_over_completion_tokens_whatever_the_padding() -> N
     assert loss.item() == pytest.approx(total / count)
 
 
-def test_a_prefix_of_the_making_gives_the_recorded_losses(made: dict[str, Any], tmp_path: Path) -> None:
+def test_the_first_steps_of_training_give_the_recorded_losses(made: dict[str, Any], tmp_path: Path) -> None:
     random_state = torch.random.get_rng_state()
     told: list[tuple[int, float]] = []
     prefix = make.make_policy(
@@ -129,8 +129,8 @@ def test_more_steps_than_the_recipe_has_are_refused(tmp_path: Path) -> None:
         make.make_policy(tmp_path, seed=0, steps=100_000)
 
 
-def test_the_committed_policy_is_what_made_json_says(made: dict[str, Any]) -> None:
-    """Three and a half standard errors of 256 problems with 4 samples each."""
+def test_the_committed_policy_has_the_results_in_made_json(made: dict[str, Any]) -> None:
+    """The tolerances are three and a half standard errors of 256 problems with 4 samples each."""
     assert made["num_steps"] == make.NUM_STEPS
     claimed = made["evaluation"]
     assert claimed["num_problems"] >= 1024
@@ -148,8 +148,8 @@ def test_the_committed_policy_has_something_to_learn(made: dict[str, Any]) -> No
 
 
 @pytest.mark.slow
-def test_making_it_again_gives_a_policy_as_good(made: dict[str, Any], tmp_path: Path) -> None:
-    """Another machine's rounding leads to another policy, as another seed does."""
+def test_training_again_gives_an_equally_good_policy(made: dict[str, Any], tmp_path: Path) -> None:
+    """The rounding of another machine leads to another policy, as another seed does."""
     claimed = made["evaluation"]
     again = make.make_policy(tmp_path, seed=made["seed"]).evaluation
     assert again is not None

@@ -1,4 +1,4 @@
-"""The policy on ranks of its own kind: experts that a rank does not use, and a model that one rank alone has read."""
+"""Sharded models with special needs: experts that a rank does not use, and a model that only one rank has read."""
 
 import json
 import os
@@ -28,8 +28,8 @@ def on_two_ranks(what: str, folder: Path, *arguments: str) -> list[dict[str, Any
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
-def test_an_expert_that_a_rank_does_not_use_hangs_nobody(tmp_path: Path) -> None:
-    """Gradients are the sums of what each rank has: of its own expert, and of what all use."""
+def test_an_expert_that_a_rank_does_not_use_does_not_block_the_others(tmp_path: Path) -> None:
+    """Gradients are the sums over ranks: of a rank's own expert, and of the layers that all ranks use."""
     alone = make_model()
     (alone(0) + alone(1)).backward()
     for found in on_two_ranks("experts", tmp_path):
@@ -38,8 +38,8 @@ def test_an_expert_that_a_rank_does_not_use_hangs_nobody(tmp_path: Path) -> None
             assert torch.allclose(torch.tensor(found[name]), expected), name
 
 
-def test_one_rank_alone_reads_the_model(tmp_path: Path) -> None:
-    """The other never holds more than its rows and a little more; 0.5 is what the rows are."""
+def test_only_one_rank_reads_the_model(tmp_path: Path) -> None:
+    """The other rank never holds more than its rows and a little more; the rows are 0.5."""
     sizes = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 6, "head_dim": 32}
     model = make_checkpoint(tmp_path / "model", "qwen3", **sizes)
     reader, other = on_two_ranks("memory", tmp_path, str(model))

@@ -67,7 +67,7 @@ def test_healthy_steps_leave_the_run_alone() -> None:
     assert tightened(run, last.state) == run
 
 
-def test_odd_batches_do_nothing() -> None:
+def test_single_odd_batches_have_no_effect() -> None:
     rows = ([ALARMING] * (MIN_STEPS_BEYOND - 1) + [CALM] * MIN_STEPS_BEYOND) * 10
     assert kinds(follow(rows, config())) == [None] * len(rows)
 
@@ -76,14 +76,14 @@ def test_a_median_beyond_the_alarm_acts_though_a_step_between_is_calm() -> None:
     assert kinds(follow([ALARMING, CALM, ALARMING, CALM, ALARMING], config())) == [None] * 4 + ["tighten"]
 
 
-def test_what_is_worrying_for_long_is_said_once_and_changes_nothing() -> None:
+def test_a_lasting_warning_is_reported_once_and_changes_nothing() -> None:
     decisions = follow([WORRYING] * 30, config())
     assert kinds(decisions) == [None] * (MIN_STEPS_BEYOND - 1) + ["warn"] + [None] * (30 - MIN_STEPS_BEYOND)
     assert decisions[MIN_STEPS_BEYOND - 1].reason == "trained_kl 0.1, above 0.05"
     assert decisions[-1].state.level == 0
 
 
-def test_what_is_alarming_goes_down_the_ladder_staleness_first() -> None:
+def test_alarms_tighten_level_by_level_staleness_first() -> None:
     run = config()
     assert tightening_levels(run) == [(8, 8e-5), (2, 8e-5), (1, 8e-5), (1, 4e-5), (1, 2e-5), (1, 1e-5)]
     decisions = follow([ALARMING] * 30, run)
@@ -91,10 +91,10 @@ def test_what_is_alarming_goes_down_the_ladder_staleness_first() -> None:
     assert kinds(decisions[:MIN_STEPS_BEYOND]) == [None] * (MIN_STEPS_BEYOND - 1) + ["tighten"]
     settings = [tightened(run, decision.state) for decision in tightenings]
     assert [(one.learner.max_staleness, one.optimizer.lr) for one in settings] == tightening_levels(run)[1:]
-    assert kinds(decisions).count("warn") == 0, "what it does is said, no warning beside it"
+    assert kinds(decisions).count("warn") == 0, "the action is reported, without a separate warning"
 
 
-def test_a_long_calm_takes_back_one_notch_at_a_time() -> None:
+def test_a_long_calm_loosens_by_one_level_at_a_time() -> None:
     run = config()
     decisions = follow([CALM] * (3 * CALM_STEPS), run, GuardState(level=2, is_warned=True))
     loosened = [(place + 1, one.state.level) for place, one in enumerate(decisions) if one.kind == "loosen"]
@@ -115,22 +115,22 @@ def test_each_of_the_signals_acts(row: dict[str, float]) -> None:
     assert kinds(follow([row] * MIN_STEPS_BEYOND, config()))[-1] == "tighten"
 
 
-def test_what_the_behaviour_clip_drops_is_not_held_against_the_run() -> None:
-    """Of a run of the default at staleness 32: the KL is high, and most of it is not trained."""
+def test_tokens_that_the_behaviour_clip_drops_do_not_count() -> None:
+    """A run of the default at staleness 32: the KL is high, and most of it is in tokens that are not trained."""
     far = CALM | {"kl_behaviour_proximal": 0.15}
     assert kinds(follow([far] * MIN_STEPS_BEYOND, config()))[-1] == "tighten"
     dropped = far | {"behaviour_clip_fraction": 0.7}
     assert kinds(follow([dropped] * 30, config())) == [None] * 30
 
 
-def test_a_gap_that_bfloat16_explains_is_none() -> None:
+def test_a_gap_that_bfloat16_explains_raises_no_warning() -> None:
     rows = [CALM | {"fresh_logprob_gap_rms": 0.04}] * 10
     assert kinds(follow(rows, config(dtype="bfloat16"))) == [None] * 10
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_one_token_far_off_in_every_step_does_nothing(dtype: str) -> None:
-    """Of 4,096 fresh tokens with bfloat16's noise, or float32's, one is 5 nats off: what others report of theirs."""
+def test_one_outlier_token_in_every_step_has_no_effect(dtype: str) -> None:
+    """Of 4,096 fresh tokens with the noise of bfloat16 or float32 one is 5 nats off, as others have reported."""
     sigma = {"float32": 1e-5, "bfloat16": 0.03}[dtype]
     behaviour = np.random.default_rng(0).normal(-1.0, sigma, 4096).astype(np.float32)
     behaviour[7] -= 5.0 if dtype == "bfloat16" else 0.05
@@ -143,8 +143,9 @@ def test_one_token_far_off_in_every_step_does_nothing(dtype: str) -> None:
     assert kinds(follow([row] * 200, config(dtype=dtype))) == [None] * 200
 
 
-def test_one_in_a_thousand_far_off_does_nothing_and_a_batch_that_drifts_still_acts() -> None:
-    """The largest gaps that others have seen, 24 nats; and a drift of all tokens of KL 0.125."""
+def test_one_outlier_in_a_thousand_has_no_effect_and_a_drifting_batch_still_acts() -> None:
+    """The outlier is 24 nats off, the largest gap that others have reported; the drift of all tokens has a KL of
+    0.125."""
     noise = np.random.default_rng(1).normal(0.0, 0.03, 8000)
     for shift, far, kind in ((0.0, 8, None), (0.5, 0, "tighten")):
         gap = noise + shift * np.random.default_rng(2).normal(0.0, 1.0, 8000)
@@ -159,7 +160,7 @@ def test_one_in_a_thousand_far_off_does_nothing_and_a_batch_that_drifts_still_ac
         assert row["fresh_tokens"] == 0
 
 
-def test_numerics_are_warned_of_once_with_the_advice_and_never_acted_on() -> None:
+def test_numerics_are_warned_of_once_with_advice_and_never_acted_on() -> None:
     run = config()
     rows = [CALM | {"fresh_logprob_gap_rms": 2.0}] * 60
     decisions = follow(rows, run)
@@ -168,11 +169,11 @@ def test_numerics_are_warned_of_once_with_the_advice_and_never_acted_on() -> Non
     assert decisions[MIN_STEPS_BEYOND - 1].reason.startswith(expected)
     assert tightened(run, decisions[-1].state) == run
     again = follow([CALM] * SMOOTHED_STEPS + rows, run, decisions[-1].state)
-    assert kinds(again).count("warn") == 1, "it was gone, and is back"
+    assert kinds(again).count("warn") == 1, "the gap was gone and has returned"
 
 
-def test_numerics_neither_hinder_nor_hasten_what_drift_asks_for() -> None:
-    """The same decisions, but for the warning of the numerics themselves."""
+def test_numerics_do_not_change_decisions_about_drift() -> None:
+    """The decisions are the same, except for the warning about numerics."""
     rows = [ALARMING] * 9 + [CALM] * (3 * CALM_STEPS) + [WORRYING] * 9
     plain = follow(rows, config())
     noisy = follow([row | {"fresh_logprob_gap_rms": 2.0} for row in rows], config())
@@ -182,7 +183,7 @@ def test_numerics_neither_hinder_nor_hasten_what_drift_asks_for() -> None:
     assert noisy_moves == moves and len(moves) >= 5
 
 
-def test_steps_without_fresh_tokens_neither_count_nor_break_the_patience() -> None:
+def test_steps_without_fresh_tokens_neither_count_nor_reset_the_count() -> None:
     far, silent = CALM | {"fresh_logprob_gap_rms": 2.0}, {"kl_behaviour_proximal": 0.01, "ess": 0.95}
     decisions = follow([far, silent, silent, silent, far, silent, silent, silent, far], config())
     assert kinds(decisions) == [None] * 8 + ["warn"]
@@ -193,7 +194,7 @@ def test_checkpoints_call_the_level_notch() -> None:
     assert state.level == 3 and json.loads(msgspec.json.encode(state))["notch"] == 3
 
 
-def test_a_step_without_fresh_tokens_says_nothing_of_the_gap() -> None:
+def test_a_step_without_fresh_tokens_gives_no_warning() -> None:
     rows = [{"kl_behaviour_proximal": 0.01, "ess": 0.9}] * 10
     assert kinds(follow(rows, config())) == [None] * 10
 
@@ -203,10 +204,10 @@ def test_a_guard_that_only_warns_changes_nothing() -> None:
     decisions = follow([ALARMING] * 30, run)
     assert kinds(decisions).count("warn") == 1
     assert {one.kind for one in decisions} == {"warn", None}
-    assert tightened(run, GuardState(level=3)) == run, "not even a level of a checkpoint from before"
+    assert tightened(run, GuardState(level=3)) == run, "not even with the level of an earlier checkpoint"
 
 
-def test_an_order_below_the_ladder_counts_and_the_guard_does_not_loosen_it() -> None:
+def test_a_setting_below_the_levels_applies_and_the_guard_does_not_loosen_it() -> None:
     synchronous = config(max_staleness=0)
     assert tightening_levels(synchronous)[:2] == [(0, 8e-5), (0, 4e-5)]
     deep = GuardState(level=99, is_warned=True)
@@ -219,7 +220,7 @@ def test_an_order_below_the_ladder_counts_and_the_guard_does_not_loosen_it() -> 
 ACTING = ("actor.divergence_guard=act", "learner.stale_policy=train")
 
 
-def test_the_loop_goes_on_tightened_and_says_so(
+def test_the_loop_continues_with_tightened_settings_and_reports_them(
     recording: Path, client: redis.Redis, keys: Keys, tmp_path: Path
 ) -> None:
     loop = take_up(tmp_path, client, keys, recording, *ACTING)
@@ -243,7 +244,7 @@ def test_the_loop_goes_on_tightened_and_says_so(
     assert client.hget(keys.learner, "held_back").decode() == told[1][2]
 
 
-def test_an_order_does_not_undo_what_the_guard_has_tightened(
+def test_a_changed_setting_does_not_undo_the_guard(
     recording: Path, client: redis.Redis, keys: Keys, tmp_path: Path
 ) -> None:
     loop = take_up(tmp_path, client, keys, recording, *ACTING)
@@ -260,8 +261,8 @@ def test_an_order_does_not_undo_what_the_guard_has_tightened(
         end(loop)
 
 
-def test_a_checkpoint_holds_the_guard(recording: Path, client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
-    """Stopped after the fourth step, one into the next alarm, and taken up: the same weights, at the same level."""
+def test_a_checkpoint_stores_the_guards_state(recording: Path, client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
+    """Stopped after the fourth step, one into the next alarm, and resumed: the same weights, at the same level."""
     lives = {"undisturbed": [STEPS], "stopped": [4, STEPS]}
     loops = {}
     for name, last_steps in lives.items():

@@ -1,4 +1,4 @@
-"""`learner.num_ranks`: the learner's process starts the others, and is the learner for whoever keeps it."""
+"""`learner.num_ranks`: the learner's process starts the ranks and stands for the whole learner."""
 
 import os
 import subprocess
@@ -45,7 +45,7 @@ class Starter:
         self.process = subprocess.Popen(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
     def told(self, rank: int) -> list[str]:
-        """The rank's process id and what it found in its environment, once it is there."""
+        """The rank's process id and its environment variables, once it has written them."""
         path, deadline = self.folder / f"rank-{rank}", time.monotonic() + GUARD_S
         while not path.exists():
             assert self.process.poll() is None and time.monotonic() < deadline
@@ -64,7 +64,7 @@ def starter(tmp_path: Path) -> Iterator[Starter]:
     found.process.wait()
 
 
-def test_each_rank_knows_its_place_and_rank_0_decides_how_all_end(starter: Starter, tmp_path: Path) -> None:
+def test_each_rank_knows_its_number_and_rank_0_decides_the_exit_code(starter: Starter, tmp_path: Path) -> None:
     first, second = starter.told(0), starter.told(1)
     assert first[1:4] == ["2", "0", "127.0.0.1"] and second[1:4] == ["2", "1", "127.0.0.1"]
     assert first[4] == second[4] and int(first[4]) > 0
@@ -74,14 +74,14 @@ def test_each_rank_knows_its_place_and_rank_0_decides_how_all_end(starter: Start
     assert not [rank for rank in ranks if rank.is_running()]
 
 
-def test_rank_0_is_told_to_end_and_no_other(starter: Starter, tmp_path: Path) -> None:
+def test_only_rank_0_gets_the_signal_to_end(starter: Starter, tmp_path: Path) -> None:
     starter.ranks()
     starter.process.terminate()
     assert starter.process.wait(GUARD_S) == 0
     assert (tmp_path / "ended-0").exists() and not (tmp_path / "ended-1").exists()
 
 
-def test_no_rank_outlives_whoever_has_started_it(starter: Starter) -> None:
+def test_no_rank_outlives_the_process_that_started_it(starter: Starter) -> None:
     ranks = starter.ranks()
     starter.process.kill()
     assert not psutil.wait_procs(ranks, GUARD_S)[1]
@@ -96,7 +96,7 @@ def learner(recording: Path, folder: Path, keys: Keys, redis_url: str) -> subpro
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["asked to stop", "a rank is killed"])
-def test_a_learner_on_two_ranks_ends_as_one_and_goes_on(
+def test_a_learner_on_two_ranks_stops_and_resumes_like_one_process(
     redis_url: str, client: redis.Redis, keys: Keys, tmp_path: Path, what: str
 ) -> None:
     recording, rows = make_recording(tmp_path / "recording.msgpack"), tmp_path / keys.run / "metrics.jsonl"

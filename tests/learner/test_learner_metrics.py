@@ -1,4 +1,4 @@
-"""`/metrics`: the format, the names, and that it says what the learner and the replica know."""
+"""`/metrics`: the format, the names, and that it exports what the learner and the replica know."""
 
 import time
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_a_histogram_counts_by_upper_bound() -> None:
     assert scrape.value("headrace_x_seconds_sum") == pytest.approx(30.65)
 
 
-def test_what_is_not_known_is_not_there_and_states_are_zero_or_one() -> None:
+def test_unknown_values_are_absent_and_states_are_zero_or_one() -> None:
     families = Families(run="r")
     families.gauge("headrace_a", "A.", None)
     families.counter("headrace_b_total", "B.", None)
@@ -81,7 +81,7 @@ def test_rows_become_metrics_with_the_unit_at_the_end() -> None:
     scrape = of(families)
     assert scrape.value("headrace_sampling_mean_seconds") == 2.0
     assert scrape.value("headrace_kl_at_staleness", staleness="2") == 0.5
-    assert scrape.value("headrace_new_thing") == 4, "whoever adds a number to a row has it exported"
+    assert scrape.value("headrace_new_thing") == 4, "a new number of a row is exported"
     assert scrape.value("headrace_batch_tokens") == 7
     assert scrape.value("headrace_latest_step_timestamp_seconds") == 9.0
     assert scrape.value("headrace_eval_held_out") == 0.75 and scrape.value("headrace_eval_step") == 2
@@ -110,7 +110,7 @@ def test_steps_add_up() -> None:
     assert scrape.value("headrace_group_duration_seconds_count") == 2
 
 
-def test_group_totals_only_grow_whatever_a_resume_takes_back() -> None:
+def test_group_totals_only_grow_even_if_a_resume_goes_back() -> None:
     totals = GroupTotals()
     seen = []
     for trained in (100, 104, 96, 101):
@@ -120,10 +120,10 @@ def test_group_totals_only_grow_whatever_a_resume_takes_back() -> None:
         assert scrape.value("headrace_run_groups", state="trained") == trained
         tokens = scrape.value("headrace_generated_tokens_total")
         seen.append((scrape.value("headrace_groups_total", state="trained"), tokens))
-    assert seen == [(0, 0), (4, 40), (4, 40), (9, 90)], "from where it began to look; what is done again counts again"
+    assert seen == [(0, 0), (4, 40), (4, 40), (9, 90)], "counted from its start; repeated work counts again"
 
 
-def test_a_learner_says_all_that_its_steps_and_its_status_say(
+def test_a_learner_exports_its_steps_and_its_status(
     recording: Path, client: redis.Redis, keys: Keys, tmp_path: Path
 ) -> None:
     loop = take_up(tmp_path, client, keys, recording)
@@ -159,9 +159,7 @@ def test_a_learner_says_all_that_its_steps_and_its_status_say(
     assert lint(after) == ""
 
 
-def test_a_learner_that_is_taken_up_counts_from_nothing(
-    recording: Path, client: redis.Redis, keys: Keys, tmp_path: Path
-) -> None:
+def test_a_resumed_learner_counts_from_zero(recording: Path, client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
     loop = take_up(tmp_path, client, keys, recording)
     loop.run()
     end(loop)
@@ -175,7 +173,7 @@ def test_a_learner_that_is_taken_up_counts_from_nothing(
     assert scrape.value("headrace_step_duration_seconds_count") == 0
 
 
-def test_a_scrape_waits_for_nobody(recording: Path, client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
+def test_a_scrape_waits_for_nothing(recording: Path, client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
     loop = take_up(tmp_path, client, keys, recording)
     loop.waits.note(Reason.WAITING_FOR_GROUPS, "nothing")
     collect = exported(loop)
@@ -196,7 +194,7 @@ def test_a_scrape_waits_for_nobody(recording: Path, client: redis.Redis, keys: K
     assert scrape.values("headrace_current_wait_seconds", who="learner", reason="waiting_for_groups")
 
 
-def test_a_replica_says_what_it_has_done(
+def test_a_replica_exports_its_work(
     tmp_path: Path, client: redis.Redis, redis_url: str, keys: Keys, demo_policy: Path, fake: FakeSglang
 ) -> None:
     found: list[Scrape] = []

@@ -16,7 +16,7 @@ TEMPERATURE = torch.tensor([1.0, 0.7, 1.0, 1.3, 0.7, 1.0, 2.0], dtype=torch.floa
 
 
 def made(num_tokens: int, width: int, vocabulary: int, dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, ...]:
-    """Hidden states, head, targets and what the log-probabilities' gradients are."""
+    """Hidden states, head, targets, and the gradients of the log-probabilities."""
     torch.manual_seed(0)
     hidden = torch.randn(num_tokens, width, dtype=torch.float64).to(dtype).requires_grad_()
     weight = (torch.randn(vocabulary, width, dtype=torch.float64) * scale).to(dtype).requires_grad_()
@@ -27,7 +27,7 @@ def made(num_tokens: int, width: int, vocabulary: int, dtype: torch.dtype, scale
 def exact(
     hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor, temperature: Tensor
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Of the same bits in float64: log-probabilities, entropies, gradients."""
+    """Log-probabilities, entropies and gradients of the same bits in float64."""
     hidden, weight = (one.detach().double().requires_grad_() for one in (hidden, weight))
     every = torch.log_softmax(hidden @ weight.T / temperature[:, None].double(), dim=1)
     plain = every[torch.arange(len(targets)), targets]
@@ -48,7 +48,7 @@ def test_equals_log_softmax_with_gradients(chunk_tokens: int) -> None:
 
 
 def test_entropies_of_known_distributions() -> None:
-    """Uniform over four of eight, and all but certain."""
+    """Uniform over four of eight tokens, and almost certain."""
     logits = torch.tensor([[0.0] * 4 + [-1e4] * 4, [50.0] + [0.0] * 7])
     scored = score_tokens(logits, torch.eye(8), torch.tensor([1, 0]), torch.ones(2), 2)
     assert scored.entropy.tolist() == pytest.approx([torch.tensor(4.0).log().item(), 0.0], abs=1e-6)
@@ -56,7 +56,8 @@ def test_entropies_of_known_distributions() -> None:
 
 
 def test_a_bfloat16_models_logits_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits of about ±30, where bfloat16 has steps of 0.125: values as exact as float32, gradients as their dtype."""
+    """Logits of about ±30, where bfloat16 has steps of 0.125: values are as exact as float32, gradients as their
+    dtype."""
     monkeypatch.setattr(logprobs, "VOCABULARY_BLOCK", 100)
     hidden, weight, targets, upstream = made(64, 48, 317, torch.bfloat16, scale=1.5)
     temperature = torch.full((64,), 0.8)
@@ -74,7 +75,7 @@ def test_a_bfloat16_models_logits_are_float32(monkeypatch: pytest.MonkeyPatch) -
 
 
 class Recording(TorchDispatchMode):
-    """The matrix products, and the largest tensor of so many columns."""
+    """Records the matrix products, and the largest tensor with the given number of columns."""
 
     def __init__(self, columns: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -97,8 +98,8 @@ def test_logits_of_the_whole_batch_never_exist() -> None:
     assert recording.most_rows == 4
 
 
-def test_on_cuda_a_bfloat16_product_is_asked_for_in_float32() -> None:
-    """Shapes and dtypes of the products, by torch's own fake CUDA tensors: nothing is computed."""
+def test_on_cuda_a_bfloat16_product_returns_float32() -> None:
+    """Shapes and dtypes of the products with torch's fake CUDA tensors; nothing is computed."""
     with FakeTensorMode(), Recording(columns=96) as recording:
         hidden, weight = (torch.empty(rows, 32, dtype=torch.bfloat16, device="cuda") for rows in (20, 96))
         logits = logprobs._logits(hidden, weight, torch.empty(20, device="cuda"))

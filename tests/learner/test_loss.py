@@ -114,7 +114,7 @@ def test_the_soft_gate_has_the_papers_slope(advantage: float, tau: float) -> Non
     assert policy.grad[0].tolist() == pytest.approx([-advantage * slope / 3 for slope in slopes])
 
 
-def test_m2po_masks_the_furthest_of_the_tokens_that_moved_with_their_advantage() -> None:
+def test_m2po_masks_the_largest_log_ratios_of_tokens_that_moved_with_their_advantage() -> None:
     """Squares 0.01, 0.09 and 0.25 of A > 0: without the largest the mean is 0.05, without both 0.01."""
     log_ratios = torch.tensor([0.5, -2.0, 0.1, 0.3], dtype=torch.float64)
     zeros = torch.zeros(4, dtype=torch.float64)
@@ -127,7 +127,7 @@ def test_m2po_masks_the_furthest_of_the_tokens_that_moved_with_their_advantage()
     assert result.metrics["clip_fraction"] == 0.5
 
 
-def test_the_lower_side_of_the_behaviour_clip_is_off_policy_sequence_masking() -> None:
+def test_the_lower_bound_of_the_behaviour_clip_is_off_policy_sequence_masking() -> None:
     """OPSM: A < 0 and mean(b − p) > δ, with δ = −log(1 − eps_clip); a large eps_clip_higher leaves it alone."""
     behaviour = torch.tensor([[-1.0, -1.0], [-1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
     proximal = torch.tensor([[-1.1, -1.3], [-1.3, -1.3], [-1.3, -1.3]], dtype=torch.float64)
@@ -169,7 +169,7 @@ def test_coupled_loss_ignores_the_proximal_policy_and_the_settings_of_its_weight
 
 
 def reference_second_moment(log_ratios: list[float], advantage: float) -> list[bool]:
-    """M2PO's algorithm 1 as the paper writes it, on one sequence: the largest goes as long as the mean is too large."""
+    """M2PO's algorithm 1 as in the paper, on one sequence: the largest is removed as long as the mean is too large."""
     kept = [True] * len(log_ratios)
     outward = [t for t, log_ratio in enumerate(log_ratios) if advantage * log_ratio > 0]
     while outward and sum(log_ratios[t] ** 2 for t in outward) / len(outward) > 0.04:
@@ -374,7 +374,7 @@ def test_one_advantage_per_sequence_is_spread_over_its_tokens() -> None:
     assert result.loss.item() == pytest.approx(-0.2133632542, abs=1e-9)
 
 
-def test_shapes_that_contradict_each_other_are_refused() -> None:
+def test_contradicting_shapes_are_refused() -> None:
     flat, square = torch.zeros(5), torch.zeros(2, 3)
     with pytest.raises(ValueError, match=r"do not tile"):
         policy_loss(flat, flat, flat, flat, flat, actor(), sequence_offsets=torch.tensor([0, 3, 4]))

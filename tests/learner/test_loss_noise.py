@@ -1,4 +1,5 @@
-"""The loss where engine and learner differ by numerics, and where a sequence has run away: what is lost and finite."""
+"""The loss when engine and learner differ by numerics, and when a sequence has diverged: which gradients are lost, and
+that all are finite."""
 
 import math
 
@@ -17,9 +18,9 @@ PAPER_TO_THE_LETTER = {"preset": "paper", "use_decoupled_loss": False}
 
 
 def zero_gradient_share(given: dict[str, object], sigma: float, drift: float = 0.0) -> float:
-    """Of 400 sequences of 100 to 2,000 tokens with advantages of both signs, sampled by an engine whose
-    log-probabilities are off by noise of RMS `sigma` from the proximal policy's; `drift`: of each sequence's mean,
-    policy to proximal."""
+    """The share of zero gradients among 400 sequences of 100 to 2,000 tokens with advantages of both signs, sampled by
+    an engine whose log-probabilities differ from the proximal policy's by noise of RMS `sigma`. `drift`: the difference
+    of each sequence's mean, policy minus proximal."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(100, 2001, (NUM_SEQUENCES,), generator=generator)
     total = int(lengths.sum())
@@ -38,27 +39,28 @@ def zero_gradient_share(given: dict[str, object], sigma: float, drift: float = 0
 
 @pytest.mark.parametrize("sigma", [0.02, 0.04])
 @pytest.mark.parametrize("given", [{"preset": "paper"}, {"preset": "baseline"}, {"preset": "token"}, {}], ids=str)
-def test_numerics_alone_take_no_sequence_from_any_preset(given: dict[str, object], sigma: float) -> None:
+def test_numerics_alone_zero_no_sequence_with_any_preset(given: dict[str, object], sigma: float) -> None:
     assert zero_gradient_share(given, sigma) == 0.0
     assert zero_gradient_share(given, sigma, drift=5e-5) == 0.0, "a policy that has hardly moved keeps its gradient too"
 
 
 @pytest.mark.parametrize(("sigma", "lost"), [(0.02, 0.3), (0.04, 0.4)])
-def test_the_papers_ratio_against_the_engine_is_lost_to_the_same_noise(sigma: float, lost: float) -> None:
-    """What the preset was, and what `docs/algorithm.md` says of it: that the simulation can fail."""
+def test_the_papers_ratio_against_the_engine_loses_sequences_to_the_same_noise(sigma: float, lost: float) -> None:
+    """The former preset and what `docs/algorithm.md` says of it; this shows that the simulation can fail."""
     assert zero_gradient_share(PAPER_TO_THE_LETTER, 0.0) == 0.0
     assert zero_gradient_share(PAPER_TO_THE_LETTER, sigma) == pytest.approx(lost, abs=0.05)
 
 
-def test_the_papers_clip_still_acts_on_what_the_policy_has_moved() -> None:
+def test_the_papers_clip_still_acts_on_sequences_that_the_policy_has_moved() -> None:
     assert zero_gradient_share({"preset": "paper"}, 0.02, drift=0.01) == pytest.approx(0.5, abs=0.1)
 
 
-# --- one sequence has run away: log-probabilities as far apart as float32 allows ---
+# --- one sequence has diverged: log-probabilities as far apart as float32 allows ---
 
 
 def gradients(first: list[Tensor], variant: ActorConfig, dtype: torch.dtype) -> tuple[float, Tensor, dict[str, float]]:
-    """Of two sequences, the second near its proximal policy; `first`: policy, proximal and behaviour of the first."""
+    """Gradients of two sequences, the second near its proximal policy; `first`: policy, proximal and behaviour of the
+    first."""
     second = [torch.tensor(values, dtype=dtype) for values in ([-1.2, -2.0], [-1.3, -1.9], [-1.25, -1.95])]
     policy, proximal, behaviour = (torch.cat([a.to(dtype), b]) for a, b in zip(first, second, strict=True))
     policy.requires_grad_()
@@ -74,10 +76,10 @@ far = st.sampled_from([0.0, -1e-6, -3.0, -90.0, -1e3, -1e9, -1e30])
 
 @settings(max_examples=200)
 @given(st.lists(st.tuples(far, far, far), min_size=3, max_size=3), variants, st.sampled_from([7, 8]))
-def test_a_sequence_that_has_run_away_vetoes_nothing(
+def test_a_diverged_sequence_does_not_block_the_update(
     rows: list[tuple[float, float, float]], variant: ActorConfig, size: int
 ) -> None:
-    """Everything is finite in float32, and the other sequence's gradient is what it is beside a calm one."""
+    """Everything is finite in float32, and the other sequence's gradient is the same as beside a normal one."""
     variant = variant.model_copy(update={"group_size": size})
     runaway = [torch.tensor(column) for column in zip(*rows, strict=True)]
     loss, gradient, metrics = gradients(runaway, variant, torch.float32)
@@ -85,7 +87,9 @@ def test_a_sequence_that_has_run_away_vetoes_nothing(
     assert all(math.isfinite(value) for value in metrics.values()), metrics
     calm = [torch.tensor([-1.0, -1.0, -1.0])] * 3
     torch.testing.assert_close(gradient[3:], gradients(calm, variant, torch.float32)[1][3:])
-    assert math.isfinite(float(torch.linalg.vector_norm(gradient))), "the norm that an update is refused by"
+    assert math.isfinite(float(torch.linalg.vector_norm(gradient))), (
+        "the norm that decides whether the update is skipped"
+    )
 
 
 @settings(max_examples=100)
@@ -96,7 +100,8 @@ def test_a_sequence_that_has_run_away_vetoes_nothing(
 def test_inside_the_clamp_loss_and_gradients_are_as_without_it(
     rows: list[tuple[float, float, float]], variant: ActorConfig
 ) -> None:
-    """Against the reference, which has no clamp, and central differences of it where the gradient is the loss's own."""
+    """Compared with the reference, which has no clamp, and with its central differences where the gradient is the
+    loss's own."""
     variant = variant.model_copy(update={"ratio_gradient": "sequence", "group_size": 8})
     columns = [list(column) for column in zip(*rows, strict=True)]
     loss, gradient, _ = gradients(

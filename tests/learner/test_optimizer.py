@@ -48,7 +48,7 @@ def test_bfloat16_weights_are_rounded_masters() -> None:
 
 
 def test_gradients_of_micro_batches_add_up_in_float32() -> None:
-    """256 + 1, 256 times: bfloat16 sums would stay at 256."""
+    """256 + 1, 256 times: sums in bfloat16 would stay at 256."""
     net = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
     optimizer = MasterAdamW(net, SETTINGS)
     net(torch.full((1, 1), 256.0, dtype=torch.bfloat16)).sum().backward()
@@ -59,7 +59,7 @@ def test_gradients_of_micro_batches_add_up_in_float32() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_resumed_optimizer_goes_on_bit_for_bit(dtype: torch.dtype) -> None:
+def test_a_resumed_optimizer_continues_bit_for_bit(dtype: torch.dtype) -> None:
     straight, stopped, resumed = model(dtype), model(dtype), model(dtype)
     take_updates(straight, MasterAdamW(straight, SETTINGS), 6)
     first = MasterAdamW(stopped, SETTINGS)
@@ -106,7 +106,7 @@ def test_learning_rate_schedules() -> None:
     assert learning_rate(99, 100, OptimizerConfig(lr=1.0)) == 1.0
 
 
-def test_the_cosine_is_torchs_and_ends_at_its_share() -> None:
+def test_the_cosine_equals_torchs_and_ends_at_its_final_fraction() -> None:
     """After a warm-up of 5 steps, against torch.optim.lr_scheduler."""
     cosine = OptimizerConfig(lr=2.0, lr_schedule="cosine", lr_final_fraction=0.1, warmup_steps=5)
     rates = [learning_rate(step, 45, cosine) for step in range(46)]
@@ -120,7 +120,7 @@ def test_the_cosine_is_torchs_and_ends_at_its_share() -> None:
         schedule.step()
 
 
-def test_warm_up_in_steps_is_that_in_a_share_of_them() -> None:
+def test_warm_up_in_steps_equals_warm_up_as_a_fraction() -> None:
     in_steps, in_share = OptimizerConfig(lr=1.0, warmup_steps=10), OptimizerConfig(lr=1.0, warmup_fraction=0.1)
     assert [learning_rate(step, 100, in_steps) for step in range(15)] == [
         learning_rate(step, 100, in_share) for step in range(15)
@@ -129,8 +129,8 @@ def test_warm_up_in_steps_is_that_in_a_share_of_them() -> None:
         OptimizerConfig(warmup_fraction=0.1, warmup_steps=10)
 
 
-def test_a_weight_that_a_step_has_not_used_moves_as_by_a_gradient_of_zero() -> None:
-    """An expert that no token has chosen: on several ranks its gradient is zero, and on one it is missing."""
+def test_an_unused_weight_moves_as_with_a_gradient_of_zero() -> None:
+    """An expert that no token has chosen: on several ranks its gradient is zero, on a single rank it is missing."""
     missing, zero = model(), model()
     for net, is_zero in ((missing, False), (zero, True)):
         optimizer = MasterAdamW(net, SETTINGS)

@@ -1,4 +1,5 @@
-"""Models whose layers look at other tokens by other ways than attention: a sequence a row, as plain transformers."""
+"""Models whose layers use other tokens in other ways than attention: computed one sequence per row, like plain
+transformers."""
 
 import logging
 from pathlib import Path
@@ -19,7 +20,7 @@ from tests.support.tiny_models import KINDS, VOCABULARY, make_checkpoint, make_m
 
 UNSHARED = [kind for kind in KINDS if kind != "qwen3_moe"]
 SLOW = ("rwkv", "mamba", "qwen3_5_moe_text")
-"""Token by token in plain torch, or much like another."""
+"""Computed token by token in plain torch, or similar to another kind."""
 CPU = LearnerConfig(device="cpu", gradient_checkpointing=False, logprob_chunk_tokens=7)
 
 
@@ -31,7 +32,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def a_micro_batch() -> MicroBatch:
-    """Three groups: completions of many lengths side by side, one of them of a single token, parts of them masked."""
+    """Three groups with completions of many lengths; one has a single token, and parts are masked."""
     generator = np.random.default_rng(0)
     samples = []
     for index, (prompt, lengths) in enumerate([(7, [1, 12, 30]), (1, [4, 4]), (70, [5])]):
@@ -46,7 +47,7 @@ def a_micro_batch() -> MicroBatch:
 
 
 def plain_logprobs(folder: Path, micro_batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Of each sequence by itself, by transformers alone; and the gradient of `weighted` by parameter."""
+    """Log-probabilities of each sequence alone, by transformers; and the gradient of `weighted`, by parameter."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     found = []
     for sample in micro_batch.rows:
@@ -77,7 +78,7 @@ def test_logprobs_and_gradients_are_those_of_each_sequence_alone(folder: Path) -
         assert (ours[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-5, name
 
 
-def test_what_is_published_is_the_checkpoint(folder: Path) -> None:
+def test_before_any_update_the_published_weights_equal_the_checkpoint(folder: Path) -> None:
     """Names, shapes and bytes, before any update."""
     policy = Policy(ModelConfig(path=str(folder), dtype="float32"), CPU)
     checkpoint, tensors = load_file(folder / "model.safetensors"), policy.tensors()
@@ -88,16 +89,16 @@ def test_what_is_published_is_the_checkpoint(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["qwen3_next", "lfm2", "gpt_oss"])
-def test_a_model_that_cannot_share_prompts_is_named_with_the_reason(
+def test_a_model_that_cannot_share_prompts_is_logged_with_the_reason(
     kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A state that runs through all tokens, a convolution, attention with more to it than ours."""
+    """A state that runs through all tokens, a convolution, attention that does more than ours."""
     with caplog.at_level(logging.WARNING):
         assert not can_share_prompts(make_model(kind), kind)
     assert f"model {kind} computes a prompt once for each completion" in caplog.text
 
 
-def test_a_model_that_sees_what_follows_is_refused() -> None:
+def test_a_model_that_is_not_causal_is_refused() -> None:
     with pytest.raises(ValueError, match=r"model 'ahead' cannot be trained: .*expected a causal language model"):
         model = make_model("qwen3")
         for module in model.modules():
@@ -107,8 +108,8 @@ def test_a_model_that_sees_what_follows_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["granite", "gpt_neox"])
-def test_a_head_that_does_more_than_its_weight_is_refused(kind: str) -> None:
-    """It scales, or adds: log-probabilities are made of its weight and the hidden states alone."""
+def test_a_head_with_more_than_a_weight_is_refused(kind: str) -> None:
+    """It scales or adds: log-probabilities are computed only from its weight and the hidden states."""
     model = make_model(kind, logits_scaling=2.0)
     if kind == "gpt_neox":
         head = model.get_output_embeddings()

@@ -1,4 +1,4 @@
-"""Packing: every trained token once, within the budget, whole groups in a mini-batch."""
+"""Packing: every trained token once, within the token budget, whole groups in a mini-batch."""
 
 from itertools import pairwise
 from typing import Literal
@@ -73,7 +73,7 @@ def test_positions_by_hand() -> None:
     assert m.sequence_offsets.tolist() == [0, 2, 3]
 
 
-def test_a_prompt_is_there_once_for_its_completions() -> None:
+def test_a_prompt_appears_once_for_all_its_completions() -> None:
     samples = [sample("a", [5, 6], [7], [1]), sample("b", [9], [4], [1]), sample("a", [5, 6], [8, 3], [1, 1])]
     (m,) = pack(samples, 100)
     assert m.input_ids.tolist() == [[5, 6, 7, 8, 3, 9, 4]]
@@ -99,7 +99,7 @@ def test_mini_batches_are_whole_groups_of_even_size(samples: list[Sample], num_m
 
 
 @given(batches(), st.integers(1, 4))
-def test_completions_are_dealt_out_evenly_and_so_are_those_of_each_group(samples: list[Sample], count: int) -> None:
+def test_completions_are_distributed_evenly_in_total_and_per_group(samples: list[Sample], count: int) -> None:
     settings = ActorConfig(num_mini_batches=count, mini_batch_split="completions")
     parts = split_mini_batches(samples, settings, "seed")
     assert sorted(s.advantage for part in parts for s in part) == sorted(s.advantage for s in samples)
@@ -109,7 +109,7 @@ def test_completions_are_dealt_out_evenly_and_so_are_those_of_each_group(samples
 
 
 @pytest.mark.parametrize("split", ["groups", "completions"])
-def test_the_split_depends_on_the_seed_alone(split: Literal["groups", "completions"]) -> None:
+def test_the_split_depends_only_on_the_seed(split: Literal["groups", "completions"]) -> None:
     samples = [sample(f"g{i}", [1], [2], [1]) for i in range(8)]
     settings = ActorConfig(num_mini_batches=2, mini_batch_split=split)
     one, again, other = (split_mini_batches(samples, settings, seed) for seed in ("0-1", "0-1", "0-2"))

@@ -1,4 +1,4 @@
-"""The simulated loop: what it must come to by hand, and that the advice, followed in it, settles."""
+"""The simulated loop against hand-worked examples, and that it settles when the advice is followed."""
 
 import itertools
 import json
@@ -20,7 +20,7 @@ HOUR_S = 3600.0
 
 
 def make(**changes: Any) -> MeasuredRun:
-    """One replica makes a group each 0.5 s; a step takes 4 of them and 1 s."""
+    """One replica completes a group every 0.5 s; a step needs 4 groups and takes 1 s."""
     fields: dict[str, Any] = {
         "group_durations_s": [2.0],
         "work_s": [1.0],
@@ -49,18 +49,18 @@ def test_a_slow_learner_sets_the_pace() -> None:
     assert planned.advice.replicas == 1
 
 
-def test_balanced_sides_are_left_alone() -> None:
+def test_balanced_sides_keep_their_number() -> None:
     planned = plan(make(), 2, 8)
     assert planned.steps_per_h == pytest.approx(3600, rel=0.05)
     assert planned.advice.replicas == 2
 
 
-def test_uniform_groups_are_made_for_nothing() -> None:
+def test_uniform_groups_cost_generation_time() -> None:
     planned = plan(make(uniform_share=0.5), 1, 8)
     assert planned.steps_per_h == pytest.approx(900, rel=0.1)
 
 
-def test_admission_bounds_what_is_outstanding_and_staleness_what_is_trained() -> None:
+def test_admission_bounds_outstanding_groups_and_staleness_bounds_trained_ones() -> None:
     for max_staleness, mean in ((0, 0), (1, 1), (2, 2), (2, 0.5)):
         most = int(4 * (mean + 1))
         measured = make(max_staleness=max_staleness, max_outstanding_groups=most, group_durations_s=[1.0, 2.0, 9.0])
@@ -77,7 +77,7 @@ def test_admission_bounds_what_is_outstanding_and_staleness_what_is_trained() ->
 
 
 def test_nothing_is_lost_when_replicas_leave() -> None:
-    """Their tickets are answered by others: the loop goes on, and stands still only without any replica."""
+    """Other replicas answer their tickets: the loop continues, and stops only without any replica."""
     simulation = Simulation(make(max_staleness=0), 3, seed=1)
     simulation.run(100.5)
     simulation.set_replicas(1)
@@ -91,7 +91,7 @@ def test_nothing_is_lost_when_replicas_leave() -> None:
     assert simulation.run(400.0).steps > stands_at + 30
 
 
-def test_it_is_the_same_every_time() -> None:
+def test_the_same_seed_gives_the_same_result() -> None:
     measured = make(group_durations_s=[0.5, 1.0, 4.0], uniform_share=0.3)
     assert plan(measured, 2, 8, seed=3) == plan(measured, 2, 8, seed=3)
     assert plan(measured, 2, 8, seed=3) != plan(measured, 2, 8, seed=4)
@@ -100,7 +100,7 @@ def test_it_is_the_same_every_time() -> None:
 @pytest.mark.parametrize("needed", [1.0, 1.5, 2.2, 3.7, 5.2])
 @pytest.mark.parametrize("start", [1, 3, 8])
 def test_under_the_advice_the_loop_settles(needed: float, start: int) -> None:
-    """Durations scatter; as many replicas as are needed do the work in the end, without any to and fro."""
+    """Durations vary; in the end as many replicas run as are needed, without going back and forth."""
     scatter = [0.3, 0.6, 0.8, 1.0, 1.2, 1.5, 1.6]
     measured = make(group_durations_s=[needed * factor for factor in scatter], work_s=scatter, max_staleness=15)
     for seed in range(2):
@@ -121,7 +121,7 @@ def step_row(**changes: Any) -> dict[str, Any]:
     return row | {"sampling_s_mean": 4.0, "scoring_s_mean": 0.5} | changes
 
 
-def test_what_is_measured_comes_from_the_runs_rows() -> None:
+def test_measurements_come_from_the_runs_rows() -> None:
     config = load_recipe(ROOT / "configs" / "tiny-cpu.yaml").config
     rows = [
         {"kind": "evaluation", "step": 0},
@@ -148,7 +148,7 @@ def test_the_command_prints_a_row_for_each_number(tmp_path: Path) -> None:
     assert followed.startswith("the advice, followed from 1: 1")
 
 
-def test_a_run_that_has_measured_nothing_is_one_line(tmp_path: Path) -> None:
+def test_a_run_without_measurements_gives_one_error_line(tmp_path: Path) -> None:
     write_run(tmp_path / "empty", [])
     done = headrace_simulate("empty", "--runs-folder", str(tmp_path))
     assert (done.returncode, done.stderr) == (2, "headrace: run 'empty': no step has been measured yet\n")

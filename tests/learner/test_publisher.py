@@ -75,7 +75,7 @@ def test_an_anchor_is_an_ordinary_safetensors_file(tmp_path: Path, client: redis
 
 
 def small_steps(num_versions: int, seed: int = 0) -> Iterator[dict[str, torch.Tensor]]:
-    """Versions of which each changes a random 1 % of the one before by a unit in the last place."""
+    """Versions that each change a random 1 % of the one before by a unit in the last place."""
     generator = torch.Generator().manual_seed(seed)
     bits = torch.randint(0, 2**14, (100, 200), dtype=torch.int16, generator=generator)
     for _ in range(num_versions):
@@ -83,7 +83,7 @@ def small_steps(num_versions: int, seed: int = 0) -> Iterator[dict[str, torch.Te
         bits += (torch.rand(bits.shape, generator=generator) < 0.01).to(torch.int16)
 
 
-def test_small_steps_travel_as_deltas_with_an_anchor_now_and_then(
+def test_small_steps_are_written_as_deltas_with_occasional_anchors(
     tmp_path: Path, client: redis.Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("headrace.learner.weights.version_writer.MAX_CHAIN", 3)
@@ -95,10 +95,10 @@ def test_small_steps_travel_as_deltas_with_an_anchor_now_and_then(
     assert all(delta is not None and delta.num_bytes < 0.02 * manifests[0].num_model_bytes for delta in deltas)
     assert sorted(stored_versions(versions.root)) == [5, 6, 7, 8, 9, 10], "from the last anchor but one on"
     files = {path.name for path in version_folder(versions.root, 9).iterdir()}
-    assert files == {MANIFEST_FILE, MODEL_FILE, DELTA_FILE}, "an anchor costs those who are up to date no more"
+    assert files == {MANIFEST_FILE, MODEL_FILE, DELTA_FILE}, "an anchor costs replicas that are up to date nothing more"
 
 
-def test_large_steps_travel_as_anchors(tmp_path: Path, client: redis.Redis, keys: Keys) -> None:
+def test_large_steps_are_written_as_anchors(tmp_path: Path, client: redis.Redis, keys: Keys) -> None:
     versions = make_versions(tmp_path, client, keys)
     generator = torch.Generator().manual_seed(0)
     for step in range(4):
@@ -110,7 +110,7 @@ def test_large_steps_travel_as_anchors(tmp_path: Path, client: redis.Redis, keys
     assert sorted(stored_versions(versions.root)) == [3, 4]
 
 
-def test_a_disk_that_refused_costs_nothing_more(
+def test_after_a_disk_error_the_next_version_is_written_as_usual(
     tmp_path: Path, client: redis.Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     versions = make_versions(tmp_path, client, keys)
@@ -121,7 +121,7 @@ def test_a_disk_that_refused_costs_nothing_more(
         with pytest.raises(OSError, match="No space"):
             publish(versions, next(steps), 1)
     manifest = publish(versions, next(steps), 2)
-    assert manifest.delta is not None and manifest.delta.base == 1, "what the failed one would have been is no base"
+    assert manifest.delta is not None and manifest.delta.base == 1, "the failed version is not a base"
     versions.close()
 
 
@@ -129,10 +129,10 @@ def refuse(*_: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_a_version_does_not_change_with_the_weights_that_it_was_made_of(
+def test_a_version_does_not_change_when_the_weights_are_updated(
     tmp_path: Path, client: redis.Redis, keys: Keys
 ) -> None:
-    """The learner's tensors are its parameters, which the next step writes over."""
+    """The learner's tensors are its parameters, which the next step overwrites."""
     versions = make_versions(tmp_path, client, keys)
     parameter = torch.zeros(1000)
     publish(versions, {"a": parameter}, 0)
@@ -147,10 +147,11 @@ def beat(client: redis.Redis, keys: Keys, name: str, *, shares_memory: bool) -> 
     client.set(keys.replica(name), encode(heartbeat))
 
 
-def test_a_version_lies_in_memory_for_replicas_that_share_it(
+def test_a_version_is_in_memory_for_replicas_that_share_it(
     tmp_path: Path, client: redis.Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What only others need is made while there are others; whoever joins finds a way to the newest at any time."""
+    """Files for other replicas are written only while there are others; a new replica can reach the newest version at
+    any time."""
     versions = make_versions(tmp_path, client, keys)
     steps = small_steps(9)
 
@@ -165,18 +166,20 @@ def test_a_version_lies_in_memory_for_replicas_that_share_it(
     assert next_files() == ({MODEL_FILE}, set()) and next_files() == ({DELTA_FILE}, set())
     beat(client, keys, "a", shares_memory=True)
     for _ in range(2):
-        assert next_files() == (set(), {MODEL_FILE}), "nothing for nobody"
+        assert next_files() == (set(), {MODEL_FILE}), "no replica needs it"
     loaded, expected = load_file(version_folder(versions.memory, 4) / MODEL_FILE), list(small_steps(4))[-1]
     assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
     beat(client, keys, "b", shares_memory=False)
     assert next_files() == ({DELTA_FILE}, {MODEL_FILE})
     client.delete(keys.replica("a"))
-    assert next_files() == ({DELTA_FILE, MODEL_FILE}, set()), "the chain of deltas begins with what is gone from memory"
+    assert next_files() == ({DELTA_FILE, MODEL_FILE}, set()), (
+        "the chain of deltas begins with a version that is no longer in memory"
+    )
     assert next_files() == ({DELTA_FILE}, set()) and not list(versions.memory.glob("v*"))
     beat(client, keys, "a", shares_memory=True)
     client.delete(keys.replica("b"))
     monkeypatch.setattr(versions, "_has_room", lambda _: False)
-    assert next_files() == ({DELTA_FILE}, set()), "a full memory is no reason to wait"
+    assert next_files() == ({DELTA_FILE}, set()), "publishing does not wait while the memory is full"
     versions.close()
     assert not versions.memory.exists()
 
@@ -199,7 +202,9 @@ def test_versions_grow_over_restarts_and_over_what_replicas_serve(
     assert publish(third, tensors(1.0), 0).version == 41
     third.close()
     assert (third.root / "VERSION").read_text() == "41"
-    assert [folder.name for folder in tmp_path.iterdir()] == [third.root.name], "a start clears away what came before"
+    assert [folder.name for folder in tmp_path.iterdir()] == [third.root.name], (
+        "a start deletes the folders of earlier epochs"
+    )
 
 
 def test_a_fenced_learner_announces_nothing(tmp_path: Path, client: redis.Redis, keys: Keys) -> None:
@@ -252,7 +257,7 @@ def test_a_manifest_of_impossible_tensors_is_refused(
         decode_manifest(payload, sha256_hex(payload))
 
 
-def test_the_learner_serves_versions_and_obeys_only_with_the_token(
+def test_the_learner_serves_versions_and_accepts_commands_only_with_the_token(
     tmp_path: Path, client: redis.Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     versions = make_versions(tmp_path, client, keys)

@@ -1,4 +1,5 @@
-"""Sharing out: every sample once, about as many tokens each, as many passes; files of any ranks read by any."""
+"""Splitting among ranks: every sample once, similar numbers of tokens, equal numbers of passes; state files for any
+ranks."""
 
 import tempfile
 from pathlib import Path
@@ -39,7 +40,9 @@ def test_every_sample_is_on_one_rank_and_tokens_are_even(samples: list[Sample], 
 
 
 @given(batches(), st.integers(4, 40), st.integers(1, 5))
-def test_what_adds_nothing_is_counted_and_not_computed(samples: list[Sample], budget: int, num_ranks: int) -> None:
+def test_samples_of_advantage_0_are_counted_and_not_computed(
+    samples: list[Sample], budget: int, num_ranks: int
+) -> None:
     """The first sample of these batches has advantage 0."""
     mini_batch = split_among_ranks(samples, budget, num_ranks, is_all_computed=False)
     computed = [row for m in mini_batch.micro_batches for row in m.rows]
@@ -50,7 +53,7 @@ def test_what_adds_nothing_is_counted_and_not_computed(samples: list[Sample], bu
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
-def test_nothing_has_no_loss_and_no_gradient(aggregation: str) -> None:
+def test_the_empty_micro_batch_has_no_loss_and_no_gradient(aggregation: str) -> None:
     logprobs = torch.zeros(0, requires_grad=True)
     settings = ActorConfig.model_validate({"loss_aggregation": aggregation})
     arrays = [
@@ -67,7 +70,7 @@ def test_nothing_has_no_loss_and_no_gradient(aggregation: str) -> None:
     found.loss.backward()
 
 
-def test_reports_of_all_ranks_are_one_outcome_in_the_order_of_micro_batches() -> None:
+def test_outcomes_of_all_ranks_are_merged_in_the_order_of_micro_batches() -> None:
     def loss(number: int) -> PolicyLoss:
         return PolicyLoss(torch.tensor(number / 3), {"x_max": float(number)}, num_tokens=number, weight=number)
 
@@ -86,7 +89,7 @@ def test_reports_of_all_ranks_are_one_outcome_in_the_order_of_micro_batches() ->
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.lists(st.integers(1, 9), min_size=1, max_size=3))
-def test_what_some_ranks_write_any_number_of_ranks_reads(writers: int, readers: int, sizes: list[int]) -> None:
+def test_state_files_are_readable_by_any_number_of_ranks(writers: int, readers: int, sizes: list[int]) -> None:
     whole = {f"exp_avg.{i}": torch.arange(3.0 * size).reshape(size, 3) + i for i, size in enumerate(sizes)}
 
     def held(rank: int, count: int) -> dict[str, torch.Tensor]:
@@ -118,11 +121,11 @@ def test_rows_are_those_of_fsdp(num_rows: int, count: int) -> None:
 
 
 @pytest.mark.parametrize("call", [TrainStep(b"{}", [b"x"], 3, {1: 0}), GatherWeight("w"), WriteState("/x")])
-def test_calls_come_back(call: Call) -> None:
+def test_a_call_survives_encoding_and_decoding(call: Call) -> None:
     assert decode_call(encode_call(call)) == call
 
 
-def test_alone_there_is_nobody_to_tell() -> None:
+def test_a_single_rank_sends_nothing() -> None:
     ranks = Ranks()
     with ranks.call_others(GatherWeight("w")):
         assert ranks.gather_bytes(b"x") == [b"x"]

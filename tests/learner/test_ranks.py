@@ -1,4 +1,5 @@
-"""The trainer on 2 and 3 ranks against 1: the same loss, metrics, gradients and weights; checkpoints of any on any."""
+"""The trainer on 2 and 3 ranks against 1: the same loss, metrics, gradients and weights; checkpoints move between
+them."""
 
 import json
 from pathlib import Path
@@ -30,19 +31,19 @@ CASES: dict[str, dict[str, Any]] = {
         },
         "learner": {"micro_batch_tokens": 48, "gradient_checkpointing": True},
     },
-    # Each mini-batch is one group of two completions: of three ranks one has nothing.
+    # Each mini-batch is one group of two completions: one of three ranks has none.
     "a_rank_without_work": {"actor": {"num_mini_batches": 4}, "optimizer": {"max_grad_norm": 1e9}},
     "bfloat16": {"model": {"dtype": "bfloat16"}, "learner": {"micro_batch_tokens": 48}},
     "experts": {"actor": {"num_mini_batches": 2}, "learner": {"micro_batch_tokens": 48}},
     "gated_delta_nets": {"learner": {"micro_batch_tokens": 48, "gradient_checkpointing": True}},
 }
 KINDS = {"experts": "qwen3_moe", "gated_delta_nets": "qwen3_next"}
-"""Of those that are not of the demo's policy."""
+"""The kind of the model, for jobs that do not use the demo's policy."""
 FLOAT32 = [case for case in CASES if case != "bfloat16"]
 NUM_RANKS = [2, 3]
 pytestmark = pytest.mark.slow
 ITS_OWN = ("_s", "padding_share")
-"""How long it took, and how it was packed."""
+"""Endings of metrics that may differ: durations, and packing."""
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def jobs(demo_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Jo
 
 @pytest.fixture(scope="module")
 def results(jobs: list[Job], tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The folder of each number of ranks; one's end is two's start, and two's is three's."""
+    """The results folder of each number of ranks; 2 ranks start from the end of 1, and 3 from the end of 2."""
     root = tmp_path_factory.mktemp("ranks")
     folders = {count: root / str(count) for count in (1, 2, 3)}
     for job in jobs:
@@ -78,7 +79,7 @@ def state_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """As one vector, in the 2-norm."""
+    """The 2-norm of the difference, as one vector."""
     assert one.keys() == other.keys()
     squares = sum((one[name].double() - other[name].double()).pow(2).sum().item() for name in one)
     return float(squares**0.5)
@@ -90,8 +91,10 @@ def part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]
 
 @pytest.mark.parametrize("case", ["one_mini_batch", "bfloat16"])
 @pytest.mark.parametrize("count", NUM_RANKS)
-def test_a_rank_holds_what_check_says(results: dict[int, Path], jobs: list[Job], count: int, case: str) -> None:
-    """Of masters and moments, which are all in its file; gradients are like masters."""
+def test_a_rank_holds_as_many_bytes_as_check_estimates(
+    results: dict[int, Path], jobs: list[Job], count: int, case: str
+) -> None:
+    """Bytes of masters and moments, which are all in the rank's file; gradients take as much as masters."""
     job = next(job for job in jobs if job.name == case)
     config = RunConfig.model_validate(job.config | {"learner": job.config["learner"] | {"num_ranks": count}})
     folder = Path(config.model.path)
@@ -134,7 +137,7 @@ def test_after_five_steps_the_weights_are_those_of_one_rank(results: dict[int, P
 
 
 @pytest.mark.parametrize("count", NUM_RANKS)
-def test_a_checkpoint_is_taken_up_bit_for_bit_on_another_number_of_ranks(results: dict[int, Path], count: int) -> None:
+def test_a_checkpoint_resumes_bit_for_bit_on_another_number_of_ranks(results: dict[int, Path], count: int) -> None:
     before = results[1] / "one_mini_batch" / "end" if count == 2 else results[2] / "taken_up" / "end"
     saved, loaded = state_of(before), state_of(results[count] / "taken_up" / "start")
     assert len(list((results[count] / "taken_up" / "start").iterdir())) == count
@@ -146,7 +149,8 @@ def test_a_checkpoint_is_taken_up_bit_for_bit_on_another_number_of_ranks(results
 def test_from_one_to_two_to_three_ranks_and_back_to_one(
     results: dict[int, Path], jobs: list[Job], tmp_path: Path
 ) -> None:
-    """Steps 6 and 7 were taken on 2 and on 3 ranks, the eighth on one: as if all had been taken on one."""
+    """Steps 6 and 7 were taken on 2 and on 3 ranks, the eighth on one: the result is as if all had been taken on
+    one."""
     one = jobs[0]
     last = Job("back", one.config, one.groups, 7, 1, str(results[3] / "taken_up" / "end"))
     straight = Job("straight", one.config, one.groups, 5, 3, str(results[1] / one.name / "end"))
@@ -166,7 +170,7 @@ def test_an_update_that_is_not_finite_on_one_rank_is_skipped_on_all(results: dic
     assert distance(start, first) == 0.0 and distance(first, end) > 0.0
 
 
-def test_alone_nothing_is_shared_or_sharded(demo_policy: Path) -> None:
+def test_a_single_rank_shards_nothing(demo_policy: Path) -> None:
     config = make_config(demo_policy)
     policy = Policy(config.model, config.learner)
     assert policy.ranks.is_alone and not policy.sharded

@@ -1,4 +1,5 @@
-"""Ranks that die or freeze: the others notice within the deadline, torchrun starts all again, and nothing is lost."""
+"""Ranks that die or freeze: the others notice within the deadline, torchrun restarts all of them, and nothing is
+lost."""
 
 import os
 import signal
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 
 class Started:
-    """Ranks without torchrun: nobody ends them but they themselves."""
+    """Ranks without torchrun: they end only by themselves."""
 
     def __init__(self, module: list[str], count: int) -> None:
         environment = os.environ | {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
@@ -68,7 +69,7 @@ def idle(start: Callable[..., Started], idle_s: float) -> list[subprocess.Popen[
     return ranks
 
 
-def test_a_rank_waits_beyond_the_deadline_as_long_as_rank_0_lives(start: Callable[..., Started]) -> None:
+def test_a_rank_waits_beyond_the_deadline_while_rank_0_runs(start: Callable[..., Started]) -> None:
     leader, follower = idle(start, 3 * DEADLINE_S)
     assert leader.wait(GUARD_S) == follower.wait(GUARD_S) == 7
 
@@ -104,14 +105,14 @@ def until_step(rows: Path, step: int, process: subprocess.Popen[str]) -> None:
 
 
 def torchrun(keys: Keys, redis_url: str, folder: Path, *learner: str) -> subprocess.Popen[str]:
-    """A learner on two ranks, started once more when it fails."""
+    """A learner on two ranks, restarted once if it fails."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", "1", "-m", "--", "headrace.learner", "--run", run_of(keys), *learner]
     environment = os.environ | {"HEADRACE_REDIS_URL": redis_url, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([*command, "--runs-folder", str(folder)], cwd=ROOT, env=environment, text=True)
 
 
-def test_a_killed_rank_ends_the_others_and_the_job_goes_on_from_its_checkpoint(
+def test_a_killed_rank_ends_the_others_and_the_job_resumes_from_its_checkpoint(
     recording: Path, redis_url: str, client: redis.Redis, keys: Keys, tmp_path: Path
 ) -> None:
     folder = tmp_path / run_of(keys)
@@ -138,7 +139,7 @@ def test_a_killed_rank_ends_the_others_and_the_job_goes_on_from_its_checkpoint(
     }
 
 
-def test_a_learner_that_would_come_to_the_same_end_is_not_started_again(
+def test_a_learner_with_a_final_exit_code_is_not_restarted(
     redis_url: str, client: redis.Redis, keys: Keys, tmp_path: Path
 ) -> None:
     settings = ("--set", "learner.starvation_deadline_s=0.5")

@@ -1,4 +1,4 @@
-"""A prompt that is computed once for its completions: values and gradients are those of each completion alone."""
+"""Shared prompts: values and gradients are those of each completion computed alone."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,7 +59,7 @@ def models(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, PreTrainedM
 
 
 def hidden_alone(model: PreTrainedModel, layout: Layout, tokens: Tensor) -> Tensor:
-    """Of the prompt's last token and of each completion's, each completion computed by itself."""
+    """Hidden states of the prompt's last token and of each completion, each completion computed separately."""
     found = []
     for prompt, completion in layout.spans:
         row = tokens[[*prompt, *completion]][None]
@@ -97,7 +97,7 @@ def test_values_and_gradients_are_those_of_each_completion_alone(
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-6
 
 
-def test_a_completion_sees_no_other(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
+def test_a_completion_attends_to_no_other(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
     layout = Layout([4], [[5, 5]])
     tokens = torch.arange(layout.num_tokens)
     before = hidden_shared(models[1], layout, tokens)
@@ -107,7 +107,7 @@ def test_a_completion_sees_no_other(models: tuple[PreTrainedModel, PreTrainedMod
     assert torch.allclose(before[6:], after[6:], atol=1e-6) and not torch.allclose(before[1:6], after[1:6])
 
 
-def test_places_by_hand() -> None:
+def test_layout_tensors_by_hand() -> None:
     layout = Layout([3, 1], [[2, 4], [0]])
     where = layout_tensors(layout, torch.device("cpu"))
     assert where.positions.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 6, 0]]
@@ -116,8 +116,8 @@ def test_places_by_hand() -> None:
 
 
 @given(layouts)
-def test_padding_stands_for_no_token_much_more_often_than_for_another(layout: Layout) -> None:
-    """What is picked from the same token is added up one after another in CUDA's backward pass."""
+def test_padding_uses_every_token_about_equally_often(layout: Layout) -> None:
+    """CUDA's backward pass adds the gradients of a repeated index one after another."""
     _, rows, back = layout.indices
     is_real = np.zeros(rows.shape, bool)
     for row, (prompt, completion) in enumerate(layout.spans):
@@ -127,10 +127,10 @@ def test_padding_stands_for_no_token_much_more_often_than_for_another(layout: La
     assert is_real.reshape(-1)[back].all()
 
 
-def test_what_padding_stands_for_changes_neither_values_nor_gradients(
+def test_the_choice_of_padding_tokens_changes_neither_values_nor_gradients(
     models: tuple[PreTrainedModel, PreTrainedModel],
 ) -> None:
-    """Bit for bit what they are with all of it on token 0."""
+    """The results are bit-identical to those with all padding on token 0."""
     layout, model = Layout([6, 2], [[2, 9, 1], [3]]), models[1]
     tokens = torch.arange(layout.num_tokens)
     spread = layout.indices
@@ -147,7 +147,7 @@ def test_what_padding_stands_for_changes_neither_values_nor_gradients(
         assert torch.allclose(one, other, rtol=1e-6, atol=1e-7)
 
 
-def test_the_saved_policy_names_its_own_attention(demo_policy: Path, tmp_path: Path) -> None:
+def test_the_saved_policy_names_the_models_own_attention(demo_policy: Path, tmp_path: Path) -> None:
     policy = Policy(ModelConfig(path=str(demo_policy), dtype="float32"), LearnerConfig(device="cpu"))
     policy.model.save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -30,7 +30,7 @@ def test_a_version_of_a_later_step_is_not_negative() -> None:
     assert group_staleness(make_group(version=7), 1, STEPS) == Staleness(0, 0)
 
 
-def test_a_version_that_the_map_has_forgotten_is_as_old_as_the_one_before_it() -> None:
+def test_a_version_missing_in_the_map_is_as_old_as_the_one_before_it() -> None:
     assert [step_of(version, {3: 7, 5: 9}) for version in (1, 3, 4, 5, 9)] == [0, 7, 7, 9, 9]
 
 
@@ -40,8 +40,9 @@ def test_per_token() -> None:
     assert token_staleness(rollout, 3, STEPS, 7).tolist() == [3, 0, 0]
 
 
-def test_a_fresh_token_is_of_the_current_version_and_not_of_one_that_an_earlier_life_made_as_late() -> None:
-    """Version 7 was the third step's, or the fifth's, of a life that is lost; 9 is the third's of this one."""
+def test_a_fresh_token_is_of_the_current_version_and_not_of_another_version_of_the_same_step() -> None:
+    """Version 7 was made by the third step, or by the fifth of an earlier start that is lost; 9 is this start's
+    third."""
     rollout = make_rollout(version_spans=[VersionSpan(7, 0, 2), VersionSpan(9, 2, 3)])
     for lost in (3, 5):
         steps = {1: 0, 7: lost, 8: 2, 9: 3}

@@ -1,4 +1,5 @@
-"""Trackers get every row and never hurt: TensorBoard and W&B for real, trackio by what it is asked to do."""
+"""Trackers get every row and never disturb training: TensorBoard and W&B are real, trackio is replaced by a
+recorder."""
 
 import importlib.util
 import json
@@ -21,7 +22,7 @@ from tests.support.guard import GUARD_S
 ROW = {"kind": "step", "step": 1, "loss": 0.25, "tickets": ["0-0"], "ess": float("nan")}
 
 
-class Told:
+class Recorder:
     def __init__(self, *_: Any) -> None:
         self.rows: list[tuple[dict[str, float], int]] = []
         self.is_closed = False
@@ -33,8 +34,8 @@ class Told:
         self.is_closed = True
 
 
-def two_lives(tracker: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run whose first learner is killed after step 3, with its checkpoint of step 2: its successor takes 3 again.
+def two_starts(tracker: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose first learner is killed after step 3, with its checkpoint of step 2: its successor repeats step 3.
 
     The evaluation of step 1 ends after step 2.
     """
@@ -59,7 +60,7 @@ def evaluation(step: int, held_out: float) -> dict[str, Any]:
 def test_tensorboard_has_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    two_lives("tensorboard", tmp_path, monkeypatch)
+    two_starts("tensorboard", tmp_path, monkeypatch)
     found = EventAccumulator(str(tmp_path / "tensorboard"))
     found.Reload()
     losses = [(event.step, event.value) for event in found.Scalars("step/loss")]
@@ -69,9 +70,7 @@ def test_tensorboard_has_what_was_written(tmp_path: Path, monkeypatch: pytest.Mo
     assert "step/ess" not in found.Tags()["scalars"] and "step/tickets" not in found.Tags()["scalars"]
 
 
-def test_tensorboard_has_a_step_once_that_a_run_without_a_checkpoint_took_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tensorboard_has_a_repeated_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setattr(trackers_module, "CLOSE_TIMEOUT_S", GUARD_S)
@@ -85,14 +84,14 @@ def test_tensorboard_has_a_step_once_that_a_run_without_a_checkpoint_took_twice(
 
 
 def test_wandb_has_every_row_over_an_axis_of_its_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real one, offline; what it wrote is what it would send."""
+    """The real one, offline; it writes what it would send."""
     import wandb
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     (tmp_path / "demo").mkdir()
     try:
-        two_lives("wandb", tmp_path / "demo", monkeypatch)
+        two_starts("wandb", tmp_path / "demo", monkeypatch)
     finally:
         wandb.teardown()
     records = [record for path in sorted(tmp_path.rglob("run-demo.wandb")) for record in wandb_records(path)]
@@ -111,7 +110,7 @@ def test_wandb_has_every_row_over_an_axis_of_its_kind(tmp_path: Path, monkeypatc
 
 
 def wandb_records(path: Path) -> Iterator[Any]:
-    """Of W&B's file: a header of 7 bytes, then records of LevelDB's log format (its doc/log_format.md)."""
+    """The records of W&B's file: a header of 7 bytes, then records of LevelDB's log format (its doc/log_format.md)."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     block_bytes, header_bytes, whole, first, last = 1 << 15, 7, 1, 2, 4
@@ -130,17 +129,17 @@ def wandb_records(path: Path) -> Iterator[Any]:
             yield Record.FromString(parts)
 
 
-def test_a_tracker_that_fails_is_told_of_once_and_the_others_go_on(
+def test_a_failing_tracker_is_logged_once_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Failing(Told):
+    class Failing(Recorder):
         def log(self, numbers: Mapping[str, float], step: int) -> None:
             raise RuntimeError("the server is gone")
 
     def refuse(*_: Any) -> Any:
         raise RuntimeError("no such project")
 
-    good = Told()
+    good = Recorder()
     kinds = {"tensorboard": Failing, "trackio": refuse, "wandb": lambda *_: good}
     monkeypatch.setattr(trackers_module, "TRACKERS", kinds)
     trackers = Trackers(["tensorboard", "trackio", "wandb"], tmp_path, {}, 0)
@@ -156,12 +155,12 @@ def test_a_tracker_that_fails_is_told_of_once_and_the_others_go_on(
     ]
 
 
-def test_a_tracker_that_hangs_costs_rows_and_no_time(
+def test_a_hanging_tracker_costs_rows_and_no_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     released = threading.Event()
 
-    class Hanging(Told):
+    class Hanging(Recorder):
         def log(self, numbers: Mapping[str, float], step: int) -> None:
             released.wait(GUARD_S)
 
@@ -184,8 +183,9 @@ def test_without_trackers_there_is_no_thread(tmp_path: Path) -> None:
     trackers.close()
 
 
-def test_what_trackio_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in: the real one needs another pillow than SGLang, and cannot be installed beside it."""
+def test_the_calls_to_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recorder replaces trackio: it needs another version of pillow than SGLang, and cannot be installed beside
+    it."""
     asked: list[tuple[str, Any]] = []
 
     def note(name: str) -> Any:
@@ -193,7 +193,7 @@ def test_what_trackio_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     trackio = SimpleNamespace(init=note("init"), log=note("log"), finish=note("finish"))
     monkeypatch.setitem(sys.modules, "trackio", trackio)
-    two_lives("trackio", tmp_path / "demo", monkeypatch)
+    two_starts("trackio", tmp_path / "demo", monkeypatch)
     rows = [(call["step"], *call["rows"]) for name, call in asked if name == "log"]
     assert [step for step, _ in rows] == [0, 1, 2, 1, 3, 3, 3]
     assert rows[1] == (1, {"step/step": 1, "step/loss": 1.0})

@@ -1,4 +1,5 @@
-"""A step on the demo's policy: splits change nothing, proximal is policy until the first update, reward goes up."""
+"""A step on the demo's policy: splits do not change it, proximal equals policy until the first update, the reward goes
+up."""
 
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,7 @@ def make_trainer(config: RunConfig) -> Trainer:
 
 
 def make_batch(trainer: Trainer, drift: float = 0.0) -> list[Group]:
-    """Groups of random completions, behaviour = the trainer's present policy plus noise of `drift`."""
+    """Groups of random completions; behaviour is the trainer's present policy plus noise of `drift`."""
     generator = np.random.default_rng(3)
     groups = []
     for index in range(4):
@@ -72,7 +73,7 @@ def weights_after(config: RunConfig, drift: float = 0.0) -> tuple[dict[str, torc
 def gradients_of(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """What the only update of a step would have used."""
+    """The gradients that the only update of a step would have used."""
     trainer = make_trainer(config)
     found: dict[str, torch.Tensor] = {}
 
@@ -100,7 +101,7 @@ def test_micro_batch_budgets_change_nothing(
 
 
 @pytest.mark.parametrize("split", ["groups", "completions"])
-def test_what_has_advantage_0_changes_nothing_and_is_not_computed(
+def test_samples_of_advantage_0_change_nothing_and_are_not_computed(
     demo_policy: Path, split: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last group is uniform."""
@@ -133,8 +134,9 @@ def cut_off(group: Group, *places: int) -> Group:
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
-def test_masking_what_was_cut_off_is_as_if_it_had_not_been_sampled(demo_policy: Path, aggregation: str) -> None:
-    """Of the loss, its counts, the groups' statistics: the same weights, whatever its reward."""
+def test_masked_truncated_completions_count_as_not_sampled(demo_policy: Path, aggregation: str) -> None:
+    """In the loss, its counts and the groups' statistics: the weights are the same, whatever the truncated completion's
+    reward."""
     actor = {
         "group_size": 3,
         "num_mini_batches": 2,
@@ -161,8 +163,8 @@ def test_masking_what_was_cut_off_is_as_if_it_had_not_been_sampled(demo_policy: 
     assert all(torch.equal(weight, masked[name]) for name, weight in without.items())
 
 
-def test_a_mini_batch_of_which_nothing_is_left_makes_no_update(demo_policy: Path) -> None:
-    """Not even a decay of the weights; and a whole batch of it has a row without a number that is none."""
+def test_an_empty_mini_batch_makes_no_update(demo_policy: Path) -> None:
+    """Not even a decay of the weights; if a whole batch is empty, its row has no number that is NaN."""
     actor = {"group_size": 2, "num_mini_batches": 2, "truncated": "mask", "dynamic_sampling": False}
     trainer = make_trainer(make_config(demo_policy, actor=actor, optimizer={"weight_decay": 0.5}))
     before = {name: tensor.clone() for name, tensor in tensors_of(trainer).items()}
@@ -182,10 +184,10 @@ def computing_all(original: Any, *arguments: Any, is_all_computed: bool) -> Any:
 
 
 @pytest.mark.parametrize("mini_batches", [1, 3])
-def test_proximal_is_of_the_weights_before_the_first_update(
+def test_proximal_logprobs_are_of_the_weights_before_the_first_update(
     demo_policy: Path, mini_batches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of every mini-batch; and the first, whose own pass tells, takes no other."""
+    """For every mini-batch; the first one, whose own pass gives them, needs no other pass."""
     actor = {"group_size": 2, "num_mini_batches": mini_batches}
     config = make_config(demo_policy, actor=actor, optimizer={"lr": 0.1})
     trainer, before = make_trainer(config), make_trainer(config).policy
@@ -217,8 +219,9 @@ def test_on_policy_metrics(demo_policy: Path) -> None:
 
 
 @pytest.mark.parametrize("mini_batches", [1, 2])
-def test_entropy_is_of_the_policy_at_the_trained_tokens(demo_policy: Path, mini_batches: int) -> None:
-    """Against transformers, a completion at a time; at a rate of all but 0 later mini-batches have the same policy."""
+def test_entropy_is_the_policys_at_the_trained_tokens(demo_policy: Path, mini_batches: int) -> None:
+    """Compared with transformers, one completion at a time; with a learning rate of almost 0 later mini-batches have
+    the same policy."""
     actor = {"group_size": 2, "num_mini_batches": mini_batches}
     trainer = make_trainer(make_config(demo_policy, actor=actor, optimizer={"lr": 1e-30}))
     groups, entropies = make_batch(trainer), list[float]()
@@ -245,9 +248,9 @@ def test_staleness_splits_the_kl(demo_policy: Path) -> None:
     assert metrics["stale_logprob_gap_rms"] == pytest.approx((2 * metrics["kl_behaviour_proximal"]) ** 0.5, rel=0.2)
 
 
-def test_a_batch_without_fresh_tokens_has_its_numerics_from_a_newer_group(demo_policy: Path) -> None:
-    """Of the weights before the first update, by the tokens of the current version alone, and nothing else is changed
-    by it: version 3 is of this step, the batch of the step before."""
+def test_a_batch_without_fresh_tokens_measures_numerics_on_a_newer_group(demo_policy: Path) -> None:
+    """The gap is computed with the weights before the first update, over tokens of the current version only, and
+    nothing else changes: version 3 is this step's, the batch is of the step before."""
     config = make_config(demo_policy, actor={"group_size": 2, "num_mini_batches": 2})
     versions, found = {1: 0, 3: 1}, []
     for is_probed in (False, True):
@@ -272,7 +275,7 @@ def test_a_batch_without_fresh_tokens_has_its_numerics_from_a_newer_group(demo_p
     assert own == {name: probed[name] for name in own}
 
 
-def test_a_batch_with_fresh_tokens_asks_for_no_other(demo_policy: Path) -> None:
+def test_a_batch_with_fresh_tokens_does_not_ask_for_another_group(demo_policy: Path) -> None:
     trainer = make_trainer(make_config(demo_policy, actor={"group_size": 2}))
     metrics = trainer.train(make_batch(trainer), 0, STEPS, lambda: pytest.fail("asked"))
     assert metrics["fresh_tokens"] == metrics["batch_tokens"]

@@ -1,4 +1,5 @@
-"""A learner's trainer on several ranks, as torchrun starts it: takes the steps of a file of jobs, writes what it got.
+"""A learner's trainer on several ranks, as torchrun starts it: takes the steps of a file of jobs and writes the
+results.
 
 torchrun --standalone --nproc-per-node 2 -m tests.support.ranked JOBS.msgpack
 """
@@ -30,7 +31,7 @@ VERSION_STEPS = {1: 0, 2: 1}
 
 
 class Job(msgspec.Struct):
-    """A trainer's life."""
+    """What a trainer is made of, and which steps it takes."""
 
     name: str
     config: dict[str, Any]
@@ -38,13 +39,13 @@ class Job(msgspec.Struct):
     first_step: int = 0
     num_steps: int = 5
     resume: str = ""
-    """A folder to take the state from."""
+    """Folder to load the state from."""
     poisoned_step: int = -1
-    """In which one micro-batch of rank 0 has log-probabilities that are no numbers."""
+    """The step in which the log-probabilities of one micro-batch of rank 0 are NaN."""
 
 
 def do(job: Job, folder: Path, ranks: Ranks) -> None:
-    """Leaves the metrics of each step, the state at the start, after the first step and at the end, and the weights
+    """Writes the metrics of each step, the state at the start, after the first step and at the end, and the weights
     before and after."""
     trainer = build_trainer(RunConfig.model_validate(job.config), ranks)
     if job.resume:
@@ -67,7 +68,7 @@ def do(job: Job, folder: Path, ranks: Ranks) -> None:
 
 
 def save_weights(trainer: Trainer, file: Path) -> None:
-    """As they are published."""
+    """Saves the weights as they are published."""
     save_file({name: weight.detach().clone().contiguous() for name, weight in trainer.policy.tensors().items()}, file)
 
 
@@ -83,7 +84,7 @@ def save(trainer: Trainer, folder: Path) -> None:
 
 
 def do_on_ranks(num_ranks: int, jobs: list[Job], root: Path) -> None:
-    """Each job's results in a folder of its name."""
+    """Runs each job; its results are in a folder of its name."""
     root.mkdir()
     path = root / "jobs.msgpack"
     path.write_bytes(msgspec.msgpack.encode(jobs))

@@ -1,4 +1,4 @@
-"""Ranks that look at how they are sharded, as torchrun starts them: each writes what it found beside the others.
+"""Ranks that examine how they are sharded, as torchrun starts them: each writes its findings.
 
 torchrun --standalone --nproc-per-node 2 -m tests.support.sharded_ranks experts|memory FOLDER [MODEL]
 """
@@ -24,7 +24,7 @@ NUM_EXPERTS, SIZE = 3, 4
 
 
 class Layer(nn.Module):
-    """Experts that are modules of their own, of which a forward pass uses one."""
+    """Experts that are separate modules; a forward pass uses one of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def make_model() -> Model:
 
 
 def experts(ranks: Ranks, folder: Path) -> None:
-    """Each rank uses the expert of its number in every layer, and the last is nobody's. Writes whole gradients."""
+    """Each rank uses the expert of its number in every layer; the last expert is unused. Writes the whole gradients."""
     model = make_model()
     if ranks.rank > 0:
         with torch.no_grad():
@@ -72,7 +72,7 @@ def experts(ranks: Ranks, folder: Path) -> None:
 
 
 def memory(ranks: Ranks, folder: Path) -> None:
-    """Writes by how many bytes the peak of the rank's memory has grown while it loaded the model."""
+    """Writes by how many bytes the rank's peak memory has grown while it loaded the model."""
     settings, learner = ModelConfig(path=sys.argv[3], dtype="float32"), LearnerConfig(device="cpu")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     loaded = load_model(settings, learner, ranks) if ranks.rank == 0 else None
