@@ -1,10 +1,10 @@
-"""Tokens per second of a replica and of its bare engine: one SGLang server, started as a replica starts it, serves both
-in turn.
+"""Tokens per second of a replica and of its bare engine: one SGLang server serves both in turn.
 
-Headrace's side is the replica's program: it leases tickets from a durable Redis, calls the engine, scores with the
-task's reward in a separate process, and commits groups. It is timed from issuing the tickets until the last group is in
-the stream. The bare side is an aiohttp client that sends the same requests with the same concurrency, reads the
-responses and discards them, while no replica runs. Prompts, sampling and log-probabilities are the recipe's.
+The server is started as a replica starts it. Headrace's side is the replica's program: it leases tickets from a durable
+Redis, calls the engine, scores with the task's reward in a separate process, and commits groups. It is timed from
+issuing the tickets until the last group is in the stream. The bare side is an aiohttp client that sends the same
+requests with the same concurrency, reads the responses and discards them, while no replica runs. Prompts, sampling and
+log-probabilities are the recipe's.
 """
 
 import asyncio

@@ -1,9 +1,8 @@
-"""Headrace's side of the comparison with TRL: `headrace up` with a real engine and Redis; its checkpoints are its
-policies.
+"""Headrace's side of the comparison with TRL: `headrace up` with a real engine and Redis.
 
-A checkpoint every `save_every` steps is included in the times, and so are those that the learner adds where a step
-takes long. Accuracy is measured only for the former, as on TRL's side. The evaluation before the first step, with one
-prompt, runs beside the first tickets.
+Its checkpoints are its policies. A checkpoint every `save_every` steps is included in the times, and so are those that
+the learner adds where a step takes long. Accuracy is measured only for the former, as on TRL's side. The evaluation
+before the first step, with one prompt, runs beside the first tickets.
 """
 
 import os

@@ -1,5 +1,4 @@
-"""The gap between reported behaviour log-probabilities and an exact forward pass, computed by transformers in
-float32."""
+"""The gap between reported behaviour log-probabilities and an exact forward pass by transformers in float32."""
 
 from collections import defaultdict
 from pathlib import Path

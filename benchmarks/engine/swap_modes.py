@@ -1,5 +1,6 @@
-"""The cost of a weight swap for requests in flight, by swap mode: `python -m benchmarks.engine.swap_modes [--repeats
-2]`.
+"""The cost of a weight swap for requests in flight, by swap mode.
+
+    python -m benchmarks.engine.swap_modes [--repeats 2]
 
 Both modes take turns on one engine that supports both (no overlap schedule, no radix cache), beside the same work
 without swaps. The workloads are groups of the demo's policy, of the demo's length (about 14 tokens, up to the end

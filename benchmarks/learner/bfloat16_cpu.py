@@ -1,5 +1,6 @@
-"""The gain of a learner on a CPU from computing bfloat16 weights in float32: `python -m
-benchmarks.learner.bfloat16_cpu`.
+"""The gain of a learner on a CPU from computing bfloat16 weights in float32.
+
+    python -m benchmarks.learner.bfloat16_cpu
 
 One forward and one backward pass of a random model of SmolLM2-135M's shape over a prompt of 128 tokens with eight
 completions of 96, by one thread, in turns: in bfloat16, and in float32 with the same weights. Prints the processor

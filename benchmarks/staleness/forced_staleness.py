@@ -1,10 +1,9 @@
-"""One run of the real trainer on groups that are all exactly `max_staleness` steps old: no engine, no Redis, one
-thread.
+"""One run of the real trainer on groups that are all exactly `max_staleness` steps old, without engine and Redis.
 
-The weights of the last steps are kept; a step's groups are sampled with those of `max_staleness` steps before, by the
-same model in the same process. Uniform groups are not replaced, so that runs that differ only in their loss see the
-same number of prompts; with `actor.dynamic_sampling: false` they count in the batch. Everything else (advantages,
-packing, loss, optimizer, metrics, guard) is the learner's own code.
+It uses one thread. The weights of the last steps are kept; a step's groups are sampled with those of `max_staleness`
+steps before, by the same model in the same process. Uniform groups are not replaced, so that runs that differ only in
+their loss see the same number of prompts; with `actor.dynamic_sampling: false` they count in the batch. Everything else
+(advantages, packing, loss, optimizer, metrics, guard) is the learner's own code.
 """
 
 import itertools

@@ -1,9 +1,9 @@
-"""Grows a small Qwen3 to about 10 M parameters without changing its results, so that it can be trained while it is
-small.
+"""Grows a small Qwen3 to about 10 M parameters without changing its results.
 
-The added parts have no effect until training changes them: every new row of a projection that writes to the residual
-stream is 0, so that the added width stays 0 and the added heads, neurons and layers add nothing. Norms divide by the
-root mean square over the width, so their weights are scaled down to compensate for the added zeros.
+So a policy can be trained while it is small. The added parts have no effect until training changes them: every new row
+of a projection that writes to the residual stream is 0, so that the added width stays 0 and the added heads, neurons
+and layers add nothing. Norms divide by the root mean square over the width, so their weights are scaled down to
+compensate for the added zeros.
 """
 
 from typing import Any

@@ -1,8 +1,7 @@
-"""The staleness study's second task: chains of four to six additions and subtractions, answered in about 50 tokens, not
-16.
+"""The staleness study's second task: chains of four to six additions and subtractions.
 
-`python -m benchmarks.tasks.long_arithmetic` makes the policy that the study starts from, in runs/long-policy
-(drawn_task.py).
+An answer has about 50 tokens, not 16. `python -m benchmarks.tasks.long_arithmetic` makes the policy that the study
+starts from, in runs/long-policy (drawn_task.py).
 """
 
 import random

@@ -1,5 +1,4 @@
-"""The advice on the number of replicas, against hand-worked examples: when it changes, by how much, and when it must
-not."""
+"""The advice on the number of replicas, against hand-worked examples."""
 
 from typing import Any
 

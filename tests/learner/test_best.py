@@ -1,5 +1,4 @@
-"""The best policy so far has the weights of the step that was evaluated, complete, also after restarts; and its
-export."""
+"""The best policy so far is complete, has the weights of the evaluated step, survives restarts, and is exported."""
 
 import json
 from pathlib import Path

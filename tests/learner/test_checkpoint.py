@@ -1,5 +1,4 @@
-"""Checkpoints: they are read back, two are kept, an unreadable newest one is skipped; rows of repeated steps are
-dropped."""
+"""Checkpoints: reading them back, keeping two, skipping an unreadable one; rows of repeated steps are dropped."""
 
 from pathlib import Path
 

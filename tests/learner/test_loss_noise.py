@@ -1,5 +1,4 @@
-"""The loss when engine and learner differ by numerics, and when a sequence has diverged: which gradients are lost, and
-that all are finite."""
+"""The loss when engine and learner differ by numerics, and when a sequence has diverged."""
 
 import math
 

@@ -1,5 +1,4 @@
-"""Models whose layers use other tokens in other ways than attention: computed one sequence per row, like plain
-transformers."""
+"""Models with other links between tokens than attention are computed one sequence per row."""
 
 import logging
 from pathlib import Path

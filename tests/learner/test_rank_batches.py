@@ -1,5 +1,4 @@
-"""Splitting among ranks: every sample once, similar numbers of tokens, equal numbers of passes; state files for any
-ranks."""
+"""Splitting among ranks: every sample once, similar numbers of tokens, equal numbers of passes; state files."""
 
 import tempfile
 from pathlib import Path

@@ -1,5 +1,4 @@
-"""The trainer on 2 and 3 ranks against 1: the same loss, metrics, gradients and weights; checkpoints move between
-them."""
+"""The trainer on 2 and 3 ranks against 1: equal loss, metrics, gradients and weights; portable checkpoints."""
 
 import json
 from pathlib import Path

@@ -1,5 +1,4 @@
-"""Ranks that die or freeze: the others notice within the deadline, torchrun restarts all of them, and nothing is
-lost."""
+"""Ranks that die or freeze: the others notice within the deadline, torchrun restarts all, and nothing is lost."""
 
 import os
 import signal

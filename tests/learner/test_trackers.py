@@ -1,5 +1,4 @@
-"""Trackers get every row and never disturb training: TensorBoard and W&B are real, trackio is replaced by a
-recorder."""
+"""Trackers get every row and never disturb training: TensorBoard and W&B are real, trackio is a recorder."""
 
 import importlib.util
 import json

@@ -1,5 +1,4 @@
-"""A step on the demo's policy: splits do not change it, proximal equals policy until the first update, the reward goes
-up."""
+"""A step on the demo's policy: splits do not change it, proximal is policy until the first update, reward goes up."""
 
 from functools import partial
 from pathlib import Path

@@ -1,5 +1,4 @@
-"""A learner's trainer on several ranks, as torchrun starts it: takes the steps of a file of jobs and writes the
-results.
+"""A learner's trainer on several ranks, as torchrun starts it: takes the steps of a file of jobs.
 
 torchrun --standalone --nproc-per-node 2 -m tests.support.ranked JOBS.msgpack
 """
