@@ -14,7 +14,9 @@ import pytest
 
 from headrace.common.wire import Sampling, Ticket
 from headrace.generation.rewards.pool import RewardPool, TaskError
-from headrace.generation.rewards.process import RewardError
+from headrace.generation.rewards.process import RewardError, WorkerProcess
+from headrace.generation.rewards.worker import ScoreRequest, Setup, WorkerReply
+from tests.support.guard import GUARD_S
 
 REPOSITORY = Path(__file__).parents[2]
 TICKET = Ticket(
@@ -27,13 +29,11 @@ TICKET = Ticket(
     sampling=Sampling(temperature=1.0, max_new_tokens=8, stop_token_ids=[]),
     min_weight_version=0,
 )
-ENOUGH_S = 60.0
-"""A deadline that no test is meant to reach."""
 
 
 @asynccontextmanager
 async def running_pool(task: str = "tests.support.faulty_tasks:Obedient", **settings: Any) -> AsyncIterator[RewardPool]:
-    options: dict[str, Any] = {"num_workers": 1, "deadline_s": ENOUGH_S, "memory_bytes": 1 << 30} | settings
+    options: dict[str, Any] = {"num_workers": 1, "deadline_s": GUARD_S, "memory_bytes": 1 << 30} | settings
     pool = RewardPool(task, options.pop("task_settings", {}), **options)
     await pool.start()
     try:
@@ -156,29 +156,51 @@ def test_a_reward_that_ends_its_worker_fails_its_group_only() -> None:
     asyncio.run(scenario())
 
 
-def test_a_hanging_reward_is_killed_and_others_are_scored_meanwhile() -> None:
+def test_others_are_scored_while_a_reward_hangs() -> None:
     async def scenario() -> None:
-        async with running_pool(num_workers=2, deadline_s=1.5) as pool:
+        async with running_pool(num_workers=2) as pool:
             hanging = asyncio.create_task(pool.score(TICKET, ["1", "hang"]))
             scored = await asyncio.gather(*(pool.score(TICKET, [str(number)]) for number in range(50)))
             assert scored == [[float(number)] for number in range(50)]
             assert not hanging.done()
-            with pytest.raises(RewardError, match=r"deadline of 1\.5 s"):
-                await hanging
+        await asyncio.gather(hanging, return_exceptions=True)
 
     asyncio.run(scenario())
 
 
-def test_the_deadline_starts_when_a_worker_gets_the_group() -> None:
+def test_a_hanging_reward_is_killed_at_its_deadline() -> None:
     async def scenario() -> None:
-        async with running_pool(deadline_s=1.0) as pool:
-            outcomes = await asyncio.gather(
-                pool.score(TICKET, ["hang"]), pool.score(TICKET, ["5"]), return_exceptions=True
-            )
-            assert isinstance(outcomes[0], RewardError)
-            assert outcomes[1] == [5.0]
+        async with running_pool(deadline_s=0.2) as pool:
+            with pytest.raises(RewardError, match=r"deadline of 0\.2 s"):
+                await pool.score(TICKET, ["1", "hang"])
 
     asyncio.run(scenario())
+
+
+def test_the_deadline_starts_when_a_worker_gets_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second group waits for the only worker and then gets the whole deadline."""
+    seen: list[Any] = []
+    request = WorkerProcess.request
+
+    async def request_and_note(worker: WorkerProcess, message: Setup | ScoreRequest, deadline_s: float) -> WorkerReply:
+        if isinstance(message, Setup):
+            return await request(worker, message, deadline_s)
+        seen.append((message.completions, deadline_s))
+        try:
+            return await request(worker, message, 0.2 if message.completions == ["hang"] else deadline_s)
+        finally:
+            seen.append("ended")
+
+    monkeypatch.setattr(WorkerProcess, "request", request_and_note)
+
+    async def scenario() -> None:
+        async with running_pool() as pool:
+            groups = (pool.score(TICKET, [completion]) for completion in ("hang", "5"))
+            outcomes = await asyncio.gather(*groups, return_exceptions=True)
+            assert isinstance(outcomes[0], RewardError) and outcomes[1] == [5.0]
+
+    asyncio.run(scenario())
+    assert seen == [(["hang"], GUARD_S), "ended", (["5"], GUARD_S), "ended"]
 
 
 def test_a_reward_can_neither_write_to_nor_read_from_the_connection() -> None:
@@ -195,11 +217,14 @@ def test_a_child_of_a_hanging_reward_is_killed_with_it(tmp_path: Path) -> None:
     os.mkfifo(fifo)
 
     async def scenario() -> None:
-        async with running_pool(deadline_s=1.0) as pool:
+        async with running_pool() as pool:
             end_of_file = asyncio.create_task(asyncio.to_thread(fifo.read_bytes))
-            with pytest.raises(RewardError, match="deadline"):
-                await pool.score(TICKET, [f"hang_with_child {fifo}"])
-            assert await asyncio.wait_for(end_of_file, ENOUGH_S) == b""
+            [worker] = pool._running
+            scoring = asyncio.create_task(pool.score(TICKET, [f"hang_with_child {fifo}"]))
+            while not psutil.Process(worker.process.pid).children():
+                await asyncio.sleep(0.01)
+            scoring.cancel()
+            assert await asyncio.wait_for(end_of_file, GUARD_S) == b""
 
     asyncio.run(scenario())
 
@@ -261,7 +286,7 @@ from headrace.generation.rewards.pool import RewardPool
 from tests.generation.test_reward_pool import TICKET
 
 async def run():
-    pool = RewardPool("tests.support.faulty_tasks:Obedient", {}, num_workers=2, deadline_s=60, memory_bytes=2 << 30)
+    pool = RewardPool("tests.support.faulty_tasks:Obedient", {}, num_workers=2, deadline_s=600, memory_bytes=2 << 30)
     await pool.start()
     await pool.score(TICKET, ["hang"])
 
@@ -274,4 +299,4 @@ asyncio.run(run())
     assert any(line == b"hanging\n" for line in parent.stderr), "the hanging reward never ran"
     assert len(psutil.Process(parent.pid).children()) == 2
     parent.kill()
-    parent.communicate(timeout=10)  # returns at the end of stderr, which each worker holds open until it ends
+    parent.communicate(timeout=GUARD_S)  # returns at the end of stderr, which each worker holds open until it ends
