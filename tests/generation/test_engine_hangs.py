@@ -14,6 +14,7 @@ from headrace.common.process.waiting import Reason
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import decode_group
 from headrace.generation.engine.server import EngineServer
+from tests.support.guard import GUARD_S
 from tests.support.replicas import Learner, a_learner, run, running_replica, until
 
 SILENCE_S = 5.0
@@ -48,9 +49,7 @@ def test_a_hung_sglang_is_restarted_on_the_verified_weights(
     learner.publish(1)
 
     async def scenario() -> None:
-        async with running_replica(
-            redis_url, keys, running_server, demo_policy, liveness_timeout_s=SILENCE_S
-        ) as replica:
+        async with running_replica(redis_url, keys, running_server, demo_policy) as replica:
             await until(lambda: replica.status.state == "running")
             assert running_server._process is not None
             server = psutil.Process(running_server._process.pid)
@@ -58,10 +57,12 @@ def test_a_hung_sglang_is_restarted_on_the_verified_weights(
             [scheduler] = [process for process in family if "scheduler" in " ".join(process.cmdline())]
             os.kill((server if part == "http" else scheduler).pid, signal.SIGSTOP)
             stopped_at = time.monotonic()
+            replica.supervisor.liveness.timeout_s = SILENCE_S
             learner.issue("0-0")
             await until(lambda: replica.heartbeat().groups_in_flight == 1)
             await until(lambda: not replica.supervisor.serving.is_set())
             detected_at = time.monotonic()
+            replica.supervisor.liveness.timeout_s = GUARD_S
             assert replica.status.state == "quarantined" and "has not answered for" in replica.status.reason
             await until(lambda: replica.heartbeat().groups_in_flight == 0)
             assert client.xlen(keys.tickets) == 1 and client.xlen(keys.groups) == 0

@@ -20,6 +20,7 @@ from headrace.common.preflight.recipe import check_engine_installed
 from headrace.generation.engine.client import EngineError
 from headrace.generation.engine.command import launch_command, launch_environment
 from headrace.generation.engine.server import EngineServer
+from tests.support.guard import GUARD_S
 
 STUBBORN = """
 import signal, subprocess, sys, time
@@ -39,8 +40,8 @@ asyncio.run(server.start(sys.argv[1], 1))
 """
 
 
-def eventually(condition: Callable[[], bool], timeout_s: float) -> bool:
-    deadline_s = time.monotonic() + timeout_s
+def eventually(condition: Callable[[], bool]) -> bool:
+    deadline_s = time.monotonic() + GUARD_S
     while not condition():
         if time.monotonic() > deadline_s:
             return False
@@ -49,7 +50,7 @@ def eventually(condition: Callable[[], bool], timeout_s: float) -> bool:
 
 
 def server_running(
-    program: list[str], monkeypatch: pytest.MonkeyPatch, log_path: Path, timeout_s: float = 30.0
+    program: list[str], monkeypatch: pytest.MonkeyPatch, log_path: Path, timeout_s: float = GUARD_S
 ) -> EngineServer:
     """An `EngineServer` that starts `program` instead of SGLang."""
     monkeypatch.setattr("headrace.generation.engine.server.launch_command", lambda *_: program)
@@ -71,22 +72,31 @@ def test_stop_ends_a_server_and_its_children_that_ignore_sigterm(
     script = tmp_path / "stubborn.py"
     script.write_text(STUBBORN)
     monkeypatch.setattr("headrace.generation.engine.server.STOP_GRACE_S", 0.3)
-    server = server_running([sys.executable, str(script)], monkeypatch, tmp_path / "sglang.log", timeout_s=2.0)
+    server = server_running([sys.executable, str(script)], monkeypatch, tmp_path / "sglang.log")
     others = set(psutil.Process().children(recursive=True))
     seen: set[psutil.Process] = set()
 
     async def start_and_watch() -> None:
         start = asyncio.create_task(server.start("model", 1))
-        while not start.done():
+        while len(seen) < 2:
             seen.update(set(psutil.Process().children(recursive=True)) - others)
             await asyncio.sleep(0.05)
+        start.cancel()
         await start
 
-    with pytest.raises(EngineError, match="not healthy within 2 s"):
+    with pytest.raises(asyncio.CancelledError):
         asyncio.run(start_and_watch())
     assert len(seen) == 2
     assert not any(process.is_running() for process in seen)
     assert server.returncode == -signal.SIGKILL
+
+
+def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program = [sys.executable, "-c", "import time; time.sleep(600)"]
+    server = server_running(program, monkeypatch, tmp_path / "sglang.log", timeout_s=0.3)
+    with pytest.raises(EngineError, match=r"not healthy within 0\.3 s"):
+        asyncio.run(server.start("model", 1))
+    assert not server.is_alive
 
 
 def test_the_real_server_dies_with_a_killed_replica(demo_policy: Path, tmp_path: Path) -> None:
@@ -95,12 +105,12 @@ def test_the_real_server_dies_with_a_killed_replica(demo_policy: Path, tmp_path:
     replica = subprocess.Popen(command, cwd=Path(__file__).parents[2])
     family = psutil.Process(replica.pid)
     try:
-        assert eventually(lambda: len(family.children(recursive=True)) >= 3, 60.0)
+        assert eventually(lambda: len(family.children(recursive=True)) >= 3)
         descendants = family.children(recursive=True)
     finally:
         replica.send_signal(signal.SIGKILL)
         replica.wait()
-    assert eventually(lambda: not any(process.is_running() for process in descendants), 5.0)
+    assert eventually(lambda: not any(process.is_running() for process in descendants))
 
 
 def test_a_missing_sglang_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:

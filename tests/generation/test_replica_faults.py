@@ -22,6 +22,7 @@ from headrace.generation.tickets.store import Lease, TicketStore
 from headrace.launcher.run.redis_server import launch_redis, start_redis, wait_for_redis
 from headrace.learner.store.store import LearnerStore
 from tests.support.fake_sglang import FakeSglang
+from tests.support.guard import GUARD_S
 from tests.support.replicas import Learner, a_learner, run, running_replica, until
 
 ENGINE_SILENT = Reason.ENGINE_SILENT
@@ -92,15 +93,18 @@ def test_an_external_engine_that_was_silent_must_confirm_its_weights(
     client = learner.store.client
 
     async def scenario() -> None:
-        async with start(liveness_timeout_s=1.0) as replica:
+        async with start() as replica:
             await until(lambda: replica.status.state == "running")
             fake.hanging = {"/health", "/generate"}
             learner.issue("0-0")
+            await until(lambda: "/generate" in fake.paths)
+            replica.supervisor.liveness.timeout_s = 1.0
             await until(lambda: replica.status.state == "quarantined")
             heartbeat = replica.heartbeat()
-            assert re.search(r"the engine has not answered for \d s: waiting until it does", heartbeat.reason)
+            assert re.search(r"the engine has not answered for \d+ s: waiting until it does", heartbeat.reason)
             assert [(wait["reason"], wait["deadline_s"]) for wait in replica.waits.status()] == [(ENGINE_SILENT, None)]
             await until(lambda: replica.heartbeat().groups_in_flight == 0)
+            replica.supervisor.liveness.timeout_s = GUARD_S
             fake.hanging = {"/model_info"}
             await until(lambda: replica.supervisor.incarnation == 2)
             assert replica.status.state == "starting" and client.xlen(keys.tickets) == 1
@@ -225,7 +229,7 @@ def test_a_replica_waits_for_a_redis_that_restarts(
     service, url = start_redis(folder, tmp_path / "redis.log")
     client = connect(url)
     with contextlib.ExitStack() as stack:
-        stack.callback(lambda: service.stop(5.0))
+        stack.callback(lambda: service.stop(GUARD_S))
         stack.enter_context(client)
         learner = stack.enter_context(a_learner(client, keys, tmp_path, demo_policy))
         learner.publish(0)
@@ -248,7 +252,7 @@ def test_a_replica_waits_for_a_redis_that_restarts(
 
 
 def test_a_replica_ends_if_no_weight_version_arrives(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headrace.generation.loop.FIRST_VERSION_TIMEOUT_S", 2.0)
+    monkeypatch.setattr("headrace.generation.loop.FIRST_VERSION_TIMEOUT_S", 1.0)
 
     async def scenario() -> None:
         async with start() as replica:
@@ -257,4 +261,4 @@ def test_a_replica_ends_if_no_weight_version_arrives(start: Start, monkeypatch: 
 
     with pytest.raises(BaseExceptionGroup) as caught:
         run(scenario)
-    assert caught.group_contains(TimeoutError, match=r"no weight version to serve within 2 s")
+    assert caught.group_contains(TimeoutError, match=r"no weight version to serve within 1 s")

@@ -57,6 +57,7 @@ def test_a_replica_that_dies_with_a_slot_blocks_it_only_until_it_expires(
     redis_url: str, client: redis.Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(swap_slots, "SLOT_TTL_S", 0.3)
+    began_s = time.monotonic()
     seconds, microseconds = client.time()
     client.zadd(keys.swap_slots, {"dead": seconds * 1000 + microseconds // 1000 + 300})
 
@@ -66,6 +67,5 @@ def test_a_replica_that_dies_with_a_slot_blocks_it_only_until_it_expires(
             pass
         await client.aclose()
 
-    began_s = time.monotonic()
-    asyncio.run(scenario())
-    assert 0.2 < time.monotonic() - began_s < 5.0
+    asyncio.run(asyncio.wait_for(scenario(), GUARD_S))
+    assert time.monotonic() - began_s > 0.2

@@ -59,9 +59,8 @@ async def updating(
         client, keys, LocalWeights(model), Fetcher("token"), SwapSlots(client, keys, "a", 0.5), ignore
     )
     server = fake if isinstance(fake, EngineServer) else None
-    timeout_s = 1.0 if server is None else 20.0
     supervisor = EngineSupervisor(
-        engine, server, updater.startup_weights, liveness_timeout_s=timeout_s, busy_timeout_s=timeout_s
+        engine, server, updater.startup_weights, liveness_timeout_s=GUARD_S, busy_timeout_s=GUARD_S
     )
     tasks = [asyncio.create_task(supervisor.run()), asyncio.create_task(updater.run(supervisor))]
     try:
@@ -77,6 +76,7 @@ async def updating(
             await server.stop()
 
 
+SILENCE_S = 1.0
 GOOD = {"version": "7", "sha256": "0" * 64, "url": "http://127.0.0.1:1"}
 
 
@@ -192,7 +192,9 @@ def test_an_external_engine_that_was_restarted_gets_its_weights_back(
         async with updating(redis_url, keys, fake, demo_policy) as (updater, supervisor):
             await until(lambda: updater.version == version)
             fake.hanging = {"/health"}
+            supervisor.liveness.timeout_s = SILENCE_S
             await until(lambda: not supervisor.serving.is_set())
+            supervisor.liveness.timeout_s = GUARD_S
             fake.calls.clear()
             fake.serve_version("default")
             fake.hanging = set()
@@ -244,7 +246,7 @@ def test_an_own_engine_that_failed_halfway_is_restarted_on_the_last_verified_ver
         async with updating(redis_url, keys, server, demo_policy) as (updater, supervisor):
             await until(lambda: updater.version == first)
             folder = updater.local.current_folder
-            async with httpx.AsyncClient(trust_env=False) as http:
+            async with httpx.AsyncClient(trust_env=False, timeout=GUARD_S) as http:
                 await http.post(f"{server.url}/script", json={"fails_halfway": True})
             updater.hint(await asyncio.to_thread(learner.publish, 1))
             await until(lambda: updater.version == first + 1)
@@ -265,11 +267,13 @@ def test_nothing_is_swapped_into_an_engine_that_is_down(
     async def scenario() -> None:
         async with updating(redis_url, keys, fake, demo_policy) as (updater, supervisor):
             await until(lambda: "/server_info answered 500" in updater.problem)
+            supervisor.liveness.timeout_s = SILENCE_S
             await until(lambda: not supervisor.serving.is_set())
             fake.calls.clear()
             await until(lambda: len(fake.calls) >= 2)
             assert set(fake.paths) == {"/health"}
             fake.replies["/server_info"] = answers
+            supervisor.liveness.timeout_s = GUARD_S
             fake.hanging = set()
             await until(lambda: (updater.version, updater.problem) == (version, ""))
 
@@ -297,7 +301,7 @@ def test_the_next_swap_waits_until_retracted_requests_have_made_progress(
             began_s = time.monotonic()
             updater.hint(await asyncio.to_thread(learner.publish, 1))
             with contextlib.suppress(TimeoutError):
-                await until(lambda: updater.version > first, 1.0 if waits else 20.0)
+                await until(lambda: updater.version > first, 0.5 if waits else GUARD_S)
             assert (updater.version == first) == waits
             took_s = time.monotonic() - began_s
             recomputed.set()
