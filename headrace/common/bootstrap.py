@@ -1,8 +1,8 @@
-"""What a service that joins a run must know before it begins: its run, the run's configuration, the run's token.
+"""How a service joins a run: it finds the run's name, configuration and token.
 
-A Redis URL and the token are enough: the run is found if Redis has only one, and everything else stands in Redis.
-What may still come (a learner that begins the run, the token's file) is waited for; what is wrong is a `ValueError`
-of one line.
+A Redis URL and the token suffice: a name is needed only if Redis has several runs, and the configuration is in Redis.
+The service waits for what may still appear (the learner that begins the run, the token file). Invalid input raises
+`ValueError` with one line.
 """
 
 import argparse
@@ -28,7 +28,7 @@ Found = TypeVar("Found")
 
 
 class JoinedRun(NamedTuple):
-    """A run that a service can begin to work for."""
+    """The run that a service has joined."""
 
     keys: Keys
     config: RunConfig
@@ -36,22 +36,26 @@ class JoinedRun(NamedTuple):
 
 
 def service_parser(service: str) -> argparse.ArgumentParser:
-    """The arguments that every service takes which joins a run: `join_run`'s, and where it listens."""
+    """The parser for a service that joins a run: the arguments of `join_run`, and the address to listen on."""
     parser = argparse.ArgumentParser(prog=f"python -m headrace.{service}")
-    parser.add_argument("--run", default=os.environ.get("HEADRACE_RUN"), help="default: the only one in this Redis")
+    parser.add_argument(
+        "--run", default=os.environ.get("HEADRACE_RUN"), help="name of the run; default: the only one in this Redis"
+    )
     parser.add_argument(
         "--redis-url",
         default=os.environ.get("HEADRACE_REDIS_URL", ""),
-        help="better given as HEADRACE_REDIS_URL where it has a password: a command line is for everybody to see",
+        help="URL of the run's Redis; if it has a password, use HEADRACE_REDIS_URL: other users can see command lines",
     )
-    parser.add_argument("--token-file", type=Path, default=None, help=f"unless the variable {TOKEN_VARIABLE} is set")
-    parser.add_argument("--host", default=None, help=f"overrides {service}.host")
-    parser.add_argument("--port", type=int, default=None, help=f"overrides {service}.port")
+    parser.add_argument(
+        "--token-file", type=Path, default=None, help=f"file with the run's token; not read if {TOKEN_VARIABLE} is set"
+    )
+    parser.add_argument("--host", default=None, help=f"address to listen on; overrides {service}.host")
+    parser.add_argument("--port", type=int, default=None, help=f"port to listen on; overrides {service}.port")
     return parser
 
 
 def join_run(redis_url: str, run: str | None, token_file: Path | None, waits: Waits) -> JoinedRun:
-    """Waits `JOIN_TIMEOUT_S` for each, then raises `TimeoutError`; `ValueError` for what no wait would mend."""
+    """Waits up to `JOIN_TIMEOUT_S` for each part, then raises `TimeoutError`; `ValueError` for invalid input."""
     if not redis_url:
         raise ValueError("no Redis: expected the variable HEADRACE_REDIS_URL or --redis-url")
     token = token_from_environment()
@@ -79,14 +83,14 @@ def _only_run(client: redis.Redis) -> Keys | None:
 def _read_config(found: bytes) -> RunConfig:
     try:
         return RunConfig.model_validate_json(found)
-    except ValidationError as error:  # whose own text repeats what it was given, which may be secret
+    except ValidationError as error:  # its own text repeats the values, which may be secret
         problems = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
         raise ConfigError(f"the run's configuration in Redis: {problems}") from None
 
 
-def _wait_for(look: Callable[[], Found | None], what: str, waits: Waits) -> Found:
-    """The first look that finds something; raises `TimeoutError` after `JOIN_TIMEOUT_S`."""
-    while not (found := look()):
+def _wait_for(find: Callable[[], Found | None], what: str, waits: Waits) -> Found:
+    """Calls `find` until it returns a value; raises `TimeoutError` after `JOIN_TIMEOUT_S`."""
+    while not (found := find()):
         if waits.note(Reason.NO_TICKETS, what, JOIN_TIMEOUT_S) > JOIN_TIMEOUT_S:
             raise TimeoutError(f"{what} within {JOIN_TIMEOUT_S:.0f} s")
         time.sleep(POLL_S)

@@ -125,8 +125,8 @@ def test_a_hub_name_is_no_path(path: str, expected: bool, monkeypatch: pytest.Mo
     ("error", "is_here", "text"),
     [
         (errors.LocalEntryNotFoundError("offline"), False, "no folder here, and of a model of the hub the files"),
-        (httpx.ConnectTimeout("slow"), False, "out of reach"),
-        (errors.RepositoryNotFoundError("404", response=refusal(404)), True, "nor a model that the hub shows"),
+        (httpx.ConnectTimeout("slow"), False, "the hub is unreachable"),
+        (errors.RepositoryNotFoundError("404", response=refusal(404)), True, "nor a model that is visible on the hub"),
         (errors.GatedRepoError("403", response=refusal(403)), True, "expected HF_TOKEN"),
     ],
     ids=["offline", "slow", "unknown", "gated"],

@@ -1,1 +1,1 @@
-"""Which machine this is, which GPUs it has, and which service gets which of them. Imports no torch."""
+"""The machine's identity, its GPUs, and their assignment to services. Imports no torch."""

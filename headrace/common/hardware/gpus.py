@@ -1,8 +1,9 @@
-"""The NVIDIA GPUs that this process may use, and their memory, as the driver's `nvidia-smi` tells; imports no torch.
+"""The NVIDIA GPUs that this process may use, and their memory, by the driver's `nvidia-smi`. Imports no torch.
 
-CUDA_VISIBLE_DEVICES is respected as CUDA does (CUDA C++ Programming Guide, "CUDA Environment Variables"): indices,
-UUIDs or their beginnings, MIG devices; the first name that is none ends the list. What it names keeps its name, so
-that it can be handed on. Without `nvidia-smi` GPUs are counted by their device files, and their memory is unknown.
+CUDA_VISIBLE_DEVICES is interpreted as CUDA does (CUDA C++ Programming Guide, "CUDA Environment Variables"): indices,
+UUIDs or their prefixes, MIG devices; the first invalid name ends the list. A GPU keeps the name that it has there, so
+that the name can be passed to child processes. Without `nvidia-smi`, GPUs are counted by their device files, and their
+memory is unknown.
 """
 
 import csv
@@ -15,15 +16,15 @@ from headrace.common.hardware.device import VISIBLE_DEVICES, gpu_files, has_gpu,
 MIB = 1 << 20
 QUERY = ["nvidia-smi", "--query-gpu=uuid,memory.total,memory.free", "--format=csv,noheader,nounits"]
 QUERY_TIMEOUT_S = 60.0
-"""A driver that keeps no state between its users takes seconds to wake each GPU."""
+"""Without persistence mode the driver takes seconds to initialise each GPU."""
 
 
 class Gpu(NamedTuple):
     name: str
-    """As CUDA_VISIBLE_DEVICES calls it."""
+    """Its name in CUDA_VISIBLE_DEVICES."""
     total_bytes: int = 0
     free_bytes: int = 0
-    """0 where memory is unknown."""
+    """Both are 0 if memory is unknown."""
 
 
 class _DetectedGpu(NamedTuple):
@@ -33,7 +34,7 @@ class _DetectedGpu(NamedTuple):
 
 
 def visible_gpus() -> list[Gpu]:
-    """In the order in which CUDA shows them. Raises `ValueError` if one is named twice, where CUDA shows none."""
+    """The GPUs in CUDA's order. Raises `ValueError` if one is named twice; CUDA would then show none."""
     given = os.environ.get(VISIBLE_DEVICES)
     if hides_all_gpus(given) or not has_gpu():
         return []
@@ -44,7 +45,7 @@ def visible_gpus() -> list[Gpu]:
 
 
 def select_gpus(given: str, present: list[_DetectedGpu]) -> list[Gpu]:
-    """Those of `present`, in the driver's order, that a value of CUDA_VISIBLE_DEVICES names."""
+    """The GPUs of `present` (in the driver's order) that a value of CUDA_VISIBLE_DEVICES names."""
     found: list[Gpu] = []
     for name in (part.strip() for part in given.split(",")):
         if name.startswith("MIG-"):  # a part of a GPU, which the query does not list
@@ -62,12 +63,12 @@ def select_gpus(given: str, present: list[_DetectedGpu]) -> list[Gpu]:
 
 
 def _matches_uuid(gpu: _DetectedGpu, name: str) -> bool:
-    """Without the driver's word any UUID may be right."""
+    """True for every name if the GPU's UUID is unknown."""
     return not gpu.uuid or gpu.uuid.startswith(name)
 
 
 def _query_driver() -> list[_DetectedGpu]:
-    """Empty if it cannot be asked."""
+    """Asks `nvidia-smi`; empty if it does not answer."""
     try:
         answer = subprocess.run(QUERY, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=True).stdout
     except (OSError, subprocess.SubprocessError):
@@ -77,10 +78,10 @@ def _query_driver() -> list[_DetectedGpu]:
 
 
 def _bytes(mib: str) -> int:
-    """0 for a GPU that shares the machine's memory, whose figure is `[N/A]`."""
+    """0 for a GPU that shares the machine's memory; its value is `[N/A]`."""
     return int(mib) * MIB if mib.strip().isdecimal() else 0
 
 
 def _count_device_files() -> list[_DetectedGpu]:
-    """At least one: under WSL2 there are no such files."""
+    """Counts device files; at least one GPU, since WSL2 has no such files."""
     return [_DetectedGpu("", 0, 0)] * max(1, len(gpu_files()))

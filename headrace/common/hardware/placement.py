@@ -1,6 +1,6 @@
-"""Which GPUs each service of a run on one machine gets: the learner's ranks first, then the engine of each replica.
+"""The assignment of one machine's GPUs to a run's services: first the learner's ranks, then each replica's engine.
 
-Learner and engine share a GPU only where there is no other, and then by an explicit split (`learner.memory_fraction`).
+Learner and engine share a GPU only if there is no other, and only with an explicit split (`learner.memory_fraction`).
 """
 
 from collections.abc import Sequence
@@ -10,25 +10,28 @@ from headrace.common.wire.desired_state import MAX_REPLICAS
 
 MIB = 1 << 20
 SHARED_PREFILL_TOKENS = 2048
-"""Of one prefill of an engine on a shared GPU, which keeps its activations small."""
+"""Tokens of one prefill of an engine on a shared GPU; a small prefill has small activations."""
 OUTSIDE_TORCH_BYTES = 1 << 30
-"""Of the learner: what CUDA and its libraries take beside torch's own allocations."""
+"""Memory of the learner that CUDA and its libraries take in addition to torch's allocations."""
 GpuNames = tuple[str, ...]
 
 
 class Placement(NamedTuple):
-    """GPUs by their names in CUDA_VISIBLE_DEVICES; a service without one sees none."""
+    """GPUs by their names in CUDA_VISIBLE_DEVICES; a service without a GPU sees none."""
 
     learner: GpuNames
     engines: tuple[GpuNames, ...]
-    """Of as many replicas as there can be, `generation-0` first."""
+    """The GPUs of each possible replica, `generation-0` first."""
     is_shared: bool = False
-    """The learner and the only engine are on the same GPU."""
+    """Whether the learner and the only engine are on the same GPU."""
 
 
 def assign_gpus(gpus: Sequence[str], *, ranks: int, replicas: int, tp_size: int, is_split: bool) -> Placement:
-    """`ranks` 0: the learner needs no GPU; `tp_size` 0: an engine needs none. `is_split`: the learner's share of a GPU
-    that it has to share is given. Raises `ValueError` with the numbers, and what to change, if there are too few."""
+    """With `ranks` 0 the learner needs no GPU, with `tp_size` 0 an engine needs none.
+
+    `is_split`: the learner's share of a GPU is configured, so that it can share one. Raises `ValueError` with the
+    numbers, and what to change, if there are too few GPUs.
+    """
     if is_split and len(gpus) == ranks == tp_size == 1:
         placement = Placement(tuple(gpus), (tuple(gpus),), is_shared=True)
     else:
@@ -63,10 +66,10 @@ def _too_few(gpus: Sequence[str], ranks: int, replicas: int, tp_size: int, max_r
 
 
 def engine_static_bytes(total_bytes: int, learner_fraction: float, max_running_requests: int) -> int:
-    """Of a GPU that engine and learner share: what is left for the engine's weights and KV cache.
+    """The bytes left for the engine's weights and KV cache on a GPU that learner and engine share.
 
-    Beyond these SGLang takes, by its own reckoning (sglang 0.5.23, srt/arg_groups/memory_hook.py), 512 MiB, 1.5 MiB a
-    token of a prefill and 2 MiB a request of the largest CUDA graph.
+    In addition SGLang reserves (sglang 0.5.23, srt/arg_groups/memory_hook.py) 512 MiB, 1.5 MiB per token of a prefill
+    and 2 MiB per request of the largest CUDA graph.
     """
     beside = 512 * MIB + SHARED_PREFILL_TOKENS * 3 * MIB // 2 + max_running_requests * 2 * MIB
     return int(total_bytes * (1 - learner_fraction)) - beside - OUTSIDE_TORCH_BYTES

@@ -1,1 +1,1 @@
-"""What the HTTP side of each service shares: who may change something, limits, errors as problem details."""
+"""The shared parts of the services' HTTP servers: authorisation, limits, errors as problem details."""

@@ -5,7 +5,7 @@ import socket
 from typing import Protocol
 
 ADVERTISED_HOST_VARIABLE = "HEADRACE_ADVERTISED_HOST"
-"""Where host names do not resolve everywhere, as those of Kubernetes' pods."""
+"""Variable with the host name or address to advertise, where host names do not resolve everywhere (Kubernetes pods)."""
 
 
 def bearer_header(token: str) -> dict[str, str]:
@@ -13,7 +13,7 @@ def bearer_header(token: str) -> dict[str, str]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one. Raises `ValueError` if the address cannot be had."""
+    """A listening socket; port 0 takes any free port. Raises `ValueError` if the address is not available."""
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -26,7 +26,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class ListenAddress(Protocol):
-    """Where a service listens, as configured."""
+    """The configured address of a service."""
 
     @property
     def host(self) -> str: ...
@@ -35,20 +35,22 @@ class ListenAddress(Protocol):
 
 
 def listen_with_overrides(configured: ListenAddress, host: str | None, port: int | None) -> socket.socket:
-    """Listens where configured, except that a given host or port takes precedence."""
+    """Listens at the configured address; a given host or port takes precedence."""
     return listen(configured.host if host is None else host, configured.port if port is None else port)
 
 
 def free_port() -> int:
-    """On loopback, for a server that cannot be handed a socket."""
+    """A free port on loopback, for a server that cannot take over a socket."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def socket_url(sock: socket.socket) -> str:
-    """How others reach the socket: its address; where it listens on all of them, what HEADRACE_ADVERTISED_HOST says,
-    else this host's name."""
+    """The URL by which other services reach the socket.
+
+    Its host is the socket's address; if that is 0.0.0.0, HEADRACE_ADVERTISED_HOST, else this machine's host name.
+    """
     return advertised_url(*sock.getsockname()[:2])
 
 

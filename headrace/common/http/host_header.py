@@ -1,6 +1,6 @@
-"""Protects services on loopback from DNS rebinding: rejects requests whose Host header is another name.
+"""Protects services on loopback from DNS rebinding: rejects requests whose Host header is not a loopback name.
 
-Otherwise a website whose name resolves to 127.0.0.1 could read the run through the browser of a visitor.
+Otherwise a website whose name resolves to 127.0.0.1 could read the run through a visitor's browser.
 """
 
 import ipaddress
@@ -14,14 +14,14 @@ _HOST = re.compile(rb"(\[[0-9a-fA-F:.]+\]|[^:]*)(:[0-9]{1,5})?")
 
 
 class HostHeaderCheck:
-    """ASGI middleware."""
+    """ASGI middleware; answers 421 to other hosts."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not all(_is_local(host) for name, host in scope["headers"] if name == b"host"):
-            await problem_response(421, "this service listens on loopback: ask for it by localhost or 127.0.0.1")(
+            await problem_response(421, "this service listens on loopback: address it as localhost or 127.0.0.1")(
                 scope, receive, send
             )
             return

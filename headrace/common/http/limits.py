@@ -1,7 +1,6 @@
-"""What a caller may take of a service: bytes of a request, time to send it, time to take an answer.
+"""Limits on a request to a service: its size, the time to send it, and the time to read the response.
 
-A caller who sends slowly, or never reads, holds a connection for a bounded time and a bounded buffer, and nothing
-else: no thread and no task waits for it beyond that.
+A client that sends slowly, or never reads, holds only one connection and a bounded buffer, for a bounded time.
 """
 
 import asyncio
@@ -18,12 +17,12 @@ STALL_TIMEOUT_S = 20.0
 MAX_CONNECTIONS = 800
 """Below the usual limit of 1024 open files."""
 CLOSING = {"Connection": "close"}
-"""What is still being sent is not waited for."""
+"""Header of an early error response: the rest of the request is not read."""
 KEEP_ALIVE_S = 20
 
 
 class BoundedBody:
-    """ASGI: hands a request on once its body is there; answers 413 or 408 where it is too long in bytes or time."""
+    """ASGI middleware: passes a request on once its body has arrived; answers 413 (too large) or 408 (too slow)."""
 
     def __init__(self, app: ASGIApp, max_bytes: int = MAX_BODY_BYTES) -> None:
         self.app = app
@@ -54,7 +53,7 @@ class BoundedBody:
         await self.app(scope, replay, send)
 
     async def _read(self, receive: Receive) -> bytes | None:
-        """None if it is too large, or its caller has left."""
+        """The body; None if it is too large or the client has disconnected."""
         body = bytearray()
         while True:
             message = await receive()
@@ -72,7 +71,7 @@ def _has_body(scope: Scope) -> bool:
 
 
 class BoundedConnection(H11Protocol):
-    """A connection that must have sent a request's head, and taken of an answer, within bounded times."""
+    """A connection that is closed if the client does not send a request's head, or does not read, in time."""
 
     _deadline: asyncio.TimerHandle | None = None
     _stall: asyncio.TimerHandle | None = None

@@ -1,4 +1,4 @@
-"""Errors as problem details (RFC 9457), whatever went wrong, and without a word of what was sent."""
+"""Error responses as problem details (RFC 9457); they do not repeat the content of the request."""
 
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -19,7 +19,7 @@ def problem_response(status: int, detail: str, headers: Mapping[str, str] | None
 
 
 def add_problem_handlers(app: FastAPI) -> None:
-    """Of the routes, of what a request lacks, and of our own."""
+    """Handles errors raised by routes, invalid requests and unexpected exceptions."""
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
@@ -32,4 +32,4 @@ def add_problem_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
-        return problem_response(500, "this call failed; the service's log tells why")
+        return problem_response(500, "this call failed; the reason is in the service's log")

@@ -1,7 +1,7 @@
-"""What the services' HTTP sides share: who may change something, and a server for a thread or a loop.
+"""The services' HTTP servers: token authorisation, and a server for a thread or an event loop.
 
-Reading is open on the address the service binds to (loopback unless told otherwise); everything that changes
-state depends on `require_token`.
+Reading is open on the address that the service binds to (loopback by default). Every route that changes state depends
+on `require_token`.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ def require_token(token: str) -> Callable[[Request], Awaitable[None]]:
 
 
 def new_app(title: str, **settings: Any) -> FastAPI:
-    """Its errors are problems, and its requests bounded."""
+    """An app whose errors are problem details and whose requests are bounded in size and time."""
     app = FastAPI(title=title, **settings)
     app.add_middleware(BoundedBody)
     add_problem_handlers(app)
@@ -45,10 +45,9 @@ def new_app(title: str, **settings: Any) -> FastAPI:
 
 
 class Server(uvicorn.Server):
-    """Any service's: with the limits of `headrace.common.http.limits`, and on loopback for loopback's own names
-    alone.
+    """A service's HTTP server, with the limits of `headrace.common.http.limits`.
 
-    It leaves signals to the process that it is a part of. Callers are who they are, whatever their headers say.
+    On loopback it accepts only loopback's names. It leaves signals to its process and ignores proxy headers.
     """
 
     def __init__(self, app: FastAPI, sock: socket.socket) -> None:
@@ -72,7 +71,7 @@ class Server(uvicorn.Server):
 
 @contextlib.asynccontextmanager
 async def serve_in_loop(app: FastAPI, sock: socket.socket) -> AsyncIterator[None]:
-    """Serves in this event loop until the block ends."""
+    """Serves the app in this event loop until the block ends."""
     server = Server(app, sock)
     serving = asyncio.create_task(server.serve(sockets=[sock]))
     try:
@@ -84,7 +83,7 @@ async def serve_in_loop(app: FastAPI, sock: socket.socket) -> AsyncIterator[None
 
 @contextlib.contextmanager
 def serve_in_thread(app: FastAPI, sock: socket.socket) -> Iterator[None]:
-    """Serves until the block ends."""
+    """Serves the app in a thread until the block ends."""
     server = Server(app, sock)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, name="http", daemon=True)
     thread.start()

@@ -1,1 +1,1 @@
-"""What can be known to be wrong before anything starts, from files and from a task's first prompts."""
+"""Checks before anything starts, on files and on a task's first prompts."""

@@ -1,7 +1,7 @@
-"""Whether the packages that a run on this machine needs are installed, and the commands that install them.
+"""The packages that a run on this machine needs, the check that they are installed, and the commands to install them.
 
-The extras are those of pyproject.toml. SGLang's metadata asks for CUDA builds, so that a machine without a GPU takes it
-and torchvision by themselves.
+The extras are those of pyproject.toml. SGLang's metadata requires CUDA builds, so on a machine without a GPU SGLang and
+torchvision are installed separately, without their dependencies.
 """
 
 import importlib.util
@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 REQUIRED_PACKAGES = ("aiohttp", "datasets", "matplotlib", "safetensors", "torch", "transformers")
-"""What the learner and the replicas import, in the extras `learner` and `generation`."""
+"""The packages that the learner and the replicas import, from the extras `learner` and `generation`."""
 SGLANG, TORCHVISION = "sglang==0.5.23", "torchvision==0.28.0"
 CPU_TORCH = "--extra-index-url https://download.pytorch.org/whl/cpu"
 CPU_PACKAGES = Path(sys.prefix) / "sglang-cpu"
-"""The folder of torchvision for SGLang alone: it is a CUDA build, with which no other process can import transformers
-beside CPU torch."""
+"""The folder of torchvision, which only SGLang uses: it is a CUDA build, and with it and CPU torch no other process can
+import transformers."""
 CPU_COMMAND = (
     f"pip install {CPU_TORCH} 'headrace[learner,generation,launcher,engine-cpu]' && pip install --no-deps {SGLANG} && "
     f"pip install --no-deps --target {CPU_PACKAGES} {TORCHVISION}"

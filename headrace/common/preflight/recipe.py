@@ -1,4 +1,4 @@
-"""What can be known to be wrong before anything starts, read from files without torch or transformers.
+"""Checks of a recipe before anything starts, from files, without torch or transformers.
 
 Every check raises `ValueError` with one line that names the value and what was expected: as its subclass
 `UnavailableHere` if the configuration may be right and only this machine cannot run it now. The small files of a model
@@ -25,7 +25,7 @@ REDIS_TIMEOUT_S = 3.0
 
 
 class UnavailableHere(ValueError):
-    """Something is missing on this machine, busy, or out of its reach; elsewhere the configuration may run."""
+    """Something is missing on this machine, busy or unreachable; the configuration may run on another machine."""
 
 
 class _Vocabulary(msgspec.Struct):
@@ -49,9 +49,9 @@ class _TokenizerFile(msgspec.Struct):
 
 
 def check_run(config: RunConfig, missing: list[str] | None = None) -> None:
-    """Raises the first problem; given `missing`, collects there what is only not here, and raises only the rest.
+    """Raises the first problem. With `missing`, an `UnavailableHere` is appended to it instead of raised.
 
-    The task and its prompts are `headrace.common.preflight.task`'s.
+    `headrace.common.preflight.task` checks the task and its prompts.
     """
     prepare_hub(config)
     for check in (check_addresses, check_redis, check_model, check_engine, check_trackers):
@@ -64,11 +64,11 @@ def check_run(config: RunConfig, missing: list[str] | None = None) -> None:
 
 
 def prepare_hub(config: RunConfig) -> None:
-    """Without a way to the hub, the libraries are told to use their caches: they would retry for half a minute.
+    """Switches the hub's libraries to their caches if the hub cannot be reached; they would retry for half a minute.
 
-    Sets variables of this process and its children; to be called before the libraries are imported.
+    Sets variables of this process and its children; call it before the libraries are imported.
     """
-    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # what goes wrong is raised as well
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # errors are also raised
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not (is_hub_name(config.model.path) or config.task.name in HUB_TASKS) or "HF_HUB_OFFLINE" in os.environ:
@@ -82,7 +82,7 @@ def prepare_hub(config: RunConfig) -> None:
 
 
 def check_addresses(config: RunConfig) -> None:
-    """The ports that are not left to chance."""
+    """Checks the configured ports: they differ, and are free."""
     learner, generation = config.learner, config.generation
     if generation.port and generation.replicas > 1:
         raise ValueError(
@@ -99,7 +99,7 @@ def check_addresses(config: RunConfig) -> None:
 
 
 def check_redis(config: RunConfig) -> None:
-    """Asks it once; whether it keeps what it is given, the learner checks."""
+    """Checks that a configured Redis answers; the learner checks its durability."""
     if config.redis_url is None:
         return
     import redis
@@ -145,8 +145,8 @@ def check_model(config: RunConfig) -> None:
 
 
 def check_model_folder(path: str, revision: str | None = None, has_template: bool = False) -> None:
-    """A chat template, and no token without a row; of a model on the hub, as far as its files are here.
-    `has_template`: there is one besides the model's."""
+    """Checks that there is a chat template, and an embedding row for every token; for a model on the hub, as far as its
+    files are here. `has_template`: a template is configured besides the model's."""
     folder = model_files(path, revision)
     is_partial = is_hub_name(path)
     has_tokenizer = (folder / "tokenizer.json").is_file()
@@ -166,7 +166,7 @@ def check_model_folder(path: str, revision: str | None = None, has_template: boo
 
 
 def check_vocabulary(path: str, num_tokens: int, num_rows: int) -> None:
-    """The tokenizer may not produce an id that the model has no row for."""
+    """Checks that the model has an embedding row for every id that the tokenizer can produce."""
     if num_tokens > num_rows:
         raise ValueError(
             f"model.path {path!r}: its tokenizer has {num_tokens} tokens, but the model has {num_rows} rows"
@@ -174,10 +174,12 @@ def check_vocabulary(path: str, num_tokens: int, num_rows: int) -> None:
 
 
 def model_files(path: str, revision: str | None = None) -> Path:
-    """A folder with the model's config.json: its own, or the hub's cache on this machine."""
+    """The folder with the model's config.json: `path` itself, or the hub's cache on this machine."""
     if not is_hub_name(path):
         if revision is not None:
-            raise ValueError(f"model.revision {revision!r}: model.path {path!r} is no model on the hub; expected none")
+            raise ValueError(
+                f"model.revision {revision!r}: model.path {path!r} is not a model on the hub; expected no revision"
+            )
         if not (Path(path) / "config.json").is_file():
             raise ValueError(f"model.path {path!r}: expected a folder with a config.json, or a hub name")
         return Path(path)
@@ -189,19 +191,23 @@ def model_files(path: str, revision: str | None = None) -> Path:
     except errors.RevisionNotFoundError as error:
         raise ValueError(f"model.revision {revision!r}: {path!r} has no such branch, tag or commit") from error
     except errors.GatedRepoError as error:
-        raise ValueError(f"model.path {path!r}: the hub gives it only to those it knows; expected HF_TOKEN") from error
+        raise ValueError(f"model.path {path!r}: the hub requires authorisation for it; expected HF_TOKEN") from error
     except errors.RepositoryNotFoundError as error:
-        raise ValueError(f"model.path {path!r}: neither a folder here nor a model that the hub shows") from error
+        raise ValueError(
+            f"model.path {path!r}: neither a folder here nor a model that is visible on the hub"
+        ) from error
     except (OSError, errors.HfHubHTTPError, httpx.HTTPError) as error:
-        where = "no folder here, and of a model of the hub the files are not on this machine: it is out of reach"
+        where = (
+            "not a folder here; as a model on the hub, its files are not on this machine, and the hub is unreachable"
+        )
         raise UnavailableHere(f"model.path {path!r}: {where}") from error
     if not (folder / "config.json").is_file():
-        raise UnavailableHere(f"model.path {path!r}: the hub's cache on this machine has no config.json of it")
+        raise UnavailableHere(f"model.path {path!r}: the hub's cache on this machine has no config.json for it")
     return folder
 
 
 def read_model_file(path: str, file: Path) -> dict[str, Any]:
-    """A JSON file of the model at `path`; empty if there is none."""
+    """The content of a JSON file of the model at `path`; empty if there is no such file."""
     content: dict[str, Any] = _decode(path, file, dict) if file.is_file() else {}
     return content
 

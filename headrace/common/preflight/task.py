@@ -1,4 +1,4 @@
-"""What a task must be before anything starts: its two methods, and prompts in every split.
+"""Checks of a task before anything starts: its two methods, and prompts in every split.
 
 Every check raises `ValueError` with one line that names the task, the split and what was expected, or
 `UnavailableHere` if only this machine lacks the data. A task is foreign code: an error that it raises is reported with
@@ -23,7 +23,7 @@ REWARD = "def reward(self, completion, ticket)"
 
 
 def check_task(config: RunConfig) -> Task:
-    """Loads the task and looks at the first prompt of each split."""
+    """Loads the task and checks that each split has a prompt."""
     name = config.task.name
     task = load_checked_task(config)
     for split in SPLITS:
@@ -33,7 +33,7 @@ def check_task(config: RunConfig) -> Task:
 
 
 def load_checked_task(config: RunConfig) -> Task:
-    """The task, whose methods can be called as the services call them."""
+    """Loads the task and checks that its methods accept the services' calls."""
     name = config.task.name
     try:
         task = load_task(name, config.task.settings)
@@ -53,7 +53,7 @@ def load_checked_task(config: RunConfig) -> Task:
 
 
 def checked_prompts(task: Task, config: RunConfig, split: Split) -> Iterator[Prompt | BadRow]:
-    """The prompts of the first epoch, one after another."""
+    """The prompts of the first epoch, as an iterator."""
     name = config.task.name
     prompts: Any = _call_task(config, lambda: task.prompts(split, seed=config.seed, epoch=0), f"its {split} prompts")
     if not isinstance(prompts, Iterator):
@@ -71,14 +71,14 @@ def checked_prompts(task: Task, config: RunConfig, split: Split) -> Iterator[Pro
 
 
 def _call_task(config: RunConfig, ask: Any, what: str) -> Any:
-    """What `ask` returns. What it raises is told as the task's, or as missing from this machine."""
+    """Calls foreign code; reports its error as the task's, or as data that this machine lacks."""
     name = config.task.name
     try:
         return ask()
     except ConnectionError as error:
         _check_file_exists(name, config.task.settings.get("path"))
         raise UnavailableHere(
-            f"task {name!r}: its data set is not on this machine and not to be had: {one_line(error)}"
+            f"task {name!r}: its data set is not on this machine and cannot be downloaded: {one_line(error)}"
         ) from error
     except ValueError as error:
         raise ValueError(_of_task(name, _with_cause(error))) from error
@@ -87,7 +87,7 @@ def _call_task(config: RunConfig, ask: Any, what: str) -> Any:
 
 
 def _call_problem(method: Any, arguments: list[Any], keywords: dict[str, Any]) -> str:
-    """Why the method cannot be called so; empty if it can."""
+    """Why the method cannot be called with these arguments; empty if it can."""
     if not callable(method):
         return "is missing"
     try:
@@ -98,14 +98,14 @@ def _call_problem(method: Any, arguments: list[Any], keywords: dict[str, Any]) -
 
 
 def describe_exception(error: BaseException) -> str:
-    """What foreign code raised, and where, in one line."""
+    """One line with an exception of foreign code and the line that raised it."""
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)
     text = one_line(error)
     return f"{type(error).__name__}{': ' * bool(text)}{text} ({frame.f_code.co_filename}:{line})"
 
 
 def _check_file_exists(task: str, path: Any) -> None:
-    """A mistyped file may pass for a hub name."""
+    """Raises `ValueError` for a missing file, whose name could also be a hub name."""
     if isinstance(path, str) and not Path(path).exists():
         is_path = "/" in path and not is_hub_name(path)
         if is_path or Path(path).suffix in DATA_SUFFIXES:
@@ -117,7 +117,7 @@ def _of_task(name: str, text: str) -> str:
 
 
 def _with_cause(error: Exception) -> str:
-    """`datasets` says only in the innermost cause what is wrong with a file."""
+    """The error with its innermost cause, where `datasets` names the problem of a file."""
     text, cause = one_line(error), error.__cause__
     while cause is not None and cause.__cause__ is not None:
         cause = cause.__cause__

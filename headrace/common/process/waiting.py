@@ -1,7 +1,7 @@
-"""What a process is waiting for: a typed reason with a stable code, since when, and when it gives up.
+"""Waits of a process: each has a typed reason with a stable code, a start and a deadline.
 
-Whoever waits says so here again and again while it waits; `/status` shows what stands here, and the log tells of a
-wait that lasts, more and more rarely, and of its end. Safe to use from any thread.
+Code that waits calls `Waits.note` repeatedly while it waits. `/status` shows the present waits. The log reports a wait
+that lasts, at growing intervals, and its end. Safe to use from any thread.
 """
 
 import logging
