@@ -269,7 +269,7 @@ def server(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         (atomic_files, "fsync_path", lambda path: None),
         (state_files, "fsync_path", lambda path: None),
         (intake, "READ_BLOCK_S", 0.001),
-        (intake, "LOOK_INTERVAL_S", float("inf")),
+        (intake, "CONTROL_POLL_INTERVAL_S", float("inf")),
     ):
         monkeypatch.setattr(module, name, other)
     server = Server(redis_url)
