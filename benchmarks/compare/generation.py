@@ -108,7 +108,7 @@ async def headrace(folder: Path, url: str, config: RunConfig, tickets: list[Tick
     store = LearnerStore(client, keys)
     client.set(keys.config, config.model_dump_json(exclude={"redis_url"}))
     versions = WeightVersions(folder / f"weights-{turn}", store, "http://127.0.0.1:1", TOKEN)
-    versions.publish(versions.snapshot(policy.tensors()), 0, versions.reserve())
+    versions.publish(versions.snapshot(policy.published_weights()), 0, versions.reserve())
     with replica_of(folder, url, keys) as service:
         await until(lambda: is_running(client, keys))
         started, spent_s = time.time(), cpu_seconds(service)

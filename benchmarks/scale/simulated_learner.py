@@ -40,7 +40,7 @@ class Weights(Policy):
 
     weights: torch.Tensor
 
-    def tensors(self) -> Mapping[str, Any]:
+    def published_weights(self) -> Mapping[str, Any]:
         return {"weights": self.weights}
 
 

@@ -35,7 +35,7 @@ from benchmarks.demo import RECIPE, ROOT, headrace_up
 from headrace.common.weights.delta import Bits, apply_patch, make_patch
 from headrace.common.weights.files import MODEL_FILE
 from headrace.common.weights.memory_folder import MemoryFolder, memory_backed_folder
-from headrace.learner.weights.publisher import PREFIX
+from headrace.learner.weights.publisher import MEMORY_FOLDER_PREFIX
 
 RESULTS = ROOT / "benchmarks" / "results" / "weights.json"
 REPEATS = 5
@@ -81,7 +81,7 @@ def real_versions(folder: Path) -> list[list[Bits]]:
     """Tensors of consecutive versions of a short run; the files are hard-linked before the learner deletes them."""
     settings = [part for setting in RUN_SETTINGS for part in ("--set", setting)]
     command = headrace_up(RECIPE, "real", "--runs-folder", str(folder), *settings)
-    files = f"{PREFIX}*/v*/{MODEL_FILE}"
+    files = f"{MEMORY_FOLDER_PREFIX}*/v*/{MODEL_FILE}"
     others, kept = set(memory_backed_folder().glob(files)), MemoryFolder("headrace-benchmark-", memory_backed_folder())
     with contextlib.closing(kept), subprocess.Popen(command, stdout=subprocess.DEVNULL) as run:
         while run.poll() is None:

@@ -24,7 +24,7 @@ from headrace.common.tasks import Task
 from headrace.common.weights.files import MODEL_FILE
 from headrace.common.wire.desired_state import SETTINGS, Settings
 from headrace.learner.algorithm.guard import GuardState
-from headrace.learner.checkpoints.best import CONFIG_FOLDER, UNCHANGED_FILE, BestPolicy
+from headrace.learner.checkpoints.best import CONFIG_FOLDER, UNCHANGED_FOLDER, BestPolicy
 from headrace.learner.checkpoints.checkpoint import find_newest
 from headrace.learner.checkpoints.data_check import resolve_fingerprint, store_fingerprint, stored_fingerprint
 from headrace.learner.checkpoints.progress import Progress
@@ -140,7 +140,7 @@ def assemble(
     trackers = Trackers(
         config.trackers, folder, live_config.configured.model_dump(exclude={"redis_url"}), progress.step
     )
-    _save_frame(policy, folder / CONFIG_FOLDER, tokenizer)
+    _save_model_folders(policy, folder / CONFIG_FOLDER, tokenizer)
     best = BestPolicy(folder, store.epoch, store.check_fence)
     parts = (store, trainer, intake, versions, switches, progress, waits)
     reporter = RunReporter(*parts, adviser, metrics, trackers, TokenTexts(tokenizer), live_config)
@@ -148,15 +148,15 @@ def assemble(
     return Loop(live_config, folder / "checkpoints", *parts, reporter, evaluator), tokenizer
 
 
-def _save_frame(policy: Policy, frame: Path, tokenizer: Any) -> None:
-    """What `best/` and an export need beside weights, so that they do not need the model that the run started from."""
-    aside = frame.with_name(f"{frame.name}-aside")
+def _save_model_folders(policy: Policy, config_folder: Path, tokenizer: Any) -> None:
+    """Saves what `best/` and an export need beside weights, so that they do not need the run's initial model."""
+    aside = config_folder.with_name(f"{config_folder.name}-aside")
     shutil.rmtree(aside, ignore_errors=True)
     policy.save_config_and_tokenizer(aside, tokenizer)
-    publish_atomically(aside, frame)
+    publish_atomically(aside, config_folder)
     aside.mkdir()
     policy.save_unchanged(aside / MODEL_FILE)
-    publish_atomically(aside, frame.with_name(UNCHANGED_FILE))
+    publish_atomically(aside, config_folder.with_name(UNCHANGED_FOLDER))
 
 
 def _stop_unfinished(checkpoints: Path) -> None:

@@ -188,7 +188,7 @@ class Loop:
             self.intake.on_announced(version, num_groups)
             self._begin_evaluation_if_due()
 
-        self.publisher.begin(self.trainer.policy.tensors(), self.progress.step, on_announced)
+        self.publisher.begin(self.trainer.policy.published_weights(), self.progress.step, on_announced)
 
     def _apply_desired_state(self) -> None:
         """Applies what the desired state asks for, except pause and stop."""

@@ -41,9 +41,9 @@ def test_a_step_reaches_the_engine_expert_by_expert(mixture: Path, server: Engin
     """The swap is confirmed by checksums of the engine's stacked experts, and log-probabilities equal the learner's."""
     config = make_config(mixture, optimizer={"lr": 3e-2})
     trainer = Trainer(config, Policy(config.model, config.learner))
-    before = {name: weight.detach().clone() for name, weight in trainer.policy.tensors().items()}
+    before = {name: weight.detach().clone() for name, weight in trainer.policy.published_weights().items()}
     trainer.train(make_batch(trainer), 0, STEPS)
-    after = {name: weight.detach() for name, weight in trainer.policy.tensors().items()}
+    after = {name: weight.detach() for name, weight in trainer.policy.published_weights().items()}
     moved = [name for name in after if ".experts." in name and not torch.equal(before[name], after[name])]
     assert len(moved) > len([name for name in after if ".experts." in name]) / 2
     trainer.policy.save(tmp_path / "2", load_tokenizer(config.model))

@@ -43,7 +43,7 @@ def test_weights_stay_bfloat16_values(kind: str, tmp_path: Path, monkeypatch: py
     for num_steps in range(2):
         computed = {name: p.detach() for name, p in trainer.policy.model.named_parameters()}
         named = trainer.policy._loaded.mapping.convert(computed)
-        for name, weight in trainer.policy.tensors().items():
+        for name, weight in trainer.policy.published_weights().items():
             published = weight.detach()
             assert published.dtype == weight.dtype == torch.bfloat16
             assert torch.equal(published.float(), named[name].detach()), name
@@ -59,7 +59,7 @@ def test_a_weight_that_transformers_keeps_in_float32_is_published_in_float32(
     monkeypatch.setattr(device_module, "has_bfloat16_units", lambda: False)
     experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
     folder = make_checkpoint(tmp_path / "glm", "glm4_moe", **experts, n_group=1)
-    tensors = Policy(ModelConfig(path=str(folder)), LearnerConfig(device="cpu")).tensors()
+    tensors = Policy(ModelConfig(path=str(folder)), LearnerConfig(device="cpu")).published_weights()
     dtypes = {name: weight.detach().dtype for name, weight in tensors.items()}
     assert {name: weight.dtype for name, weight in tensors.items()} == dtypes
     kept = {name for name, dtype in dtypes.items() if dtype == torch.float32}

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from headrace.common.config import LearnerConfig, ModelConfig
 from headrace.common.models.chat import load_tokenizer
 from headrace.generation.tensors.shapes import expected_shapes
-from headrace.learner.assembly import _save_frame
+from headrace.learner.assembly import _save_model_folders
 from headrace.learner.checkpoints.best import CONFIG_FOLDER
 from headrace.learner.commands import export
 from headrace.learner.model import checkpoint_layout
@@ -59,14 +59,17 @@ def test_after_a_step_each_expert_is_published_separately(mixture: Path, tmp_pat
     """The same tensors are published, saved, and exported from a checkpoint; transformers reads them back."""
     trainer = trained(mixture, dtype)
     policy, run = trainer.policy, tmp_path / "run"
-    start, tensors = load_file(mixture / "model.safetensors"), {n: w.detach() for n, w in policy.tensors().items()}
+    start, tensors = (
+        load_file(mixture / "model.safetensors"),
+        {n: w.detach() for n, w in policy.published_weights().items()},
+    )
     assert {name: tensor.shape for name, tensor in tensors.items()} == expected_shapes(mixture)
     assert {str(tensor.dtype) for tensor in tensors.values()} == {f"torch.{dtype}"}
     changed = [name for name, tensor in tensors.items() if not torch.equal(tensor, start[name].to(tensor.dtype))]
     assert {name.split(".")[-2] for name in changed} >= {"gate_proj", "up_proj", "down_proj", "gate", "q_proj"}
     tokenizer = load_tokenizer(trainer.config.model)
     policy.save(tmp_path / "policy", tokenizer)
-    _save_frame(policy, run / CONFIG_FOLDER, tokenizer)
+    _save_model_folders(policy, run / CONFIG_FOLDER, tokenizer)
     checkpoint = run / "checkpoints" / "checkpoint-000001-000001"
     checkpoint.mkdir(parents=True)
     trainer.copy_state()
@@ -92,7 +95,7 @@ def test_only_one_parameter_is_converted_at_a_time(mixture: Path, monkeypatch: p
         made.append(list(parts))
         return revert(model, parts)
 
-    tensors = policy.tensors()
+    tensors = policy.published_weights()
     monkeypatch.setattr(checkpoint_layout, "_revert", watch)
     for name in sorted(tensors):
         tensors[name].detach()
@@ -104,11 +107,11 @@ def test_tensors_that_the_policy_lacks_are_published_unchanged(copy: Path, tmp_p
     """The head, which is tied and stored a second time, is not published: engines take it from the embedding."""
     extra = {"mtp.head.weight": torch.arange(6.0).reshape(2, 3), "model.visual.patch.weight": torch.ones(4)}
     change(copy / "model.safetensors", extra)
-    tensors = load(copy).tensors()
+    tensors = load(copy).published_weights()
     assert {name: tensor.shape for name, tensor in tensors.items()} == expected_shapes(copy)
     assert all(torch.equal(tensors[name].detach(), tensor) for name, tensor in extra.items())
     policy = load(copy)
-    _save_frame(policy, tmp_path / CONFIG_FOLDER, load_tokenizer(ModelConfig(path=str(copy))))
+    _save_model_folders(policy, tmp_path / CONFIG_FOLDER, load_tokenizer(ModelConfig(path=str(copy))))
     parameters = {name: parameter.detach() for name, parameter in policy.model.named_parameters()}
     unchanged = tmp_path / "model-unchanged" / "model.safetensors"
     exported = checkpoint_layout.published_tensors(parameters, tmp_path / CONFIG_FOLDER, unchanged)
@@ -119,7 +122,7 @@ def test_a_tied_head_that_is_stored_again_is_not_published(tmp_path: Path) -> No
     folder = make_checkpoint(tmp_path / "tied", "qwen3", tie_word_embeddings=True)
     embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     change(folder / "model.safetensors", {"lm_head.weight": embedding})
-    tensors = load(folder).tensors()
+    tensors = load(folder).published_weights()
     assert {name: tensor.shape for name, tensor in tensors.items()} == expected_shapes(folder)
     assert "lm_head.weight" not in tensors
     change(folder / "model.safetensors", {"lm_head.weight": embedding + 1})  # transformers unties it, engines do not
@@ -132,10 +135,10 @@ def test_persistent_buffers_are_published_and_exported(tmp_path: Path) -> None:
     experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
     folder = make_checkpoint(tmp_path / "biased", "glm4_moe", **experts, n_group=1)
     policy = load(folder)
-    tensors = policy.tensors()
+    tensors = policy.published_weights()
     assert {name: tensor.shape for name, tensor in tensors.items()} == expected_shapes(folder)
     assert any(name.endswith("e_score_correction_bias") for name in tensors)
-    _save_frame(policy, tmp_path / CONFIG_FOLDER, load_tokenizer(ModelConfig(path=str(folder))))
+    _save_model_folders(policy, tmp_path / CONFIG_FOLDER, load_tokenizer(ModelConfig(path=str(folder))))
     parameters = {name: parameter.detach() for name, parameter in policy.model.named_parameters()}
     unchanged = tmp_path / "model-unchanged" / "model.safetensors"
     assert checkpoint_layout.published_tensors(parameters, tmp_path / CONFIG_FOLDER, unchanged).keys() == tensors.keys()
@@ -164,4 +167,4 @@ def test_a_second_copy_under_other_names_is_ignored(copy: Path) -> None:
     weight_map = dict.fromkeys(names, "model-00001-of-00001.safetensors")
     (copy / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     save_file({"tok_embeddings.weight": torch.zeros(2)}, copy / "consolidated.safetensors")
-    assert load(copy).tensors().keys() == expected_shapes(copy).keys() == names
+    assert load(copy).published_weights().keys() == expected_shapes(copy).keys() == names

@@ -21,8 +21,8 @@ from headrace.learner.algorithm.guard import (
     MIN_STEPS_BEYOND,
     Decision,
     GuardState,
+    apply_guard,
     decide,
-    tightened,
     tightening_levels,
 )
 from headrace.learner.loop import Loop
@@ -64,7 +64,7 @@ def test_healthy_steps_leave_the_run_alone() -> None:
     run = config()
     last = follow([CALM] * 200, run)[-1]
     assert (last.kind, last.state.level) == (None, 0)
-    assert tightened(run, last.state) == run
+    assert apply_guard(run, last.state) == run
 
 
 def test_single_odd_batches_have_no_effect() -> None:
@@ -89,7 +89,7 @@ def test_alarms_tighten_level_by_level_staleness_first() -> None:
     decisions = follow([ALARMING] * 30, run)
     tightenings = [decision for decision in decisions if decision.kind == "tighten"]
     assert kinds(decisions[:MIN_STEPS_BEYOND]) == [None] * (MIN_STEPS_BEYOND - 1) + ["tighten"]
-    settings = [tightened(run, decision.state) for decision in tightenings]
+    settings = [apply_guard(run, decision.state) for decision in tightenings]
     assert [(one.learner.max_staleness, one.optimizer.lr) for one in settings] == tightening_levels(run)[1:]
     assert kinds(decisions).count("warn") == 0, "the action is reported, without a separate warning"
 
@@ -167,7 +167,7 @@ def test_numerics_are_warned_of_once_with_advice_and_never_acted_on() -> None:
     assert kinds(decisions) == [None] * (MIN_STEPS_BEYOND - 1) + ["warn"] + [None] * (60 - MIN_STEPS_BEYOND)
     expected = "fresh_logprob_gap_rms 2, above 0.001: compare the engine's numerics with the learner's"
     assert decisions[MIN_STEPS_BEYOND - 1].reason.startswith(expected)
-    assert tightened(run, decisions[-1].state) == run
+    assert apply_guard(run, decisions[-1].state) == run
     again = follow([CALM] * SMOOTHED_STEPS + rows, run, decisions[-1].state)
     assert kinds(again).count("warn") == 1, "the gap was gone and has returned"
 
@@ -204,14 +204,14 @@ def test_a_guard_that_only_warns_changes_nothing() -> None:
     decisions = follow([ALARMING] * 30, run)
     assert kinds(decisions).count("warn") == 1
     assert {one.kind for one in decisions} == {"warn", None}
-    assert tightened(run, GuardState(level=3)) == run, "not even with the level of an earlier checkpoint"
+    assert apply_guard(run, GuardState(level=3)) == run, "not even with the level of an earlier checkpoint"
 
 
 def test_a_setting_below_the_levels_applies_and_the_guard_does_not_loosen_it() -> None:
     synchronous = config(max_staleness=0)
     assert tightening_levels(synchronous)[:2] == [(0, 8e-5), (0, 4e-5)]
     deep = GuardState(level=99, is_warned=True)
-    assert tightened(synchronous, deep).optimizer.lr == 1e-5
+    assert apply_guard(synchronous, deep).optimizer.lr == 1e-5
     assert decide(deep, ALARMING, synchronous).state.level == len(tightening_levels(synchronous)) - 1
 
 

@@ -80,7 +80,7 @@ def test_logprobs_and_gradients_are_those_of_each_sequence_alone(folder: Path) -
 def test_before_any_update_the_published_weights_equal_the_checkpoint(folder: Path) -> None:
     """Names, shapes and bytes, before any update."""
     policy = Policy(ModelConfig(path=str(folder), dtype="float32"), CPU)
-    checkpoint, tensors = load_file(folder / "model.safetensors"), policy.tensors()
+    checkpoint, tensors = load_file(folder / "model.safetensors"), policy.published_weights()
     assert tensors.keys() == checkpoint.keys()
     for name, expected in checkpoint.items():
         assert tensors[name].shape == expected.shape and tensors[name].dtype == expected.dtype

@@ -119,7 +119,7 @@ def test_the_saved_policy_loads_in_transformers(policy: Policy, demo_policy: Pat
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, policy.tensors()[name].detach())
+        assert torch.equal(parameter, policy.published_weights()[name].detach())
 
 
 def test_cuda_without_a_gpu_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

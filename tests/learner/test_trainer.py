@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from headrace.common.config import RunConfig
 from headrace.common.wire import Group, VersionSpan
-from headrace.learner.model.logprobs import Scored
+from headrace.learner.model.logprobs import TokenScores
 from headrace.learner.model.packing import MicroBatch, Sample, pack
 from headrace.learner.model.policy import Policy
 from headrace.learner.training.rank_batches import split_among_ranks
@@ -60,7 +60,7 @@ def make_batch(trainer: Trainer, drift: float = 0.0) -> list[Group]:
 
 
 def tensors_of(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: weight.detach() for name, weight in trainer.policy.tensors().items()}
+    return {name: weight.detach() for name, weight in trainer.policy.published_weights().items()}
 
 
 def weights_after(config: RunConfig, drift: float = 0.0) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
@@ -193,7 +193,7 @@ def test_proximal_logprobs_are_of_the_weights_before_the_first_update(
     groups, score = make_batch(trainer, drift=0.1), trainer.policy.score
     passes: list[int] = []
 
-    def counted(micro_batch: MicroBatch) -> Scored:
+    def counted(micro_batch: MicroBatch) -> TokenScores:
         passes.append(id(micro_batch))
         return score(micro_batch)
 

@@ -19,7 +19,7 @@ from headrace.common.config import RunConfig
 from headrace.common.wire import decode_group
 from headrace.learner.distributed.join import join
 from headrace.learner.distributed.ranks import Ranks
-from headrace.learner.model.logprobs import Scored
+from headrace.learner.model.logprobs import TokenScores
 from headrace.learner.model.packing import MicroBatch
 from headrace.learner.training.leader import build_trainer, run_follower
 from headrace.learner.training.trainer import Trainer
@@ -68,10 +68,13 @@ def do(job: Job, folder: Path, ranks: Ranks) -> None:
 
 def save_weights(trainer: Trainer, file: Path) -> None:
     """Saves the weights as they are published."""
-    save_file({name: weight.detach().clone().contiguous() for name, weight in trainer.policy.tensors().items()}, file)
+    save_file(
+        {name: weight.detach().clone().contiguous() for name, weight in trainer.policy.published_weights().items()},
+        file,
+    )
 
 
-def poisoned(score: Callable[[MicroBatch], Scored], micro_batch: MicroBatch) -> Scored:
+def poisoned(score: Callable[[MicroBatch], TokenScores], micro_batch: MicroBatch) -> TokenScores:
     scored = score(micro_batch)
     return scored._replace(logprobs=scored.logprobs * float("nan"))
 

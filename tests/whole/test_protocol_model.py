@@ -156,7 +156,7 @@ class Policy:
             get_input_embeddings=lambda: embeddings, generation_config=ends, config=SimpleNamespace()
         )
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def published_weights(self) -> dict[str, torch.Tensor]:
         return {"weight": torch.zeros(1)}
 
     def save_config_and_tokenizer(self, folder: Path, _: Any) -> None:

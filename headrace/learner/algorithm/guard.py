@@ -115,7 +115,7 @@ def tightening_levels(config: RunConfig) -> list[tuple[int, float]]:
     return levels + [(staleness, lr / 2**halvings) for halvings in range(1, NUM_LR_LEVELS + 1)]
 
 
-def tightened(config: RunConfig, state: GuardState) -> RunConfig:
+def apply_guard(config: RunConfig, state: GuardState) -> RunConfig:
     """`config` with the settings of the guard's level."""
     if state.level == 0 or config.actor.divergence_guard != "act":
         return config

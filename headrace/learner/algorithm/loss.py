@@ -18,7 +18,7 @@ from headrace.learner.algorithm.trust_region import (
     behaviour_clip_mask,
     behaviour_weight,
     bounded_exp,
-    in_range,
+    is_within_clamp,
     surrogate_loss,
 )
 
@@ -110,7 +110,7 @@ def _importance_ratio(policy: Tensor, proximal: Tensor, tokens: Tokens, settings
     sequence_log_ratio = tokens.sequence_means(log_ratio)[tokens.sequence_index]
     if settings.ratio_gradient == "sequence":
         return bounded_exp(sequence_log_ratio)
-    moves = in_range(sequence_log_ratio.detach())
+    moves = is_within_clamp(sequence_log_ratio.detach())
     return bounded_exp(sequence_log_ratio.detach()) * torch.exp((policy - policy.detach()) * moves)
 
 

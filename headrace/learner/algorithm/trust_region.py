@@ -28,7 +28,7 @@ def bounded_exp(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
-def in_range(log_ratio: Tensor) -> Tensor:
+def is_within_clamp(log_ratio: Tensor) -> Tensor:
     """True where `bounded_exp` has a gradient."""
     return log_ratio.abs() <= MAX_LOG_RATIO
 

@@ -21,7 +21,7 @@ from headrace.common.weights.files import MODEL_FILE
 BEST, NEXT, ASIDE = "best", "best-next", "best-aside"
 CONFIG_FOLDER = "model"
 """Folder in the run's folder with a policy's files except the weights: configuration and tokenizer."""
-UNCHANGED_FILE = "model-unchanged"
+UNCHANGED_FOLDER = "model-unchanged"
 """Folder beside it: the published tensors that training does not change, and the names of those that it changes."""
 BEST_FILE = "best.json"
 _log = logging.getLogger(__name__)

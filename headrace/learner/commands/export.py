@@ -16,7 +16,7 @@ from pathlib import Path
 from headrace.common.process.atomic_files import publish_atomically
 from headrace.common.redis.keys import Keys
 from headrace.common.weights.files import MODEL_FILE
-from headrace.learner.checkpoints.best import CONFIG_FOLDER, UNCHANGED_FILE, best_folder, read_best_record
+from headrace.learner.checkpoints.best import CONFIG_FOLDER, UNCHANGED_FOLDER, best_folder, read_best_record
 from headrace.learner.checkpoints.record import UnreadableCheckpoint, checkpoint_folders, read_record
 
 NUM_TRIES = 3
@@ -102,7 +102,8 @@ def _finished_step(run: Path) -> int | None:
 
 
 def _from_checkpoint(run: Path, checkpoint: Path, aside: Path) -> None:
-    """The masters, rounded to the policy's dtype and as the model's own checkpoint has them, beside the run's frame."""
+    """Exports the masters, rounded to the policy's dtype, in the layout of the model's checkpoint, with configuration
+    and tokenizer."""
     import torch
     from safetensors.torch import save_file
 
@@ -116,7 +117,7 @@ def _from_checkpoint(run: Path, checkpoint: Path, aside: Path) -> None:
     state = read_state(checkpoint, list(read_record(checkpoint).files))
     masters = {name: tensor for name, tensor in state.items() if name.startswith("master.")}
     rounded = {name.removeprefix("master."): tensor.to(dtype) for name, tensor in masters.items()}
-    tensors = published_tensors(rounded, aside, run / UNCHANGED_FILE / MODEL_FILE)
+    tensors = published_tensors(rounded, aside, run / UNCHANGED_FOLDER / MODEL_FILE)
     save_file(tensors, aside / MODEL_FILE, metadata={"format": "pt"})
 
 

@@ -11,7 +11,7 @@ from headrace.common.tasks import Prompt
 
 ADAM_BETAS = (0.9, 0.95)
 MAX_GRADIENT_NORM = 1.0
-IGNORED = -100
+IGNORED_LABEL = -100
 """Label of tokens that are not in the loss."""
 
 
@@ -47,7 +47,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, batch: list[tuple[Prompt, str]]) 
     rows = list(zip(tokenizer(prompts).input_ids, tokenizer(completions).input_ids, strict=True))
     width = max(len(prompt) + len(completion) for prompt, completion in rows)
     ids = torch.full((len(rows), width), tokenizer.pad_token_id)
-    labels = torch.full((len(rows), width), IGNORED)
+    labels = torch.full((len(rows), width), IGNORED_LABEL)
     for row, (prompt, completion) in enumerate(rows):
         end = len(prompt) + len(completion)
         ids[row, :end] = torch.tensor(prompt + completion)
@@ -59,5 +59,5 @@ def completion_loss(model: Qwen3ForCausalLM, ids: torch.Tensor, labels: torch.Te
     """Mean cross-entropy of the labelled tokens. Padding comes last, so causal attention needs no other mask."""
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
     targets = labels[:, 1:]
-    labelled = targets != IGNORED
+    labelled = targets != IGNORED_LABEL
     return cross_entropy(model.lm_head(hidden[labelled]), targets[labelled])

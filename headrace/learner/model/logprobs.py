@@ -18,7 +18,7 @@ VOCABULARY_BLOCK = 16384
 """Number of rows of a bfloat16 head that a CPU converts to float32 at a time."""
 
 
-class Scored(NamedTuple):
+class TokenScores(NamedTuple):
     """Both `(N,)` float32 (float64 for float64 inputs)."""
 
     logprobs: Tensor
@@ -26,12 +26,14 @@ class Scored(NamedTuple):
     """The entropy of the distribution that each token is from, in nats; without a gradient."""
 
 
-def score_tokens(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, chunk_tokens: int) -> Scored:
+def score_tokens(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, chunk_tokens: int
+) -> TokenScores:
     """log softmax(hidden @ weight.T / temperature)[target], and the entropy of that softmax.
 
     `hidden` `(N, H)`, `weight` `(V, H)`, `targets` `(N,)` int64, `temperature` `(N,)`, one per token.
     """
-    return Scored(*_TokenLogprobs.apply(hidden, weight, targets, temperature, chunk_tokens))  # type: ignore[no-untyped-call]
+    return TokenScores(*_TokenLogprobs.apply(hidden, weight, targets, temperature, chunk_tokens))  # type: ignore[no-untyped-call]
 
 
 class _TokenLogprobs(torch.autograd.Function):

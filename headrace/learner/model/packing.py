@@ -105,7 +105,7 @@ def split_mini_batches(samples: Sequence[Sample], settings: ActorConfig, seed: s
 def pack(samples: Sequence[Sample], max_tokens: int) -> list[MicroBatch]:
     """Micro-batches of at most `max_tokens` tokens, counted as attention computes them: with padding and with one copy
     of the prompt per completion. A longer sample gets a micro-batch of its own."""
-    return [_build(rows) for rows in _fill(longest_groups_first(samples), max_tokens)]
+    return [_micro_batch(rows) for rows in _within_budget(longest_groups_first(samples), max_tokens)]
 
 
 def longest_groups_first(samples: Sequence[Sample]) -> list[Sample]:
@@ -117,7 +117,7 @@ def longest_groups_first(samples: Sequence[Sample]) -> list[Sample]:
     return sorted(samples, key=lambda sample: (-longest[sample.group.ticket.id], sample.group.ticket.id))
 
 
-def _fill(samples: list[Sample], max_tokens: int) -> Iterator[list[Sample]]:
+def _within_budget(samples: list[Sample], max_tokens: int) -> Iterator[list[Sample]]:
     rows: list[Sample] = []
     width = 0
     for sample in samples:
@@ -131,7 +131,7 @@ def _fill(samples: list[Sample], max_tokens: int) -> Iterator[list[Sample]]:
         yield rows
 
 
-def _build(rows: list[Sample]) -> MicroBatch:
+def _micro_batch(rows: list[Sample]) -> MicroBatch:
     groups = [list(one) for _, one in groupby(rows, lambda sample: sample.group.ticket.id)]
     layout = Layout(
         [len(one[0].group.ticket.prompt_tokens) for one in groups],

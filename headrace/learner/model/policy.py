@@ -24,7 +24,7 @@ from headrace.learner.distributed.ranks import Ranks
 from headrace.learner.model.checkpoint_layout import stored_tensors
 from headrace.learner.model.host_snapshots import Weight
 from headrace.learner.model.loading import DTYPES, LoadedModel, load_empty, load_pretrained
-from headrace.learner.model.logprobs import Scored, score_tokens
+from headrace.learner.model.logprobs import TokenScores, score_tokens
 from headrace.learner.model.packing import MicroBatch
 from headrace.learner.model.shared_prefix import LayoutTensors, hidden_states, layout_tensors, use_shared_prompts
 
@@ -52,7 +52,7 @@ class TokenScorer(nn.Module):
 
     def forward(
         self, input_ids: Tensor, layout: LayoutTensors, positions: Tensor, targets: Tensor, temperature: Tensor
-    ) -> Scored:
+    ) -> TokenScores:
         hidden = hidden_states(self.model, input_ids, layout, is_shared=self.shares_prompts)
         weight = self.model.get_output_embeddings().weight
         return score_tokens(hidden[positions], weight, targets, temperature, self.chunk_tokens)
@@ -85,7 +85,7 @@ class Policy:
     ) -> None:
         """`loaded`: on rank 0, the result of `load_model` if it was called before."""
         self.ranks = ranks or Ranks()
-        self.device = device_of(learner, self.ranks)
+        self.device = rank_device(learner, self.ranks)
         self.dtype = DTYPES[model.dtype]
         self.compute_dtype = DTYPES[compute_dtype(model.dtype, self.device.type)]
         if self.ranks.rank == 0:
@@ -121,9 +121,9 @@ class Policy:
         """Log-probabilities `(N,)` of the trained tokens at their sampling temperature, float32."""
         return self.score(micro_batch).logprobs
 
-    def score(self, micro_batch: MicroBatch) -> Scored:
+    def score(self, micro_batch: MicroBatch) -> TokenScores:
         """The log-probabilities of `logprobs`, and the entropy of the distribution that each trained token is from."""
-        scored: Scored = self.scorer(
+        scored: TokenScores = self.scorer(
             self.to_device(micro_batch.input_ids),
             layout_tensors(micro_batch.layout, self.device),
             self.to_device(micro_batch.positions),
@@ -141,7 +141,7 @@ class Policy:
     def to_device(self, array: Any) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
-    def tensors(self) -> Mapping[str, Weight]:
+    def published_weights(self) -> Mapping[str, Weight]:
         """On rank 0: the weights to publish, which are the checkpoint's tensors under its names. They must be read
         before the next update; on several ranks each `detach` calls all of them."""
         stored = stored_tensors(self.model)
@@ -172,11 +172,11 @@ class Policy:
     def save(self, folder: Path, tokenizer: Any) -> None:
         """Writes the policy in Hugging Face format: `AutoModelForCausalLM.from_pretrained(folder)` loads it."""
         self.save_config_and_tokenizer(folder, tokenizer)
-        whole = {name: weight.detach().cpu().contiguous() for name, weight in self.tensors().items()}
+        whole = {name: weight.detach().cpu().contiguous() for name, weight in self.published_weights().items()}
         save_file(whole, folder / MODEL_FILE, metadata={"format": "pt"})
 
 
-def device_of(learner: LearnerConfig, ranks: Ranks) -> torch.device:
+def rank_device(learner: LearnerConfig, ranks: Ranks) -> torch.device:
     """This rank's device."""
     device = pick_device(learner.device)
     return torch.device("cuda", ranks.local_rank) if device.type == "cuda" and not ranks.is_alone else device
@@ -184,7 +184,7 @@ def device_of(learner: LearnerConfig, ranks: Ranks) -> torch.device:
 
 def load_model(model: ModelConfig, learner: LearnerConfig, ranks: Ranks) -> LoadedModel:
     """Loads the model, on rank 0. With other ranks it stays in host memory until it is sharded."""
-    device = device_of(learner, ranks)
+    device = rank_device(learner, ranks)
     loaded = load_pretrained(
         model, device if ranks.is_alone else torch.device("cpu"), DTYPES[compute_dtype(model.dtype, device.type)]
     )

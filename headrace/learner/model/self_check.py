@@ -16,9 +16,9 @@ from headrace.learner.model.shared_prefix import Layout, hidden_states, layout_t
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15}
 """Maximum relative error. bfloat16 alone causes about 0.01, and more if it makes a router choose another expert."""
 SHARED_TOLERANCE = {torch.float32: 5e-4, torch.bfloat16: 0.03}
-"""The same with shared prompts, or `TIMES_NOISE` times the error with one sequence per row if that is larger: the
+"""The same with shared prompts, or `NOISE_FACTOR` times the error with one sequence per row if that is larger: the
 model's attention may do more than ours."""
-TIMES_NOISE = 3
+NOISE_FACTOR = 3
 LAYOUT = Layout([5, 3], [[3, 4], [2]])
 FIRST = slice(5, 8)
 """Positions of the first prompt's first completion."""
@@ -38,14 +38,16 @@ def can_share_prompts(model: PreTrainedModel, name: str) -> bool:
     tokens = torch.arange(LAYOUT.num_tokens, device=model.device) * 7 % model.config.get_text_config().vocab_size
     _check_logits(model, name, tokens)
     with torch.no_grad():
-        expected = torch.cat([_alone(model, tokens[[*range(5), *range(8, 12)]])[5:], _alone(model, tokens[12:])[3:]])
+        expected = torch.cat(
+            [_unpadded(model, tokens[[*range(5), *range(8, 12)]])[5:], _unpadded(model, tokens[12:])[3:]]
+        )
     try:
         noise = _relative_error(model, tokens, expected, TOLERANCE[model.dtype], is_shared=False)
     except _CheckFailed as wrong:
         raise ValueError(f"model {name!r} cannot be trained: {wrong}; expected a causal language model") from wrong
     own_attention = model.config._attn_implementation
     try:
-        tolerance = max(SHARED_TOLERANCE[model.dtype], TIMES_NOISE * noise)
+        tolerance = max(SHARED_TOLERANCE[model.dtype], NOISE_FACTOR * noise)
         _relative_error(model, tokens, expected, tolerance, is_shared=True)
     except _CheckFailed as wrong:
         model.set_attn_implementation(own_attention)
@@ -59,7 +61,8 @@ def can_share_prompts(model: PreTrainedModel, name: str) -> bool:
     return True
 
 
-def _alone(model: PreTrainedModel, row: Tensor) -> Tensor:
+def _unpadded(model: PreTrainedModel, row: Tensor) -> Tensor:
+    """The last hidden states `(T, H)` of a single sequence `(T,)`, in float32."""
     hidden: Tensor = model.get_decoder()(input_ids=row[None], use_cache=False).last_hidden_state[0]
     return hidden.float()
 
@@ -101,7 +104,7 @@ def _check_logits(model: PreTrainedModel, name: str, tokens: Tensor) -> None:
     if head is None or not hasattr(model.get_decoder()(input_ids=row, use_cache=False), "last_hidden_state"):
         raise ValueError(f"model {name!r} cannot be trained: expected a decoder and a head that transformers exposes")
     expected: Tensor = model(input_ids=row, use_cache=False).logits[0].float()
-    found = _alone(model, row[0]) @ head.weight.float().T
+    found = _unpadded(model, row[0]) @ head.weight.float().T
     deviation = ((found - expected).norm() / expected.norm()).item()
     if not deviation <= TOLERANCE[model.dtype]:
         raise ValueError(

@@ -7,7 +7,7 @@ from typing import Any
 from headrace.common.config import RunConfig
 from headrace.common.config.hot_reload import with_settings
 from headrace.common.wire.desired_state import Settings
-from headrace.learner.algorithm.guard import Decision, GuardState, decide, describe_overrides, tightened
+from headrace.learner.algorithm.guard import Decision, GuardState, apply_guard, decide, describe_overrides
 
 _log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class LiveConfig:
         """Raises `ValueError`, and changes nothing, if they are impossible."""
         self.before_guard = with_settings(self.configured, settings.values)
         self.settings = settings
-        self.config = tightened(self.before_guard, self.guard)
+        self.config = apply_guard(self.before_guard, self.guard)
 
     def update_guard(self, row: Mapping[str, Any]) -> Decision:
         """Lets the guard tighten or loosen the steps after the one of `row`, a row of step metrics."""
@@ -37,7 +37,7 @@ class LiveConfig:
         is_moved = decision.state.level != self.guard.level
         self.guard = decision.state
         if is_moved:
-            self.config = tightened(self.before_guard, self.guard)
+            self.config = apply_guard(self.before_guard, self.guard)
         return decision
 
     @property

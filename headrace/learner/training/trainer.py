@@ -91,7 +91,7 @@ class Trainer:
             if not norms:
                 probed = self._score_probe(mini_batches, step, version_steps, probe)
             norms.append(self.optimizer.update(lr))
-        outcome = self._outcome(mini_batches, losses, proximal)
+        outcome = self._gather_outcome(mini_batches, losses, proximal)
         if outcome is None:
             return {}
         return {
@@ -205,7 +205,7 @@ class Trainer:
             losses.append(one)
         return losses
 
-    def _outcome(
+    def _gather_outcome(
         self, mini_batches: list[MiniBatch], losses: list[list[PolicyLoss]], proximal: list[list[Tensor]]
     ) -> StepOutcome | None:
         """The results of all ranks' micro-batches without the empty ones, on rank 0; None on the others."""

@@ -34,7 +34,7 @@ from headrace.learner.weights.version_writer import VersionWriter
 
 NOTIFY_TIMEOUT_S = 5.0
 COUNTER_FILE = "VERSION"
-PREFIX = "headrace-versions-"
+MEMORY_FOLDER_PREFIX = "headrace-versions-"
 SPARE_BYTES = 1 << 24
 """Bytes that must stay free in the memory-backed folder beyond a model's tensors."""
 TREE_FANOUT = 2
@@ -65,7 +65,7 @@ class WeightVersions:
         self._writer = VersionWriter(f"epoch-{store.epoch}")
         self._snapshots = SnapshotPool()
         self._notifiers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="notify")
-        self._memory = MemoryFolder(PREFIX, memory_backed_folder())
+        self._memory = MemoryFolder(MEMORY_FOLDER_PREFIX, memory_backed_folder())
         self.memory = self._memory.root
         """Model files, in one folder per version, for replicas that share this memory."""
         self._http = httpx.Client(timeout=NOTIFY_TIMEOUT_S, headers=bearer_header(token), trust_env=False)
