@@ -106,7 +106,7 @@ def recipe_of(folder: Path, shape: Shape) -> dict[str, Any]:
 def record(path: Path, recipe: dict[str, Any], shape: Shape) -> None:
     path.unlink(missing_ok=True)
     writer, rng = RecordingWriter(path, Header("made-up", recipe)), random.Random(0)
-    writer.know({version: version - 1 for version in range(1, NUM_STEPS + 2)})
+    writer.add_versions({version: version - 1 for version in range(1, NUM_STEPS + 2)})
     for place in range(NUM_STEPS * shape["groups_per_step"]):
         group = group_of(rng, place, shape)
         writer.add(RecordedGroup(f"{place + 1}-0", group.ticket.id, encode(group)))

@@ -150,7 +150,7 @@ def synthetic_recording(path: Path, num_steps: int) -> Path:
     """Groups of the demo's shape, none uniform and all fresh, enough for `num_steps` steps."""
     config = load_recipe(RECIPE, [f"learner.steps={num_steps}", "learner.stale_policy=train"]).config
     writer, rng = RecordingWriter(path, Header("synthetic", config.model_dump(mode="json"))), random.Random(2)
-    writer.know({1: 0})
+    writer.add_versions({1: 0})
     for place in range(num_steps * config.learner.groups_per_step):
         group = random_group(rng, place, config.actor.group_size, 14)
         writer.add(RecordedGroup(f"{place + 1}-0", group.ticket.id, encode(group)))

@@ -33,7 +33,8 @@ from headrace.learner.commands.audit import losses_so_far
 from headrace.learner.distributed.ranks import Ranks
 from headrace.learner.intake.group_source import GroupSource
 from headrace.learner.intake.intake import Intake
-from headrace.learner.intake.recordings import Recording, RecordingSource
+from headrace.learner.intake.recording_source import RecordingSource
+from headrace.learner.intake.recordings import Recording
 from headrace.learner.intake.samples import TokenTexts
 from headrace.learner.intake.ticket_source import TicketSource
 from headrace.learner.intake.validation import GroupLimits

@@ -14,7 +14,7 @@ from headrace.learner.commands.export import export
 from headrace.learner.model.host_snapshots import SnapshotPool
 from headrace.learner.store.fenced_redis import Fenced
 from headrace.learner.weights.version_writer import VersionWriter
-from tests.support.replaying import STEPS, end, make_recording, take_up
+from tests.support.replaying import STEPS, assemble_loop, end, make_recording
 
 
 def nothing() -> None: ...
@@ -136,7 +136,7 @@ def test_export_writes_the_requested_policy(client: redis.Redis, keys: Keys, tmp
     run = tmp_path / "runs" / "x"
     with pytest.raises(ValueError, match="there is no folder"):
         export(run, tmp_path / "out")
-    loop = take_up(run, client, keys, make_recording(tmp_path / "recording.msgpack"))
+    loop = assemble_loop(run, client, keys, make_recording(tmp_path / "recording.msgpack"))
     with pytest.raises(ValueError, match="has not kept a policy; there are no checkpoints yet"):
         export(run, tmp_path / "out")
     publish = loop._publish

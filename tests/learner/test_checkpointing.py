@@ -19,12 +19,12 @@ from headrace.learner.loop import Loop
 from tests.support.fake_services import until
 from tests.support.guard import GUARD_S
 from tests.support.launching import rows_of
-from tests.support.replaying import STEPS, end, take_up
+from tests.support.replaying import STEPS, assemble_loop, end
 
 
 @pytest.fixture
 def loop(recording: Path, client: redis.Redis, keys: Keys, tmp_path: Path) -> Iterator[Loop]:
-    found = take_up(tmp_path, client, keys, recording)
+    found = assemble_loop(tmp_path, client, keys, recording)
     yield found
     end(found)
 

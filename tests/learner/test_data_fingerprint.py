@@ -22,7 +22,7 @@ from headrace.learner.store.store import LearnerStore
 from headrace.learner.store.structs import Cursor
 from tests.learner.test_intake import PlainTokenizer, make_config, plain_chat
 from tests.learner.test_skipped_prompts import BAD, GOOD, Rows, prompt
-from tests.support.replaying import take_up as taken_up_by_process
+from tests.support.replaying import assemble_loop
 
 
 def config_with(**changes: Any) -> RunConfig:
@@ -56,9 +56,9 @@ def test_the_same_data_are_the_same(row: Any) -> None:
     [
         (Rows(*ROWS[:8]), {}, "9 train prompts were there and 8 are"),
         (Rows(*ROWS, GOOD), {}, "9 train prompts were there and more than 9 are"),
-        (Rows(*ROWS[:8], prompt("8", 9)), {}, "the train prompts are others"),
-        (Rows(*ROWS[:8], BadRow("8")), {}, "the train prompts are others"),
-        (Rows(*ROWS, held_out=(ROWS[0],)), {}, "the held-out prompts are others"),
+        (Rows(*ROWS[:8], prompt("8", 9)), {}, "the train prompts have changed"),
+        (Rows(*ROWS[:8], BadRow("8")), {}, "the train prompts have changed"),
+        (Rows(*ROWS, held_out=(ROWS[0],)), {}, "the held-out prompts have changed"),
         (Rows(*ROWS), {"seed": 7}, "seed was 0 and is 7"),
         (Rows(*ROWS), {"task__name": "gsm8k"}, "task.name was 'arithmetic' and is 'gsm8k'"),
         (Rows(*ROWS), {"task__settings": {"path": "p"}}, "task.settings was {} and is {'path': 'p'}"),
@@ -77,7 +77,7 @@ def test_other_data_are_refused_with_what_differs(task: Rows, config: dict[str, 
 def test_another_chat_template_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     known = taken_up(None, Rows(*ROWS))
     monkeypatch.setattr(PlainTokenizer, "chat_template", "!{{ messages[0]['content'] }}")
-    with pytest.raises(ValueError, match="the model's chat template is another"):
+    with pytest.raises(ValueError, match="the model's chat template has changed"):
         taken_up(known, Rows(*ROWS))
 
 
@@ -132,12 +132,12 @@ def test_other_data_begin_with_the_next_epoch_once(client: redis.Redis, keys: Ke
 def test_a_learner_with_other_data_is_refused_before_it_takes_over(
     client: redis.Redis, keys: Keys, tmp_path: Path
 ) -> None:
-    taken_up_by_process(tmp_path, client, keys, None)
+    assemble_loop(tmp_path, client, keys, None)
     epoch = client.get(keys.epoch)
-    with pytest.raises(ValueError, match=r"began with other data: seed was 0 and is 7; the train prompts are others\."):
-        taken_up_by_process(tmp_path, client, keys, None, "seed=7")
+    with pytest.raises(ValueError, match=r"began with other data: seed was 0 and is 7; the train prompts have "):
+        assemble_loop(tmp_path, client, keys, None, "seed=7")
     assert client.get(keys.epoch) == epoch, "the learner that runs is not fenced off"
-    loop = taken_up_by_process(tmp_path, client, keys, None, "seed=7", is_new_epoch=True)
+    loop = assemble_loop(tmp_path, client, keys, None, "seed=7", is_new_epoch=True)
     assert loop.intake.source.cursor == Cursor(1, 0)
     assert stored_fingerprint(client, keys, tmp_path) == loop.intake.source.data
 

@@ -21,7 +21,7 @@ from tests.support.fake_services import until
 from tests.support.guard import GUARD_S
 from tests.support.launching import rows_of
 from tests.support.making import make_rollout
-from tests.support.replaying import end, take_up
+from tests.support.replaying import assemble_loop, end
 
 SETTINGS = ["learner.groups_per_step=2", "evaluation.num_prompts=3", "evaluation.completions_per_prompt=2"]
 HEARTBEAT = Heartbeat("r", "http://127.0.0.1:1", "running", "", 0, 0, 0, 0, 0.0, 1.0)
@@ -81,7 +81,7 @@ def test_an_evaluation_that_is_asked_for_runs_beside_training(
     replica: Replica, client: redis.Redis, keys: Keys, tmp_path: Path
 ) -> None:
     settings = ["learner.steps=10000", "evaluation.interval_steps=0"]
-    loop = take_up(tmp_path, client, keys, None, *SETTINGS, *settings)
+    loop = assemble_loop(tmp_path, client, keys, None, *SETTINGS, *settings)
     with running(loop):
         until(lambda: loop.progress.step >= 2, "two steps")
         replica.is_evaluating.clear()
@@ -112,7 +112,7 @@ def test_the_best_step_is_named_though_training_has_gone_on(
     replica: Replica, client: redis.Redis, keys: Keys, tmp_path: Path
 ) -> None:
     settings = ["learner.steps=6", "evaluation.interval_steps=2", "learner.checkpoint_interval_steps=100"]
-    loop = take_up(tmp_path, client, keys, None, *SETTINGS, *settings)
+    loop = assemble_loop(tmp_path, client, keys, None, *SETTINGS, *settings)
     begin = loop.intake.evaluation.begin
 
     def begin_evaluation(step: int, version: int) -> None:
@@ -133,7 +133,7 @@ def test_the_first_step_is_taken_beside_the_first_evaluation_whose_tokens_are_of
 ) -> None:
     replica.is_evaluating.clear()
     announced: list[str] = []
-    loop = take_up(tmp_path, client, keys, None, *SETTINGS, "learner.steps=3")
+    loop = assemble_loop(tmp_path, client, keys, None, *SETTINGS, "learner.steps=3")
     execute = loop.store.execute
 
     def note_and_execute(commands: Any) -> None:
@@ -156,7 +156,7 @@ def test_the_first_step_is_taken_beside_the_first_evaluation_whose_tokens_are_of
 
 def test_a_version_is_not_evaluated_twice(replica: Replica, client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
     """Its tickets exist already: a second evaluation would wait for ever."""
-    loop = take_up(tmp_path, client, keys, None, *SETTINGS, "learner.steps=3")
+    loop = assemble_loop(tmp_path, client, keys, None, *SETTINGS, "learner.steps=3")
     loop.publish_first()
     loop.evaluator.begin()
     assert loop.evaluator.best.keep_if_best(0.5)

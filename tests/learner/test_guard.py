@@ -28,7 +28,7 @@ from headrace.learner.algorithm.guard import (
 from headrace.learner.loop import Loop
 from headrace.learner.training.rank_batches import EMPTY_MICRO_BATCH
 from headrace.learner.training.step_metrics import logprob_gaps, off_policy_metrics
-from tests.support.replaying import STEPS, end, state_of, take_up
+from tests.support.replaying import STEPS, assemble_loop, end, state_of
 
 CALM = {"kl_behaviour_proximal": 0.01, "ess": 0.95, "fresh_logprob_gap_rms": 1e-5}
 WORRYING = CALM | {"kl_behaviour_proximal": 0.1}
@@ -223,7 +223,7 @@ ACTING = ("actor.divergence_guard=act", "learner.stale_policy=train")
 def test_the_loop_continues_with_tightened_settings_and_reports_them(
     recording: Path, client: redis.Redis, keys: Keys, tmp_path: Path
 ) -> None:
-    loop = take_up(tmp_path, client, keys, recording, *ACTING)
+    loop = assemble_loop(tmp_path, client, keys, recording, *ACTING)
     try:
         assert loop.run()
     finally:
@@ -247,7 +247,7 @@ def test_the_loop_continues_with_tightened_settings_and_reports_them(
 def test_a_changed_setting_does_not_undo_the_guard(
     recording: Path, client: redis.Redis, keys: Keys, tmp_path: Path
 ) -> None:
-    loop = take_up(tmp_path, client, keys, recording, *ACTING)
+    loop = assemble_loop(tmp_path, client, keys, recording, *ACTING)
     try:
         loop.live_config.guard = GuardState(level=3, is_warned=True)
         loop._change_settings(Settings(1, {"optimizer.lr": 8e-5, "learner.max_staleness": 8}))
@@ -268,7 +268,7 @@ def test_a_checkpoint_stores_the_guards_state(recording: Path, client: redis.Red
     for name, last_steps in lives.items():
         folder = tmp_path / name
         for last_step in last_steps:
-            loop = take_up(folder, client, Keys(f"{keys.run}-{name}"), recording, *ACTING)
+            loop = assemble_loop(folder, client, Keys(f"{keys.run}-{name}"), recording, *ACTING)
             stop_after(loop, last_step)
             try:
                 loop.run()

@@ -446,7 +446,7 @@ def test_a_replacement_keeps_everything_but_its_number_and_comes_once() -> None:
     (ticket,) = source.next_tickets(1, 3, 4)
     source.replace_stale(msgspec.structs.replace(ticket, attempts=2, avoid=["r"]))
     assert source.ids_to_issue() == ["2-5.1"]
-    again = source._again[0]
+    again = source._to_reissue[0]
     assert again == msgspec.structs.replace(ticket, id="2-5.1", reissues=1)
     source.replace_stale(again)
     assert source.ids_to_issue() == ["2-5.1"], "what replaced one is not replaced again"

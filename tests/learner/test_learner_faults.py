@@ -27,13 +27,13 @@ from headrace.learner.store.store import LearnerStore
 from tests.support.fake_services import until
 from tests.support.guard import GUARD_S
 from tests.support.launching import rows_of
-from tests.support.replaying import ROOT, STEPS, end, state_of, take_up, trained
+from tests.support.replaying import ROOT, STEPS, assemble_loop, end, state_of, trained
 
 
 @pytest.fixture(scope="module")
 def undisturbed(recording: Path, redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    loop = take_up(folder, connect(redis_url), Keys(f"undisturbed-{os.getpid()}"), recording)
+    loop = assemble_loop(folder, connect(redis_url), Keys(f"undisturbed-{os.getpid()}"), recording)
     assert loop.run()
     end(loop)
     return folder
@@ -41,7 +41,7 @@ def undisturbed(recording: Path, redis_url: str, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture
 def loop(recording: Path, client: redis.Redis, keys: Keys, tmp_path: Path) -> Iterator[Loop]:
-    found = take_up(tmp_path, client, keys, recording)
+    found = assemble_loop(tmp_path, client, keys, recording)
     yield found
     end(found)
 
@@ -129,7 +129,7 @@ def test_when_redis_loses_everything_the_run_goes_on_from_its_checkpoint(
     after_step(loop, 5, lose)
     with pytest.raises(RedisLost):
         loop.run()
-    again = take_up(tmp_path, client, keys, recording)
+    again = assemble_loop(tmp_path, client, keys, recording)
     assert again.progress.step == 4 and again.store.epoch == 2
     in_stream: list[int] = []
     take_in = again.intake._take_in
@@ -163,7 +163,7 @@ def test_a_start_after_a_crash_between_a_checkpoint_and_its_settlement_trains_no
     loop.store.settle = settle_or_die  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         loop.run()
-    again = take_up(tmp_path, client, keys, recording)
+    again = assemble_loop(tmp_path, client, keys, recording)
     assert again.progress.step == 4
     assert again.run()
     end(again)
@@ -246,7 +246,7 @@ def test_the_advice_is_published_and_outlives_the_learner(
     for stands, expected in ((b"5", 5), (b"many", 1)):
         client.hset(keys.learner, "advised_replicas", stands)
         client.hset(keys.control, "desired_replicas", 2)
-        again = take_up(tmp_path, client, keys, recording)
+        again = assemble_loop(tmp_path, client, keys, recording)
         again.intake.poll_control_state()
         status = _status(again, "x")
         assert (status["advised_replicas"], status["desired_replicas"]) == (expected, 2)

@@ -21,7 +21,7 @@ from headrace.learner.__main__ import _status
 from headrace.learner.loop import Loop
 from headrace.learner.reporting.prometheus import LearnerMetrics
 from tests.support.fake_sglang import FakeSglang
-from tests.support.replaying import STEPS, end, take_up
+from tests.support.replaying import STEPS, assemble_loop, end
 from tests.support.replicas import a_learner, run, running_replica, until
 from tests.support.scraping import Scrape, get_metrics, lint, scrape_app
 
@@ -126,7 +126,7 @@ def test_group_totals_only_grow_even_if_a_resume_goes_back() -> None:
 def test_a_learner_exports_its_steps_and_its_status(
     recording: Path, client: redis.Redis, keys: Keys, tmp_path: Path
 ) -> None:
-    loop = take_up(tmp_path, client, keys, recording)
+    loop = assemble_loop(tmp_path, client, keys, recording)
     app = new_app("test")
     mount_metrics(app, exported(loop))
     try:
@@ -160,10 +160,10 @@ def test_a_learner_exports_its_steps_and_its_status(
 
 
 def test_a_resumed_learner_counts_from_zero(recording: Path, client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
-    loop = take_up(tmp_path, client, keys, recording)
+    loop = assemble_loop(tmp_path, client, keys, recording)
     loop.run()
     end(loop)
-    resumed = take_up(tmp_path, client, keys, recording)
+    resumed = assemble_loop(tmp_path, client, keys, recording)
     scrape = of(exported(resumed)())
     end(resumed)
     assert scrape.value("headrace_completed_steps") == STEPS
@@ -174,7 +174,7 @@ def test_a_resumed_learner_counts_from_zero(recording: Path, client: redis.Redis
 
 
 def test_a_scrape_waits_for_nothing(recording: Path, client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
-    loop = take_up(tmp_path, client, keys, recording)
+    loop = assemble_loop(tmp_path, client, keys, recording)
     loop.waits.note(Reason.WAITING_FOR_GROUPS, "nothing")
     collect = exported(loop)
 

@@ -23,14 +23,14 @@ from headrace.learner.weights.version_writer import VersionWriter
 from tests.support.fake_services import until
 from tests.support.guard import GUARD_S
 from tests.support.launching import rows_of
-from tests.support.replaying import STEPS, end, take_up
+from tests.support.replaying import STEPS, assemble_loop, end
 
 FULL = OSError(28, "No space left on device")
 
 
 @pytest.fixture
 def loop(recording: Path, client: redis.Redis, keys: Keys, tmp_path: Path) -> Iterator[Loop]:
-    found = take_up(tmp_path, client, keys, recording)
+    found = assemble_loop(tmp_path, client, keys, recording)
     yield found
     end(found)
 

@@ -24,7 +24,7 @@ from headrace.learner.store.structs import Cursor
 from tests.support.committing import queue
 from tests.support.guard import GUARD_S
 from tests.support.making import make_group
-from tests.support.replaying import ROOT, STEPS, end, state_of, take_up, trained
+from tests.support.replaying import ROOT, STEPS, assemble_loop, end, state_of, trained
 
 
 class Killed(BaseException):
@@ -52,7 +52,7 @@ def live(folder: Path, client: redis.Redis, keys: Keys, recording: Path) -> bool
     """One life of a learner; whether it got to the end."""
     loop = None
     try:
-        loop = take_up(folder, client, keys, recording)
+        loop = assemble_loop(folder, client, keys, recording)
         return loop.run()
     except Killed:
         return False

@@ -27,7 +27,7 @@ from headrace.learner.intake.samples import (
 from tests.learner.test_trainer import STEPS as VERSION_STEPS
 from tests.learner.test_trainer import make_batch, make_config, make_trainer
 from tests.support.making import make_group, make_rollout
-from tests.support.replaying import STEPS, end, make_recording, take_up
+from tests.support.replaying import STEPS, assemble_loop, end, make_recording
 
 TEXT = "Anna zählt 3 Äpfel 🍎, 日本 — fertig."
 
@@ -142,7 +142,7 @@ def test_the_trainer_knows_what_it_trained(demo_policy: Path, mini_batches: int)
 
 def test_a_run_shows_some_groups_of_every_step(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
     recording = make_recording(tmp_path / "recording.msgpack")
-    loop = take_up(tmp_path, client, keys, recording)
+    loop = assemble_loop(tmp_path, client, keys, recording)
     assert loop.run()
     end(loop)
     entries = [fields for _, fields in client.xrange(keys.samples)]

@@ -25,12 +25,12 @@ from headrace.learner.steering.switches import Switches
 from tests.support.fake_services import until
 from tests.support.guard import GUARD_S
 from tests.support.launching import rows_of
-from tests.support.replaying import STEPS, end, make_config, take_up
+from tests.support.replaying import STEPS, assemble_loop, end, make_config
 
 
 @pytest.fixture
 def loop(recording: Path, client: redis.Redis, keys: Keys, tmp_path: Path) -> Iterator[Loop]:
-    found = take_up(tmp_path, client, keys, recording)
+    found = assemble_loop(tmp_path, client, keys, recording)
     yield found
     end(found)
 
@@ -100,7 +100,7 @@ def test_orders_outlive_the_learner(
     loop: Loop, client: redis.Redis, keys: Keys, recording: Path, tmp_path: Path
 ) -> None:
     client.hset(keys.control, mapping={"paused": 1, "checkpoints": 3})
-    again = take_up(tmp_path, client, keys, recording)
+    again = assemble_loop(tmp_path, client, keys, recording)
     assert again.switches.paused.is_set() and not loop.switches.paused.is_set()
     with running(again):
         until(lambda: client.hget(keys.learner, "phase") == b"paused", "the pause")
@@ -117,7 +117,7 @@ def test_a_stop_is_obeyed_once(loop: Loop, client: redis.Redis, keys: Keys, reco
     found = find_newest(tmp_path / "checkpoints")
     assert found is not None and found[0].step == 3
     assert not client.hexists(keys.control, "stop") and client.hget(keys.learner, "phase") == b"stopped"
-    again = take_up(tmp_path, client, keys, recording)
+    again = assemble_loop(tmp_path, client, keys, recording)
     assert again.run() and again.progress.step == STEPS
     end(again)
 
@@ -135,7 +135,7 @@ def test_a_stop_stands_until_a_checkpoint_has_been_written(
     monkeypatch.setattr(loop, "_checkpoint_at_last", die)
     with pytest.raises(KeyboardInterrupt):
         loop.run()
-    again = take_up(tmp_path, client, keys, recording)
+    again = assemble_loop(tmp_path, client, keys, recording)
     assert not again.run() and again.progress.step == 0
     assert not client.hexists(keys.control, "stop")
     end(again)
@@ -209,7 +209,7 @@ def test_settings_are_taken_up_from_the_checkpoint_when_redis_has_none(
     after_step(loop, 3, loop.switches.stop.set)
     assert not loop.run()
     client.hdel(keys.control, "settings")
-    again = take_up(tmp_path, client, keys, recording)
+    again = assemble_loop(tmp_path, client, keys, recording)
     assert again.live_config.settings.version == 7 and again.intake.config == again.trainer.config == again.config
     assert (again.config.sampling.temperature, again.intake.config.learner.max_staleness) == (0.5, 1)
     assert again.live_config.configured == make_config()

@@ -40,7 +40,7 @@ def make_config(*overrides: str) -> RunConfig:
 
 def make_recording(path: Path) -> Path:
     writer = RecordingWriter(path, Header("recorded", make_config().model_dump(mode="json")))
-    writer.know({version: version - 1 for version in range(1, 7)})
+    writer.add_versions({version: version - 1 for version in range(1, 7)})
     rng = random.Random(5)
     for place in range(NUM_GROUPS):
         group = random_group(rng, place)
@@ -74,7 +74,7 @@ def random_group(rng: random.Random, place: int) -> Group:
     return Group(ticket, rollouts, "r", Timings(1.0, 2.0, 3.0))
 
 
-def take_up(
+def assemble_loop(
     folder: Path,
     client: redis.Redis,
     keys: Keys,
@@ -82,7 +82,7 @@ def take_up(
     *overrides: str,
     is_new_epoch: bool = False,
 ) -> Loop:
-    """A learner as its process would put it together."""
+    """A learner as its process assembles it."""
     task, url = load_task("arithmetic", {}), "http://127.0.0.1:1"
     loop, _ = assemble(
         make_config(*overrides),

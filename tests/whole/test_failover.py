@@ -16,7 +16,7 @@ from headrace.learner.commands.audit import audit
 from tests.learner.test_learner_faults import after_step
 from tests.support.launching import rows_of
 from tests.support.redis_servers import Watched, servers, until
-from tests.support.replaying import ROOT, end, make_recording, state_of, take_up, trained
+from tests.support.replaying import ROOT, assemble_loop, end, make_recording, state_of, trained
 
 EXIT_TIMEOUT_S = 1200.0
 
@@ -33,11 +33,11 @@ def test_a_learner_stops_at_another_master_and_the_next_start_repairs_what_it_la
     """Two steps with a checkpoint between them are lost in Redis: what comes of it is the same, bit for bit, as by a
     learner that nothing happened to."""
     recording = make_recording(tmp_path / "recording.msgpack")
-    undisturbed = take_up(tmp_path / "undisturbed", connect(redis_url), keys, recording)
+    undisturbed = assemble_loop(tmp_path / "undisturbed", connect(redis_url), keys, recording)
     assert undisturbed.run()
     end(undisturbed)
     client = connect(watched.url, deadline_s=OUTAGE_DEADLINE_S, is_one_master=True)
-    loop = take_up(tmp_path / "run", client, keys, recording)
+    loop = assemble_loop(tmp_path / "run", client, keys, recording)
     after_step(loop, 3, watched.replicate_no_more)
     after_step(loop, 5, watched.fall)
     with pytest.raises(MasterChanged, match="what was written last may be lost"):
@@ -45,7 +45,7 @@ def test_a_learner_stops_at_another_master_and_the_next_start_repairs_what_it_la
     end(loop)
     with connect(watched.url) as promoted:
         assert int(promoted.hget(keys.learner, "step") or 0) < 4, "what the checkpoint of step 4 knows is lost in Redis"
-    again = take_up(tmp_path / "run", connect(watched.url, is_one_master=True), keys, recording)
+    again = assemble_loop(tmp_path / "run", connect(watched.url, is_one_master=True), keys, recording)
     assert again.progress.step == 4 and again.run()
     end(again)
     assert trained(tmp_path / "run") == trained(tmp_path / "undisturbed")

@@ -30,7 +30,7 @@ from headrace.learner.__main__ import _status
 from headrace.learner.reporting.prometheus import LearnerMetrics
 from tests.support.fake_sglang import a_fake_sglang, sample
 from tests.support.guard import GUARD_S
-from tests.support.replaying import end, make_recording, take_up
+from tests.support.replaying import assemble_loop, end, make_recording
 from tests.support.replicas import a_learner, running_replica, until
 from tests.support.scraping import tool
 from tests.support.seeded_run import RECIPE, heartbeat, seed_run, step_rows
@@ -88,7 +88,7 @@ async def replica_at(redis_url: str, demo_policy: Path, engine_url: str) -> Asyn
 @contextlib.contextmanager
 def learner_at(client: redis.Redis, folder: Path) -> Iterator[str]:
     """It has learnt a recording."""
-    loop = take_up(folder / "run", client, LEARNT, make_recording(folder / "recording.msgpack"))
+    loop = assemble_loop(folder / "run", client, LEARNT, make_recording(folder / "recording.msgpack"))
     app, sock = new_app("learner"), listen("127.0.0.1", 0)
     exported = LearnerMetrics(lambda: _status(loop, LEARNT.run), loop.reporter.metrics.rows, loop.intake, loop.versions)
     mount_metrics(app, exported)

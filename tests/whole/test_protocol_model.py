@@ -324,12 +324,12 @@ class Protocol(RuleBasedStateMachine):
     @initialize(safe_until=st.integers(0, 6))
     def first_start(self, safe_until: int) -> None:
         self.safe_until = safe_until
-        self._take_up()
+        self._start_learner()
 
     @precondition(lambda self: self.life is None)
     @rule(fault=ANY_FAULT)
     def start(self, fault: Fault | None) -> None:
-        self._take_up(fault)
+        self._start_learner(fault)
 
     @precondition(lambda self: self.life is not None)
     @rule(name=st.sampled_from(list(NUM_COMMANDS)), fault=LEARNER_FAULT)
@@ -540,7 +540,7 @@ class Protocol(RuleBasedStateMachine):
         self.begun[id(life.loop)] = copy.deepcopy(life.line), unfinished
         begin(*given)
 
-    def _take_up(self, fault: Fault | None = None) -> None:
+    def _start_learner(self, fault: Fault | None = None) -> None:
         newest = self._loadable()[-1:]
         line = copy.deepcopy(self._line(newest[0])) if newest else Line()
         client, task = self.trap.guard(self.server.new_client()), Uneven(NUM_PROMPTS)
@@ -564,7 +564,7 @@ class Protocol(RuleBasedStateMachine):
         assert self.life is not None
         self._note_checkpoint(self.life)
         self.sleeper = self.life
-        self._take_up()
+        self._start_learner()
         self.as_overtaken = self._everything()
 
     def _act(self, name: str, fault: Fault | None = None) -> None:
@@ -660,7 +660,7 @@ class Protocol(RuleBasedStateMachine):
 
     def _drain(self) -> None:
         if self.life is None or self.is_lost:
-            self._take_up()
+            self._start_learner()
         assert self.life is not None
         loop, line = self.life
         self._act("look")

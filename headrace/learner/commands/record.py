@@ -68,7 +68,7 @@ def follow(
             entries = list(stream_entries(found))
             if entries:  # their versions were published before they were sampled
                 steps: Any = client.hgetall(keys.versions)
-                writer.know({int(version): int(step) for version, step in steps.items()})
+                writer.add_versions({int(version): int(step) for version, step in steps.items()})
             for _, entry_id, fields in entries:
                 ticket_id = fields.get(b"id", b"?").decode(errors="replace")
                 writer.add(RecordedGroup(entry_id.decode(), ticket_id, fields.get(b"group", b"")))

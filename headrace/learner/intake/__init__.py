@@ -1,4 +1,4 @@
-"""Between Redis and the step: tickets out, groups in.
+"""Between Redis and the step: issues tickets and takes groups in.
 
-Each group is trained once or settled with a reason; what is consumed is known to the next checkpoint.
+Each group is trained once or settled with a reason. The next checkpoint records every consumed group.
 """

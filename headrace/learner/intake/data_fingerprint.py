@@ -1,7 +1,7 @@
-"""Which data a run's cursor is a place of: a run that is taken up with other prompts would issue them under old ids.
+"""Identifies the data that a run's cursor is a position in: with other data, a resumed run would reuse ticket ids.
 
-Written beside the cursor in Redis and into every checkpoint. What a run is taken up with is held against it; other data
-are refused, with what differs, or begun explicitly as a new epoch (`headrace up --new-epoch`).
+The fingerprint is stored beside the cursor in Redis and in every checkpoint, and compared when a run is resumed. Other
+data are refused, with the differences, or begin explicitly as a new epoch (`headrace up --new-epoch`).
 """
 
 import hashlib
@@ -18,33 +18,34 @@ from headrace.common.tasks import BadRow, Prompt, Split, Task
 
 MAX_ROWS = 100_000
 BUDGET_S = 0.25
-"""A task may compute its prompts: so long, and `MIN_ROWS` at least, are they hashed. The next start hashes as many."""
+"""Prompts are hashed for this long, because a task may compute them, but at least `MIN_ROWS` of them. The next start
+hashes as many."""
 MIN_ROWS = 256
-MAX_SHOWN_CHARS = 60
+MAX_VALUE_CHARS = 60
 
 
-class Rows(msgspec.Struct, frozen=True):
-    """The first `count` prompts of a split in epoch 0."""
+class SplitDigest(msgspec.Struct, frozen=True):
+    """A hash of the first `count` prompts of a split in epoch 0."""
 
     count: int
     is_all: bool
-    """There are no more in an epoch."""
+    """An epoch has no more prompts than these."""
     sha256: str
 
 
 class Fingerprint(msgspec.Struct, frozen=True):
     configured: dict[str, Any]
-    """What prompts are made by, under the names of the settings; values that JSON has."""
+    """The settings that prompts depend on, by name; values are JSON types."""
     chat_template: str
-    """Its SHA-256."""
-    train: Rows
-    held_out: Rows
+    """The template's SHA-256."""
+    train: SplitDigest
+    held_out: SplitDigest
     first_epoch: int = 0
-    """Of these data; what was before cannot be made again."""
+    """The first epoch of these data; tickets of earlier epochs cannot be rebuilt."""
 
 
 def fingerprint_of(config: RunConfig, task: Task, chat_template: str, like: Fingerprint | None = None) -> Fingerprint:
-    """`like`: as many rows are hashed as there were then."""
+    """`like`: an earlier fingerprint; as many prompts are hashed as it has."""
     configured = {
         "task.name": config.task.name,
         "task.settings": config.task.settings,
@@ -53,7 +54,7 @@ def fingerprint_of(config: RunConfig, task: Task, chat_template: str, like: Fing
         "seed": config.seed,
     }
 
-    def rows(split: Split, before: Rows | None) -> Rows:
+    def rows(split: Split, before: SplitDigest | None) -> SplitDigest:
         return _rows_of(task.prompts(split, seed=config.seed, epoch=0), None if before is None else before.count)
 
     return Fingerprint(
@@ -65,23 +66,23 @@ def fingerprint_of(config: RunConfig, task: Task, chat_template: str, like: Fing
 
 
 def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
-    """What differs, for people; empty if nothing does. `new` is of `fingerprint_of(..., like=old)`."""
+    """The differences as texts for people. `new` comes from `fingerprint_of(..., like=old)`."""
     found = []
     for name in sorted(old.configured.keys() | new.configured.keys()):
         before, now = old.configured.get(name), new.configured.get(name)
         if before != now:
-            found.append(f"{name} was {_shown(before)} and is {_shown(now)}")
+            found.append(f"{name} was {_short(before)} and is {_short(now)}")
     if old.chat_template != new.chat_template:
-        found.append("the model's chat template is another")
+        found.append("the model's chat template has changed")
     for split, before_rows, now_rows in (("train", old.train, new.train), ("held-out", old.held_out, new.held_out)):
         if before_rows.count != now_rows.count or before_rows.is_all != now_rows.is_all:
             found.append(f"{_how_many(before_rows)} {split} prompts were there and {_how_many(now_rows)} are")
         elif before_rows.sha256 != now_rows.sha256:
-            found.append(f"the {split} prompts are others")
+            found.append(f"the {split} prompts have changed")
     return found
 
 
-def _rows_of(prompts: Iterator[Prompt | BadRow], count: int | None) -> Rows:
+def _rows_of(prompts: Iterator[Prompt | BadRow], count: int | None) -> SplitDigest:
     digest, number = hashlib.sha256(), 0
     deadline = time.monotonic() + BUDGET_S
     for prompt in itertools.islice(prompts, MAX_ROWS if count is None else count):
@@ -89,27 +90,27 @@ def _rows_of(prompts: Iterator[Prompt | BadRow], count: int | None) -> Rows:
         number += 1
         if count is None and number >= MIN_ROWS and time.monotonic() > deadline:
             break
-    return Rows(number, is_all=next(prompts, None) is None, sha256=digest.hexdigest())
+    return SplitDigest(number, is_all=next(prompts, None) is None, sha256=digest.hexdigest())
 
 
 def _bytes_of(prompt: object) -> bytes:
-    """What cannot be encoded cannot become a ticket either: its text will do."""
+    """A prompt that cannot be encoded cannot become a ticket either; its `repr` is hashed."""
     try:
-        return msgspec.msgpack.encode(prompt, enc_hook=_as_it_is, order="deterministic")
+        return msgspec.msgpack.encode(prompt, enc_hook=_encodable, order="deterministic")
     except (TypeError, ValueError, OverflowError, RecursionError):
         return repr(prompt).encode("utf-8", "backslashreplace")
 
 
-def _as_it_is(value: Any) -> Any:
-    """Numpy's scalars as numbers; of anything else the type, for an object's text may name its address."""
+def _encodable(value: Any) -> Any:
+    """NumPy scalars as numbers; other objects as their type, because their `repr` may contain an address."""
     made = to_builtin_types(value)
     return type(value).__name__ if made is value else made
 
 
-def _shown(value: Any) -> str:
+def _short(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= MAX_SHOWN_CHARS else text[: MAX_SHOWN_CHARS - 1] + "…"
+    return text if len(text) <= MAX_VALUE_CHARS else text[: MAX_VALUE_CHARS - 1] + "…"
 
 
-def _how_many(rows: Rows) -> str:
+def _how_many(rows: SplitDigest) -> str:
     return f"{rows.count}" if rows.is_all else f"more than {rows.count}"

@@ -1,7 +1,8 @@
-"""What never reaches training although it was sampled for it, beside what does: is the policy trained on short answers?
+"""Compares the groups that are dropped with those that are trained: is the policy trained on short completions only?
 
-Groups that are stale at packing, or refused, are the ones that took long: dropping them is a bias that no other number
-shows. Counted over the last `WINDOW_STEPS` steps, for few are dropped in one. Uniform groups are no part of it.
+Groups that are stale at packing, or rejected, tend to be those that took long. Dropping them is a bias that no other
+metric shows. It is measured over the last `WINDOW_STEPS` steps, because a single step drops few. Uniform groups are not
+counted.
 """
 
 from collections import deque
@@ -12,12 +13,12 @@ from headrace.common.wire import Group
 
 WINDOW_STEPS = 20
 MIN_DROPPED = 4
-"""Fewer groups say nothing of a bias: a single one is as long as it is by chance."""
+"""With fewer groups the bias is reported as 0: the length of one or two is chance."""
 
 
 @dataclass
-class _Sum:
-    """Of groups; lengths and rewards are of their completions."""
+class _Totals:
+    """Sums over groups and their completions."""
 
     groups: int = 0
     completions: int = 0
@@ -30,8 +31,8 @@ class _Sum:
         self.tokens += sum(len(rollout.tokens) for rollout in group.rollouts)
         self.reward += sum(group.rewards)
 
-    def __add__(self, other: "_Sum") -> "_Sum":
-        return _Sum(
+    def __add__(self, other: "_Totals") -> "_Totals":
+        return _Totals(
             self.groups + other.groups,
             self.completions + other.completions,
             self.tokens + other.tokens,
@@ -39,15 +40,15 @@ class _Sum:
         )
 
     @property
-    def length(self) -> float:
+    def mean_tokens(self) -> float:
         return self.tokens / self.completions
 
 
 class DropStatistics:
-    """Since the learner's start: what happened in each step, the one in progress last."""
+    """Counts the groups of each step since the learner's start; the step in progress is the last of `_steps`."""
 
     def __init__(self) -> None:
-        self._steps: deque[tuple[_Sum, _Sum]] = deque([(_Sum(), _Sum())], maxlen=WINDOW_STEPS)
+        self._steps: deque[tuple[_Totals, _Totals]] = deque([(_Totals(), _Totals())], maxlen=WINDOW_STEPS)
 
     def add_dropped(self, group: Group) -> None:
         self._steps[-1][0].add(group)
@@ -57,11 +58,13 @@ class DropStatistics:
             self._steps[-1][1].add(group)
 
     def end_step(self) -> dict[str, float]:
-        """The step's numbers. `dropped_groups` is its own. Of the last `WINDOW_STEPS`: `dropped_share`, of the groups
-        that were trained or dropped; `dropped_length_bias`, by what share the completions that were trained are
-        shorter, on average, than those and the dropped ones together, below 0 if they are longer, 0 while fewer than
-        `MIN_DROPPED` are; and where there are both `dropped_completion_tokens_mean` and `dropped_reward_mean`."""
-        dropped, trained = (sum(column, _Sum()) for column in zip(*self._steps, strict=True))
+        """The step's metrics. `dropped_groups` counts this step's. The others are over the last `WINDOW_STEPS`:
+
+        `dropped_share`: of the groups that were trained or dropped. `dropped_length_bias`: the share by which trained
+        completions are shorter, on average, than trained and dropped ones together; negative if they are longer, 0
+        while fewer than `MIN_DROPPED` groups are dropped. `dropped_completion_tokens_mean` and `dropped_reward_mean`:
+        only if there are both trained and dropped groups."""
+        dropped, trained = (sum(column, _Totals()) for column in zip(*self._steps, strict=True))
         found = {
             "dropped_groups": float(self._steps[-1][0].groups),
             "dropped_share": dropped.groups / max(1, dropped.groups + trained.groups),
@@ -69,10 +72,10 @@ class DropStatistics:
         }
         if dropped.completions and trained.completions:
             found |= {
-                "dropped_completion_tokens_mean": dropped.length,
+                "dropped_completion_tokens_mean": dropped.mean_tokens,
                 "dropped_reward_mean": dropped.reward / dropped.completions,
             }
             if dropped.groups >= MIN_DROPPED:
-                found["dropped_length_bias"] = 1.0 - trained.length / (dropped + trained).length
-        self._steps.append((_Sum(), _Sum()))
+                found["dropped_length_bias"] = 1.0 - trained.mean_tokens / (dropped + trained).mean_tokens
+        self._steps.append((_Totals(), _Totals()))
         return found

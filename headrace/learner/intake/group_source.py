@@ -1,5 +1,5 @@
-"""Where a learner's groups come from: tickets that replicas answer (ticket_source.py), or a recording
-(recordings.py)."""
+"""The source of a learner's groups: tickets that replicas answer (ticket_source.py), or a recording
+(recording_source.py)."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -12,11 +12,11 @@ from headrace.learner.store.structs import Cursor, UnusablePrompt
 
 
 class IssueResult(NamedTuple):
-    """What one call has put into Redis."""
+    """What a call of `issue` has added to Redis."""
 
     ticket_ids: list[str]
     unusable: list[UnusablePrompt] = []
-    """Places of the data of which there is no ticket."""
+    """Positions of the data for which there is no ticket."""
 
 
 class GroupSource(Protocol):
@@ -25,34 +25,36 @@ class GroupSource(Protocol):
 
     @property
     def is_exhausted(self) -> bool:
-        """Only a recording ends."""
+        """Nothing is left to issue; true of recordings only."""
         ...
 
     def configure(self, config: RunConfig) -> None:
-        """What is issued from now on is sampled as `config` says."""
+        """Tickets issued from now on are sampled as `config` says."""
         ...
 
     def issue(self, store: LearnerStore, count: int, step: int, version: int) -> IssueResult:
         """Adds up to `count` tickets (or recorded groups) to Redis."""
         ...
 
-    def replace_stale(self, ticket: Ticket) -> None: ...
+    def replace_stale(self, ticket: Ticket) -> None:
+        """Issues the prompt of a stale group once more."""
+        ...
 
     def issue_again(self, ticket_ids: Sequence[str]) -> None:
-        """What Redis has lost, or what was still to be issued."""
+        """Issues training tickets that Redis has lost, or that were still to be issued."""
         ...
 
     def ids_to_issue(self) -> list[str]:
-        """What a checkpoint must remember to issue again."""
+        """The tickets that are still to be issued again, for the checkpoint."""
         ...
 
     @property
     def data(self) -> Fingerprint | None:
-        """What a checkpoint must say of the data; None of a recording."""
+        """The fingerprint of the data, for the checkpoint; None for a recording."""
         ...
 
     def rebuild(self, ticket_ids: Sequence[str], step: int, version: int) -> list[Ticket]:
-        """Training tickets from their ids. Raises `ValueError` naming one that cannot be."""
+        """Training tickets from their ids. Raises `ValueError` naming one that cannot be rebuilt."""
         ...
 
     def evaluation_tickets(self, step: int, version: int) -> list[Ticket]: ...

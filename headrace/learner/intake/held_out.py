@@ -1,12 +1,12 @@
-"""Held-out accuracy: evaluation tickets beside admission, collected while training goes on.
+"""Held-out accuracy: the result of an evaluation, whose tickets are answered while training goes on.
 
-An evaluation belongs to the step after which it was issued, and its tickets ask for at least that step's
-version. Each completion counts for the version of its first token, whose mean step is reported beside the mean
-reward. A dead evaluation ticket is left out, and counted.
+An evaluation belongs to the step after which it was issued; its tickets need at least that step's version. A completion
+counts as the version of its first token; the mean step of these versions is reported beside the mean reward. A dead
+evaluation ticket is left out, and counted.
 
 `held_out` is the mean reward of all completions. `pass_at_<k>` is the unbiased estimate (arXiv 2107.03374, section 2.1)
-of the chance that one of k completions of a prompt passes, where a completion passes whose reward is at least 1; with
-rewards of 0 and 1 `held_out` and `pass_at_1` are the same.
+of the probability that one of k completions of a prompt passes; a completion passes if its reward is at least 1. With
+rewards of 0 and 1 `held_out` and `pass_at_1` are equal.
 """
 
 import math
@@ -28,9 +28,9 @@ class Evaluation:
     waiting_for: set[str]
     num_dead: int = 0
     dead_reason: str = ""
-    """Of the latest."""
+    """Why the latest one died."""
     rewards: list[list[float]] = field(default_factory=list)
-    """Of each prompt's completions."""
+    """For each prompt, the rewards of its completions."""
     first_token_steps: list[int] = field(default_factory=list)
 
     @classmethod
@@ -55,7 +55,7 @@ class Evaluation:
         return not self.waiting_for
 
     def result(self) -> dict[str, float]:
-        """Raises `ValueError` if every ticket died."""
+        """The metrics of the evaluation's row. Raises `ValueError` if every ticket is dead."""
         if not self.rewards:
             raise ValueError(
                 f"all {self.num_dead} evaluation tickets of step {self.step} are dead, the latest: {self.dead_reason}"

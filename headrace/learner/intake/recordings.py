@@ -1,26 +1,20 @@
-"""Recordings: the groups of a run in the order in which replicas committed them, to be trained on again.
+"""The file format of recordings: the groups of a run in the order in which replicas committed them.
 
-A file of frames (4 bytes of length, then msgpack): a header with the run's configuration, then groups as they stood
-in Redis, each after the versions that it may name. A frame that was cut off by a kill is no frame. Replayed into a
+A recording is a file of frames (4 bytes of length, then msgpack): a header with the run's configuration, then groups as
+they were in Redis, each after the versions that it may name. A frame that a kill cut off is ignored. Replayed into a
 learner, a recording gives the same steps, bit for bit, however often that learner is killed.
 """
 
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from headrace.common.config import RunConfig
-from headrace.common.wire import Ticket
-from headrace.learner.intake.group_source import IssueResult
-from headrace.learner.store.store import LearnerStore
-from headrace.learner.store.structs import Cursor
-
 SCHEMA = 2
-"""Since groups are of schema 2."""
+"""The schema of the groups in it."""
 _LENGTH = struct.Struct("<I")
 
 
@@ -46,14 +40,14 @@ _decoder = msgspec.msgpack.Decoder(Frame)
 
 
 class Recording:
-    """One file, its payloads left on disk. Raises `ValueError` if it is none."""
+    """Reads one file; payloads stay on disk until asked for. Raises `ValueError` if it is not a recording."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.version_steps: dict[int, int] = {}
         self.last_entry_id = "0"
         self.num_bytes = 0
-        """Of whole frames."""
+        """The length of the whole frames."""
         self._offsets: list[int] = []
         header = None
         for offset, frame, end in _frames(path):
@@ -73,12 +67,12 @@ class Recording:
     def num_groups(self) -> int:
         return len(self._offsets)
 
-    def groups(self, places: Iterable[int]) -> list[tuple[str, bytes]]:
-        """Ticket ids and payloads of the groups at `places`."""
+    def groups(self, indices: Iterable[int]) -> list[tuple[str, bytes]]:
+        """Ticket ids and payloads of the groups at `indices`."""
         found = []
         with self.path.open("rb") as file:
-            for place in places:
-                file.seek(self._offsets[place])
+            for index in indices:
+                file.seek(self._offsets[index])
                 (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
                 frame = _decoder.decode(file.read(length))
                 assert isinstance(frame, RecordedGroup)
@@ -87,7 +81,7 @@ class Recording:
 
 
 class RecordingWriter:
-    """Appends to a recording; what a killed writer left half written is cut off."""
+    """Appends to a recording; cuts off a frame that a killed writer left incomplete."""
 
     def __init__(self, path: Path, header: Header) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +96,7 @@ class RecordingWriter:
         else:
             os.truncate(path, earlier.num_bytes)
 
-    def know(self, version_steps: dict[int, int]) -> None:
+    def add_versions(self, version_steps: dict[int, int]) -> None:
         for version, step in version_steps.items():
             if version not in self._versions:
                 self._versions[version] = step
@@ -124,52 +118,8 @@ class RecordingWriter:
         self._file.write(_LENGTH.pack(len(content)) + content)
 
 
-class RecordingSource:
-    """A learner's source of groups that asks nobody; its cursor is a place in the recording."""
-
-    is_recording = True
-    data = None
-
-    def __init__(self, recording: Recording, cursor: Cursor) -> None:
-        self.recording = recording
-        self.cursor = cursor
-        self.is_exhausted = False
-        self._again: list[int] = []
-
-    def configure(self, config: RunConfig) -> None:
-        """What was recorded was sampled as it was."""
-
-    def issue(self, store: LearnerStore, count: int, step: int, version: int) -> IssueResult:
-        again, self._again = self._again[:count], self._again[count:]
-        last = min(self.cursor.position + count - len(again), self.recording.num_groups)
-        groups = self.recording.groups([*again, *range(self.cursor.position, last)])
-        self.is_exhausted = not groups
-        if groups:
-            self.cursor = Cursor(0, last)
-            store.add_groups(groups, self.cursor)
-        return IssueResult([ticket_id for ticket_id, _ in groups])
-
-    def replace_stale(self, ticket: Ticket) -> None:
-        """What replaced it then, if anything did, comes later in the recording."""
-
-    def issue_again(self, ticket_ids: Sequence[str]) -> None:
-        """Groups that Redis has lost."""
-        wanted = set(ticket_ids)
-        names = self.recording.groups(range(self.recording.num_groups)) if wanted else []
-        self._again = [place for place, (ticket_id, _) in enumerate(names) if ticket_id in wanted]
-
-    def ids_to_issue(self) -> list[str]:
-        return []
-
-    def rebuild(self, ticket_ids: Sequence[str], step: int, version: int) -> list[Ticket]:
-        raise ValueError(f"tickets {', '.join(ticket_ids)}: a recording issues none")
-
-    def evaluation_tickets(self, step: int, version: int) -> list[Ticket]:
-        raise AssertionError("a recording is not evaluated")
-
-
 def _frames(path: Path) -> Iterator[tuple[int, Frame, int]]:
-    """Offset, frame, and the offset behind it. Raises `ValueError`."""
+    """Yields offset, frame, and the offset after it. Raises `ValueError`."""
     try:
         with path.open("rb") as file:
             while len(head := file.read(_LENGTH.size)) == _LENGTH.size:

@@ -1,7 +1,8 @@
-"""A sample of decided groups, written down for people to read (headrace/common/wire/group_samples.py).
+"""Samples of settled groups, for people to read (headrace/common/wire/group_samples.py).
 
-Bounded: the first few of each state in every step, and of every evaluation. The tokens of a completion, joined, read as
-its text: a token that ends in the middle of a character shows nothing, the one that completes it shows the character.
+They are bounded: the first few of each state in every step, and of every evaluation. The texts of a completion's
+tokens, joined, are its text: a token that ends inside a character has an empty text, and the one that completes it has
+all of it.
 """
 
 import time
@@ -17,7 +18,7 @@ from headrace.common.wire.group_samples import MAX_SAMPLE_BYTES, GroupSample, Ro
 
 MAX_SAMPLED = {"trained": 4, "uniform": 1, "stale": 1, "evaluated": 8}
 LONGEST_CHARACTER_TOKENS = 4
-"""Of UTF-8, which has at most so many bytes."""
+"""A character has at most 4 bytes in UTF-8."""
 _HALF = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -30,14 +31,14 @@ class DecidedGroup(NamedTuple):
 
 
 class TrainedRollout(NamedTuple):
-    """What the trainer knows of a rollout of its latest step."""
+    """What the trainer computed for a rollout of its latest step."""
 
     advantage: float
     proximal_logprobs: np.ndarray
 
 
 class SampleCollector:
-    """Not for use by two threads without a lock around it."""
+    """Needs a lock around it if several threads use it."""
 
     def __init__(self) -> None:
         self._waiting: list[DecidedGroup] = []
@@ -49,7 +50,7 @@ class SampleCollector:
             self._waiting.append(DecidedGroup(group, state, step, staleness, time.time()))
 
     def restart(self, *states: DecidedState) -> None:
-        """A step, or an evaluation: some of these states are wanted again."""
+        """A step or an evaluation begins: groups of these states are sampled again."""
         for state in states:
             self._taken[state] = 0
 
@@ -59,7 +60,7 @@ class SampleCollector:
 
 
 class TokenTexts:
-    """What each token of a completion reads as, by the tokenizer of a model."""
+    """The text of each token of a completion, by the model's tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -75,16 +76,16 @@ class TokenTexts:
         return self._alone[token]
 
     def _in_context(self, tokens: Sequence[int]) -> list[str]:
-        """Each as what it adds to the token before it."""
+        """Each token's text is what it adds to the text before it."""
         texts = []
-        first = shown = 0
+        first = done = 0
         for end in range(1, len(tokens) + 1):
-            before, text = self._decode(tokens[first:shown]), self._decode(tokens[first:end])
-            if text.endswith(_HALF) and end < len(tokens) and end - shown < LONGEST_CHARACTER_TOKENS:
+            before, text = self._decode(tokens[first:done]), self._decode(tokens[first:end])
+            if text.endswith(_HALF) and end < len(tokens) and end - done < LONGEST_CHARACTER_TOKENS:
                 texts.append("")
                 continue
             texts.append(text[len(before) :])
-            first, shown = shown, end
+            first, done = done, end
         return texts
 
     def _decode(self, tokens: Sequence[int]) -> str:
@@ -99,11 +100,11 @@ def group_sample(decided: DecidedGroup, trained: Sequence[TrainedRollout | None]
     rollouts = []
     num_bytes = len(msgspec.json.encode(ticket.messages))
     for index, rollout in enumerate(group.rollouts):
-        shown = _shown_rollout(rollout, trained[index] if trained else None, texts)
-        num_bytes += len(msgspec.json.encode(shown))
-        if num_bytes > MAX_SAMPLE_BYTES - 4096:  # what stands beside the prompt and the rollouts
+        sample = _rollout_sample(rollout, trained[index] if trained else None, texts)
+        num_bytes += len(msgspec.json.encode(sample))
+        if num_bytes > MAX_SAMPLE_BYTES - 4096:  # 4096: for the other fields
             break
-        rollouts.append(shown)
+        rollouts.append(sample)
     return GroupSample(
         id=ticket.id,
         kind=ticket.kind,
@@ -122,7 +123,7 @@ def group_sample(decided: DecidedGroup, trained: Sequence[TrainedRollout | None]
     )
 
 
-def _shown_rollout(rollout: Rollout, trained: TrainedRollout | None, texts: TokenTexts) -> RolloutSample:
+def _rollout_sample(rollout: Rollout, trained: TrainedRollout | None, texts: TokenTexts) -> RolloutSample:
     is_trained = zip(texts(rollout.tokens.tolist()), rollout.loss_mask, strict=True)
     return RolloutSample(
         text=rollout.text,

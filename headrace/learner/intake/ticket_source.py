@@ -1,9 +1,9 @@
 """Tickets from a task's prompts: rendered by the model's chat template, tokenized, numbered by the data cursor.
 
-Ticket ids name the data: `epoch-position` for training, with `.n` behind it for the n-th replacement of a stale group,
-and `eval-version-position` for evaluation. The same id is never issued twice, whatever restarts; and since a task gives
-the same prompts for the same epoch, a ticket can be made again from its id alone. A place of the data that makes no
-ticket is unusable, and marked: `dead`, with the reason, or `skipped`, where a prompt is too long for the engine.
+Ticket ids name the data: `epoch-position` for training, with a suffix `.n` for the n-th replacement of a stale group,
+and `eval-version-position` for evaluation. An id is never issued twice, across all restarts. A task gives the same
+prompts for the same epoch, so a ticket can be rebuilt from its id alone. A position of the data that makes no ticket is
+entered in the ledger: `dead`, with the reason, or `skipped` if the prompt is too long for the engine.
 """
 
 import itertools
@@ -26,26 +26,24 @@ from headrace.learner.store.store import LearnerStore
 from headrace.learner.store.structs import Cursor, UnusablePrompt
 
 GREEDY = MIN_TEMPERATURE
-"""At this temperature the likeliest token is sampled, or any that is within about 1e-5 nats of it. SGLang's own greedy
-mode would send the other completions of the batch through its top-k sampler."""
+"""At this temperature the likeliest token is sampled, or one within about 1e-5 nats of it. SGLang's own greedy mode
+would send the other completions of the batch through its top-k sampler."""
 MAX_UNUSABLE = 256
-"""Places in one call of `issue`; the next call goes on behind them."""
+"""Unusable positions in one call of `issue`; the next call continues after them."""
 _log = logging.getLogger(__name__)
 
 
 class PromptTooLong(ValueError):
-    """A prompt that the engine would refuse: it and the longest completion exceed the context."""
+    """The engine would refuse the prompt: with the longest completion it exceeds the context."""
 
 
-class _Data(NamedTuple):
-    """The next of the data, whatever it is."""
-
+class _NumberedPrompt(NamedTuple):
     name: TicketId
     prompt: Prompt | BadRow
 
 
 class TicketSource:
-    """Raises `ValueError` if the task has no prompts, or a whole epoch of them makes no ticket."""
+    """Raises `ValueError` if the task has no prompts, or no prompt of a whole epoch makes a ticket."""
 
     is_recording = False
     is_exhausted = False
@@ -60,8 +58,8 @@ class TicketSource:
         max_sequence_tokens: int | None = None,
         data: Fingerprint | None = None,
     ) -> None:
-        """`max_sequence_tokens`: of a prompt with its completion, as the engine takes it. `data`: what the cursor is
-        a place of."""
+        """`max_sequence_tokens`: the longest prompt with its completion that the engine takes. `data`: the fingerprint
+        of the data that `cursor` is a position in."""
         self.task = task
         self.chat = chat
         self.stop_token_ids = stop_token_ids
@@ -69,12 +67,12 @@ class TicketSource:
         self.data = data
         self.configure(config)
         self.cursor = cursor
-        self._prompts = self._from(cursor)
-        self._again: deque[Ticket] = deque()
-        self._gone: list[UnusablePrompt] = []
-        """Were to be issued again and cannot be."""
+        self._prompts = self._prompts_from(cursor)
+        self._to_reissue: deque[Ticket] = deque()
+        self._unrecoverable: list[UnusablePrompt] = []
+        """Tickets that were to be issued again and cannot be rebuilt."""
         self._has_issued = cursor.position > 0
-        """Anything of this epoch, as far as is known."""
+        """A ticket of this epoch was issued, as far as is known."""
 
     def configure(self, config: RunConfig) -> None:
         self.config = config
@@ -82,9 +80,9 @@ class TicketSource:
         self.sampling = Sampling(sampling.temperature, sampling.max_new_tokens, self.stop_token_ids, sampling.stop)
 
     def issue(self, store: LearnerStore, count: int, step: int, version: int) -> IssueResult:
-        """Adds `count` tickets, those to be issued again first; fewer where many places of the data are unusable."""
-        again = [self._again.popleft() for _ in range(min(count, len(self._again)))]
-        gone, self._gone = self._gone, []
+        """Adds `count` tickets, those to be issued again first; fewer if many positions of the data are unusable."""
+        again = [self._to_reissue.popleft() for _ in range(min(count, len(self._to_reissue)))]
+        gone, self._unrecoverable = self._unrecoverable, []
         now = {"min_weight_version": version, "issued_step": step, "sampling": self.sampling}
         tickets = [msgspec.structs.replace(ticket, **now) for ticket in again]
         new, unusable = self._draw(count - len(again), step, version)
@@ -92,39 +90,39 @@ class TicketSource:
         return IssueResult([ticket.id for ticket in (*tickets, *new)], [*gone, *unusable])
 
     def replace_stale(self, ticket: Ticket) -> None:
-        """The same prompt once more, in place of a stale group; what replaced one already is not replaced again."""
+        """Issues the prompt of a stale group once more; a replacement is not replaced again."""
         if ticket.reissues == 0:
             name = str(parse_ticket_id(ticket.id)._replace(reissue=1))
-            self._again.append(
+            self._to_reissue.append(
                 msgspec.structs.replace(ticket, id=name, reissues=1, attempts=0, avoid=[], interruptions=0)
             )
 
     def issue_again(self, ticket_ids: Sequence[str]) -> None:
-        """Tickets that Redis has lost, or that were still to be issued. Of which the data are gone is dead."""
-        for found in self._find(ticket_ids, 0, 0).values():
+        """Issues tickets that Redis has lost, or that were still to be issued; those whose data are gone are dead."""
+        for found in self._rebuild_all(ticket_ids, 0, 0).values():
             if isinstance(found, Ticket):
-                self._again.append(found)
+                self._to_reissue.append(found)
             else:
-                self._gone.append(found)
+                self._unrecoverable.append(found)
 
     def ids_to_issue(self) -> list[str]:
-        return [*(ticket.id for ticket in self._again), *(one.ticket_id for one in self._gone)]
+        return [*(ticket.id for ticket in self._to_reissue), *(one.ticket_id for one in self._unrecoverable)]
 
     def next_tickets(self, count: int, step: int, version: int) -> list[Ticket]:
-        """The next tickets of the data, `count` unless many are unusable; moves the cursor, across epochs."""
+        """The next `count` tickets, fewer if many prompts are unusable; moves the cursor, across epochs."""
         return self._draw(count, step, version)[0]
 
     def rebuild(self, ticket_ids: Sequence[str], step: int, version: int) -> list[Ticket]:
         """Training tickets from their ids. Raises `ValueError` naming one that the data do not have."""
         tickets = []
-        for found in self._find(ticket_ids, step, version).values():
+        for found in self._rebuild_all(ticket_ids, step, version).values():
             if not isinstance(found, Ticket):
                 raise ValueError(f"ticket {found.ticket_id}: {found.reason}")
             tickets.append(found)
         return tickets
 
     def evaluation_tickets(self, step: int, version: int) -> list[Ticket]:
-        """The held-out prompts of the evaluation after `step`; those that make no ticket are left out."""
+        """The tickets of the evaluation after `step`; held-out prompts that make no ticket are left out."""
         settings = self.config.evaluation
         prompts = self.task.prompts("held_out", seed=self.config.seed, epoch=0)
         sampling = self.sampling
@@ -150,7 +148,7 @@ class TicketSource:
         while len(tickets) < count and len(unusable) < MAX_UNUSABLE:
             name, prompt = self._next(unusable)
             try:
-                tickets.append(self._train(prompt, name, step, version))
+                tickets.append(self._training_ticket(prompt, name, step, version))
                 self._has_issued = True
             except PromptTooLong as error:
                 unusable.append(UnusablePrompt(str(name), "skipped", str(error)))
@@ -160,7 +158,7 @@ class TicketSource:
                 )
         return tickets, unusable
 
-    def _next(self, unusable: Sequence[UnusablePrompt]) -> _Data:
+    def _next(self, unusable: Sequence[UnusablePrompt]) -> _NumberedPrompt:
         try:
             prompt = next(self._prompts, None)
         except Exception as error:
@@ -171,10 +169,10 @@ class TicketSource:
             return self._next(unusable)
         epoch, place = self.cursor
         self.cursor = Cursor(epoch, place + 1)
-        return _Data(TicketId("train", epoch, place), prompt)
+        return _NumberedPrompt(TicketId("train", epoch, place), prompt)
 
     def _begin_next_epoch(self, unusable: Sequence[UnusablePrompt]) -> None:
-        """Raises `ValueError` where that would go on for ever."""
+        """Raises `ValueError` if every epoch would be like the last one, without a ticket."""
         task, (epoch, place) = self.config.task.name, self.cursor
         if place == 0:
             raise ValueError(f"task {task!r} has no training prompts")
@@ -183,10 +181,10 @@ class TicketSource:
             raise ValueError(f"task {task!r}: none of the {place} training prompts of epoch {epoch} can be used{last}")
         self.cursor = Cursor(epoch + 1, 0)
         self._has_issued = False
-        self._prompts = self._from(self.cursor)
+        self._prompts = self._prompts_from(self.cursor)
 
-    def _find(self, ticket_ids: Sequence[str], step: int, version: int) -> dict[str, Ticket | UnusablePrompt]:
-        """Training tickets from their ids, or why there is none, in the order of `ticket_ids`."""
+    def _rebuild_all(self, ticket_ids: Sequence[str], step: int, version: int) -> dict[str, Ticket | UnusablePrompt]:
+        """Training tickets from their ids, or why there is none; in the order of `ticket_ids`."""
         by_epoch: dict[int, list[TicketId]] = defaultdict(list)
         for ticket_id in ticket_ids:
             name = parse_ticket_id(ticket_id)
@@ -196,7 +194,7 @@ class TicketSource:
         tickets: dict[str, Ticket | UnusablePrompt] = {}
         for epoch, names in by_epoch.items():
             wanted = {name.position for name in names}
-            prompts = itertools.islice(self._from(Cursor(epoch, 0)), max(wanted) + 1)
+            prompts = itertools.islice(self._prompts_from(Cursor(epoch, 0)), max(wanted) + 1)
             found = {place: prompt for place, prompt in enumerate(prompts) if place in wanted}
             tickets |= {str(name): self._rebuild(name, found.get(name.position), step, version) for name in names}
         return {ticket_id: tickets[ticket_id] for ticket_id in ticket_ids}
@@ -211,16 +209,16 @@ class TicketSource:
             )
         elif prompt is not None:
             try:
-                return self._train(prompt, name, step, version)
+                return self._training_ticket(prompt, name, step, version)
             except (PromptError, PromptTooLong) as error:
                 problem = str(error)
         return UnusablePrompt(str(name), "dead", problem)
 
-    def _from(self, cursor: Cursor) -> Iterator[Prompt | BadRow]:
+    def _prompts_from(self, cursor: Cursor) -> Iterator[Prompt | BadRow]:
         prompts = self.task.prompts("train", seed=self.config.seed, epoch=cursor.data_epoch)
         return itertools.islice(prompts, cursor.position, None)
 
-    def _train(self, prompt: Prompt | BadRow, name: TicketId, step: int, version: int) -> Ticket:
+    def _training_ticket(self, prompt: Prompt | BadRow, name: TicketId, step: int, version: int) -> Ticket:
         ticket = self._ticket(prompt, str(name), "train", self.config.actor.group_size, step, version)
         return msgspec.structs.replace(ticket, reissues=name.reissue)
 

@@ -1,8 +1,7 @@
-"""Which groups the learner refuses, by what only it knows of the run: pure functions.
+"""Checks groups against what only the learner knows: the run's vocabulary, sizes and versions. Pure functions.
 
-`headrace.common.wire` has held a group against itself; here it is held against the run's vocabulary, sizes and
-versions. A group that passes can be packed and trained. Versions at or below the highest are legitimate even if nobody
-remembers them: they may be of a lost line of weights.
+`headrace.common.wire` has checked that a group is consistent in itself. A group that passes both can be packed and
+trained. Unknown versions up to the highest are valid: they may come from weights before a rollback.
 """
 
 from typing import NamedTuple, get_args
@@ -15,31 +14,31 @@ _KINDS = get_args(TicketKind)
 
 
 class GroupLimits(NamedTuple):
-    """What a group may not go beyond."""
+    """The limits that a group must keep."""
 
     vocab_size: int
-    """Rows of the embedding: token ids are below it."""
+    """The rows of the embedding; token ids are below it."""
     group_size: int
-    """Rollouts of a training group."""
+    """The number of rollouts in a training group."""
     num_eval_samples: int
-    """Rollouts of an evaluation group."""
+    """The number of rollouts in an evaluation group."""
     max_sequence_tokens: int
-    """Of a prompt with its completion, as it is packed."""
+    """The longest prompt with its completion that can be packed."""
     highest_version: int
-    """The newest weight version that anybody can have sampled with."""
+    """The newest weight version that a replica can have."""
 
 
 class GroupRejected(ValueError):
-    """A group that must not be used; the text, one short line, says why."""
+    """A group that must not be used; the text is one short line with the reason."""
 
     def __init__(self, problem: str) -> None:
         super().__init__(one_line(problem))
 
 
 def validate_group(group: Group, entry_ticket_id: str, limits: GroupLimits) -> None:
-    """Raises `GroupRejected`, with the reason, unless the learner can use the group.
+    """Raises `GroupRejected` unless the learner can use the group.
 
-    `group` has passed `headrace.common.wire.decode_group`; `entry_ticket_id` stands beside it in its stream.
+    `group` has passed `headrace.common.wire.decode_group`; `entry_ticket_id` is the id in its stream entry.
     """
     problem = _group_problem(group, entry_ticket_id, limits)
     if problem:
@@ -54,7 +53,7 @@ def validate_group(group: Group, entry_ticket_id: str, limits: GroupLimits) -> N
 def _group_problem(group: Group, entry_ticket_id: str, limits: GroupLimits) -> str:
     ticket = group.ticket
     if ticket.id != entry_ticket_id:
-        return f"stands in the entry of ticket {entry_ticket_id!r}"
+        return f"is in the entry of ticket {entry_ticket_id!r}"
     if ticket.kind not in _KINDS:
         return f"is of kind {ticket.kind!r}, expected train or eval"
     expected = limits.group_size if ticket.kind == "train" else limits.num_eval_samples
@@ -69,7 +68,7 @@ def _group_problem(group: Group, entry_ticket_id: str, limits: GroupLimits) -> s
 
 
 def _rollout_problem(rollout: Rollout, highest_token: int, limits: GroupLimits) -> str:
-    """`highest_token`: of the group; where that is in the vocabulary all are."""
+    """`highest_token`: the group's; if it is in the vocabulary, all are."""
     if highest_token >= limits.vocab_size and (
         problem := _tokens_problem(int(rollout.tokens.max()), limits.vocab_size)
     ):

@@ -1,7 +1,7 @@
-"""The numbers of a metrics row, as the stream `history` and the trackers have them: pure functions.
+"""The numbers of a metrics row, as the stream `history` and the trackers have them. Pure functions.
 
-A learner that goes back to its checkpoint takes the steps behind it again and adds their rows again: of several rows of
-one kind and step, the last one counts.
+A learner that resumes from a checkpoint repeats the steps after it and adds their rows again: of several rows of one
+kind and step, the last one counts.
 """
 
 import math
@@ -13,7 +13,7 @@ _EXACT_BELOW = 1e6
 
 
 def numbers_of(row: Mapping[str, Any]) -> dict[str, Number]:
-    """Its scalars, to 7 digits, or to a thousandth where that is finer (unix times); what is not finite is None."""
+    """The row's scalars, to 7 digits, or to a thousandth where that is finer (unix times); None if not finite."""
     return {name: _rounded(value) for name, value in row.items() if isinstance(value, int | float)}
 
 

@@ -1,8 +1,8 @@
-"""The learner's Lua scripts. Each but the one that takes an epoch checks it first, and is one atomic step of Redis.
+"""The learner's Lua scripts, each one atomic step of Redis. All but `TAKE_EPOCH` check the learner's epoch first.
 
-KEYS[1] is the epoch's key and ARGV[1] the learner's epoch: a higher one in Redis answers FENCED, none or a lower
-one LOST. Scripts that free memory or are small run even when Redis is full (`allow-oom`); adding tickets does not:
-that is backpressure.
+KEYS[1] is the epoch's key and ARGV[1] the learner's epoch: if Redis has a higher one the error is FENCED, if it has a
+lower one or none, LOST. Scripts that free memory or are small run even when Redis is full (`allow-oom`). Adding tickets
+does not: that is backpressure.
 """
 
 _FENCED = """
@@ -21,8 +21,8 @@ redis.call('SET', KEYS[1], epoch)
 redis.call('HSET', KEYS[2], ARGV[1], epoch)
 return epoch
 """
-"""KEYS: epoch, epochs. ARGV: the name of a learner's start, an epoch to exceed. The only one without a fence: it is
-the fence. A copy that arrives late, even after the next learner's, changes nothing."""
+"""KEYS: epoch, epochs. ARGV: the name of a learner's start, an epoch to exceed. It sets the fence, so it checks none. A
+duplicate that arrives late, even after the next learner's, changes nothing."""
 
 EXECUTE = (
     _ALWAYS
@@ -46,7 +46,8 @@ if #ARGV > 1 then marks = redis.call('HMGET', KEYS[4], unpack(ARGV, 2)) end
 return {redis.call('XLEN', KEYS[2]), redis.call('XLEN', KEYS[3]), marks}
 """
 )
-"""KEYS: epoch, tickets, groups, ledger. ARGV: epoch, tickets. Answers both lengths and the marks, of one instant."""
+"""KEYS: epoch, tickets, groups, ledger. ARGV: epoch, ticket ids. Returns both lengths and the ledger entries, of one
+instant."""
 
 ADD_TICKETS = (
     _UNLESS_FULL
@@ -66,8 +67,8 @@ return 'OK'
 """
 )
 """KEYS: epoch, stream, ledger, cursor, dead. ARGV: epoch, the cursor's two numbers (or empty), then of each ticket its
-id, its state, and a field with its name: the ticket or the group, or the reason why it is dead; of one that is skipped
-two empty ones. What the ledger has seen is passed over."""
+id, its state, and the name and value of a field: the ticket, the group, or the reason why it is dead; both empty if it
+is skipped. Tickets that the ledger has are ignored."""
 
 SETTLE = (
     _ALWAYS
