@@ -113,7 +113,7 @@ def test_log_probabilities_of_what_is_sampled_are_those_of_a_forward_pass(drops_
 
 
 def test_groups_are_as_stale_as_is_said_and_the_guard_makes_them_fresher(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two notches of alarms, as if every step had one: staleness 3, then 1."""
+    """Two levels of tightening, as if every step raised an alarm: staleness 3, then 1."""
     found: list[int] = []
 
     def alarming(micro_batches: Any, logprobs: Any) -> dict[str, float]:

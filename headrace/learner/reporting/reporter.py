@@ -74,12 +74,12 @@ class RunReporter:
         waits = {"reason": self.waits.describe(), "waits": msgspec.json.encode(self.waits.durations_s()).decode()}
         self.store.run_log.set_status({"phase": phase, **waits, **position, **advised})
 
-    def report_guard(self, kind: str, reason: str, notch: int) -> None:
+    def report_guard(self, kind: str, reason: str, level: int) -> None:
         """Reports an action of the divergence guard, with its reason."""
         action = {"warn": "warns", "tighten": "tightens", "loosen": "loosens"}[kind]
         text = f"the guard {action}: {reason}; {self.live_config.guard_overrides or 'no setting is tightened'}"
         _log.log(logging.INFO if kind == "loosen" else logging.WARNING, text)
-        event = {"action": kind, "reason": reason, "notch": notch, "step": self.progress.step, "text": text}
+        event = {"action": kind, "reason": reason, "level": level, "step": self.progress.step, "text": text}
         self.store.run_log.add_event("guard", event)
 
     def refresh_paused_phase(self) -> None:
