@@ -161,7 +161,7 @@ def test_a_wrong_key_or_value_is_one_line_that_names_it(tmp_path: Path, sections
         ({"actor": {"group_size": 1, "dynamic_sampling": False, "advantage_mean": "batch"}}, "group mean or deviation"),
         (
             {"actor": {"group_size": 1, "advantage_mean": "leave_one_out", "advantage_std": "none"}},
-            "group_size 1 leaves nobody in",
+            "group_size 1 leaves no other completion",
         ),
         (
             {"actor": {"group_size": 1, "advantage_mean": "batch", "advantage_std": "batch"}},

@@ -124,7 +124,7 @@ def test_a_hub_name_is_no_path(path: str, expected: bool, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("error", "is_here", "text"),
     [
-        (errors.LocalEntryNotFoundError("offline"), False, "no folder here, and of a model of the hub the files"),
+        (errors.LocalEntryNotFoundError("offline"), False, "not a folder here; as a model on the hub, its files"),
         (httpx.ConnectTimeout("slow"), False, "the hub is unreachable"),
         (errors.RepositoryNotFoundError("404", response=refusal(404)), True, "nor a model that is visible on the hub"),
         (errors.GatedRepoError("403", response=refusal(403)), True, "expected HF_TOKEN"),

@@ -116,7 +116,7 @@ def problem_of(task: dict[str, Any]) -> ValueError:
     [
         ({"name": "arithmetik"}, "did you mean 'arithmetic'?"),
         ({"name": "no.such:Task"}, "task 'no.such:Task' cannot be imported"),
-        ({"name": "arithmetic", "settings": {"level": 3}}, "refuses its settings {'level': 3}"),
+        ({"name": "arithmetic", "settings": {"level": 3}}, "rejects its settings {'level': 3}"),
         ({"name": "gsm8k", "settings": {"held_out_split": "train"}}, "task 'gsm8k': train_split and held_out_split"),
         (
             {"name": "tests.support.faulty_tasks:Obedient"},

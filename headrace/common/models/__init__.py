@@ -1,4 +1,4 @@
-"""What is known of a model without loading it: chat template, context length, control tokens, files on the hub.
+"""Properties of a model that are known without loading it: chat template, context length, control tokens, hub files.
 
 Imports no torch.
 """

@@ -1,9 +1,9 @@
-"""Prompts as the model reads them: rendered by its chat template, then tokenized.
+"""Prompts as the model reads them: messages rendered by its chat template, then tokenized.
 
-Owns the one way from messages to token ids; the learner's tickets and `headrace check` both take it. Guarantees that
-the control tokens of a prompt are those of the template alone: what looks like one inside a message (`<|im_end|>` in a
-data set's text) is tokenized as the plain text that it is. The date that some templates write is always
-`TEMPLATE_DATE`, so that a ticket can be made again on another day. Transformers is imported where it is first needed.
+The learner's tickets and `headrace check` share this code. Only the template adds control tokens to a prompt: text that
+looks like one inside a message (`<|im_end|>` in a data set) is tokenized as plain text. The date that some templates
+write is always `TEMPLATE_DATE`, so that a ticket can be made again on another day. Transformers is imported on first
+use.
 """
 
 import difflib
@@ -21,8 +21,8 @@ from headrace.common.tasks import Prompt
 from headrace.common.wire import Message, Ticket, WireError, check_ticket, decode_ticket, encode, one_line
 
 TEMPLATE_DATE = datetime(2024, 7, 26)
-"""What Llama 3's template itself takes where it knows no date. Others may be set: `date_string` in
-model.chat_template_settings, where the template reads it."""
+"""The date that Llama 3's template uses by default. Where a template reads `date_string`, another date can be set in
+model.chat_template_settings."""
 RESERVED = {"messages", "add_generation_prompt", "continue_final_message", "tools", "documents", "strftime_now"}
 """The variables of a chat template that are not settings."""
 SAMPLE = "3 + 4 = ?"
@@ -33,7 +33,7 @@ class PromptError(ValueError):
 
 
 def load_tokenizer(model: ModelConfig) -> Any:
-    """With `model.chat_template`, if that is given. Raises `ValueError` if there is no tokenizer or no template."""
+    """The tokenizer, with `model.chat_template` if given. Raises `ValueError` without a tokenizer or a template."""
     from transformers import AutoTokenizer  # seconds, and torch
 
     try:
@@ -51,7 +51,7 @@ def load_tokenizer(model: ModelConfig) -> Any:
 
 
 def read_chat_template(path: str) -> str:
-    """Raises `ValueError` if there is no such file, or no template in it."""
+    """The file's text. Raises `ValueError` if it cannot be read or is empty."""
     try:
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -62,7 +62,7 @@ def read_chat_template(path: str) -> str:
 
 
 class Chat:
-    """Raises `ValueError` if the template cannot be read, or cannot do what the settings ask of it."""
+    """Renders and tokenizes prompts. Raises `ValueError` if the template is invalid or lacks what is configured."""
 
     def __init__(self, tokenizer: Any, model: ModelConfig, system_prompt: str | None = None) -> None:
         self.tokenizer = tokenizer
@@ -73,11 +73,11 @@ class Chat:
         self._check_system_prompt(model.path)
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The text of a prompt, up to where the answer begins. Raises `PromptError`."""
+        """The text of a prompt, up to the beginning of the answer. Raises `PromptError`."""
         return self._apply(self._with_system_prompt(messages))
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
-        """The token ids of a prompt, up to where the answer begins. Raises `PromptError`."""
+        """The token ids of a prompt, up to the beginning of the answer. Raises `PromptError`."""
         whole = self._with_system_prompt(messages)
         if self.control.occur_in(whole):
             tokens = [token for piece in self.pieces(messages) for token in piece.tokens]
@@ -102,10 +102,10 @@ class Chat:
             raise PromptError(str(error)) from error
 
     def make_ticket(self, prompt: Prompt, **fields: Any) -> Ticket:
-        """A ticket as the replicas accept it; `fields` are those that the prompt does not give.
+        """A valid ticket for the prompt; `fields` are the ticket's other fields.
 
-        Raises `PromptError` if the prompt is none (messages that are no list of texts by name), cannot be rendered or
-        tokenized, or has in its reference what JSON has not. Numpy's scalars become Python's.
+        Raises `PromptError` if the messages are not a list of mappings of texts, cannot be rendered or tokenized, or if
+        the reference has values that JSON does not have. Numpy's scalars become Python's.
         """
         if not isinstance(prompt, Prompt):
             raise PromptError(f"expected a headrace.common.tasks.Prompt, found {_found(prompt)}")
@@ -118,7 +118,7 @@ class Chat:
         try:
             tokens, reference = self.encode(messages), to_builtin_types(prompt.reference)
             ticket = Ticket(prompt_tokens=tokens, messages=messages, reference=reference, **fields)
-            check_ticket(ticket)  # names what cannot be encoded
+            check_ticket(ticket)  # its error names the part that cannot be encoded
             return decode_ticket(encode(ticket))
         except (WireError, UnicodeEncodeError, OverflowError, RecursionError) as error:
             raise PromptError(_reason(error)) from error
@@ -145,13 +145,13 @@ class Chat:
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             raise PromptError(f"the model's chat template refuses it: {one_line(str(error))}") from error
         try:
-            text.encode()  # a tokenizer says less
+            text.encode()  # a tokenizer's own error says less
         except UnicodeEncodeError as error:
             raise PromptError(_reason(error)) from error
         return text
 
     def end_of_turn(self) -> int | None:
-        """The control token by which the template ends an answer; None where it writes none, or refuses answers."""
+        """The control token with which the template ends an answer; None if it writes none or rejects answers."""
         answer, _ = unused_characters("")
         turn: list[Message] = [{"role": "user", "content": SAMPLE}, {"role": "assistant", "content": answer}]
         try:
@@ -178,7 +178,7 @@ class Chat:
                 )
 
     def _check_system_prompt(self, path: str) -> None:
-        """A template may refuse a system message, or drop it without a word."""
+        """Raises `ValueError` if the template rejects a system message or silently drops it."""
         if self.system_prompt is None:
             return
         instead = "expected the text in the task's own prompts, or a model.chat_template that takes it"
@@ -191,8 +191,11 @@ class Chat:
 
 
 def stop_token_ids(chat: Chat, generation_config: Any) -> list[int]:
-    """What ends an answer: what the generation config says and the tokenizer's own end token, for the engine stops at
-    both; and the template's end of a turn, which neither names in some (Qwen2.5's base models)."""
+    """The tokens that end an answer, ascending.
+
+    They are the end tokens of the generation config and of the tokenizer, at both of which the engine stops, and the
+    template's end of a turn, which some models name in neither (Qwen2.5's base models).
+    """
     given = getattr(generation_config, "eos_token_id", None)
     every = [*(given if isinstance(given, list) else [given]), chat.tokenizer.eos_token_id, chat.end_of_turn()]
     found = {token for token in every if token is not None}
@@ -202,7 +205,7 @@ def stop_token_ids(chat: Chat, generation_config: Any) -> list[int]:
 
 
 def to_builtin_types(value: Any) -> Any:
-    """The same with Python's scalars in the place of numpy's."""
+    """The value with Python scalars in place of numpy's, and lists in place of tuples."""
     import numpy as np
 
     if isinstance(value, np.generic):
@@ -213,7 +216,7 @@ def to_builtin_types(value: Any) -> Any:
 
 
 def _variables(template: str) -> set[str]:
-    """What a chat template reads, but for the functions that every template has."""
+    """The variables that a chat template reads, without the functions that every template has."""
     from jinja2 import meta
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -228,5 +231,5 @@ def _found(value: object) -> str:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnicodeEncodeError):
-        return f"it has half of a character ({error.object[error.start]!r}, a surrogate by itself), which is no text"
+        return f"it has half of a character ({error.object[error.start]!r}, a single surrogate), which is not text"
     return one_line(str(error))

@@ -1,7 +1,7 @@
-"""How long a sequence the engine takes, prompt and completion together.
+"""The longest sequence that the engine accepts, prompt and completion together.
 
-The same rule as SGLang's (`get_context_length` and `_validate_one_request`, 0.5.23), so that a prompt that it would
-refuse is known before it is issued.
+The rule is SGLang's (`get_context_length` and `_validate_one_request`, 0.5.23), so that a prompt that SGLang would
+reject is found before its ticket is issued.
 """
 
 from typing import Any
@@ -10,13 +10,15 @@ from headrace.common.config import ModelConfig
 from headrace.common.models.hub import from_pretrained_arguments
 
 LENGTH_KEYS = ("max_sequence_length", "seq_length", "max_seq_len", "model_max_length", "max_position_embeddings")
-"""The first that a configuration has counts."""
+"""Keys of config.json; the first one present applies."""
 DEFAULT_LENGTH = 2048
 
 
 def load_model_config(model: ModelConfig) -> Any:
-    """As transformers reads it, which fills in what config.json leaves out; of a model of several kinds of input the
-    part that reads text. Raises `ValueError`."""
+    """The model's configuration as transformers reads it, with its defaults; of a multimodal model, the text part.
+
+    Raises `ValueError` if it cannot be loaded.
+    """
     from transformers import AutoConfig  # seconds, and torch
 
     try:
@@ -26,7 +28,7 @@ def load_model_config(model: ModelConfig) -> Any:
 
 
 def context_tokens(model_config: Any, asked: int | None = None) -> int:
-    """`model_config` is as transformers reads it; `asked` is generation.engine.context_tokens."""
+    """The context length in tokens. `model_config` is as transformers reads it; `asked` is the configured length."""
     if asked is not None:
         return asked
     if hasattr(model_config, "get_text_config"):
@@ -39,5 +41,5 @@ def context_tokens(model_config: Any, asked: int | None = None) -> int:
 
 
 def fits_context(num_prompt_tokens: int, max_new_tokens: int, context: int) -> bool:
-    """Whether the engine takes a request of so many tokens."""
+    """Whether the engine accepts a request of this size."""
     return num_prompt_tokens + max_new_tokens <= context

@@ -1,8 +1,8 @@
-"""What a model costs whose prompts are not shared, told from its configuration before it is loaded; imports no torch.
+"""The cost of computing a group's prompt once per completion, estimated from a model's configuration.
 
-The learner finds out by computing whether a group's prompt can be computed once for all its completions
-(headrace/learner/model/self_check.py), and says so in its log. A configuration says less: which layers are no
-attention.
+Whether the prompt can be computed once for all completions of a group is measured by the learner when it has loaded the
+model (headrace/learner/model/self_check.py). A configuration shows only which layers are not attention. Imports no
+torch.
 """
 
 from typing import Any
@@ -11,12 +11,12 @@ ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 def non_attention_layers(model_config: Any) -> list[str]:
-    """Kinds of layers, of a configuration by `load_model_config`, that look at other tokens by other ways."""
+    """The kinds of layers that are not attention, in a configuration by `load_model_config`."""
     return sorted(set(getattr(model_config, "layer_types", None) or []) - ATTENTION)
 
 
 def unshared_prompt_note(model_config: Any, group_size: int, prompt_tokens: int, groups_per_step: int) -> str:
-    """A line for people, or "" where nothing speaks against sharing. `prompt_tokens` of a typical prompt."""
+    """A note on the cost; empty if all layers are attention. `prompt_tokens`: the length of a typical prompt."""
     kinds = non_attention_layers(model_config)
     if not kinds:
         return ""

@@ -1,7 +1,7 @@
-"""Tasks: where prompts come from and how completions are rewarded.
+"""Tasks: the source of prompts, and the reward of completions.
 
-A task has two methods and is chosen by name, or by import path (`package.module:Class`). The learner calls
-`prompts`, the replicas' reward workers call `reward`: nothing else of a task is known to anyone.
+A task is a class with two methods, chosen by name or by import path (`package.module:Class`). The learner calls
+`prompts`, the replicas' reward workers call `reward`; nothing else of a task is used.
 """
 
 import difflib
@@ -24,14 +24,14 @@ BUILT_IN = {
 
 
 class Prompt(msgspec.Struct, frozen=True):
-    """Chat messages, and what the reward will need to judge an answer to them."""
+    """Chat messages, and the data that the reward needs to judge an answer to them."""
 
     messages: list[Message]
     reference: dict[str, Any]
 
 
 class BadRow(msgspec.Struct, frozen=True):
-    """In the place of a prompt: a row of the data that makes none. It keeps its place, and the run passes it."""
+    """A row of the data that makes no prompt. It keeps its position in the order, and the run skips it."""
 
     reason: str
 
@@ -40,28 +40,28 @@ class Task(Protocol):
     def prompts(self, split: Split, *, seed: int, epoch: int) -> Iterator[Prompt | BadRow]:
         """One epoch of prompts; the same arguments give the same prompts in the same order.
 
-        `held_out` ignores `epoch`, and never yields a prompt that `train` yields. What a message says is text: the name
-        of a control token (`<|im_end|>`) is none there. A prompt that cannot become a ticket is passed and named; an
-        exception ends the run.
+        `held_out` ignores `epoch`, and never yields a prompt that `train` yields. Messages are plain text: the name of
+        a control token in them (`<|im_end|>`) is not a control token. A prompt that cannot become a ticket is skipped
+        and reported; an exception ends the run.
         """
         ...
 
     def reward(self, completion: str, ticket: Ticket) -> float:
-        """A finite number for one completion of the ticket's prompt. May raise: the group is then retried."""
+        """A finite number for one completion of the ticket's prompt. May raise; the ticket is then retried."""
         ...
 
 
 def add_import_folder(folder: Path) -> None:
-    """A task may be in a module of `folder` too, such as the recipe's; what is found elsewhere comes first."""
+    """Makes modules of `folder`, such as the recipe's, importable as tasks; other entries of sys.path come first."""
     entry = str(folder.resolve())
     if entry not in sys.path:
         sys.path.append(entry)
 
 
 def load_task(name: str, settings: dict[str, Any]) -> Task:
-    """The task of that name or import path, constructed with `settings` as keyword arguments.
+    """The task with this name or import path, constructed with `settings` as keyword arguments.
 
-    Raises `ValueError` if there is no such task or it refuses its settings.
+    Raises `ValueError` if there is no such task or its constructor rejects the settings.
     """
     path = BUILT_IN.get(name, name)
     module_name, colon, class_name = path.partition(":")
@@ -77,5 +77,5 @@ def load_task(name: str, settings: dict[str, Any]) -> Task:
     try:
         task: Task = task_class(**settings)
     except TypeError as error:
-        raise ValueError(f"task {name!r} refuses its settings {settings}: {error}") from error
+        raise ValueError(f"task {name!r} rejects its settings {settings}: {error}") from error
     return task

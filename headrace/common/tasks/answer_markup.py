@@ -1,12 +1,12 @@
-"""Markup of an answer taken away: LaTeX, Markdown, currency signs, and other alphabets' forms of the same signs.
+"""Removal of markup from an answer: LaTeX, Markdown, currency signs, and Unicode variants of ASCII signs.
 
-Nothing is taken away so that two numbers become one: `5$6`, `5\\ 6` and `2**3` stay two.
+No removal joins two numbers: `5$6`, `5\\ 6` and `2**3` stay two.
 """
 
 import re
 
 NARROW_SPACE = "\u202f"
-"""In plain text it stands for every space that may group digits: no-break and narrow ones, and LaTeX's."""
+"""In plain text it replaces every space that may group digits: no-break and narrow ones, and LaTeX's."""
 FRACTIONS = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅖": "2/5", "⅗": "3/5", "⅘": "4/5"}
 SIGNS = {
     **{chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)},  # full-width ASCII
@@ -31,7 +31,7 @@ LATEX: list[tuple[re.Pattern[str], str]] = [
     (re.compile(r"\\[()\[\]]|\\(?:left|right|displaystyle)(?![A-Za-z])"), " "),
 ]
 DASH = re.compile(r"(?<![\d)}])[\u2010\u2011\u2013](?=[\d.$€£¥₹\\])")
-"""One right before digits, and not right behind others, is a minus."""
+"""A dash directly before digits, and not directly after others, is a minus."""
 BOLD = re.compile(r"(?<![\d)])\*\*|\*\*(?![\d(])")
 TAG = re.compile(r"<[/|]?[A-Za-z_]+[/|]?>")
 AROUND = " \t*_`\"'" + NARROW_SPACE

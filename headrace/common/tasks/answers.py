@@ -1,8 +1,8 @@
-"""The number that a completion gives as its final answer: exact, pure, and bounded for anything a model may write.
+"""The number that a completion gives as its final answer: exact, pure, and in bounded time for any text.
 
-An answer is what follows `####` or stands in `\\boxed{}`. `final_answer` looks from the last such mark backwards for
-the first one that gives an answer; of each it reads `MAX_ANSWER_CHARS` at most, from left to right, once. It knows
-numbers, mixed numbers, fractions, powers of ten, and flat arithmetic of them, with a unit behind it.
+An answer is the text after `####` or in `\\boxed{}`. `final_answer` searches from the last such mark backwards for the
+first one that gives an answer. It reads at most `MAX_ANSWER_CHARS` of each, from left to right, once. It understands
+numbers, mixed numbers, fractions, powers of ten, and flat arithmetic of them, with a unit after it.
 """
 
 import re
@@ -14,9 +14,9 @@ from headrace.common.tasks.answer_markup import strip_markup
 
 MAX_ANSWER_CHARS = 100
 MAX_MARKS = 64
-"""Marks before the last so many are not looked at."""
+"""Number of marks, from the last backwards, that are examined."""
 WINDOW_CHARS = 4 * MAX_ANSWER_CHARS
-"""Where the lines after `####` are looked for."""
+"""Length of the text after `####` in which its line is searched."""
 MARK = re.compile(r"(#{4,})|\\(?:boxed|fbox)\s*\{")
 LEAD_IN = re.compile(r"(?:(?:so|thus|therefore|hence),? )?(?:the |my )?(?:final |correct )?(?:answer|result)\b", re.I)
 BEFORE_NUMBER = re.compile(r"(?: is\b)?[\s:*_=]*", re.I)
@@ -38,14 +38,14 @@ NO_UNIT = re.compile(r"\s*(?:%|°|\^\s?\{?\s?\\circ\s?\}?)")
 SCALES = {"k": 3, "thousand": 3, "mn": 6, "mil": 6, "million": 6, "bn": 9, "billion": 9, "trillion": 12, "hundred": 2}
 SCALE = re.compile(rf"\s*({'|'.join(SCALES)})s?(?![A-Za-z])", re.I)
 GLUED = re.compile(r"(?:[mk]?g|[kcm]m|ml|ft|in|yd|mi|lbs?|oz|[mk]ph|hrs?|h|mins?|s|secs?|[ap]m|usd)(?![A-Za-z])", re.I)
-"""Units that people write without a space; any other letter right behind a number is a factor, or unknown."""
+"""Units that are written without a space; any other letter directly after a number is a factor, or unknown."""
 FACTOR = re.compile(r"\s*(?:[xyznie]|pi|squared|cubed|factorial)(?![A-Za-z])", re.I)
 UNIT = re.compile(r"(?:[\s(/]|[,;!]\s)[^\\^*=<>+{}|≠≈π∞√_]*")
 AND_MORE = re.compile(r"\b(?:and|or) (?:an?|one|two|three|half)\b", re.I)
 
 
 def final_answer(completion: str) -> Fraction | None:
-    """The number behind the last mark that gives an answer; `None` if none does, or that answer is not one number.
+    """The number after the last mark that gives an answer; `None` if none does, or that answer is not one number.
 
     A mark gives no answer if nothing but words or a heading follows it: `#### Explanation`, `#### Step 3: ...`,
     `#### 4. Check`.
@@ -58,7 +58,7 @@ def final_answer(completion: str) -> Fraction | None:
 
 
 def marked_answers(completion: str) -> Iterator[str]:
-    """What the marks mark, as plain text, the last first."""
+    """The marked answers as plain text, the last first."""
     end = len(completion)
     for mark in reversed(deque(MARK.finditer(completion), MAX_MARKS)):
         if mark[1]:
@@ -69,7 +69,7 @@ def marked_answers(completion: str) -> Iterator[str]:
 
 
 def _answer_line(text: str) -> str:
-    """The first line; the next, where the first says no more than that the answer follows."""
+    """The first line that has more than a lead-in such as "the answer is"."""
     for line in text.lstrip().splitlines():
         if len(line) > MAX_ANSWER_CHARS:
             return ""
@@ -92,7 +92,10 @@ def _until_closing_brace(text: str) -> str:
 
 
 def _right_hand_side(text: str) -> str:
-    """Of an equation. What is none stays as it is: `Step 3: total = 5`, `x = 5 or x = 7`, `17, not 20 - 2 = 18`."""
+    """The right-hand side of an equation; other text is unchanged.
+
+    Not equations are `Step 3: total = 5`, `x = 5 or x = 7` and `17, not 20 - 2 = 18`.
+    """
     left, equals, right = text.rpartition("=")
     first = left.partition("=")[0]
     is_heading = ":" in first or (first[:1].isalpha() and re.search(r"\d", first))
@@ -102,7 +105,7 @@ def _right_hand_side(text: str) -> str:
 
 
 def value_of(text: str) -> Fraction | None:
-    """The value of flat arithmetic, perhaps with a unit behind it; `None` for anything else."""
+    """The value of flat arithmetic, optionally with a unit after it; `None` for any other text."""
     if text.isascii() and text.isdigit():
         return Fraction(int(text))
     total, product, operator, at = Fraction(0), Fraction(1), "*", 0
@@ -122,7 +125,7 @@ def value_of(text: str) -> Fraction | None:
 
 
 def _term(text: str, at: int) -> tuple[Fraction | None, int]:
-    """The signed number at a place, and where it ends."""
+    """The signed number at an index, and the index of its end."""
     sign = SIGN.match(text, at)
     assert sign is not None, "it matches anything"
     for form in (POWER, MIXED, FRACTION, BRACKETED, NUMBER):
@@ -145,7 +148,7 @@ def _value(form: re.Pattern[str], parts: list[str]) -> Fraction | None:
 
 
 def _scale_of_unit(text: str) -> Fraction | None:
-    """What a unit multiplies the number before it by, nearly always 1; `None` if this is no unit."""
+    """The factor that a unit stands for, nearly always 1; `None` if the text is not a unit."""
     text = UNIT_FRACTION.sub(r" \1/\2", UNIT_EXPONENT.sub("", text))
     scale = Fraction(1)
     if no_unit := NO_UNIT.match(text):

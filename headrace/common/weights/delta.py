@@ -1,14 +1,14 @@
-"""One tensor's change between two weight versions, in as few bytes as it takes, and exactly.
+"""Deltas: one tensor's change between two weight versions, small and exact.
 
 A reinforcement learning step at a small learning rate changes 1 to 3 % of bfloat16 weights, nearly all of them by one
-unit in the last place. Weights are compared as integers of their bits, so that nothing is ever rounded, and a tensor
-is sent by one of four methods:
+unit in the last place. Weights are compared as integers of their bits, so nothing is rounded. A tensor is sent by one
+of four methods:
 
 same    nothing has changed, nothing is sent
-sparse  where: the gaps between changed places, as bytes, 255 standing for "255 more, and go on";
-        by how much: the difference of the bits, as its sign bit and its magnitude less one in byte planes
-dense   the difference at every place, its sign in its lowest bit, in byte planes
-full    the bits themselves, in byte planes, where that is smaller
+sparse  the gaps between changed indices, as bytes (255 means "255 more, and continue"), and the differences of the
+        bits there, as sign bits and as magnitudes less one in byte planes
+dense   the difference at every index, zigzag-encoded (the sign is the lowest bit), in byte planes
+full    the bits themselves, in byte planes, if that is smaller
 
 Each part is a zstd frame; at level 1 that is hardly more than a Huffman code, in which the gaps of a random 1.5 %
 take 7.4 bits each. Imports no torch.
@@ -24,14 +24,14 @@ import zstandard
 
 ZSTD_LEVEL = 1
 DENSE_SHARE = 0.1
-"""Of places that have changed; above it `dense` is as small as `sparse`, and faster. Told by a sample."""
+"""Share of changed elements above which `dense` is as small as `sparse`, and faster; estimated from a sample."""
 SAMPLE_STRIDE = 61
 FULL_SHARE = 0.5
-"""Of the tensor's bytes; where a difference takes more, sending the tensor in full is tried as well."""
+"""Share of the tensor's bytes above which the `full` encoding is tried as well."""
 MORE = 255
-"""The byte of a gap that goes on."""
+"""The byte with which a gap continues in the next byte."""
 CHUNK_WORDS = 1 << 17
-"""64-bit words that are compared at one time: what stays in a core's cache."""
+"""Number of 64-bit words compared at a time; they fit in a core's cache."""
 
 Method = Literal["same", "sparse", "dense", "full"]
 Bits = npt.NDArray[np.unsignedinteger[Any]]
@@ -39,15 +39,15 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class DeltaError(ValueError):
-    """A patch, or its bytes, cannot be what `make_patch` has made."""
+    """A patch or its bytes cannot come from `make_patch`."""
 
 
 class Patch(msgspec.Struct, frozen=True):
-    """How a tensor is sent: `frame_bytes` are the lengths of its zstd frames, which follow one another."""
+    """How a tensor is encoded; `frame_bytes` are the lengths of its consecutive zstd frames."""
 
     method: Method
     num_changed: int = 0
-    """Places, of `sparse`."""
+    """Number of changed elements; only for `sparse`."""
     frame_bytes: list[int] = []
 
     @property
@@ -62,15 +62,18 @@ def bits_of(content: Bytes, item_bytes: int) -> Bits:
 
 
 def make_patch(current: Bits, base: Bits | None) -> tuple[Patch, list[bytes]]:
-    """What makes `base` into `current`, both flat and of one dtype; without a base, `current` itself."""
+    """The patch that turns `base` into `current`, and its frames; without a base, a `full` patch.
+
+    Both arrays are flat and of one dtype.
+    """
     if base is None:
         return _compressed("full", _byte_planes(current))
     num_sampled = len(current[::SAMPLE_STRIDE])
     if np.count_nonzero(current[::SAMPLE_STRIDE] != base[::SAMPLE_STRIDE]) <= DENSE_SHARE * num_sampled:
-        places = changed_indices(current, base)
-        if not len(places):
+        indices = changed_indices(current, base)
+        if not len(indices):
             return Patch("same"), []
-        sent = _compressed("sparse", _sparse(current[places] - base[places], places), len(places))
+        sent = _compressed("sparse", _sparse(current[indices] - base[indices], indices), len(indices))
     else:
         sent = _compressed("dense", _byte_planes(_zigzag(current - base)))
     if sent[0].num_bytes <= FULL_SHARE * current.nbytes:
@@ -79,11 +82,10 @@ def make_patch(current: Bits, base: Bits | None) -> tuple[Patch, list[bytes]]:
 
 
 def apply_patch(patch: Patch, content: memoryview, base: Bits | None, out: Bits) -> None:
-    """Writes into `out`, which may be `base` itself, what `make_patch` was given as current. `content` are the patch's
-    frames.
+    """Decodes a patch: writes into `out` the tensor that `make_patch` was given as `current`.
 
-    Raises `DeltaError` for everything that `make_patch` cannot have made; no more memory is taken than for a tensor of
-    `out`'s size. `out` is of no use then.
+    `content` holds the patch's frames; `out` may be `base` itself. Raises `DeltaError` for a patch that cannot come
+    from `make_patch`; `out` is then undefined. Takes no more memory than a tensor of `out`'s size.
     """
     _check(patch, out, len(content))
     ends = itertools.accumulate(patch.frame_bytes, initial=0)
@@ -105,7 +107,10 @@ def apply_patch(patch: Patch, content: memoryview, base: Bits | None, out: Bits)
 
 
 def changed_indices(current: Bits, base: Bits) -> npt.NDArray[np.int64]:
-    """Where they differ, ascending. Both contiguous; compared by 64-bit words, of which hardly any differ."""
+    """The indices where two contiguous arrays differ, ascending.
+
+    They are compared by 64-bit words, few of which differ.
+    """
     lanes = 8 // current.itemsize
     num_words = len(current) // lanes
     words, base_words = current[: num_words * lanes].view(np.uint64), base[: num_words * lanes].view(np.uint64)
@@ -126,8 +131,8 @@ def _compressed(method: Method, parts: list[Bytes], num_changed: int = 0) -> tup
     return Patch(method, num_changed, [len(frame) for frame in frames]), frames
 
 
-def _sparse(differences: Bits, places: npt.NDArray[np.int64]) -> list[Bytes]:
-    gaps = np.diff(places, prepend=-1) - 1
+def _sparse(differences: Bits, indices: npt.NDArray[np.int64]) -> list[Bytes]:
+    gaps = np.diff(indices, prepend=-1) - 1
     num_more, rest = np.divmod(gaps, MORE)
     gap_bytes = np.full(len(gaps) + int(num_more.sum()), MORE, np.uint8)
     gap_bytes[np.cumsum(num_more + 1) - 1] = rest
@@ -142,14 +147,14 @@ def _apply_sparse(num_changed: int, frames: list[memoryview], out: Bits) -> None
     (ends,) = np.nonzero(gap_bytes != MORE)
     if len(ends) != num_changed or gap_bytes[-1] == MORE:
         raise DeltaError(f"{len(ends)} gaps, expected {num_changed}")
-    places = np.cumsum(gap_bytes, dtype=np.int64)[ends] + np.arange(num_changed)
-    if places[-1] >= len(out):
-        raise DeltaError(f"a change at place {places[-1]}, expected below {len(out)}")
+    indices = np.cumsum(gap_bytes, dtype=np.int64)[ends] + np.arange(num_changed)
+    if indices[-1] >= len(out):
+        raise DeltaError(f"a change at index {indices[-1]}, expected below {len(out)}")
     num_sign_bytes = (num_changed + 7) // 8
     is_negative = np.unpackbits(_decompress(frames[1], num_sign_bytes, num_sign_bytes), count=num_changed)
     magnitudes = np.empty(num_changed, out.dtype)
     _read_byte_planes(frames[2:], magnitudes)
-    out[places] += np.where(is_negative, ~magnitudes, magnitudes + out.dtype.type(1))
+    out[indices] += np.where(is_negative, ~magnitudes, magnitudes + out.dtype.type(1))
 
 
 def _check(patch: Patch, out: Bits, num_bytes: int) -> None:
@@ -173,7 +178,7 @@ def _decompress(frame: memoryview, fewest: int, most: int) -> Bytes:
 
 
 def _byte_planes(bits: Bits) -> list[Bytes]:
-    """The lowest byte of each, then the second and so on."""
+    """The lowest bytes of all elements, then their second bytes, and so on."""
     return list(np.ascontiguousarray(bits).view(np.uint8).reshape(-1, bits.itemsize).T)
 
 
@@ -189,7 +194,7 @@ def _is_negative(differences: Bits) -> npt.NDArray[np.bool_]:
 
 
 def _zigzag(differences: Bits) -> Bits:
-    """0, -1, 1, -2, … as 0, 1, 2, 3, …, so that what is small in either direction has high bytes of zero."""
+    """Zigzag encoding: 0, -1, 1, -2, … become 0, 1, 2, 3, …, so that small differences have high bytes of zero."""
     one = differences.dtype.type(1)
     folded: Bits = (differences << one) ^ -(differences >> differences.dtype.type(8 * differences.itemsize - 1))
     return folded

@@ -1,9 +1,9 @@
-"""Weight versions as files: what a manifest says, and how a model's file is laid out.
+"""Weight versions as files: the manifest, and the layout of a model's file.
 
-A version is a folder with `manifest.json` and, beside it, `model.safetensors` (an anchor: all of it), `delta.bin` (what
-changes its base into it) or both. The manifest has the BLAKE3 digest of every tensor that results, so that a receiver
-knows what it holds whichever way it came, and the SHA-256 of its base's manifest, so that the digest of the newest one
-vouches for the whole chain. A model's file is laid out by the manifest's tensors alone: the same bytes everywhere.
+A version is a folder with `manifest.json` and `model.safetensors` (an anchor: the whole model), `delta.bin` (the change
+from its base) or both. The manifest has the BLAKE3 digest of every resulting tensor, so a receiver can verify a tensor
+however it arrived. It also has the SHA-256 of its base's manifest, so the digest of the newest manifest vouches for the
+whole chain. The manifest's tensors alone determine the layout of a model's file, so its bytes are the same everywhere.
 Imports no torch.
 """
 
@@ -37,14 +37,14 @@ Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
 class WeightsError(RuntimeError):
-    """A version's bytes are not what its manifest says, or the manifest cannot be one."""
+    """A version's bytes do not match its manifest, or the manifest is invalid."""
 
 
 class TensorEntry(msgspec.Struct, frozen=True):
     dtype: str
     shape: Annotated[list[NonNegative], msgspec.Meta(max_length=32)]
     blake3: Digest
-    """Of the tensor's bytes, row-major and little-endian."""
+    """Digest of the tensor's bytes, row-major and little-endian."""
 
     @property
     def num_bytes(self) -> int:
@@ -52,26 +52,28 @@ class TensorEntry(msgspec.Struct, frozen=True):
 
 
 class Delta(msgspec.Struct, frozen=True):
-    """What changes the version `base` into this one: a patch for every tensor, whose frames follow one another in
-    `DELTA_FILE` in the order of the manifest's tensors."""
+    """The change from the version `base` to this one: a patch for every tensor.
+
+    `DELTA_FILE` has the patches' frames in the order of the manifest's tensors.
+    """
 
     base: NonNegative
     base_sha256: Digest
-    """Of the base's manifest."""
+    """SHA-256 of the base's manifest."""
     num_bytes: NonNegative
     blake3: Digest
-    """Of the file."""
+    """Digest of `DELTA_FILE`."""
     patches: dict[str, Patch]
 
     def slices(self) -> dict[str, slice]:
-        """Where each patch's frames are in the file."""
+        """The position of each patch's frames in `DELTA_FILE`, by tensor."""
         ends = itertools.accumulate(patch.num_bytes for patch in self.patches.values())
         sizes = {name: patch.num_bytes for name, patch in self.patches.items()}
         return {name: slice(end - sizes[name], end) for name, end in zip(sizes, ends, strict=True)}
 
 
 class FileLayout(NamedTuple):
-    """How the model's file is laid out: its first bytes, where each tensor's bytes are, how many bytes in all."""
+    """The layout of a model's file: its header, the position of each tensor's bytes, its size."""
 
     header: bytes
     slices: dict[str, slice]
@@ -79,21 +81,21 @@ class FileLayout(NamedTuple):
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """What a version consists of. `step` made it; `lineage` names the learner's epoch."""
+    """The content of a version. `step` is the step that made it; `lineage` names the learner's fencing epoch."""
 
     version: NonNegative
     step: NonNegative
     lineage: str
     tensors: dict[str, TensorEntry]
-    """In the order in which they lie in the model's file."""
+    """In their order in the model's file."""
     has_model: bool
-    """It is an anchor."""
+    """Whether it is an anchor."""
     delta: Delta | None = None
     schema: int = 2
 
     @property
     def num_model_bytes(self) -> int:
-        """Of the whole model's file."""
+        """Size of the whole model's file."""
         return model_layout(self.tensors).num_bytes
 
 
@@ -106,7 +108,7 @@ def sha256_hex(payload: bytes) -> str:
 
 
 def decode_manifest(payload: bytes, sha256: str) -> Manifest:
-    """Raises `WeightsError` unless the bytes have that SHA-256 and are a manifest that a learner can have written."""
+    """Raises `WeightsError` unless the bytes have that SHA-256 and are a valid manifest."""
     found = sha256_hex(payload)
     if found != sha256:
         raise WeightsError(f"manifest has SHA-256 {found[:12]}…, expected {sha256[:12]}…")
@@ -139,12 +141,12 @@ def _problem(manifest: Manifest) -> str:
 
 
 def file_order(dtypes: Mapping[str, str]) -> list[str]:
-    """Names in the order in which the tensors lie in a file: the widest first, so that all of them are aligned."""
+    """The names in their order in a model's file: the widest dtype first, so that every tensor is aligned."""
     return sorted(dtypes, key=lambda name: (-ITEM_BYTES[dtypes[name]], name))
 
 
 def model_layout(tensors: Mapping[str, TensorEntry]) -> FileLayout:
-    """A safetensors file with the tensors in their order, no gaps."""
+    """The layout of a safetensors file with the tensors in this order, without gaps."""
     ends = list(itertools.accumulate((entry.num_bytes for entry in tensors.values()), initial=0))
     spans = dict(zip(tensors, itertools.pairwise(ends), strict=True))
     described: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -159,7 +161,7 @@ def model_layout(tensors: Mapping[str, TensorEntry]) -> FileLayout:
 
 
 def check_tensor(name: str, entry: TensorEntry, content: memoryview) -> None:
-    """Raises `WeightsError` unless these are the tensor's bytes."""
+    """Raises `WeightsError` unless the bytes have the tensor's digest."""
     found = blake3(content).hexdigest()
     if found != entry.blake3:
         raise WeightsError(f"tensor {name}: BLAKE3 {found[:12]}…, expected {entry.blake3[:12]}…")
@@ -170,7 +172,7 @@ def version_folder(root: Path, version: int) -> Path:
 
 
 def version_file(root: Path, version: int, name: str) -> Path | None:
-    """The version's file of that name; None if there is none. Nothing else under or beside `root` can be asked for."""
+    """The version's file of that name; None if there is none. Serves only names in `FILES`, no symbolic link."""
     path = version_folder(root, version) / name
     return path if name in FILES and path.is_file() and not path.is_symlink() else None
 
@@ -180,7 +182,7 @@ def is_anchor(folder: Path) -> bool:
 
 
 def stored_versions(root: Path) -> Iterator[int]:
-    """The whole versions under `root`, in no order."""
+    """The complete versions under `root`, in no particular order."""
     for folder in root.glob("v*"):
         if folder.name[1:].isdigit() and (folder / MANIFEST_FILE).is_file():
             yield int(folder.name[1:])

@@ -1,7 +1,7 @@
-"""A process's own folder in memory, where there is a memory-backed file system: for weights on their way to an engine.
+"""A process's temporary folder on a memory-backed file system, for weights on their way to an engine.
 
-It goes with the process; what one that was killed has left behind is cleared away by the next one that makes such a
-folder.
+The folder is removed when the process ends. If the process was killed, the next process that makes such a folder
+removes it.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ LOCK_FILE = "lock"
 
 
 class MemoryFolder:
-    """`root` is a new folder in `parent`, whose name begins with `prefix`."""
+    """A new folder `root` in `parent` whose name begins with `prefix`; removes the folders of killed processes."""
 
     def __init__(self, prefix: str, parent: Path) -> None:
         _remove_orphans(parent, prefix)
@@ -30,7 +30,7 @@ class MemoryFolder:
 
 
 def memory_backed_folder() -> Path:
-    """A tmpfs where there is one; else the ordinary temporary folder."""
+    """/dev/shm if it is writable, else the ordinary temporary folder."""
     for folder in (Path("/dev/shm"), Path(tempfile.gettempdir())):
         with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder):
             return folder
@@ -43,7 +43,7 @@ def _remove(folder: Path, lock: int) -> None:
 
 
 def _lock(folder: Path) -> int:
-    """Held until it is closed or the process ends. Raises `OSError` while somebody else holds it."""
+    """Locks the folder until the descriptor is closed or the process ends. Raises `OSError` if it is locked."""
     descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -54,7 +54,7 @@ def _lock(folder: Path) -> int:
 
 
 def _remove_orphans(parent: Path, prefix: str) -> None:
-    """Of processes that were killed."""
+    """Removes the folders of processes that were killed."""
     for lock in parent.glob(f"{prefix}*/{LOCK_FILE}"):
         with contextlib.suppress(OSError):
             descriptor = _lock(lock.parent)
