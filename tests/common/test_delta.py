@@ -144,7 +144,7 @@ def test_only_full_needs_no_base() -> None:
         (b"\x05\xff", "gaps"),
         (b"\xff\xff\xff", "a frame of 3 bytes"),
         (b"\xff\xff", "0 gaps"),
-        (b"\xfe", "place 254, expected below 100"),
+        (b"\xfe", "index 254, expected below 100"),
         (b"", "a frame of 0 bytes"),
     ],
 )

@@ -1,5 +1,5 @@
-"""What services say of themselves to Prometheus: one name means one thing, whoever says it.
+"""The services' Prometheus metrics: a name means the same thing in every service.
 
-The learner, the replicas and control may all be scraped: what two of them say has the same name and the same labels
-beside Prometheus' own, so that `max by (run, …)` over it is right whichever of them are.
+The learner, the replicas and control may all be scraped. A metric that two of them export has the same name and labels
+in both, besides Prometheus' own, so `max by (run, …)` is correct whichever of them are scraped.
 """

@@ -1,4 +1,4 @@
-"""`GET /metrics`: what a service collects at each scrape, and its process, in the format that the scraper asks for."""
+"""`GET /metrics`: a service's metrics, collected at each scrape, and its process's, in the scraper's format."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -21,13 +21,13 @@ class _AtScrape(Collector):
 
 
 def mount_metrics(app: FastAPI, collect: Collect, **route_options: Any) -> None:
-    """`collect` runs in the server's event loop: it reads memory and waits for nobody. `route_options` is FastAPI's."""
+    """`collect` runs in the server's event loop, so it must not block. `route_options` are FastAPI's."""
     registry = CollectorRegistry()
     registry.register(_AtScrape(collect))
     ProcessCollector(registry=registry)
 
     @app.get("/metrics", operation_id="metrics", response_class=Response, **route_options)
     async def metrics(request: Request) -> Response:
-        """For Prometheus."""
+        """The metrics in Prometheus' format."""
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(registry), headers={"content-type": content_type})

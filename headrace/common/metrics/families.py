@@ -1,4 +1,4 @@
-"""Metric families as a scrape finds them: made anew from what the service's objects know at that moment.
+"""Metric families, made at each scrape from the present values of the service's objects.
 
 Names are Prometheus' convention: base units at the end (`_seconds`, `_bytes`), `_total` of what only grows while the
 process lives.
@@ -17,7 +17,7 @@ LONG_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 
 
 
 class Histogram:
-    """Counts what it observes, by upper bound. Safe to use from any thread."""
+    """A histogram: counts observations by upper bound. Safe to use from any thread."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = (*bounds, math.inf)
@@ -31,7 +31,7 @@ class Histogram:
             self._sum += value
 
     def read(self) -> tuple[list[tuple[str, int]], float]:
-        """How many were at most each bound (as Prometheus writes it), and the sum of all."""
+        """The cumulative count per bound (as Prometheus writes it), and the sum of all observations."""
         with self._lock:
             counts, total = list(self._counts), self._sum
         texts = [*map(str, self._bounds[:-1]), "+Inf"]
@@ -39,10 +39,10 @@ class Histogram:
 
 
 class Families:
-    """Families by name, in the order of their first sample. A value that is None is not there."""
+    """Families by name, in the order of their first sample. A sample whose value is None is left out."""
 
     def __init__(self, **labels: str) -> None:
-        """`labels`: of every sample."""
+        """`labels` are added to every sample."""
         self._labels = labels
         self._found: dict[str, Metric] = {}
 
@@ -67,7 +67,7 @@ class Families:
         family.add_sample(f"{name}_sum", labels, total)
 
     def state_set(self, name: str, text: str, label: str, known: Iterable[str], current: str, **labels: str) -> None:
-        """1 for the state that it is in, 0 for the others that are known."""
+        """A gauge per known state: 1 for the current one, 0 for the others."""
         for state in dict.fromkeys([*known, current]):
             self.gauge(name, text, float(state == current), **labels, **{label: state})
 

@@ -1,4 +1,4 @@
-"""Replicas as metrics, from what their heartbeats say: the replica's own at its endpoint, all of them at control's."""
+"""Metrics of replicas, from their heartbeats: each replica exports its own, control exports all of them."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -21,32 +21,50 @@ def add_replica(families: Families, heartbeat: Heartbeat) -> None:
         "headrace_replica_state", "1 for the replica's state.", "state", get_args(ReplicaState), heartbeat.state, **one
     )
     families.gauge(
-        "headrace_replica_weight_version", "The version its engine has confirmed.", heartbeat.weight_version, **one
+        "headrace_replica_weight_version",
+        "Weight version that the replica's engine has confirmed.",
+        heartbeat.weight_version,
+        **one,
     )
-    families.gauge("headrace_replica_groups_in_flight", "Tickets that it works on.", heartbeat.groups_in_flight, **one)
-    families.counter("headrace_replica_groups_total", "Groups that it committed.", heartbeat.groups_committed, **one)
+    families.gauge(
+        "headrace_replica_groups_in_flight", "Tickets that the replica works on.", heartbeat.groups_in_flight, **one
+    )
     families.counter(
-        "headrace_replica_tokens_total", "Tokens of the groups that it committed.", heartbeat.tokens_generated, **one
+        "headrace_replica_groups_total", "Groups that the replica has committed.", heartbeat.groups_committed, **one
     )
     families.counter(
-        "headrace_replica_idle_seconds_total", "Time without any ticket since it serves.", heartbeat.waiting_s, **one
+        "headrace_replica_tokens_total",
+        "Tokens of the groups that the replica has committed.",
+        heartbeat.tokens_generated,
+        **one,
     )
-    families.counter("headrace_replica_serving_seconds_total", "Time since it serves.", heartbeat.serving_s, **one)
+    families.counter(
+        "headrace_replica_idle_seconds_total",
+        "Seconds without a ticket in flight since the replica began to serve.",
+        heartbeat.waiting_s,
+        **one,
+    )
+    families.counter(
+        "headrace_replica_serving_seconds_total",
+        "Seconds since the replica began to serve.",
+        heartbeat.serving_s,
+        **one,
+    )
 
 
 def add_learner_waits(families: Families, waits: Mapping[str, float]) -> None:
-    """`waits`: seconds by reason; every reason is there, 0 where it does not wait."""
+    """`waits`: seconds by reason; every reason is exported, with 0 if the learner does not wait for it."""
     for reason in Reason:
         _add_wait(families, "learner", reason.value, waits.get(reason.value, 0.0))
 
 
 def add_replica_waits(families: Families, replica: str, waits: Mapping[str, float]) -> None:
-    """Those that there are: replicas may be many. Unknown reasons, of another release, are left out."""
+    """Exports only present waits, since there may be many replicas, and only reasons known to this release."""
     for reason in Reason:
         if reason in waits:
             _add_wait(families, replica, reason.value, waits[reason])
 
 
 def _add_wait(families: Families, who: str, reason: str, seconds: float) -> None:
-    text = "For how long the learner (who=learner) or a replica has been waiting, by reason."
+    text = "Seconds that the learner (who=learner) or a replica has been waiting, by reason."
     families.gauge("headrace_current_wait_seconds", text, seconds, who=who, reason=reason)

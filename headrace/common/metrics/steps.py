@@ -68,7 +68,7 @@ TEXTS = {
     "sample_write_s": "Time of the latest step's sample of groups for people to read.",
     "step_s": "Time of the latest step, its wait included.",
 }
-"""Of the numbers of a step's row."""
+"""Help texts of the numbers in a step's row."""
 EVALUATION_TEXTS = {
     "held_out": "pass@1 of the latest evaluation.",
     "pass_at": "pass@k of the latest evaluation.",
@@ -77,7 +77,7 @@ EVALUATION_TEXTS = {
     "num_dead": "Tickets of the latest evaluation that died.",
 }
 _STEP_TIMES = {f"{phase}_s": f"step_{phase}_s" for phase in PHASES}
-"""By a row's name: its name in Prometheus, where it stands among other times."""
+"""Metric names, by the row's name, where the row's own name would be ambiguous."""
 _LABELLED = {"kl_at_staleness": "staleness", "pass_at": "k"}
 """The number at the end of the name is a label."""
 _SAID_ELSEWHERE = {"kind", "step", "time_s", "at", "weight_version", "is_best"}
@@ -86,13 +86,15 @@ _SAID_ELSEWHERE = {"kind", "step", "time_s", "at", "weight_version", "is_best"}
 def add_latest_step(families: Families, row: Mapping[str, Any]) -> None:
     _add(families, row, "headrace")
     families.gauge(
-        "headrace_latest_step_timestamp_seconds", "When the latest step was complete.", row.get("time_s", row.get("at"))
+        "headrace_latest_step_timestamp_seconds",
+        "Time at which the latest step was complete.",
+        row.get("time_s", row.get("at")),
     )
 
 
 def add_latest_evaluation(families: Families, row: Mapping[str, Any]) -> None:
     _add(families, row, "headrace_eval")
-    families.gauge("headrace_eval_step", "The step that the latest evaluation is of.", row.get("step"))
+    families.gauge("headrace_eval_step", "Step whose weights the latest evaluation used.", row.get("step"))
 
 
 def _add(families: Families, row: Mapping[str, Any], prefix: str) -> None:

@@ -1,4 +1,4 @@
-"""Where the time of a replica's weight versions went: counted by the replica, and by control from the run's events."""
+"""Metrics of a replica's weight swaps, counted by the replica, and by control from the run's events."""
 
 from collections.abc import Mapping
 
@@ -15,7 +15,7 @@ class SwapTotals:
         self._phases = {phase: Histogram(SHORT_S) for phase in SWAP_PHASES}
 
     def add(self, num_bytes: int, seconds: Mapping[str, float]) -> None:
-        """`seconds`: pause, fetch, and of `SWAP_PHASES` what is known."""
+        """`seconds`: durations of pause, fetch and the known ones of `SWAP_PHASES`."""
         self._num_bytes += num_bytes
         for phase, histogram in ({"pause": self._pauses, "fetch": self._fetches} | self._phases).items():
             if phase in seconds:
@@ -23,12 +23,12 @@ class SwapTotals:
 
     def collect(self, families: Families, replica: str) -> None:
         one = {"replica": replica}
-        text = "What generation loses to a new version."
+        text = "Time that generation pauses for a new version."
         families.histogram("headrace_replica_swap_pause_seconds", text, self._pauses, **one)
-        text = "A version's way to the replica, while generation goes on."
+        text = "Time to fetch a version, while generation goes on."
         families.histogram("headrace_replica_swap_fetch_seconds", text, self._fetches, **one)
-        text = "A swap by phase: apply the deltas (before the pause), load (within it), confirm (after it)."
+        text = "Time of a swap by phase: apply the deltas (before the pause), load (within it), confirm (after it)."
         for phase, histogram in self._phases.items():
             families.histogram("headrace_replica_swap_phase_seconds", text, histogram, phase=phase, **one)
-        text = "Bytes that came for the versions that it has served."
+        text = "Bytes received for the versions that the replica has served."
         families.counter("headrace_replica_version_bytes_total", text, self._num_bytes, **one)

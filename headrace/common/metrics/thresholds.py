@@ -1,4 +1,4 @@
-"""What numbers of a step are well: thresholds of medians over the last steps, so that one odd batch raises no alarm."""
+"""Thresholds of a step's metrics, for medians over the last steps, so that one odd batch raises no alarm."""
 
 from typing import NamedTuple
 
@@ -12,10 +12,10 @@ class Threshold(NamedTuple):
     text: str
     advice: str
     is_floor: bool = False
-    """Low is bad."""
+    """Whether low values are bad."""
 
     def is_beyond(self, value: float, limit: float) -> bool:
-        """On the bad side of `warn` or `alarm`; NaN is beyond both."""
+        """Whether the value is on the bad side of `limit` (`warn` or `alarm`); NaN is."""
         return not (value >= limit if self.is_floor else value <= limit)
 
 
@@ -33,24 +33,26 @@ THRESHOLDS = (
     ),
 )
 TRAINED_KL = Threshold("trained_kl", 0.05, 0.1, "what is trained is far from the policy that sampled it", OFF_POLICY)
-"""The guard's own, of KL(behaviour ‖ proximal) times the share of tokens that the behaviour clip leaves to be trained.
-Its alarm is lower than the verdict's on `kl_behaviour_proximal`: in the runs of docs/staleness.md that collapse, 0.1
-came early enough to bring them back."""
+"""The guard's threshold for KL(behaviour ‖ proximal) times the share of tokens that the behaviour clip leaves to train.
+Its alarm is lower than the verdict's for `kl_behaviour_proximal`: in the runs of docs/staleness.md that collapse, an
+alarm at 0.1 was early enough to recover them."""
 NUMERICS = "compare the engine's numerics with the learner's: dtype, kernels, sampling settings"
 
 
 def has_exact_numerics(dtype: str | None, swap_mode: str | None) -> bool:
-    """Whether engine and learner should agree but for float32's rounding; KV that is kept over a swap is of earlier
-    weights."""
+    """Whether engine and learner should agree up to float32 rounding.
+
+    With swap_mode in_place they do not, because KV that is kept over a swap is of earlier weights.
+    """
     return dtype == "float32" and swap_mode != "in_place"
 
 
 def logprob_gap_threshold(is_exact: bool) -> Threshold:
-    """Of what engine and learner say of tokens of the same weights, by root mean square: single tokens may be far off.
+    """The threshold for the root mean square difference of engine's and learner's log-probabilities of fresh tokens.
 
-    A bfloat16 model is at 0.02 to 0.04 per token, by whether both sides have float32 logits (Qwen2.5-0.5B and 7B, three
-    engines: ServiceNow/Fast-LLM#525). Numerics alone of RMS σ make a KL of σ²/2: at the alarm as much as the guard
-    warns of. In float32 it is about 1e-5.
+    Single tokens may differ much. A bfloat16 model has 0.02 to 0.04 per token, depending on whether both sides have
+    float32 logits (Qwen2.5-0.5B and 7B, three engines: ServiceNow/Fast-LLM#525); float32 has about 1e-5. An RMS of σ
+    from numerics alone is a KL of σ²/2; at the alarm that equals the guard's warning.
     """
     warn, alarm = (1e-3, 1e-2) if is_exact else (0.1, 0.3)
     text = "engine and learner disagree on fresh tokens' log-probabilities"

@@ -1,1 +1,1 @@
-"""What a run will need, from its settings alone: memory of devices and host, disk, traffic, time."""
+"""Estimates of what a run needs, from its settings alone: memory of devices and host, disk, traffic, time."""

@@ -1,8 +1,7 @@
-"""Memory of the devices, from a model's size and the settings alone: the learner's, by rank, and an engine's.
+"""Estimated memory of the devices, from a model's size and the settings: the learner's, by rank, and an engine's.
 
-Bytes follow from what the code allocates, and the formulas stand at the functions. Left out: fragmentation, the
-libraries themselves (host_memory.py has those), and attention that stores a tokens x tokens matrix (SDPA's own kernels
-do not).
+The bytes follow from what the code allocates; each function has its formula. Not included are fragmentation, the
+libraries (see host_memory.py), and attention that stores a tokens x tokens matrix (SDPA's own kernels do not).
 """
 
 from headrace.common.config import RunConfig
@@ -12,15 +11,15 @@ from headrace.launcher.estimates.model_size import Shape
 TYPICAL_PROMPT_TOKENS = 256
 BYTES = {"float32": 4, "bfloat16": 2}
 Rows = dict[str, int]
-"""What -> bytes."""
+"""Description -> bytes."""
 MIB = 1 << 20
 LARGE_MIB = 60 * 1024
 PREFILL_TOKENS = ((20 * 1024, 2048), (60 * 1024, 4096), (160 * 1024, 8192), (float("inf"), 16384))
-"""Below so many MiB of a GPU: the tokens of one of SGLang's prefills."""
+"""(GPU memory in MiB, tokens): the tokens of one of SGLang's prefills on a GPU with less memory."""
 
 
 def learner_bytes(shape: Shape, config: RunConfig) -> Rows:
-    """Each rank's device at its peak: a backward pass with all gradients there."""
+    """Memory of each rank's device at its peak, a backward pass with all gradients allocated."""
     size, learner = BYTES[learner_dtype(config)], config.learner
     rows = _whole(shape, config) if learner.num_ranks == 1 else _sharded(shape, config)
     how = "recomputed" if learner.gradient_checkpointing else "kept"
@@ -34,13 +33,12 @@ def learner_bytes(shape: Shape, config: RunConfig) -> Rows:
 
 
 def learner_dtype(config: RunConfig) -> str:
-    """Of the learner's multiplications (headrace/learner/model/loading.py): float32 on a CPU without units for
-    bfloat16."""
+    """The dtype of the learner's multiplications (headrace/learner/model/loading.py)."""
     return compute_dtype(config.model.dtype, resolve_device(config.learner.device))
 
 
 def _whole(shape: Shape, config: RunConfig) -> Rows:
-    """On one rank. Masters are float32; weights in float32 are their own masters."""
+    """Memory of a single rank. Masters are float32; float32 weights are their own masters."""
     dtype, computed, count = config.model.dtype, learner_dtype(config), shape.num_parameters
     shown = dtype if computed == dtype else f"{dtype} in {computed}"
     rows = {f"weights, {shown}": count * BYTES[computed]}
@@ -54,9 +52,12 @@ def _whole(shape: Shape, config: RunConfig) -> Rows:
 
 
 def _sharded(shape: Shape, config: RunConfig) -> Rows:
-    """On each of several ranks (headrace/learner/distributed/fsdp.py): its part of masters, moments and gradients;
-    embedding and head whole for the whole pass, and of layers the one that is computed and the next; and of the largest
-    of these the gradient in the model's dtype and in float32, in which it is summed over ranks."""
+    """Memory of each of several ranks (headrace/learner/distributed/fsdp.py).
+
+    A rank has its part of masters, moments and gradients; the gathered embedding and head during the whole pass, and
+    the gathered layers that are computed now and next; and the gradient of the largest of these, in the model's dtype
+    and in float32, in which it is summed over ranks.
+    """
     dtype, part = learner_dtype(config), -(-shape.num_parameters // config.learner.num_ranks)
     size, layer, root = BYTES[dtype], shape.num_layer_parameters, shape.num_root_parameters
     rows = {
@@ -74,7 +75,7 @@ def _sharded(shape: Shape, config: RunConfig) -> Rows:
 
 
 def activation_bytes(shape: Shape, tokens: int, size: int, *, is_checkpointed: bool) -> int:
-    """What autograd keeps of one forward pass; `size` is of an element of the model's dtype.
+    """Bytes that autograd keeps of one forward pass; `size` is the element size of the model's dtype.
 
     A layer keeps, per token: for each of two norms its input in float32, the normalised row and the result; queries,
     keys, values and the attention's result; gate, its activation, up and their product. So, with Q and KV the
@@ -89,9 +90,12 @@ def activation_bytes(shape: Shape, tokens: int, size: int, *, is_checkpointed: b
 
 
 def logprob_bytes(shape: Shape, chunk_tokens: int, size: int, *, is_cuda: bool) -> int:
-    """`headrace.learner.model.logprobs` backward: a chunk's logits, float32, which become their gradient; and the
-    head's gradient, summed in float32. Of a bfloat16 model, on CUDA: the logits' gradient rounded, and a chunk's part
-    of the head's, float32; on a CPU: the head's gradient as it is handed on."""
+    """Bytes of the backward pass of `headrace.learner.model.logprobs`.
+
+    It has a chunk's float32 logits, which become their gradient, and the head's gradient, summed in float32. A bfloat16
+    model also has, on CUDA, the rounded gradient of the logits and a chunk's part of the head's gradient in float32;
+    on a CPU, the head's gradient in bfloat16.
+    """
     head, chunk = shape.vocab * shape.hidden, chunk_tokens * shape.vocab
     if size == 4:
         return chunk * 4 + head * 4
@@ -99,8 +103,11 @@ def logprob_bytes(shape: Shape, chunk_tokens: int, size: int, *, is_cuda: bool) 
 
 
 def engine_bytes(shape: Shape, config: RunConfig, max_total_tokens: int | None, gpu_bytes: int = 0) -> Rows:
-    """One replica's engine, on each of its devices. On a GPU of `gpu_bytes` it takes what SGLang takes of it; without,
-    and without `max_total_tokens`, the cache that all its requests at full length would fill."""
+    """Memory of one replica's engine on each of its devices.
+
+    On a GPU of `gpu_bytes` the engine takes SGLang's share. Without a GPU and `max_total_tokens`, the KV cache is as
+    large as all requests at full length need.
+    """
     size, engine = BYTES[config.model.dtype], config.generation.engine
     parts = engine.tp_size
     weights = {f"weights, {config.model.dtype}{' of its part' * (parts > 1)}": shape.num_parameters * size // parts}
@@ -120,9 +127,11 @@ def engine_bytes(shape: Shape, config: RunConfig, max_total_tokens: int | None, 
 
 
 def static_fraction(gpu_bytes: int, config: RunConfig) -> float:
-    """The share of a GPU that SGLang gives to weights and KV cache of itself (sglang 0.5.23,
-    srt/arg_groups/memory_hook.py): all but 512 MiB, 1.5 MiB a token of a prefill, 2 MiB a request of the largest CUDA
-    graph, 8 MiB a graph of prefills, and 128 MiB a GPU of its tensor parallelism; at least 10 GiB on a large one."""
+    """SGLang's default share of a GPU for weights and KV cache (sglang 0.5.23, srt/arg_groups/memory_hook.py).
+
+    It reserves 512 MiB, 1.5 MiB per token of a prefill, 2 MiB per request of the largest CUDA graph, 8 MiB per prefill
+    graph, and 128 MiB per GPU of tensor parallelism; at least 10 GiB on a large GPU.
+    """
     mib = gpu_bytes / MIB
     prefill_tokens = next(tokens for below, tokens in PREFILL_TOKENS if mib < below)
     reserved = 512 + 1.5 * prefill_tokens + 2 * config.generation.engine.max_running_requests

@@ -1,8 +1,8 @@
-"""Time, roughly: to the first step and of a step, from the multiplications that a run does and this machine's speed.
+"""Estimated time to the first step and of a step, from a run's multiplications and this machine's speed.
 
-On a CPU that speed is measured (a tenth of a second, one thread); of a GPU an H100's is taken. Half of it, or 0.35 on a
-GPU, is what real layers reach. Completions are taken to have half of sampling.max_new_tokens. A factor of two either
-way is usual, and a model that is so small that calls cost more than numbers takes longer.
+A CPU's speed is measured (a tenth of a second, one thread); for a GPU an H100's is assumed. Real layers reach half of
+it, or 0.35 on a GPU. Completions are assumed to have half of sampling.max_new_tokens. An error of a factor of two is
+usual, and a model so small that call overhead dominates takes longer.
 """
 
 import time
@@ -12,27 +12,27 @@ from headrace.common.config import RunConfig
 from headrace.launcher.estimates.model_size import Shape
 
 H100_FLOPS = {"float32": 4e14, "bfloat16": 9.9e14}
-"""Dense; float32 by TF32."""
+"""Dense operations per second; float32 with TF32."""
 EFFICIENCY = {"cpu": 0.5, "cuda": 0.35}
 DECODING_SHARE = {"cpu": 0.5, "cuda": 0.1}
-"""Of that: decoding reads all weights for each token of the batch."""
+"""Share of that speed that decoding reaches, because it reads all weights for each token of the batch."""
 BFLOAT16_SLOWDOWN = 5.0
-"""How much slower a CPU without them multiplies bfloat16."""
+"""How much slower a CPU without bfloat16 units multiplies bfloat16."""
 START_S = {"cpu": 25.0, "cuda": 120.0}
-"""Until an engine answers and the learner has loaded; the first start on a GPU compiles kernels for minutes more."""
+"""Time until engine and learner are ready; the first start on a GPU takes minutes more, to compile kernels."""
 LONG_S = 600.0
 SIZE = 512
 
 
 class Speed(NamedTuple):
-    """Multiplications and additions a second, as real layers do them."""
+    """Multiplications and additions per second that real layers reach."""
 
     training: float
     decoding: float
 
 
 class Times(NamedTuple):
-    """Seconds; of a step the longer of generating and training, which go on beside each other."""
+    """Durations in seconds; generation and training run concurrently, so the longer one is a step's."""
 
     evaluation: float
     generation: float
@@ -49,7 +49,7 @@ class Times(NamedTuple):
 
 
 def estimate(shape: Shape, config: RunConfig, prompt_tokens: int, learner: Speed, engine: Speed, start: float) -> Times:
-    """`prompt_tokens`: that are computed for a group. `engine`: of all replicas together."""
+    """`prompt_tokens`: prompt tokens computed per group. `engine`: the speed of all replicas together."""
     tokens = config.sampling.max_new_tokens / 2
     forward = 2 * shape.num_active_parameters
     sequences = config.learner.groups_per_step * config.actor.group_size
@@ -66,29 +66,28 @@ def estimate(shape: Shape, config: RunConfig, prompt_tokens: int, learner: Speed
 
 
 def duration_warnings(times: Times, config: RunConfig) -> list[str]:
-    """For people: which sizes do not suit the machine."""
+    """Notes on sizes that take too long on this machine."""
     notes = []
     evaluation = config.evaluation
     if times.evaluation > LONG_S:
         notes.append(
             f"an evaluation of {evaluation.num_prompts:,} prompts x {evaluation.completions_per_prompt} completions "
-            "takes about "
-            f"{format_seconds(times.evaluation)} here, and the first one goes before the first step; expected fewer "
-            "evaluation.num_prompts, evaluation.completions_per_prompt or sampling.max_new_tokens"
+            f"takes about {format_seconds(times.evaluation)} here, and the first one precedes the first step; "
+            "expected fewer evaluation.num_prompts, evaluation.completions_per_prompt or sampling.max_new_tokens"
         )
     if times.step > LONG_S:
         which = "training" if times.training > times.generation else "generating"
         notes.append(
             f"a step takes about {format_seconds(times.step)} here, which is {which} "
             f"{config.learner.groups_per_step:,} groups x {config.actor.group_size} completions; "
-            "expected fewer learner.groups_per_step, a smaller "
-            "actor.group_size or sampling.max_new_tokens, or a faster machine"
+            "expected fewer learner.groups_per_step, a smaller actor.group_size or sampling.max_new_tokens, or a "
+            "faster machine"
         )
     return notes
 
 
 def cpu_speed(config: RunConfig, flops: float, has_units: bool, num_cores: int) -> tuple[Speed, Speed]:
-    """The learner's, and of all engines together. `flops`: of one thread in float32."""
+    """The speeds of the learner and of all engines together. `flops`: one thread's speed in float32."""
     slow = BFLOAT16_SLOWDOWN if config.model.dtype == "bfloat16" and not has_units else 1.0
     threads = min(config.learner.num_threads or num_cores, num_cores)
     engines = min(config.generation.replicas * config.generation.engine.num_threads, num_cores)
@@ -106,7 +105,7 @@ def _speed(device: str, flops: float) -> Speed:
 
 
 def measure_flops() -> float:
-    """Of this process's threads, in float32; `OPENBLAS_NUM_THREADS` says how many these are."""
+    """The float32 speed of this process's threads; `OPENBLAS_NUM_THREADS` sets their number."""
     import numpy as np
 
     left = np.ones((SIZE, SIZE), np.float32)

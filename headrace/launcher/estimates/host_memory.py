@@ -1,10 +1,10 @@
-"""Memory of a machine and its disk: every process of a run, what it puts into /dev/shm, what its folder takes.
+"""Estimated memory and disk of a machine: every process of a run, its share of /dev/shm, the run's folder.
 
-A process's memory is what is resident of it and its own (anonymous, and mapped libraries), without what it maps of
-/dev/shm. The figures without a model are measured (`tests/whole/test_end_to_end.py` holds the sums against a real run).
-They are the middle of what three machines showed, up to 15 % apart: Linux maps more of a library where more is cached;
-what a process has of the model follows from the code that keeps it. On a GPU the CUDA libraries of learner and
-scheduler come on top: 2 to 3 GiB each, an estimate that was not measured.
+A process's memory is its resident memory (anonymous, and mapped libraries), without what it maps of /dev/shm. The
+figures without a model are measured (`tests/whole/test_end_to_end.py` compares the sums with a real run). They are
+medians of three machines, up to 15 % apart, because Linux maps more of a library where more is cached. A process's
+share of the model follows from the code. On a GPU the CUDA libraries of learner and scheduler add 2 to 3 GiB each, an
+estimate that was not measured.
 """
 
 import shutil
@@ -20,28 +20,30 @@ LAUNCHER_BYTES, CONTROL_BYTES, REDIS_BYTES = 85 * MIB, 82 * MIB, 17 * MIB
 LEARNER_BYTES = 512 * MIB
 REPLICA_BYTES, REWARD_WORKER_BYTES = 97 * MIB, 33 * MIB
 SERVER_BYTES, SCHEDULER_BYTES, DETOKENIZER_BYTES = 680 * MIB, 609 * MIB, 493 * MIB
-"""SGLang's three; the second and the third come out of the first."""
+"""SGLang's three processes; the server starts the other two."""
 TOKEN_BYTES = 2300
-"""Of each token of the vocabulary, in whoever has a tokenizer: the learner and SGLang's three."""
+"""Memory per token of the vocabulary in each process with a tokenizer: the learner and SGLang's three."""
 WEIGHT_COPIES = 2
-"""That the learner holds in host memory: what was published last, and what is being published."""
+"""Copies in the learner's host memory: the version published last, and the one being published."""
 STATE_BYTES = 12
-"""Of a parameter's masters and moments: in a checkpoint, and in the copy that one is written from."""
+"""Bytes of a parameter's master and moments, in a checkpoint and in the copy that it is written from."""
 HELD_VERSIONS, KEPT_DELTAS = 2, 0.5
-"""Of a replica by itself: the version that is served, the next one; earlier deltas, as a share of the model's bytes."""
+"""On a replica's own machine: the served and the next version; earlier deltas, as a share of the model's bytes."""
 SHARED_VERSIONS = 3
-"""In memory that learner and replicas of one machine share: the newest two, and the one that is being written."""
+"""Versions in memory that learner and replicas of one machine share: the newest two, and the one being written."""
 NUM_CHECKPOINTS = 3
-"""Two are kept, and one is being written."""
+"""Two kept, and one being written."""
 ANCHORS, MAX_DELTAS = 2, 32
-"""Of weight versions on disk: the whole ones that are kept, and deltas between two of them."""
+"""Weight versions on disk: the anchors that are kept, and the most deltas between two of them."""
 
 
 def host_rows(
     shape: Shape, config: RunConfig, learner: int, engine: int, on_cpu: tuple[bool, bool]
 ) -> tuple[Rows, Rows]:
-    """Of the run, and of each replica. `learner` and `engine`: bytes of their devices, which are in the host's memory
-    where `on_cpu` says so."""
+    """Host memory of the run, and of each replica.
+
+    `learner` and `engine`: bytes of their devices; `on_cpu`: whether each of these is in the host's memory.
+    """
     copies = shape.num_parameters * (WEIGHT_COPIES * BYTES[config.model.dtype] + STATE_BYTES)
     ranks, settings, tokens = config.learner.num_ranks, config.generation, shape.vocab * TOKEN_BYTES
     run = {
@@ -62,14 +64,14 @@ def host_rows(
 
 
 def shared_memory_bytes(shape: Shape, config: RunConfig) -> int:
-    """What a replica by itself puts into /dev/shm, at most."""
+    """The most bytes that a replica on another machine puts into /dev/shm."""
     return int(weight_bytes(shape, config) * (HELD_VERSIONS + KEPT_DELTAS))
 
 
 def shared_memory_problem(shape: Shape, config: RunConfig) -> str:
-    """Why the weights will not fit into this machine's /dev/shm; empty if they do, or go elsewhere.
+    """Why the weights do not fit into this machine's /dev/shm; empty if they do, or if it is not used.
 
-    A replica does not start where two versions have no room (headrace/generation/weights/free_space.py).
+    A replica does not start without room for two versions (headrace/generation/weights/free_space.py).
     """
     replicas = config.generation.replicas
     if not SHARED_MEMORY.is_dir() or not replicas:
@@ -85,7 +87,7 @@ def shared_memory_problem(shape: Shape, config: RunConfig) -> str:
 
 
 def disk_rows(shape: Shape, config: RunConfig, share: float) -> Rows:
-    """A run's folder at its largest, but for logs, metrics and Redis' file. `share`: of the model's in a delta."""
+    """The largest size of a run's folder, without logs, metrics and Redis' file. `share`: of a delta in the model."""
     weights = weight_bytes(shape, config)
     chain = min(1.0, MAX_DELTAS * share)
     return {

@@ -1,7 +1,7 @@
-"""How large a model is: its parameters, from its files' headers where they are here, else from its config.json.
+"""The size of a model: its number of parameters, from the headers of its files, else from its config.json.
 
-A header of safetensors names every tensor's shape, whatever the architecture. Without the files parameters are counted
-exactly for the dense decoders Qwen2, Qwen3 and Llama. Nothing of the weights is read.
+A safetensors header has every tensor's shape, for any architecture. Without the files, parameters are counted exactly
+for the dense decoders Qwen2, Qwen3 and Llama. The weights themselves are not read.
 """
 
 import json
@@ -18,12 +18,12 @@ INDEX_FILE = "model.safetensors.index.json"
 MODEL_FILE = "model.safetensors"
 HEAD = "lm_head.weight"
 MAX_HEADER_BYTES = 100 << 20
-"""That safetensors itself allows."""
+"""The limit of the safetensors library."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a config.json decides sizes. Of a mixture of experts `intermediate` is what a token passes through."""
+    """The fields of a config.json that determine sizes. In a mixture of experts `intermediate` is one token's width."""
 
     hidden: int
     layers: int
@@ -38,7 +38,7 @@ class Shape:
     has_mlp_bias: bool
     has_qk_norm: bool
     counted: int | None = None
-    """Parameters in the model's files, each tensor once."""
+    """Number of parameters in the model's files, each tensor once."""
 
     @property
     def query(self) -> int:
@@ -50,22 +50,22 @@ class Shape:
 
     @property
     def num_parameters(self) -> int:
-        """Each tensor once: a tied head is the embedding."""
+        """Number of parameters, each tensor once: a tied head is the embedding."""
         return self.counted or self.layers * self._layer + self.num_root_parameters
 
     @property
     def num_root_parameters(self) -> int:
-        """Of what is in no layer: embedding, head, the last norm."""
+        """Parameters outside the layers: embedding, head, last norm."""
         return self.hidden + self.vocab * self.hidden * (1 if self.is_tied else 2)
 
     @property
     def num_layer_parameters(self) -> int:
-        """Of one layer, all experts included."""
+        """Parameters of one layer, with all experts."""
         return (self.num_parameters - self.num_root_parameters) // self.layers
 
     @property
     def num_active_parameters(self) -> int:
-        """That one token is multiplied with: without the embedding, and of experts only those that it goes through."""
+        """Parameters that one token is multiplied with: no embedding, and only the experts that the token uses."""
         return self.layers * self._layer + self.hidden * (1 + self.vocab)
 
     @property
@@ -78,14 +78,14 @@ class Shape:
 
 
 def shape_of(config: RunConfig) -> Shape:
-    """Of the run's model. Raises `ValueError` if it is not here, or not known."""
+    """The shape of the run's model. Raises `ValueError` if its files are missing or its size is unknown."""
     model = config.model
     folder = model_files(model.location, model.revision)
     return shape_in(folder, read_model_file(model.location, folder / "config.json"))
 
 
 def shape_in(folder: Path, model_config: dict[str, Any]) -> Shape:
-    """Of the model in the folder, whose weights may not be there. Raises `ValueError` if its size is not known."""
+    """The shape of the model in a folder, with or without weights. Raises `ValueError` if its size is unknown."""
     is_tied = bool(
         _text_config(model_config).get("tie_word_embeddings", model_config.get("tie_word_embeddings", False))
     )
@@ -93,7 +93,7 @@ def shape_in(folder: Path, model_config: dict[str, Any]) -> Shape:
 
 
 def read_shape(model_config: dict[str, Any], counted: int | None = None) -> Shape:
-    """Raises `ValueError` for a model that lacks a size, or, without `counted`, is none of `DENSE`."""
+    """Raises `ValueError` if a size is missing or, without `counted`, the architecture is not in `DENSE`."""
     text = _text_config(model_config)
     kind = text.get("model_type")
     if kind not in DENSE and counted is None:
@@ -122,13 +122,13 @@ def read_shape(model_config: dict[str, Any], counted: int | None = None) -> Shap
 
 
 def _text_config(model_config: dict[str, Any]) -> dict[str, Any]:
-    """Of a model of several kinds of input the part that reads text."""
+    """The text part of a multimodal model's configuration; else the configuration itself."""
     inner: dict[str, Any] = model_config.get("text_config") or model_config
     return inner
 
 
 def _intermediate(text: dict[str, Any]) -> int:
-    """The width of the MLP that one token goes through."""
+    """The width of the MLP that one token uses."""
     width = text.get("intermediate_size")
     if expert := text.get("moe_intermediate_size"):
         width = expert * (text.get("num_experts_per_tok") or 1) + (text.get("shared_expert_intermediate_size") or 0)
@@ -138,8 +138,11 @@ def _intermediate(text: dict[str, Any]) -> int:
 
 
 def count_parameters(folder: Path, is_tied: bool) -> int | None:
-    """By the headers of the folder's safetensors; None where these are not (all) here. A head that is tied to the
-    embedding counts once, whether or not it is in the files. Raises `ValueError` naming a file that is none."""
+    """The number of parameters by the headers of the folder's safetensors files; None if files are missing.
+
+    A head that is tied to the embedding counts once, whether or not it is in the files. Raises `ValueError` naming an
+    invalid file.
+    """
     index = folder / INDEX_FILE
     names = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else [MODEL_FILE]
     if not all((folder / name).is_file() for name in names):
@@ -153,7 +156,7 @@ def count_parameters(folder: Path, is_tied: bool) -> int | None:
 
 
 def tensor_shapes(path: Path) -> dict[str, list[int]]:
-    """Of the tensors in a file of safetensors (a length in 8 bytes, then so many bytes of JSON)."""
+    """The shapes of the tensors in a safetensors file (a length in 8 bytes, then that many bytes of JSON)."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(length) if length <= MAX_HEADER_BYTES else b""
@@ -161,7 +164,7 @@ def tensor_shapes(path: Path) -> dict[str, list[int]]:
         found = json.loads(header)
         return {name: entry["shape"] for name, entry in found.items() if name != "__metadata__"}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: no header of safetensors in it") from error
+        raise ValueError(f"{path}: no valid safetensors header") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

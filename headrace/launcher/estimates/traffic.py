@@ -1,4 +1,4 @@
-"""What a run moves: bytes of a weight version on its way to the replicas, and of a step's groups through Redis."""
+"""Estimated traffic of a run: a weight version's bytes to the replicas, and a step's groups through Redis."""
 
 import math
 
@@ -11,19 +11,22 @@ from headrace.launcher.estimates.model_size import Shape
 
 CHARS_PER_TOKEN = 4
 TYPICAL_WEIGHT = 0.04
-"""Standard deviation of a weight."""
+"""Assumed standard deviation of weights."""
 UPDATE_SHARE = 0.05
-"""Of lr: how far AdamW moves a weight at one update. Calibrated on SmolLM2-135M's deltas
+"""How far AdamW moves a weight at one update, as a share of lr. Calibrated on SmolLM2-135M's deltas
 (tests/launcher/test_estimates.py)."""
 MANTISSA_BITS = {"float32": 23, "bfloat16": 7}
 CODING = 1.15
-"""What is sent, over the entropy of the differences."""
+"""Ratio of the bytes sent to the entropy of the differences."""
 QUANTILES = 999
 
 
 def traffic_bytes(shape: Shape, config: RunConfig) -> Rows:
-    """A version is what has changed, to a replica on another machine; on the learner's nothing is moved. One that
-    joins, or is far behind, takes all weights. A step's groups are encoded, with every completion at full length."""
+    """Bytes per version to a replica on another machine, to a joining replica, and per step through Redis.
+
+    A version is sent as a delta; a replica that joins or is far behind fetches all weights. On the learner's machine no
+    bytes are sent. A step's groups are encoded, with every completion at full length.
+    """
     whole = shape.num_parameters * BYTES[config.model.dtype]
     share = delta_share(config)
     group = full_length_group(config, shape.vocab)
@@ -40,11 +43,11 @@ def traffic_bytes(shape: Shape, config: RunConfig) -> Rows:
 
 
 def delta_share(config: RunConfig) -> float:
-    """The bytes of a delta over those of the model, roughly: a factor of two either way is usual.
+    """Estimated size of a delta as a share of the model's bytes; an error of a factor of two is usual.
 
-    A step moves a weight by `lr * num_mini_batches * UPDATE_SHARE`. That is d units in its last place, over weights of
-    the usual size: where d < 1 it changes with probability d, which costs the entropy of whether, and a sign; above,
-    its last log2(d) bits change.
+    A step moves a weight by `lr * num_mini_batches * UPDATE_SHARE`, which is d units in its last place, averaged over
+    weights of the usual size. With d < 1 the weight changes with probability d, which costs the entropy of that event
+    and a sign; with d above 1 its last log2(d) bits change.
     """
     bits = MANTISSA_BITS[config.model.dtype]
     probabilities = (np.arange(QUANTILES) + 0.5) / (2 * QUANTILES) + 0.5
