@@ -66,10 +66,10 @@ def results(jobs: list[Job], tmp_path_factory: pytest.TempPathFactory) -> dict[i
         do(job, folders[1] / job.name, Ranks())
     first = jobs[0]
     for count in NUM_RANKS:
-        before = folders[count - 1] / ("taken_up" if count > 2 else first.name) / "end"
-        taken_up = Job("taken_up", first.config, first.groups, 3 + count, 1, str(before))
+        before = folders[count - 1] / ("resumed" if count > 2 else first.name) / "end"
+        resumed = Job("resumed", first.config, first.groups, 3 + count, 1, str(before))
         poisoned = Job("poisoned", first.config, first.groups, 0, 2, poisoned_step=0)
-        do_on_ranks(count, [*jobs, taken_up, poisoned], folders[count])
+        do_on_ranks(count, [*jobs, resumed, poisoned], folders[count])
     return folders
 
 
@@ -137,9 +137,9 @@ def test_after_five_steps_the_weights_are_those_of_one_rank(results: dict[int, P
 
 @pytest.mark.parametrize("count", NUM_RANKS)
 def test_a_checkpoint_resumes_bit_for_bit_on_another_number_of_ranks(results: dict[int, Path], count: int) -> None:
-    before = results[1] / "one_mini_batch" / "end" if count == 2 else results[2] / "taken_up" / "end"
-    saved, loaded = state_of(before), state_of(results[count] / "taken_up" / "start")
-    assert len(list((results[count] / "taken_up" / "start").iterdir())) == count
+    before = results[1] / "one_mini_batch" / "end" if count == 2 else results[2] / "resumed" / "end"
+    saved, loaded = state_of(before), state_of(results[count] / "resumed" / "start")
+    assert len(list((results[count] / "resumed" / "start").iterdir())) == count
     assert saved.keys() == loaded.keys() and any(name.startswith("exp_avg_sq.") for name in saved)
     for name, tensor in saved.items():
         assert torch.equal(tensor, loaded[name]), name
@@ -151,7 +151,7 @@ def test_from_one_to_two_to_three_ranks_and_back_to_one(
     """Steps 6 and 7 were taken on 2 and on 3 ranks, the eighth on one: the result is as if all had been taken on
     one."""
     one = jobs[0]
-    last = Job("back", one.config, one.groups, 7, 1, str(results[3] / "taken_up" / "end"))
+    last = Job("back", one.config, one.groups, 7, 1, str(results[3] / "resumed" / "end"))
     straight = Job("straight", one.config, one.groups, 5, 3, str(results[1] / one.name / "end"))
     for job in (last, straight):
         do(job, tmp_path / job.name, Ranks())
