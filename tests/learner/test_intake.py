@@ -15,6 +15,7 @@ from headrace.common.redis.keys import Keys
 from headrace.common.tasks import Prompt
 from headrace.common.wire import Group, Ticket, Timings, decode_ticket
 from headrace.learner.commands.dead_letters import purge, retry
+from headrace.learner.intake import intake as intake_module
 from headrace.learner.intake.intake import Intake
 from headrace.learner.intake.ticket_source import TicketSource
 from headrace.learner.intake.validation import GroupLimits
@@ -110,6 +111,27 @@ class Harness:
 
 def never() -> bool:
     return False
+
+
+def test_groups_that_were_not_read_are_counted(
+    client: redis.Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake_module, "READ_COUNT", 3)
+    harness = Harness(client, keys, make_config())
+    harness.turn()
+    harness.answer(keys.tickets)
+    unread = []
+    for _ in range(4):
+        harness.turn()
+        unread.append(harness.intake.num_unread)
+    assert unread == [5, 2, 0, 0]
+    batch = harness.intake.take_batch(1.0, never)
+    assert batch is not None
+    harness.turn()
+    assert harness.intake.num_unread == 0, "a batch in training was read"
+    harness.intake.mark_trained(batch)
+    harness.turn()
+    assert harness.intake.num_unread == 0
 
 
 def test_admission_counts_open_tickets_and_groups_not_yet_trained(client: redis.Redis, keys: Keys) -> None:
