@@ -29,7 +29,7 @@ from headrace.learner.checkpoints.checkpoint import find_newest
 from headrace.learner.checkpoints.data_check import resolve_fingerprint, store_fingerprint, stored_fingerprint
 from headrace.learner.checkpoints.progress import Progress
 from headrace.learner.checkpoints.record import CheckpointRecord, RedisLoss, checkpoint_folders
-from headrace.learner.commands.audit import losses_so_far
+from headrace.learner.checkpoints.redis_losses import losses_so_far
 from headrace.learner.distributed.ranks import Ranks
 from headrace.learner.intake.group_source import GroupSource
 from headrace.learner.intake.intake import Intake

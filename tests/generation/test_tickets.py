@@ -18,7 +18,7 @@ from headrace.generation.tickets.store import (
     Lease,
     TicketStore,
 )
-from headrace.learner.commands.dead_letters import dead_entries, kept_of
+from headrace.learner.commands.dead_letters import dead_letters, kept_payload
 from headrace.learner.store.store import LearnerStore
 from tests.support.guard import GUARD_S
 from tests.support.making import make_group, make_ticket
@@ -116,8 +116,8 @@ def test_a_failure_is_retried_and_then_dead_with_its_reason(redis_url: str, clie
     assert client.xlen(keys.tickets) == 0
     ((_, dead),) = client.xrange(keys.dead_letters)
     assert (dead[b"id"], dead[b"reason"]) == (b"0-0", b"reward: boom")
-    (found,) = dead_entries(client, keys)
-    kept = kept_of(client, keys, found.entry_id)
+    (found,) = dead_letters(client, keys)
+    kept = kept_payload(client, keys, found.entry_id)
     assert (kept.messages, kept.reference, kept.attempts) == (make_ticket().messages, {"answer": "2"}, 2)
     assert len(kept.completions) == MAX_DEAD_COMPLETIONS and kept.completions[0] == "\x1b\\ud800"
     assert "6,000 characters" in kept.completions[1] and len(kept.completions[1]) < MAX_DEAD_CHARS + 50

@@ -164,7 +164,7 @@ def test_export_writes_the_requested_policy(client: redis.Redis, keys: Keys, tmp
     assert "the best" in export(run, tmp_path / "step", step=2)
     with pytest.raises(ValueError, match=r"has not kept step 3; there are \[2, 6\]"):
         export(run, tmp_path / "out", step=3)
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="exists already"):
         export(run, tmp_path / "best", is_best=True)
     (run / "policy").mkdir()
     (run / "policy" / "config.json").write_text("finished")

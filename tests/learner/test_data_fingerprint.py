@@ -14,7 +14,7 @@ from headrace.common.tasks import BadRow
 from headrace.learner.checkpoints.checkpoint import save_checkpoint
 from headrace.learner.checkpoints.data_check import resolve_fingerprint, store_fingerprint, stored_fingerprint
 from headrace.learner.checkpoints.record import CheckpointRecord
-from headrace.learner.commands.dead_letters import dead_entries
+from headrace.learner.commands.dead_letters import dead_letters
 from headrace.learner.intake import data_fingerprint
 from headrace.learner.intake.data_fingerprint import Fingerprint, fingerprint_of
 from headrace.learner.intake.ticket_source import TicketSource
@@ -128,7 +128,7 @@ def test_other_data_begin_with_the_next_epoch_once(client: redis.Redis, keys: Ke
     source.issue_again(["2-1", "3-0"])  # from a checkpoint, after Redis lost its data
     assert sorted(source.ids_to_issue()) == ["2-1", "3-0"]
     assert source.issue(store, 1, 0, 1).ticket_ids == ["3-0"]
-    assert [dead.ticket_id for dead in dead_entries(client, keys)] == ["2-1"] and not source.ids_to_issue()
+    assert [dead.ticket_id for dead in dead_letters(client, keys)] == ["2-1"] and not source.ids_to_issue()
 
 
 def test_a_learner_with_other_data_is_refused_before_it_takes_over(

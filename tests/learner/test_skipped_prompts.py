@@ -13,7 +13,7 @@ from headrace.common.redis.keys import Keys
 from headrace.common.tasks import BadRow, Prompt
 from headrace.common.wire.ledger import LedgerEntry
 from headrace.learner.commands.audit import audit
-from headrace.learner.commands.dead_letters import dead_entries, retry
+from headrace.learner.commands.dead_letters import dead_letters, retry
 from headrace.learner.intake import ticket_source
 from headrace.learner.intake.held_out import Evaluation
 from headrace.learner.intake.intake import Intake
@@ -66,7 +66,7 @@ def test_a_row_that_makes_no_ticket_is_dead_with_its_reason(
     assert issued.ticket_ids == ["0-0", "0-2", "1-0", "1-2"]
     assert [(one.ticket_id, one.state) for one in issued.unusable] == [("0-1", "dead"), ("1-1", "dead")]
     assert (source.cursor, store.cursor()) == (Cursor(1, 3), Cursor(1, 3))
-    first, second = dead_entries(client, keys)
+    first, second = dead_letters(client, keys)
     assert first.is_ticket and first.ticket_id == "0-1"
     assert first.reason.startswith("prompt 1 of epoch 0: ") and reason in first.reason
     assert second.ticket_id == "1-1"
@@ -86,7 +86,7 @@ def test_a_prompt_that_never_fits_is_skipped_and_counted(client: redis.Redis, ke
     intake.poll_once()
     assert intake.settlement_log.counts["skipped"] == 4 and intake.settlement_log.counts["dead"] == 0
     assert store.ledger_entries(["0-0", "0-1", "0-2"])[1] == LedgerEntry("skipped")
-    assert not dead_entries(client, keys) and client.xlen(keys.tickets) == 8
+    assert not dead_letters(client, keys) and client.xlen(keys.tickets) == 8
     found = audit(client, keys, tmp_path)
     assert not found.violations and found.counts == {"open": 8, "skipped": 4}
 
@@ -96,8 +96,8 @@ def test_what_was_passed_stays_passed_after_a_restart(client: redis.Redis, keys:
     source_of(GOOD, BAD["none"][0]).issue(store, 2, 0, 1)
     again = source_of(GOOD, GOOD)
     again.issue(store, 2, 0, 1)  # a checkpoint's cursor, older than Redis's
-    assert store.ledger_entries(["0-1"]) == [LedgerEntry("dead", dead_entries(client, keys)[0].entry_id)]
-    assert len(dead_entries(client, keys)) == 1 and client.xlen(keys.tickets) == 2
+    assert store.ledger_entries(["0-1"]) == [LedgerEntry("dead", dead_letters(client, keys)[0].entry_id)]
+    assert len(dead_letters(client, keys)) == 1 and client.xlen(keys.tickets) == 2
 
 
 def test_an_epoch_without_any_ticket_ends_the_run_with_the_reason() -> None:

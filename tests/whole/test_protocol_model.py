@@ -61,7 +61,7 @@ from headrace.learner.algorithm.staleness import group_staleness
 from headrace.learner.checkpoints.checkpoint import NUM_KEPT
 from headrace.learner.checkpoints.record import RECORD_FILE, checkpoint_folders, read_record
 from headrace.learner.commands.audit import audit
-from headrace.learner.commands.dead_letters import dead_entries, purge, retry
+from headrace.learner.commands.dead_letters import dead_letters, purge, retry
 from headrace.learner.distributed import state_files
 from headrace.learner.distributed.state_files import STATE_FILE, read_state, write_state
 from headrace.learner.intake import intake
@@ -407,7 +407,7 @@ class Protocol(RuleBasedStateMachine):
     @rule(what=st.sampled_from([retry, purge]), which=st.none() | st.integers(0, 3), fault=REPLICA_FAULT)
     def tell_dead(self, what: Callable[..., object], which: int | None, fault: Fault | None) -> None:
         """All of them, or one."""
-        names = [one.ticket_id for one in dead_entries(self.client, self.keys) if one.is_ticket]
+        names = [one.ticket_id for one in dead_letters(self.client, self.keys) if one.is_ticket]
         names = [name for name in names if is_training(name)]
         if which is None or names:
             with self.trap.armed(fault), contextlib.suppress(Crash, redis.OutOfMemoryError):

@@ -106,7 +106,7 @@ def simulate(
 ) -> None:
     """Simulate a run with other numbers of replicas, from what it has measured; starts and changes nothing."""
     most = [] if up_to is None else ["--up-to", str(up_to)]
-    _call("headrace.learner.commands.plan", [*most, *_json(as_json)], run, runs_folder)
+    _call("headrace.learner.commands.simulate", [*most, *_json(as_json)], run, runs_folder)
 
 
 @app.command(rich_help_panel=RECORDS)

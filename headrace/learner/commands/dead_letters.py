@@ -1,10 +1,10 @@
-"""`headrace dead-letters`: tickets that could not be generated, scored or decoded, with reasons; to retry or to purge.
+"""`headrace dead-letters`: tickets that could not be generated, scored or decoded; lists, retries or purges them.
 
     python -m headrace.learner.commands.dead_letters list|retry|purge --run demo [TICKET ...]
 
-`list` with tickets shows what was kept of each: its prompt, what the reward was to know, and completions, to a bound.
-`retry` asks the learner, which issues the ticket anew from the data, with all its attempts before it; a learner that
-does not run yet does so when it starts. `purge` deletes what was kept of it; the ledger still says that it is dead.
+`list` with tickets shows what was kept of each, up to a limit: its prompt, its reference and completions. `retry` asks
+the learner to issue the ticket again from the data, with fresh attempts; if no learner runs, the next one does it.
+`purge` deletes what was kept; the ledger still says that the ticket is dead.
 """
 
 import argparse
@@ -32,21 +32,21 @@ return redis.call('SREM', KEYS[3], ARGV[2])
 """
 
 
-class Dead(NamedTuple):
+class DeadLetter(NamedTuple):
     entry_id: str
     ticket_id: str
     reason: str
     is_ticket: bool
-    """False: something that was no ticket of this run."""
+    """False if the entry is not a ticket of this run."""
 
 
-def dead_entries(client: redis.Redis, keys: Keys) -> list[Dead]:
+def dead_letters(client: redis.Redis, keys: Keys) -> list[DeadLetter]:
     """The oldest first."""
     rows: Any = client.xrange(keys.dead_letters)
     names = [fields.get(b"id", b"?").decode(errors="replace") for _, fields in rows]
     marks: Any = client.hmget(keys.ledger, names) if names else []
     return [
-        Dead(
+        DeadLetter(
             entry_id.decode(),
             name,
             fields.get(b"reason", b"").decode(errors="replace"),
@@ -56,17 +56,17 @@ def dead_entries(client: redis.Redis, keys: Keys) -> list[Dead]:
     ]
 
 
-class Kept(NamedTuple):
-    """What was kept of a dead ticket; of one that nobody could decode, nothing."""
+class KeptPayload(NamedTuple):
+    """What was kept of a dead ticket; empty if it could not be decoded."""
 
     messages: list[dict[str, Any]] = []
     reference: dict[str, Any] = {}
     attempts: int = 0
     completions: list[str] = []
-    """Those that could not be scored, or all of a group that could not be used; the first few, cut."""
+    """Those that could not be scored, or all of a group that could not be used: the first few, cut to a length."""
 
 
-def kept_of(client: redis.Redis, keys: Keys, entry_id: str) -> Kept:
+def kept_payload(client: redis.Redis, keys: Keys, entry_id: str) -> KeptPayload:
     entries: Any = client.xrange(keys.dead_letters, entry_id, entry_id)
     fields = entries[0][1] if entries else {}
     payload, completions = fields.get(b"payload", b""), []
@@ -78,14 +78,14 @@ def kept_of(client: redis.Redis, keys: Keys, entry_id: str) -> Kept:
         try:
             group = decode_group(payload)
         except WireError:
-            return Kept(completions=completions)
+            return KeptPayload(completions=completions)
         ticket, completions = group.ticket, [rollout.text for rollout in group.rollouts]
-    return Kept(ticket.messages, ticket.reference, ticket.attempts, completions)
+    return KeptPayload(ticket.messages, ticket.reference, ticket.attempts, completions)
 
 
 def retry(client: redis.Redis, keys: Keys, ticket_ids: list[str]) -> list[str]:
-    """The tickets that will be issued again: those named, or all. Raises `ValueError` naming one that cannot be."""
-    known = {dead.ticket_id for dead in dead_entries(client, keys) if dead.is_ticket}
+    """Returns the tickets that will be issued again: those named, or all. Raises `ValueError` for one that cannot."""
+    known = {dead.ticket_id for dead in dead_letters(client, keys) if dead.is_ticket}
     for name in ticket_ids:
         if name not in known:
             raise ValueError(f"ticket {name!r} is not dead: expected one of `headrace dead-letters list`")
@@ -98,8 +98,8 @@ def retry(client: redis.Redis, keys: Keys, ticket_ids: list[str]) -> list[str]:
 
 
 def purge(client: redis.Redis, keys: Keys, ticket_ids: list[str]) -> list[str]:
-    """The ids of what was given up: those named, or everything."""
-    chosen = _chosen(dead_entries(client, keys), ticket_ids)
+    """Returns the ids of what was purged: those named, or everything."""
+    chosen = _chosen(dead_letters(client, keys), ticket_ids)
     for dead in chosen:
         client.eval(_PURGE, 3, keys.dead_letters, keys.ledger, keys.retries, dead.entry_id, dead.ticket_id)
     return [dead.ticket_id for dead in chosen]
@@ -110,7 +110,7 @@ def main() -> int:
     parser.add_argument("action", choices=("list", "retry", "purge"))
     parser.add_argument("tickets", nargs="*")
     parser.add_argument("--run", required=True)
-    parser.add_argument("--runs-folder", help="not needed: all of it is in Redis")
+    parser.add_argument("--runs-folder", help="ignored: dead letters are in Redis")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--redis-url", default=os.environ.get("HEADRACE_REDIS_URL"))
     arguments = parser.parse_intermixed_args()
@@ -122,9 +122,7 @@ def main() -> int:
             _list(client, keys, arguments.tickets, arguments.json)
             return 0
         act, what = (
-            (retry, "tickets will be issued again by the learner")
-            if arguments.action == "retry"
-            else (purge, "given up for good")
+            (retry, "tickets will be issued again by the learner") if arguments.action == "retry" else (purge, "purged")
         )
         chosen = act(client, keys, arguments.tickets)
         print(json.dumps({"tickets": chosen}) if arguments.json else f"{len(chosen)} {what}")
@@ -135,8 +133,8 @@ def main() -> int:
 
 
 def _list(client: redis.Redis, keys: Keys, ticket_ids: list[str], as_json: bool) -> None:
-    entries = _chosen(dead_entries(client, keys), ticket_ids)
-    kept = {dead.entry_id: kept_of(client, keys, dead.entry_id) for dead in entries if ticket_ids}
+    entries = _chosen(dead_letters(client, keys), ticket_ids)
+    kept = {dead.entry_id: kept_payload(client, keys, dead.entry_id) for dead in entries if ticket_ids}
     if as_json:
         rows = [{**dead._asdict(), "at": int(dead.entry_id.partition("-")[0]) / 1000} for dead in entries]
         rows = [row | (kept[row["entry_id"]]._asdict() if ticket_ids else {}) for row in rows]
@@ -147,20 +145,20 @@ def _list(client: redis.Redis, keys: Keys, ticket_ids: list[str], as_json: bool)
         name = dead.ticket_id if dead.is_ticket else f"({dead.ticket_id}, no ticket of this run)"
         print(printable(f"{died}  {name}  {dead.reason}"))
         if ticket_ids:
-            print(printable(_shown(kept[dead.entry_id])))
+            print(printable(_format(kept[dead.entry_id])))
     if not ticket_ids:
-        print(f"{len(entries)} dead" + ("; with tickets behind `list`: their prompts and completions" * bool(entries)))
+        print(f"{len(entries)} dead" + ("; `list TICKET ...` shows prompts and completions" * bool(entries)))
 
 
-def _shown(kept: Kept) -> str:
+def _format(kept: KeptPayload) -> str:
     parts = [(message["role"], message["content"]) for message in kept.messages]
     parts.append(("reference", json.dumps(kept.reference, ensure_ascii=False)))
     parts += [(f"completion {index}", text) for index, text in enumerate(kept.completions, 1)]
     return "\n".join(f"  {name}:\n{textwrap.indent(text or '(empty)', '    ')}" for name, text in parts)
 
 
-def _chosen(entries: list[Dead], ticket_ids: list[str]) -> list[Dead]:
-    """All, or those named. Raises `ValueError` naming one that is not there."""
+def _chosen(entries: list[DeadLetter], ticket_ids: list[str]) -> list[DeadLetter]:
+    """Those named, or all. Raises `ValueError` naming one that is not dead."""
     missing = set(ticket_ids) - {dead.ticket_id for dead in entries}
     if missing:
         raise ValueError(f"ticket {sorted(missing)[0]!r} is not dead: expected one of `headrace dead-letters list`")

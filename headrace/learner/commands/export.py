@@ -1,9 +1,10 @@
-"""`headrace export`: a policy of a run, in Hugging Face format, in a folder of its own. Needs the run's folder alone.
+"""`headrace export`: writes a policy of a run in Hugging Face format into a folder. Needs only the run's folder.
 
     python -m headrace.learner.commands.export --run demo --runs-folder runs --best --output exported
 
-Without `--best` or `--step`: the finished run's policy, or what the newest checkpoint has if that is of a later step.
-Safe beside the run: what is replaced while it is read is looked for again. The output is whole or not there.
+Without `--best` or `--step` it exports the finished run's policy, or the newest checkpoint's if that is later. It is
+safe while the run is going on: a file that is replaced while it is read is looked up again. The output is written
+completely or not at all.
 """
 
 import argparse
@@ -29,10 +30,10 @@ def main() -> int:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--best", action="store_true", help="the best by held-out accuracy")
     which.add_argument("--step", type=int, help="of a checkpoint that is still kept, or of the best")
-    parser.add_argument("--output", type=Path, required=True, help="a folder that is not there yet, or empty")
+    parser.add_argument("--output", type=Path, required=True, help="a new or empty folder")
     arguments = parser.parse_args()
     try:
-        Keys(arguments.run)  # a name that is no folder's
+        Keys(arguments.run)  # raises if the name is not valid
         print(export(arguments.runs_folder / arguments.run, arguments.output, arguments.best, arguments.step))
     except (ValueError, OSError) as error:
         print(f"headrace export: {error}", file=sys.stderr)
@@ -41,11 +42,11 @@ def main() -> int:
 
 
 def export(run: Path, output: Path, is_best: bool = False, step: int | None = None) -> str:
-    """What was exported, for people. Raises `ValueError` saying what there is instead."""
+    """Returns what was exported, as text. Raises `ValueError` naming the steps that there are instead."""
     if not run.is_dir():
         raise ValueError(f"run {run.name!r}: there is no folder {run}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} is there already; expected a folder that is not, or empty")
+        raise ValueError(f"{output} exists already; expected a new or empty folder")
     aside = output.with_name(f".{output.name}.aside")
     output.parent.mkdir(parents=True, exist_ok=True)
     for tries_left in reversed(range(NUM_TRIES)):
@@ -84,7 +85,7 @@ def _write(run: Path, aside: Path, is_best: bool, step: int | None) -> str:
 
 
 def _checkpoints(run: Path) -> Iterator[tuple[int, Path]]:
-    """Step and folder of those that can be read, the newest first."""
+    """Step and folder of the readable checkpoints, the newest first."""
     for folder in reversed(checkpoint_folders(run / "checkpoints")):
         try:
             yield read_record(folder).step, folder
@@ -93,7 +94,7 @@ def _checkpoints(run: Path) -> Iterator[tuple[int, Path]]:
 
 
 def _finished_step(run: Path) -> int | None:
-    """The step of `policy/`, if the run was once complete."""
+    """The step of `policy/`, if the run was ever complete."""
     summary = run / "summary.json"
     if not ((run / "policy").is_dir() and summary.is_file()):
         return None

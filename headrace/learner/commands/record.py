@@ -1,9 +1,9 @@
-"""`headrace record`: follows a run and writes every training group that replicas commit into a recording.
+"""`headrace record`: follows a run and writes every training group that replicas commit to a recording.
 
     python -m headrace.learner.commands.record --run demo --output runs/demo/recording.msgpack
 
-Watches only: the run does not know of it. Groups stand in Redis until the second checkpoint after them, so that a
-recorder that runs beside misses none, and one that was stopped goes on where it was. Ends with the run, or at Ctrl-C.
+It only reads. Groups stay in Redis until the second checkpoint after them, so a recorder that runs beside the learner
+misses none, and a stopped one continues where it was. It ends with the run, or at Ctrl-C.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("--runs-folder", type=Path, default=Path("runs"))
     parser.add_argument("--redis-url", default=os.environ.get("HEADRACE_REDIS_URL"))
     parser.add_argument("--output", type=Path, default=None, help="default: recording.msgpack in the run's folder")
-    parser.add_argument("--ended", action="store_true", help="the run does not go on: write what there is")
+    parser.add_argument("--ended", action="store_true", help="the run is over: write what is in Redis, and exit")
     arguments = parser.parse_args()
     set_up_logging("record", run=arguments.run)
     if not arguments.redis_url:
@@ -61,7 +61,7 @@ def follow(
         raise ValueError(f"run {run!r} is not in this Redis: expected its configuration under {keys.config}")
     writer = RecordingWriter(output, Header(run, msgspec.json.decode(config)))
     try:
-        _warn_of_what_is_gone(client, keys, writer)
+        _warn_of_missed_groups(client, keys, writer)
         while True:
             has_ended = has_ended or client.hget(keys.learner, "phase") in ENDED
             found: Any = client.xread({keys.groups: writer.last_entry_id}, count=READ_COUNT, block=BLOCK_MS)
@@ -79,16 +79,16 @@ def follow(
         writer.close()
 
 
-def _warn_of_what_is_gone(client: redis.Redis, keys: Keys, writer: RecordingWriter) -> None:
+def _warn_of_missed_groups(client: redis.Redis, keys: Keys, writer: RecordingWriter) -> None:
     try:
         deleted: bytes = client.xinfo_stream(keys.groups)["max-deleted-entry-id"]
     except redis.ResponseError:  # no stream yet
         return
-    if _order(deleted) > _order(writer.last_entry_id.encode()):
+    if _id_numbers(deleted) > _id_numbers(writer.last_entry_id.encode()):
         print(f"groups up to {deleted.decode()} have left Redis before they were recorded", file=sys.stderr)
 
 
-def _order(entry_id: bytes) -> tuple[int, int]:
+def _id_numbers(entry_id: bytes) -> tuple[int, int]:
     first, _, second = entry_id.partition(b"-")
     return int(first), int(second or 0)
 

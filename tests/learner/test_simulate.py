@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from headrace.common.config import load_recipe
-from headrace.learner.commands.plan import follow_advice, measured_in, plan
+from headrace.learner.commands.simulate import follow_advice, measured_in, simulate
 from headrace.learner.scaling.simulation import MeasuredRun, Simulation
 from tests.support.fake_services import ROOT
 from tests.support.guard import GUARD_S
@@ -34,7 +34,7 @@ def make(**changes: Any) -> MeasuredRun:
 
 
 def test_a_slow_engine_sets_the_pace() -> None:
-    planned = plan(make(), 1, 8)
+    planned = simulate(make(), 1, 8)
     assert planned.steps_per_h == pytest.approx(1800, rel=0.02), "4 groups take 2 s"
     assert planned.waiting_share == pytest.approx(0.5, abs=0.02)
     assert planned.idle_share < 0.01
@@ -42,7 +42,7 @@ def test_a_slow_engine_sets_the_pace() -> None:
 
 
 def test_a_slow_learner_sets_the_pace() -> None:
-    planned = plan(make(work_s=[10.0]), 4, 8)
+    planned = simulate(make(work_s=[10.0]), 4, 8)
     assert planned.steps_per_h == pytest.approx(360, rel=0.03)
     assert planned.waiting_share < 0.03
     assert planned.idle_share > 0.5
@@ -50,13 +50,13 @@ def test_a_slow_learner_sets_the_pace() -> None:
 
 
 def test_balanced_sides_keep_their_number() -> None:
-    planned = plan(make(), 2, 8)
+    planned = simulate(make(), 2, 8)
     assert planned.steps_per_h == pytest.approx(3600, rel=0.05)
     assert planned.advice.replicas == 2
 
 
 def test_uniform_groups_cost_generation_time() -> None:
-    planned = plan(make(uniform_share=0.5), 1, 8)
+    planned = simulate(make(uniform_share=0.5), 1, 8)
     assert planned.steps_per_h == pytest.approx(900, rel=0.1)
 
 
@@ -93,8 +93,8 @@ def test_nothing_is_lost_when_replicas_leave() -> None:
 
 def test_the_same_seed_gives_the_same_result() -> None:
     measured = make(group_durations_s=[0.5, 1.0, 4.0], uniform_share=0.3)
-    assert plan(measured, 2, 8, seed=3) == plan(measured, 2, 8, seed=3)
-    assert plan(measured, 2, 8, seed=3) != plan(measured, 2, 8, seed=4)
+    assert simulate(measured, 2, 8, seed=3) == simulate(measured, 2, 8, seed=3)
+    assert simulate(measured, 2, 8, seed=3) != simulate(measured, 2, 8, seed=4)
 
 
 @pytest.mark.parametrize("needed", [1.0, 1.5, 2.2, 3.7, 5.2])

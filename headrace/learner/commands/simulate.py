@@ -1,9 +1,9 @@
-"""`headrace simulate`: how a run would go with other numbers of replicas, simulated from what it has measured.
+"""`headrace simulate`: estimates how a run would go with other numbers of replicas, from what it has measured.
 
-    python -m headrace.learner.commands.plan --run demo --runs-folder runs
+    python -m headrace.learner.commands.simulate --run demo --runs-folder runs
 
-It reads the run's `metrics.jsonl` and `config.yaml` and touches nothing. What the simulation leaves out stands in
-simulation.py; the advice is the learner's own (advice.py).
+It reads the run's `metrics.jsonl` and `config.yaml` and changes nothing. simulation.py says what the simulation leaves
+out; the advice is the learner's own (advice.py).
 """
 
 import argparse
@@ -22,22 +22,22 @@ from headrace.learner.scaling.advice import MAX_FACTOR, WINDOW_S, Advice, Replic
 from headrace.learner.scaling.simulation import MeasuredRun, Simulation
 
 NUM_STEPS = 100
-"""Simulated steps of each number, about."""
+"""About how many steps are simulated for each number of replicas."""
 MIN_WINDOWS = 5
 STARTUP_S = 30.0
-"""Of a replica that is ordered."""
+"""How long a new replica takes to start."""
 NUM_DECISIONS = 6
 
 
-class Planned(NamedTuple):
-    """How it goes with one number of replicas."""
+class SimulatedRun(NamedTuple):
+    """The outcome for one number of replicas."""
 
     replicas: int
     steps_per_h: float
     waiting_share: float
-    """Of the learner's time, for groups."""
+    """The share of the learner's time that it waits for groups."""
     idle_share: float
-    """Of the replicas' time, without any ticket."""
+    """The share of the replicas' time without a ticket."""
     staleness: float
     advice: Advice
 
@@ -61,20 +61,20 @@ def measured_in(rows: list[Row], config: RunConfig) -> MeasuredRun:
 
 
 def _group_durations_s(row: Row) -> list[float]:
-    """Rows of earlier versions have only their mean."""
+    """Rows of earlier releases have only the mean."""
     found: list[float] = row.get("group_durations_s") or [row["sampling_s_mean"] + row["scoring_s_mean"]]
     return [max(1e-3, duration_s) for duration_s in found]
 
 
-def plan(measured: MeasuredRun, replicas: int, max_replicas: int, seed: int = 0) -> Planned:
-    """With a constant number of them."""
+def simulate(measured: MeasuredRun, replicas: int, max_replicas: int, seed: int = 0) -> SimulatedRun:
+    """Simulates a constant number of replicas."""
     adviser = ReplicaAdviser(replicas, max(replicas, max_replicas), measured.max_groups_in_flight)
     simulation = Simulation(measured, replicas, seed)
     simulation.observe = lambda waited_s, worked_s, beats: adviser.observe(
         waited_s, worked_s, beats, simulation.steps_in_queue
     )
     totals = simulation.run(_long_enough_s(measured, replicas))
-    return Planned(
+    return SimulatedRun(
         replicas=replicas,
         steps_per_h=3600 * totals.steps / simulation.now,
         waiting_share=totals.waited_s / max(1e-9, totals.waited_s + totals.worked_s),
@@ -85,7 +85,7 @@ def plan(measured: MeasuredRun, replicas: int, max_replicas: int, seed: int = 0)
 
 
 def follow_advice(measured: MeasuredRun, start: int, max_replicas: int, until_s: float, seed: int = 0) -> list[int]:
-    """The numbers that the advice orders one after another, from `start` on, if each is obeyed."""
+    """The numbers of replicas that the advice sets one after another, from `start` on, if each is applied."""
     adviser, ordered = ReplicaAdviser(start, max_replicas, measured.max_groups_in_flight), [start]
     simulation = Simulation(measured, start, seed)
 
@@ -101,7 +101,7 @@ def follow_advice(measured: MeasuredRun, start: int, max_replicas: int, until_s:
 
 
 def _long_enough_s(measured: MeasuredRun, replicas: int) -> float:
-    """For `NUM_STEPS` steps, whichever side is slower, and for the advice."""
+    """Long enough for `NUM_STEPS` steps, whichever side is slower, and for the advice."""
     in_flight = min(measured.max_outstanding_groups, replicas * measured.max_groups_in_flight)
     groups_per_s = in_flight * len(measured.group_durations_s) / sum(measured.group_durations_s)
     generation_s = measured.groups_per_step / (1 - measured.uniform_share) / groups_per_s
@@ -109,8 +109,8 @@ def _long_enough_s(measured: MeasuredRun, replicas: int) -> float:
 
 
 def as_json(measured: MeasuredRun, start: int, max_replicas: int) -> dict[str, Any]:
-    """The same for programs."""
-    rows = [plan(measured, count, max_replicas) for count in range(1, max_replicas + 1)]
+    """The output of `--json`."""
+    rows = [simulate(measured, count, max_replicas) for count in range(1, max_replicas + 1)]
     followed = follow_advice(measured, start, max_replicas, _until_s(measured, start))
     return {"plans": [row._asdict() | {"advice": row.advice._asdict()} for row in rows], "followed": followed}
 
@@ -118,7 +118,7 @@ def as_json(measured: MeasuredRun, start: int, max_replicas: int) -> dict[str, A
 def lines(measured: MeasuredRun, start: int, max_replicas: int) -> Iterator[str]:
     yield "replicas  steps/hour  learner waits  replicas idle  staleness  advised"
     for count in range(1, max_replicas + 1):
-        row = plan(measured, count, max_replicas)
+        row = simulate(measured, count, max_replicas)
         yield (
             f"{row.replicas:8}  {row.steps_per_h:10.0f}  {row.waiting_share:13.0%}  {row.idle_share:13.0%}  "
             f"{row.staleness:9.2f}  {row.advice.replicas:7}"
@@ -129,7 +129,7 @@ def lines(measured: MeasuredRun, start: int, max_replicas: int) -> Iterator[str]
 
 
 def _until_s(measured: MeasuredRun, start: int) -> float:
-    """For `NUM_DECISIONS` of the advice."""
+    """Long enough for `NUM_DECISIONS` changes of the advice."""
     return NUM_DECISIONS * max(2 * (WINDOW_S + STARTUP_S), _long_enough_s(measured, start) / NUM_STEPS * MAX_FACTOR)
 
 
