@@ -1,4 +1,4 @@
-"""The bodies of `/history`, `/evaluations` and `/events/recent`: what has happened so far."""
+"""The bodies of `/history`, `/evaluations` and `/events/recent`."""
 
 from typing import Any
 

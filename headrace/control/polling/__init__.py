@@ -1,1 +1,1 @@
-"""What control reads from a run: Redis in one round trip, the learner's status, history and samples kept in memory."""
+"""Control's reads of a run: Redis in one round trip, the learner's status, and history and samples kept in memory."""

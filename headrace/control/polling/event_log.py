@@ -19,7 +19,7 @@ MAX_SWAPS = 200
 MAX_OTHER_EVENTS = 500
 MAX_EVENT_BYTES = 1 << 16
 MAX_REPLICAS = 1000
-"""Replicas whose swaps are remembered."""
+"""Largest number of replicas whose swaps are remembered."""
 
 
 class _SwapDurations:

@@ -16,11 +16,11 @@ from headrace.common.wire.desired_state import DesiredState, parse_desired_state
 from headrace.control.models.status import Queues
 
 MAX_ROWS = 2000
-"""Entries of a stream in one poll."""
+"""Largest number of entries of a stream in one poll."""
 MAX_FIRST_EVENTS = 2000
 """At its start control reads only this many of the newest events."""
 MAX_SAMPLE_ROWS = 32
-"""Group samples in one poll; each has up to a megabyte."""
+"""Largest number of group samples in one poll; each has up to a megabyte."""
 SCAN_COUNT = 1000
 MAX_TEXT_CHARS = 500
 
@@ -42,9 +42,9 @@ class PollResult(NamedTuple):
     history: list[Entry]
     samples: list[Entry]
     dead_reason: str
-    """Of the latest dead letter; empty: there is none."""
+    """Reason of the latest dead letter; empty if there is none."""
     is_behind: bool
-    """A stream has more entries, so the next poll should follow at once."""
+    """Whether a stream has more entries, so that the next poll should follow at once."""
 
 
 class RedisPoller:

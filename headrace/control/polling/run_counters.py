@@ -11,7 +11,7 @@ from headrace.common.metrics.swaps import SwapTotals
 from headrace.control.models.history import Event
 
 MAX_REPLICAS = 1000
-"""Replicas whose swaps are counted."""
+"""Largest number of replicas whose swaps are counted."""
 
 
 class RunCounters:

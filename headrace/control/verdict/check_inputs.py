@@ -25,7 +25,7 @@ class CheckInputs:
     """The state of a run at one time; durations are in seconds and last until now."""
 
     phase: str = ""
-    """As the learner has written it; empty: it has not written any yet."""
+    """The phase that the learner has written; empty if it has not written one yet."""
     reason: str = ""
     step: int = 0
     steps: int = 0
@@ -34,25 +34,25 @@ class CheckInputs:
     desired_replicas: int | None = None
     replicas: Sequence[ReplicaInput] = ()
     no_replica_s: float = 0.0
-    """Since a replica was last running."""
+    """Time since a replica was last running."""
     learner_silent_s: float = 0.0
-    """Since the learner last answered; 0 if its address is unknown."""
+    """Time since the learner last answered; 0 if its address is unknown."""
     waiting_s: float = 0.0
     """How long the learner has had nothing to train on."""
     checkpoint_failing_s: float = 0.0
     redis_unavailable_s: float = 0.0
     num_recent_dead: int = 0
-    """Dead letters that came within `RECENT_DEAD_WINDOW_S`."""
+    """Number of dead letters within the last `RECENT_DEAD_WINDOW_S`."""
     dead_reason: str = ""
-    """Of the latest dead letter."""
+    """Reason of the latest dead letter."""
     held_back: str = ""
-    """What the learner's guard has tightened; empty: nothing."""
+    """The settings that the learner's guard has tightened; empty if none."""
     settings_unapplied_s: float = 0.0
     """How long changed settings have waited for the learner."""
     recent: dict[str, list[float]] = field(default_factory=dict)
     """The values of each watched metric in the last steps."""
     is_exact: bool = False
-    """Learner and engine should compute the same log-probabilities up to rounding."""
+    """Whether learner and engine should compute the same log-probabilities up to rounding."""
     starvation_deadline_s: float = 1800.0
     max_staleness: int = 2
 

@@ -1,4 +1,4 @@
-"""Is learning stable? Metrics of the last steps against thresholds, and what the guard has done. Pure.
+"""Checks that learning is stable: metrics of the last steps against thresholds, and the guard's level. Pure.
 
 Thresholds apply to medians over the last steps, so a single odd batch raises no alarm.
 """

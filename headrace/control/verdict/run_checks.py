@@ -1,4 +1,4 @@
-"""Is the run working? One check each for Redis, learner, replicas, tickets, checkpoints and settings. Pure."""
+"""Checks that the run works, one each for Redis, learner, replicas, tickets, checkpoints and settings. Pure."""
 
 from headrace.common.process.waiting import Reason
 from headrace.control.models.status import Level

@@ -24,7 +24,7 @@ class VerdictTracker:
         self._since_at = 0.0
 
     def verdict(self, results: Sequence[CheckResult], now: float) -> Verdict:
-        """`results`: of `all_checks`."""
+        """`results`: those of `all_checks`."""
         worst, advice = results[0]
         is_well = worst.level == "healthy"
         known = ("" if is_well else worst.name, worst.level)

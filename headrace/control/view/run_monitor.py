@@ -40,10 +40,10 @@ class RunView(NamedTuple):
     status: Status
     replicas: Replicas
     config: RunConfig
-    """At the start of the run."""
+    """The configuration at the start of the run."""
     desired_state: DesiredState
     applied_version: int
-    """Of the settings."""
+    """The version of the settings that the learner has applied."""
     status_json: bytes
     replicas_json: bytes
 
@@ -66,7 +66,7 @@ class RunMonitor:
         self.latest_poll: PollResult | None = None
         """The latest successful poll."""
         self.counters = RunCounters()
-        """Counts only what came after the first view."""
+        """Counts only rows and events that arrived after the first view."""
         self._collector = CheckInputCollector()
         self._verdict_tracker = VerdictTracker()
         self._polling = asyncio.Lock()

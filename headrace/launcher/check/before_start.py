@@ -10,8 +10,11 @@ from headrace.launcher.estimates.model_size import shape_of
 
 
 def preflight_notes(config: RunConfig) -> list[str]:
-    """Notes on prompts that the run will skip and on sizes that do not suit this machine. Raises `ValueError`, or its
-    subclass `UnavailableHere`, for what would not work. Without the model's size, memory and time are not estimated."""
+    """Notes on prompts that the run will skip and on sizes that do not suit this machine.
+
+    Raises `ValueError`, or its subclass `UnavailableHere`, if the run cannot work. Memory and time are estimated only
+    if the model's size is known.
+    """
     try:
         shape = shape_of(config)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What the estimates of `headrace check` are computed from: the recipe, its prompts, the model's shape, the devices."""
+"""The inputs of the estimates of `headrace check`: recipe, prompts, the model's shape, devices."""
 
 import statistics
 from dataclasses import dataclass
@@ -42,6 +42,6 @@ class EstimateInputs:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of the median prompt."""
+        """Length in tokens of the median prompt."""
         lengths = self.found.splits["train"].lengths if "train" in self.found.splits else []
         return int(statistics.median(lengths)) if lengths else TYPICAL_PROMPT_TOKENS

@@ -32,9 +32,9 @@ class SplitTrial(msgspec.Struct):
     """The results of the first prompts of a split."""
 
     lengths: list[int] = []
-    """Tokens of each prompt that became a ticket."""
+    """Length in tokens of each prompt that became a ticket."""
     refused: list[str] = []
-    """The reasons for those that did not."""
+    """The reasons why prompts did not."""
     ticket: bytes = b""
     """The first ticket, encoded."""
 
@@ -92,7 +92,7 @@ def try_prompts(config: RunConfig, num_prompts: int) -> TaskTrial:
 
 def _load(config: RunConfig) -> tuple[Any, Any]:
     """The chat template with the tokenizer, and the model's configuration."""
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # else it warns that there is no torch
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # otherwise it warns that torch is missing
     is_imported = not sys.modules.keys().isdisjoint({"torch", "transformers"})
     is_kept_out = not is_imported and not config.model.trust_remote_code
     if is_kept_out:
@@ -112,7 +112,7 @@ def _load(config: RunConfig) -> tuple[Any, Any]:
 
 
 def _template_probe(chat: Any, config: RunConfig) -> TemplateProbe:
-    """Raises `ValueError` if nothing says which token ends a reply."""
+    """Raises `ValueError` if no end token is known."""
     from transformers import GenerationConfig
 
     from headrace.common.models.bridge import Bridge

@@ -1,6 +1,6 @@
-"""What `headrace check` says below the settings: sections, each of which one function here makes, or leaves out.
+"""The sections that `headrace check` prints below the settings; each function here makes one, or returns None.
 
-A function may add a note where something does not fit this machine.
+A function may add a note about something that does not fit this machine.
 """
 
 import os
@@ -53,7 +53,7 @@ def _rows(title: str, rows: Rows, total: str | None = None) -> Section:
 
 
 def prompts(inputs: EstimateInputs) -> Section | None:
-    """Lengths of the prompts, and the room that the context leaves."""
+    """The lengths of the prompts, and the room that the context leaves for completions."""
     config, lines, value = inputs.config, [], {}
     for split, trial in inputs.found.splits.items():
         low, middle, high = min(trial.lengths), int(statistics.median(trial.lengths)), max(trial.lengths)
@@ -83,7 +83,7 @@ def template(inputs: EstimateInputs) -> Section | None:
 
 
 def devices(inputs: EstimateInputs) -> Section | None:
-    """Which service gets which device."""
+    """The devices of each service."""
     lines = plan_lines(inputs.config, inputs.notes)
     return Section("devices", lines, lines, is_estimate=False)
 
@@ -157,7 +157,7 @@ def traffic(inputs: EstimateInputs) -> Section | None:
 
 
 def times(inputs: EstimateInputs) -> Section | None:
-    """Estimated with the measured speed of the CPU, or with the speed of an H100."""
+    """Estimated times, by the measured speed of the CPU or the speed of an H100."""
     if inputs.shape is None or (inputs.device_of_learner == "cpu" and not inputs.found.flops):
         return None
     config, flops = inputs.config, inputs.found.flops

@@ -23,9 +23,9 @@ from headrace.launcher.check.prompt_trial import SplitTrial, TaskTrial
 
 NUM_PROMPTS = 100
 DEADLINE_S = 900.0
-"""Most of it is for a data set that has to be downloaded."""
+"""Long enough to download a data set."""
 MISSING = "ModuleNotFoundError"
-"""In a reward worker's error: a library is missing, which another machine may have."""
+"""Text in a reward worker's error that means that a library is missing, which another machine may have."""
 
 
 def try_task(config: RunConfig, is_model_here: bool = True) -> TaskTrial:
@@ -72,7 +72,7 @@ def trial_notes(found: TaskTrial, config: RunConfig) -> Iterator[str]:
 
 
 def count_fitting(trial: SplitTrial, config: RunConfig, context: int) -> int:
-    """How many of the prompts leave the completion room in the context."""
+    """The number of prompts that leave room for the completion in the context."""
     return sum(fits_context(length, config.sampling.max_new_tokens, context) for length in trial.lengths)
 
 
@@ -87,7 +87,7 @@ def _none_fits(split: str, trial: SplitTrial, config: RunConfig, context: int) -
 
 
 class _Child:
-    """A module's process that has begun to read. Its output goes to our standard error."""
+    """A running module's process; its output goes to this process's standard error."""
 
     def __init__(self, process: subprocess.Popen[bytes], output: Path) -> None:
         self._process = process
@@ -106,7 +106,7 @@ class _Child:
 
 @contextmanager
 def _child(module: str, config: str, *arguments: str) -> Iterator[_Child]:
-    """Starts a module. Its first input line is the configuration, and it can import what we can."""
+    """Starts a module with this process's import path; its first input line is the configuration."""
     with (
         tempfile.NamedTemporaryFile(prefix="headrace-trial-") as output,
         subprocess.Popen(

@@ -1,5 +1,4 @@
-"""Commands to a live run. Each goes to its control service, stays in force until it is carried out, and prints what
-follows."""
+"""Commands to a live run: each is sent to its control service and stays in force until it is carried out."""
 
 from pathlib import Path
 from typing import Annotated, Any

@@ -1,1 +1,1 @@
-"""Which GPUs the services of a run get, and how learner and engine share one GPU."""
+"""The assignment of GPUs to a run's services, and the split of one GPU between learner and engine."""

@@ -28,9 +28,9 @@ GIB = 1 << 30
 class Devices(NamedTuple):
     placement: Placement
     gpus: dict[str, Gpu]
-    """The visible GPUs, by name; empty where no service of the run needs one."""
+    """The visible GPUs, by name; empty if no service of the run needs one."""
     notes: list[str]
-    """Why a GPU of this machine is not used."""
+    """Reasons why GPUs of this machine are not used."""
 
     @property
     def max_replicas(self) -> int:
@@ -38,11 +38,11 @@ class Devices(NamedTuple):
 
     @property
     def arguments(self) -> list[str]:
-        """Arguments that learner and replicas get."""
+        """Arguments for learner and replicas."""
         return ["--shares-gpu"] if self.placement.is_shared else []
 
     def learner_environment(self) -> dict[str, str]:
-        """Variables that are added to our environment."""
+        """Variables to add to the service's environment."""
         return self._environment(self.placement.learner)
 
     def replica_environment(self, index: int) -> dict[str, str]:
@@ -50,7 +50,7 @@ class Devices(NamedTuple):
 
     def _environment(self, names: tuple[str, ...]) -> dict[str, str]:
         shown = {VISIBLE_DEVICES: ",".join(names)}
-        if names and VISIBLE_DEVICES not in os.environ:  # the numbers are nvidia-smi's
+        if names and VISIBLE_DEVICES not in os.environ:  # indices are in nvidia-smi's order
             shown[ORDER] = os.environ.get(ORDER, "PCI_BUS_ID")
         return shown
 
@@ -88,7 +88,7 @@ def _proposal(config: RunConfig, gpus: list[Gpu]) -> str:
 
 
 def _notes(config: RunConfig) -> Iterator[str]:
-    """Of a GPU that nothing uses."""
+    """Notes on GPUs that no service uses."""
     devices = (config.learner.device, config.generation.engine.device)
     if not is_gpu_visible() or "cuda" in map(resolve_device, devices):
         return
@@ -100,7 +100,7 @@ def _notes(config: RunConfig) -> Iterator[str]:
 
 
 def plan_lines(config: RunConfig, missing: list[str]) -> list[str]:
-    """Who would get what, and notes; in `missing` what this machine lacks for it."""
+    """Lines with the GPUs of each service, and notes; appends to `missing` what this machine lacks."""
     try:
         devices = assign_devices(config)
     except UnavailableHere as problem:
@@ -110,7 +110,7 @@ def plan_lines(config: RunConfig, missing: list[str]) -> list[str]:
 
 
 def device_lines(config: RunConfig, devices: Devices) -> Iterator[str]:
-    """Who gets what."""
+    """Lines with the GPUs of each service."""
     placement, replicas = devices.placement, config.generation.replicas
     if placement.is_shared:
         name, share = placement.learner[0], config.learner.memory_fraction or 0.0

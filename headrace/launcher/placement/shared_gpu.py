@@ -1,8 +1,7 @@
-"""One GPU for learner and engine: what share of it the learner needs, by the estimates, and whether a share fits.
+"""One GPU for learner and engine: the share that the learner needs, by the estimates, and the check of a share.
 
-The learner may take `learner.memory_fraction` of the GPU's memory, the engine has what that leaves
-(headrace/common/hardware/placement.py). Estimates are of the models whose size is known here; of others only what is
-given is believed.
+The learner may take `learner.memory_fraction` of the GPU's memory, the engine has the rest
+(headrace/common/hardware/placement.py). For a model whose size is unknown, a configured share is accepted unchecked.
 """
 
 import math
@@ -20,12 +19,12 @@ from headrace.launcher.estimates.device_memory import (
 from headrace.launcher.estimates.model_size import Shape, shape_of
 
 SLACK = 1.1
-"""The proposed share is the estimate and a tenth, for what fragmentation takes."""
+"""The proposed share is the estimate plus a tenth, for fragmentation."""
 GIB = 1 << 30
 
 
 def propose_split(config: RunConfig, gpu: Gpu) -> str:
-    """For people: the setting that would do, or why none would. Raises `UnavailableHere` if nothing fits."""
+    """A note with the share that would fit, or why none can be proposed. Raises `UnavailableHere` if nothing fits."""
     shape = _shape(config)
     if shape is None or not gpu.total_bytes:
         return "no share can be proposed, since the model's shape or the GPU's memory is not known here"
@@ -43,7 +42,7 @@ def propose_split(config: RunConfig, gpu: Gpu) -> str:
 
 
 def check_split(config: RunConfig, gpu: Gpu) -> None:
-    """Raises `ValueError` naming a share with which learner or engine cannot work."""
+    """Raises `ValueError` if learner or engine cannot work with the configured share."""
     fraction, engine = config.learner.memory_fraction, config.generation.engine
     assert fraction is not None
     if engine.memory_fraction is not None:
@@ -82,7 +81,7 @@ def _learner_bytes(shape: Shape, config: RunConfig) -> int:
 
 
 def _least_engine_bytes(shape: Shape, config: RunConfig) -> int:
-    """Weights, and the KV cache of one request at full length."""
+    """Bytes of the weights and of the KV cache of one request at full length."""
     size = BYTES[config.model.dtype]
     tokens = TYPICAL_PROMPT_TOKENS + config.sampling.max_new_tokens
     return shape.num_parameters * size + tokens * kv_bytes_per_token(shape, size)

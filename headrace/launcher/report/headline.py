@@ -1,4 +1,4 @@
-"""The head of a report and its settings, from a run's rows and configuration. Pure."""
+"""A report's key figures and settings, from a run's rows and configuration. Pure."""
 
 import statistics
 from collections.abc import Iterator, Sequence

@@ -37,7 +37,7 @@ REPORT_FILE = "report.html"
 AUDIT_TIMEOUT_S = 300.0
 WANTED_EXAMPLES = {"trained": 4, "uniform": 2, "stale": 1, "evaluated": 2}
 MAX_ROLLOUTS, MAX_TOKENS = 4, 600
-"""Of one example."""
+"""Rollouts that are shown of one example."""
 GAPS = (0.01, 0.05, 0.2, 1.0)
 """Gaps between learner and engine in a token's log-probability: the classes g1 to g4 of the page."""
 

@@ -1,4 +1,4 @@
-"""The panels of a report: which columns of the rows are drawn together. Pure."""
+"""The panels of a report, each a set of columns drawn together. Pure."""
 
 from collections.abc import Sequence
 from itertools import pairwise

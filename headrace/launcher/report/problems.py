@@ -1,4 +1,4 @@
-"""What was wrong during a run: steps beyond a threshold, and what the services warned of. Pure."""
+"""The problems of a run: steps beyond a threshold, and the services' warnings and errors. Pure."""
 
 import math
 import re
@@ -37,7 +37,7 @@ class Incident:
 
 
 def unhealthy_spans(rows: Sequence[Row], is_exact: bool) -> list[UnhealthySpan]:
-    """Found with the thresholds of the live verdict, on medians of the last steps; ordered by first step."""
+    """The spans found with the live verdict's thresholds, on medians of the last steps; ordered by first step."""
     found = [span for one in (*THRESHOLDS, logprob_gap_threshold(is_exact)) for span in _unhealthy_spans(rows, one)]
     skipped = Threshold("skipped_updates", 0.0, 1e9, "updates were skipped: not finite", "lower optimizer.lr")
     return sorted([*found, *_unhealthy_spans(rows, skipped, 1)], key=lambda span: span.first_step)

@@ -1,4 +1,4 @@
-"""What ends a command besides a refusal (`ValueError`)."""
+"""Exceptions that end a command, besides `ValueError` for an invalid request."""
 
 
 class NotRunning(Exception):

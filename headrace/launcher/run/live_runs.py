@@ -1,4 +1,4 @@
-"""Which runs are live, and which run a command means when it names none.
+"""The live runs, and the default run of a command that names none.
 
 A run is live while the presence key of its launcher is in its Redis. A launcher that was killed leaves its URL file
 behind, and the port in it may belong to another run by now, so the file alone proves nothing.

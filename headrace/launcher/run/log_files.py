@@ -44,7 +44,7 @@ class LogFilter(NamedTuple):
 
 
 def read_logs(folder: Path, wanted: LogFilter) -> Iterator[LogLine]:
-    """All wanted lines that are there now. Raises `ValueError` if there is no log."""
+    """All matching lines that are present now, in the order of time. Raises `ValueError` without a log."""
     files = log_files(folder)
     if not files:
         raise ValueError(f"{folder}: there is no log")

@@ -21,16 +21,16 @@ PRESENCE_TTL_S = 10.0
 
 
 class Target(NamedTuple):
-    """A number of replicas, and where it comes from, in words."""
+    """A number of replicas, and its source as text."""
 
     replicas: int
     origin: str
     shortfall: str = ""
-    """Why it is fewer than were asked for."""
+    """Why the number is lower than requested; empty if it is not."""
 
 
 class ReplicaTarget:
-    """For the one launcher of a run. `start` is the recipe's number."""
+    """The target of a run's launcher. `start` is the recipe's number."""
 
     def __init__(self, redis_url: str, keys: Keys, start: int, max_advised: int, max_replicas: int) -> None:
         """`max_advised`: advice is followed up to this number; 0: advice is ignored. `max_replicas`: as many as this
@@ -78,7 +78,7 @@ class ReplicaTarget:
         return Target(self._max_replicas, "as far as the GPUs go", shortfall)
 
     def close(self) -> None:
-        """From now on this launcher follows no target, and says so."""
+        """Removes the presence key: this launcher no longer follows a target."""
         with suppress(redis.RedisError):
             self._client.delete(self._keys.launcher)
         self._client.close()

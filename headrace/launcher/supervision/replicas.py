@@ -19,14 +19,14 @@ class _Draining(NamedTuple):
 
 
 class Replicas:
-    """`start` starts the replica of a number."""
+    """`start` starts the replica with the given number."""
 
     def __init__(self, start: Callable[[int], SupervisedProcess], target: ReplicaTarget) -> None:
         self.target = target
         self._start = start
         self._latest: Target | None = None
         self._problem = ""
-        """With the latest target."""
+        """The problem with the latest target; empty if there is none."""
         self._running: dict[int, SupervisedProcess] = {}
         self._given_up: set[int] = set()
         self._draining: dict[int, _Draining] = {}

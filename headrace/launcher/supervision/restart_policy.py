@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from headrace.launcher.run.processes import Service
 
 MAX_RESTARTS = 5
-"""Restarts without progress in between."""
+"""Largest number of restarts without progress in between."""
 PAUSES_S = (0, 1, 2, 4)
 """Pauses before the first, second, … restart without progress; the last one also before all later ones."""
 

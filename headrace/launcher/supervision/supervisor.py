@@ -22,7 +22,7 @@ HANG_TIMEOUT_S = 60.0
 
 
 class Supervisor:
-    """The services of one run. It goes on without `control` if it must, but not without any other.
+    """Supervises the services of one run; the run continues without `control`, but not without any other service.
 
     `signals` is filled from outside: the first signal is a request to stop, the second one to kill.
     """
@@ -40,13 +40,13 @@ class Supervisor:
         self.replicas = replicas
         self.control = control
         self.redis = redis
-        """None: the Redis is not ours."""
+        """None: the launcher did not start the Redis."""
         self.view = view
         self.signals = signals
         self._is_control_given_up = False
 
     def run(self) -> None:
-        """Returns when the run is complete or stopped on request, else raises `ServiceFailed`. Nothing runs then."""
+        """Returns when the run is complete or stopped on request, else raises `ServiceFailed`. All services end."""
         try:
             with LivenessProbe() as probe:
                 self._supervise(probe)
@@ -94,7 +94,7 @@ class Supervisor:
     def _stop(self) -> None:
         """Ends learner and replicas at the same time; then control, which shows it; then Redis, which they need.
 
-        First it shows what services that have ended have left in Redis."""
+        Before that, it shows the last events that the services left in Redis."""
         self.view.refresh()
         if self.signals and self.learner.is_running:
             self.view.say("stopping: the learner finishes its step and writes a checkpoint; Ctrl-C again kills it")

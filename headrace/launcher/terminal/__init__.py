@@ -1,1 +1,1 @@
-"""How a run is shown in a terminal: the launcher's progress view, and control's answers as text and tables."""
+"""Terminal output: the launcher's progress view, and control's responses as text and tables."""

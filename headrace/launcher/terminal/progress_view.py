@@ -1,4 +1,4 @@
-"""What the launcher shows: start-up phases, then one live table of the run; plain lines where there is no terminal.
+"""The launcher's progress view: start-up phases, then one live table of the run; plain lines without a terminal.
 
 It knows only the run's keys in Redis, so it shows the same as any other observer would. It never blocks: while Redis
 is unreachable it says so and tries again, and it skips what it cannot decode.
@@ -43,10 +43,10 @@ class ProgressView:
         self.num_steps = num_steps
         self.console = console
         self.is_json = is_json
-        """Every line is a JSON object, for programs."""
+        """Whether every line is a JSON object, for programs."""
         self.started = monotonic()
         self.step = 0
-        """The highest one that the learner has reported."""
+        """The highest step that the learner has reported."""
         self.learner_url = ""
         self.reason = ""
         """Why the learner waits, or how it ended; empty while it works."""
@@ -160,7 +160,7 @@ class ProgressView:
             self.say(self.dead_letters())
 
     def dead_letters(self) -> str:
-        """Such as `3 tickets are dead (headrace dead-letters list --run demo), the latest: ValueError: ...`."""
+        """A line such as `3 tickets are dead (headrace dead-letters list --run demo), the latest: ValueError: ...`."""
         are = "ticket is" if self.num_dead_letters == 1 else "tickets are"
         command = f"headrace dead-letters list --run {self.keys.run}"
         return f"{self.num_dead_letters} {are} dead ({command}), the latest: {self._dead_letter_reason}"
@@ -187,7 +187,7 @@ class ProgressView:
                 )
 
     def _show_phase(self, phase: str) -> None:
-        """Without a terminal, prints a changed phase; after the first step no longer each turn to wait or train."""
+        """Without a terminal, prints a changed phase; after the first step not waiting and training alone."""
         learner, _, replicas = REASONS.sub("", phase).partition("; ")
         is_new = (learner, replicas) != self._shown_phase
         is_routine = bool(self._steps) and learner in ROUTINE_PHASES and replicas == self._shown_phase[1]

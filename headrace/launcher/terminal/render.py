@@ -13,7 +13,7 @@ Answer = dict[str, Any]
 
 COLOURS = {"healthy": "green", "waiting": "cyan", "warning": "yellow", "critical": "bold red", "ended": "blue"}
 GAPS = ((0.01, ""), (0.05, "on grey19"), (0.2, "black on yellow"), (1.0, "black on dark_orange"), (9e9, "white on red"))
-"""|log-probability of the learner - of the engine| of a token, up to: its colour."""
+"""(largest |learner - engine| log-probability of a token, its colour)."""
 GROUP_STATES = ("trained", "uniform", "stale", "evaluated", "dead_letters")
 MINUTE_S, HOUR_S = 60, 3600
 
@@ -26,7 +26,7 @@ def verdict_line(status: Answer) -> Text:
 
 
 def status_lines(status: Answer) -> Text:
-    """The verdict first."""
+    """The status as text, the verdict first."""
     held_out, replicas, queues = status["latest_evaluation"], status["replicas"], status["queues"]
     staleness, rates, counts = status["staleness"], status["rates"], status["counts"]
     left = f", about {duration(status['remaining_s'])} left" if status["remaining_s"] is not None else ""
@@ -158,7 +158,7 @@ def _tokens(rollout: Answer) -> Text:
 
 
 def spans(versions: Sequence[int]) -> str:
-    """Such as `12 (5 tokens), 13 (8)`."""
+    """The spans of equal versions, such as `12 (5 tokens), 13 (8)`."""
     counted = [(version, versions.count(version)) for version in dict.fromkeys(versions)]
     if len(counted) == 1:
         return str(counted[0][0])

@@ -1,4 +1,4 @@
-"""The steps of a run as a table, and as lines where there is no terminal."""
+"""The steps of a run as a table, or as lines without a terminal."""
 
 from collections.abc import Callable, Sequence
 
@@ -29,7 +29,7 @@ class EvaluationEvent(msgspec.Struct):
 
 
 def step_line(event: StepEvent, num_steps: int) -> str:
-    """Such as `step 3, reward 0.412, … (of 60 steps)`."""
+    """A line such as `step 3, reward 0.412, … (of 60 steps)`."""
     cells = ", ".join(f"{name} {_cell(value, event)}" for name, value in COLUMNS.items())
     return f"{cells} (of {num_steps} steps)"
 
