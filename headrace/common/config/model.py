@@ -50,7 +50,9 @@ class ModelConfig(Section):
 
 
 class TaskConfig(Section):
-    name: str = Field(description="Name of a built-in task (arithmetic, gsm8k), or 'package.module:Class'.")
+    name: str = Field(
+        description="Name of a built-in task (arithmetic, gsm8k, reasoning_gym), or 'package.module:Class'."
+    )
     settings: dict[str, Any] = Field({}, description="Keyword arguments of the task.")
     system_prompt: str | None = Field(
         None,
