@@ -147,7 +147,7 @@ def test_elsewhere_any_name_is_taken(tmp_path: Path) -> None:
     sock = listen("0.0.0.0", 0)
     with serve_in_thread(learner_app(tmp_path, dict, Switches(), TOKEN), sock):
         url = f"http://127.0.0.1:{sock.getsockname()[1]}/status"
-        assert httpx.get(url, headers={"host": "learner.example"}, trust_env=False).status_code == 200
+        assert httpx.get(url, headers={"host": "learner.example"}, trust_env=False, timeout=GUARD_S).status_code == 200
 
 
 @pytest.mark.parametrize("given", [None, "Bearer", "Bearer wrong", f"Basic {TOKEN}"])

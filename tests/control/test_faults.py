@@ -60,7 +60,7 @@ def test_a_frozen_redis_blocks_no_request(tmp_path: Path, monkeypatch: pytest.Mo
     from headrace.control.http import command_writer
     from headrace.control.view import run_monitor
 
-    monkeypatch.setattr(run_monitor, "POLL_DEADLINE_S", 0.3)
+    monkeypatch.setattr(run_monitor, "POLL_DEADLINE_S", 1.0)
     monkeypatch.setattr(command_writer, "COMMAND_DEADLINE_S", 0.3)
     service, url = start_redis(tmp_path, tmp_path / "redis.log")
     try:
@@ -145,7 +145,7 @@ def test_the_process_serves_a_run_and_exits_on_sigterm(
     try:
         seed_run(client, keys)
         token_file.write_text(TOKEN)
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as http:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=GUARD_S) as http:
 
             def is_up() -> bool:
                 assert process.poll() is None, log.read_text()

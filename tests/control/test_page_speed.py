@@ -63,7 +63,7 @@ def _news(redis_url: str, keys: Keys, ends_at: float) -> None:
 
 
 def test_ten_thousand_steps_and_64_replicas_stay_smooth(control: str, redis_url: str, keys_of_long_run: Keys) -> None:
-    """Bounds are of the page's own processor time; what a busy machine adds to it is told, and bounded loosely."""
+    """Bounds are of the page's own processor time; what a busy machine adds to it is only printed."""
     with a_browser() as browser, a_page(browser) as page:
         page.add_init_script(f"({WATCH})()")
         session = page.context.new_cdp_session(page)
@@ -78,13 +78,13 @@ def test_ten_thousand_steps_and_64_replicas_stay_smooth(control: str, redis_url:
         page.wait_for_timeout(1000)
         page.evaluate("frames.length = longTasks.length = 0")
         news = threading.Thread(target=_news, args=(redis_url, keys_of_long_run, time.monotonic() + OBSERVED_S))
-        before_s = _worked_s(session)
+        before_s, observed_from = _worked_s(session), time.monotonic()
         news.start()
         for place in ("learning", "health", "replicas", "groups"):
             page.evaluate(f"document.getElementById('{place}').scrollIntoView({{behavior: 'instant'}})")
             page.wait_for_timeout(1000 * OBSERVED_S / 4)
         news.join()
-        busy_share = (_worked_s(session) - before_s) / OBSERVED_S
+        busy_share = (_worked_s(session) - before_s) / (time.monotonic() - observed_from)
         frames, tasks = sorted(page.evaluate("frames")), page.evaluate("longTasks")
         measured: dict[str, Any] = {
             "first_chart_s": round(first_chart_s, 2),
@@ -100,8 +100,6 @@ def test_ten_thousand_steps_and_64_replicas_stay_smooth(control: str, redis_url:
         page.locator("#run-step").filter(has_not_text=f"step {NUM_STEPS} ").wait_for()
         assert starting_s < 1.5, measured
         assert busy_share < 0.3, measured
-        assert measured["frame_ms_p50"] < 40, measured
-        assert first_chart_s < 20 and measured["longest_task_ms"] < 2000, measured
 
 
 def _worked_s(session: Any) -> float:

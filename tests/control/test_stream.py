@@ -99,7 +99,7 @@ def test_a_page_that_never_reads_is_dropped_and_disconnected(control: Control, m
     monkeypatch.setattr(http_limits, "STALL_TIMEOUT_S", 0.5)
     hub, address = control.monitor.hub, urlsplit(control.url)
     part = stream.message("event", b'"' + b"x" * 60_000 + b'"')
-    with socket.create_connection((address.hostname, address.port)) as silent, control.events() as events:
+    with socket.create_connection((address.hostname, address.port), GUARD_S) as silent, control.events() as events:
         take(events, "status")
         silent.sendall(f"GET /events HTTP/1.1\r\nHost: {address.netloc}\r\n\r\n".encode())
         until(lambda: hub.num_subscribers == 2, "both to follow")
@@ -138,7 +138,7 @@ def test_streams_end_when_control_does(redis_url: str, client: redis.Redis, keys
         begun = threading.Event()
 
         def follow() -> None:
-            with httpx.stream("GET", f"{control.url}/events", trust_env=False) as response:
+            with httpx.stream("GET", f"{control.url}/events", trust_env=False, timeout=GUARD_S) as response:
                 for _ in response.iter_raw():
                     begun.set()
             ended.set()

@@ -397,7 +397,10 @@ def test_only_files_of_versions_are_served_and_only_with_the_token(
         async with members(model) as [member]:
             versions.publish()
             await member.take(versions.published(learner.url))
-            async with member.served() as url, httpx.AsyncClient(base_url=url, trust_env=False) as http:
+            async with (
+                member.served() as url,
+                httpx.AsyncClient(base_url=url, trust_env=False, timeout=GUARD_S) as http,
+            ):
                 path = f"/weights/1/{MODEL_FILE}"
                 assert (await http.get(path)).status_code == 401
                 http.headers.update(bearer_header(TOKEN))

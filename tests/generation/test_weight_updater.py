@@ -257,8 +257,9 @@ def test_an_own_engine_that_failed_halfway_is_restarted_on_the_last_verified_ver
 
 
 def test_nothing_is_swapped_into_an_engine_that_is_down(
-    learner: Learner, fake: FakeSglang, redis_url: str, keys: Keys, demo_policy: Path
+    learner: Learner, fake: FakeSglang, redis_url: str, keys: Keys, demo_policy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("headrace.generation.engine.liveness.PROBE_PAUSE_S", 0.1)
     version = learner.publish(0)
     fake.hanging = {"/health"}
     answers = fake.replies["/server_info"]
@@ -269,6 +270,8 @@ def test_nothing_is_swapped_into_an_engine_that_is_down(
             await until(lambda: "/server_info answered 500" in updater.problem)
             supervisor.liveness.timeout_s = SILENCE_S
             await until(lambda: not supervisor.serving.is_set())
+            fake.calls.clear()
+            await until(lambda: fake.paths.count("/health") >= 2)  # a swap that had begun has failed by then
             fake.calls.clear()
             await until(lambda: len(fake.calls) >= 2)
             assert set(fake.paths) == {"/health"}

@@ -12,6 +12,7 @@ import redis
 from headrace.common.redis.keys import Keys
 from headrace.common.wire.desired_state import parse_desired_replicas
 from tests.support.fake_services import RECIPE, SERVES, Fakes, Faking, ended, faking, processes_of, until
+from tests.support.guard import GUARD_S
 from tests.support.redis_servers import as_launched
 
 __all__ = ["faking"]
@@ -269,12 +270,15 @@ def test_a_launcher_that_was_killed_is_soon_known_to_be_gone(faking: Faking, red
     """Beside a Redis that is not its own, where nothing else says so."""
     fakes = faking(learner=SERVES)
     keys = Keys("faked")
-    process = fakes.up("--set", f"redis_url={redis_url}", settings="replica_target.PRESENCE_TTL_S = 0.5")
+    process = fakes.up("--set", f"redis_url={redis_url}", settings=f"replica_target.PRESENCE_TTL_S = {GUARD_S}")
     with redis.Redis.from_url(redis_url) as client:
         until(lambda: bool(client.exists(keys.launcher)), "the launcher's key")
         assert "target set to 2 replicas" in scaled(fakes, "2", "--redis-url", redis_url)
         fakes.wait_for("generation serves", times=2)
         process.kill()
+        process.wait()
+        assert 0 < client.pttl(keys.launcher) <= 1000 * GUARD_S
+        client.pexpire(keys.launcher, 1)  # as its time passes
         until(lambda: not client.exists(keys.launcher), "no launcher's key")
         assert "no launcher is running in that Redis" in refused(fakes, "3", "--redis-url", redis_url, code=3)
         assert client.hget(keys.control, "desired_replicas") == b"2"

@@ -31,6 +31,7 @@ from headrace.learner.training import leader
 from headrace.learner.training.leader import set_up_torch
 from tests.support.fake_gpus import GIB, FakeGpus
 from tests.support.fake_services import until
+from tests.support.guard import GUARD_S
 
 SETTINGS = EngineConfig(device="cuda", extra_args=["--log-level", "info"])
 ENGINES = engine_static_bytes(24 * GIB, 0.5, 256)
@@ -152,7 +153,7 @@ def is_last(seen: list[str], wanted: str) -> bool:
 class Learner:
     """One that waits for the engine on its GPU."""
 
-    def __init__(self, client: redis.Redis, keys: Keys, deadline_s: float = 60.0) -> None:
+    def __init__(self, client: redis.Redis, keys: Keys, deadline_s: float = GUARD_S) -> None:
         self.waits, self.stop = Waits(), threading.Event()
         arguments = (client, keys, self.waits, self.stop, deadline_s)
         self.thread = threading.Thread(target=engine_wait.wait_for_engine, args=arguments)

@@ -43,7 +43,7 @@ def num_notes(text):
 def redis(*words):
     password, _, address = os.environ["HEADRACE_REDIS_URL"].removeprefix("redis://").rpartition("@")
     host, port = address.split(":")
-    with socket.create_connection((host, int(port)), 5) as connection, connection.makefile("rb") as answers:
+    with socket.create_connection((host, int(port)), {GUARD_S}) as connection, connection.makefile("rb") as answers:
         for line in (["AUTH", password.lstrip(":")], words) if password else (words,):
             connection.sendall((" ".join(str(word) for word in line) + "\\r\\n").encode())
             answer = answers.readline().decode().strip()

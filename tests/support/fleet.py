@@ -29,6 +29,7 @@ from headrace.generation.weights.version_fetch import FetchedVersion, fetch_vers
 from headrace.learner.model.host_snapshots import Snapshot
 from headrace.learner.weights.version_writer import VersionWriter
 from tests.support.fake_sglang import ScriptedServer, in_a_thread
+from tests.support.guard import GUARD_S
 
 TOKEN = "secret"
 Fault = Literal["", "absent", "garbage", "truncated", "stalls", "endless", "refuses ranges"]
@@ -142,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             self._send(content[: len(content) // 2] if fault in ("truncated", "stalls") else content)
             if fault == "stalls":
-                self.server.closing.wait(60.0)
+                self.server.closing.wait(GUARD_S)
             while fault == "endless" and not self.server.closing.is_set():
                 self._send(bytes(1 << 16))
         if fault == "truncated":

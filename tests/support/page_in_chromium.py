@@ -58,7 +58,7 @@ class ControlProcess:
         deadline = time.monotonic() + GUARD_S
         while True:
             with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{self.url}/healthz").status_code == 200:
+                if httpx.get(f"{self.url}/healthz", timeout=GUARD_S).status_code == 200:
                     return
             assert self._process.poll() is None, "control has ended"
             assert time.monotonic() < deadline, "control does not answer"
@@ -67,7 +67,7 @@ class ControlProcess:
     def close(self) -> None:
         if self._process is not None:
             self._process.send_signal(signal.SIGTERM)
-            self._process.wait(15)
+            self._process.wait(GUARD_S)
             self._process = None
 
 
@@ -88,10 +88,10 @@ def a_control(redis_url: str, keys: Keys) -> Iterator[str]:
 
     thread = threading.Thread(target=asyncio.run, args=(serve(),), name="control", daemon=True)
     thread.start()
-    assert is_up.wait(30), "control does not start"
+    assert is_up.wait(GUARD_S), "control does not start"
     yield socket_url(sock)
     is_over.set()
-    thread.join(15)
+    thread.join(GUARD_S)
     assert not thread.is_alive(), "control does not end"
 
 

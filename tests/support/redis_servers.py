@@ -15,6 +15,7 @@ from headrace.common.redis.client import DURABLE_SETTINGS
 from headrace.launcher.run.processes import Service
 from headrace.launcher.run.redis_server import redis_binary, start_redis
 from tests.support import fake_services
+from tests.support.guard import GUARD_S
 
 Start = Callable[..., int]
 DOWN_AFTER_MS = 3000
@@ -28,7 +29,7 @@ def as_launched(folder: Path) -> Iterator[str]:
     try:
         yield url
     finally:
-        service.stop(10.0)
+        service.stop(GUARD_S)
 
 
 @contextmanager

@@ -10,6 +10,8 @@ import pytest
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.support.guard import GUARD_S
+
 Labels = frozenset[tuple[str, str]]
 
 
@@ -52,7 +54,7 @@ def get_metrics(app: FastAPI, accept: str) -> httpx.Response:
 
 
 def scrape_url(url: str) -> Scrape:
-    return Scrape(httpx.get(f"{url}/metrics", trust_env=False).raise_for_status().text)
+    return Scrape(httpx.get(f"{url}/metrics", trust_env=False, timeout=GUARD_S).raise_for_status().text)
 
 
 def tool(name: str) -> str:

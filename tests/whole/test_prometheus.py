@@ -119,7 +119,7 @@ def prometheus_of(urls: dict[str, str], folder: Path) -> Iterator[Prometheus]:
     def is_scraping() -> bool:
         assert process.poll() is None, (folder / "prometheus.log").read_text()
         with contextlib.suppress(httpx.HTTPError):
-            is_ready = httpx.get(f"{prometheus.url}/-/ready", trust_env=False).is_success
+            is_ready = httpx.get(f"{prometheus.url}/-/ready", trust_env=False, timeout=GUARD_S).is_success
             return is_ready and len(prometheus.values("up == 1")) == len(urls)
         return False
 
@@ -166,7 +166,7 @@ def go_on(prometheus: Prometheus, client: redis.Redis, control_url: str) -> None
             swap = {"replica": replica, "weight_version": step + 1, "bytes": 20_000, "pause_ms": 50.0, "fetch_ms": 30.0}
             client.xadd(SEEDED.events, {"kind": "weight_swap", "event": msgspec.json.encode(swap)})
             client.set(SEEDED.replica(replica), encode(heartbeat(replica, "http://127.0.0.1:9", step)), ex=3600)
-        httpx.get(f"{control_url}/status", trust_env=False)
+        httpx.get(f"{control_url}/status", trust_env=False, timeout=GUARD_S)
         wait_until(partial(is_seen, prometheus, step), f"step {step} is scraped twice")
 
 
