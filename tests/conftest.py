@@ -72,7 +72,7 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.support.replaying import make_recording
+    from tests.support.replay import make_recording
 
     return make_recording(tmp_path_factory.mktemp("recording") / "recording.msgpack")
 

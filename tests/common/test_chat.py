@@ -10,7 +10,7 @@ from headrace.common.config import ModelConfig
 from headrace.common.models.chat import Chat, PromptError, load_tokenizer
 from headrace.common.tasks import Prompt
 from headrace.common.wire import Ticket
-from tests.support.making import SAMPLING
+from tests.support.factories import SAMPLING
 
 USER = [{"role": "user", "content": "3 + 4 = ?"}]
 

@@ -22,7 +22,7 @@ from headrace.generation.assembly import assemble_replica
 from headrace.generation.http_api import make_app as replica_app
 from headrace.learner.reporting.http_api import make_app as learner_app
 from headrace.learner.steering.switches import Switches
-from tests.support.controls import TOKEN, a_control
+from tests.support.control_service import TOKEN, a_control
 from tests.support.guard import GUARD_S
 from tests.support.seeded_run import RECIPE, seed_run
 

@@ -14,7 +14,7 @@ import pytest
 from headrace.common.tasks import Prompt, load_task
 from headrace.common.tasks.reasoning_gym import UNSTABLE, ReasoningGym
 from headrace.common.wire import Ticket
-from tests.support.making import make_ticket
+from tests.support.factories import make_ticket
 
 SUMS = {"name": "chain_sum", "settings": {"max_terms": 3}}
 SOME = ("arc_1d", "basic_arithmetic", "caesar_cipher", "figlet_font", "knights_knaves", "n_queens", "zebra_puzzles")

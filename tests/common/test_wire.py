@@ -20,7 +20,7 @@ from headrace.common.wire import (
     encode,
 )
 from headrace.common.wire.checks import is_url
-from tests.support.making import make_group, make_rollout, make_ticket
+from tests.support.factories import make_group, make_rollout, make_ticket
 from tests.support.poisons import altered
 
 HEARTBEAT = Heartbeat("r", "http://x", "running", "", 3, 1, 2, 30, 0.5, 2.0)

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from headrace.common.wire import WireError, decode_group, decode_heartbeat, decode_ticket, encode, one_line
 from headrace.common.wire.checks import is_url
 from headrace.generation.engine.completions import generate_body
-from tests.support.making import make_group, make_ticket
+from tests.support.factories import make_group, make_ticket
 from tests.support.mutations import mutated_heartbeats, mutated_tickets
 from tests.support.poisons import altered
 

@@ -12,7 +12,7 @@ from headrace.common.config import load_recipe
 from headrace.common.http import limits as http_limits
 from headrace.common.http.addresses import bearer_header
 from headrace.common.redis.keys import Keys
-from tests.support.controls import TOKEN, Control, a_control
+from tests.support.control_service import TOKEN, Control, a_control
 from tests.support.seeded_run import RECIPE, seed_run
 
 CHANGING: list[tuple[str, str, Any]] = [

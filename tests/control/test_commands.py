@@ -14,7 +14,7 @@ from headrace.common.wire import encode
 from headrace.common.wire.desired_state import DesiredState, Launcher, Settings, parse_desired_state
 from headrace.control.http import drain
 from headrace.control.models.commands import CommandAccepted, SettingsResponse
-from tests.support.controls import TOKEN, Control, a_control
+from tests.support.control_service import TOKEN, Control, a_control
 from tests.support.fake_sglang import FakeSglang
 from tests.support.seeded_run import heartbeat, seed_run
 

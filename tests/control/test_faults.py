@@ -18,7 +18,7 @@ from headrace.common.redis.keys import Keys
 from headrace.control.assembly import running_app
 from headrace.control.polling import learner_probe
 from headrace.launcher.run.redis_server import launch_redis, redis_url_at, start_redis, wait_for_redis
-from tests.support.controls import TOKEN, a_control
+from tests.support.control_service import TOKEN, a_control
 from tests.support.fake_services import ROOT, until
 from tests.support.fake_sglang import FakeSglang
 from tests.support.guard import GUARD_S

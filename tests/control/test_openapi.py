@@ -15,7 +15,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from headrace.common.http.addresses import bearer_header
 from headrace.common.redis.keys import Keys
-from tests.support.controls import TOKEN, Control, a_control
+from tests.support.control_service import TOKEN, Control, a_control
 from tests.support.fake_services import ROOT
 from tests.support.fake_sglang import a_fake_sglang
 from tests.support.guard import GUARD_S

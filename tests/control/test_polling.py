@@ -15,7 +15,7 @@ from headrace.control.models.groups import GroupDetail, Groups
 from headrace.control.models.history import Evaluation, Events, History
 from headrace.control.models.replicas import Replicas
 from headrace.control.models.status import Status
-from tests.support.controls import Control, a_control
+from tests.support.control_service import Control, a_control
 from tests.support.fake_sglang import FakeSglang
 from tests.support.seeded_run import group_sample, heartbeat, seed_run, step_rows
 

@@ -20,7 +20,7 @@ from headrace.control.models.replicas import Replicas
 from headrace.control.models.status import Status
 from headrace.control.view import event_stream as stream
 from headrace.control.view.event_stream import Hub, TooManySubscribers
-from tests.support.controls import Control, a_control
+from tests.support.control_service import Control, a_control
 from tests.support.fake_services import until
 from tests.support.guard import GUARD_S
 from tests.support.seeded_run import group_sample, heartbeat, seed_run, step_rows

@@ -10,7 +10,7 @@ from headrace.control.models.status import Verdict
 from headrace.control.verdict.check_inputs import CheckInputs, ReplicaInput
 from headrace.control.verdict.input_collector import ConditionTimer, ReplicaTracker
 from headrace.control.verdict.verdict import VerdictTracker, all_checks
-from tests.support.making import make_ticket
+from tests.support.factories import make_ticket
 from tests.support.seeded_run import heartbeat
 
 SERVES = ReplicaInput("a", "running", "", 0)

@@ -13,7 +13,7 @@ from headrace.generation.tickets.commit_batching import MAX_BATCH_BYTES, MAX_BAT
 from headrace.generation.tickets.store import TicketStore
 from headrace.learner.store.store import LearnerStore
 from tests.generation.test_tickets import as_replica
-from tests.support.making import make_group, make_ticket
+from tests.support.factories import make_group, make_ticket
 
 
 class Sender:

@@ -23,9 +23,9 @@ from headrace.common.config import EngineConfig
 from headrace.generation.engine.client import Engine, EngineError
 from headrace.generation.engine.server import POLL_S, EngineServer
 from headrace.generation.engine.supervisor import EngineDown, EngineSupervisor
+from tests.support.factories import make_ticket
 from tests.support.fake_sglang import FakeSglang, a_fake_sglang, sample
 from tests.support.guard import GUARD_S
-from tests.support.making import make_ticket
 from tests.support.replicas import until
 
 SILENCE_S = 1.0

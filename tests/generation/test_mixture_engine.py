@@ -18,7 +18,7 @@ from headrace.learner.model.policy import Policy
 from headrace.learner.training.trainer import Trainer
 from tests.learner.test_policy import as_rollout, as_sample
 from tests.learner.test_trainer import STEPS, make_batch, make_config
-from tests.support.making import make_ticket
+from tests.support.factories import make_ticket
 from tests.support.tiny_models import make_checkpoint
 
 pytestmark = pytest.mark.slow

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from headrace.common.wire.structs import MAX_STOP_CHARS, MAX_STOPS
 from headrace.generation.engine.completions import generate_body
-from tests.support.making import SAMPLING, make_ticket
+from tests.support.factories import SAMPLING, make_ticket
 from tests.support.sglang_source import names_of
 
 TEXTS = [

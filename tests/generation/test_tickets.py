@@ -20,8 +20,8 @@ from headrace.generation.tickets.store import (
 )
 from headrace.learner.commands.dead_letters import dead_letters, kept_payload
 from headrace.learner.store.store import LearnerStore
+from tests.support.factories import make_group, make_ticket
 from tests.support.guard import GUARD_S
-from tests.support.making import make_group, make_ticket
 
 T = TypeVar("T")
 Replica = Callable[[TicketStore], Awaitable[T]]

@@ -29,9 +29,9 @@ from headrace.generation.weights.update_path import UpdatePath
 from headrace.generation.weights.updater import WeightUpdater
 from headrace.generation.weights.version_fetch import FetchedVersion
 from headrace.learner.weights.version_writer import VersionWriter
+from tests.support.factories import make_ticket
 from tests.support.fake_sglang import FakeSglang, a_fake_sglang, server_info
 from tests.support.guard import GUARD_S
-from tests.support.making import make_ticket
 from tests.support.replicas import Learner, a_learner, run, until
 
 

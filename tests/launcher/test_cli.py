@@ -15,8 +15,8 @@ from headrace.common.config import RunConfig, load_recipe
 from headrace.common.http.addresses import listen
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import encode
+from tests.support.factories import make_group, make_ticket
 from tests.support.guard import GUARD_S
-from tests.support.making import make_group, make_ticket
 
 ROOT = Path(__file__).parents[2]
 TINY = "configs/tiny-cpu.yaml"

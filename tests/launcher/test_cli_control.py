@@ -24,7 +24,7 @@ from headrace.launcher.run.control_client import ControlClient
 from headrace.launcher.run.errors import NotRunning
 from headrace.launcher.run.log_files import LEVELS
 from headrace.launcher.terminal.render import GAPS, group_text, spans
-from tests.support.controls import TOKEN, Control, a_control
+from tests.support.control_service import TOKEN, Control, a_control
 from tests.support.fake_sglang import FakeSglang
 from tests.support.seeded_run import seed_run
 

@@ -14,7 +14,7 @@ from headrace.learner.commands.export import export
 from headrace.learner.model.host_snapshots import SnapshotPool
 from headrace.learner.store.fenced_redis import Fenced
 from headrace.learner.weights.version_writer import VersionWriter
-from tests.support.replaying import STEPS, assemble_loop, end, make_recording
+from tests.support.replay import STEPS, assemble_loop, end, make_recording
 
 
 def nothing() -> None: ...

@@ -18,8 +18,8 @@ from headrace.learner.distributed.state_files import read_state
 from headrace.learner.loop import Loop
 from tests.support.fake_services import until
 from tests.support.guard import GUARD_S
-from tests.support.launching import rows_of
-from tests.support.replaying import STEPS, assemble_loop, end
+from tests.support.launched_run import rows_of
+from tests.support.replay import STEPS, assemble_loop, end
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from headrace.learner.store.store import LearnerStore
 from headrace.learner.store.structs import Cursor
 from tests.learner.test_intake import PlainTokenizer, make_config, plain_chat
 from tests.learner.test_skipped_prompts import BAD, GOOD, Rows, prompt
-from tests.support.replaying import assemble_loop
+from tests.support.replay import assemble_loop
 
 
 def config_with(**changes: Any) -> RunConfig:

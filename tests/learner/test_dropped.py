@@ -5,7 +5,7 @@ import pytest
 from headrace.common.metrics.thresholds import THRESHOLDS
 from headrace.common.wire import Group
 from headrace.learner.intake.dropped import MIN_DROPPED, WINDOW_STEPS, DropStatistics
-from tests.support.making import make_group, make_rollout
+from tests.support.factories import make_group, make_rollout
 
 [BIAS] = [one for one in THRESHOLDS if one.name == "dropped_length_bias"]
 

@@ -16,12 +16,12 @@ from headrace.common.redis.keys import Keys
 from headrace.common.wire import Group, Heartbeat, Ticket, Timings, encode
 from headrace.learner.checkpoints.best import read_best_record
 from headrace.learner.loop import Loop
-from tests.support.committing import answer_all
+from tests.support.commits import answer_all
+from tests.support.factories import make_rollout
 from tests.support.fake_services import until
 from tests.support.guard import GUARD_S
-from tests.support.launching import rows_of
-from tests.support.making import make_rollout
-from tests.support.replaying import assemble_loop, end
+from tests.support.launched_run import rows_of
+from tests.support.replay import assemble_loop, end
 
 SETTINGS = ["learner.groups_per_step=2", "evaluation.num_prompts=3", "evaluation.completions_per_prompt=2"]
 HEARTBEAT = Heartbeat("r", "http://127.0.0.1:1", "running", "", 0, 0, 0, 0, 0.0, 1.0)

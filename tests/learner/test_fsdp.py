@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.support.guard import GUARD_S
-from tests.support.replaying import ROOT
+from tests.support.replay import ROOT
 from tests.support.sharded_ranks import SIZE, make_model
 from tests.support.tiny_models import make_checkpoint
 

@@ -28,7 +28,7 @@ from headrace.learner.algorithm.guard import (
 from headrace.learner.loop import Loop
 from headrace.learner.training.rank_batches import EMPTY_MICRO_BATCH
 from headrace.learner.training.step_metrics import logprob_gaps, off_policy_metrics
-from tests.support.replaying import STEPS, assemble_loop, end, state_of
+from tests.support.replay import STEPS, assemble_loop, end, state_of
 
 CALM = {"kl_behaviour_proximal": 0.01, "ess": 0.95, "fresh_logprob_gap_rms": 1e-5}
 WORRYING = CALM | {"kl_behaviour_proximal": 0.1}

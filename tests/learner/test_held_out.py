@@ -10,7 +10,7 @@ from headrace.learner.intake.held_out import Evaluation, pass_at
 from headrace.learner.intake.ticket_source import TicketSource
 from headrace.learner.store.structs import Cursor
 from tests.learner.test_intake import Counting, make_config, plain_chat
-from tests.support.making import make_group, make_ticket
+from tests.support.factories import make_group, make_ticket
 
 
 def test_pass_at_k_by_hand() -> None:

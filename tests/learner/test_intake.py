@@ -22,9 +22,9 @@ from headrace.learner.intake.validation import GroupLimits
 from headrace.learner.steering.switches import Switches
 from headrace.learner.store.store import LearnerStore
 from headrace.learner.store.structs import Cursor, Settlement
-from tests.support.committing import answer_all, queue
+from tests.support.commits import answer_all, queue
+from tests.support.factories import make_rollout
 from tests.support.guard import GUARD_S
-from tests.support.making import make_rollout
 
 
 class Counting:

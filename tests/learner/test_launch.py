@@ -14,7 +14,7 @@ import redis
 from headrace.common.redis.keys import Keys
 from headrace.learner.commands.audit import audit
 from tests.support.guard import GUARD_S
-from tests.support.replaying import ROOT, STEPS, make_recording, trained
+from tests.support.replay import ROOT, STEPS, make_recording, trained
 
 STARTER = """
 import sys

@@ -26,8 +26,8 @@ from headrace.learner.store.fenced_redis import Fenced, RedisLost
 from headrace.learner.store.store import LearnerStore
 from tests.support.fake_services import until
 from tests.support.guard import GUARD_S
-from tests.support.launching import rows_of
-from tests.support.replaying import ROOT, STEPS, assemble_loop, end, state_of, trained
+from tests.support.launched_run import rows_of
+from tests.support.replay import ROOT, STEPS, assemble_loop, end, state_of, trained
 
 
 @pytest.fixture(scope="module")

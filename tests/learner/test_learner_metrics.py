@@ -21,7 +21,7 @@ from headrace.learner.__main__ import _status
 from headrace.learner.loop import Loop
 from headrace.learner.reporting.prometheus import LearnerMetrics
 from tests.support.fake_sglang import FakeSglang
-from tests.support.replaying import STEPS, assemble_loop, end
+from tests.support.replay import STEPS, assemble_loop, end
 from tests.support.replicas import a_learner, run, running_replica, until
 from tests.support.scraping import Scrape, get_metrics, lint, scrape_app
 

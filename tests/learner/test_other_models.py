@@ -14,7 +14,7 @@ from headrace.common.config import LearnerConfig, ModelConfig
 from headrace.learner.model.packing import MicroBatch, Sample, pack
 from headrace.learner.model.policy import Policy
 from headrace.learner.model.self_check import can_share_prompts
-from tests.support.making import make_group, make_rollout
+from tests.support.factories import make_group, make_rollout
 from tests.support.tiny_models import KINDS, VOCABULARY, make_checkpoint, make_model
 
 UNSHARED = [kind for kind in KINDS if kind != "qwen3_moe"]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from headrace.common.config import ActorConfig
 from headrace.common.wire import Group, Timings, VersionSpan
 from headrace.learner.model.packing import Sample, pack, split_mini_batches
-from tests.support.making import make_rollout, make_ticket
+from tests.support.factories import make_rollout, make_ticket
 
 
 def sample(name: str, prompt: list[int], tokens: list[int], mask: list[int], advantage: float = 1.0) -> Sample:

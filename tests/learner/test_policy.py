@@ -18,7 +18,7 @@ from headrace.generation.engine.completions import Completion
 from headrace.generation.engine.server import EngineServer
 from headrace.learner.model.packing import Sample, pack
 from headrace.learner.model.policy import Policy, pick_device
-from tests.support.making import make_rollout, make_ticket
+from tests.support.factories import make_rollout, make_ticket
 
 CPU = LearnerConfig(device="cpu", gradient_checkpointing=False, logprob_chunk_tokens=7)
 

@@ -22,8 +22,8 @@ from headrace.learner.stages.wait_deadlines import Starved
 from headrace.learner.weights.version_writer import VersionWriter
 from tests.support.fake_services import until
 from tests.support.guard import GUARD_S
-from tests.support.launching import rows_of
-from tests.support.replaying import STEPS, assemble_loop, end
+from tests.support.launched_run import rows_of
+from tests.support.replay import STEPS, assemble_loop, end
 
 FULL = OSError(28, "No space left on device")
 

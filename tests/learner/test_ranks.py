@@ -16,8 +16,8 @@ from headrace.learner.distributed.ranks import Ranks
 from headrace.learner.distributed.state_files import read_state
 from headrace.learner.model.policy import Policy
 from tests.learner.test_trainer import make_batch, make_config, make_trainer
-from tests.support.ranked import Job, do, do_on_ranks
 from tests.support.tiny_models import make_checkpoint
+from tests.support.trainer_ranks import Job, do, do_on_ranks
 
 CASES: dict[str, dict[str, Any]] = {
     "one_mini_batch": {"actor": {"num_mini_batches": 1}, "learner": {"micro_batch_tokens": 48}},

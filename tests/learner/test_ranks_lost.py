@@ -18,7 +18,7 @@ from headrace.common.redis.keys import Keys
 from headrace.learner.checkpoints.record import checkpoint_folders, read_record
 from headrace.learner.commands.audit import audit
 from tests.support.guard import GUARD_S
-from tests.support.replaying import ROOT, STEPS, make_recording, state_of, trained
+from tests.support.replay import ROOT, STEPS, make_recording, state_of, trained
 
 DEADLINE_S = 4.0
 pytestmark = pytest.mark.slow

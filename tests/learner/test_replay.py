@@ -21,10 +21,10 @@ from headrace.learner.commands.record import follow
 from headrace.learner.intake.recordings import Recording
 from headrace.learner.store.store import LearnerStore
 from headrace.learner.store.structs import Cursor
-from tests.support.committing import queue
+from tests.support.commits import queue
+from tests.support.factories import make_group
 from tests.support.guard import GUARD_S
-from tests.support.making import make_group
-from tests.support.replaying import ROOT, STEPS, assemble_loop, end, state_of, trained
+from tests.support.replay import ROOT, STEPS, assemble_loop, end, state_of, trained
 
 
 class Killed(BaseException):

@@ -26,8 +26,8 @@ from headrace.learner.intake.samples import (
 )
 from tests.learner.test_trainer import STEPS as VERSION_STEPS
 from tests.learner.test_trainer import make_batch, make_config, make_trainer
-from tests.support.making import make_group, make_rollout
-from tests.support.replaying import STEPS, assemble_loop, end, make_recording
+from tests.support.factories import make_group, make_rollout
+from tests.support.replay import STEPS, assemble_loop, end, make_recording
 
 TEXT = "Anna zählt 3 Äpfel 🍎, 日本 — fertig."
 

@@ -22,7 +22,7 @@ from headrace.learner.steering.switches import Switches
 from headrace.learner.store.store import LearnerStore
 from headrace.learner.store.structs import Cursor
 from tests.learner.test_intake import LIMITS, make_config, plain_chat
-from tests.support.committing import bury_all
+from tests.support.commits import bury_all
 
 
 def prompt(text: Any, answer: Any = "1") -> Prompt:

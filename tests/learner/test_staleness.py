@@ -5,7 +5,7 @@ import msgspec
 from headrace.common.wire import VersionSpan
 from headrace.learner.algorithm.staleness import Staleness, group_staleness, step_of
 from headrace.learner.model.packing import current_version, token_staleness
-from tests.support.making import make_group, make_rollout
+from tests.support.factories import make_group, make_rollout
 
 STEPS = {1: 0, 2: 1, 3: 2, 7: 3}
 """Versions are identities: after a resume, version 7 was made by step 3."""

@@ -14,8 +14,8 @@ from headrace.learner.store import scripts
 from headrace.learner.store.fenced_redis import Fenced, RedisLost
 from headrace.learner.store.store import DEAD_PAYLOAD_BYTES, LearnerStore
 from headrace.learner.store.structs import Cursor, Settlement
-from tests.support.committing import queue
-from tests.support.making import make_ticket
+from tests.support.commits import queue
+from tests.support.factories import make_ticket
 
 
 def test_a_newer_learner_fences_the_older_one_off(client: redis.Redis, keys: Keys) -> None:

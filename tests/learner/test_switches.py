@@ -24,8 +24,8 @@ from headrace.learner.steering import switches as switches_module
 from headrace.learner.steering.switches import Switches
 from tests.support.fake_services import until
 from tests.support.guard import GUARD_S
-from tests.support.launching import rows_of
-from tests.support.replaying import STEPS, assemble_loop, end, make_config
+from tests.support.launched_run import rows_of
+from tests.support.replay import STEPS, assemble_loop, end, make_config
 
 
 @pytest.fixture

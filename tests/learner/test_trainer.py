@@ -17,7 +17,7 @@ from headrace.learner.model.packing import MicroBatch, Sample, pack
 from headrace.learner.model.policy import Policy
 from headrace.learner.training.rank_batches import split_among_ranks
 from headrace.learner.training.trainer import Trainer
-from tests.support.making import make_group, make_rollout
+from tests.support.factories import make_group, make_rollout
 
 STEPS = {1: 0, 2: 1}
 

@@ -19,7 +19,7 @@ from headrace.learner.intake.held_out import Evaluation
 from headrace.learner.intake.validation import GroupLimits, GroupRejected, validate_group
 from headrace.learner.model.packing import MicroBatch, Sample, pack, split_mini_batches, token_staleness
 from headrace.learner.training.step_metrics import group_metrics, logprob_gaps, off_policy_metrics, staleness_metrics
-from tests.support.making import make_group, make_rollout
+from tests.support.factories import make_group, make_rollout
 from tests.support.mutations import LIMITS, groups, mutated_groups, poison_groups
 from tests.support.poisons import Poison, poisons
 

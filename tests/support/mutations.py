@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from headrace.common.wire import Group, Heartbeat, Rollout, Sampling, Ticket, VersionSpan, encode
 from headrace.learner.intake.validation import GroupLimits
-from tests.support.making import make_group, make_rollout, make_ticket
+from tests.support.factories import make_group, make_rollout, make_ticket
 from tests.support.poisons import SURROGATE, Poison, poisons
 
 LIMITS = GroupLimits(vocab_size=512, group_size=2, num_eval_samples=3, max_sequence_tokens=64, highest_version=9)

@@ -12,7 +12,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from headrace.common.wire import Group, encode
-from tests.support.making import make_rollout
+from tests.support.factories import make_rollout
 
 FUTURE = 2**52
 NO_TOKEN = 2**31 - 1

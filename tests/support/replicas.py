@@ -32,8 +32,8 @@ from headrace.learner.reporting.http_api import make_app
 from headrace.learner.steering.switches import Switches
 from headrace.learner.store.store import LearnerStore
 from headrace.learner.weights.publisher import WeightVersions
+from tests.support.factories import make_ticket
 from tests.support.guard import GUARD_S
-from tests.support.making import make_ticket
 
 
 @dataclass

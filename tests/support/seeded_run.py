@@ -17,7 +17,7 @@ from headrace.common.config import load_recipe
 from headrace.common.redis.keys import MAX_EVENTS, MAX_HISTORY, MAX_SAMPLES, TICKET_GROUP, Keys
 from headrace.common.wire import Heartbeat, encode
 from headrace.common.wire.group_samples import GroupSample, RolloutSample
-from tests.support.making import make_ticket
+from tests.support.factories import make_ticket
 
 RECIPE = "configs/tiny-cpu.yaml"
 GROUPS_PER_STEP = 16

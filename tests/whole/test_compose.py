@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.composed import SERVICES, Stack, docker, engine_problem
+from tests.support.compose_stack import SERVICES, Stack, docker, engine_problem
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(2400)]
 SETTINGS = [

@@ -19,7 +19,7 @@ from headrace.launcher.estimates.host_memory import disk_rows, host_rows
 from headrace.launcher.estimates.model_size import shape_of
 from headrace.launcher.estimates.traffic import delta_share
 from tests.support.fake_services import ROOT, redis_of
-from tests.support.launching import Launched, is_alive, rows_of, steps_in
+from tests.support.launched_run import Launched, is_alive, rows_of, steps_in
 from tests.support.memory_watch import MemoryWatch
 
 pytestmark = pytest.mark.timeout(3600)

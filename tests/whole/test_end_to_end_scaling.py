@@ -14,7 +14,7 @@ import redis
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import WireError, decode_heartbeat
 from tests.support.fake_services import ROOT
-from tests.support.launching import Launched, is_alive, steps_in
+from tests.support.launched_run import Launched, is_alive, steps_in
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 """Most of it is three starts of SGLang: 16 minutes in all on two cores with a load average of 40."""

@@ -14,9 +14,9 @@ from headrace.common.redis.keys import Keys
 from headrace.launcher.run.processes import REDIS_URL_VARIABLE, Service
 from headrace.learner.commands.audit import audit
 from tests.learner.test_learner_faults import after_step
-from tests.support.launching import rows_of
+from tests.support.launched_run import rows_of
 from tests.support.redis_servers import Watched, servers, until
-from tests.support.replaying import ROOT, assemble_loop, end, make_recording, state_of, trained
+from tests.support.replay import ROOT, assemble_loop, end, make_recording, state_of, trained
 
 EXIT_TIMEOUT_S = 1200.0
 

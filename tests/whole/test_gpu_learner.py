@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.guard import GUARD_S
-from tests.support.replaying import ROOT
+from tests.support.replay import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "learner" / "gpu_learner.sh"
 ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -30,7 +30,7 @@ from headrace.learner.__main__ import _status
 from headrace.learner.reporting.prometheus import LearnerMetrics
 from tests.support.fake_sglang import a_fake_sglang, sample
 from tests.support.guard import GUARD_S
-from tests.support.replaying import assemble_loop, end, make_recording
+from tests.support.replay import assemble_loop, end, make_recording
 from tests.support.replicas import a_learner, running_replica, until
 from tests.support.scraping import tool
 from tests.support.seeded_run import RECIPE, heartbeat, seed_run, step_rows

@@ -75,7 +75,7 @@ from headrace.learner.training import leader
 from headrace.learner.weights import publisher
 from tests.learner.test_intake import Counting, PlainTokenizer
 from tests.support.crashing_redis import Crash, Fault, Trap, faults
-from tests.support.making import make_rollout
+from tests.support.factories import make_rollout
 
 NUM_EXAMPLES = int(os.environ.get("HEADRACE_EXAMPLES", "40"))
 NUM_PROMPTS, FUTURE = 7, 1_000_000

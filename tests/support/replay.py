@@ -18,7 +18,7 @@ from headrace.learner.distributed.state_files import read_state
 from headrace.learner.intake.recordings import Header, RecordedGroup, Recording, RecordingWriter
 from headrace.learner.loop import Loop
 from headrace.learner.steering.switches import Switches
-from tests.support.making import make_ticket
+from tests.support.factories import make_ticket
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6

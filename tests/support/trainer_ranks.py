@@ -1,6 +1,6 @@
 """A learner's trainer on several ranks, as torchrun starts it: takes the steps of a file of jobs.
 
-torchrun --standalone --nproc-per-node 2 -m tests.support.ranked JOBS.msgpack
+torchrun --standalone --nproc-per-node 2 -m tests.support.trainer_ranks JOBS.msgpack
 """
 
 import json
@@ -24,7 +24,7 @@ from headrace.learner.model.packing import MicroBatch
 from headrace.learner.training.leader import build_trainer, run_follower
 from headrace.learner.training.trainer import Trainer
 from tests.support.guard import GUARD_S
-from tests.support.replaying import ROOT
+from tests.support.replay import ROOT
 
 VERSION_STEPS = {1: 0, 2: 1}
 
@@ -93,7 +93,9 @@ def do_on_ranks(num_ranks: int, jobs: list[Job], root: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     log = (root / "log").open("w")
-    agent = subprocess.Popen([*command, "-m", "tests.support.ranked", str(path)], cwd=ROOT, env=environment, stderr=log)
+    agent = subprocess.Popen(
+        [*command, "-m", "tests.support.trainer_ranks", str(path)], cwd=ROOT, env=environment, stderr=log
+    )
     try:
         assert agent.wait(GUARD_S) == 0, (root / "log").read_text()[-5000:]
     finally:
