@@ -1,11 +1,11 @@
-"""The learner's process: reads the configuration, takes up the run where it stands, serves, loops, reports.
+"""The learner's process: reads the configuration, resumes the run, serves its HTTP API and runs the loop.
 
     python -m headrace.learner --config configs/tiny-cpu.yaml --run demo --redis-url redis://127.0.0.1:6379
     torchrun --nproc-per-node 2 --max-restarts 3 -m -- headrace.learner --config ... --run demo
 
-With `--replay` it trains on a recording (headrace/learner/intake/recordings.py) instead of what replicas send. On
-several devices there is a process for each, started by this one (`learner.num_ranks`) or by torchrun; only rank 0
-speaks with Redis and listens. (Without the `--` torchrun takes `--run` for an option of its own.)
+With `--replay` it trains on a recording (headrace/learner/intake/recordings.py) instead of what replicas send. Each
+device has a process, started by this one (`learner.num_ranks`) or by torchrun; only rank 0 uses Redis and listens.
+(Without the `--` torchrun takes `--run` for an option of its own.)
 
 Exit codes: 0 complete or stopped on request, 1 failed, 2 refused before anything started, 3 fenced off by a newer
 learner, 4 starved: nothing to do for learner.starvation_deadline_s.
@@ -38,6 +38,7 @@ from headrace.common.process.waiting import Waits
 from headrace.common.redis.client import OUTAGE_DEADLINE_S, connect, durability_problem
 from headrace.common.redis.keys import Keys
 from headrace.common.tasks import add_import_folder
+from headrace.learner.context import LearnerContext
 from headrace.learner.distributed.engine_wait import wait_for_engine
 from headrace.learner.distributed.launch import run_ranks
 from headrace.learner.intake.recordings import Recording
@@ -71,26 +72,26 @@ def main() -> int:
 
 
 def _prepare_torch() -> None:
-    """Before it is imported: threads that do not spin beside an engine's; GPU memory that does not fragment, since
-    micro-batches differ in length, unless the caller has chosen how it is allocated."""
+    """Sets what torch reads when it is imported: threads that do not spin, because an engine may share the CPU, and,
+    unless the caller has chosen an allocator, one that does not fragment when micro-batches differ in length."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the name in older releases of torch
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m headrace.learner")
-    parser.add_argument("--config", type=Path, help="a recipe; with --replay default to the recording's own")
+    parser.add_argument("--config", type=Path, help="a recipe; with --replay the default is the recording's own")
     parser.add_argument("--set", dest="overrides", action="append", default=[], help="section.key=value")
     parser.add_argument("--replay", type=Path, help="a recording to train on")
     parser.add_argument("--run", default=os.environ.get("HEADRACE_RUN", "demo"))
     parser.add_argument("--runs-folder", type=Path, default=Path("runs"))
     parser.add_argument("--redis-url", default=os.environ.get("HEADRACE_REDIS_URL"))
-    parser.add_argument("--new-epoch", action="store_true", help="other data begin with the run's next epoch")
+    parser.add_argument("--new-epoch", action="store_true", help="let data other than the run's begin its next epoch")
     parser.add_argument("--host", default=None, help="overrides learner.host")
     parser.add_argument("--port", type=int, default=None, help="overrides learner.port")
     parser.add_argument(
-        "--shares-gpu", action="store_true", help="an engine is on the same GPU, and takes its share of it first"
+        "--shares-gpu", action="store_true", help="wait until the engine on the same GPU has allocated its share"
     )
     return parser.parse_args()
 
@@ -99,7 +100,7 @@ def _read(arguments: argparse.Namespace) -> tuple[RunConfig, Recording | None]:
     recording = None if arguments.replay is None else Recording(arguments.replay)
     if arguments.config is not None:
         if arguments.config.parent.resolve() != (arguments.runs_folder / arguments.run).resolve():
-            add_import_folder(arguments.config.parent)  # in the run's own folder lies no task
+            add_import_folder(arguments.config.parent)  # the run's own folder has no task
         return load_recipe(arguments.config, arguments.overrides).config, recording
     if recording is not None:
         return resolve(recording.config, str(arguments.replay), arguments.overrides).config, recording
@@ -107,7 +108,7 @@ def _read(arguments: argparse.Namespace) -> tuple[RunConfig, Recording | None]:
 
 
 def _join(config: RunConfig) -> Any:
-    """This process among those of torchrun."""
+    """Joins the ranks that torchrun started."""
     from headrace.learner.distributed.join import join
     from headrace.learner.model.policy import pick_device
 
@@ -141,46 +142,34 @@ def _run(arguments: argparse.Namespace, config: RunConfig, recording: Recording 
         signal.signal(number, lambda *_: switches.stop.set())
     if arguments.shares_gpu:
         wait_for_engine(client, keys, waits, switches.stop, config.generation.engine.startup_timeout_s)
-    is_new_epoch = arguments.new_epoch
-    return _learn(config, folder, token, client, keys, sock, task, switches, waits, recording, ranks, is_new_epoch)
+    url, is_new_epoch = socket_url(sock), arguments.new_epoch
+    connections = (client, keys, url, task, switches, waits)
+    return _learn(LearnerContext(config, folder, token, *connections, recording, ranks, is_new_epoch), sock)
 
 
-def _learn(
-    config: RunConfig,
-    folder: Path,
-    token: str,
-    client: Any,
-    keys: Keys,
-    sock: Any,
-    task: Any,
-    switches: Switches,
-    waits: Waits,
-    recording: Recording | None,
-    ranks: Any,
-    is_new_epoch: bool,
-) -> int:
+def _learn(context: LearnerContext, sock: Any) -> int:
     from headrace.learner.assembly import assemble
     from headrace.learner.reporting.prometheus import LearnerMetrics
     from headrace.learner.stages.wait_deadlines import Starved
     from headrace.learner.store.fenced_redis import Fenced
 
     _log.info("the libraries are imported")
-    arguments = (config, folder, token, client, keys, socket_url(sock), task, switches, waits, recording, ranks)
-    loop, tokenizer = assemble(*arguments, is_new_epoch)
+    folder = context.folder
+    loop, tokenizer = assemble(context)
     add_process_fields(step=lambda: loop.progress.step)
     if loop.is_at_last_step and (folder / "summary.json").exists():
-        _log.info("run %s is complete: more learner.steps would go on with it", folder.name)
+        _log.info("run %s is complete: raise learner.steps to continue it", folder.name)
         loop.acknowledge_stop()
         return 0
     status = partial(_status, loop, folder.name)
-    app = make_app(loop.versions.root, status, switches, token, loop.versions.memory)
+    app = make_app(loop.versions.root, status, context.switches, context.token, loop.versions.memory)
     mount_metrics(app, LearnerMetrics(status, loop.reporter.metrics.rows, loop.intake, loop.versions))
     with serve_in_thread(app, sock):
         try:
             is_complete = loop.run()
         except Fenced as error:
             _log.error("%s", error)
-            loop.switches.stop.set()  # nothing is retried any more
+            loop.switches.stop.set()  # ends retries
             return 3
         except Starved as error:
             _log.error("%s", error)
@@ -197,7 +186,7 @@ def _learn(
 
 
 def _status(loop: Any, run: str) -> dict[str, Any]:
-    """From memory alone: answers at once, whatever the loop waits for."""
+    """The reply of `/status`; from memory alone, so it never waits for the loop or Redis."""
     progress = loop.progress
     return {
         "service": "learner",
@@ -224,7 +213,7 @@ def _status(loop: Any, run: str) -> dict[str, Any]:
 def _report_end(loop: Any, phase: str, reason: str) -> None:
     from headrace.learner.store.fenced_redis import Fenced, RedisLost
 
-    loop.switches.stop.set()  # nothing is retried any more
+    loop.switches.stop.set()  # ends retries
     with suppress(Fenced, RedisLost, redis.RedisError):
         loop.store.run_log.set_status({"phase": phase, "reason": reason, "waits": "{}"})
 

@@ -1,5 +1,6 @@
 """A made-up recording, and a learner that lives on it in this process."""
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -14,6 +15,7 @@ from headrace.common.tasks import load_task
 from headrace.common.wire import Group, Rollout, Timings, VersionSpan, encode
 from headrace.learner.assembly import assemble
 from headrace.learner.checkpoints.checkpoint import find_newest
+from headrace.learner.context import LearnerContext
 from headrace.learner.distributed.state_files import read_state
 from headrace.learner.intake.recordings import Header, RecordedGroup, Recording, RecordingWriter
 from headrace.learner.loop import Loop
@@ -84,19 +86,10 @@ def assemble_loop(
 ) -> Loop:
     """A learner as its process assembles it."""
     task, url = load_task("arithmetic", {}), "http://127.0.0.1:1"
-    loop, _ = assemble(
-        make_config(*overrides),
-        folder,
-        "token",
-        client,
-        keys,
-        url,
-        task,
-        Switches(),
-        Waits(),
-        Recording(recording) if recording else None,
-        is_new_epoch=is_new_epoch,
-    )
+    connections = (client, keys, url, task, Switches(), Waits())
+    replayed = Recording(recording) if recording else None
+    context = LearnerContext(make_config(*overrides), folder, "token", *connections, replayed)
+    loop, _ = assemble(dataclasses.replace(context, is_new_epoch=is_new_epoch))
     return loop
 
 

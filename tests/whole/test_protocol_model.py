@@ -62,6 +62,7 @@ from headrace.learner.checkpoints.checkpoint import NUM_KEPT
 from headrace.learner.checkpoints.record import RECORD_FILE, checkpoint_folders, read_record
 from headrace.learner.commands.audit import audit
 from headrace.learner.commands.dead_letters import dead_letters, purge, retry
+from headrace.learner.context import LearnerContext
 from headrace.learner.distributed import state_files
 from headrace.learner.distributed.state_files import STATE_FILE, read_state, write_state
 from headrace.learner.intake import intake
@@ -546,9 +547,8 @@ class Protocol(RuleBasedStateMachine):
         client, task = self.trap.guard(self.server.new_client()), Uneven(NUM_PROMPTS)
         try:
             with self.trap.armed(fault):
-                loop, _ = assembly.assemble(
-                    CONFIG, self.folder, "", client, self.keys, "http://x", task, Switches(), Waits()
-                )
+                connections = (client, self.keys, "http://x", task, Switches(), Waits())
+                loop, _ = assembly.assemble(LearnerContext(CONFIG, self.folder, "", *connections))
                 loop.publisher._is_on_hold = lambda: False  # or nothing would end the wait, in a single thread
                 loop.publish_first()
                 loop.intake.resume()
