@@ -24,7 +24,8 @@ from benchmarks.compare.part import Part, Ratio
 from benchmarks.cpu_time import cpu_seconds
 from benchmarks.overhead.durability import redis_server
 from headrace.common.config import LearnerConfig, RunConfig, load_recipe
-from headrace.common.models.chat import Chat, load_tokenizer, stop_token_ids
+from headrace.common.models.chat import Chat, stop_token_ids
+from headrace.common.models.tokenizer import load_tokenizer
 from headrace.common.process.run_token import TOKEN_VARIABLE
 from headrace.common.redis.client import connect
 from headrace.common.redis.keys import Keys

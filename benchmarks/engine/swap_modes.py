@@ -39,7 +39,7 @@ from benchmarks.demo import ROOT, this_machine
 from benchmarks.engine.logprob_gap import Prompted, gaps
 from benchmarks.engine.swap_table import Row, report
 from headrace.common.config import EngineConfig, ModelConfig
-from headrace.common.models.chat import load_tokenizer
+from headrace.common.models.tokenizer import load_tokenizer
 from headrace.common.tasks.arithmetic import Arithmetic
 from headrace.common.wire import Sampling, Ticket
 from headrace.generation.engine.client import Engine, SwapTimings

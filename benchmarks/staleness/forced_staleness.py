@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from headrace.common.config import RunConfig
-from headrace.common.models.chat import Chat, load_tokenizer, stop_token_ids
+from headrace.common.models.chat import Chat, stop_token_ids
+from headrace.common.models.tokenizer import load_tokenizer
 from headrace.common.tasks import Task, load_task
 from headrace.common.wire import Group, Rollout, Ticket, Timings, VersionSpan
 from headrace.common.wire.desired_state import Settings

@@ -9,8 +9,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from headrace.common.models.chat import Chat, load_tokenizer, stop_token_ids
+from headrace.common.models.chat import Chat, stop_token_ids
 from headrace.common.models.context_length import context_tokens
+from headrace.common.models.tokenizer import load_tokenizer
 from headrace.common.preflight.recipe import check_vocabulary
 from headrace.common.process.atomic_files import publish_atomically
 from headrace.common.process.waiting import Waits

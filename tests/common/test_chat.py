@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from headrace.common.config import ModelConfig
-from headrace.common.models.chat import Chat, PromptError, load_tokenizer
+from headrace.common.models.chat import Chat, PromptError
+from headrace.common.models.tokenizer import load_tokenizer
 from headrace.common.tasks import Prompt
 from headrace.common.wire import Ticket
 from tests.support.factories import SAMPLING

@@ -13,9 +13,9 @@ import transformers
 from huggingface_hub.utils import filter_repo_objects
 
 from headrace.common.config import EngineConfig, LearnerConfig, ModelConfig
-from headrace.common.models.chat import load_tokenizer
 from headrace.common.models.context_length import load_model_config
 from headrace.common.models.hub import download
+from headrace.common.models.tokenizer import load_tokenizer
 from headrace.common.preflight.recipe import check_model_folder, model_files
 from headrace.generation.engine.server import EngineServer
 from headrace.generation.weights.updater import local_model_folder

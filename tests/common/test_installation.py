@@ -10,8 +10,8 @@ import torch
 import headrace
 from headrace.common.config import ModelConfig, RunConfig
 from headrace.common.config.recipe import resolve
-from headrace.common.models.chat import load_tokenizer
 from headrace.common.models.context_length import load_model_config
+from headrace.common.models.tokenizer import load_tokenizer
 from headrace.common.preflight.installation import (
     CPU_COMMAND,
     GPU_COMMAND,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from headrace.common.config import EngineConfig
-from headrace.common.models.chat import load_tokenizer
+from headrace.common.models.tokenizer import load_tokenizer
 from headrace.common.wire import Sampling
 from headrace.generation.engine.client import Engine
 from headrace.generation.engine.completions import Completion

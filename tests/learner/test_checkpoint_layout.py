@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from headrace.common.config import LearnerConfig, ModelConfig
-from headrace.common.models.chat import load_tokenizer
+from headrace.common.models.tokenizer import load_tokenizer
 from headrace.generation.tensors.shapes import expected_shapes
 from headrace.learner.assembly import _save_model_folders
 from headrace.learner.checkpoints.best import CONFIG_FOLDER

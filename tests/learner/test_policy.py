@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headrace.common.config import LearnerConfig, ModelConfig
 from headrace.common.hardware import device
-from headrace.common.models.chat import load_tokenizer
+from headrace.common.models.tokenizer import load_tokenizer
 from headrace.common.wire import Group, Rollout, Sampling, Timings, VersionSpan
 from headrace.generation.engine.client import Engine
 from headrace.generation.engine.completions import Completion

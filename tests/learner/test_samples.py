@@ -12,7 +12,7 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from headrace.common.config import ModelConfig
-from headrace.common.models.chat import load_tokenizer
+from headrace.common.models.tokenizer import load_tokenizer
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import VersionSpan
 from headrace.common.wire.group_samples import MAX_SAMPLE_BYTES, GroupSample

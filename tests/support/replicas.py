@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from headrace.common.config import GenerationConfig, ModelConfig
 from headrace.common.http.addresses import listen, socket_url
 from headrace.common.http.service import serve_in_thread
-from headrace.common.models.chat import load_tokenizer
+from headrace.common.models.tokenizer import load_tokenizer
 from headrace.common.process.waiting import Waits
 from headrace.common.redis.client import connect_async
 from headrace.common.redis.keys import Keys

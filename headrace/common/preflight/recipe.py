@@ -13,8 +13,8 @@ import msgspec
 
 from headrace.common.config import ModelConfig, RunConfig
 from headrace.common.http.addresses import listen
-from headrace.common.models.chat import read_chat_template
 from headrace.common.models.hub import download, is_hub_name
+from headrace.common.models.tokenizer import read_chat_template
 from headrace.common.preflight.installation import INSTALL_COMMANDS, is_installed
 from headrace.common.process.redaction import redact_url_passwords
 

@@ -98,7 +98,8 @@ def _load(config: RunConfig) -> tuple[Any, Any]:
     if is_kept_out:
         sys.modules["torch"] = None  # type: ignore[assignment]
     try:
-        from headrace.common.models.chat import Chat, load_tokenizer
+        from headrace.common.models.chat import Chat
+        from headrace.common.models.tokenizer import load_tokenizer
 
         chat = Chat(load_tokenizer(config.model), config.model, config.task.system_prompt)
         return chat, load_model_config(config.model)
