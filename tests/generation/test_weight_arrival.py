@@ -167,7 +167,7 @@ FAULTS: tuple[Fault, ...] = ("absent", "garbage", "truncated", "stalls", "endles
 def test_a_file_that_a_peer_serves_badly_is_fetched_elsewhere(
     versions: Versions, learner: Source, model: Path, fault: Fault, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(downloads, "STALL_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(downloads, "STALL_TIMEOUT_S", 1.0 if fault == "stalls" else GUARD_S)
 
     async def scenario() -> None:
         async with members(model) as [member]:
@@ -190,7 +190,7 @@ def test_a_file_that_a_peer_serves_badly_is_fetched_elsewhere(
 def test_the_next_source_continues_an_unfinished_file(
     versions: Versions, learner: Source, model: Path, fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(downloads, "STALL_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(downloads, "STALL_TIMEOUT_S", 1.0 if fault == "stalls" else GUARD_S)
 
     async def scenario() -> None:
         async with members(model) as [member]:
@@ -348,12 +348,14 @@ def test_a_tree_of_replicas_costs_the_learner_one_copy(versions: Versions, learn
 async def flowing(
     versions: Versions, learner: Source, first: Member, second: Member
 ) -> AsyncIterator[tuple[str, asyncio.Task[FetchedVersion], asyncio.Task[FetchedVersion]]]:
-    """The learner is slow; the second replica has received bytes of the first one's download, at that URL."""
+    """The learner has sent half of the model; the second replica has bytes of the first one's download, at that URL."""
     versions.publish()
     published = versions.published(learner.url)
-    learner.bytes_per_s = versions.manifests[0].num_model_bytes / 1.0
+    learner.sends_whole_models.clear()
     async with first.served() as url:
         taking = asyncio.create_task(first.take(published))
+        while not any(download.num_arrived for download in first.fetcher.downloads.values()):
+            await asyncio.sleep(0.01)
         follow = asyncio.create_task(second.take(published, url))
         while not second.fetcher.num_bytes[url]:
             await asyncio.sleep(0.01)
@@ -367,6 +369,7 @@ def test_a_file_is_served_while_it_is_downloaded(versions: Versions, learner: So
         async with members(model, 2) as [first, second]:
             async with flowing(versions, learner, first, second) as (_, taking, follow):
                 assert not taking.done()
+                learner.sends_whole_models.set()
                 await asyncio.gather(taking, follow)
             expect(second, versions)
             assert second.fetcher.num_bytes[learner.url] == 0
@@ -382,6 +385,7 @@ def test_a_replica_that_vanishes_in_the_middle_is_replaced_by_the_learner(
             async with flowing(versions, learner, first, second) as (url, taking, follow):
                 taking.cancel()
                 await asyncio.gather(taking, return_exceptions=True)
+                learner.sends_whole_models.set()
                 fetched = await follow
             expect(second, versions)
             assert second.fetcher.num_bytes[url] > 0 and second.fetcher.num_bytes[learner.url] > 0

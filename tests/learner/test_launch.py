@@ -89,7 +89,7 @@ def test_no_rank_outlives_the_process_that_started_it(starter: Starter) -> None:
 
 def learner(recording: Path, folder: Path, keys: Keys, redis_url: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "headrace.learner", "--replay", str(recording), "--run", keys.run]
-    chosen = ["--set", "learner.num_ranks=2", "--set", "learner.rank_deadline_s=5"]
+    chosen = ["--set", "learner.num_ranks=2", "--set", f"learner.rank_deadline_s={GUARD_S:g}"]
     environment = os.environ | {"HEADRACE_REDIS_URL": redis_url}
     return subprocess.Popen([*command, "--runs-folder", str(folder), *chosen], cwd=ROOT, env=environment)
 

@@ -3,6 +3,7 @@ sources that fail."""
 
 import contextlib
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator
 from http.server import BaseHTTPRequestHandler
@@ -115,6 +116,9 @@ class Source(ScriptedServer):
         self.requests: list[tuple[str, str]] = []
         self.num_bytes = 0
         self.bytes_per_s = float("inf")
+        self.sends_whole_models = threading.Event()
+        """Until it is set, the second half of a model's file waits."""
+        self.sends_whole_models.set()
 
     @property
     def url(self) -> str:
@@ -141,7 +145,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content) if fault != "endless" else 1 << 50))
         self.end_headers()
         with contextlib.suppress(OSError):
-            self._send(content[: len(content) // 2] if fault in ("truncated", "stalls") else content)
+            self._send(content[: len(content) // 2])
+            if name == MODEL_FILE:
+                self.server.sends_whole_models.wait(GUARD_S)
+            if fault not in ("truncated", "stalls"):
+                self._send(content[len(content) // 2 :])
             if fault == "stalls":
                 self.server.closing.wait(GUARD_S)
             while fault == "endless" and not self.server.closing.is_set():

@@ -15,6 +15,8 @@ from headrace.learner.distributed.ranks import RankLost
 
 def main() -> int:
     deadline_s, idle_s = map(float, sys.argv[1:])
+    print("imported", flush=True)
+    sys.stdin.readline()  # the others have imported, too, which takes longer than they have to join
     ranks = join("cpu", deadline_s)
     lost = threading.Event()
     ranks.on_lost = lost.set

@@ -10,9 +10,16 @@ from pathlib import Path
 import psutil
 
 from tests.support.fake_services import ROOT
+from tests.support.guard import GUARD_S
 
 END_TIMEOUT_S = 1800.0
 """A guard against hanging, also on a machine ten times slower."""
+START = f"""
+from headrace.launcher import __main__, up
+up.LEARNER_GRACE_S = up.REPLICA_GRACE_S = up.CONTROL_GRACE_S = {GUARD_S}
+__main__.main()
+"""
+"""`headrace` with times to stop that no slow machine exceeds."""
 
 
 class Launched:
@@ -20,7 +27,7 @@ class Launched:
 
     def __init__(self, runs: Path, seen: set[psutil.Process], settings: Sequence[str], run: str = "short") -> None:
         """`seen` gathers every process that it is seen to have."""
-        command = [sys.executable, "-m", "headrace.launcher", "up", "configs/tiny-cpu.yaml", "--run", run]
+        command = [sys.executable, "-c", START, "up", "configs/tiny-cpu.yaml", "--run", run]
         chosen = [part for setting in settings for part in ("--set", setting)]
         self.process = subprocess.Popen(
             [*command, "--runs-folder", str(runs), *chosen],

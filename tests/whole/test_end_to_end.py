@@ -19,6 +19,7 @@ from headrace.launcher.estimates.host_memory import disk_rows, host_rows
 from headrace.launcher.estimates.model_size import shape_of
 from headrace.launcher.estimates.traffic import delta_share
 from tests.support.fake_services import ROOT, redis_of
+from tests.support.guard import GUARD_S
 from tests.support.launched_run import Launched, is_alive, rows_of, steps_in
 from tests.support.memory_watch import MemoryWatch
 
@@ -33,6 +34,7 @@ SHORT = [
     "learner.checkpoint_interval_steps=2",
     "evaluation.num_prompts=16",
     "evaluation.interval_steps=2",
+    f"generation.engine.liveness_timeout_s={GUARD_S:g}",
 ]
 
 

@@ -14,6 +14,7 @@ from headrace.common.redis.keys import Keys
 from headrace.launcher.run.processes import REDIS_URL_VARIABLE, Service
 from headrace.learner.commands.audit import audit
 from tests.learner.test_learner_faults import after_step
+from tests.support.guard import GUARD_S
 from tests.support.launched_run import rows_of
 from tests.support.redis_servers import Watched, servers, until
 from tests.support.replay import ROOT, assemble_loop, end, make_recording, state_of, trained
@@ -87,7 +88,7 @@ def test_a_whole_run_goes_on_after_a_failover_that_lost_what_was_acknowledged(wa
         assert learner.process.wait(EXIT_TIMEOUT_S) == 0
     finally:
         for service in services:
-            service.stop(10.0)
+            service.stop(GUARD_S)
     with redis.Redis(port=watched.replica) as client:
         found = audit(client, Keys("run"), tmp_path / "run")
     assert found.violations == [] and found.counts["trained"] > 0
