@@ -1,1 +1,1 @@
-"""What every service shares: configuration, wire format, keys, tasks. Imports no service."""
+"""Code that every service shares: configuration, wire format, keys, tasks. Imports no service."""

@@ -125,7 +125,7 @@ def test_commands_open_the_files_of_a_run_that_is_over(faking: Faking, redis_url
 
 
 def test_dead_tickets_are_in_the_last_line(faking: Faking) -> None:
-    key = "'headrace:{' + option('--run') + '}:dead'"
+    key = "'headrace:{' + option('--run') + '}:dead_letters'"
     dies = f"redis('XADD', {key}, '*', 'id', '0-1', 'reason', 'ValueError')"
     output = ended(faking(learner=dies).up(), 0)
     assert (

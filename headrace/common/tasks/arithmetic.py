@@ -1,9 +1,9 @@
 """The demo's task: grade-school word problems of one or two steps, answered the way GSM8K is.
 
-Owns the problems, their worked answers and their reward. A problem is held out by a hash of its template and
-operands, so that no held-out problem is ever trained on, whatever its names and objects. Every problem also has
-slips: worked answers with a wrong strategy (a wrong operation, or stopping one step early) and right arithmetic,
-which the demo policy's warm start teaches so that reinforcement learning has something to correct.
+Owns the problems, their worked answers and their reward. A hash of a problem's template and operands decides whether
+it is held out, so no held-out problem is ever trained on, whatever its names and objects. Every problem also has slips:
+worked answers with a wrong strategy (a wrong operation, or stopping one step early) and right arithmetic. The demo
+policy's supervised training includes them, so that reinforcement learning has something to correct.
 """
 
 import random
@@ -22,8 +22,8 @@ OPERANDS = range(2, 21)
 MAX_PRODUCT = 100
 ANSWER_MARK = "####"
 MISTAKEN_FOR = {"+": "-*", "-": "+*", "*": "+-"}
-"""The operations that a slip may put in the place of the right one: two, so that no single slip outweighs the right
-answer, which reinforcement learning would then rarely find its way back to."""
+"""The two operations that a slip may use instead of the right one. With two, no single slip is more likely than the
+right answer; otherwise reinforcement learning would rarely find the right answer again."""
 
 TEMPLATES = {
     "++": "{name} finds {a} {item}, {b} more and then {c} more. How many in all?",
@@ -36,7 +36,7 @@ TEMPLATES = {
     "-": "{name} had {a} {item} and sold {b}. How many are left?",
     "*": "{name} fills {a} jars with {b} {item} each. How many {item} is that?",
 }
-"""A question for every right strategy: the operations to apply to a, b and c from left to right."""
+"""The question of every strategy; a strategy is the operations to apply to a, b and c from left to right."""
 
 NAMES = ("Ada", "Ben", "Chen", "Dana", "Emil", "Fatima", "Goran", "Hana", "Ivan", "Jonas", "Kofi", "Lena")
 ITEMS = ("apples", "beads", "books", "cards", "coins", "eggs", "marbles", "nuts", "pears", "pens", "shells", "stamps")
@@ -44,7 +44,7 @@ ITEMS = ("apples", "beads", "books", "cards", "coins", "eggs", "marbles", "nuts"
 
 @dataclass(frozen=True)
 class Problem:
-    """A word problem; `strategy` is its right one, and the key of its template."""
+    """A word problem; `strategy` is its right strategy, and the key of its template."""
 
     strategy: str
     operands: tuple[int, ...]
@@ -71,7 +71,7 @@ class Problem:
 
     @property
     def slips(self) -> list[str]:
-        """Worked answers that are wrong by their strategy; at least one."""
+        """Worked answers with a wrong strategy; at least one."""
         return [_work(strategy, self.operands) for strategy in _slip_strategies(self.strategy, self.operands)]
 
 
@@ -123,7 +123,7 @@ def is_held_out(strategy: str, operands: tuple[int, ...]) -> bool:
 
 
 def _is_solvable(strategy: str, operands: tuple[int, ...]) -> bool:
-    """Whether children can compute it, and can get it wrong."""
+    """Whether the problem is easy, and has at least one slip."""
     return _is_easy(strategy, operands) and bool(_slip_strategies(strategy, operands))
 
 
@@ -163,7 +163,7 @@ def _apply(operation: str, left: int, right: int) -> int:
 
 
 def _work(strategy: str, operands: tuple[int, ...]) -> str:
-    """One line a step, and the answer: `13 + 15 = 28`, `28 - 12 = 16`, `#### 16`."""
+    """One line per step, and the answer: `13 + 15 = 28`, `28 - 12 = 16`, `#### 16`."""
     results = _results(strategy, operands)
     lefts = [operands[0], *results]
     steps = zip(lefts, strategy, operands[1:], results, strict=False)

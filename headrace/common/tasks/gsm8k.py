@@ -1,8 +1,8 @@
 """GSM8K: grade-school word problems with one number for an answer, and data of the same two columns.
 
-Owns the prompts (from the Hugging Face hub, or a local folder or file of JSONL or Parquet) and the rule by which
-a completion is right: its final answer (`headrace.common.tasks.answers`) is the reference, exactly. Importing this
-module does not load `datasets`: reward workers start fast.
+Owns the prompts (from the Hugging Face hub, or a local folder or file of JSONL or Parquet) and the reward: a completion
+is right if its final answer (`headrace.common.tasks.answers`) equals the reference exactly. Importing this module does
+not load `datasets`, so reward workers start fast.
 """
 
 import re
@@ -76,11 +76,11 @@ class Gsm8k:
     def reward(self, completion: str, ticket: Ticket) -> float:
         """1.0 if the completion's marked answer equals the reference, else 0.0.
 
-        The answer is what stands after the last `####` or in the last `\\boxed{}` that gives one (`final_answer`).
-        Without such a mark the reward is 0: the last number of the text would also reward a chain of thought that was
-        cut off, or that stumbles over the right number. The number leads: `$1,000.`, `5 dollars`, `50%` and
-        `The answer is 5` are 1000, 5, 50 and 5, and of an equation the right-hand side counts. Several numbers are
-        arithmetic (`1/2`, `3 \\times 4`) or no answer at all, so that listing guesses earns nothing.
+        The answer is the text after the last `####`, or in the last `\\boxed{}`, that gives one (`final_answer`).
+        Without such a mark the reward is 0, because the last number of the text would also reward a truncated chain of
+        thought, or one that mentions the right number by chance. The number comes first: `$1,000.`, `5 dollars`, `50%`
+        and `The answer is 5` are 1000, 5, 50 and 5; of an equation the right-hand side is read. Several numbers are
+        arithmetic (`1/2`, `3 \\times 4`) or no answer at all, so listing guesses earns nothing.
         """
         return float(final_answer(completion) == Fraction(ticket.reference["answer"].replace(" ", "")))
 
@@ -90,7 +90,7 @@ def load_rows(path: str, config: str, split: str) -> list[dict[str, Any]]:
 
     A hub that cannot be reached raises what `datasets` raises after its own retries: a `ConnectionError`.
     """
-    import datasets  # 2 s: only a caller of `prompts` pays for it
+    import datasets  # takes 2 s, only for callers of `prompts`
 
     local = Path(path)
     if local.is_file() and local.suffix in FILE_FORMATS:
@@ -105,7 +105,7 @@ def load_rows(path: str, config: str, split: str) -> list[dict[str, Any]]:
         rows = datasets.load_dataset(**where, split=split)
     except (FileNotFoundError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise ValueError(f"path {path!r}: cannot load the split {split!r}: {error}") from error
-    except StopIteration as error:  # how `datasets` says that every file is empty
+    except StopIteration as error:  # `datasets` raises it if every file is empty
         raise ValueError(f"path {path!r}, split {split!r}: expected at least one row, found none") from error
     if len(rows) == 0:
         raise ValueError(f"path {path!r}, split {split!r}: expected at least one row, found none")
@@ -116,7 +116,7 @@ def load_rows(path: str, config: str, split: str) -> list[dict[str, Any]]:
 
 
 def _is_text(kind: Any) -> bool:
-    """Arrow has three types of text: pandas 3 and Polars write the two later ones."""
+    """Whether it is one of Arrow's three types of text; pandas 3 and Polars write the two later ones."""
     from pyarrow import types
 
     return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))

@@ -41,7 +41,7 @@ class Wait(ResponseBody):
 
 
 class Staleness(ResponseBody):
-    """Of the groups that were trained last, in steps."""
+    """Staleness in steps of the groups that were trained last."""
 
     mean: float | None = None
     max: float | None = None

@@ -29,7 +29,7 @@ class GroupSamples:
         self._max_bytes = max_bytes
         self._num_bytes = 0
         self._kept: OrderedDict[str, _CachedSample] = OrderedDict()
-        """By id, the newest last."""
+        """Samples by id, the newest last."""
 
     def __len__(self) -> int:
         return len(self._kept)

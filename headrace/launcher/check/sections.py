@@ -195,7 +195,7 @@ SECTIONS: list[Callable[[EstimateInputs], Section | None]] = [
 
 
 def format_bytes(num_bytes: int) -> str:
-    """Such as 2.9 GiB."""
+    """A size as text, such as 2.9 GiB."""
     amount = float(num_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if amount < KIB:

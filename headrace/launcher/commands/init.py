@@ -24,7 +24,7 @@ def init(folder: Path) -> list[Path]:
 
 
 def next_commands(folder: Path) -> list[str]:
-    """What to type after `headrace init`."""
+    """The commands to run after `headrace init`."""
     recipe = shlex.quote(str(folder / "recipe.yaml"))
     return [f"headrace check {recipe}", f"headrace up {recipe} --run first", "headrace status --watch --run first"]
 

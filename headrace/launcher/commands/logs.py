@@ -85,7 +85,7 @@ def _print_line(line: "LogLine", as_json: bool) -> None:
 
 
 def _with_one_ticket(line: "LogLine", ticket: str | None) -> "LogLine":
-    """Of the many tickets of a line only the given one."""
+    """The line with only the given one of its tickets."""
     if ticket is None or "tickets" not in line.fields:
         return line
     count = line.fields["tickets"].count(",")

@@ -120,7 +120,7 @@ def measure_flops() -> float:
 
 
 def format_seconds(seconds: float) -> str:
-    """Such as 12 s, 5 min, 3.4 h."""
+    """A duration as text, such as 12 s, 5 min, 3.4 h."""
     if seconds < 100:
         return f"{seconds:.0f} s" if seconds >= 1 else f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
