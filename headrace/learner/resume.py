@@ -73,7 +73,7 @@ def _discard_unfinished(checkpoints: Path) -> None:
 
 
 def _repair(store: LearnerStore, source: GroupSource, record: CheckpointRecord) -> None:
-    """Makes Redis agree with the checkpoint, whatever either of them missed. Safe to repeat."""
+    """Makes Redis agree with the checkpoint. Safe to repeat."""
     store.settle(record.earlier)
     store.settle(record.settlements, groups="keep")
     entries = store.ledger_entries(record.unfinished)

@@ -44,15 +44,15 @@ def dead_letters(client: redis.Redis, keys: Keys) -> list[DeadLetter]:
     """The oldest first."""
     rows: Any = client.xrange(keys.dead_letters)
     names = [fields.get(b"id", b"?").decode(errors="replace") for _, fields in rows]
-    marks: Any = client.hmget(keys.ledger, names) if names else []
+    ledger: Any = client.hmget(keys.ledger, names) if names else []
     return [
         DeadLetter(
             entry_id.decode(),
             name,
             fields.get(b"reason", b"").decode(errors="replace"),
-            mark is not None and parse_ledger_entry(mark) == LedgerEntry("dead", entry_id.decode()),
+            known is not None and parse_ledger_entry(known) == LedgerEntry("dead", entry_id.decode()),
         )
-        for (entry_id, fields), name, mark in zip(rows, names, marks, strict=True)
+        for (entry_id, fields), name, known in zip(rows, names, ledger, strict=True)
     ]
 
 

@@ -86,18 +86,18 @@ def simulate(measured: MeasuredRun, replicas: int, max_replicas: int, seed: int 
 
 def follow_advice(measured: MeasuredRun, start: int, max_replicas: int, until_s: float, seed: int = 0) -> list[int]:
     """The numbers of replicas that the advice sets one after another, from `start` on, if each is applied."""
-    adviser, ordered = ReplicaAdviser(start, max_replicas, measured.max_groups_in_flight), [start]
+    adviser, targets = ReplicaAdviser(start, max_replicas, measured.max_groups_in_flight), [start]
     simulation = Simulation(measured, start, seed)
 
     def observe(waited_s: float, worked_s: float, beats: list[Heartbeat]) -> None:
         number = adviser.observe(waited_s, worked_s, beats, simulation.steps_in_queue).replicas
-        if number != ordered[-1]:
-            ordered.append(number)
+        if number != targets[-1]:
+            targets.append(number)
             simulation.request_replicas(number, STARTUP_S)
 
     simulation.observe = observe
     simulation.run(until_s)
-    return ordered
+    return targets
 
 
 def _long_enough_s(measured: MeasuredRun, replicas: int) -> float:
@@ -124,8 +124,8 @@ def lines(measured: MeasuredRun, start: int, max_replicas: int) -> Iterator[str]
             f"{row.staleness:9.2f}  {row.advice.replicas:7}"
         )
     until_s = _until_s(measured, start)
-    ordered = follow_advice(measured, start, max_replicas, until_s)
-    yield f"the advice, followed from {start}: {' → '.join(map(str, ordered))} within {until_s / 60:.0f} minutes"
+    targets = follow_advice(measured, start, max_replicas, until_s)
+    yield f"the advice, followed from {start}: {' → '.join(map(str, targets))} within {until_s / 60:.0f} minutes"
 
 
 def _until_s(measured: MeasuredRun, start: int) -> float:

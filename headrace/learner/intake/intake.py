@@ -239,14 +239,14 @@ class Intake:
     def _num_unconsumed(self, queue: QueueState) -> int:
         return queue.in_stream - self.settlement_log.num_consumed_in(self.store.keys.groups)
 
-    def _take_in(self, entries: list[Entry], marks: list[LedgerEntry | None]) -> None:
+    def _take_in(self, entries: list[Entry], known: list[LedgerEntry | None]) -> None:
         limits = self._limits()
         accepted: dict[str, list[str]] = defaultdict(list)
-        for entry, mark in zip(entries, marks, strict=True):
+        for entry, ledger_entry in zip(entries, known, strict=True):
             group = None
             try:
-                if mark != LedgerEntry("answered", entry.entry_id):
-                    raise GroupRejected(f"the ledger knows no such group: it says {mark or 'nothing'}")
+                if ledger_entry != LedgerEntry("answered", entry.entry_id):
+                    raise GroupRejected(f"the ledger knows no such group: it says {ledger_entry or 'nothing'}")
                 group = decode_group(entry.payload)
                 validate_group(group, entry.ticket_id, limits)
             except (WireError, GroupRejected) as error:

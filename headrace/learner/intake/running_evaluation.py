@@ -66,9 +66,9 @@ class RunningEvaluation:
             names = sorted(self._evaluation.waiting_for) if self._evaluation is not None else []
             if self._evaluation is None or not names:
                 return
-            for name, mark in zip(names, self._store.ledger_entries(names), strict=True):
-                if mark is not None and mark.state == "dead":
-                    self._evaluation.mark_dead(name, self._store.dead_reason(mark))
+            for name, known in zip(names, self._store.ledger_entries(names), strict=True):
+                if known is not None and known.state == "dead":
+                    self._evaluation.mark_dead(name, self._store.dead_reason(known))
             self._lock.notify_all()
 
     def take_result(

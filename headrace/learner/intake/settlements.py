@@ -61,8 +61,8 @@ class SettlementLog:
         names = sorted(self._unfinished)
         found = [
             name
-            for name, mark in zip(names, store.ledger_entries(names), strict=True)
-            if mark and mark.state in ("open", "answered")
+            for name, known in zip(names, store.ledger_entries(names), strict=True)
+            if known and known.state in ("open", "answered")
         ]
         self._unfinished = set(found)
         return found

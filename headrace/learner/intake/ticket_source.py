@@ -129,13 +129,13 @@ class TicketSource:
         if settings.temperature is not None:
             sampling = msgspec.structs.replace(sampling, temperature=max(settings.temperature, GREEDY))
         tickets, problem = [], ""
-        for place, prompt in enumerate(itertools.islice(prompts, settings.num_prompts)):
-            name = f"eval-{version}-{place}"
+        for position, prompt in enumerate(itertools.islice(prompts, settings.num_prompts)):
+            name = f"eval-{version}-{position}"
             try:
                 ticket = self._ticket(prompt, name, "eval", settings.completions_per_prompt, step, version)
             except (PromptError, PromptTooLong) as error:
-                problem = f"; held-out prompt {place}: {error}"
-                _log.warning("held-out prompt %d is left out: %s", place, error, extra={"ticket": name})
+                problem = f"; held-out prompt {position}: {error}"
+                _log.warning("held-out prompt %d is left out: %s", position, error, extra={"ticket": name})
             else:
                 tickets.append(msgspec.structs.replace(ticket, sampling=sampling))
         if not tickets:
@@ -167,18 +167,20 @@ class TicketSource:
         if prompt is None:
             self._begin_next_epoch(unusable)
             return self._next(unusable)
-        epoch, place = self.cursor
-        self.cursor = Cursor(epoch, place + 1)
-        return _NumberedPrompt(TicketId("train", epoch, place), prompt)
+        epoch, position = self.cursor
+        self.cursor = Cursor(epoch, position + 1)
+        return _NumberedPrompt(TicketId("train", epoch, position), prompt)
 
     def _begin_next_epoch(self, unusable: Sequence[UnusablePrompt]) -> None:
         """Raises `ValueError` if every epoch would be like the last one, without a ticket."""
-        task, (epoch, place) = self.config.task.name, self.cursor
-        if place == 0:
+        task, (epoch, position) = self.config.task.name, self.cursor
+        if position == 0:
             raise ValueError(f"task {task!r} has no training prompts")
         if not self._has_issued:
             last = f"; the last: {unusable[-1].reason}" if unusable else ""
-            raise ValueError(f"task {task!r}: none of the {place} training prompts of epoch {epoch} can be used{last}")
+            raise ValueError(
+                f"task {task!r}: none of the {position} training prompts of epoch {epoch} can be used{last}"
+            )
         self.cursor = Cursor(epoch + 1, 0)
         self._has_issued = False
         self._prompts = self._prompts_from(self.cursor)
@@ -195,7 +197,7 @@ class TicketSource:
         for epoch, names in by_epoch.items():
             wanted = {name.position for name in names}
             prompts = itertools.islice(self._prompts_from(Cursor(epoch, 0)), max(wanted) + 1)
-            found = {place: prompt for place, prompt in enumerate(prompts) if place in wanted}
+            found = {position: prompt for position, prompt in enumerate(prompts) if position in wanted}
             tickets |= {str(name): self._rebuild(name, found.get(name.position), step, version) for name in names}
         return {ticket_id: tickets[ticket_id] for ticket_id in ticket_ids}
 
