@@ -12,10 +12,8 @@ learner, 4 starved: nothing to do for learner.starvation_deadline_s.
 """
 
 import argparse
-import json
 import logging
 import os
-import shutil
 import signal
 import sys
 from contextlib import suppress
@@ -31,7 +29,6 @@ from headrace.common.http.service import serve_in_thread
 from headrace.common.metrics.endpoint import mount_metrics
 from headrace.common.preflight.recipe import check_model, check_trackers
 from headrace.common.preflight.task import check_task
-from headrace.common.process.atomic_files import file_entry
 from headrace.common.process.logs import add_process_fields, set_up_logging
 from headrace.common.process.run_token import load_or_create_token
 from headrace.common.process.waiting import Waits
@@ -43,6 +40,7 @@ from headrace.learner.distributed.engine_wait import wait_for_engine
 from headrace.learner.distributed.launch import run_ranks
 from headrace.learner.intake.recordings import Recording
 from headrace.learner.reporting.http_api import make_app
+from headrace.learner.status import learner_status
 from headrace.learner.steering.switches import Switches
 
 _log = logging.getLogger("headrace.learner")
@@ -150,6 +148,7 @@ def _run(arguments: argparse.Namespace, config: RunConfig, recording: Recording 
 def _learn(context: LearnerContext, sock: Any) -> int:
     from headrace.learner.assembly import assemble
     from headrace.learner.reporting.prometheus import LearnerMetrics
+    from headrace.learner.results import write_results
     from headrace.learner.stages.wait_deadlines import Starved
     from headrace.learner.store.fenced_redis import Fenced
 
@@ -161,7 +160,7 @@ def _learn(context: LearnerContext, sock: Any) -> int:
         _log.info("run %s is complete: raise learner.steps to continue it", folder.name)
         loop.acknowledge_stop()
         return 0
-    status = partial(_status, loop, folder.name)
+    status = partial(learner_status, loop, folder.name)
     app = make_app(loop.versions.root, status, context.switches, context.token, loop.versions.memory)
     mount_metrics(app, LearnerMetrics(status, loop.reporter.metrics.rows, loop.intake, loop.versions))
     with serve_in_thread(app, sock):
@@ -180,34 +179,9 @@ def _learn(context: LearnerContext, sock: Any) -> int:
             _report_end(loop, "failed", str(error))
             return 1
         if is_complete:
-            _write_results(loop, folder, tokenizer)
+            write_results(loop, folder, tokenizer)
         loop.close()
     return 0
-
-
-def _status(loop: Any, run: str) -> dict[str, Any]:
-    """The reply of `/status`; from memory alone, so it never waits for the loop or Redis."""
-    progress = loop.progress
-    return {
-        "service": "learner",
-        "run": run,
-        "phase": "paused" if loop.switches.paused.is_set() else progress.phase,
-        "reason": loop.waits.describe(),
-        "waits": loop.waits.status(),
-        "step": progress.step,
-        "target_steps": loop.config.learner.steps,
-        "weight_version": loop.versions.current,
-        "fencing_epoch": loop.store.epoch,
-        "desired_replicas": loop.intake.control_state.desired_state.desired_replicas,
-        "advised_replicas": loop.reporter.adviser.advice.replicas,
-        "advice": loop.reporter.adviser.advice.reason,
-        "settings_version": loop.live_config.settings.version,
-        "unpersisted_commands": [" ".join(map(str, command)) for command in loop.switches.unpersisted],
-        "group_stream_length": loop.intake.queue.in_stream,
-        "unread_groups": loop.intake.num_unread,
-        "counts": dict(loop.intake.settlement_log.counts),
-        "latest": progress.latest,
-    }
 
 
 def _report_end(loop: Any, phase: str, reason: str) -> None:
@@ -216,22 +190,6 @@ def _report_end(loop: Any, phase: str, reason: str) -> None:
     loop.switches.stop.set()  # ends retries
     with suppress(Fenced, RedisLost, redis.RedisError):
         loop.store.run_log.set_status({"phase": phase, "reason": reason, "waits": "{}"})
-
-
-def _write_results(loop: Any, folder: Path, tokenizer: Any) -> None:
-    from headrace.learner.reporting.summary import draw_curve, summarise
-
-    replicas = loop.store.replicas()
-    lags = [replica.waiting_s / replica.serving_s for replica in replicas if replica.serving_s > 0]
-    counts = {**loop.intake.settlement_log.counts, "dead": loop.store.num_dead()}
-    summary = summarise(loop.reporter.metrics.rows, counts, sum(lags) / max(1, len(lags)))
-    policy = folder / "policy"
-    shutil.rmtree(policy, ignore_errors=True)
-    loop.trainer.policy.save(policy, tokenizer)
-    for path in sorted(policy.glob("*.safetensors")):
-        _log.info("step %d, weights in %s with SHA-256 %s", loop.progress.step, path, file_entry(path).sha256)
-    draw_curve(loop.reporter.metrics.rows, folder / "reward-curve.png")
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -238,7 +238,7 @@ def test_the_adviser_is_told_how_the_learner_spends_its_time(loop: Loop, tmp_pat
 def test_the_advice_is_published_and_outlives_the_learner(
     loop: Loop, recording: Path, client: redis.Redis, keys: Keys, tmp_path: Path
 ) -> None:
-    from headrace.learner.__main__ import _status
+    from headrace.learner.status import learner_status
 
     assert loop.run()
     said = client.hgetall(keys.learner)
@@ -248,20 +248,20 @@ def test_the_advice_is_published_and_outlives_the_learner(
         client.hset(keys.control, "desired_replicas", 2)
         again = assemble_loop(tmp_path, client, keys, recording)
         again.intake.poll_control_state()
-        status = _status(again, "x")
+        status = learner_status(again, "x")
         assert (status["advised_replicas"], status["desired_replicas"]) == (expected, 2)
         end(again)
 
 
 def test_the_status_needs_no_redis(loop: Loop) -> None:
     """While a command hangs in an outage, `/status` answers from memory."""
-    from headrace.learner.__main__ import _status
+    from headrace.learner.status import learner_status
 
     answers: list[dict[str, Any]] = []
     loop.store.client.connection_pool.disconnect()
     loop.waits.note(Reason.REDIS_UNREACHABLE, "127.0.0.1:1: refused", 300.0)
     with loop.intake._lock:  # as the thread does while a command is tried again
-        asking = threading.Thread(target=lambda: answers.append(_status(loop, "x")))
+        asking = threading.Thread(target=lambda: answers.append(learner_status(loop, "x")))
         asking.start()
         asking.join(GUARD_S)
     assert answers and answers[0]["waits"][0]["reason"] == "redis_unreachable"

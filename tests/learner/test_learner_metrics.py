@@ -17,9 +17,9 @@ from headrace.common.metrics.steps import TEXTS, StepTotals, add_latest_evaluati
 from headrace.common.process.waiting import Reason
 from headrace.common.redis.keys import Keys
 from headrace.generation.http_api import make_app as make_replica_app
-from headrace.learner.__main__ import _status
 from headrace.learner.loop import Loop
 from headrace.learner.reporting.prometheus import LearnerMetrics
+from headrace.learner.status import learner_status
 from tests.support.fake_sglang import FakeSglang
 from tests.support.replay import STEPS, assemble_loop, end
 from tests.support.replicas import a_learner, run, running_replica, until
@@ -33,7 +33,7 @@ def of(families: Families) -> Scrape:
 
 
 def exported(loop: Loop) -> LearnerMetrics:
-    return LearnerMetrics(lambda: _status(loop, "r"), loop.reporter.metrics.rows, loop.intake, loop.versions)
+    return LearnerMetrics(lambda: learner_status(loop, "r"), loop.reporter.metrics.rows, loop.intake, loop.versions)
 
 
 def test_a_histogram_counts_by_upper_bound() -> None:

@@ -71,7 +71,7 @@ PRIVATE_WORDS = {
     "shown_run",
 }
 """Names that files of this project once had, where the field has a word of its own."""
-ABOVE = {"__main__": {"loop", "assembly", "http_api"}, "assembly": {"loop"}, "http_api": {"loop"}}
+ABOVE = {"__main__": {"loop", "assembly", "http_api"}, "assembly": {"loop"}, "http_api": {"loop"}, "results": {"loop"}}
 """Of the modules beside the folders, which may import which of `loop`, `assembly` and `__main__`."""
 
 

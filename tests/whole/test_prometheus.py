@@ -26,8 +26,8 @@ from headrace.common.redis.keys import Keys
 from headrace.common.wire import encode
 from headrace.control.assembly import running_app, serving
 from headrace.generation.http_api import make_app as make_replica_app
-from headrace.learner.__main__ import _status
 from headrace.learner.reporting.prometheus import LearnerMetrics
+from headrace.learner.status import learner_status
 from tests.support.fake_sglang import a_fake_sglang, sample
 from tests.support.guard import GUARD_S
 from tests.support.replay import assemble_loop, end, make_recording
@@ -90,7 +90,9 @@ def learner_at(client: redis.Redis, folder: Path) -> Iterator[str]:
     """It has learnt a recording."""
     loop = assemble_loop(folder / "run", client, LEARNT, make_recording(folder / "recording.msgpack"))
     app, sock = new_app("learner"), listen("127.0.0.1", 0)
-    exported = LearnerMetrics(lambda: _status(loop, LEARNT.run), loop.reporter.metrics.rows, loop.intake, loop.versions)
+    exported = LearnerMetrics(
+        lambda: learner_status(loop, LEARNT.run), loop.reporter.metrics.rows, loop.intake, loop.versions
+    )
     mount_metrics(app, exported)
     with serve_in_thread(app, sock):
         assert loop.run()
