@@ -73,7 +73,7 @@ def test_a_model_without_safetensors_is_refused(monkeypatch: pytest.MonkeyPatch,
 def test_a_revision_of_a_folder_and_an_unknown_one_are_refused(
     monkeypatch: pytest.MonkeyPatch, demo_policy: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"model\.revision 'v1': model\.path '.*' is no model on the hub"):
+    with pytest.raises(ValueError, match=r"model\.revision 'v1': model\.path '.*' is not a model on the hub"):
         check_model_folder(str(demo_policy), "v1")
 
     def refuse(*_: Any, **__: Any) -> str:
