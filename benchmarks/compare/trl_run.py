@@ -60,7 +60,12 @@ def reward_of(task_name: str, settings: dict[str, Any]) -> Callable[..., list[fl
 
     def reward(completions: list[list[dict[str, str]]], answer: list[str], **_: Any) -> list[float]:
         texts = [completion[0]["content"] for completion in completions]
-        return [task.reward(text, ticket_of(right)) for text, right in zip(texts, answer, strict=True)]
+        return list(map(score, texts, answer))
+
+    def score(text: str, answer: str) -> float:
+        given = task.reward(text, ticket_of(answer))
+        assert isinstance(given, float), "the compared tasks have synchronous rewards"
+        return given
 
     return reward
 

@@ -127,13 +127,15 @@ def _groups(model: Any, tickets: list[Ticket], version: int, task: Task, tokeniz
         for tokens, logprobs in itertools.islice(samples, ticket.num_completions):
             is_ended = tokens[-1] in sampling.stop_token_ids
             text = tokenizer.decode(tokens[:-1] if is_ended else tokens)
+            reward = task.reward(text, ticket)
+            assert isinstance(reward, float), "the study's tasks have synchronous rewards"
             rollouts.append(
                 Rollout(
                     tokens=np.array(tokens, np.int32),
                     loss_mask=b"\1" * len(tokens),
                     behaviour_logprobs=np.array(logprobs, np.float32),
                     version_spans=[VersionSpan(version, 0, len(tokens))],
-                    reward=task.reward(text, ticket),
+                    reward=reward,
                     finish_reason="stop" if is_ended else "length",
                     text=text,
                 )

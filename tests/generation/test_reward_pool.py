@@ -9,13 +9,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 
 from headrace.common.wire import Sampling, Ticket
 from headrace.generation.rewards.pool import RewardPool, TaskError
 from headrace.generation.rewards.process import RewardError, WorkerProcess
-from headrace.generation.rewards.worker import ScoreRequest, Setup, WorkerReply
+from headrace.generation.rewards.worker import CompletionScore, ScoreRequest
 from tests.support.guard import GUARD_S
 
 REPOSITORY = Path(__file__).parents[2]
@@ -180,18 +181,17 @@ def test_a_hanging_reward_is_killed_at_its_deadline() -> None:
 def test_the_deadline_starts_when_a_worker_gets_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second group waits for the only worker and then gets the whole deadline."""
     seen: list[Any] = []
-    request = WorkerProcess.request
+    score = WorkerProcess.score
 
-    async def request_and_note(worker: WorkerProcess, message: Setup | ScoreRequest, deadline_s: float) -> WorkerReply:
-        if isinstance(message, Setup):
-            return await request(worker, message, deadline_s)
-        seen.append((message.completions, deadline_s))
+    async def score_and_note(worker: WorkerProcess, request: ScoreRequest) -> list[CompletionScore]:
+        seen.append((request.completions, request.deadline_s))
+        is_hanging = request.completions == ["hang"]
         try:
-            return await request(worker, message, 0.2 if message.completions == ["hang"] else deadline_s)
+            return await score(worker, msgspec.structs.replace(request, deadline_s=0.2) if is_hanging else request)
         finally:
             seen.append("ended")
 
-    monkeypatch.setattr(WorkerProcess, "request", request_and_note)
+    monkeypatch.setattr(WorkerProcess, "score", score_and_note)
 
     async def scenario() -> None:
         async with running_pool() as pool:
@@ -201,6 +201,83 @@ def test_the_deadline_starts_when_a_worker_gets_the_group(monkeypatch: pytest.Mo
 
     asyncio.run(scenario())
     assert seen == [(["hang"], GUARD_S), "ended", (["5"], GUARD_S), "ended"]
+
+
+def test_each_completion_has_the_deadline_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parent waits anew for each score: a group may take longer than the deadline of one completion."""
+    waited: list[float] = []
+    receive = WorkerProcess._receive
+
+    async def receive_and_note(worker: WorkerProcess, kind: Any, deadline_s: float, late_s: float = 0.0) -> Any:
+        waited.append(deadline_s)
+        return await receive(worker, kind, deadline_s, late_s)
+
+    async def scenario() -> None:
+        async with running_pool() as pool:
+            monkeypatch.setattr(WorkerProcess, "_receive", receive_and_note)
+            assert await pool.score(TICKET, ["1", "2", "3"]) == [1.0, 2.0, 3.0]
+
+    asyncio.run(scenario())
+    assert waited == [GUARD_S] * 3
+
+
+AWAITED = "tests.support.faulty_tasks:Awaited"
+
+
+def test_an_asynchronous_reward_scores_all_completions_of_a_group_at_once() -> None:
+    """None of them returns before all were begun."""
+
+    async def scenario() -> None:
+        async with running_pool(AWAITED) as pool:
+            assert await pool.score(TICKET, [f"meet {number} of 8" for number in range(8)]) == list(range(8))
+            assert await pool.score(TICKET, ["2", "1"]) == [2.0, 1.0], "the same loop serves the next group"
+
+    asyncio.run(scenario())
+
+
+def test_an_asynchronous_reward_past_its_deadline_fails_its_group_and_not_the_worker(no_pauses: None) -> None:
+    """The other completions keep their rewards: only the late one is scored again."""
+
+    async def scenario() -> None:
+        async with running_pool(AWAITED, deadline_s=0.2) as pool:
+            with pytest.raises(
+                RewardError, match=r"completion 2 of 2: no reward within the deadline of 0\.2 s"
+            ) as caught:
+                await pool.score(TICKET, ["1", "wait"])
+            assert caught.value.completions == ["wait"]
+            [before], [after] = [pool._running, await pool.score(TICKET, ["pid"])]
+            assert before.process.pid == after
+
+    asyncio.run(scenario())
+
+
+def test_what_an_asynchronous_reward_raises_fails_its_group_only(no_pauses: None) -> None:
+    faults = {
+        "raise": "completion 2 of 3: ValueError: .*is no text.*faulty_tasks.py:",
+        "timeout": "TimeoutError: the judge",
+        "return nan": "finite number.*nan",
+        "leave": "SystemExit: enough",
+        "cancel": "CancelledError",
+    }
+
+    async def scenario() -> None:
+        async with running_pool(AWAITED) as pool:
+            for completion, reason in faults.items():
+                with pytest.raises(RewardError, match=f"(?s)ticket-7: .*{reason}"):
+                    await pool.score(TICKET, ["1", completion, "2"])
+                assert await pool.score(TICKET, ["3"]) == [3.0]
+
+    asyncio.run(scenario())
+
+
+def test_an_asynchronous_reward_that_blocks_its_loop_is_killed() -> None:
+    async def scenario() -> None:
+        async with running_pool(AWAITED, deadline_s=0.2) as pool:
+            with pytest.raises(RewardError, match=r"no answer within the deadline of 0\.2 s"):
+                await pool.score(TICKET, ["1", "hang"])
+            assert await pool.score(TICKET, ["3"]) == [3.0], "another worker has its place"
+
+    asyncio.run(scenario())
 
 
 def test_a_reward_can_neither_write_to_nor_read_from_the_connection() -> None:

@@ -1,5 +1,6 @@
 """Tasks for the tests of the reward pool, chosen by import path; their rewards run in its workers."""
 
+import asyncio
 import contextlib
 import math
 import os
@@ -75,6 +76,32 @@ class Obedient:
                     raise ValueError(f"not yet {argument}")
                 return self._asked[argument]
         return self._factor * float(completion)
+
+
+class Awaited(Obedient):
+    """The same by a coroutine, and what only one can do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._met: set[str] = set()
+        self._all_met = asyncio.Event()
+
+    async def reward(self, completion: str, ticket: Ticket) -> Any:
+        match completion.split():
+            case ["meet", number, "of", num_all]:
+                self._met.add(number)
+                if len(self._met) == int(num_all):
+                    self._all_met.set()
+                await self._all_met.wait()
+                return float(number)
+            case ["wait"]:
+                await asyncio.Event().wait()
+            case ["timeout"]:
+                raise TimeoutError("the judge is busy")
+            case ["cancel"]:
+                raise asyncio.CancelledError
+        await asyncio.sleep(0)
+        return super().reward(completion, ticket)
 
 
 class Unloadable(Obedient):

@@ -112,7 +112,7 @@ class GenerationConfig(Section):
         0.5, gt=0, le=1, description="Largest share of replicas that swap weights at the same time; one always may."
     )
     reward_workers: int = Field(1, ge=1, description="Number of reward processes per replica.")
-    reward_deadline_s: float = Field(10.0, gt=0, description="Longest time to score one group.")
+    reward_deadline_s: float = Field(10.0, gt=0, description="Longest time to score one completion.")
     reward_memory_bytes: int = Field(4 << 30, ge=1 << 26, description="Largest address space of one reward process.")
     host: str = Field("127.0.0.1", description="Address that a replica listens on; 0.0.0.0 if others must reach it.")
     port: int = Field(0, ge=0, le=65535, description="Port; 0: any free one.")

@@ -7,7 +7,7 @@ A task is a class with two methods, chosen by name or by import path (`package.m
 import difflib
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -47,8 +47,12 @@ class Task(Protocol):
         """
         ...
 
-    def reward(self, completion: str, ticket: Ticket) -> float:
-        """A finite number for one completion of the ticket's prompt. May raise; the ticket is then retried."""
+    def reward(self, completion: str, ticket: Ticket) -> float | Awaitable[float]:
+        """A finite number for one completion of the ticket's prompt. May raise: the completion is then scored again.
+
+        May be an `async def`: the completions of a group are then scored concurrently, on one event loop that lives as
+        long as the worker.
+        """
         ...
 
 

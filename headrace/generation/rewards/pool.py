@@ -1,7 +1,8 @@
 """Computes rewards in a pool of worker processes, and replaces workers that fail.
 
-One worker scores all completions of a group. A completion whose reward raises an exception or is not a finite number
-is scored up to two more times by the same worker. If a reward exceeds the deadline or the memory limit, or ends its
+One worker scores all completions of a group: concurrently if the task's `reward` is a coroutine function, else one
+after the other. A completion whose reward raises an exception, is not a finite number, or is a coroutine past its
+deadline is scored up to two more times. If another reward exceeds the deadline, or any the memory limit, or ends its
 process, the group fails at once with `RewardError`. The worker is then killed with its process group, and replaced
 before its slot is used again. Other groups only wait for a free worker.
 
@@ -20,7 +21,7 @@ from typing import Any
 from headrace.common.metrics.families import SHORT_S, Histogram
 from headrace.common.wire import Ticket
 from headrace.generation.rewards.process import RewardError, WorkerProcess, spawn
-from headrace.generation.rewards.worker import ScoreRequest, Setup, WorkerReply
+from headrace.generation.rewards.worker import CompletionScore, ScoreRequest, Setup
 
 START_DEADLINE_S = 120.0
 RETRY_PAUSES_S = (0.1, 1.0)
@@ -33,7 +34,7 @@ class TaskError(RewardError):
 
 
 class RewardPool:
-    """`num_workers` processes that score groups, with limits of `deadline_s` a group and `memory_bytes` a process.
+    """`num_workers` processes that score groups, with limits of `deadline_s` a completion and `memory_bytes` a process.
 
     The memory limit is one of address space (RLIMIT_AS); it includes the interpreter, the libraries and the task.
     """
@@ -85,7 +86,7 @@ class RewardPool:
     async def score(self, ticket: Ticket, completions: list[str]) -> list[float]:
         """Returns one finite reward for each completion, in order; raises `RewardError` naming the ticket.
 
-        Waits for a free worker. The deadline starts anew at each attempt, when a worker gets the group.
+        Waits for a free worker. The deadline of a completion starts when the worker begins to score it.
         """
         assert self._is_open, "score() is called after start() and before close()"
         rewards: list[float | None] = [None] * len(completions)
@@ -94,30 +95,30 @@ class RewardPool:
             missing = [index for index, reward in enumerate(rewards) if reward is None]
             texts = [completions[index] for index in missing]
             try:
-                reply = await self._score_once(ScoreRequest(ticket, texts))
+                scores = await self._score_once(ScoreRequest(ticket, texts, self._deadline_s))
             except (RewardError, OSError) as error:
                 self.problem = f"ticket {ticket.id}: {error}"
                 raise RewardError(self.problem, texts) from error
-            assert len(reply.rewards) == len(missing), (len(reply.rewards), len(missing))
-            for index, reward in zip(missing, reply.rewards, strict=True):
-                rewards[index] = reward
+            problem = next((score.problem for score in scores if score.reward is None), "")
+            for index, score in zip(missing, scores, strict=True):
+                rewards[index] = score.reward
             scored = [reward for reward in rewards if reward is not None]
             if len(scored) == len(rewards):
                 self.problem = ""
                 return scored
             first = rewards.index(None)
-            _log.info("completion %d of %d: %s", first + 1, len(rewards), reply.problem, extra={"ticket": ticket.id})
-        self.problem = f"ticket {ticket.id}: completion {first + 1} of {len(rewards)}: {reply.problem}"
+            _log.info("completion %d of %d: %s", first + 1, len(rewards), problem, extra={"ticket": ticket.id})
+        self.problem = f"ticket {ticket.id}: completion {first + 1} of {len(rewards)}: {problem}"
         raise RewardError(self.problem, [completions[i] for i, reward in enumerate(rewards) if reward is None])
 
-    async def _score_once(self, request: ScoreRequest) -> WorkerReply:
+    async def _score_once(self, request: ScoreRequest) -> list[CompletionScore]:
         worker = await self._free.get()
         started = time.monotonic()
         try:
             if not worker.is_usable:
                 worker.kill()
                 worker = await self._start_worker()
-            return await worker.request(request, self._deadline_s)
+            return await worker.score(request)
         finally:
             self.seconds.observe(time.monotonic() - started)
             self._free.put_nowait(worker)
@@ -131,7 +132,7 @@ class RewardPool:
                 raise RewardError("the reward pool was closed")
             worker = WorkerProcess(spawn(worker_end), replies, requests)
         self._running = {worker, *(other for other in self._running if other.process.poll() is None)}
-        reply = await worker.request(self._setup, START_DEADLINE_S)
+        reply = await worker.set_up(self._setup, START_DEADLINE_S)
         if reply.problem:
             raise TaskError(reply.problem)
         return worker

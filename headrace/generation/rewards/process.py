@@ -1,6 +1,6 @@
 """The parent's side of a reward worker: starts the process, sends requests, kills it.
 
-Each request gets one reply, both in msgpack. The process shares no memory, lock or event loop with its parent, and
+Requests and replies are msgpack. The process shares no memory, lock or event loop with its parent, and
 inherits neither the run's token nor Redis' URL.
 """
 
@@ -11,12 +11,17 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from typing import TypeVar
 
 import msgspec
 
 from headrace.common.process.child_process import python_path, untrusted_code_environment
-from headrace.generation.rewards.worker import LENGTH_BYTES, ScoreRequest, Setup, WorkerReply
+from headrace.generation.rewards.worker import LENGTH_BYTES, CompletionScore, ScoreRequest, Setup, SetupReply
+
+Reply = TypeVar("Reply", SetupReply, CompletionScore)
+LATE_S = 5.0
+"""A worker that meets the deadline itself, for an asynchronous reward, has so much longer to say so."""
 
 
 class RewardError(Exception):
@@ -29,7 +34,7 @@ class RewardError(Exception):
 
 
 class WorkerProcess:
-    """A worker process and the connection to it; each request gets one reply."""
+    """A worker process and the connection to it."""
 
     def __init__(
         self, process: subprocess.Popen[bytes], replies: asyncio.StreamReader, requests: asyncio.StreamWriter
@@ -59,40 +64,58 @@ class WorkerProcess:
             await self._requests.wait_closed()
         return status
 
-    async def request(self, message: Setup | ScoreRequest, deadline_s: float) -> WorkerReply:
-        """Returns the worker's reply; raises `RewardError` if there is none within the deadline.
+    async def set_up(self, setup: Setup, deadline_s: float) -> SetupReply:
+        """Returns the reply of a worker that has just started; raises `RewardError` if there is none in time."""
+        payload = msgspec.msgpack.encode(setup)
+        async with self._killed_on_failure():
+            await self._send(payload)
+            reply = await self._receive(SetupReply, deadline_s)
+            if reply.problem:
+                self.kill()
+            return reply
 
-        A worker that does not reply, or reports that it is not usable any more, is killed. So is the worker of a
-        cancelled call.
-        """
+    async def score(self, request: ScoreRequest) -> list[CompletionScore]:
+        """Returns one score for each completion, in their order. Raises `RewardError` if the next score does not come
+        within the request's deadline, or the worker must not be used any more."""
         try:
-            payload = msgspec.msgpack.encode(message)
+            payload = msgspec.msgpack.encode(request)
         except UnicodeEncodeError as error:
             raise RewardError(f"{type(error).__name__}: {error}") from error
-        is_usable = False
+        scores: list[CompletionScore] = []
+        async with self._killed_on_failure():
+            await self._send(payload)
+            while len(scores) < len(request.completions):
+                scores.append(await self._receive(CompletionScore, request.deadline_s, LATE_S))
+                if not scores[-1].is_usable:
+                    raise RewardError(scores[-1].problem)
+        return sorted(scores, key=lambda score: score.index)
+
+    @contextlib.asynccontextmanager
+    async def _killed_on_failure(self) -> AsyncIterator[None]:
+        """Kills the worker of a failed or cancelled call."""
         try:
-            async with asyncio.timeout(deadline_s):
-                reply = await self._exchange(payload)
-            is_usable = reply.is_usable
-            if not is_usable and isinstance(message, ScoreRequest):
-                raise RewardError(reply.problem)
-            return reply
-        except TimeoutError as error:
-            raise RewardError(f"no answer within the deadline of {deadline_s:g} s") from error
+            yield
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             self.kill()  # the process is dead or useless; a dead one keeps its exit status
             raise RewardError(f"the worker's process ended with status {await self.wait()}") from error
         except msgspec.DecodeError as error:
+            self.kill()
             raise RewardError(f"{type(error).__name__}: {error}") from error
-        finally:
-            if not is_usable:
-                self.kill()
+        except BaseException:
+            self.kill()
+            raise
 
-    async def _exchange(self, payload: bytes) -> WorkerReply:
+    async def _send(self, payload: bytes) -> None:
         self._requests.write(len(payload).to_bytes(LENGTH_BYTES) + payload)
         await self._requests.drain()
-        length = int.from_bytes(await self._replies.readexactly(LENGTH_BYTES))
-        return msgspec.msgpack.decode(await self._replies.readexactly(length), type=WorkerReply)
+
+    async def _receive(self, kind: type[Reply], deadline_s: float, late_s: float = 0.0) -> Reply:
+        try:
+            async with asyncio.timeout(deadline_s + late_s):
+                length = int.from_bytes(await self._replies.readexactly(LENGTH_BYTES))
+                return msgspec.msgpack.decode(await self._replies.readexactly(length), type=kind)
+        except TimeoutError as error:
+            raise RewardError(f"no answer within the deadline of {deadline_s:g} s") from error
 
 
 def spawn(connection: socket.socket) -> subprocess.Popen[bytes]:

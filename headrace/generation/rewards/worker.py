@@ -1,10 +1,11 @@
-"""The program of a reward worker: scores groups, with one reply to each message of its parent (`rewards.process`).
+"""The program of a reward worker: scores groups, with one reply for each completion to its parent (`rewards.process`).
 
 It loads the task once, limits its own memory, and dies with its parent, however the parent dies. An exception of a
 reward is reported in the reply.
 """
 
 import ctypes
+import inspect
 import math
 import numbers
 import os
@@ -13,6 +14,7 @@ import resource
 import signal
 import socket
 import traceback
+from collections.abc import Callable, Iterator
 from io import BufferedRWPair
 from typing import Any, TypeVar
 
@@ -36,19 +38,29 @@ class Setup(msgspec.Struct, frozen=True):
     parent_pid: int
 
 
+class SetupReply(msgspec.Struct, frozen=True):
+    """The reply to `Setup`; with a problem the worker ends."""
+
+    problem: str = ""
+
+
 class ScoreRequest(msgspec.Struct, frozen=True):
     """Every later message to a worker: the completions of one group."""
 
     ticket: Ticket
     completions: list[str]
+    deadline_s: float
+    """The longest that an asynchronous reward may take for one completion. The parent ends a synchronous one."""
 
 
-class WorkerReply(msgspec.Struct, frozen=True):
-    """The reply to any message. To a `ScoreRequest` it has one reward for each completion, or None for a failed one."""
+class CompletionScore(msgspec.Struct, frozen=True):
+    """The result of one completion. A `ScoreRequest` has as many replies as completions, in any order, or fewer, of
+    which the last is not usable."""
 
-    rewards: list[float | None] = []
+    index: int
+    reward: float | None = None
+    """None if there is none, for the reason in `problem`."""
     problem: str = ""
-    """The first problem; empty if there is none."""
     is_usable: bool = True
     """False if the worker must not be used any more."""
 
@@ -67,11 +79,13 @@ def run_worker() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (setup.memory_bytes, setup.memory_bytes))
         task = load_task(setup.task_name, setup.task_settings)
     except BaseException as error:  # noqa: BLE001 - a task is foreign code and may raise anything
-        send(parent, WorkerReply(problem=describe_error(error), is_usable=False))
+        send(parent, SetupReply(describe_error(error)))
         return
-    send(parent, WorkerReply())
+    send(parent, SetupReply())
+    score_group = choose_scoring(task)
     while request := receive(parent, ScoreRequest):
-        send(parent, score_group(task, request))
+        for score in score_group(task, request):
+            send(parent, score)
 
 
 def take_over_connection() -> BufferedRWPair:
@@ -87,30 +101,44 @@ def receive(parent: BufferedRWPair, kind: type[Received]) -> Received | None:
     return msgspec.msgpack.decode(parent.read(int.from_bytes(length)), type=kind) if length else None
 
 
-def send(parent: BufferedRWPair, reply: WorkerReply) -> None:
+def send(parent: BufferedRWPair, reply: SetupReply | CompletionScore) -> None:
     payload = msgspec.msgpack.encode(reply)
     parent.write(len(payload).to_bytes(LENGTH_BYTES) + payload)
     parent.flush()
 
 
-def score_group(task: Task, request: ScoreRequest) -> WorkerReply:
+def choose_scoring(task: Task) -> Callable[[Task, ScoreRequest], Iterator[CompletionScore]]:
+    """The completions of an `async def reward` are scored concurrently, others one after the other."""
+    if not inspect.iscoroutinefunction(task.reward):
+        return score_group
+    from headrace.generation.rewards.async_scoring import ConcurrentScoring  # only these workers load asyncio
+
+    return ConcurrentScoring().score_group
+
+
+def score_group(task: Task, request: ScoreRequest) -> Iterator[CompletionScore]:
     """Computes the rewards of one group. A failed completion does not affect the others."""
-    rewards: list[float | None] = []
-    problem = ""
-    for completion in request.completions:
-        reward = None
+    for index, completion in enumerate(request.completions):
         try:
-            given = task.reward(completion, request.ticket)
-            reward = to_finite_number(given)
-            problem = problem or (NOT_A_NUMBER.format(reprlib.repr(given)) if reward is None else "")
-        except MemoryError as error:
-            return WorkerReply(problem=describe_error(error), is_usable=False)
-        except Exception as error:  # noqa: BLE001 - as above
-            problem = problem or describe_error(error)
-        except BaseException as error:  # noqa: BLE001 - it would end the process
-            return WorkerReply(problem=describe_error(error), is_usable=False)
-        rewards.append(reward)
-    return WorkerReply(rewards, problem)
+            score = score_of(index, task.reward(completion, request.ticket))
+        except BaseException as error:  # noqa: BLE001 - as above
+            score = failed_score(index, error)
+        yield score
+        if not score.is_usable:
+            return
+
+
+def score_of(index: int, given: Any) -> CompletionScore:
+    """The score of a completion for which the task's `reward` returned `given`."""
+    reward = to_finite_number(given)
+    return CompletionScore(index, reward, "" if reward is not None else NOT_A_NUMBER.format(reprlib.repr(given)))
+
+
+def failed_score(index: int, error: BaseException) -> CompletionScore:
+    """The score of a completion whose reward raised `error`. A worker without memory, or one that was to be ended, is
+    not used again."""
+    is_usable = isinstance(error, Exception) and not isinstance(error, MemoryError)
+    return CompletionScore(index, None, describe_error(error), is_usable)
 
 
 def to_finite_number(given: Any) -> float | None:
