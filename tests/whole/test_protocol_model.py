@@ -312,7 +312,7 @@ class Protocol(RuleBasedStateMachine):
         """Every group ever committed, with its kind, by ticket and entry: two streams may have an entry of one id."""
         self.planted: set[str] = set()
         self.num_noted = 0
-        """Of the consumed groups that no checkpoint has recorded yet, during an act."""
+        """Of the consumed groups that no checkpoint has recorded yet, of the learner that acts, when its act began."""
         self.begun: dict[int, tuple[Line, set[str]]] = {}
         """Of each learner's latest checkpoint: what its weights had seen then, and what was unfinished."""
         self.announced = 0
@@ -370,15 +370,16 @@ class Protocol(RuleBasedStateMachine):
     @rule(name=st.sampled_from(list(NUM_COMMANDS)))
     def wake(self, name: str) -> None:
         assert self.sleeper is not None
-        before = self._everything(), checkpoint_folders(self.checkpoints)
+        log = self.sleeper.loop.intake.settlement_log
+        before = self._everything(), checkpoint_folders(self.checkpoints), [*log.since_checkpoint]
         try:
             is_writing = name == "write" and self.sleeper.loop.checkpointer.is_busy
-            self._do(self.sleeper.loop, name)
+            self._do(self.sleeper, name)
             assert name != "step" and not is_writing, "a learner that was overtaken goes on"
         except Fenced:
             pass
-        after = self._everything(), checkpoint_folders(self.checkpoints)
-        assert after == before, "a learner that was overtaken has changed something"
+        after = self._everything(), checkpoint_folders(self.checkpoints), [*log.since_checkpoint]
+        assert after == before, "a learner that was overtaken has changed or consumed something"
 
     @rule(
         how=st.sampled_from(["lease", "claim", "renew"]),
@@ -571,10 +572,10 @@ class Protocol(RuleBasedStateMachine):
         """The learner does one thing, and lives on if it can."""
         life, was_lost = self.life, self.is_lost
         assert life is not None
-        taken, self.num_noted = life.loop.intake, len(life.loop.intake.settlement_log.since_checkpoint)
+        taken = life.loop.intake
         try:
             with self.trap.armed(fault and fault._replace(at=fault.at % NUM_COMMANDS[name])):
-                self._do(life.loop, name)
+                self._do(life, name)
         except (Crash, redis.OutOfMemoryError):
             self.life = None
         except RedisLost:
@@ -593,7 +594,9 @@ class Protocol(RuleBasedStateMachine):
             queued = {mark.entry_id for mark in self._ledger().values() if mark.state == "answered"}
             assert queued <= {one.entry_id for one in seen}, "groups that the learner does not see"
 
-    def _do(self, loop: Any, name: str) -> None:
+    def _do(self, life: Life, name: str) -> None:
+        loop = life.loop
+        self.num_noted = len(loop.intake.settlement_log.since_checkpoint)
         if name == "turn":
             loop.intake.poll_once()
         elif name == "look":
@@ -749,3 +752,16 @@ def test_the_protocol_holds_whatever_happens(server: Server, tmp_path: Path) -> 
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+def test_a_learner_that_wakes_begins_a_checkpoint_of_what_it_had_consumed_and_never_writes_it(
+    server: Server, tmp_path: Path
+) -> None:
+    protocol = Protocol(server, tmp_path / "run")
+    protocol.first_start(safe_until=0)
+    protocol.calm_round(kinds=["mixed"], is_saved=False, fault=None)
+    protocol.interrupt(how="freeze")
+    for name in ("checkpoint", "write"):
+        protocol.wake(name=name)
+        protocol.check()
+    protocol.teardown()
