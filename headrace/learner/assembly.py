@@ -32,7 +32,7 @@ from headrace.learner.model.policy import Policy
 from headrace.learner.reporting.reporter import RunReporter
 from headrace.learner.reporting.summary import METRICS_FILE, MetricsFile
 from headrace.learner.reporting.trackers import Trackers
-from headrace.learner.resume import highest_epoch, load_newest, resume_progress, resume_settings
+from headrace.learner.resume import load_newest, open_store, resume_progress, resume_settings
 from headrace.learner.scaling.advice import ReplicaAdviser
 from headrace.learner.stages.evaluation import Evaluator
 from headrace.learner.steering.live_config import LiveConfig
@@ -64,8 +64,8 @@ def assemble(context: LearnerContext) -> tuple[Loop, Any]:
     vocab_size = trainer.policy.model.get_input_embeddings().num_embeddings
     check_vocabulary(config.model.path, len(tokenizer), vocab_size)
 
-    store = LearnerStore(context.client, context.keys, above=highest_epoch(folder))
-    record = load_newest(trainer, folder / "checkpoints")
+    store = open_store(context.client, context.keys, folder)
+    record = load_newest(trainer, folder / "checkpoints", store.epoch)
     live_config = resume_settings(config, store, record)
     config = trainer.config = live_config.config
     versions_in_redis = store.version_steps()
@@ -109,7 +109,7 @@ Parts = tuple[LearnerStore, Trainer, Intake, WeightVersions, Switches, Progress,
 
 def _make_reporter(folder: Path, parts: Parts, live_config: LiveConfig, tokenizer: Any) -> RunReporter:
     store, progress, config = parts[0], parts[5], live_config.config
-    metrics = MetricsFile(folder / METRICS_FILE, progress.step)
+    metrics = MetricsFile(folder / METRICS_FILE, progress.step, store.epoch, store.check_fence)
     start = store.advised_replicas() or config.generation.replicas
     adviser = ReplicaAdviser(start, config.generation.max_replicas, config.generation.max_groups_in_flight)
     configured = live_config.configured.model_dump(exclude={"redis_url"})

@@ -7,11 +7,14 @@ from collections.abc import Collection
 from pathlib import Path
 
 import msgspec
+import redis
 
 from headrace.common.config import RunConfig
+from headrace.common.process.atomic_files import fsync_path
+from headrace.common.redis.keys import Keys
 from headrace.common.wire.desired_state import SETTINGS, Settings
 from headrace.learner.algorithm.guard import GuardState
-from headrace.learner.checkpoints.checkpoint import find_newest
+from headrace.learner.checkpoints.checkpoint import aside_name, find_newest
 from headrace.learner.checkpoints.progress import Progress
 from headrace.learner.checkpoints.record import CheckpointRecord, RedisLoss, checkpoint_folders
 from headrace.learner.checkpoints.redis_losses import losses_so_far
@@ -20,20 +23,34 @@ from headrace.learner.intake.intake import Intake
 from headrace.learner.steering.live_config import LiveConfig, resume_config
 from headrace.learner.store.store import LearnerStore
 from headrace.learner.training.trainer import Trainer
+from headrace.learner.weights.publisher import epoch_folder
 
 _log = logging.getLogger(__name__)
 
 
-def highest_epoch(folder: Path) -> int:
+def open_store(client: redis.Redis, keys: Keys, folder: Path) -> LearnerStore:
+    """Takes a fencing epoch that no other learner has or had, also if Redis has lost epochs: the epoch's folder of
+    weights, which only one learner can create, is created before anything uses the epoch."""
+    weights = folder / "weights"
+    weights.mkdir(parents=True, exist_ok=True)
+    while True:
+        store = LearnerStore(client, keys, above=_highest_epoch(folder))
+        with contextlib.suppress(FileExistsError):  # of a learner that took the same epoch before Redis lost it
+            epoch_folder(weights, store.epoch).mkdir()
+            fsync_path(weights)
+            return store
+
+
+def _highest_epoch(folder: Path) -> int:
     """The highest fencing epoch in the run's folder: a Redis that was lost counts from 1 again."""
     names = [path.name for path in (*folder.glob("weights/epoch-*"), *checkpoint_folders(folder / "checkpoints"))]
     return max((int(name.split("-")[1]) for name in names), default=0)
 
 
-def load_newest(trainer: Trainer, checkpoints: Path) -> CheckpointRecord | None:
-    """Loads the newest readable checkpoint into the trainer; None if there is none. Raises `ValueError` if every
-    checkpoint is unreadable."""
-    _discard_unfinished(checkpoints)
+def load_newest(trainer: Trainer, checkpoints: Path, epoch: int) -> CheckpointRecord | None:
+    """Loads the newest readable checkpoint into the trainer of the learner of `epoch`; None if there is none. Raises
+    `ValueError` if every checkpoint is unreadable."""
+    _discard_unfinished(checkpoints, epoch)
     found = find_newest(checkpoints)
     if found is None:
         return None
@@ -65,9 +82,12 @@ def resume_progress(
     return progress
 
 
-def _discard_unfinished(checkpoints: Path) -> None:
-    """Renames the checkpoints that a fenced learner is still writing, so that it cannot publish them after this."""
+def _discard_unfinished(checkpoints: Path, epoch: int) -> None:
+    """Renames the checkpoints that learners before `epoch` are still writing, so that they cannot publish them after
+    this. A later learner's are left alone: this learner may have been overtaken already."""
     for aside in checkpoints.glob("aside-*"):
+        if aside.name >= aside_name(epoch):
+            continue
         with contextlib.suppress(OSError):  # it was published just now
             shutil.rmtree(aside.rename(checkpoints / f"overtaken-{aside.name}"))
 

@@ -141,6 +141,24 @@ def test_a_fenced_learner_adds_no_row(tmp_path: Path) -> None:
     assert MetricsFile(tmp_path / "metrics.jsonl", 9).rows == [{"kind": "step", "step": 1, "newer": True}]
 
 
+def test_a_learner_that_is_overtaken_while_it_starts_replaces_no_rows(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    is_fenced = False
+
+    def sleep_and_be_overtaken() -> None:
+        nonlocal is_fenced
+        if is_fenced:
+            raise Fenced
+        is_fenced = True
+        newer = MetricsFile(path, 0, 2)
+        newer.append({"kind": "step", "step": 1})
+        newer.close()
+
+    with pytest.raises(Fenced):
+        MetricsFile(path, 0, 1, sleep_and_be_overtaken)
+    assert [row["step"] for row in MetricsFile(path, 9, 3).rows] == [1]
+
+
 def test_the_summary_by_hand() -> None:
     steps = [
         {

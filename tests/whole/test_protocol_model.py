@@ -107,7 +107,7 @@ KINDS = ["mixed", "mixed", "mixed", "uniform", "old", "future", "fail", "hand ba
 JUNK = [{"id": "9-99", "group": "?"}, {"id": "x", "ticket": "?"}, {"unheard": "of"}]
 NUM_COMMANDS = {"turn": 4, "step": 9, "publish": 4, "look": 4, "evaluate": 1, "checkpoint": 1, "write": 3}
 """About how many a learner sends."""
-ANY_FAULT = faults(30, "before", "after", "twice", "full")
+START_FAULT = faults(30, "before", "after", "twice", "full", "frozen")
 LEARNER_FAULT = faults(12, "before", "after", "twice", "full", "frozen")
 REPLICA_FAULT = faults(2, "before", "after", "twice", "full")
 SCRIPTS = (*scripts.FENCED_SCRIPTS, MOVE, RENEW)
@@ -319,6 +319,8 @@ class Protocol(RuleBasedStateMachine):
         """The highest version."""
         self.is_lost = self.was_lost = False
         """Redis; `is_lost` until a learner has taken up the run again."""
+        self.loses_redis = False
+        """When the learner that is starting sleeps."""
         self.safe_until = 0
         """So many checkpoints must there have been before Redis is lost, and before one is corrupted after that."""
 
@@ -328,8 +330,10 @@ class Protocol(RuleBasedStateMachine):
         self._start_learner()
 
     @precondition(lambda self: self.life is None)
-    @rule(fault=ANY_FAULT)
-    def start(self, fault: Fault | None) -> None:
+    @rule(fault=START_FAULT, loses_redis=st.booleans())
+    def start(self, fault: Fault | None, loses_redis: bool) -> None:
+        """`loses_redis`: while a learner that is starting sleeps."""
+        self.loses_redis = loses_redis
         self._start_learner(fault)
 
     @precondition(lambda self: self.life is not None)
@@ -555,16 +559,26 @@ class Protocol(RuleBasedStateMachine):
                 loop.intake.resume()
         except (Crash, redis.OutOfMemoryError):
             return
+        except Fenced:
+            assert self.trap.sprung == "frozen" and self._everything() == self.as_overtaken
+            return
         assert loop.progress.step == line.step
-        self.life, self.is_lost = Life(loop, line), False
-        loop.checkpointer.begin = partial(self._note_begin, self.life, loop.checkpointer.begin)  # type: ignore[method-assign]
-        self._note(self.life, 0)
+        life, other = Life(loop, line), self.life if self.trap.sprung == "frozen" else None
+        loop.checkpointer.begin = partial(self._note_begin, life, loop.checkpointer.begin)  # type: ignore[method-assign]
+        if other is not None and other.loop.store.epoch > loop.store.epoch:
+            self.sleeper = life
+        else:
+            assert other is None or other.loop.store.epoch < loop.store.epoch, "two learners have one epoch"
+            self.life, self.sleeper, self.is_lost = life, other or self.sleeper, False
+        self._note(life, 0)
 
     def _overtake(self) -> None:
-        """The learner sleeps, and another one starts."""
-        assert self.life is not None
-        self._note_checkpoint(self.life)
-        self.sleeper = self.life
+        """The learner, which may be starting, sleeps, and another one starts."""
+        if self.life is not None:
+            self._note_checkpoint(self.life)
+            self.sleeper = self.life
+        elif self.loses_redis:
+            self.interrupt("lose Redis")
         self._start_learner()
         self.as_overtaken = self._everything()
 
@@ -764,4 +778,22 @@ def test_a_learner_that_wakes_begins_a_checkpoint_of_what_it_had_consumed_and_ne
     for name in ("checkpoint", "write"):
         protocol.wake(name=name)
         protocol.check()
+    protocol.teardown()
+
+
+@pytest.mark.parametrize("at", range(20))
+def test_learners_that_start_at_once_have_different_epochs_though_redis_is_lost_between_them(
+    server: Server, tmp_path: Path, at: int
+) -> None:
+    server.num_runs += at  # the runs share a server
+    protocol = Protocol(server, tmp_path / "run")
+    protocol.first_start(safe_until=0)
+    protocol.calm_round(kinds=["mixed"], is_saved=True, fault=None)
+    protocol.interrupt(how="kill")
+    protocol.start(fault=Fault("frozen", at), loses_redis=True)
+    protocol.check()
+    protocol.calm_round(kinds=["mixed"], is_saved=True, fault=None)
+    protocol.check()
+    for name in NUM_COMMANDS if protocol.sleeper is not None else ():
+        protocol.wake(name=name)
     protocol.teardown()

@@ -47,7 +47,8 @@ class BestPolicy:
         self._written: Future[None] | None = None
         self._evaluated = (0, 0)
         for left in run.glob(f"{ASIDE}-*"):
-            shutil.rmtree(left, ignore_errors=True)
+            if left.name <= self._aside.name:  # else of a learner that has overtaken this one
+                shutil.rmtree(left, ignore_errors=True)
         if (run / NEXT).exists():
             self._rename()
         self.record = read_best_record(run)

@@ -43,7 +43,7 @@ def save_checkpoint(
     `write_state` writes the tensors into the given folder and returns the files; `check` is called just before the
     rename and may raise. Raises `CheckpointError` if the disk refuses.
     """
-    aside = root / f"aside-{record.epoch:06d}"
+    aside = root / aside_name(record.epoch)
     try:
         root.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(aside, ignore_errors=True)
@@ -59,6 +59,11 @@ def save_checkpoint(
     for folder in checkpoint_folders(root)[:-NUM_KEPT]:
         shutil.rmtree(folder, ignore_errors=True)
     return final
+
+
+def aside_name(epoch: int) -> str:
+    """The name of the folder into which the learner of `epoch` writes. Names are in the order of epochs."""
+    return f"aside-{epoch:06d}"
 
 
 def num_bytes_in(checkpoint: Path) -> int:

@@ -2,11 +2,12 @@
 
 `metrics.jsonl` has one row per step and one per evaluation; everything else here is computed from it. A resumed
 learner drops the rows of steps that it will repeat. It writes the remaining rows to a new file of that name, so that
-a fenced learner, which still has the old file open, cannot add to it.
+a fenced learner, which still has the old file open, cannot add to it. A learner that is fenced while it starts cannot
+replace its successor's file.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,24 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsFile:
     """Appends rows and flushes each, so that a reader sees whole lines."""
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int, epoch: int = 0, check_fence: Callable[[], None] = lambda: None) -> None:
+        """Keeps the rows up to `step`. `epoch`: of the learner that will write; `check_fence` is called just before
+        the file is replaced and may raise."""
         self.path = path
+        aside = path.with_suffix(f".aside-{epoch:06d}")
+        for left in path.parent.glob(f"{path.stem}.aside-*"):
+            if left.name < aside.name:  # an earlier learner, which has checked its fence, cannot replace the file now
+                left.unlink(missing_ok=True)
         self.rows = [row for row in read_rows(path) if row["step"] <= step]
-        aside = path.with_suffix(".aside")
         self._file = aside.open("w", buffering=1)
         for row in self.rows:
             self._file.write(json.dumps(row) + "\n")
-        aside.replace(path)
+        check_fence()
+        try:
+            aside.replace(path)
+        except FileNotFoundError:
+            check_fence()
+            raise
 
     def append(self, row: Row) -> None:
         self.rows.append(row)

@@ -47,7 +47,7 @@ class WeightVersions:
     (0: none yet)."""
 
     def __init__(self, parent: Path, store: LearnerStore, url: str, token: str) -> None:
-        self.root = parent / f"epoch-{store.epoch:06d}"
+        self.root = epoch_folder(parent, store.epoch)
         self.store = store
         self.url = url
         self.steps = store.version_steps()
@@ -175,6 +175,11 @@ class WeightVersions:
         fsync_path(aside)
         aside.replace(self.root / COUNTER_FILE)
         fsync_path(self.root)
+
+
+def epoch_folder(parent: Path, epoch: int) -> Path:
+    """The folder in `parent` of the weights that the learner of `epoch` publishes. Names are in the order of epochs."""
+    return parent / f"epoch-{epoch:06d}"
 
 
 def ancestors_in_tree(index: int) -> list[int]:
