@@ -7,6 +7,7 @@ import msgspec
 import pytest
 import redis
 
+from headrace.common.config import OptimizerConfig
 from headrace.common.metrics.thresholds import SMOOTHED_STEPS
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import encode
@@ -207,7 +208,7 @@ def test_settings_have_present_values_and_no_secrets(redis_url: str, client: red
     assert "sesame" not in text
     found = SettingsResponse.model_validate_json(text)
     assert found.settings["optimizer.lr"].value == found.settings["optimizer.lr"].configured == 2e-4
-    assert found.settings["optimizer.lr"].description == "Highest learning rate."
+    assert found.settings["optimizer.lr"].description == OptimizerConfig.model_fields["lr"].description
     assert found.config["task"]["settings"]["digits"] == 2 and "redis_url" not in found.config
     assert found.config["generation"]["engine"]["extra_args"][-2:] == ["--log-level", "info"]
 

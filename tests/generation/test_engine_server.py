@@ -99,6 +99,7 @@ def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch
     assert not server.is_alive
 
 
+@pytest.mark.slow
 def test_the_real_server_dies_with_a_killed_replica(demo_policy: Path, tmp_path: Path) -> None:
     """The replica is killed right after SGLang has forked its children."""
     command = [sys.executable, "-c", REPLICA, str(demo_policy), str(tmp_path / "sglang.log")]

@@ -191,6 +191,7 @@ def test_an_engine_that_hangs_in_a_swap_does_not_delay_the_end(
         assert process.end() == 0
 
 
+@pytest.mark.slow
 def test_an_engine_that_is_still_starting_is_stopped(
     redis_url: str, keys: Keys, tmp_path: Path, demo_policy: Path
 ) -> None:

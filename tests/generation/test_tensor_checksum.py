@@ -12,9 +12,10 @@ from tests.support.guard import GUARD_S
 
 KERNEL = """
 import importlib.util, json, pathlib, sys
-import numpy as np, sglang, torch
+import numpy as np, torch
 torch.Tensor.is_cuda = property(lambda _: True)  # all that the function around the kernel asks of the device
-path = pathlib.Path(sglang.__file__).parent / "kernels/ops/memory/gpu_tensor_hash.py"
+[sglang] = importlib.util.find_spec("sglang").submodule_search_locations
+path = pathlib.Path(sglang) / "kernels/ops/memory/gpu_tensor_hash.py"
 spec = importlib.util.spec_from_file_location("gpu_tensor_hash", path)
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)

@@ -132,7 +132,7 @@ def test_a_stop_stands_until_a_checkpoint_has_been_written(
 
     client.hset(keys.control, "stop", 1)
     loop.intake.poll_control_state()
-    monkeypatch.setattr(loop, "_checkpoint_at_last", die)
+    monkeypatch.setattr(loop.checkpointer, "write_last", die)
     with pytest.raises(KeyboardInterrupt):
         loop.run()
     again = assemble_loop(tmp_path, client, keys, recording)
