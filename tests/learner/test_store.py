@@ -118,12 +118,27 @@ def test_a_redis_that_lost_everything_is_told_from_a_newer_learner(client: redis
     again.run_log.set_status({"phase": "training"})
 
 
+def test_a_redis_that_lacks_an_acknowledged_write_is_lost(client: redis.Redis, keys: Keys) -> None:
+    store = LearnerStore(client, keys)
+    store.add_tickets(keys.tickets, [make_ticket("0-0")])
+    before = client.get(keys.write_number)
+    store.add_tickets(keys.tickets, [make_ticket("0-1")])
+    store.queue_state()
+    client.set(keys.write_number, before)
+    for write in (store.check_fence, store.queue_state, lambda: store.add_tickets(keys.tickets, [make_ticket("0-2")])):
+        with pytest.raises(RedisLost, match="latest write is 1 of 2"):
+            write()
+    assert client.hlen(keys.ledger) == 2
+    LearnerStore(client, keys).check_fence()
+
+
 def test_a_late_copy_of_a_learners_first_command_fences_nobody(client: redis.Redis, keys: Keys) -> None:
     """Its answer was lost, it was sent again, and the first one arrives after all."""
     LearnerStore(client, keys)
     ((start, _),) = client.hgetall(keys.epochs).items()
     store = LearnerStore(client, keys)
-    late = client.register_script(scripts.TAKE_EPOCH)(keys=[keys.epoch, keys.epochs], args=[start, 0])
+    take_epoch = client.register_script(scripts.TAKE_EPOCH)
+    late = take_epoch(keys=[keys.epoch, keys.epochs, keys.write_number], args=[start, 0])
     assert (late, store.epoch) == (1, 2)
     store.check_fence()
     assert LearnerStore(client, keys).epoch == 3

@@ -706,6 +706,17 @@ class Protocol(RuleBasedStateMachine):
             self.client.delete(*vars(self.keys).values())
             shutil.rmtree(self.folder)
 
+    def copy_of_redis(self) -> dict[bytes, bytes]:
+        return {key: self.client.dump(key) for key in self.client.keys(f"headrace:{{{self.keys.run}}}:*")}
+
+    def go_back(self, copied: dict[bytes, bytes]) -> None:
+        """Redis becomes what it was when it was copied."""
+        self.client.delete(*vars(self.keys).values())
+        for key, content in copied.items():
+            self.client.restore(key, 0, content)
+        self.is_lost = self.was_lost = True
+        self.marks = self._ledger()
+
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
@@ -752,7 +763,8 @@ class Protocol(RuleBasedStateMachine):
     def _everything(self) -> object:
         keys = self.keys
         pipe = self.client.pipeline(transaction=False)
-        pipe.hgetall(keys.learner).hgetall(keys.weights).hgetall(keys.versions).get(keys.epoch).smembers(keys.retries)
+        pipe.hgetall(keys.learner).hgetall(keys.weights).hgetall(keys.versions).smembers(keys.retries)
+        pipe.mget(keys.epoch, keys.write_number)
         return pipe.execute(), self._read("events")
 
 
@@ -796,4 +808,35 @@ def test_learners_that_start_at_once_have_different_epochs_though_redis_is_lost_
     protocol.check()
     for name in NUM_COMMANDS if protocol.sleeper is not None else ():
         protocol.wake(name=name)
+    protocol.teardown()
+
+
+@pytest.mark.parametrize("is_answered", [False, True])
+def test_a_learner_ends_when_redis_goes_back_to_what_it_was_a_moment_ago(
+    server: Server, tmp_path: Path, is_answered: bool
+) -> None:
+    """A server without `appendfsync always` was killed, or somebody restored a copy; no other learner has started.
+    `is_answered`: the learner reads the second answer to a ticket, and has lost no write of its own."""
+    server.num_runs += is_answered
+    protocol = Protocol(server, tmp_path / "run")
+    protocol.first_start(safe_until=0)
+    for _ in range(3):  # until admission has no room
+        protocol.learn(name="turn", fault=None)
+        protocol.check()
+    if is_answered:
+        before = protocol.copy_of_redis()
+    protocol.lease(how="lease", store=0, stream="tickets", count=4, fault=None)
+    if not is_answered:
+        before = protocol.copy_of_redis()
+    for which in range(2):
+        protocol.answer(which=which, is_late=False, kind="mixed", fault=None)
+    protocol.learn(name="turn", fault=None)
+    if not is_answered:
+        protocol.learn(name="step", fault=None)
+    protocol.go_back(before)
+    protocol.lease(how="lease", store=0, stream="tickets", count=4, fault=None)
+    for which in range(2):
+        protocol.answer(which=which, is_late=False, kind="mixed", fault=None)
+    protocol.learn(name="turn", fault=None)
+    assert protocol.life is None, "it goes on, and trains the second answer as well"
     protocol.teardown()

@@ -13,6 +13,7 @@ replicas      prefix of keys with a TTL   heartbeats                            
 learner       hash                        step, weight version, phase, waits (code -> seconds)  learner
 epoch         counter                     fences learners                                       learner
 epochs        hash                        a learner's start -> the epoch that it took           learner
+write_number  counter                     the latest write of the epoch's learner               learner
 weights       hash                        newest version, its manifest's SHA-256, URL, folder   learner
 swap_slots    sorted set                  replicas that swap, by when their slot expires        replicas
 versions      hash                        weight version -> the step that made it               learner
@@ -65,6 +66,7 @@ class Keys:
         self.learner = prefix + "learner"
         self.epoch = prefix + "epoch"
         self.epochs = prefix + "epochs"
+        self.write_number = prefix + "write_number"
         self.weights = prefix + "weights"
         self.swap_slots = prefix + "swap_slots"
         self.versions = prefix + "versions"

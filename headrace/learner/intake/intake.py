@@ -261,6 +261,7 @@ class Intake:
     def _accept(self, entry: Entry, group: Group) -> str:
         """Returns the group's outcome, for the log."""
         with self._lock:
+            self.settlement_log.take_in(entry)
             if group.ticket.kind == "eval":
                 self.evaluation.collect(group)
                 self.outcomes.settle(entry, group, "evaluated", self._pending.step, None)

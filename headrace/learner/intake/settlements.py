@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from headrace.common.wire import Group, TicketState
 from headrace.common.wire.ledger import parse_ticket_id
+from headrace.learner.store.fenced_redis import RedisLost
 from headrace.learner.store.store import LearnerStore
 from headrace.learner.store.structs import Entry, Settlement
 
@@ -24,6 +25,8 @@ class SettlementLog:
         """The size of the groups in Redis that the next checkpoint will record."""
         self.discarded: Counter[str] = Counter()
         """Uniform and stale groups since the last batch."""
+        self._taken_in = {one.ticket_id: one.entry_id for one in checkpointed}
+        """The entry of each ticket's group, for the groups taken in that no `on_checkpointed` has passed yet."""
         self._unfinished: set[str] = set()
         self._num_consumed = Counter(one.stream for one in checkpointed)
         """By stream. Kept, because each iteration of the intake asks for it, and must not count the batches of 64
@@ -41,6 +44,11 @@ class SettlementLog:
 
     def add_issued(self, ticket_ids: list[str]) -> None:
         self._unfinished |= set(ticket_ids)
+
+    def take_in(self, entry: Entry) -> None:
+        """Raises `RedisLost` if another group of that ticket was taken in: Redis went back and issued it again."""
+        if self._taken_in.setdefault(entry.ticket_id, entry.entry_id) != entry.entry_id:
+            raise RedisLost(f"Redis has lost the first answer to ticket {entry.ticket_id}, and has another one")
 
     def consume(self, entry: Entry, group: Group, state: TicketState) -> None:
         self.since_checkpoint.append(Settlement(entry.stream, entry.entry_id, entry.ticket_id, state))
@@ -68,7 +76,10 @@ class SettlementLog:
         return found
 
     def on_checkpointed(self, num_recorded: int, num_bytes: int) -> None:
-        """A checkpoint has recorded the first `num_recorded` of `since_checkpoint`, groups of `num_bytes` together."""
+        """A checkpoint has recorded the first `num_recorded` of `since_checkpoint`, groups of `num_bytes` together, and
+        the ledger has the states of the groups that the one before it recorded."""
+        for one in self.checkpointed:
+            self._taken_in.pop(one.ticket_id, None)
         self.checkpointed = self.since_checkpoint[:num_recorded]
         del self.since_checkpoint[:num_recorded]
         self._num_consumed = Counter(one.stream for one in (*self.since_checkpoint, *self.checkpointed))

@@ -1,15 +1,22 @@
-"""The learner's Lua scripts, each one atomic step of Redis. All but `TAKE_EPOCH` check the learner's epoch first.
+"""The learner's Lua scripts, each one atomic step of Redis. All but `TAKE_EPOCH` check the fence first.
 
-KEYS[1] is the epoch's key and ARGV[1] the learner's epoch: if Redis has a higher one the error is FENCED, if it has a
-lower one or none, LOST. Scripts that free memory or are small run even when Redis is full (`allow-oom`). Adding tickets
-does not: that is backpressure.
+KEYS[1] is the epoch's key, the last key that of the number of the learner's latest write. ARGV[1] has the learner's
+epoch, the number of its latest write that Redis has acknowledged, and the number of this write. If Redis has a higher
+epoch, the error is FENCED; if it has a lower one or none, or lacks an acknowledged write, LOST. Scripts that free
+memory or are small run even when Redis is full (`allow-oom`). Adding tickets does not: that is backpressure.
 """
 
-_FENCED = """
+_CHECK = """
+local own, acknowledged, number = string.match(ARGV[1], '^(%d+) (%d+) (%d+)$')
 local epoch = tonumber(redis.call('GET', KEYS[1]) or '-1')
-if epoch > tonumber(ARGV[1]) then return redis.error_reply('FENCED by epoch ' .. epoch) end
-if epoch < tonumber(ARGV[1]) then return redis.error_reply('LOST the epoch is ' .. epoch) end
+local latest = tonumber(redis.call('GET', KEYS[#KEYS]) or '0')
+if epoch > tonumber(own) then return redis.error_reply('FENCED by epoch ' .. epoch) end
+if epoch < tonumber(own) then return redis.error_reply('LOST the epoch is ' .. epoch) end
+if latest < tonumber(acknowledged) then
+  return redis.error_reply('LOST its latest write is ' .. latest .. ' of ' .. acknowledged)
+end
 """
+_FENCED = _CHECK + "redis.call('SET', KEYS[#KEYS], math.max(latest, tonumber(number)))\n"
 _ALWAYS = "#!lua flags=allow-oom\n" + _FENCED
 _UNLESS_FULL = "#!lua\n" + _FENCED
 
@@ -19,10 +26,11 @@ if taken then return tonumber(taken) end
 local epoch = math.max(tonumber(redis.call('GET', KEYS[1]) or '0'), tonumber(ARGV[2])) + 1
 redis.call('SET', KEYS[1], epoch)
 redis.call('HSET', KEYS[2], ARGV[1], epoch)
+redis.call('DEL', KEYS[3])
 return epoch
 """
-"""KEYS: epoch, epochs. ARGV: the name of a learner's start, an epoch to exceed. It sets the fence, so it checks none. A
-duplicate that arrives late, even after the next learner's, changes nothing."""
+"""KEYS: epoch, epochs, write_number. ARGV: the name of a learner's start, an epoch to exceed. It sets the fence, so it
+checks none. A duplicate that arrives late, even after the next learner's, changes nothing."""
 
 EXECUTE = (
     _ALWAYS
@@ -39,7 +47,7 @@ return 'OK'
 
 QUEUE_STATE = (
     "#!lua flags=no-writes\n"
-    + _FENCED
+    + _CHECK
     + """
 local marks = {}
 if #ARGV > 1 then marks = redis.call('HMGET', KEYS[4], unpack(ARGV, 2)) end
