@@ -51,7 +51,7 @@ class ModelConfig(Section):
 
 class TaskConfig(Section):
     name: str = Field(
-        description="Name of a built-in task (arithmetic, gsm8k, reasoning_gym), or 'package.module:Class'."
+        description="Name of a built-in task (arithmetic, gsm8k, judged, reasoning_gym), or 'package.module:Class'."
     )
     settings: dict[str, Any] = Field({}, description="Keyword arguments of the task.")
     system_prompt: str | None = Field(
