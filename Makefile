@@ -22,7 +22,7 @@ demo: setup ## run the demo, two to three minutes on two CPU cores
 # Three processes for two cores, because tests wait for processes that they start. Each has one torch thread: more threads
 # would spin while they wait for each other.
 test: setup lint check-types ## lint, types, and all tests except those that take minutes
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow and not compose" --numprocesses 3 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow and not compose" --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The images' torch comes from TORCH_INDEX if it is set, else from PyTorch's index.
 test-compose: setup ## build the images and run the demo in them; needs a Docker engine

@@ -1,15 +1,19 @@
 """Fixtures that several test modules share: the demo policy and the one real SGLang server of a test session."""
 
 import asyncio
+import functools
 import os
+import re
 import uuid
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import redis
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadScopeScheduling
 
 from headrace.common.config import EngineConfig
 from headrace.common.hardware.device import has_gpu
@@ -90,14 +94,28 @@ def client(redis_url: str) -> Iterator[redis.Redis]:
     connection.close()
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `--dist loadgroup`: one process runs a file, and one runs all files that use the session's engine, which
-    then starts once. Whole runs, which take longest, come first."""
-    with_engine = {item.path for item in items if "engine_server" in getattr(item, "fixturenames", ())}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("engine" if item.path in with_engine else item.path.stem))
+    """Whole runs, which take longest, come first."""
     items.sort(key=lambda item: item.path.parent.name != "whole")
+
+
+class FileScheduling(LoadScopeScheduling):  # type: ignore[misc]
+    """One process runs a file, and one runs all files that use the session's engine, which then starts once."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file, _, _ = nodeid.partition("::")
+        return "engine" if uses_engine(file) else file
+
+
+@functools.cache
+def uses_engine(file: str) -> bool:
+    text = (Path(__file__).parents[1] / file).read_text()
+    return re.search(r"\bengine_(server: EngineServer|url: str[,)])", text) is not None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FileScheduling:
+    return FileScheduling(config, log)
 
 
 @pytest.hookimpl(wrapper=True)
