@@ -10,6 +10,7 @@ import pytest
 from headrace.common.tasks import BadRow, Prompt, load_task
 from headrace.common.tasks.judged import RUBRIC
 from headrace.common.wire import Ticket
+from headrace.generation.engine.client import Engine
 from headrace.generation.engine.server import EngineServer
 from headrace.generation.rewards.pool import RewardPool
 from headrace.generation.rewards.process import RewardError
@@ -114,8 +115,17 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], wrong: 
     assert text in str(raised.value)
 
 
-def test_a_real_engine_judges(settings: dict[str, Any], engine_server: EngineServer) -> None:
+def test_a_real_engine_judges(settings: dict[str, Any], engine_server: EngineServer, demo_policy: Path) -> None:
     """The tiny policy answers the question of the rubric with a number of its own, which serves as the score."""
+
+    async def serve_the_tiny_policy() -> None:
+        engine = Engine(engine_server.url)
+        try:
+            await engine.swap(demo_policy, (await engine.weight_version() or 0) + 1)
+        finally:
+            await engine.aclose()
+
+    asyncio.run(serve_the_tiny_policy())
     real = settings | {
         "judge_url": engine_server.url,
         "rubric": "Ann has 3 apples and buys 4 apples. How many apples does Ann have now?{completion:.0}",
