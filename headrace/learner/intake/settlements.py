@@ -65,7 +65,7 @@ class SettlementLog:
         return self._num_consumed[stream]
 
     def unfinished(self, store: LearnerStore) -> list[str]:
-        """The training tickets that are open or queued and not consumed."""
+        """The training tickets that are open or answered, and not consumed."""
         names = sorted(self._unfinished)
         found = [
             name

@@ -54,7 +54,7 @@ if #ARGV > 1 then marks = redis.call('HMGET', KEYS[4], unpack(ARGV, 2)) end
 return {redis.call('XLEN', KEYS[2]), redis.call('XLEN', KEYS[3]), marks}
 """
 )
-"""KEYS: epoch, tickets, groups, ledger. ARGV: epoch, ticket ids. Returns both lengths and the ledger entries, of one
+"""KEYS: epoch, tickets, groups, ledger. ARGV: fence, ticket ids. Returns both lengths and the ledger entries, of one
 instant."""
 
 ADD_TICKETS = (
@@ -74,7 +74,7 @@ if ARGV[2] ~= '' then redis.call('HSET', KEYS[4], 'epoch', ARGV[2], 'place', ARG
 return 'OK'
 """
 )
-"""KEYS: epoch, stream, ledger, cursor, dead. ARGV: epoch, the cursor's two numbers (or empty), then of each ticket its
+"""KEYS: epoch, stream, ledger, cursor, dead. ARGV: fence, the cursor's two numbers (or empty), then of each ticket its
 id, its state, and the name and value of a field: the ticket, the group, or the reason why it is dead; both empty if it
 is skipped. Tickets that the ledger has are ignored."""
 
@@ -99,7 +99,7 @@ end
 return 'OK'
 """
 )
-"""KEYS: epoch, ledger, tickets, eval_tickets. ARGV: epoch, `delete` or `keep`, then stream, entry, ticket and state of
+"""KEYS: epoch, ledger, tickets, eval_tickets. ARGV: fence, `delete` or `keep`, then stream, entry, ticket and state of
 each. `delete` writes the states and deletes the groups. `keep` only repairs a Redis that is older than the checkpoint:
 a ticket that it shows as open, or not at all, was answered and consumed before; one that it shows as answered with
 another group was answered a second time since, for nothing."""
@@ -116,7 +116,7 @@ redis.call('XDEL', KEYS[2], ARGV[2])
 return 1
 """
 )
-"""KEYS: epoch, stream, dead, ledger. ARGV: epoch, entry, ticket, reason, payload, its bytes before it was cut."""
+"""KEYS: epoch, stream, dead, ledger. ARGV: fence, entry, ticket, reason, payload, its bytes before it was cut."""
 
 REQUEUE_DEAD = (
     _UNLESS_FULL
@@ -131,6 +131,6 @@ redis.call('SREM', KEYS[5], ARGV[2])
 return dead and 1 or 0
 """
 )
-"""KEYS: epoch, ledger, tickets, dead, retries. ARGV: epoch, ticket, its payload."""
+"""KEYS: epoch, ledger, tickets, dead, retries. ARGV: fence, ticket, its payload."""
 
 FENCED_SCRIPTS = (EXECUTE, QUEUE_STATE, ADD_TICKETS, SETTLE, DEAD_LETTER, REQUEUE_DEAD)
