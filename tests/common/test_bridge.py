@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.common.models.bridge import QUESTION, Bridge, render_calls
-from headrace.common.models.chat import PromptError
+from headrace.common.models.bridge import Bridge, render_calls
+from headrace.common.models.chat import QUESTION, PromptError
+from headrace.common.models.control_tokens import tokens_of
 from headrace.common.models.template_probe import FOLLOW_UP, TOOL, TemplateProbe, probe_template
 from tests.support.chat_families import FAMILIES, TOKENIZERS, chat_of, control_tokens
 
@@ -29,6 +30,10 @@ def bridge_of(name: str, system_prompt: str | None = None) -> Bridge:
 def ids(name: str, *tokens: str) -> list[int]:
     found: list[int] = TOKENIZERS[name].convert_tokens_to_ids(list(tokens))
     return found
+
+
+def conversation_tokens(bridge: Bridge, messages: list[dict[str, Any]]) -> list[int]:
+    return tokens_of(bridge.chat.pieces(messages))
 
 
 def answer(content: str) -> dict[str, Any]:
@@ -61,8 +66,8 @@ def test_an_opening_that_history_lacks_makes_the_template_rewrite_replies() -> N
 @pytest.mark.parametrize("system_prompt", [None, "Be brief."])
 def test_a_kept_reply_and_its_bridge_are_the_whole_conversation(name: str, system_prompt: str | None) -> None:
     bridge, reply = bridge_of(name, system_prompt), {"role": "assistant", "content": "It is 7."}
-    whole = tokens_of(bridge, [QUESTION, reply, FOLLOW_UP])
-    kept = [tokens_of(bridge, [QUESTION]), TOKENIZERS[name].encode("It is 7.", add_special_tokens=False)]
+    whole = conversation_tokens(bridge, [QUESTION, reply, FOLLOW_UP])
+    kept = [conversation_tokens(bridge, [QUESTION]), TOKENIZERS[name].encode("It is 7.", add_special_tokens=False)]
     if name == "glm4.5":
         kept[1] = TOKENIZERS[name].encode("\n<think></think>\nIt is 7.", add_special_tokens=False)
     if name == "gpt-oss":
@@ -84,12 +89,8 @@ def test_a_tools_answer_is_bridged_whatever_the_call_was(name: str) -> None:
     whole = render_calls(bridge.chat, [QUESTION, CALLING, answer("7")], [TOOL])
     end = whole[bridge.end_of_reply(whole, "3")].tokens[0]
     found = bridge.tokens(CALLING, end, [answer("7")], [TOOL])
-    assert [token for piece in whole for token in piece.tokens][-len(found) :] == found
+    assert tokens_of(whole)[-len(found) :] == found
     assert "7" in TOKENIZERS[name].decode(found)
-
-
-def tokens_of(bridge: Bridge, messages: list[dict[str, Any]]) -> list[int]:
-    return [token for piece in bridge.chat.pieces(messages) for token in piece.tokens]
 
 
 def test_messages_that_the_template_refuses_are_a_prompt_error() -> None:

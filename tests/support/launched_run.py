@@ -22,6 +22,18 @@ __main__.main()
 """`headrace` with times to stop that no slow machine exceeds."""
 
 
+def short_run(steps: int) -> list[str]:
+    """Settings of a run of seconds that checkpoints and evaluates, and whose engine no slow machine makes look dead."""
+    return [
+        f"learner.steps={steps}",
+        "learner.groups_per_step=4",
+        "learner.checkpoint_interval_steps=2",
+        "evaluation.num_prompts=16",
+        "evaluation.interval_steps=2",
+        f"generation.engine.liveness_timeout_s={GUARD_S:g}",
+    ]
+
+
 class Launched:
     """`headrace up` of the run; its lines can be waited for, and its processes killed."""
 

@@ -16,19 +16,11 @@ from headrace.launcher.estimates.host_memory import disk_rows, host_rows
 from headrace.launcher.estimates.model_size import shape_of
 from headrace.launcher.estimates.traffic import delta_share
 from tests.support.fake_services import ROOT
-from tests.support.guard import GUARD_S
-from tests.support.launched_run import Launched, is_alive, rows_of, steps_in
+from tests.support.launched_run import Launched, is_alive, rows_of, short_run, steps_in
 from tests.support.memory_watch import MemoryWatch
 
 STEPS = 6
-SHORT = [
-    f"learner.steps={STEPS}",
-    "learner.groups_per_step=4",
-    "learner.checkpoint_interval_steps=2",
-    "evaluation.num_prompts=16",
-    "evaluation.interval_steps=2",
-    f"generation.engine.liveness_timeout_s={GUARD_S:g}",
-]
+SHORT = short_run(STEPS)
 
 
 class Finished(NamedTuple):

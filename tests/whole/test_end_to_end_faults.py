@@ -12,22 +12,14 @@ import psutil
 import pytest
 
 from tests.support.fake_services import redis_of
-from tests.support.guard import GUARD_S
-from tests.support.launched_run import Launched, is_alive, rows_of, steps_in
+from tests.support.launched_run import Launched, is_alive, rows_of, short_run, steps_in
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 """About two minutes on two idle cores, most of it three starts of SGLang."""
 STEPS = 20
 STEPS_OF_AN_OUTAGE = 4
 """That many may have been taken before it, and be told only after it."""
-SHORT = [
-    f"learner.steps={STEPS}",
-    "learner.groups_per_step=4",
-    "learner.checkpoint_interval_steps=2",
-    "evaluation.num_prompts=16",
-    "evaluation.interval_steps=2",
-    f"generation.engine.liveness_timeout_s={GUARD_S:g}",
-]
+SHORT = short_run(STEPS)
 
 
 class Finished(NamedTuple):

@@ -9,12 +9,11 @@ import json
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from headrace.common.models.chat import Chat, PromptError
-from headrace.common.models.control_tokens import Piece, texts_of, unused_characters
+from headrace.common.models.chat import QUESTION, Chat, PromptError
+from headrace.common.models.control_tokens import Piece, texts_of, tokens_of, unused_characters
 
 ChatMessage = dict[str, Any]
 """A message as in OpenAI's API: `role`, `content`, and `tool_calls` or `tool_call_id` where it has them."""
-QUESTION: ChatMessage = {"role": "user", "content": "3 + 4 = ?"}
 
 
 class Bridge:
@@ -36,8 +35,7 @@ class Bridge:
         mark = "".join(unused_characters("".join(texts_of([reply, *messages, *tools]))))
         pieces = render_calls(self.chat, [QUESTION, _stand_in(reply, mark), *messages], tools)
         end = self.end_of_reply(pieces, mark)
-        rest = pieces[end + (pieces[end].tokens[-1] == last_token) :]
-        return [token for piece in rest for token in piece.tokens]
+        return tokens_of(pieces[end + (pieces[end].tokens[-1] == last_token) :])
 
     def end_of_reply(self, pieces: Sequence[Piece], text: str) -> int:
         """The place of the control token that ends the reply in which `text` stands last: the first behind it at which

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from headrace.common.config import ModelConfig
-from headrace.common.models.control_tokens import CannotEscape, ControlTokens, Piece, unused_characters
+from headrace.common.models.control_tokens import CannotEscape, ControlTokens, Piece, tokens_of, unused_characters
 from headrace.common.tasks import Prompt
 from headrace.common.wire import Message, Ticket, WireError, check_ticket, decode_ticket, encode, one_line
 
@@ -23,7 +23,8 @@ TEMPLATE_DATE = datetime(2024, 7, 26)
 model.chat_template_settings."""
 RESERVED = {"messages", "add_generation_prompt", "continue_final_message", "tools", "documents", "strftime_now"}
 """The variables of a chat template that are not settings."""
-SAMPLE = "3 + 4 = ?"
+QUESTION: Message = {"role": "user", "content": "3 + 4 = ?"}
+"""Stands for a prompt where a template is tried."""
 
 
 class PromptError(ValueError):
@@ -49,7 +50,7 @@ class Chat:
         """The token ids of a prompt, up to the beginning of the answer. Raises `PromptError`."""
         whole = self._with_system_prompt(messages)
         if self.control.occur_in(whole):
-            tokens = [token for piece in self.pieces(messages) for token in piece.tokens]
+            tokens = tokens_of(self.pieces(messages))
         else:
             tokens = self.tokenizer.encode(self._apply(whole), add_special_tokens=False)
         if not tokens:
@@ -122,7 +123,7 @@ class Chat:
     def end_of_turn(self) -> int | None:
         """The control token with which the template ends an answer; None if it writes none or rejects answers."""
         answer, _ = unused_characters("")
-        turn: list[Message] = [{"role": "user", "content": SAMPLE}, {"role": "assistant", "content": answer}]
+        turn: list[Message] = [QUESTION, {"role": "assistant", "content": answer}]
         try:
             text = self._apply(self._with_system_prompt(turn), add_generation_prompt=False)
             pieces = self.control.pieces(text)
@@ -152,7 +153,7 @@ class Chat:
             return
         instead = "expected the text in the task's own prompts, or a model.chat_template that takes it"
         try:
-            rendered = self.render([{"role": "user", "content": SAMPLE}])
+            rendered = self.render([QUESTION])
         except PromptError as error:
             raise ValueError(f"task.system_prompt: {path!r} takes no system message ({error}); {instead}") from error
         if self.system_prompt.strip() not in rendered:

@@ -5,7 +5,7 @@ neither: it is an ordinary token, which a prompt may use.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -113,6 +113,10 @@ class Placeholders:
 
     def restore(self, text: str) -> str:
         return self._pattern.sub(lambda match: self._texts[int(match.group(1))], text)
+
+
+def tokens_of(pieces: Iterable[Piece]) -> list[int]:
+    return [token for piece in pieces for token in piece.tokens]
 
 
 def texts_of(value: Any) -> Iterator[str]:

@@ -10,17 +10,18 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
-from headrace.common.models.bridge import QUESTION, Bridge, ChatMessage, render_calls
-from headrace.common.models.chat import PromptError
-from headrace.common.models.control_tokens import Piece
+from headrace.common.models.bridge import Bridge, ChatMessage, render_calls
+from headrace.common.models.chat import QUESTION, PromptError
+from headrace.common.models.control_tokens import Piece, tokens_of
 
 History = Literal["kept", "rewritten", "refused", "not rendered"]
-HISTORIES: tuple[History, ...] = get_args(History)
-"""What a template does with an earlier reply; `not rendered` if it leaves the reply out even where it is the last."""
+"""What a template does with an earlier reply, the best first; `not rendered` if it leaves the reply out even where it
+is the last."""
+TOOL_NAME = "add_numbers"
 TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
-        "name": "add_numbers",
+        "name": TOOL_NAME,
         "description": "Adds two numbers.",
         "parameters": {
             "type": "object",
@@ -63,9 +64,9 @@ def _after_tool(bridge: Bridge, problems: list[str]) -> History:
         prompt = bridge.chat.pieces([QUESTION], [TOOL])
     except PromptError:
         return "refused"
-    if not _shows(prompt, [TOOL["function"]["name"]]):
+    if not _shows(prompt, [TOOL_NAME]):
         return "not rendered"
-    answers = [{"role": "tool", "tool_call_id": id_, "name": "add_numbers", "content": "7"} for id_ in IDS]
+    answers = [{"role": "tool", "tool_call_id": id_, "name": TOOL_NAME, "content": "7"} for id_ in IDS]
     found = case.best("tool message", IDS[:1], answers[:1])
     if found == "kept":
         case.best("two tool messages", IDS, answers)
@@ -93,7 +94,7 @@ class _Case:
             if found[-1] == "kept":
                 del self.problems[num_known:]
                 break
-        return next((one for one in HISTORIES if one in found), "not rendered")
+        return next((one for one in get_args(History) if one in found), "not rendered")
 
     def history(
         self,
@@ -105,7 +106,7 @@ class _Case:
         chat, tools = self.bridge.chat, self.tools
         reply, texts = _reply(call_ids, reasoning_field)
         try:
-            prompt = _tokens(render_calls(chat, [QUESTION], tools))
+            prompt = tokens_of(render_calls(chat, [QUESTION], tools))
             alone = render_calls(chat, [QUESTION, reply], tools, add_generation_prompt=False)
             if not _shows(alone, texts):
                 return "not rendered"
@@ -115,7 +116,7 @@ class _Case:
         except PromptError as error:
             self.problems.append(f"{name}: {error}")
             return "refused"
-        tokens = _tokens(whole)
+        tokens = tokens_of(whole)
         if tokens[-len(bridge) :] != bridge:
             self.problems.append(f"{name}: the bridge is not what the whole conversation has there")
         is_kept = tokens[: len(prompt)] == prompt and _shows(whole, texts) and end in self.bridge.stop_token_ids
@@ -127,7 +128,7 @@ def _reply(call_ids: Sequence[str], reasoning_field: str | None) -> tuple[ChatMe
     reply: ChatMessage = {"role": "assistant", "content": "" if call_ids else ANSWER}
     texts = [ARGUMENT] * len(call_ids) or [ANSWER]
     if call_ids:
-        function = {"name": TOOL["function"]["name"], "arguments": {"first": ARGUMENT, "second": 4}}
+        function = {"name": TOOL_NAME, "arguments": {"first": ARGUMENT, "second": 4}}
         reply["tool_calls"] = [{"id": id_, "type": "function", "function": function} for id_ in call_ids]
     if reasoning_field is None:
         return reply, texts
@@ -143,7 +144,3 @@ def _shows(pieces: Sequence[Piece], texts: Sequence[str]) -> bool:
             return False
         at += len(text)
     return True
-
-
-def _tokens(pieces: Sequence[Piece]) -> list[int]:
-    return [token for piece in pieces for token in piece.tokens]
