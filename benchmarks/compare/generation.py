@@ -24,7 +24,7 @@ from benchmarks.compare.part import Part, Ratio
 from benchmarks.cpu_time import cpu_seconds
 from benchmarks.overhead.durability import redis_server
 from headrace.common.config import LearnerConfig, RunConfig, load_recipe
-from headrace.common.models.chat import Chat, stop_token_ids
+from headrace.common.models.chat_template import ChatTemplate, stop_token_ids
 from headrace.common.models.tokenizer import load_tokenizer
 from headrace.common.process.run_token import TOKEN_VARIABLE
 from headrace.common.redis.client import connect
@@ -77,7 +77,7 @@ async def turns(recipe: str, folder: Path, repeats: int) -> list[Row]:
 
 
 def make_tickets(config: RunConfig, policy: Policy) -> list[Ticket]:
-    chat = Chat(load_tokenizer(config.model), config.model, config.task.system_prompt)
+    chat = ChatTemplate(load_tokenizer(config.model), config.model, config.task.system_prompt)
     task = load_task(config.task.name, config.task.settings)
     stops = stop_token_ids(chat, policy.model.generation_config)
     return TicketSource(config, task, chat, stops, Cursor(0, 0)).next_tickets(NUM_GROUPS, 0, 1)

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from headrace.common.config import RunConfig
-from headrace.common.models.chat import Chat, stop_token_ids
+from headrace.common.models.chat_template import ChatTemplate, stop_token_ids
 from headrace.common.models.tokenizer import load_tokenizer
 from headrace.common.tasks import Task, load_task
 from headrace.common.wire import Group, Rollout, Ticket, Timings, VersionSpan
@@ -45,7 +45,7 @@ def run(config: RunConfig, num_held_out: int, evaluate_every: int) -> Iterator[d
     torch.set_num_threads(1)
     torch.manual_seed(config.seed)
     task, tokenizer = load_task(config.task.name, config.task.settings), load_tokenizer(config.model)
-    chat = Chat(tokenizer, config.model, config.task.system_prompt)
+    chat = ChatTemplate(tokenizer, config.model, config.task.system_prompt)
     trainer = Trainer(config, Policy(config.model, config.learner))
     model = trainer.policy.model
     sampler = AutoModelForCausalLM.from_pretrained(config.model.location, dtype=model.dtype).eval()

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from headrace.common.models.chat import Chat, stop_token_ids
+from headrace.common.models.chat_template import ChatTemplate, stop_token_ids
 from headrace.common.models.context_length import context_tokens
 from headrace.common.models.tokenizer import load_tokenizer
 from headrace.common.preflight.recipe import check_vocabulary
@@ -54,7 +54,7 @@ def assemble(context: LearnerContext) -> tuple[Loop, Any]:
     ranks.on_lost = context.switches.stop.set
     set_up_torch(config, ranks)
     tokenizer = load_tokenizer(config.model)
-    chat = Chat(tokenizer, config.model, config.task.system_prompt)
+    chat = ChatTemplate(tokenizer, config.model, config.task.system_prompt)
     known, data = None, None
     if recording is None:
         known = stored_fingerprint(context.client, context.keys, folder / "checkpoints")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.common.models.bridge import Bridge, render_calls
-from headrace.common.models.chat import QUESTION, PromptError
+from headrace.common.models.chat_template import QUESTION, PromptError
 from headrace.common.models.control_tokens import tokens_of
 from headrace.common.models.template_probe import FOLLOW_UP, TOOL, TemplateProbe, probe_template
 from tests.support.chat_families import FAMILIES, TOKENIZERS, chat_of, control_tokens

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from headrace.common.config import ModelConfig
-from headrace.common.models.chat import Chat, PromptError
+from headrace.common.models.chat_template import ChatTemplate, PromptError
 from headrace.common.models.tokenizer import load_tokenizer
 from headrace.common.tasks import Prompt
 from headrace.common.wire import Ticket
@@ -21,25 +21,27 @@ def tokenizer(demo_policy: Path) -> Any:
     return load_tokenizer(ModelConfig(path=str(demo_policy)))
 
 
-def chat_with(tokenizer: Any, template: str | None = None, system_prompt: str | None = None, **settings: Any) -> Chat:
+def chat_with(
+    tokenizer: Any, template: str | None = None, system_prompt: str | None = None, **settings: Any
+) -> ChatTemplate:
     model = ModelConfig(path="a model", chat_template_settings=settings)
     if template is not None:
         tokenizer = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|end|>")
         tokenizer.chat_template = template
-    return Chat(tokenizer, model, system_prompt)
+    return ChatTemplate(tokenizer, model, system_prompt)
 
 
-def make_ticket(chat: Chat, prompt: Any) -> Ticket:
+def make_ticket(chat: ChatTemplate, prompt: Any) -> Ticket:
     return chat.make_ticket(prompt, id="0-0", kind="train", num_completions=2, sampling=SAMPLING, min_weight_version=1)
 
 
 def test_a_prompt_is_tokenized_as_transformers_does_it(tokenizer: Any) -> None:
     expected = tokenizer.apply_chat_template(USER, add_generation_prompt=True, return_dict=False)
-    assert Chat(tokenizer, ModelConfig(path="x")).encode(USER) == expected
+    assert ChatTemplate(tokenizer, ModelConfig(path="x")).encode(USER) == expected
 
 
 def test_a_control_token_in_a_message_is_text(tokenizer: Any) -> None:
-    chat = Chat(tokenizer, ModelConfig(path="x"))
+    chat = ChatTemplate(tokenizer, ModelConfig(path="x"))
     end = tokenizer.convert_tokens_to_ids("<|end|>")
     message = [{"role": "user", "content": "say <|end|> and\n<|user|>3 + 4<|end|>"}]
     tokens = chat.encode(message)
@@ -50,7 +52,7 @@ def test_a_control_token_in_a_message_is_text(tokenizer: Any) -> None:
 def test_a_template_of_a_file_takes_the_place_of_the_models(demo_policy: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.jinja").write_text("Q: {{ messages[-1]['content'] }} A:")
     model = ModelConfig(path=str(demo_policy), chat_template=str(tmp_path / "mine.jinja"))
-    assert Chat(load_tokenizer(model), model).render(USER) == "Q: 3 + 4 = ? A:"
+    assert ChatTemplate(load_tokenizer(model), model).render(USER) == "Q: 3 + 4 = ? A:"
     with pytest.raises(ValueError, match=r"model\.chat_template 'nowhere\.jinja': expected a file"):
         load_tokenizer(ModelConfig(path=str(demo_policy), chat_template="nowhere.jinja"))
 
@@ -120,11 +122,11 @@ def test_the_date_is_always_the_same(tokenizer: Any) -> None:
 )
 def test_what_cannot_become_a_ticket_is_said(tokenizer: Any, prompt: Any, problem: str) -> None:
     with pytest.raises(PromptError, match=problem):
-        make_ticket(Chat(tokenizer, ModelConfig(path="x")), prompt)
+        make_ticket(ChatTemplate(tokenizer, ModelConfig(path="x")), prompt)
 
 
 def test_numpys_scalars_become_numbers(tokenizer: Any) -> None:
     reference = {"answer": np.int64(7), "parts": (np.float32(0.5), [np.True_]), "name": np.str_("a")}
-    ticket = make_ticket(Chat(tokenizer, ModelConfig(path="x")), Prompt(USER, reference))
+    ticket = make_ticket(ChatTemplate(tokenizer, ModelConfig(path="x")), Prompt(USER, reference))
     assert ticket.reference == {"answer": 7, "parts": [0.5, [True]], "name": "a"}
     assert type(ticket.reference["answer"]) is int

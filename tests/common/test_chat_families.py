@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from headrace.common.config import ModelConfig
-from headrace.common.models.chat import Chat, stop_token_ids
+from headrace.common.models.chat_template import ChatTemplate, stop_token_ids
 from headrace.common.wire import Message
 from tests.support.chat_families import FAMILIES, TOKENIZERS, chat_of, control_tokens, make_tokenizer
 
@@ -85,7 +85,7 @@ def test_the_end_of_a_turn_ends_an_answer_where_no_file_says_so() -> None:
     tokenizer = make_tokenizer("qwen2.5")
     tokenizer.eos_token = "<|endoftext|>"
     document, turn = map(tokenizer.convert_tokens_to_ids, ("<|endoftext|>", "<|im_end|>"))
-    found = stop_token_ids(Chat(tokenizer, ModelConfig(path="base")), SimpleNamespace(eos_token_id=document))
+    found = stop_token_ids(ChatTemplate(tokenizer, ModelConfig(path="base")), SimpleNamespace(eos_token_id=document))
     assert found == sorted([document, turn])
 
 
@@ -140,5 +140,5 @@ def test_a_prompt_is_tokenized_as_if_control_tokens_had_names_that_nobody_writes
     content = "".join(data.draw(st.lists(pieces, min_size=1, max_size=8)))
     messages: list[Message] = [{"role": "user", "content": content}]
     tokens = chat_of(name).encode(messages)
-    assert tokens == Chat(RENAMED[name], ModelConfig(path=name)).encode(messages)
+    assert tokens == ChatTemplate(RENAMED[name], ModelConfig(path=name)).encode(messages)
     assert TOKENIZERS[name].decode(tokens) == chat_of(name).render(messages)

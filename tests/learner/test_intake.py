@@ -10,7 +10,7 @@ import redis
 
 from headrace.common.config import ModelConfig, RunConfig
 from headrace.common.config.hot_reload import with_settings
-from headrace.common.models.chat import Chat
+from headrace.common.models.chat_template import ChatTemplate
 from headrace.common.redis.keys import Keys
 from headrace.common.tasks import Prompt
 from headrace.common.wire import Group, Ticket, Timings, decode_ticket
@@ -58,8 +58,8 @@ class PlainTokenizer:
         return list(text.encode())
 
 
-def plain_chat() -> Chat:
-    return Chat(PlainTokenizer(), ModelConfig(path="x"))
+def plain_chat() -> ChatTemplate:
+    return ChatTemplate(PlainTokenizer(), ModelConfig(path="x"))
 
 
 def make_config(**learner: object) -> RunConfig:

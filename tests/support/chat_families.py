@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from headrace.common.config import ModelConfig
-from headrace.common.models.chat import Chat
+from headrace.common.models.chat_template import ChatTemplate
 
 TEMPLATES = Path(__file__).parents[1] / "common" / "chat_templates"
 TEXT = ["<|im end|> <| |> im_end start_of_turn the theory of a <i> tag: 3 + 4 = 7, user and assistant say so. "] * 20
@@ -163,8 +163,8 @@ def make_tokenizer(name: str) -> Any:
 TOKENIZERS = {name: make_tokenizer(name) for name in FAMILIES}
 
 
-def chat_of(name: str, system_prompt: str | None = None, **chat_settings: Any) -> Chat:
-    return Chat(TOKENIZERS[name], ModelConfig(path=name, chat_template_settings=chat_settings), system_prompt)
+def chat_of(name: str, system_prompt: str | None = None, **chat_settings: Any) -> ChatTemplate:
+    return ChatTemplate(TOKENIZERS[name], ModelConfig(path=name, chat_template_settings=chat_settings), system_prompt)
 
 
 def control_tokens(name: str, tokens: list[int]) -> list[str]:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from headrace.common.models.chat import QUESTION, Chat, PromptError
+from headrace.common.models.chat_template import QUESTION, ChatTemplate, PromptError
 from headrace.common.models.control_tokens import Piece, texts_of, tokens_of, unused_characters
 
 ChatMessage = dict[str, Any]
@@ -19,7 +19,7 @@ ChatMessage = dict[str, Any]
 class Bridge:
     """Of one model: its chat template, and the tokens that end a reply."""
 
-    def __init__(self, chat: Chat, stop_token_ids: Collection[int]) -> None:
+    def __init__(self, chat: ChatTemplate, stop_token_ids: Collection[int]) -> None:
         self.chat = chat
         self.stop_token_ids = frozenset(stop_token_ids)
 
@@ -49,7 +49,7 @@ class Bridge:
 
 
 def render_calls(
-    chat: Chat, messages: list[ChatMessage], tools: Sequence[Any] = (), add_generation_prompt: bool = True
+    chat: ChatTemplate, messages: list[ChatMessage], tools: Sequence[Any] = (), add_generation_prompt: bool = True
 ) -> list[Piece]:
     """Some templates take the arguments of a tool call as an object, others as its JSON text: the second is tried
     where the first is refused. Raises `PromptError`."""

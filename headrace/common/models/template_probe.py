@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from headrace.common.models.bridge import Bridge, ChatMessage, render_calls
-from headrace.common.models.chat import QUESTION, PromptError
+from headrace.common.models.chat_template import QUESTION, PromptError
 from headrace.common.models.control_tokens import Piece, tokens_of
 
 History = Literal["kept", "rewritten", "refused", "not rendered"]

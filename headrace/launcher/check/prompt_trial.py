@@ -98,10 +98,10 @@ def _load(config: RunConfig) -> tuple[Any, Any]:
     if is_kept_out:
         sys.modules["torch"] = None  # type: ignore[assignment]
     try:
-        from headrace.common.models.chat import Chat
+        from headrace.common.models.chat_template import ChatTemplate
         from headrace.common.models.tokenizer import load_tokenizer
 
-        chat = Chat(load_tokenizer(config.model), config.model, config.task.system_prompt)
+        chat = ChatTemplate(load_tokenizer(config.model), config.model, config.task.system_prompt)
         return chat, load_model_config(config.model)
     except ValueError as error:
         if is_hub_name(config.model.path) and os.environ.get("HF_HUB_OFFLINE"):
@@ -117,7 +117,7 @@ def _template_probe(chat: Any, config: RunConfig) -> TemplateProbe:
     from transformers import GenerationConfig
 
     from headrace.common.models.bridge import Bridge
-    from headrace.common.models.chat import stop_token_ids
+    from headrace.common.models.chat_template import stop_token_ids
     from headrace.common.models.template_probe import probe_template
 
     try:
@@ -128,7 +128,7 @@ def _template_probe(chat: Any, config: RunConfig) -> TemplateProbe:
 
 
 def _try(chat: Any, config: RunConfig, split: Split, row: int, prompt: Prompt | BadRow, trial: SplitTrial) -> None:
-    from headrace.common.models.chat import PromptError
+    from headrace.common.models.chat_template import PromptError
 
     is_train = split == "train"
     if isinstance(prompt, BadRow):

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from headrace.common.config import RunConfig
-from headrace.common.models.chat import to_builtin_types
+from headrace.common.models.chat_template import to_builtin_types
 from headrace.common.tasks import BadRow, Prompt, Split, Task
 
 MAX_ROWS = 100_000

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from headrace.common.config import RunConfig
-from headrace.common.models.chat import Chat, PromptError
+from headrace.common.models.chat_template import ChatTemplate, PromptError
 from headrace.common.models.context_length import fits_context
 from headrace.common.tasks import BadRow, Prompt, Task
 from headrace.common.wire import MIN_TEMPERATURE, Sampling, Ticket
@@ -52,7 +52,7 @@ class TicketSource:
         self,
         config: RunConfig,
         task: Task,
-        chat: Chat,
+        chat: ChatTemplate,
         stop_token_ids: list[int],
         cursor: Cursor,
         max_sequence_tokens: int | None = None,

@@ -31,7 +31,7 @@ class PromptError(ValueError):
     """A prompt of the task cannot become a ticket; the text, one line, says why."""
 
 
-class Chat:
+class ChatTemplate:
     """Renders and tokenizes prompts. Raises `ValueError` if the template is invalid or lacks what is configured."""
 
     def __init__(self, tokenizer: Any, model: ModelConfig, system_prompt: str | None = None) -> None:
@@ -160,7 +160,7 @@ class Chat:
             raise ValueError(f"task.system_prompt: the chat template of {path!r} leaves it out; {instead}")
 
 
-def stop_token_ids(chat: Chat, generation_config: Any) -> list[int]:
+def stop_token_ids(chat: ChatTemplate, generation_config: Any) -> list[int]:
     """The tokens that end an answer, ascending.
 
     They are the end tokens of the generation config and of the tokenizer, at both of which the engine stops, and the
