@@ -43,7 +43,7 @@ from headrace.common.models.tokenizer import load_tokenizer
 from headrace.common.tasks.arithmetic import Arithmetic
 from headrace.common.wire import Sampling, Ticket
 from headrace.generation.engine.client import Engine, SwapTimings
-from headrace.generation.engine.completions import Completion, generate_body, to_completion
+from headrace.generation.engine.completions import Completion, Sample, generate_body, to_completion
 from headrace.generation.engine.server import EngineServer
 from headrace.generation.engine.swap_checks import SwapMode
 
@@ -179,7 +179,7 @@ async def answer(engine: Engine, ticket: Ticket, shape: Shape, slots: asyncio.Se
     body = generate_body(ticket, [f"{request}-{index}." for index in range(GROUP_SIZE)])
     body["sampling_params"]["ignore_eos"] = not shape.ends
     async with slots:
-        samples = await engine.generate_unchecked(body)
+        samples = await engine.generate_unchecked(body, list[Sample])
     return [to_completion(sample) for sample in samples]
 
 

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from headrace.common.config import EngineConfig
 from headrace.common.wire import Sampling, Ticket
 from headrace.generation.engine.client import Engine, EngineError, UnconfirmedWeights
-from headrace.generation.engine.completions import Completion, generate_body
+from headrace.generation.engine.completions import Completion, Sample, generate_body
 from headrace.generation.engine.server import EngineServer
 from headrace.generation.tensors.verification import map_to_checkpoint
 from tests.support.guard import GUARD_S
@@ -315,7 +315,7 @@ def test_an_abort_ends_a_request_in_the_engine(engine_url: str, policies: list[P
         await engine.swap(policies[0], await next_version(engine))
         rids = [f"{uuid.uuid4().hex}-{index}." for index in range(8)]
         asked = generate_body(ticket(8, max_new_tokens=900), rids)
-        request = asyncio.create_task(engine.generate_unchecked(asked))
+        request = asyncio.create_task(engine.generate_unchecked(asked, list[Sample]))
         await until_running(engine, 8)
         await engine._abort(rids)
         assert [sample.meta_info.finish_reason.type for sample in await request] == ["abort"] * 8
@@ -336,7 +336,7 @@ def test_cancelling_and_running_out_of_time_end_the_request(engine_url: str, pol
         impatient = Engine(engine.url, completion_timeout_s=0.5)
         late = ticket(8, max_new_tokens=900)
         with pytest.raises(
-            EngineError, match=rf"ticket {late.id}: the engine answered neither it nor another ticket within 0\.5 s"
+            EngineError, match=rf"ticket {late.id}: the engine answered neither it nor another request within 0\.5 s"
         ):
             await impatient.generate(late)
         await impatient.aclose()

@@ -115,7 +115,7 @@ def test_an_error_status_carries_the_engines_message(fake: FakeSglang) -> None:
 def test_a_hanging_generate_is_aborted_at_its_deadline(fake: FakeSglang) -> None:
     fake.hanging.add("/generate")
     with pytest.raises(
-        EngineError, match=r"ticket 0-7: the engine answered neither it nor another ticket within 0\.3 s"
+        EngineError, match=r"ticket 0-7: the engine answered neither it nor another request within 0\.3 s"
     ):
         generate(fake, num_completions=2, completion_timeout_s=0.3)
     [(_, request)] = [call for call in fake.calls if call[0] == "/generate"]

@@ -7,7 +7,9 @@ from now on.
 
 import contextlib
 import hashlib
+import itertools
 import json
+import re
 import sys
 import threading
 import time
@@ -52,6 +54,7 @@ class FakeSglang(ScriptedServer):
             "/server_info": (200, server_info()),
             "/script": (200, {}),
         }
+        self.parsers: dict[str, str | None] = {"tool_call_parser": None, "reasoning_parser": None}
         self.hanging: set[str] = set()
         self.model_path = Path("/nowhere")
         self.serve_version("4")
@@ -68,6 +71,8 @@ class FakeSglang(ScriptedServer):
         self.held: dict[str, str] = {}
         self.hold({})
         self.calls: list[tuple[str, Any]] = []
+        self.cached: list[list[int]] = []
+        """Prompts of turns with their replies, since the last new weights."""
 
     @property
     def url(self) -> str:
@@ -78,7 +83,31 @@ class FakeSglang(ScriptedServer):
         return [path for path, _ in self.calls]
 
     def serve_version(self, label: str) -> None:
-        self.replies["/model_info"] = 200, {"model_path": str(self.model_path), "weight_version": label}
+        info = {"model_path": str(self.model_path), "weight_version": label}
+        self.replies["/model_info"] = 200, info | self.parsers
+
+    def have_parsers(self, tool_call_parser: str | None = None, reasoning_parser: str | None = None) -> None:
+        self.parsers = {"tool_call_parser": tool_call_parser, "reasoning_parser": reasoning_parser}
+        self.serve_version(self.replies["/model_info"][1]["weight_version"])  # type: ignore[call-overload]
+
+    def reply_to(self, path: str, body: Any) -> tuple[int, Json]:
+        status, reply = self.replies.get(path, (404, {"detail": "Not Found"}))
+        if path == "/parse_function_call" and path not in self.replies:
+            return 200, parse_calls(body["text"], body["tools"])
+        if path == "/separate_reasoning" and path not in self.replies:
+            return 200, separate_reasoning(body["text"])
+        if status == 200 and path == "/generate" and body["input_ids"][:1] and type(body["input_ids"][0]) is int:
+            return status, self.sample_turn(body["input_ids"], reply[0] if isinstance(reply, list) else reply)
+        if status == 200 and path == "/update_weights_from_disk" and self.takes_weights:
+            return self.take_weights(Path(body["model_path"]), body["weight_version"]) or (status, reply)
+        return status, reply
+
+    def sample_turn(self, prompt: list[int], sample: dict[str, Any]) -> dict[str, Any]:
+        """The sample with the numbers of tokens that belong to the prompt."""
+        cached = max((num_common(known, prompt[:-1]) for known in self.cached), default=0)
+        self.cached.append(prompt + sample["output_ids"])
+        counts = {"prompt_tokens": len(prompt), "cached_tokens": cached}
+        return sample | {"meta_info": counts | sample["meta_info"]}
 
     def be_on_cuda(self) -> None:
         self.replies["/server_info"] = 200, server_info(device="cuda")
@@ -97,6 +126,7 @@ class FakeSglang(ScriptedServer):
             message = "Failed to update weights: no such tensor.\nRolling back to original weights."
             return 400, {"success": False, "message": message}
         self.serve_version(label)
+        self.cached.clear()
         if not self.keeps_tensors:
             self.hold(taken)
         return None
@@ -127,10 +157,7 @@ class FakeHandler(BaseHTTPRequestHandler):
             return
         if self.path in self.server.delaying:
             self.server.delaying[self.path].wait(GUARD_S)
-        status, reply = self.server.replies.get(self.path, (404, {"detail": "Not Found"}))
-        if self.path == "/update_weights_from_disk" and status == 200 and self.server.takes_weights:
-            failure = self.server.take_weights(Path(body["model_path"]), body["weight_version"])
-            status, reply = failure or (status, reply)
+        status, reply = self.server.reply_to(self.path, body)
         content = json.dumps(reply).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
@@ -171,6 +198,34 @@ def in_a_thread(server: Scripted) -> Iterator[Scripted]:
 
 def server_info(**changes: Any) -> dict[str, Any]:
     return {"device": "cpu", "tp_size": 1, "disable_overlap_schedule": False, "disable_radix_cache": True} | changes
+
+
+def num_common(first: list[int], second: list[int]) -> int:
+    """Length of the longest common prefix."""
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))))
+
+
+def parse_calls(text: str, tools: list[dict[str, Any]]) -> dict[str, Any]:
+    """As SGLang's parser `hermes`: a call of an unknown name is left out, and where JSON is broken, all calls are."""
+    known = {tool["function"]["name"] for tool in tools}
+    try:
+        found = [json.loads(written) for written in re.findall(r"<tool_call>(.*?)(?:</tool_call>|$)", text, re.DOTALL)]
+    except ValueError:
+        return {"normal_text": text, "calls": []}
+    calls = [
+        {"tool_index": 0, "name": call["name"], "parameters": json.dumps(call["arguments"])}
+        for call in found
+        if call["name"] in known
+    ]
+    return {"normal_text": text.split("<tool_call>")[0].strip() if found else text, "calls": calls}
+
+
+def separate_reasoning(text: str) -> dict[str, Any]:
+    """As SGLang's parser `qwen3`."""
+    if "<think>" not in text:
+        return {"reasoning_text": "", "text": text}
+    reasoning, _, content = text.removeprefix("<think>").partition("</think>")
+    return {"reasoning_text": reasoning, "text": content}
 
 
 def sha256(payload: bytes) -> str:

@@ -11,6 +11,7 @@ decides.
 import asyncio
 import time
 import uuid
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,19 @@ from typing import Any
 import msgspec
 
 from headrace.common.wire import Ticket
-from headrace.generation.engine.completions import Completion, Sample, generate_body, to_completion
+from headrace.generation.engine.completions import (
+    Completion,
+    Sample,
+    SampledTurn,
+    TurnRequest,
+    generate_body,
+    rid_of,
+    to_completion,
+    turn_body,
+)
 from headrace.generation.engine.deadlines import CompletionDeadlines
-from headrace.generation.engine.http_calls import CONTROL_TIMEOUT_S, EngineCalls, EngineError
+from headrace.generation.engine.http_calls import CONTROL_TIMEOUT_S, EngineCalls, EngineError, Reply
+from headrace.generation.engine.reply_parsing import AUTO, ParsedReply, ReplyParser
 from headrace.generation.engine.swap_checks import SwapMode
 from headrace.generation.engine.swapping import SwapTimings, UnconfirmedWeights, WeightSwapper
 
@@ -43,8 +54,11 @@ class Engine:
         swap_mode: SwapMode = "retract",
         completion_timeout_s: float = 600.0,
         swap_timeout_s: float = 300.0,
+        tool_call_parser: str = AUTO,
+        reasoning_parser: str = AUTO,
     ) -> None:
         self.calls = EngineCalls(url)
+        self._reply_parser = ReplyParser(self.calls, tool_call_parser, reasoning_parser)
         self._swapper = WeightSwapper(self.calls, swap_mode, swap_timeout_s)
         self._recomputes = swap_mode == "retract"
         self._in_flight: set[object] = set()
@@ -84,41 +98,54 @@ class Engine:
         `UnconfirmedWeights` if a version that was loaded during the request is not confirmed, and at once if the engine
         already has unverified weights.
         """
-        if self.has_unverified_weights:
-            raise UnconfirmedWeights("a swap has failed, and the engine may hold other weights than it reports")
-        request = uuid.uuid4().hex  # no id may be a prefix of another: SGLang aborts by prefix
-        rids = [f"{request}-{index}." for index in range(ticket.num_completions)]
+        request = uuid.uuid4().hex
+        rids = [rid_of(f"{request}-{index}") for index in range(ticket.num_completions)]
         num_failed_swaps = self._swapper.num_failed_swaps
-        try:
-            async with self._deadlines.enforce(ticket.sampling.max_new_tokens):
-                samples = await self.generate_unchecked(generate_body(ticket, rids))
-        except TimeoutError as error:
-            await self._abort(rids)
-            allowance_s = self._deadlines.allowance_s(ticket.sampling.max_new_tokens)
-            raise EngineError(
-                f"ticket {ticket.id}: the engine answered neither it nor another ticket within {allowance_s:g} s"
-            ) from error
-        except asyncio.CancelledError:
-            await self._abort(rids)
-            raise
-        except EngineError as error:
-            raise EngineError(f"ticket {ticket.id}: {error}") from error
+        name, max_new_tokens = f"ticket {ticket.id}", ticket.sampling.max_new_tokens
+        samples = await self._sample(name, generate_body(ticket, rids), rids, max_new_tokens, list[Sample])
         if len(samples) != ticket.num_completions:
             raise EngineError(f"ticket {ticket.id}: {len(samples)} completions, asked for {ticket.num_completions}")
-        try:
-            completions = [to_completion(sample) for sample in samples]
-        except ValueError as error:
-            raise EngineError(f"ticket {ticket.id}: {error}") from error
-        versions = {span.version for completion in completions for span in completion.version_spans}
-        await self._swapper.wait_until_confirmed(versions, num_failed_swaps)
+        completions = [_checked(name, sample) for sample in samples]
+        await self._swapper.wait_until_confirmed(_versions(completions), num_failed_swaps)
         return completions
 
-    async def generate_unchecked(self, body: dict[str, Any]) -> list[Sample]:
+    async def sample_turn(self, request: TurnRequest) -> SampledTurn:
+        """Returns one reply. Cancellation, deadline and errors are as for `generate`, but nothing waits for the
+        confirmation of a version: that is left to `wait_until_confirmed`."""
+        name, num_failed_swaps = f"turn {request.rid}", self._swapper.num_failed_swaps
+        rids, max_new_tokens = [rid_of(request.rid)], request.sampling.max_new_tokens
+        sample = await self._sample(name, turn_body(request), rids, max_new_tokens, Sample)
+        completion, meta = _checked(name, sample), sample.meta_info
+        if meta.prompt_tokens != len(request.prompt_tokens):
+            raise EngineError(f"{name}: sampled behind {meta.prompt_tokens} tokens, sent {len(request.prompt_tokens)}")
+        unconfirmed = self._swapper.unconfirmed(_versions([completion]), num_failed_swaps)
+        return SampledTurn(completion, meta.cached_tokens, unconfirmed)
+
+    async def wait_until_confirmed(self, turns: Iterable[SampledTurn]) -> None:
+        """Waits for swaps that were being confirmed when a turn ended; raises `UnconfirmedWeights` if one fails."""
+        for turn in turns:
+            if turn.unconfirmed is not None:
+                await self._swapper.wait_until_confirmed(turn.unconfirmed.versions, turn.unconfirmed.num_failed_swaps)
+
+    async def abort(self, rid: str) -> None:
+        """Ends the turn `rid` in the engine, if it is there; never raises an `EngineError`."""
+        await self._abort([rid_of(rid)])
+
+    async def parse_reply(self, text: str, tools: Sequence[dict[str, Any]]) -> ParsedReply:
+        """The parts of a reply to a request that offered `tools` (`ReplyParser.parse`); a reply that was cut at its
+        limit has no calls, so pass no tools then."""
+        return await self._reply_parser.parse(text, tools)
+
+    async def check_tool_calls(self) -> None:
+        """Raises `EngineError` if the engine cannot parse tool calls; for tasks whose prompts have tools."""
+        await self._reply_parser.check_tool_calls()
+
+    async def generate_unchecked(self, body: dict[str, Any], reply_type: type[Reply]) -> Reply:
         """Returns the engine's reply to `/generate`, unchecked and without a deadline."""
         request = object()
         self._in_flight.add(request)
         try:
-            return await self.calls.call("/generate", list[Sample], body, timeout_s=None)
+            return await self.calls.call("/generate", reply_type, body, timeout_s=None)
         finally:
             self._in_flight.discard(request)
 
@@ -166,7 +193,39 @@ class Engine:
             await self.calls.call("/generate", msgspec.Raw, ONE_TOKEN, RECOMPUTE_TIMEOUT_S)
             await asyncio.sleep(swapped.pause_s + swapped.confirm_s + time.monotonic() - asked_s)
 
+    async def _sample(
+        self, name: str, body: dict[str, Any], rids: list[str], max_new_tokens: int, reply_type: type[Reply]
+    ) -> Reply:
+        """The engine's reply to `/generate`, before the deadline; errors begin with `name`."""
+        if self.has_unverified_weights:
+            raise UnconfirmedWeights("a swap has failed, and the engine may hold other weights than it reports")
+        try:
+            async with self._deadlines.enforce(max_new_tokens):
+                return await self.generate_unchecked(body, reply_type)
+        except TimeoutError as error:
+            await self._abort(rids)
+            allowance_s = self._deadlines.allowance_s(max_new_tokens)
+            raise EngineError(
+                f"{name}: the engine answered neither it nor another request within {allowance_s:g} s"
+            ) from error
+        except asyncio.CancelledError:
+            await self._abort(rids)
+            raise
+        except EngineError as error:
+            raise EngineError(f"{name}: {error}") from error
+
     async def _abort(self, rids: list[str]) -> None:
         """Ends the requests in the engine, which would notice the closed connection only seconds later."""
         aborts = (self.calls.send("POST", "/abort_request", {"rid": rid}, ABORT_TIMEOUT_S) for rid in rids)
         await asyncio.gather(*aborts, return_exceptions=True)
+
+
+def _checked(name: str, sample: Sample) -> Completion:
+    try:
+        return to_completion(sample)
+    except ValueError as error:
+        raise EngineError(f"{name}: {error}") from error
+
+
+def _versions(completions: Iterable[Completion]) -> set[int]:
+    return {span.version for completion in completions for span in completion.version_spans}

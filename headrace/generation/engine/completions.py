@@ -1,4 +1,4 @@
-"""Builds SGLang's request for a ticket, and checks and converts its reply. Pure.
+"""Builds SGLang's requests for a ticket and for a turn, and checks and converts the replies. Pure.
 
 In a checked completion every token has a finite behaviour log-probability and belongs to one version span, as reported
 by the engine.
@@ -6,25 +6,68 @@ by the engine.
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, cast, get_args
+from typing import Annotated, Any, Literal, NamedTuple, cast, get_args
 
 import msgspec
 import numpy as np
 
-from headrace.common.wire import MAX_TOKEN, FinishReason, Ticket, VersionSpan
+from headrace.common.wire import MAX_TOKEN, Sampling, Ticket, VersionSpan
+
+SampledFinish = Literal["stop", "length"]
+"""How sampling ends: at a stop token or stop text, or at `max_new_tokens`."""
+
+UNCHANGED_DISTRIBUTION: dict[str, Any] = {
+    "min_p": 0.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "min_new_tokens": 0,
+    "ignore_eos": False,
+    "logit_bias": None,
+}
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled continuation of a ticket's prompt; its last token is the stop token, if there is one."""
+    """One sampled continuation of a prompt; its last token is the stop token, if there is one."""
 
     tokens: list[int]
     behaviour_logprobs: np.ndarray
     """float32 of shape `(len(tokens),)`, at the sampling temperature."""
     version_spans: list[VersionSpan]
-    finish_reason: FinishReason
+    finish_reason: SampledFinish
     text: str
+
+
+class TurnRequest(NamedTuple):
+    """One reply to be sampled behind exactly `prompt_tokens`."""
+
+    prompt_tokens: Sequence[int]
+    sampling: Sampling
+    rid: str
+    """The request's name, with which it can be aborted; no two requests in flight have the same."""
+
+
+@dataclass(frozen=True)
+class Unconfirmed:
+    """Versions that an engine was sampling with while it was still being confirmed to hold them."""
+
+    versions: frozenset[int]
+    num_failed_swaps: int
+    """The engine's number when the request began."""
+
+
+@dataclass(frozen=True)
+class SampledTurn:
+    """A reply. Its text has all sampled tokens but a stop token at the end, special tokens included."""
+
+    completion: Completion
+    cached_tokens: int
+    """Number of tokens of the prompt that the engine had in its prefix cache."""
+    unconfirmed: Unconfirmed | None = None
+    """Unless None, `Engine.wait_until_confirmed` is to be asked before the turn is used for training."""
 
 
 class Finish(msgspec.Struct):
@@ -42,6 +85,8 @@ class Meta(msgspec.Struct):
     finish_reason: Finish
     output_token_logprobs: list[tuple[float | None, int, str | None]]
     weight_versions: list[Span] = []
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
 
 
 class Sample(msgspec.Struct):
@@ -58,15 +103,35 @@ def generate_body(ticket: Ticket, rids: list[str]) -> dict[str, Any]:
     return {
         "input_ids": [ticket.prompt_tokens] * len(rids),
         "rid": rids,
-        "sampling_params": {
-            "temperature": ticket.sampling.temperature,
-            "max_new_tokens": ticket.sampling.max_new_tokens,
-            "stop_token_ids": ticket.sampling.stop_token_ids,
-            "top_p": 1.0,
-            "top_k": -1,
-            **({"stop_regex": [_pattern(text) for text in ticket.sampling.stop]} if ticket.sampling.stop else {}),
-        },
+        "sampling_params": _sampling_params(ticket.sampling),
         "return_logprob": True,
+    }
+
+
+def turn_body(request: TurnRequest) -> dict[str, Any]:
+    """The body for `/generate`. Parameters are sent even if they are SGLang's defaults, which an engine's operator may
+    change. Special tokens are kept in the text, because parsers of tool calls look for them."""
+    return {
+        "input_ids": request.prompt_tokens,
+        "rid": rid_of(request.rid),
+        "sampling_params": _sampling_params(request.sampling) | UNCHANGED_DISTRIBUTION | {"skip_special_tokens": False},
+        "return_logprob": True,
+    }
+
+
+def rid_of(name: str) -> str:
+    """The request id. SGLang aborts by prefix, so no id may be a prefix of another."""
+    return f"{name}."
+
+
+def _sampling_params(sampling: Sampling) -> dict[str, Any]:
+    return {
+        "temperature": sampling.temperature,
+        "max_new_tokens": sampling.max_new_tokens,
+        "stop_token_ids": sampling.stop_token_ids,
+        "top_p": 1.0,
+        "top_k": -1,
+        **({"stop_regex": [_pattern(text) for text in sampling.stop]} if sampling.stop else {}),
     }
 
 
@@ -91,14 +156,14 @@ def to_completion(sample: Sample) -> Completion:
         tokens=sample.output_ids,
         behaviour_logprobs=np.array([logprob for logprob, _, _ in meta.output_token_logprobs], dtype=np.float32),
         version_spans=[VersionSpan(to_version(span.version), span.start, span.end) for span in meta.weight_versions],
-        finish_reason=cast(FinishReason, meta.finish_reason.type),
+        finish_reason=cast(SampledFinish, meta.finish_reason.type),
         text=sample.text,
     )
 
 
 def _problem(sample: Sample) -> str:
     meta, num_tokens = sample.meta_info, len(sample.output_ids)
-    if meta.finish_reason.type not in get_args(FinishReason):
+    if meta.finish_reason.type not in get_args(SampledFinish):
         return f"finished with {meta.finish_reason.type}: {meta.finish_reason.message}"
     if num_tokens == 0:
         return "no tokens"

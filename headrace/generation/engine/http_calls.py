@@ -25,6 +25,10 @@ class EngineError(RuntimeError):
     """The engine failed, could not be reached, or sent an unusable reply."""
 
 
+class EngineFault(EngineError):
+    """The engine answered with a status of 500 or more: it failed on what it was sent."""
+
+
 class EngineCalls:
     """Calls the server at `url`."""
 
@@ -63,7 +67,8 @@ class EngineCalls:
         except aiohttp.ClientError as error:
             raise EngineError(f"{path} at {self.url}: {type(error).__name__}: {error}") from error
         if response.status != HTTPStatus.OK:
-            raise EngineError(f"{path} answered {response.status}: {content.decode(errors='replace')[:500]}")
+            failure = EngineFault if response.status >= HTTPStatus.INTERNAL_SERVER_ERROR else EngineError
+            raise failure(f"{path} answered {response.status}: {content.decode(errors='replace')[:500]}")
         if path in SIGNS_OF_LIFE:
             self.last_heard_at = time.monotonic()
         return content

@@ -9,18 +9,21 @@ requests are not at fault.
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from headrace.common.wire import Ticket
 from headrace.generation.engine.client import Engine, EngineError, UnconfirmedWeights
-from headrace.generation.engine.completions import Completion
+from headrace.generation.engine.completions import Completion, SampledTurn, TurnRequest
 from headrace.generation.engine.liveness import EngineLiveness
+from headrace.generation.engine.reply_parsing import ParsedReply
 from headrace.generation.engine.server import POLL_S, EngineServer
 
 START_PAUSES_S = (2.0, 10.0)
 """Pauses before the second and the third start; after a third failure the replica gives up."""
 _log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 
 class EngineDown(RuntimeError):
@@ -50,7 +53,7 @@ class EngineSupervisor:
         """Counts the engine's starts; for an external engine, how often it began to answer."""
         self._startup_weights = startup_weights
         self._restart_reason = ""
-        self._requests: set[asyncio.Task[list[Completion]]] = set()
+        self._requests: set[asyncio.Task[Any]] = set()
 
     @property
     def is_overdue(self) -> bool:
@@ -75,11 +78,38 @@ class EngineSupervisor:
 
     async def generate(self, ticket: Ticket) -> list[Completion]:
         """As `Engine.generate`. An `EngineError` counts against the ticket, `EngineDown` does not."""
+        return await self._request(lambda: self.engine.generate(ticket))
+
+    async def sample_turn(self, request: TurnRequest) -> SampledTurn:
+        """As `Engine.sample_turn`. An `EngineError` is about this turn, `EngineDown` is not."""
+        return await self._request(lambda: self.engine.sample_turn(request))
+
+    async def parse_reply(self, text: str, tools: Sequence[dict[str, Any]]) -> ParsedReply:
+        """As `Engine.parse_reply`, with errors as those of `sample_turn`."""
+        return await self._request(lambda: self.engine.parse_reply(text, tools))
+
+    async def check_tool_calls(self) -> None:
+        """As `Engine.check_tool_calls`, with errors as those of `sample_turn`."""
+        await self._request(self.engine.check_tool_calls)
+
+    async def wait_until_confirmed(self, turns: Iterable[SampledTurn]) -> None:
+        """As `Engine.wait_until_confirmed`, but raises `EngineDown`."""
+        try:
+            await self.engine.wait_until_confirmed(turns)
+        except UnconfirmedWeights as error:
+            raise EngineDown(str(error)) from error
+
+    async def abort(self, rid: str) -> None:
+        """As `Engine.abort`."""
+        await self.engine.abort(rid)
+
+    async def _request(self, ask: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+        """Awaits `ask()`; raises `EngineDown` if the engine is not serving or stops serving, however that shows."""
         if not self.serving.is_set():
             raise EngineDown(self.problem or "the engine is starting")
         task, incarnation = asyncio.current_task(), self.incarnation
         assert task is not None
-        request = asyncio.create_task(self.engine.generate(ticket))
+        request = asyncio.create_task(ask())
         self._requests.add(request)
         try:
             return await request

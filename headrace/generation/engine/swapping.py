@@ -21,7 +21,7 @@ from pathlib import Path
 
 import msgspec
 
-from headrace.generation.engine.completions import to_version
+from headrace.generation.engine.completions import Unconfirmed, to_version
 from headrace.generation.engine.confirmation import ExpectedWeights, SwapConfirmer
 from headrace.generation.engine.http_calls import CONTROL_TIMEOUT_S, EngineCalls, EngineError
 from headrace.generation.engine.swap_checks import ServerInfo, SwapMode, check_folder, check_server
@@ -135,6 +135,14 @@ class WeightSwapper:
         unconfirmed = sorted(self._unconfirmed.intersection(versions))
         if unconfirmed or self.num_failed_swaps != num_failed_before:
             raise UnconfirmedWeights(f"a swap to {unconfirmed or 'one of its versions'} has not been confirmed")
+
+    def unconfirmed(self, versions: Collection[int], num_failed_before: int) -> Unconfirmed | None:
+        """Those of the versions that are being confirmed; the arguments are those of `wait_until_confirmed`. Raises
+        `UnconfirmedWeights` if a swap has failed."""
+        if self.num_failed_swaps != num_failed_before:
+            raise UnconfirmedWeights("a swap failed during the request")
+        pending = self._unconfirmed.intersection(versions)
+        return Unconfirmed(frozenset(pending), num_failed_before) if pending else None
 
     async def served_version(self) -> int | None:
         """The version that the engine reports; None if it was started without one."""
