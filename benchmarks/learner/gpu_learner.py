@@ -125,9 +125,8 @@ def group_of(rng: random.Random, place: int, shape: Shape) -> Group:
     for number in range(size):
         length = round(math.exp(rng.uniform(math.log(shortest), math.log(longest))))
         rollouts.append(
-            Rollout(
+            Rollout.of_completion(
                 tokens=np.array([rng.randrange(5, TOKENIZER_TOKENS) for _ in range(length)], np.int32),
-                loss_mask=b"\1" * length,
                 behaviour_logprobs=np.full(length, -math.log(shape["model"]["vocab_size"]), np.float32),
                 version_spans=[VersionSpan(version, 0, length)],
                 reward=float(number % 2),

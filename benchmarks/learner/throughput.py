@@ -124,11 +124,20 @@ def samples_of(prompt: int, lengths: list[int]) -> list[Sample]:
     tokens, completions = tokens_of(prompt, lengths)
     ticket = Ticket("0-0", "train", tokens, [], {}, len(lengths), Sampling(1.0, max(lengths), []), 0)
     rollouts = [
-        Rollout(one, b"\1" * len(one), np.zeros(len(one), np.float32), [VersionSpan(1, 0, len(one))], 0.0, "stop")
+        Rollout.of_completion(
+            tokens=one,
+            behaviour_logprobs=np.zeros(len(one), np.float32),
+            version_spans=[VersionSpan(1, 0, len(one))],
+            reward=0.0,
+            finish_reason="stop",
+        )
         for one in (np.array(tokens, np.int32) for tokens in completions)
     ]
     group = Group(ticket, rollouts, "benchmark", Timings(0, 0, 0))
-    return [Sample(group, rollout, 1.0, np.zeros(len(rollout.tokens), np.int64)) for rollout in rollouts]
+    return [
+        Sample(group, rollout, rollout.segments[0], 1.0, np.zeros(rollout.num_trained_tokens, np.int64))
+        for rollout in rollouts
+    ]
 
 
 def padded(prompt: int, lengths: list[int]) -> tuple[Tensor, list[int]]:

@@ -170,9 +170,8 @@ def random_group(rng: random.Random, place: int, num_rollouts: int, num_tokens: 
         min_weight_version=1,
     )
     rollouts = [
-        Rollout(
+        Rollout.of_completion(
             tokens=np.array([rng.randrange(2, 500) for _ in range(num_tokens)], np.int32),
-            loss_mask=b"\1" * num_tokens,
             behaviour_logprobs=np.array([-rng.random() for _ in range(num_tokens)], np.float32),
             version_spans=[VersionSpan(1, 0, num_tokens)],
             reward=float(index % 2),

@@ -130,9 +130,8 @@ def _groups(model: Any, tickets: list[Ticket], version: int, task: Task, tokeniz
             reward = task.reward(text, ticket)
             assert isinstance(reward, float), "the study's tasks have synchronous rewards"
             rollouts.append(
-                Rollout(
+                Rollout.of_completion(
                     tokens=np.array(tokens, np.int32),
-                    loss_mask=b"\1" * len(tokens),
                     behaviour_logprobs=np.array(logprobs, np.float32),
                     version_spans=[VersionSpan(version, 0, len(tokens))],
                     reward=reward,

@@ -137,9 +137,8 @@ class TicketProcessor:
 
 
 def _rollout(completion: Completion, reward: float) -> Rollout:
-    return Rollout(
+    return Rollout.of_completion(
         tokens=np.array(completion.tokens, np.int32),
-        loss_mask=b"\1" * len(completion.tokens),
         behaviour_logprobs=completion.behaviour_logprobs,
         version_spans=completion.version_spans,
         reward=reward,

@@ -108,7 +108,7 @@ def test_the_date_is_always_the_same(tokenizer: Any) -> None:
         (None, "expected a headrace.common.tasks.Prompt, found NoneType None"),
         (USER, r"expected a headrace.common.tasks.Prompt, found list \[\{"),
         (Prompt("3 + 4", {}), r"its messages are str '3 \+ 4': Expected `array`"),  # type: ignore[arg-type]
-        (Prompt([{"role": "user", "content": None}], {}), "Expected `str`, got `null`"),  # type: ignore[dict-item]
+        (Prompt([{"role": "user", "content": None}], {}), "message 0 whose content is a NoneType, expected text"),
         (Prompt([], {}), "Cannot apply chat template to an empty conversation"),
         (Prompt([{"role": "user", "content": "\ud83d"}], {}), r"half of a character \('.ud83d'"),
         (Prompt(USER, {"answer": "\ud83d"}), "half of a character"),

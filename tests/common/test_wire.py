@@ -10,7 +10,9 @@ from msgspec.structs import replace
 from headrace.common.wire import (
     Group,
     Heartbeat,
+    Limits,
     Sampling,
+    Turn,
     VersionSpan,
     WireError,
     check_group,
@@ -20,9 +22,10 @@ from headrace.common.wire import (
     encode,
 )
 from headrace.common.wire.checks import is_url
-from tests.support.factories import make_group, make_rollout, make_ticket
+from tests.support.factories import make_group, make_rollout, make_segment, make_ticket
 from tests.support.poisons import altered
 
+LIMITS = Limits(max_turns=2, max_tokens=6, max_context_tokens=12, max_segments=2)
 HEARTBEAT = Heartbeat("r", "http://x", "running", "", 3, 1, 2, 30, 0.5, 2.0)
 
 
@@ -30,12 +33,12 @@ def test_groups_come_back_as_they_were() -> None:
     group = make_group(rewards=(1.0, 0.0, 0.5))
     again = decode_group(encode(group))
     assert again.ticket == group.ticket and again.timings == group.timings
-    for one, other in zip(again.rollouts, group.rollouts, strict=True):
+    for one, other in zip(again.segments, group.segments, strict=True):
         assert np.array_equal(one.behaviour_logprobs, other.behaviour_logprobs)
         assert one.behaviour_logprobs.dtype == np.float32
         assert np.array_equal(one.tokens, other.tokens) and one.tokens.dtype == np.int32
         assert (one.loss_mask, one.version_spans) == (other.loss_mask, other.version_spans)
-        assert one.reward == other.reward
+    assert again.rewards == group.rewards
 
 
 def test_tickets_and_heartbeats_come_back_as_they_were() -> None:
@@ -90,7 +93,7 @@ def test_rollouts_that_contradict_themselves_are_refused(changes: dict[str, obje
 def test_other_payloads_are_refused() -> None:
     with pytest.raises(WireError, match="cannot decode 7 bytes"):
         decode_group(b"garbage")
-    with pytest.raises(WireError, match="schema 99, expected 1 or 2"):
+    with pytest.raises(WireError, match="schema 99, expected 1 or 2 or 3"):
         decode_ticket(encode(make_ticket(schema=99)))
     with pytest.raises(WireError, match="no prompt tokens"):
         decode_ticket(encode(make_ticket(prompt_tokens=[])))
@@ -107,12 +110,12 @@ def test_groups_of_a_nameless_replica_are_refused() -> None:
 @pytest.mark.parametrize("array", ["tokens", "behaviour_logprobs"])
 def test_tokens_and_log_probabilities_are_whole_numbers_of_four_bytes(array: str) -> None:
     with pytest.raises(WireError, match=f"11 bytes of {array}, expected 4 for each"):
-        decode_group(altered(encode(make_group()), ("rollouts", 0, array), bytes(11)))
+        decode_group(altered(encode(make_group()), ("rollouts", 0, "segments", 0, array), bytes(11)))
 
 
 def test_only_int32_tokens_have_a_wire_form() -> None:
     """Wider integers would be cut off in silence."""
-    wide = replace(make_rollout(), tokens=np.array([1, 2**40, 3]))
+    wide = make_rollout(tokens=np.array([1, 2**40, 3]))
     with pytest.raises(NotImplementedError, match="int64 has no wire form"):
         encode(replace(make_group(rewards=(1.0,)), rollouts=[wide]))
 
@@ -156,8 +159,8 @@ def test_rounding_may_take_a_log_probability_above_0() -> None:
 def test_a_rollout_is_no_longer_than_was_asked_for() -> None:
     """Tokens of tools do not count."""
     sampling = Sampling(temperature=1.0, max_new_tokens=2, stop_token_ids=[])
-    two = replace(make_rollout(loss_mask=bytes([1, 0, 1])), behaviour_logprobs=np.zeros(2, np.float32))
-    two = replace(two, version_spans=[VersionSpan(1, 0, 2)])
+    spans = [VersionSpan(1, 0, 2)]
+    two = make_rollout(loss_mask=bytes([1, 0, 1]), behaviour_logprobs=np.zeros(2, np.float32), version_spans=spans)
     group = replace(make_group(rewards=(1.0,), sampling=sampling), rollouts=[two])
     decode_group(encode(group))
     with pytest.raises(WireError, match="3 trained tokens, more than the ticket's max_new_tokens 2"):
@@ -189,8 +192,16 @@ def test_a_rollout_is_no_longer_than_was_asked_for() -> None:
         ({"reference": {"x": float("inf")}}, "a number that is not finite"),
         ({"reference": {"x": {1: 2}}}, "keys that are not text"),
         ({"reference": {"x": b"1"}}, "with a bytes, which JSON does not have"),
-        ({"reference": {"x": "1" * 2**20}}, "a reference of 1048584 bytes, more than 1048576"),
+        ({"reference": {"x": "1" * 2**20}}, "reference of 1048584 bytes, more than 1048576"),
         ({"messages": [{}] * 4097}, "length <= 4096"),
+        ({"messages": [{"role": 3}]}, "message 0 whose role is a int, expected text"),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, "message 0 whose content is a list, expected text"),
+        ({"messages": [{"role": "user", "x": b""}]}, "a message with a bytes, which JSON does not have"),
+        ({"tools": [{"function": {"name": "f"}}]}, "has tools, but no limits"),
+        ({"tools": [{"function": {}}], "limits": LIMITS}, "tool 0 without the name of a function"),
+        ({"tools": [{"function": {"name": "x" * 2**18}}], "limits": LIMITS}, "tools of .* bytes, more than 262144"),
+        ({"limits": Limits(0, 1, 1, 1)}, "the limit max_turns 0, expected 1 to 4096"),
+        ({"limits": Limits(1, 1, 2**21, 1)}, "the limit max_context_tokens 2097152, expected 1 to 1048576"),
     ],
 )
 def test_tickets_that_cannot_be_answered_are_refused(changes: dict[str, Any], problem: str) -> None:
@@ -212,7 +223,7 @@ def test_tickets_that_cannot_be_answered_are_refused(changes: dict[str, Any], pr
         ({"waiting_s": -1.0}, "Expected `float` >= 0"),
         ({"waiting_s": 3.0}, "waited 3 s of 2 s"),
         ({"reason": "x" * 2**16}, "bytes, more than 65536"),
-        ({"schema": 3}, "schema 3, expected 1 or 2"),
+        ({"schema": 4}, "schema 4, expected 1 or 2 or 3"),
     ],
 )
 def test_heartbeats_that_cannot_be_true_are_refused(changes: dict[str, Any], problem: str) -> None:
@@ -220,20 +231,86 @@ def test_heartbeats_that_cannot_be_true_are_refused(changes: dict[str, Any], pro
         decode_heartbeat(encode(replace(HEARTBEAT, **changes)))
 
 
-def test_tickets_and_groups_of_the_release_before_are_read() -> None:
-    """What waits in Redis at an upgrade: their tickets know no stop texts."""
+def test_tickets_and_heartbeats_of_earlier_releases_are_read() -> None:
+    """What waits in Redis at an upgrade: tickets of schema 1 know no stop texts, those of schema 2 no limits."""
+    for schema, unknown in ((1, ["stop"]), (2, [])):
+        tree = msgspec.msgpack.decode(encode(make_ticket()))
+        tree["schema"] = schema
+        for name in unknown:
+            del tree["sampling"][name]
+        del tree["tools"], tree["limits"]
+        assert decode_ticket(msgspec.msgpack.encode(tree)) == make_ticket()
+        assert decode_heartbeat(encode(replace(HEARTBEAT, schema=schema))).replica == "r"
 
-    def as_before(payload: bytes, *path: str) -> bytes:
-        tree = place = msgspec.msgpack.decode(payload)
-        for key in path:
-            place = place[key]
-        place["schema"] = 1
-        del place["sampling"]["stop"]
-        return msgspec.msgpack.encode(tree)
 
-    assert decode_ticket(as_before(encode(make_ticket()))) == make_ticket()
-    assert decode_group(as_before(encode(make_group()), "ticket")).ticket == make_ticket(min_weight_version=1)
-    assert decode_heartbeat(encode(replace(HEARTBEAT, schema=1))).replica == "r"
+def test_groups_of_schema_2_are_read_as_one_segment_behind_the_tickets_prompt() -> None:
+    group = make_group(rewards=(1.0, 0.5))
+    tree = msgspec.msgpack.decode(encode(group))
+    rollouts = [
+        {name: value for name, value in one["segments"][0].items() if name not in ("prompt", "origin")}
+        | {name: one[name] for name in ("reward", "finish_reason", "text")}
+        for one in tree["rollouts"]
+    ]
+    ticket = {name: value for name, value in tree["ticket"].items() if name not in ("tools", "limits")} | {"schema": 2}
+    del tree["prompts"]
+    again = decode_group(msgspec.msgpack.encode(tree | {"rollouts": rollouts, "ticket": ticket, "schema": 2}))
+    assert encode(again) == encode(group)
+
+
+def an_episode(**changes: Any) -> Group:
+    """Two turns with a tool's answer between them, then a turn behind a rewritten history."""
+    first = make_segment(
+        (8, 9, 50, 51, 10, 1),
+        loss_mask=bytes([1, 1, 0, 0, 1, 1]),
+        behaviour_logprobs=np.full(4, -0.1, np.float32),
+        version_spans=[VersionSpan(1, 0, 2), VersionSpan(3, 2, 4)],
+    )
+    second = make_segment((8, 1), prompt=1, origin="history")
+    turns = [Turn("assistant", 0, 0, 2, 1.0, 2.0), Turn("tool", 0, 2, 4, 2.0, 3.0)]
+    turns += [Turn("assistant", 0, 4, 6, 3.0, 4.0, 5), Turn("assistant", 1, 0, 2, 5.0, 6.0)]
+    rollout = make_rollout(segments=[first, second], turns=turns, metrics={"guesses": 3.0}, failed_episodes=1)
+    group = make_group(rewards=(1.0,), tools=[{"function": {"name": "f"}}], limits=Limits(3, 6, 12, 2))
+    changed = replace(rollout, **{name: value for name, value in changes.items() if name in rollout.__struct_fields__})
+    return replace(
+        group,
+        rollouts=[changed],
+        prompts=changes.get("prompts", [np.array([3, 4], np.int32)]),
+        ticket=replace(group.ticket, limits=changes.get("limits", group.ticket.limits)),
+    )
+
+
+def test_an_episode_comes_back_as_it_was() -> None:
+    group = an_episode()
+    again = decode_group(encode(group))
+    assert encode(again) == encode(group)
+    assert (again.oldest_version, again.newest_version, again.num_trained_tokens) == (1, 3, 6)
+    assert [list(again.prompt(segment)) for segment in again.segments] == [[5, 6, 7], [3, 4]]
+    opened = replace(again.ticket, prompt_tokens=[], messages=[])
+    assert decode_ticket(encode(opened)) == opened, "the environment opens the conversation"
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"prompts": []}, "a segment behind prompt 1 of 0"),
+        ({"prompts": [np.array([3], np.int32), np.array([4], np.int32)]}, "a prompt 2 that no segment uses"),
+        ({"prompts": [np.zeros(0, np.int32)]}, "an empty prompt 1"),
+        ({"prompts": [np.array([-3], np.int32)]}, "a prompt with token -3"),
+        ({"prompts": [np.array([5, 6, 7], np.int32)]}, "the same prompt twice"),
+        ({"limits": Limits(2, 6, 12, 2)}, "3 turns, more than the ticket's limit of 2"),
+        ({"limits": Limits(3, 5, 12, 2)}, "6 trained tokens, more than the ticket's limit of 5"),
+        ({"limits": Limits(3, 6, 8, 2)}, "a segment of 9 tokens, more than the ticket's limit of 8"),
+        ({"limits": Limits(3, 6, 12, 1)}, "2 segments, more than the ticket's limit of 1"),
+        ({"turns": []}, "the replies are not the sampled tokens of segment 0"),
+        ({"turns": [Turn("assistant", 5, 0, 2, 1.0, 2.0)]}, "turn 0 has tokens 0 to 2 of segment 5"),
+        ({"turns": [Turn("user", 0, 2, 1, 1.0, 2.0)]}, "turn 0 has tokens 2 to 1 of segment 0"),
+        ({"metrics": {"a b": 1.0}}, "a metric is named 'a b'"),
+        ({"metrics": {"x": float("inf")}}, "the metric x is inf"),
+    ],
+)
+def test_episodes_that_contradict_themselves_are_refused(changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(WireError, match=problem):
+        decode_group(encode(an_episode(**changes)))
 
 
 def test_a_replica_of_the_release_before_refuses_a_ticket_rather_than_pass_over_its_stop_texts() -> None:
@@ -250,8 +327,8 @@ def test_stop_texts_that_an_engine_would_refuse_are_refused(stop: Any) -> None:
 
 
 def test_another_layout_is_refused_by_the_schema_that_it_names() -> None:
-    with pytest.raises(WireError, match=r"^schema 3, expected 1 or 2$"):
-        decode_ticket(msgspec.msgpack.encode({"schema": 3, "identity": "0-0"}))
+    with pytest.raises(WireError, match=r"^schema 4, expected 1 or 2 or 3$"):
+        decode_ticket(msgspec.msgpack.encode({"schema": 4, "identity": "0-0"}))
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def nest(depth: int) -> bytes:
 
 CLAIM = b"\xdd\xff\xff\xff\xff"
 """A list that claims 2**32 - 1 elements."""
-REFERENCE, SPANS = ("ticket", "reference", "x"), ("rollouts", 0, "version_spans")
+REFERENCE, SPANS = ("ticket", "reference", "x"), ("rollouts", 0, "segments", 0, "version_spans")
 BOMBS: dict[str, Callable[[], bytes]] = {
     "100 MB of junk": lambda: np.random.default_rng(0).bytes(10**8),
     "100 MB of nothing": lambda: bytes(10**8),
@@ -111,26 +111,28 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "a kind of 60 MB": lambda: in_group(text(6 * 10**7), "ticket", "kind"),
     "2**32 of something": lambda: CLAIM,
     "2**32 rollouts": lambda: in_group(CLAIM, "rollouts"),
-    "2**32 tokens": lambda: in_group(CLAIM, "rollouts", 0, "tokens"),
+    "2**32 tokens": lambda: in_group(CLAIM, "rollouts", 0, "segments", 0, "tokens"),
     "2**32 in the reference": lambda: in_group(CLAIM, *REFERENCE),
     "2**32 in an unknown field": lambda: in_group(CLAIM, "unknown"),
-    "2**32 bytes of logprobs": lambda: in_group(b"\xc6\xff\xff\xff\xff", "rollouts", 0, "behaviour_logprobs"),
+    "2**32 bytes of logprobs": lambda: in_group(
+        b"\xc6\xff\xff\xff\xff", "rollouts", 0, "segments", 0, "behaviour_logprobs"
+    ),
     "10,000 deep": lambda: nest(10_000),
     "10,000 deep in maps": lambda: b"\x81\xa1x" * 10_000,
     "10,000 deep in the reference": lambda: in_group(nest(10_000), *REFERENCE),
     "900 deep in the reference": lambda: in_group(nest(900), *REFERENCE),
     "32 deep in the reference": lambda: in_group(nest(32), *REFERENCE),
     "10,000 deep in an unknown field": lambda: in_group(nest(10_000), "unknown"),
-    "10,000 deep in the logprobs": lambda: in_group(nest(10_000), "rollouts", 0, "behaviour_logprobs"),
+    "10,000 deep in the logprobs": lambda: in_group(nest(10_000), "rollouts", 0, "segments", 0, "behaviour_logprobs"),
     "60 MB of empty lists in the reference": lambda: in_group(many(b"\x90", 6 * 10**7), *REFERENCE),
     "1 MB of empty lists in the reference": lambda: in_group(many(b"\x90", 1_040_000), *REFERENCE),
     "60 MB of empty messages": lambda: in_group(many(b"\x80", 6 * 10**7), "ticket", "messages"),
     "60 MB of empty spans": lambda: in_group(many(b"\x93\x01\x00\x00", 15 * 10**6), *SPANS),
     "a million empty spans": lambda: in_group(many(b"\x93\x01\x00\x00", 10**6), *SPANS),
-    "60 MB of a list of tokens": lambda: in_group(many(b"\x01", 6 * 10**7), "rollouts", 0, "tokens"),
-    "60 MB of tokens": lambda: in_group(binary(6 * 10**7), "rollouts", 0, "tokens"),
-    "60 MB of a mask": lambda: in_group(binary(6 * 10**7), "rollouts", 0, "loss_mask"),
-    "2**32 bytes of tokens": lambda: in_group(b"\xc6\xff\xff\xff\xff", "rollouts", 0, "tokens"),
+    "60 MB of a list of tokens": lambda: in_group(many(b"\x01", 6 * 10**7), "rollouts", 0, "segments", 0, "tokens"),
+    "60 MB of tokens": lambda: in_group(binary(6 * 10**7), "rollouts", 0, "segments", 0, "tokens"),
+    "60 MB of a mask": lambda: in_group(binary(6 * 10**7), "rollouts", 0, "segments", 0, "loss_mask"),
+    "2**32 bytes of tokens": lambda: in_group(b"\xc6\xff\xff\xff\xff", "rollouts", 0, "segments", 0, "tokens"),
 }
 
 
@@ -147,7 +149,8 @@ def test_bombs_are_refused_in_bounded_time(bomb: Callable[[], bytes]) -> None:
 def test_a_field_that_stands_twice_counts_once_and_the_first_is_not_even_decoded() -> None:
     """The last one counts; a bomb before it costs no memory."""
     ticket = encode(make_ticket())
-    twice = bytes([ticket[0] + 1]) + b"\xa9reference" + b"\x81\xa1x" + many(b"\x90", 10**7) + ticket[1:]
+    head = b"\xde" + (int.from_bytes(ticket[1:3]) + 1).to_bytes(2)  # a map of one field more
+    twice = head + b"\xa9reference" + b"\x81\xa1x" + many(b"\x90", 10**7) + ticket[3:]
     started = time.process_time()
     assert decode_ticket(twice) == make_ticket()
     assert time.process_time() - started < 0.5

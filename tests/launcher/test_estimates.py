@@ -432,9 +432,8 @@ def _random_group(config: RunConfig, vocab: int) -> Group:
     rng = np.random.default_rng(0)
     length, text = config.sampling.max_new_tokens, "four" * config.sampling.max_new_tokens
     rollouts = [
-        Rollout(
+        Rollout.of_completion(
             tokens=rng.integers(0, vocab, length, dtype=np.int32),
-            loss_mask=b"\1" * length,
             behaviour_logprobs=-rng.random(length).astype(np.float32),
             version_spans=[VersionSpan(41, 0, 100), VersionSpan(42, 100, length)],
             reward=float(index % 2),

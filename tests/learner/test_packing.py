@@ -23,7 +23,7 @@ def sample(name: str, prompt: list[int], tokens: list[int], mask: list[int], adv
         version_spans=[VersionSpan(1, 0, trained)],
     )
     group = Group(make_ticket(name, prompt_tokens=prompt, num_completions=1), [rollout], "r", Timings(0, 0, 0))
-    return Sample(group, rollout, advantage, np.zeros(trained, np.int64))
+    return Sample(group, rollout, rollout.segments[0], advantage, np.zeros(trained, np.int64))
 
 
 @st.composite
@@ -46,7 +46,7 @@ def test_every_trained_token_is_predicted_once_within_the_budget(samples: list[S
         assert m.num_sequences * max(s.num_tokens for s in m.rows) <= budget or m.num_sequences == 1
         assert m.input_ids.size == m.layout.num_tokens
         for row, (start, end) in enumerate(pairwise(m.sequence_offsets)):
-            seen, prompt_end = m.rows[row].rollout.tokens.tolist(), len(m.rows[row].group.ticket.prompt_tokens)
+            seen, prompt_end = m.rows[row].segment.tokens.tolist(), len(m.rows[row].group.ticket.prompt_tokens)
             first = m.layout.spans[row][1].start
             assert m.input_ids[0, first : first + len(seen)].tolist() == seen
             for place, target in zip(m.positions[start:end], m.targets[start:end], strict=True):
@@ -57,8 +57,8 @@ def test_every_trained_token_is_predicted_once_within_the_budget(samples: list[S
     expected = [
         (
             s.advantage,
-            [token for token, bit in zip(s.rollout.tokens.tolist(), s.rollout.loss_mask, strict=True) if bit],
-            s.rollout.behaviour_logprobs.tolist(),
+            [token for token, bit in zip(s.segment.tokens.tolist(), s.segment.loss_mask, strict=True) if bit],
+            s.segment.behaviour_logprobs.tolist(),
         )
         for s in samples
     ]

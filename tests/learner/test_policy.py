@@ -3,7 +3,6 @@
 import asyncio
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
 import torch
@@ -31,9 +30,8 @@ def policy(demo_policy: Path) -> Policy:
 def as_sample(prompt: list[int], rollout: Rollout, temperature: float) -> Sample:
     sampling = Sampling(temperature, 64, [1])
     ticket = make_ticket(f"0-{len(prompt)}", prompt_tokens=prompt, num_completions=1, sampling=sampling)
-    return Sample(
-        Group(ticket, [rollout], "r", Timings(0, 0, 0)), rollout, 1.0, np.zeros(rollout.num_trained_tokens, int)
-    )
+    group = Group(ticket, [rollout], "r", Timings(0, 0, 0))
+    return Sample(group, rollout, rollout.segments[0], 1.0, np.zeros(rollout.num_trained_tokens, int))
 
 
 def test_equals_a_plain_forward_pass_whatever_the_lengths_and_the_temperature(
@@ -52,7 +50,7 @@ def test_equals_a_plain_forward_pass_whatever_the_lengths_and_the_temperature(
         ours = policy.logprobs(micro_batch)
     for row, sample in enumerate(sorted(samples, key=lambda s: -s.num_tokens)):
         prompt = sample.group.ticket.prompt_tokens
-        ids = torch.tensor([prompt + sample.rollout.tokens.tolist()])
+        ids = torch.tensor([prompt + sample.segment.tokens.tolist()])
         with torch.no_grad():
             logits = plain_model(ids).logits[0].double() / sample.group.ticket.sampling.temperature
         plain = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None]).squeeze(1)
@@ -137,7 +135,8 @@ def test_a_model_that_cannot_be_loaded_is_one_clear_error(tmp_path: Path) -> Non
 
 
 def test_masks_and_versions_survive_a_round_trip_through_a_sample() -> None:
-    rollout = make_rollout(tokens=(8, 9, 50, 1), loss_mask=bytes([1, 1, 0, 1]))
-    sample = as_sample([5], msgspec.structs.replace(rollout, behaviour_logprobs=np.zeros(3, np.float32)), 1.0)
+    mask, logprobs = bytes([1, 1, 0, 1]), np.zeros(3, np.float32)
+    rollout = make_rollout(tokens=(8, 9, 50, 1), loss_mask=mask, behaviour_logprobs=logprobs)
+    sample = as_sample([5], rollout, 1.0)
     (micro_batch,) = pack([sample], 100)
     assert micro_batch.targets.tolist() == [8, 9, 1]

@@ -136,7 +136,7 @@ def test_the_trainer_knows_what_it_trained(demo_policy: Path, mini_batches: int)
         found = [one for one in trainer.trained_rollouts(group) if one is not None]
         assert [one.advantage for one in found] == pytest.approx([-0.7071, 0.7071], abs=1e-3)
         for one, rollout in zip(found, group.rollouts, strict=True):
-            assert one.proximal_logprobs == pytest.approx(rollout.behaviour_logprobs, abs=1e-4)
+            assert one.proximal_logprobs == pytest.approx(rollout.segments[0].behaviour_logprobs, abs=1e-4)
     assert trainer.trained_rollouts(make_group("0-99", rewards=(0.0, 1.0))) == [None, None]
 
 

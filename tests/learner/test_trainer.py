@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from headrace.common.config import RunConfig
-from headrace.common.wire import Group, VersionSpan
+from headrace.common.wire import Group, Rollout, VersionSpan
 from headrace.learner.model.logprobs import TokenScores
 from headrace.learner.model.packing import MicroBatch, Sample, pack
 from headrace.learner.model.policy import Policy
@@ -39,6 +39,10 @@ def make_trainer(config: RunConfig) -> Trainer:
     return Trainer(config, Policy(config.model, config.learner))
 
 
+def sample_of(group: Group, rollout: Rollout) -> Sample:
+    return Sample(group, rollout, rollout.segments[0], 0.0, np.zeros(rollout.num_trained_tokens, int))
+
+
 def make_batch(trainer: Trainer, drift: float = 0.0) -> list[Group]:
     """Groups of random completions; behaviour is the trainer's present policy plus noise of `drift`."""
     generator = np.random.default_rng(3)
@@ -50,11 +54,11 @@ def make_batch(trainer: Trainer, drift: float = 0.0) -> list[Group]:
         ]
         group = msgspec.structs.replace(make_group(f"0-{index}"), rollouts=rollouts)
         for rollout in rollouts:
-            (m,) = pack([Sample(group, rollout, 0.0, np.zeros(rollout.num_trained_tokens, int))], 1000)
+            (m,) = pack([sample_of(group, rollout)], 1000)
             with torch.no_grad():
                 logprobs = trainer.policy.logprobs(m).numpy()
             noise = generator.normal(0, drift, len(logprobs)).astype(np.float32)
-            rollout.behaviour_logprobs[:] = np.minimum(logprobs + noise, 0)
+            rollout.segments[0].behaviour_logprobs[:] = np.minimum(logprobs + noise, 0)
         groups.append(group)
     return groups
 
@@ -228,7 +232,7 @@ def test_entropy_is_the_policys_at_the_trained_tokens(demo_policy: Path, mini_ba
     for group in groups:
         for rollout in group.rollouts:
             prompt = group.ticket.prompt_tokens
-            ids = torch.tensor([[*prompt, *rollout.tokens.tolist()]])
+            ids = torch.tensor([[*prompt, *rollout.segments[0].tokens.tolist()]])
             with torch.no_grad():
                 logits = plain(ids).logits[0]
             every = (logits[len(prompt) - 1 : -1].double() / group.ticket.sampling.temperature).log_softmax(-1)
@@ -259,8 +263,8 @@ def test_a_batch_without_fresh_tokens_measures_numerics_on_a_newer_group(demo_po
         for rollout in newer.rollouts:
             half = rollout.num_trained_tokens // 2
             rollout.version_spans[:] = [VersionSpan(1, 0, half), VersionSpan(3, half, rollout.num_trained_tokens)]
-            rollout.behaviour_logprobs[half:] -= offset
-            rollout.behaviour_logprobs[:half] -= 3
+            rollout.segments[0].behaviour_logprobs[half:] -= offset
+            rollout.segments[0].behaviour_logprobs[:half] -= 3
         waiting = [newer] if is_probed else []
         metrics = trainer.train(batch, 1, versions, partial(next, iter(waiting), None))
         found.append((tensors_of(trainer), metrics))
@@ -299,7 +303,7 @@ def test_reward_goes_up(demo_policy: Path) -> None:
         for group in groups:
             sums = []
             for rollout in group.rollouts:
-                (m,) = pack([Sample(group, rollout, 0.0, np.zeros(rollout.num_trained_tokens, int))], 1000)
+                (m,) = pack([sample_of(group, rollout)], 1000)
                 with torch.no_grad():
                     sums.append(trainer.policy.logprobs(m).mean().item())
             found.append(sums[1] - sums[0])

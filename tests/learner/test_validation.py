@@ -44,8 +44,9 @@ def use(group: Group) -> None:
     advantages = group_advantages(rewards, torch.zeros(len(rewards), dtype=torch.int64), actor)
     assert normalise_over_tokens(advantages, lengths).isfinite().all()
     samples = [
-        Sample(group, rollout, advantage, token_staleness(rollout, STEP, VERSION_STEPS, None))
+        Sample(group, rollout, segment, advantage, token_staleness(segment, STEP, VERSION_STEPS, None))
         for rollout, advantage in zip(group.rollouts, advantages.tolist(), strict=True)
+        for segment in rollout.segments
     ]
     (mini_batch,) = split_mini_batches(samples, ActorConfig(num_mini_batches=1), "seed")
     micro_batches = pack(mini_batch, LIMITS.max_sequence_tokens)

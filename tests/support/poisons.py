@@ -56,26 +56,37 @@ def with_last(group: Group, **changes: Any) -> Group:
     return replace(group, rollouts=[*group.rollouts[:-1], replace(group.rollouts[-1], **changes)])
 
 
+def with_segment(group: Group, **changes: Any) -> Group:
+    """The last rollout's last segment changed."""
+    *segments, last = group.rollouts[-1].segments
+    return with_last(group, segments=[*segments, replace(last, **changes)])
+
+
 def shortened(group: Group, field: str) -> Group:
-    """A list of the last rollout without its last element."""
-    return with_last(group, **{field: getattr(group.rollouts[-1], field)[:-1]})
+    """A list of the last segment without its last element."""
+    return with_segment(group, **{field: getattr(group.rollouts[-1].segments[-1], field)[:-1]})
 
 
 def with_logprob(group: Group, value: float) -> Group:
-    logprobs = group.rollouts[-1].behaviour_logprobs.copy()
+    logprobs = group.rollouts[-1].segments[-1].behaviour_logprobs.copy()
     logprobs[-1] = value
-    return with_last(group, behaviour_logprobs=logprobs)
+    return with_segment(group, behaviour_logprobs=logprobs)
 
 
 def with_token(group: Group, token: int) -> Group:
-    tokens = group.rollouts[-1].tokens.copy()
+    tokens = group.rollouts[-1].segments[-1].tokens.copy()
     tokens[-1] = token
-    return with_last(group, tokens=tokens)
+    return with_segment(group, tokens=tokens)
 
 
 def with_version(group: Group, version: int) -> Group:
-    *spans, last = group.rollouts[-1].version_spans
-    return with_last(group, version_spans=[*spans, replace(last, version=version)])
+    *spans, last = group.rollouts[-1].segments[-1].version_spans
+    return with_segment(group, version_spans=[*spans, replace(last, version=version)])
+
+
+def doubled(group: Group) -> Group:
+    """The last rollout with the same segment twice."""
+    return with_last(group, segments=group.rollouts[-1].segments * 2)
 
 
 def resized(group: Group, by: int) -> Group:
@@ -89,14 +100,15 @@ def all_long(group: Group, num_tokens: int) -> Group:
     return replace(with_sampling(group, max_new_tokens=num_tokens), rollouts=[long] * len(group.rollouts))
 
 
+TOKENS = ("rollouts", 0, "segments", 0, "tokens")
 POISONS: list[tuple[str, str, Callable[[Group], bytes]]] = [
     ("nothing", "cannot decode 0 bytes", lambda g: b""),
     ("undecodable", "cannot decode 9 bytes", lambda g: b"\xc1 garbage"),
     ("half of it", "cannot decode .* truncated", lambda g: encode(g)[: len(encode(g)) // 2]),
     ("no UTF-8", "cannot decode .*utf-8", lambda g: altered(encode(g), ("rollouts", 0, "text"), SURROGATE)),
-    ("another schema", "schema 1, expected 2", lambda g: encode(replace(g, schema=1))),
-    ("a ticket of another schema", "schema 3, expected 1 or 2", lambda g: encode(with_ticket(g, schema=3))),
-    ("another layout", "schema 7, expected 2", lambda g: msgspec.msgpack.encode({"schema": 7, "rows": []})),
+    ("another schema", "schema 1, expected 2 or 3", lambda g: encode(replace(g, schema=1))),
+    ("a ticket of another schema", "schema 4, expected 1 or 2 or 3", lambda g: encode(with_ticket(g, schema=4))),
+    ("another layout", "schema 7, expected 2 or 3", lambda g: msgspec.msgpack.encode({"schema": 7, "rows": []})),
     ("too few rollouts", "has .+ rollouts, expected .+", lambda g: encode(replace(g, rollouts=g.rollouts[:-1]))),
     ("loss_mask too short", "mask entries for .* tokens", lambda g: encode(shortened(g, "loss_mask"))),
     ("too few log-probabilities", "behaviour_logprobs for", lambda g: encode(shortened(g, "behaviour_logprobs"))),
@@ -105,11 +117,15 @@ POISONS: list[tuple[str, str, Callable[[Group], bytes]]] = [
     ("log-probability -inf", "log-probability is not finite", lambda g: encode(with_logprob(g, -np.inf))),
     ("log-probability positive", "log-probability 0.5 is above 0", lambda g: encode(with_logprob(g, 0.5))),
     ("log-probability impossible", "log-probability -3.4e.38 is below", lambda g: encode(with_logprob(g, -3.4e38))),
+    ("no segments", "rollout 0: no segments", lambda g: altered(encode(g), ("rollouts", 0, "segments"), [])),
+    ("an episode that was not asked for", "segments, expected 1 for a ticket without", lambda g: encode(doubled(g))),
+    ("metric NaN", "the metric x is nan", lambda g: encode(with_last(g, metrics={"x": np.nan}))),
+    ("prompt out of range", "behind prompt 5 of 0", lambda g: encode(with_segment(g, prompt=5))),
     ("reward NaN", "the reward nan is not finite", lambda g: encode(with_last(g, reward=np.nan))),
     ("reward infinite", "the reward inf is not finite", lambda g: encode(with_last(g, reward=np.inf))),
     ("token outside the vocabulary", f"token {NO_TOKEN} outside the vo", lambda g: encode(with_token(g, NO_TOKEN))),
-    ("half a token", "11 bytes of tokens", lambda g: altered(encode(g), ("rollouts", 0, "tokens"), bytes(11))),
-    ("tokens of schema 1", "got `array`", lambda g: altered(encode(g), ("rollouts", 0, "tokens"), [1])),
+    ("half a token", "11 bytes of tokens", lambda g: altered(encode(g), TOKENS, bytes(11))),
+    ("tokens of schema 1", "got `array`", lambda g: altered(encode(g), TOKENS, [1])),
     ("token negative", "token -1, expected", lambda g: encode(with_token(g, -1))),
     ("prompt outside it", "prompt with token .* outside", lambda g: encode(with_ticket(g, prompt_tokens=[NO_TOKEN]))),
     ("version from the future", f"version {FUTURE}, from the future", lambda g: encode(with_version(g, FUTURE))),

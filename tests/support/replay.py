@@ -61,9 +61,8 @@ def random_group(rng: random.Random, place: int) -> Group:
         num_tokens = rng.randrange(2, 16)
         middle = rng.randrange(1, num_tokens)
         rollouts.append(
-            Rollout(
+            Rollout.of_completion(
                 tokens=np.array([rng.randrange(2, 500) for _ in range(num_tokens)], np.int32),
-                loss_mask=b"\1" * num_tokens,
                 behaviour_logprobs=np.array([-rng.random() * 8 for _ in range(num_tokens)], np.float32),
                 version_spans=[
                     VersionSpan(max(1, newest - 1), 0, middle),

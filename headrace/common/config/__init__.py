@@ -6,6 +6,7 @@ its section.
 """
 
 from headrace.common.config.actor import ActorConfig
+from headrace.common.config.environment import EnvironmentConfig
 from headrace.common.config.generation import EngineConfig, GenerationConfig
 from headrace.common.config.learner import LearnerConfig, OptimizerConfig
 from headrace.common.config.model import ModelConfig, SamplingConfig, TaskConfig
@@ -17,6 +18,7 @@ __all__ = [
     "ConfigError",
     "ControlConfig",
     "EngineConfig",
+    "EnvironmentConfig",
     "EvaluationConfig",
     "GenerationConfig",
     "LearnerConfig",

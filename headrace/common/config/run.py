@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from headrace.common.config.actor import ActorConfig
+from headrace.common.config.environment import EnvironmentConfig
 from headrace.common.config.generation import GenerationConfig
 from headrace.common.config.learner import LearnerConfig, OptimizerConfig
 from headrace.common.config.model import ModelConfig, SamplingConfig, TaskConfig
@@ -48,6 +49,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     learner: LearnerConfig = LearnerConfig()
     generation: GenerationConfig = GenerationConfig()
+    environment: EnvironmentConfig = EnvironmentConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     control: ControlConfig = ControlConfig()
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = Field(

@@ -17,6 +17,7 @@ from headrace.common.config import ModelConfig
 from headrace.common.models.control_tokens import CannotEscape, ControlTokens, Piece, tokens_of, unused_characters
 from headrace.common.tasks import Prompt
 from headrace.common.wire import Message, Ticket, WireError, check_ticket, decode_ticket, encode, one_line
+from headrace.common.wire.json_checks import messages_problem
 
 TEMPLATE_DATE = datetime(2024, 7, 26)
 """The date that Llama 3's template uses by default. Where a template reads `date_string`, another date can be set in
@@ -46,13 +47,13 @@ class ChatTemplate:
         """The text of a prompt, up to the beginning of the answer. Raises `PromptError`."""
         return self._apply(self._with_system_prompt(messages))
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    def encode(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
         """The token ids of a prompt, up to the beginning of the answer. Raises `PromptError`."""
         whole = self._with_system_prompt(messages)
-        if self.control.occur_in(whole):
-            tokens = tokens_of(self.pieces(messages))
+        if self.control.occur_in([*whole, *tools]):
+            tokens = tokens_of(self.pieces(messages, tools))
         else:
-            tokens = self.tokenizer.encode(self._apply(whole), add_special_tokens=False)
+            tokens = self.tokenizer.encode(self._apply(whole, tools), add_special_tokens=False)
         if not tokens:
             raise PromptError("the chat template renders it to nothing")
         return tokens
@@ -74,7 +75,8 @@ class ChatTemplate:
     def make_ticket(self, prompt: Prompt, **fields: Any) -> Ticket:
         """A valid ticket for the prompt; `fields` are the ticket's other fields.
 
-        Raises `PromptError` if the messages are not a list of mappings of texts, cannot be rendered or tokenized, or if
+        Without messages, an episode's environment opens the conversation, and the prompt is empty. Raises
+        `PromptError` if the messages are not a list of mappings of texts, cannot be rendered or tokenized, or if
         the reference has values that JSON does not have. Numpy's scalars become Python's.
         """
         if not isinstance(prompt, Prompt):
@@ -83,11 +85,14 @@ class ChatTemplate:
             messages = msgspec.convert(prompt.messages, list[Message])
         except msgspec.ValidationError as error:
             raise PromptError(f"its messages are {_found(prompt.messages)}: {error}") from error
+        if problem := messages_problem(messages):
+            raise PromptError(f"it {problem}")
         if not isinstance(prompt.reference, dict):
             raise PromptError(f"its reference is {_found(prompt.reference)}, expected a dict")
         try:
-            tokens, reference = self.encode(messages), to_builtin_types(prompt.reference)
-            ticket = Ticket(prompt_tokens=tokens, messages=messages, reference=reference, **fields)
+            tokens = self.encode(messages, prompt.tools) if messages or fields.get("limits") is None else []
+            reference = to_builtin_types(prompt.reference)
+            ticket = Ticket(prompt_tokens=tokens, messages=messages, reference=reference, tools=prompt.tools, **fields)
             check_ticket(ticket)  # its error names the part that cannot be encoded
             return decode_ticket(encode(ticket))
         except (WireError, UnicodeEncodeError, OverflowError, RecursionError) as error:

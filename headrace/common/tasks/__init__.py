@@ -29,7 +29,18 @@ class Prompt(msgspec.Struct, frozen=True):
     """Chat messages, and the data that the reward needs to judge an answer to them."""
 
     messages: list[Message]
+    """May be empty for a task with `rollout`: the environment then opens the conversation."""
     reference: dict[str, Any]
+    tools: list[dict[str, Any]] = []
+    """JSON schemas of the tools that an episode offers, as OpenAI's `tools`."""
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """A reward with what else was measured."""
+
+    reward: float
+    metrics: dict[str, float] = {}
+    """By name; at most 64. They are reported as means and never trained on."""
 
 
 class BadRow(msgspec.Struct, frozen=True):

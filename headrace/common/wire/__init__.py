@@ -6,7 +6,7 @@ the conditions that they must satisfy in `headrace.common.wire.checks`; other mo
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -21,25 +21,33 @@ from headrace.common.wire.checks import (
     name_problem,
     one_line,
 )
+from headrace.common.wire.rollout_checks import metrics_problem
 from headrace.common.wire.structs import (
     GROUP_SCHEMA,
     MAX_COMPLETIONS,
+    MAX_SEGMENTS,
     MAX_SEQUENCE_TOKENS,
     MAX_TOKEN,
+    READABLE_GROUP_SCHEMAS,
     READABLE_SCHEMAS,
     SCHEMA,
     DecidedState,
     FinishReason,
     Group,
     Heartbeat,
+    Limits,
     Message,
     ReplicaState,
+    Role,
     Rollout,
     Sampling,
+    Segment,
+    SegmentOrigin,
     Ticket,
     TicketKind,
     TicketState,
     Timings,
+    Turn,
     VersionSpan,
 )
 
@@ -52,14 +60,19 @@ __all__ = [
     "FinishReason",
     "Group",
     "Heartbeat",
+    "Limits",
     "Message",
     "ReplicaState",
+    "Role",
     "Rollout",
     "Sampling",
+    "Segment",
+    "SegmentOrigin",
     "Ticket",
     "TicketKind",
     "TicketState",
     "Timings",
+    "Turn",
     "VersionSpan",
     "WireError",
     "check_group",
@@ -68,6 +81,7 @@ __all__ = [
     "decode_heartbeat",
     "decode_ticket",
     "encode",
+    "metrics_problem",
     "name_problem",
     "one_line",
 ]
@@ -76,31 +90,54 @@ MAX_TICKET_BYTES = 16 << 20
 MAX_GROUP_BYTES = 64 << 20
 """About 6 million tokens: 64 completions of 100,000."""
 MAX_HEARTBEAT_BYTES = 64 << 10
-MAX_REFERENCE_BYTES = 1 << 20
-"""A reference has no fixed type, and small values take 64 times their encoded size in memory."""
+MAX_JSON_BYTES = {"reference": 1 << 20, "messages": 8 << 20, "tools": 256 << 10}
+"""Fields without a fixed type: small values take 64 times their encoded size in memory."""
 
 
 class _RawTicket(Ticket, frozen=True, kw_only=True):
-    """A ticket in a payload: the reference is decoded only after its length has been checked."""
+    """A ticket in a payload: fields without a fixed type are decoded only after their length has been checked."""
 
     reference: msgspec.Raw  # type: ignore[assignment]
+    messages: msgspec.Raw  # type: ignore[assignment]
+    tools: msgspec.Raw = msgspec.Raw(b"\x90")  # type: ignore[assignment]
+
+
+_Int32Bytes = Annotated[bytes, msgspec.Meta(max_length=4 * MAX_SEQUENCE_TOKENS)]
+
+
+class _RawSegment(Segment, frozen=True, kw_only=True):
+    tokens: _Int32Bytes  # type: ignore[assignment]
+    loss_mask: Annotated[bytes, msgspec.Meta(max_length=MAX_SEQUENCE_TOKENS)]
+    behaviour_logprobs: bytes  # type: ignore[assignment]
 
 
 class _RawRollout(Rollout, frozen=True, kw_only=True):
-    tokens: Annotated[bytes, msgspec.Meta(max_length=4 * MAX_SEQUENCE_TOKENS)]  # type: ignore[assignment]
-    loss_mask: Annotated[bytes, msgspec.Meta(max_length=MAX_SEQUENCE_TOKENS)]
-    behaviour_logprobs: bytes  # type: ignore[assignment]
+    segments: Annotated[list[_RawSegment], msgspec.Meta(max_length=MAX_SEGMENTS)] = []  # type: ignore[assignment]
 
 
 class _RawGroup(Group, frozen=True, kw_only=True):
     ticket: _RawTicket
     rollouts: Annotated[list[_RawRollout], msgspec.Meta(max_length=MAX_COMPLETIONS)]  # type: ignore[assignment]
+    prompts: Annotated[list[_Int32Bytes], msgspec.Meta(max_length=MAX_COMPLETIONS)] = []  # type: ignore[assignment]
+
+
+class _Schema2Rollout(_RawSegment, frozen=True, kw_only=True):
+    """A rollout of schema 2 was one segment."""
+
+    reward: float
+    finish_reason: FinishReason
+    text: str = ""
+
+
+class _Schema2Group(_RawGroup, frozen=True, kw_only=True):
+    rollouts: Annotated[list[_Schema2Rollout], msgspec.Meta(max_length=MAX_COMPLETIONS)]  # type: ignore[assignment]
 
 
 class _Schema(msgspec.Struct):
     schema: int | None = None
 
 
+SCHEMA_WITHOUT_SEGMENTS = 2
 Payload = TypeVar("Payload")
 _UNDECODABLE = (ValueError, RecursionError, MemoryError)
 """The exceptions of msgspec; its own errors and UnicodeDecodeError are `ValueError`s."""
@@ -120,8 +157,13 @@ def _encode_array(value: object) -> bytes:
 _encoder = msgspec.msgpack.Encoder(enc_hook=_encode_array)
 _ticket_decoder = msgspec.msgpack.Decoder(_RawTicket)
 _group_decoder = msgspec.msgpack.Decoder(_RawGroup)
+_schema_2_decoder = msgspec.msgpack.Decoder(_Schema2Group)
 _heartbeat_decoder = msgspec.msgpack.Decoder(Heartbeat)
-_reference_decoder = msgspec.msgpack.Decoder(dict[str, Any])
+_json_decoders: dict[str, msgspec.msgpack.Decoder[Any]] = {
+    "reference": msgspec.msgpack.Decoder(dict[str, Any]),
+    "messages": msgspec.msgpack.Decoder(Annotated[list[Message], msgspec.Meta(max_length=4096)]),
+    "tools": msgspec.msgpack.Decoder(list[dict[str, Any]]),
+}
 _schema_decoder = msgspec.msgpack.Decoder(_Schema)
 
 
@@ -145,31 +187,62 @@ def decode_heartbeat(payload: bytes) -> Heartbeat:
 
 
 def decode_group(payload: bytes) -> Group:
-    """Raises `WireError` if the payload is not a valid group of this schema."""
-    raw = _decode(_group_decoder, payload, MAX_GROUP_BYTES, GROUP_SCHEMA)
-    _expect_schema(raw.schema, GROUP_SCHEMA)
+    """Raises `WireError` if the payload is not a valid group of a readable schema."""
+    raw = _decode_raw_group(payload)
     ticket = _to_ticket(raw.ticket)
-    all_tokens, tokens = _arrays([one.tokens for one in raw.rollouts], _INT32, "tokens")
-    all_logprobs, logprobs = _arrays([one.behaviour_logprobs for one in raw.rollouts], _FLOAT32, "behaviour_logprobs")
+    segments = [segment for rollout in raw.rollouts for segment in rollout.segments]
+    all_tokens, tokens = _arrays([one.tokens for one in segments], _INT32, "tokens")
+    all_logprobs, logprobs = _arrays([one.behaviour_logprobs for one in segments], _FLOAT32, "behaviour_logprobs")
+    decoded = iter(
+        Segment(tokens[i], one.loss_mask, logprobs[i], one.version_spans, one.prompt, one.origin)
+        for i, one in enumerate(segments)
+    )
     rollouts = [
-        Rollout(tokens[i], one.loss_mask, logprobs[i], one.version_spans, one.reward, one.finish_reason, one.text)
-        for i, one in enumerate(raw.rollouts)
+        Rollout(
+            list(islice(decoded, len(one.segments))),
+            one.reward,
+            one.finish_reason,
+            one.text,
+            one.turns,
+            one.metrics,
+            one.failed_episodes,
+        )
+        for one in raw.rollouts
     ]
-    group = Group(ticket, rollouts, raw.replica, raw.timings)
+    _, prompts = _arrays(raw.prompts, _INT32, "a prompt")
+    group = Group(ticket, rollouts, raw.replica, raw.timings, prompts)
     check_group(group, (all_tokens, all_logprobs))
     return group
 
 
+def _decode_raw_group(payload: bytes) -> _RawGroup:
+    if len(payload) <= MAX_GROUP_BYTES and _schema_of(payload) == SCHEMA_WITHOUT_SEGMENTS:
+        old = _decode(_schema_2_decoder, payload, MAX_GROUP_BYTES, *READABLE_GROUP_SCHEMAS)
+        rollouts = [
+            _RawRollout(segments=[one], reward=one.reward, finish_reason=one.finish_reason, text=one.text)
+            for one in old.rollouts
+        ]
+        return _RawGroup(ticket=old.ticket, rollouts=rollouts, replica=old.replica, timings=old.timings)
+    raw = _decode(_group_decoder, payload, MAX_GROUP_BYTES, *READABLE_GROUP_SCHEMAS)
+    _expect_schema(raw.schema, *READABLE_GROUP_SCHEMAS)
+    for index, rollout in enumerate(raw.rollouts):
+        if not rollout.segments:
+            raise WireError(f"group {raw.ticket.id}, rollout {index}: no segments")
+    return raw
+
+
 def _to_ticket(raw: _RawTicket) -> Ticket:
     _expect_schema(raw.schema, *READABLE_SCHEMAS)
-    num_bytes = memoryview(raw.reference).nbytes
-    if num_bytes > MAX_REFERENCE_BYTES:
-        raise WireError(f"a reference of {num_bytes} bytes, more than {MAX_REFERENCE_BYTES}")
-    try:
-        reference = _reference_decoder.decode(raw.reference)
-    except _UNDECODABLE as error:
-        raise WireError(f"cannot decode the reference: {error}") from error
-    return Ticket(**{**msgspec.structs.asdict(raw), "reference": reference, "schema": SCHEMA})
+    fields = msgspec.structs.asdict(raw)
+    for name, decoder in _json_decoders.items():
+        num_bytes = memoryview(fields[name]).nbytes
+        if num_bytes > MAX_JSON_BYTES[name]:
+            raise WireError(f"a ticket's {name} of {num_bytes} bytes, more than {MAX_JSON_BYTES[name]}")
+        try:
+            fields[name] = decoder.decode(fields[name])
+        except _UNDECODABLE as error:
+            raise WireError(f"cannot decode a ticket's {name}: {error}") from error
+    return Ticket(**{**fields, "schema": SCHEMA})
 
 
 def _arrays(parts: Sequence[Any], dtype: np.dtype[Any], name: str) -> tuple[np.ndarray, list[np.ndarray]]:

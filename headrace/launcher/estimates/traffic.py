@@ -81,9 +81,8 @@ def full_length_group(config: RunConfig, vocab: int) -> Group:
         sampling=Sampling(config.sampling.temperature, length, [0]),
         min_weight_version=1,
     )
-    rollout = Rollout(
+    rollout = Rollout.of_completion(
         tokens=np.linspace(0, vocab - 1, length, dtype=np.int32),
-        loss_mask=b"\1" * length,
         behaviour_logprobs=np.full(length, -1.0, np.float32),
         version_spans=[VersionSpan(1, 0, length)],
         reward=1.0,

@@ -28,7 +28,7 @@ class _Totals:
     def add(self, group: Group) -> None:
         self.groups += 1
         self.completions += len(group.rollouts)
-        self.tokens += sum(len(rollout.tokens) for rollout in group.rollouts)
+        self.tokens += group.num_trained_tokens
         self.reward += sum(group.rewards)
 
     def __add__(self, other: "_Totals") -> "_Totals":

@@ -124,15 +124,20 @@ def group_sample(decided: DecidedGroup, trained: Sequence[TrainedRollout | None]
 
 
 def _rollout_sample(rollout: Rollout, trained: TrainedRollout | None, texts: TokenTexts) -> RolloutSample:
-    is_trained = zip(texts(rollout.tokens.tolist()), rollout.loss_mask, strict=True)
+    tokens = [
+        text
+        for segment in rollout.segments
+        for text, mask in zip(texts(segment.tokens.tolist()), segment.loss_mask, strict=True)
+        if mask
+    ]
     return RolloutSample(
         text=rollout.text,
         reward=rollout.reward,
         advantage=None if trained is None else round(trained.advantage, 4),
         finish_reason=rollout.finish_reason,
-        tokens=[text for text, mask in is_trained if mask],
+        tokens=tokens,
         versions=[span.version for span in rollout.version_spans for _ in range(span.start, span.end)],
-        behaviour_logprobs=_rounded(rollout.behaviour_logprobs),
+        behaviour_logprobs=_rounded(np.concatenate([segment.behaviour_logprobs for segment in rollout.segments])),
         proximal_logprobs=None if trained is None else _rounded(trained.proximal_logprobs),
     )
 

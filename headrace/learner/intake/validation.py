@@ -43,7 +43,7 @@ def validate_group(group: Group, entry_ticket_id: str, limits: GroupLimits) -> N
     problem = _group_problem(group, entry_ticket_id, limits)
     if problem:
         raise GroupRejected(f"group {group.ticket.id} {problem}")
-    highest = int(np.concatenate([rollout.tokens for rollout in group.rollouts]).max())
+    highest = int(np.concatenate([*group.prompts, *(segment.tokens for segment in group.segments)]).max())
     for index, rollout in enumerate(group.rollouts):
         problem = _rollout_problem(rollout, highest, limits)
         if problem:
@@ -59,9 +59,10 @@ def _group_problem(group: Group, entry_ticket_id: str, limits: GroupLimits) -> s
     expected = limits.group_size if ticket.kind == "train" else limits.num_eval_samples
     if len(group.rollouts) != expected:
         return f"has {len(group.rollouts)} rollouts, expected {expected} for {ticket.kind}"
-    if problem := _tokens_problem(max(ticket.prompt_tokens), limits.vocab_size):
+    highest = max(max(ticket.prompt_tokens, default=0), *(int(prompt.max()) for prompt in group.prompts), 0)
+    if problem := _tokens_problem(highest, limits.vocab_size):
         return f"has a prompt with {problem}"
-    longest = len(ticket.prompt_tokens) + max(len(rollout.tokens) for rollout in group.rollouts)
+    longest = max(len(group.prompt(segment)) + len(segment.tokens) for segment in group.segments)
     if longest > limits.max_sequence_tokens:
         return f"is too long: a sequence of {longest} tokens, more than {limits.max_sequence_tokens}"
     return ""
@@ -69,10 +70,10 @@ def _group_problem(group: Group, entry_ticket_id: str, limits: GroupLimits) -> s
 
 def _rollout_problem(rollout: Rollout, highest_token: int, limits: GroupLimits) -> str:
     """`highest_token`: the group's; if it is in the vocabulary, all are."""
-    if highest_token >= limits.vocab_size and (
-        problem := _tokens_problem(int(rollout.tokens.max()), limits.vocab_size)
-    ):
-        return problem
+    if highest_token >= limits.vocab_size:
+        of_rollout = max(int(segment.tokens.max()) for segment in rollout.segments)
+        if problem := _tokens_problem(of_rollout, limits.vocab_size):
+            return problem
     for span in rollout.version_spans:
         if span.version < 1:
             return f"sampled by version {span.version}, and the first is 1"

@@ -12,23 +12,24 @@ from itertools import groupby, pairwise
 import numpy as np
 
 from headrace.common.config import ActorConfig
-from headrace.common.wire import Group, Rollout
+from headrace.common.wire import Group, Rollout, Segment
 from headrace.learner.algorithm.staleness import version_staleness
 from headrace.learner.model.shared_prefix import Layout
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One rollout in a batch. `advantage` is the sequence's; `token_staleness` is `(n,)` int64, in steps."""
+    """One segment of a rollout. `advantage` is the rollout's; `token_staleness` is `(n,)` int64, in steps."""
 
     group: Group
     rollout: Rollout
+    segment: Segment
     advantage: float
     token_staleness: np.ndarray
 
     @property
     def num_tokens(self) -> int:
-        return len(self.group.ticket.prompt_tokens) + len(self.rollout.tokens)
+        return len(self.group.prompt(self.segment)) + len(self.segment.tokens)
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,14 @@ def current_version(step: int, version_steps: Mapping[int, int]) -> int | None:
     return max((version for version, made_by in list(version_steps.items()) if made_by == step), default=None)
 
 
-def token_staleness(rollout: Rollout, step: int, version_steps: Mapping[int, int], current: int | None) -> np.ndarray:
+def token_staleness(segment: Segment, step: int, version_steps: Mapping[int, int], current: int | None) -> np.ndarray:
     """Steps since the version that sampled each trained token was made, `(n,)` int64.
 
     0 means a fresh token, sampled by `current`, the version after `step` steps. Tokens of other versions count at least
     1: an earlier start of the learner may have published other weights for the same or a later step.
     """
     parts = []
-    for span in rollout.version_spans:
+    for span in segment.version_spans:
         lowest = 0 if span.version == current else 1
         staleness = max(lowest, version_staleness(span.version, step, version_steps))
         parts.append(np.full(span.end - span.start, staleness, np.int64))
@@ -135,14 +136,14 @@ def _micro_batch(rows: list[Sample]) -> MicroBatch:
     groups = [list(one) for _, one in groupby(rows, lambda sample: sample.group.ticket.id)]
     layout = Layout(
         [len(one[0].group.ticket.prompt_tokens) for one in groups],
-        [[len(sample.rollout.tokens) for sample in one] for one in groups],
+        [[len(sample.segment.tokens) for sample in one] for one in groups],
     )
     input_ids = np.concatenate(
-        [part for one in groups for part in (one[0].group.ticket.prompt_tokens, *(s.rollout.tokens for s in one))]
+        [part for one in groups for part in (one[0].group.ticket.prompt_tokens, *(s.segment.tokens for s in one))]
     ).astype(np.int64)
     positions, targets, counts = [], [], [0]
     for sample, (prompt, completion) in zip(rows, layout.spans, strict=True):
-        trained = np.flatnonzero(np.frombuffer(sample.rollout.loss_mask, np.uint8))
+        trained = np.flatnonzero(np.frombuffer(sample.segment.loss_mask, np.uint8))
         positions.append(np.where(trained > 0, completion.start + trained - 1, prompt.stop - 1))
         targets.append(input_ids[completion.start + trained])
         counts.append(len(trained))
@@ -151,7 +152,7 @@ def _micro_batch(rows: list[Sample]) -> MicroBatch:
         layout=layout,
         positions=np.concatenate(positions),
         targets=np.concatenate(targets),
-        behaviour_logprobs=np.concatenate([sample.rollout.behaviour_logprobs for sample in rows]),
+        behaviour_logprobs=np.concatenate([sample.segment.behaviour_logprobs for sample in rows]),
         temperature=np.repeat(
             np.array([sample.group.ticket.sampling.temperature for sample in rows], np.float32), counts[1:]
         ),

@@ -26,12 +26,17 @@ def training_samples(
         advantages = normalise_over_tokens(advantages, lengths)
     current = current_version(step, version_steps)
     return [
-        Sample(group, rollout, advantage, token_staleness(rollout, step, version_steps, current))
+        Sample(group, rollout, segment, advantage, token_staleness(segment, step, version_steps, current))
         for (_, group, rollout), advantage in zip(rollouts, advantages.tolist(), strict=True)
+        for segment in rollout.segments
     ]
 
 
 def probe_samples(group: Group, step: int, version_steps: Mapping[int, int]) -> list[Sample]:
     """All rollouts of a group that is scored and not trained; their advantages are 0."""
     current = current_version(step, version_steps)
-    return [Sample(group, one, 0.0, token_staleness(one, step, version_steps, current)) for one in group.rollouts]
+    return [
+        Sample(group, rollout, segment, 0.0, token_staleness(segment, step, version_steps, current))
+        for rollout in group.rollouts
+        for segment in rollout.segments
+    ]

@@ -61,7 +61,7 @@ class LeaderTrainer(Trainer):
     def train(
         self, groups: Sequence[Group], step: int, version_steps: Mapping[int, int], probe: Probe = no_probe
     ) -> dict[str, float]:
-        used = {span.version for group in groups for rollout in group.rollouts for span in rollout.version_spans}
+        used = {span.version for group in groups for segment in group.segments for span in segment.version_spans}
         if (current := current_version(step, version_steps)) is not None:
             used.add(current)
         steps = {version: step_of(version, version_steps) for version in used}

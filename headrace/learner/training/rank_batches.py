@@ -73,7 +73,7 @@ def split_among_ranks(
     middles = ends - np.array([sample.num_tokens for sample in ordered]) / 2
     ranks = (middles * num_ranks / ends[-1]).astype(int)
     shares = [[s for s, owner in zip(ordered, ranks, strict=True) if owner == rank] for rank in range(num_ranks)]
-    num_trained_tokens = sum(sample.rollout.num_trained_tokens for sample in samples)
+    num_trained_tokens = sum(sample.segment.num_trained_tokens for sample in samples)
     return MiniBatch([pack(share, max_tokens) for share in shares], len(samples), num_trained_tokens)
 
 

@@ -107,17 +107,17 @@ def group_metrics(groups: Sequence[Group], truncated: Literal["train", "mask"] =
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     lengths = [rollout.num_trained_tokens for rollout in rollouts]
     timings = [group.timings for group in groups]
-    versions = [span.version for r in rollouts for span in r.version_spans]
+    versions = [{span.version for span in rollout.version_spans} for rollout in rollouts]
     return {
         "trained_reward_mean": sum(rollout.reward for rollout in rollouts) / len(rollouts),
         "completion_tokens_mean": sum(lengths) / len(rollouts),
         "completion_tokens_max": float(max(lengths)),
-        "truncated_share": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
+        "truncated_share": sum(rollout.is_truncated for rollout in rollouts) / len(rollouts),
         "batch_tokens": float(
             sum(one.num_trained_tokens for group in groups for one in group.trainable_rollouts(truncated))
         ),
-        "multi_version_share": sum(len(r.version_spans) > 1 for r in rollouts) / len(rollouts),
-        "num_versions": float(len(set(versions))),
+        "multi_version_share": sum(len(several) > 1 for several in versions) / len(rollouts),
+        "num_versions": float(len(set().union(*versions))),
         "sampling_s_mean": sum(timing.sampled_s - timing.leased_s for timing in timings) / len(groups),
         "scoring_s_mean": sum(timing.scored_s - timing.sampled_s for timing in timings) / len(groups),
     }
