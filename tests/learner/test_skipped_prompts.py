@@ -45,7 +45,7 @@ class Rows:
 GOOD = prompt("1 + 1")
 BAD = {
     "a surrogate": (prompt("half \ud83d"), "half of a character"),
-    "none": (prompt(None), "Expected `str`, got `null`"),
+    "none": (prompt(None), "content is a NoneType, expected text"),
     "an object": (prompt("x", object()), "a reference with a object"),
     "no prompt": ("3 + 4", "expected a headrace.common.tasks.Prompt, found str"),
     "a bad row": (BadRow("row 7 has no answer"), "row 7 has no answer"),
@@ -137,7 +137,7 @@ def test_a_task_that_raises_names_the_place() -> None:
 def test_a_held_out_prompt_that_makes_no_ticket_is_left_out() -> None:
     source = source_of(GOOD, held_out=(GOOD, BAD["none"][0], GOOD))
     assert Evaluation.of(0, 1, source.evaluation_tickets(0, 1)).waiting_for == {"eval-1-0", "eval-1-2"}
-    with pytest.raises(ValueError, match=r"has no held-out prompts; held-out prompt 0: .*null"):
+    with pytest.raises(ValueError, match=r"has no held-out prompts; held-out prompt 0: .*NoneType"):
         source_of(GOOD, held_out=(BAD["none"][0],)).evaluation_tickets(0, 1)
 
 

@@ -262,7 +262,10 @@ def test_a_batch_without_fresh_tokens_measures_numerics_on_a_newer_group(demo_po
         offset = 0.25
         for rollout in newer.rollouts:
             half = rollout.num_trained_tokens // 2
-            rollout.version_spans[:] = [VersionSpan(1, 0, half), VersionSpan(3, half, rollout.num_trained_tokens)]
+            rollout.segments[0].version_spans[:] = [
+                VersionSpan(1, 0, half),
+                VersionSpan(3, half, rollout.num_trained_tokens),
+            ]
             rollout.segments[0].behaviour_logprobs[half:] -= offset
             rollout.segments[0].behaviour_logprobs[:half] -= 3
         waiting = [newer] if is_probed else []

@@ -13,15 +13,16 @@ from typing import Any
 
 import msgspec
 
-SCHEMA = 2
-"""The schema of the groups in it."""
+from headrace.common.wire.structs import GROUP_SCHEMA, READABLE_GROUP_SCHEMAS
+
 _LENGTH = struct.Struct("<I")
 
 
 class Header(msgspec.Struct, tag="header"):
     run: str
     config: dict[str, Any]
-    schema: int = SCHEMA
+    schema: int = GROUP_SCHEMA
+    """Of the groups in it."""
 
 
 class KnownVersion(msgspec.Struct, tag="version"):
@@ -59,8 +60,9 @@ class Recording:
             else:
                 self._offsets.append(offset)
                 self.last_entry_id = frame.entry_id
-        if header is None or header.schema != SCHEMA:
-            raise ValueError(f"{path}: expected a recording of schema {SCHEMA}, made by `headrace record`")
+        if header is None or header.schema not in READABLE_GROUP_SCHEMAS:
+            schemas = " or ".join(map(str, READABLE_GROUP_SCHEMAS))
+            raise ValueError(f"{path}: expected a recording of schema {schemas}, made by `headrace record`")
         self.run, self.config = header.run, header.config
 
     @property
