@@ -11,12 +11,12 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "headrace"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 FOLDERS = {
-    "common": "process wire hardware weights config redis http metrics tasks models preflight bootstrap",
+    "common": "process wire hardware weights config redis http metrics environments tasks models preflight bootstrap",
     "learner": (
         "algorithm distributed model store steering intake training checkpoints weights scaling reporting stages "
         "commands demo_policy"
     ),
-    "generation": "tensors engine rewards tickets weights",
+    "generation": "tensors engine workers rewards environments tickets weights",
     "control": "models polling verdict view http",
     "demo": "",
     "launcher": "templates run estimates placement check terminal supervision report commands",
