@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from headrace.common.tasks import Task
-from headrace.generation.rewards.worker import CompletionScore, ScoreRequest, failed_score, score_of
+from headrace.generation.rewards.worker import CompletionScore, ScoreRequest, failed_score
+from headrace.generation.workers.outcomes import outcome_of
 
 
 class ConcurrentScoring:
@@ -29,10 +30,10 @@ async def _score(task: Any, request: ScoreRequest, index: int) -> CompletionScor
     try:
         async with asyncio.timeout(request.deadline_s) as deadline:
             given = await task.reward(request.completions[index], request.ticket)
+        return CompletionScore(index, outcome_of(given))
     except TimeoutError as error:
         if deadline.expired():
             return CompletionScore(index, problem=f"no reward within the deadline of {request.deadline_s:g} s")
         return failed_score(index, error)
     except BaseException as error:  # noqa: BLE001 - a reward is foreign code and may raise anything
         return failed_score(index, error)
-    return score_of(index, given)

@@ -14,23 +14,26 @@ killed worker breaks the whole pool, and the processes that it started survive.
 import asyncio
 import logging
 import os
-import socket
 import time
 from typing import Any
 
 from headrace.common.metrics.families import SHORT_S, Histogram
+from headrace.common.tasks import Outcome
 from headrace.common.wire import Ticket
-from headrace.generation.rewards.process import RewardError, WorkerProcess, spawn
-from headrace.generation.rewards.worker import CompletionScore, ScoreRequest, Setup
+from headrace.generation.rewards.process import RewardError, RewardWorker
+from headrace.generation.rewards.worker import CompletionScore, ScoreRequest
+from headrace.generation.workers.process import WorkerError
+from headrace.generation.workers.program import Setup
 
+PROGRAM = "headrace.generation.rewards.worker"
 START_DEADLINE_S = 120.0
 RETRY_PAUSES_S = (0.1, 1.0)
 """Pauses before the second and the third attempt to score a completion."""
 _log = logging.getLogger(__name__)
 
 
-class TaskError(RewardError):
-    """The task cannot be loaded on this machine; a retry would fail in the same way."""
+class HasRollout(WorkerError):
+    """The task has no `reward`: `rollout` computes it."""
 
 
 class RewardPool:
@@ -57,13 +60,14 @@ class RewardPool:
         self.problem = ""
         """The reason why the latest group could not be scored; empty after a group was scored."""
         self._is_open = False
-        self._free: asyncio.Queue[WorkerProcess] = asyncio.Queue()
+        self._free: asyncio.Queue[RewardWorker] = asyncio.Queue()
         """The `num_workers` slots, less those in use. A dead worker in a slot is replaced when the slot is used."""
-        self._running: set[WorkerProcess] = set()
+        self._running: set[RewardWorker] = set()
         """Every worker whose process may not have ended yet."""
 
-    async def start(self) -> None:
-        """Returns when every worker has loaded the task; raises `RewardError` if one fails to.
+    async def start(self) -> bool:
+        """Returns when every worker has loaded the task; False, and no worker is left, if it has `rollout` in place of
+        `reward`. Raises `WorkerError` if a worker fails to load it.
 
         The calling thread must outlive the pool: Linux ends a worker with the thread that started it.
         """
@@ -72,8 +76,11 @@ class RewardPool:
         for started in await asyncio.gather(*starts, return_exceptions=True):
             if isinstance(started, BaseException):
                 await self.close()
+                if isinstance(started, HasRollout):
+                    return False
                 raise started
             self._free.put_nowait(started)
+        return True
 
     async def close(self) -> None:
         """Returns when every worker has ended. Groups that are being scored, or wait for it, get `RewardError`."""
@@ -83,33 +90,33 @@ class RewardPool:
             worker.kill()
         await asyncio.gather(*(worker.wait() for worker in workers))
 
-    async def score(self, ticket: Ticket, completions: list[str]) -> list[float]:
-        """Returns one finite reward for each completion, in order; raises `RewardError` naming the ticket.
+    async def score(self, ticket: Ticket, completions: list[str]) -> list[Outcome]:
+        """Returns one outcome for each completion, in order; raises `RewardError` naming the ticket.
 
         Waits for a free worker. The deadline of a completion starts when the worker begins to score it.
         """
         assert self._is_open, "score() is called after start() and before close()"
-        rewards: list[float | None] = [None] * len(completions)
+        outcomes: list[Outcome | None] = [None] * len(completions)
         for pause_s in (0.0, *RETRY_PAUSES_S):
             await asyncio.sleep(pause_s)
-            missing = [index for index, reward in enumerate(rewards) if reward is None]
+            missing = [index for index, outcome in enumerate(outcomes) if outcome is None]
             texts = [completions[index] for index in missing]
             try:
                 scores = await self._score_once(ScoreRequest(ticket, texts, self._deadline_s))
-            except (RewardError, OSError) as error:
+            except (WorkerError, OSError) as error:
                 self.problem = f"ticket {ticket.id}: {error}"
                 raise RewardError(self.problem, texts) from error
-            problem = next((score.problem for score in scores if score.reward is None), "")
+            problem = next((score.problem for score in scores if score.outcome is None), "")
             for index, score in zip(missing, scores, strict=True):
-                rewards[index] = score.reward
-            scored = [reward for reward in rewards if reward is not None]
-            if len(scored) == len(rewards):
+                outcomes[index] = score.outcome
+            scored = [outcome for outcome in outcomes if outcome is not None]
+            if len(scored) == len(outcomes):
                 self.problem = ""
                 return scored
-            first = rewards.index(None)
-            _log.info("completion %d of %d: %s", first + 1, len(rewards), problem, extra={"ticket": ticket.id})
-        self.problem = f"ticket {ticket.id}: completion {first + 1} of {len(rewards)}: {problem}"
-        raise RewardError(self.problem, [completions[i] for i, reward in enumerate(rewards) if reward is None])
+            first = outcomes.index(None)
+            _log.info("completion %d of %d: %s", first + 1, len(outcomes), problem, extra={"ticket": ticket.id})
+        self.problem = f"ticket {ticket.id}: completion {first + 1} of {len(outcomes)}: {problem}"
+        raise RewardError(self.problem, [completions[i] for i, outcome in enumerate(outcomes) if outcome is None])
 
     async def _score_once(self, request: ScoreRequest) -> list[CompletionScore]:
         worker = await self._free.get()
@@ -123,16 +130,12 @@ class RewardPool:
             self.seconds.observe(time.monotonic() - started)
             self._free.put_nowait(worker)
 
-    async def _start_worker(self) -> WorkerProcess:
-        parent_end, worker_end = socket.socketpair()
-        replies, requests = await asyncio.open_unix_connection(sock=parent_end)
-        with worker_end:
-            if not self._is_open:
-                requests.close()
-                raise RewardError("the reward pool was closed")
-            worker = WorkerProcess(spawn(worker_end), replies, requests)
-        self._running = {worker, *(other for other in self._running if other.process.poll() is None)}
-        reply = await worker.set_up(self._setup, START_DEADLINE_S)
-        if reply.problem:
-            raise TaskError(reply.problem)
+    async def _start_worker(self) -> RewardWorker:
+        worker = await RewardWorker.start(PROGRAM)
+        self._running = {worker, *(other for other in self._running if not other.has_ended)}
+        if not self._is_open:
+            worker.kill()
+            raise RewardError("the reward pool was closed")
+        if (await worker.set_up(self._setup, START_DEADLINE_S)).has_rollout:
+            raise HasRollout("the task has `rollout`")
         return worker

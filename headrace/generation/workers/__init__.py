@@ -1,0 +1,1 @@
+"""Worker processes that run a task's code: rewards and environments. What both have in common."""
