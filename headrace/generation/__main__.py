@@ -30,8 +30,8 @@ from headrace.common.wire import one_line
 from headrace.generation.assembly import assemble_replica
 from headrace.generation.bootstrap import check_name, join
 from headrace.generation.http_api import make_app
-from headrace.generation.rewards.pool import TaskError
 from headrace.generation.weights.free_space import InsufficientSpace
+from headrace.generation.workers.process import TaskError
 
 EXIT_DEADLINE_S = 9.0
 _log = logging.getLogger("headrace.generation")

@@ -16,6 +16,7 @@ import redis
 
 from headrace.common.config import GenerationConfig
 from headrace.common.process.logs import log_context
+from headrace.common.tasks import Outcome
 from headrace.common.wire import Group, Rollout, Timings, WireError, check_group
 from headrace.generation.engine.client import EngineError
 from headrace.generation.engine.completions import Completion
@@ -129,19 +130,20 @@ class TicketProcessor:
 
     async def _score(self, lease: Lease, completions: list[Completion], leased_s: float) -> Group:
         sampled_s = time.time()
-        rewards = await self._rewards.score(lease.ticket, [completion.text for completion in completions])
-        rollouts = [_rollout(completion, reward) for completion, reward in zip(completions, rewards, strict=True)]
+        outcomes = await self._rewards.score(lease.ticket, [completion.text for completion in completions])
+        rollouts = [_rollout(completion, outcome) for completion, outcome in zip(completions, outcomes, strict=True)]
         group = Group(lease.ticket, rollouts, self._tickets.replica, Timings(leased_s, sampled_s, time.time()))
         check_group(group)
         return group
 
 
-def _rollout(completion: Completion, reward: float) -> Rollout:
+def _rollout(completion: Completion, outcome: Outcome) -> Rollout:
     return Rollout.of_completion(
         tokens=np.array(completion.tokens, np.int32),
         behaviour_logprobs=completion.behaviour_logprobs,
         version_spans=completion.version_spans,
-        reward=reward,
+        reward=outcome.reward,
         finish_reason=completion.finish_reason,
         text=completion.text,
+        metrics=outcome.metrics,
     )

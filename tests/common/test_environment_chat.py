@@ -278,12 +278,13 @@ def test_functions_that_a_model_cannot_call_are_refused() -> None:
     def odd(a: threading.Lock) -> None:
         """Does it."""
 
-    for function, reason in {
+    refused: dict[Callable[..., Any], str] = {
         undocumented: "function 'undocumented' has no docstring",
         positional: "function 'positional': its parameter 'a: int' has no name",
         several: r"function 'several': its parameter '\*a: int' has no name",
         odd: "function 'odd': .*expected parameters with names, of types that JSON has",
-    }.items():
+    }
+    for function, reason in refused.items():
         with pytest.raises(ValueError, match=reason):
             schema(function)
 

@@ -45,7 +45,7 @@ def scored(settings: dict[str, Any], completions: list[str], **options: Any) -> 
         pool = RewardPool("judged", settings, num_workers=1, memory_bytes=4 << 30, **{"deadline_s": GUARD_S, **options})
         await pool.start()
         try:
-            return await pool.score(ticket_of(ROWS[1]), completions)
+            return [outcome.reward for outcome in await pool.score(ticket_of(ROWS[1]), completions)]
         finally:
             await pool.close()
 

@@ -18,7 +18,7 @@ from headrace.generation import loop
 from headrace.generation.engine.server import EngineServer
 from headrace.generation.http_api import make_app as make_replica_app
 from headrace.generation.loop import Replica
-from headrace.generation.rewards.process import RewardError
+from headrace.generation.workers.process import TaskError
 from tests.support.replicas import Learner, a_learner, beat, run, running_replica, until
 
 Start = Callable[..., contextlib.AbstractAsyncContextManager[Replica]]
@@ -110,7 +110,7 @@ def test_a_task_that_no_worker_can_load_ends_the_replica(learner: Learner, start
         with pytest.raises(ExceptionGroup) as failure:
             async with start(task="tests.support.faulty_tasks:Absent"):
                 await until(lambda: "replica a" not in {task.get_name() for task in asyncio.all_tasks()})
-        assert failure.group_contains(RewardError)
+        assert failure.group_contains(TaskError)
 
     run(scenario)
 

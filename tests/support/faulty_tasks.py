@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from headrace.common.tasks import Prompt, Split
+from headrace.common.tasks import Outcome, Prompt, Split
 from headrace.common.wire import Ticket
 
 ODD = {
@@ -33,6 +33,14 @@ ODD = {
     "np.nan": np.float64(math.nan),
 }
 """What a reward may return; some of it is a number."""
+OUTCOMES: dict[str, Any] = {
+    "": Outcome(np.float32(1.0), {"length": np.int64(3), "exact": True}),  # type: ignore[arg-type, dict-item]
+    "inf": Outcome(1.0, {"length": math.inf}),
+    "name": Outcome(1.0, {"two words": 1.0}),
+    "many": Outcome(1.0, {str(number): 1.0 for number in range(65)}),
+    "list": Outcome(1.0, [1.0]),  # type: ignore[arg-type]
+    "nan": Outcome(math.nan),
+}
 
 
 class Obedient:
@@ -70,6 +78,8 @@ class Obedient:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "return":
                 return ODD[argument]
+            case "outcome":
+                return OUTCOMES[argument]
             case "fail":  # so many times, then return how often it was asked
                 self._asked[argument] += 1
                 if self._asked[argument] <= int(argument.partition(" ")[0]):

@@ -12,6 +12,7 @@ KINDS = {
     "sglang::detokenizer": "its engine: server and detokenizer",
     "headrace.generation.engine.cpu.launch_server": "its engine: server and detokenizer",
     "headrace.generation.rewards.worker": "its reward workers",
+    "headrace.generation.environments.worker": "its environment workers",
     "headrace.generation": "a replica's own process",
     "headrace.learner": "the learner, with copies of weights and state",
     "headrace.control": "launcher, control and Redis, without the groups that wait",

@@ -47,7 +47,8 @@ def _parameters(function: Callable[..., Any], name: str) -> dict[str, Any]:
         for parameter in inspect.signature(function).parameters.values():
             if parameter.kind in unnamed:
                 raise ValueError(f"its parameter {str(parameter)!r} has no name in a call")
-        found = TypeAdapter(function).json_schema(schema_generator=WithoutTitles)
+        adapter: TypeAdapter[Any] = TypeAdapter(function)  # type: ignore[arg-type]
+        found = adapter.json_schema(schema_generator=WithoutTitles)
     except (PydanticUserError, PydanticInvalidForJsonSchema, ValueError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(

@@ -64,7 +64,7 @@ def _checking(function: Function) -> Function:
     """The function, which raises if its arguments do not fit its signature."""
     from pydantic import ConfigDict, validate_call
 
-    return validate_call(function, config=ConfigDict(coerce_numbers_to_str=True, arbitrary_types_allowed=True))
+    return validate_call(config=ConfigDict(coerce_numbers_to_str=True, arbitrary_types_allowed=True))(function)
 
 
 async def _answer(call: ToolCall, functions: dict[str, Function]) -> str:

@@ -1,7 +1,7 @@
 """The environment workers of a replica: each holds many episodes; one that has died or was killed is replaced.
 
-A worker is started with the pool, and again when its place is used. An episode that is suspected to have ended its worker
-is played in a process of its own, which ends with it.
+A worker is started with the pool, and again when its place is used. An episode that may be what ended its worker is
+played in a process of its own, which ends with it.
 """
 
 import asyncio
@@ -65,9 +65,7 @@ class EnvironmentPool:
     def num_playing(self) -> int:
         return sum(slot.num_episodes for slot in self._slots)
 
-    async def run(
-        self, episode: EpisodeStart, environment_s: Callable[[], float], is_suspect: bool = False
-    ) -> Outcome:
+    async def run(self, episode: EpisodeStart, environment_s: Callable[[], float], is_suspect: bool = False) -> Outcome:
         """Plays an episode once there is room for it; its deadlines (`EpisodeDeadlines`) begin then.
 
         `is_suspect`: an earlier run was interrupted by the end of its worker. Raises `EpisodeFailed` or
@@ -78,6 +76,7 @@ class EnvironmentPool:
             if is_suspect:
                 return await self._run_alone(episode, environment_s)
             await self._free.acquire()
+            self._check_open()
             slot = min(self._slots, key=lambda one: one.num_episodes)
             slot.num_episodes += 1
             try:
@@ -114,7 +113,11 @@ class EnvironmentPool:
         self._running = {worker, *(other for other in self._running if not other.has_ended)}
         if not self._is_open:
             worker.kill()
-            raise EpisodeInterrupted("the replica ends")
+        self._check_open()
         await worker.set_up(self._setup, START_DEADLINE_S)
         worker.watch()
         return worker
+
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise EpisodeInterrupted("the replica ends")

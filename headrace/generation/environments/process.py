@@ -39,7 +39,9 @@ class EpisodeInterrupted(Exception):
 @dataclass
 class _Playing:
     on_gone: Callable[[], None]
-    result: asyncio.Future[Outcome | Exception] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    result: asyncio.Future[Outcome | Exception] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
     is_acknowledged: bool = False
     """The worker has read that the episode is cancelled."""
 
@@ -58,11 +60,12 @@ class EnvironmentWorker(WorkerProcess):
         self._watching = asyncio.create_task(self._watch(), name="environment worker")
 
     async def close(self) -> None:
-        """Ends the worker and all that it plays."""
+        """Ends the worker and all that it plays, which is interrupted."""
+        self._end_all(lambda: EpisodeInterrupted("the replica ends"))
         if self._watching is not None:
             self._requests.write_eof()
             await asyncio.wait([self._watching], timeout=LEAVE_S)
-        self._give_up_all(lambda _: EpisodeInterrupted("the replica ends"))
+        self.kill()
         await self.wait()
         await asyncio.gather(*self._tasks, *([self._watching] if self._watching else []))
 
@@ -101,19 +104,14 @@ class EnvironmentWorker(WorkerProcess):
         if playing.result.done():
             return
         if not playing.is_acknowledged:
-            reason = f"its worker's event loop was blocked for {CANCEL_S:g} s"
-            self._give_up_all(self._suspected(reason))
+            self._end_suspects(f"its worker's event loop was blocked for {CANCEL_S:g} s")
             return
+        self.kill()
         self._gone(number, EpisodeFailed(f"it was cancelled and did not end within {CANCEL_S:g} s"))
-        self._give_up_all(lambda _: EpisodeInterrupted("another episode in its worker did not end"))
-
-    def _suspected(self, reason: str) -> Callable[[int], Exception]:
-        is_alone = len(self._playing) == 1
-        return lambda _: EpisodeFailed(reason) if is_alone else EpisodeInterrupted(reason, is_suspect=True)
+        self._end_all(lambda: EpisodeInterrupted("another episode in its worker did not end"))
 
     async def _watch(self) -> None:
         message_type: Any = FromWorker
-        reason = "the worker's process ended"
         try:
             while True:
                 message = await self.receive(message_type)
@@ -127,13 +125,17 @@ class EnvironmentWorker(WorkerProcess):
             reason = f"its worker's process ended with status {await self.wait()}"
         except (msgspec.DecodeError, WorkerError) as error:
             reason = f"its worker sent what is no message: {error}"
-        self._give_up_all(self._suspected(reason))
+        self._end_suspects(reason)
 
-    def _give_up_all(self, result: Callable[[int], Exception]) -> None:
-        """Kills the worker; each episode in it has this result."""
+    def _end_suspects(self, reason: str) -> None:
+        """Kills a worker that any of its episodes may have made useless."""
         self.kill()
+        is_alone = len(self._playing) == 1
+        self._end_all(lambda: EpisodeFailed(reason) if is_alone else EpisodeInterrupted(reason, is_suspect=True))
+
+    def _end_all(self, result: Callable[[], Exception]) -> None:
         for number in list(self._playing):
-            self._gone(number, result(number))
+            self._gone(number, result())
 
     def _gone(self, number: int, result: Outcome | Exception) -> None:
         playing = self._playing.pop(number, None)

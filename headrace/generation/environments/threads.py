@@ -1,7 +1,7 @@
 """Runs a plain `rollout` in a thread of its own, whose requests are sent by the event loop.
 
 A thread cannot be ended from outside. When its episode is cancelled, the request that it waits for raises, and every
-later one: a rollout that does neither wait for the model nor return keeps its worker's place until the worker is killed.
+later one. A rollout that neither asks for a reply nor returns then goes on until its worker is killed.
 """
 
 import asyncio

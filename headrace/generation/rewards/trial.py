@@ -15,7 +15,7 @@ import msgspec
 from headrace.common.config import RunConfig
 from headrace.common.wire import decode_ticket
 from headrace.generation.rewards.pool import RewardPool
-from headrace.generation.rewards.process import RewardError
+from headrace.generation.workers.process import WorkerError
 
 
 def main() -> int:
@@ -43,7 +43,7 @@ async def score_empty_completions(config: RunConfig, read_tickets: Callable[[], 
         await pool.start()
         for payload in read_tickets():
             await pool.score(decode_ticket(payload), [""])
-    except RewardError as error:
+    except WorkerError as error:
         return str(error)
     finally:
         await pool.close()

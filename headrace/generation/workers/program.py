@@ -16,6 +16,7 @@ import msgspec
 
 from headrace.common.process.child_process import PR_SET_PDEATHSIG
 from headrace.common.tasks import Task, load_task
+from headrace.generation.workers.outcomes import NotAnOutcome
 
 LENGTH_BYTES = 4
 MAX_PROBLEM_CHARS = 500
@@ -90,6 +91,8 @@ def with_length(message: msgspec.Struct) -> bytes:
 
 def describe_error(error: BaseException) -> str:
     """The exception and where it was raised; characters that cannot be encoded are escaped."""
+    if isinstance(error, NotAnOutcome):
+        return str(error)
     raised = "".join(traceback.format_exception_only(error)).strip()[:MAX_PROBLEM_CHARS]
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)
     return f"{raised} ({frame.f_code.co_filename}:{line})".encode(errors="backslashreplace").decode()
