@@ -16,7 +16,7 @@ FOLDERS = {
         "algorithm distributed model store steering intake training checkpoints weights scaling reporting stages "
         "commands demo_policy"
     ),
-    "generation": "tensors engine workers rewards environments tickets weights",
+    "generation": "tensors engine gateway workers rewards environments tickets weights",
     "control": "models polling verdict view http",
     "demo": "",
     "launcher": "templates run estimates placement check terminal supervision report commands",
@@ -30,6 +30,7 @@ PURE = [
     "learner/training/batch_samples.py",
     "learner/training/step_metrics.py",
     "learner/intake/validation.py",
+    *(f"generation/gateway/{name}.py" for name in ("messages", "conversation", "recorded_segment", "segments")),
 ]
 IO_MODULES = {
     "redis",
