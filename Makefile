@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 # Additional arguments of the target's command: make demo ARGS="--seed 1"
 ARGS   ?=
 
-.PHONY: help setup demo test test-compose test-wheel chaos lint check-types clean
+.PHONY: help setup demo demo-guessing test test-compose test-wheel chaos lint check-types clean
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -18,6 +18,9 @@ setup: $(VENV)/installed ## install everything into .venv, for a machine without
 # The demo's recipe uses the CPU even if there is a GPU.
 demo: setup ## run the demo, two to three minutes on two CPU cores
 	$(VENV)/bin/headrace up $(ARGS)
+
+demo-guessing: setup ## run the demo of several turns, three minutes on two CPU cores
+	$(VENV)/bin/headrace up configs/guessing-cpu.yaml $(ARGS)
 
 # Three processes for two cores, because tests wait for processes that they start. Each has one torch thread: more threads
 # would spin while they wait for each other.

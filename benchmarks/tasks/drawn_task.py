@@ -47,7 +47,7 @@ class DrawnTask(Generic[P]):
         return score(completion, ticket.reference["answer"])
 
 
-def answered(problems: Iterator[P], slip_share: float) -> Iterator[tuple[P, str]]:
+def with_answers(problems: Iterator[P], slip_share: float) -> Iterator[tuple[P, str]]:
     """Each problem with a worked answer; the share `slip_share` of these contains a slip."""
     rng = random.Random("slips")
     for problem in problems:
@@ -61,12 +61,14 @@ def supervised_demo_policy(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from headrace.learner.demo_policy.conversations import answered
     from headrace.learner.demo_policy.finetuning import finetune
 
     torch.set_num_threads(1)
     start = Path(__file__).parents[2] / "headrace" / "demo" / "policy"
     tokenizer, model = AutoTokenizer.from_pretrained(start), AutoModelForCausalLM.from_pretrained(start)
-    for step, loss in enumerate(finetune(model, tokenizer, batches, num_steps, learning_rate), start=1):
+    conversations = ([answered(prompt, text) for prompt, text in batch] for batch in batches)
+    for step, loss in enumerate(finetune(model, tokenizer, conversations, num_steps, learning_rate), start=1):
         if step % 50 == 0:
             print(f"step {step} of {num_steps}, loss {loss:.4f}", file=sys.stderr, flush=True)
     return model, tokenizer

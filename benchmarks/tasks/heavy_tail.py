@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from benchmarks.tasks.drawn_task import DrawnTask, answered, supervised_demo_policy
+from benchmarks.tasks.drawn_task import DrawnTask, supervised_demo_policy, with_answers
 from headrace.common.tasks import Prompt
 from headrace.common.tasks.arithmetic import ANSWER_MARK, ITEMS, NAMES, is_held_out
 
@@ -75,7 +75,7 @@ def make_policy(folder: Path, num_steps: int = NUM_STEPS) -> None:
 
 def _batches() -> Iterator[list[tuple[Prompt, str]]]:
     """Batches of answers of similar length, of at most `BATCH_TOKENS` tokens with padding; in random order."""
-    rng, source = random.Random("batches"), answered(HeavyTail().problems("train", "warm start"), SLIP_SHARE)
+    rng, source = random.Random("batches"), with_answers(HeavyTail().problems("train", "warm start"), SLIP_SHARE)
     while True:
         pairs = sorted(islice(source, POOL_SIZE), key=lambda pair: len(pair[1]))
         batches: list[list[tuple[Prompt, str]]] = [[]]

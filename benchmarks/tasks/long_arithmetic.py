@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from benchmarks.tasks.drawn_task import DrawnTask, answered, supervised_demo_policy
+from benchmarks.tasks.drawn_task import DrawnTask, supervised_demo_policy, with_answers
 from headrace.common.tasks import Prompt
 from headrace.common.tasks.arithmetic import ANSWER_MARK, ITEMS, NAMES, is_held_out
 
@@ -77,7 +77,7 @@ def make_policy(folder: Path, num_steps: int = NUM_STEPS) -> None:
     """Deterministic on one machine; takes about five minutes on one core."""
     from headrace.learner.demo_policy.make import save_policy
 
-    pairs = answered(LongArithmetic().problems("train", "warm start"), SLIP_SHARE)
+    pairs = with_answers(LongArithmetic().problems("train", "warm start"), SLIP_SHARE)
     batches = ([(chain.prompt, answer) for chain, answer in islice(pairs, BATCH_SIZE)] for _ in range(num_steps))
     save_policy(folder, *supervised_demo_policy(batches, num_steps, LEARNING_RATE))
 

@@ -1,4 +1,6 @@
-"""The demo, as data of the package: its recipe (tiny-cpu.yaml) and the policy that it starts from (policy/).
+"""The demos, as data of the package: the recipe tiny-cpu.yaml, the policy that it starts from (policy/), and the policy
+of the guessing game (guessing-policy/).
 
-A recipe anywhere names that policy `headrace/demo/policy`; `headrace up` without a recipe runs this one.
+A recipe anywhere names them `headrace/demo/policy` and `headrace/demo/guessing-policy`; `headrace up` without a recipe
+runs tiny-cpu.yaml.
 """

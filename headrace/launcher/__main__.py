@@ -129,7 +129,7 @@ def replay(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def make_demo_policy(context: typer.Context) -> None:
-    """Make the demo's policy (about five minutes on one core); options: make-demo-policy --help."""
+    """Make one of the demo's policies (two to seven minutes on one core); options: make-demo-policy --help."""
     raise typer.Exit(subprocess.call([sys.executable, "-m", "headrace.learner.demo_policy.make", *context.args]))
 
 

@@ -1,4 +1,5 @@
-"""The demo policy: its tokenizer, its training loss, and that the committed one has the results in `made.json`."""
+"""The demo's policies: their tokenizers, their training loss, and that the committed ones have the results in
+`made.json`."""
 
 import json
 from collections.abc import Iterator
@@ -12,12 +13,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headrace.common.tasks.arithmetic import Problem, train_problems
 from headrace.learner.demo_policy import finetuning, make
+from headrace.learner.demo_policy.arithmetic import ARITHMETIC
+from headrace.learner.demo_policy.conversations import Conversation, answered
 from headrace.learner.demo_policy.evaluation import evaluate_policy
+from headrace.learner.demo_policy.guessing import GUESSING, SHARES, bisect
+from headrace.learner.demo_policy.recipe import Recipe
 from headrace.learner.demo_policy.tokenizer import VOCAB_SIZE, make_tokenizer
 
-POLICY = Path(__file__).parents[2] / "headrace" / "demo" / "policy"
+DEMO = Path(__file__).parents[2] / "headrace" / "demo"
+FOLDERS = {"arithmetic": DEMO / "policy", "guessing": DEMO / "guessing-policy"}
+POLICY = FOLDERS["arithmetic"]
 PREFIX_TOLERANCE = 1e-3
 """Relative tolerance of a loss in the first 30 steps: other kernels and thread counts sum in another order."""
+every_policy = pytest.mark.parametrize("recipe", make.RECIPES.values(), ids=make.RECIPES)
 
 
 @pytest.fixture(autouse=True)
@@ -29,19 +37,25 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def made() -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((POLICY / "made.json").read_text())
-    return content
-
-
-@pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(POLICY)
 
 
-def test_the_committed_folder_is_small_and_loads(tokenizer: Any) -> None:
-    assert sum(path.stat().st_size for path in POLICY.iterdir()) < 3_000_000
-    model = AutoModelForCausalLM.from_pretrained(POLICY)
+def made(recipe: Recipe) -> dict[str, Any]:
+    """The content of the committed `made.json`."""
+    content: dict[str, Any] = json.loads((FOLDERS[recipe.task] / "made.json").read_text())
+    return content
+
+
+def new_tokenizer(recipe: Recipe) -> Any:
+    return make_tokenizer(recipe.texts(), recipe.token_boundaries, recipe.chat_template)
+
+
+@every_policy
+def test_the_committed_folder_is_small_and_loads(recipe: Recipe) -> None:
+    folder = FOLDERS[recipe.task]
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 3_000_000
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     assert model.config.model_type == "qwen3"
     assert model.num_parameters() == 656_448
     assert model.dtype == torch.float32
@@ -50,10 +64,18 @@ def test_the_committed_folder_is_small_and_loads(tokenizer: Any) -> None:
     assert model.generation_config.pad_token_id == tokenizer.convert_tokens_to_ids("<|pad|>") == tokenizer.pad_token_id
 
 
-def test_the_committed_tokenizer_equals_a_newly_made_one(tokenizer: Any) -> None:
-    assert make_tokenizer().get_vocab() == tokenizer.get_vocab()
-    question = next(train_problems(seed=3, epoch=0)).question
-    assert make_tokenizer()(question).input_ids == tokenizer(question).input_ids
+@every_policy
+def test_the_committed_tokenizer_equals_a_newly_made_one(recipe: Recipe) -> None:
+    committed = AutoTokenizer.from_pretrained(FOLDERS[recipe.task])
+    assert new_tokenizer(recipe).get_vocab() == committed.get_vocab()
+    question = next(recipe.conversations(3)).messages[0]["content"]
+    assert new_tokenizer(recipe)(question).input_ids == committed(question).input_ids
+
+
+def test_a_guess_is_a_token() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(FOLDERS["guessing"])
+    for text in ("higher", "lower", *map(str, range(1, 64))):
+        assert len(tokenizer(text).input_ids) == 1
 
 
 def test_a_digit_is_a_token(tokenizer: Any) -> None:
@@ -81,22 +103,32 @@ def test_chat_template(tokenizer: Any) -> None:
     assert answered == chat + "3<|end|>"
 
 
-def test_only_completion_tokens_are_labelled() -> None:
-    tokenizer = make_tokenizer()
+def test_only_the_assistants_tokens_are_labelled() -> None:
+    tokenizer = new_tokenizer(ARITHMETIC)
     short = Problem("+", (13, 5), name="Ada", item="pens")
     long = Problem("+-", (13, 15, 12), name="Ada", item="pens")
     pairs = [(short, short.demonstration), (long, long.slips[0])]
-    ids, labels = finetuning.encode(tokenizer, [(problem.prompt, answer) for problem, answer in pairs])
+    ids, labels = finetuning.encode(tokenizer, [answered(problem.prompt, answer) for problem, answer in pairs])
     for row, (problem, worked_answer) in enumerate(pairs):
         assert tokenizer.decode(labels[row][labels[row] >= 0]) == worked_answer + "<|end|>"
         chat = f"<|user|>{problem.question}<|end|><|assistant|>{worked_answer}<|end|>"
         assert tokenizer.decode(ids[row]).replace("<|pad|>", "") == chat
 
 
-def test_the_loss_is_the_mean_over_completion_tokens_whatever_the_padding() -> None:
-    tokenizer = make_tokenizer()
+def test_every_reply_of_a_conversation_is_labelled() -> None:
+    tokenizer = new_tokenizer(GUESSING)
+    texts = ["Guess.", "32", "lower", "16", "higher", "24"]
+    roles = ["user", "assistant"] * 3
+    game = Conversation([{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)])
+    ids, labels = finetuning.encode(tokenizer, [game, Conversation(game.messages[:2])])
+    assert [tokenizer.decode(row[row >= 0]) for row in labels] == ["32<|end|>16<|end|>24<|end|>", "32<|end|>"]
+    assert torch.equal(labels[labels >= 0], ids[labels >= 0])
+
+
+def test_the_loss_is_the_mean_over_the_assistants_tokens_whatever_the_padding() -> None:
+    tokenizer = new_tokenizer(ARITHMETIC)
     model = make.make_model(tokenizer, seed=0)
-    batch = [(problem.prompt, problem.demonstration) for problem in islice(train_problems(seed=0, epoch=0), 5)]
+    batch = list(islice(ARITHMETIC.conversations(0), 5))
     total, count = 0.0, 0
     for row in batch:
         ids, labels = finetuning.encode(tokenizer, [row])
@@ -105,19 +137,20 @@ def test_the_loss_is_the_mean_over_completion_tokens_whatever_the_padding() -> N
             if labels[0, position] >= 0:
                 total -= logprobs[0, position - 1, ids[0, position]].item()
                 count += 1
-    loss = finetuning.completion_loss(model, *finetuning.encode(tokenizer, batch))
+    loss = finetuning.reply_loss(model, *finetuning.encode(tokenizer, batch))
     assert loss.item() == pytest.approx(total / count)
 
 
-def test_the_first_steps_of_training_give_the_recorded_losses(made: dict[str, Any], tmp_path: Path) -> None:
-    random_state = torch.random.get_rng_state()
+@every_policy
+def test_the_first_steps_of_training_give_the_recorded_losses(recipe: Recipe, tmp_path: Path) -> None:
+    committed, random_state = made(recipe), torch.random.get_rng_state()
     told: list[tuple[int, float]] = []
     prefix = make.make_policy(
-        tmp_path, seed=made["seed"], steps=30, on_progress=lambda step, loss: told.append((step, loss))
+        recipe, tmp_path, seed=committed["seed"], steps=30, on_progress=lambda step, loss: told.append((step, loss))
     )
     assert [step for step, _ in told] == list(range(1, 31))
     assert prefix.early_losses == {
-        int(step): pytest.approx(loss, rel=PREFIX_TOLERANCE) for step, loss in made["early_losses"].items()
+        int(step): pytest.approx(loss, rel=PREFIX_TOLERANCE) for step, loss in committed["early_losses"].items()
     }
     assert prefix.evaluation is None
     assert torch.equal(torch.random.get_rng_state(), random_state)
@@ -126,32 +159,46 @@ def test_the_first_steps_of_training_give_the_recorded_losses(made: dict[str, An
 
 def test_more_steps_than_the_recipe_has_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="steps is 100000, expected 1 to"):
-        make.make_policy(tmp_path, seed=0, steps=100_000)
+        make.make_policy(ARITHMETIC, tmp_path, seed=0, steps=100_000)
 
 
-def test_the_committed_policy_has_the_results_in_made_json(made: dict[str, Any]) -> None:
-    """The tolerances are three and a half standard errors of 256 problems with 4 samples each."""
-    assert made["num_steps"] == make.NUM_STEPS
-    claimed = made["evaluation"]
-    assert claimed["num_problems"] >= 1024
-    measured = evaluate_policy(POLICY, num_problems=256, samples=4, seed=1)
-    assert measured.pass_at_1 == pytest.approx(claimed["pass_at_1"], abs=0.08)
-    assert measured.greedy_accuracy == pytest.approx(claimed["greedy_accuracy"], abs=0.11)
-    assert measured.mixed_share == pytest.approx(claimed["mixed_share"], abs=0.11)
+@every_policy
+def test_the_committed_policy_has_the_results_in_made_json(recipe: Recipe) -> None:
+    """The tolerances are three and a half standard errors of the problems with 4 samples each."""
+    committed, num_prompts = made(recipe), {"arithmetic": 256, "guessing": 128}[recipe.task]
+    wider = (256 / num_prompts) ** 0.5
+    assert committed["num_steps"] == recipe.num_steps
+    assert committed["settings"] == recipe.settings
+    claimed = committed["evaluation"]
+    assert claimed["num_prompts"] >= 1024
+    measured = evaluate_policy(FOLDERS[recipe.task], recipe.task, num_prompts, samples=4, seed=1)
+    assert measured.pass_at_1 == pytest.approx(claimed["pass_at_1"], abs=0.08 * wider)
+    assert measured.greedy_accuracy == pytest.approx(claimed["greedy_accuracy"], abs=0.11 * wider)
+    assert measured.mixed_share == pytest.approx(claimed["mixed_share"], abs=0.11 * wider)
 
 
-def test_the_committed_policy_has_something_to_learn(made: dict[str, Any]) -> None:
-    claimed = made["evaluation"]
+def test_the_committed_policies_have_something_to_learn() -> None:
+    claimed = made(ARITHMETIC)["evaluation"]
     assert 0.25 < claimed["pass_at_1"] < 0.37
     assert claimed["greedy_accuracy"] > 0.5
     assert claimed["mixed_share"] > 0.5
+    claimed = made(GUESSING)["evaluation"]
+    assert 0.1 < claimed["pass_at_1"] < 0.2
+    assert claimed["greedy_accuracy"] < 0.2  # it counts up
+    assert claimed["mixed_share"] > 0.4
+
+
+def test_few_of_the_games_that_the_guessing_policy_has_seen_are_played_well() -> None:
+    assert sum(SHARES.values()) == pytest.approx(1.0)
+    assert SHARES[bisect] < 0.2
 
 
 @pytest.mark.slow
-def test_training_again_gives_an_equally_good_policy(made: dict[str, Any], tmp_path: Path) -> None:
+@every_policy
+def test_training_again_gives_an_equally_good_policy(recipe: Recipe, tmp_path: Path) -> None:
     """The rounding of another machine leads to another policy, as another seed does."""
-    claimed = made["evaluation"]
-    again = make.make_policy(tmp_path, seed=made["seed"]).evaluation
+    claimed = made(recipe)["evaluation"]
+    again = make.make_policy(recipe, tmp_path, seed=made(recipe)["seed"]).evaluation
     assert again is not None
     assert again.pass_at_1 == pytest.approx(claimed["pass_at_1"], abs=0.05)
     assert again.greedy_accuracy == pytest.approx(claimed["greedy_accuracy"], abs=0.1)

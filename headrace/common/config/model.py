@@ -15,7 +15,7 @@ DType = Literal["float32", "bfloat16"]
 class ModelConfig(Section):
     path: str = Field(
         description="Initial policy: a folder in Hugging Face format, or a hub name. `headrace/demo/policy` is "
-        "the demo's policy, which comes with the package."
+        "the demo's policy and `headrace/demo/guessing-policy` the guessing game's; both come with the package."
     )
     revision: str | None = Field(
         None, min_length=1, description="Branch, tag or commit of a model on the hub; default: the newest."
@@ -41,8 +41,9 @@ class ModelConfig(Section):
     def location(self) -> str:
         """`path` as this machine opens it; always open this, and store and report `path`.
 
-        `headrace/demo/policy` is the installed package's folder if the working directory has no such folder. It is
-        resolved at each use, because a run's services may have the package in different folders.
+        A path in the package, such as `headrace/demo/policy`, is the installed package's folder if the working
+        directory has no such folder. It is resolved at each use, because a run's services may have the package in
+        different folders.
         """
         packaged = Path(headrace.__file__).parents[1] / self.path
         is_packaged = self.path.startswith("headrace/") and not Path(self.path).exists() and packaged.is_dir()
@@ -51,7 +52,8 @@ class ModelConfig(Section):
 
 class TaskConfig(Section):
     name: str = Field(
-        description="Name of a built-in task (arithmetic, gsm8k, judged, reasoning_gym), or 'package.module:Class'."
+        description="Name of a built-in task (arithmetic, gsm8k, guessing, judged, reasoning_gym), or "
+        "'package.module:Class'."
     )
     settings: dict[str, Any] = Field({}, description="Keyword arguments of the task.")
     system_prompt: str | None = Field(

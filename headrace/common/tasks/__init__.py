@@ -20,6 +20,7 @@ Split = Literal["train", "held_out"]
 BUILT_IN = {
     "arithmetic": "headrace.common.tasks.arithmetic:Arithmetic",
     "gsm8k": "headrace.common.tasks.gsm8k:Gsm8k",
+    "guessing": "headrace.common.tasks.guessing:Guessing",
     "judged": "headrace.common.tasks.judged:Judged",
     "reasoning_gym": "headrace.common.tasks.reasoning_gym:ReasoningGym",
 }

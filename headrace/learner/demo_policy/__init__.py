@@ -1,1 +1,1 @@
-"""Makes the demo's policy: its tokenizer, its supervised training, its evaluation."""
+"""Makes the demo's policies: their tokenizers, their supervised training, their evaluation."""

@@ -1,9 +1,10 @@
-"""Measures the demo policy on held-out problems: pass@1, greedy accuracy, and the share of mixed groups.
+"""Measures a demo policy on held-out prompts: pass@1, greedy accuracy, and the share of mixed groups.
 
 It samples with transformers only, so that it can serve as a reference for the services' sampling. The same seed and
 number of threads give the same numbers on the same machine.
 """
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -13,42 +14,44 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from headrace.common.tasks.arithmetic import Problem, held_out_problems, score
+from headrace.common.environments import Chat
+from headrace.common.tasks import Outcome, Prompt, load_task
+from headrace.common.wire import Sampling, Ticket
+from headrace.learner.demo_policy.sampling import Sampler
 
-BATCH_PROBLEMS = 128
+BATCH_PROMPTS = 128
 GROUP_SIZE = 4
 MAX_NEW_TOKENS = 32
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results between 0 and 1. A group is mixed if some, but not all, of its `GROUP_SIZE` completions are right."""
+    """Results between 0 and 1. A group is mixed if some, but not all, of its `GROUP_SIZE` rewards are 1."""
 
-    num_problems: int
+    num_prompts: int
     samples: int
     pass_at_1: float
     greedy_accuracy: float
     mixed_share: float | None
 
 
-def evaluate_policy(folder: Path, num_problems: int = 1024, samples: int = 4, *, seed: int = 0) -> Evaluation:
-    """Evaluates on the first `num_problems` held-out problems, with `samples` completions each at temperature 1.
+def evaluate_policy(folder: Path, task: str, num_prompts: int = 1024, samples: int = 4, *, seed: int = 0) -> Evaluation:
+    """Evaluates on the first `num_prompts` held-out prompts of a task, `samples` times each at temperature 1.
 
     `mixed_share` is None if `samples` is below `GROUP_SIZE`.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    problems = list(islice(held_out_problems(), num_problems))
-    if not 0 < num_problems <= len(problems):
-        raise ValueError(f"num_problems is {num_problems}, but there are {len(problems)} held-out problems")
+    prompts = list(islice(load_task(task, {}).prompts("held_out", seed=0, epoch=0), num_prompts))
+    if not 0 < num_prompts <= len(prompts):
+        raise ValueError(f"num_prompts is {num_prompts}, but there are {len(prompts)} held-out prompts")
+    rewards = _Rewards(folder, task)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        sampled = torch.cat(list(_scores(model, tokenizer, problems, samples)))
-    greedy = torch.cat(list(_scores(model, tokenizer, problems, None)))
+        sampled = torch.cat(list(rewards.of(prompts, samples, greedy=False)))
+    greedy = torch.cat(list(rewards.of(prompts, 1, greedy=True)))
     num_right = sampled[:, :GROUP_SIZE].sum(dim=1)
     mixed = ((num_right > 0) & (num_right < GROUP_SIZE)).double().mean().item()
     return Evaluation(
-        num_problems=num_problems,
+        num_prompts=num_prompts,
         samples=samples,
         pass_at_1=round(sampled.mean().item(), 4),
         greedy_accuracy=round(greedy.mean().item(), 4),
@@ -56,20 +59,45 @@ def evaluate_policy(folder: Path, num_problems: int = 1024, samples: int = 4, *,
     )
 
 
-def _scores(model: Any, tokenizer: Any, problems: list[Problem], samples: int | None) -> Iterator[torch.Tensor]:
-    """Scores `(B, samples)` of each batch of problems; greedy with a single column if `samples` is None."""
-    how: dict[str, Any] = (
-        {"do_sample": False} if samples is None else {"do_sample": True, "num_return_sequences": samples, "top_k": 0}
-    )
-    for start in range(0, len(problems), BATCH_PROBLEMS):
-        batch = problems[start : start + BATCH_PROBLEMS]
-        chats = [problem.prompt.messages for problem in batch]
-        inputs = tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+class _Rewards:
+    def __init__(self, folder: Path, task: str) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.task: Any = load_task(task, {})
+
+    def of(self, prompts: list[Any], samples: int, *, greedy: bool) -> Iterator[torch.Tensor]:
+        """Rewards `(B, samples)` of each batch of prompts."""
+        for start in range(0, len(prompts), BATCH_PROMPTS):
+            batch = prompts[start : start + BATCH_PROMPTS]
+            sampler = Sampler(self.model, self.tokenizer, greedy=greedy, max_new_tokens=MAX_NEW_TOKENS)
+            episodes = [prompt for prompt in batch for _ in range(samples)]
+            rewards = asyncio.run(self._play(episodes, sampler))
+            yield torch.tensor(rewards, dtype=torch.float64).view(len(batch), samples)
+
+    async def _play(self, prompts: list[Prompt], sampler: Sampler) -> list[float]:
+        sampler.num_running = len(prompts)
+        return await asyncio.gather(*(self._reward(prompt, sampler) for prompt in prompts))
+
+    async def _reward(self, prompt: Prompt, sampler: Sampler) -> float:
+        """Of one episode, or of one completion if the task has no `rollout`."""
+        chat = Chat(sampler.send, prompt.messages, prompt.tools, base_url="", api_key="", model="")
+        try:
+            if not hasattr(self.task, "rollout"):
+                return float(self.task.reward((await chat.reply()).text, self._ticket(prompt)))
+            outcome: Outcome = await self.task.rollout(chat, self._ticket(prompt))
+            return outcome.reward
+        finally:
+            sampler.end_episode()
+
+    def _ticket(self, prompt: Prompt) -> Ticket:
+        return Ticket(
+            id="evaluation",
+            kind="eval",
+            prompt_tokens=[],
+            messages=prompt.messages,
+            reference=prompt.reference,
+            tools=prompt.tools,
+            num_completions=1,
+            sampling=Sampling(1.0, MAX_NEW_TOKENS, [self.tokenizer.eos_token_id]),
+            min_weight_version=0,
         )
-        with torch.no_grad():
-            tokens = model.generate(**inputs, **how, max_new_tokens=MAX_NEW_TOKENS)
-        texts = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers = [problem.answer for problem in batch for _ in range(samples or 1)]
-        rewards = [score(text, answer) for text, answer in zip(texts, answers, strict=True)]
-        yield torch.tensor(rewards, dtype=torch.float64).view(len(batch), -1)

@@ -1,34 +1,30 @@
-"""Makes the demo policy: a tiny Qwen3, trained from scratch, with correct arithmetic and a mostly wrong strategy.
+"""Makes a policy of the demo: a tiny Qwen3, trained from scratch on demonstrations of its task, most of them bad.
 
-Owns the recipe and the folder that it writes: weights, tokenizer, and `made.json` with measurements. The same seed and
-number of threads give the same numbers on the same machine. Most demonstrations contain a slip, which leaves something
-to learn for reinforcement learning: groups are mixed, and the policy can find the right strategy.
+Writes the policy's folder: weights, tokenizer, and `made.json` with measurements. The same seed and number of threads
+give the same numbers on the same machine.
 """
 
 import argparse
 import json
-import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from headrace.common.tasks import Prompt
-from headrace.common.tasks.arithmetic import Problem, train_problems
-from headrace.learner.demo_policy.evaluation import Evaluation, evaluate_policy
+from headrace.learner.demo_policy.arithmetic import ARITHMETIC
+from headrace.learner.demo_policy.conversations import Conversation
+from headrace.learner.demo_policy.evaluation import MAX_NEW_TOKENS, Evaluation, evaluate_policy
 from headrace.learner.demo_policy.finetuning import finetune
+from headrace.learner.demo_policy.guessing import GUESSING
+from headrace.learner.demo_policy.recipe import Recipe
 from headrace.learner.demo_policy.tokenizer import VOCAB_SIZE, make_tokenizer
 
-NUM_STEPS = 2000
-BATCH_SIZE = 32
-LEARNING_RATE = 2e-3
-SLIP_SHARE = 0.7
-"""Share of demonstrations with a slip: it makes pass@1 about 0.3, once the arithmetic is learned."""
-MAX_NEW_TOKENS = 32
+RECIPES = {recipe.task: recipe for recipe in (ARITHMETIC, GUESSING)}
 ROPE_THETA = 10_000.0
 INITIAL_DEVIATION = 0.1
 """Standard deviation of the initial weights. The usual 0.02 suits wider models; with it the arithmetic would take about
@@ -39,13 +35,14 @@ EARLY_STEPS = (10, 20, 30)
 
 @dataclass(frozen=True)
 class MakeResult:
-    """The contents of `made.json`; `evaluation` is None if fewer than `NUM_STEPS` steps were taken."""
+    """The contents of `made.json`; `evaluation` is None if fewer than the recipe's steps were taken."""
 
+    task: str
     seed: int
     num_steps: int
     batch_size: int
     learning_rate: float
-    slip_share: float
+    settings: dict[str, Any]
     early_losses: dict[int, float]
     final_loss: float
     training_s: float
@@ -53,33 +50,40 @@ class MakeResult:
 
 
 def make_policy(
-    folder: Path, *, seed: int, steps: int | None = None, on_progress: Callable[[int, float], None] | None = None
+    recipe: Recipe,
+    folder: Path,
+    *,
+    seed: int,
+    steps: int | None = None,
+    on_progress: Callable[[int, float], None] | None = None,
 ) -> MakeResult:
     """Trains and saves the policy; with `steps` it stops early. `on_progress` is called with every step and its
     loss."""
-    num_steps = NUM_STEPS if steps is None else steps
-    if not 0 < num_steps <= NUM_STEPS:
-        raise ValueError(f"steps is {steps}, expected 1 to {NUM_STEPS}")
+    num_steps = recipe.num_steps if steps is None else steps
+    if not 0 < num_steps <= recipe.num_steps:
+        raise ValueError(f"steps is {steps}, expected 1 to {recipe.num_steps}")
     started_s = time.monotonic()
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(recipe.texts(), recipe.token_boundaries, recipe.chat_template)
     model = make_model(tokenizer, seed=seed)
     losses: list[float] = []
-    for loss in islice(finetune(model, tokenizer, _batches(seed), NUM_STEPS, LEARNING_RATE), num_steps):
+    every = finetune(model, tokenizer, _batches(recipe, seed), recipe.num_steps, recipe.learning_rate)
+    for loss in islice(every, num_steps):
         losses.append(loss)
         if on_progress is not None:
             on_progress(len(losses), loss)
     training_s = time.monotonic() - started_s
     save_policy(folder, model, tokenizer)
     result = MakeResult(
+        task=recipe.task,
         seed=seed,
         num_steps=num_steps,
-        batch_size=BATCH_SIZE,
-        learning_rate=LEARNING_RATE,
-        slip_share=SLIP_SHARE,
+        batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        settings=recipe.settings,
         early_losses={step: round(losses[step - 1], 6) for step in EARLY_STEPS if step <= num_steps},
         final_loss=round(losses[-1], 6),
         training_s=round(training_s, 1),
-        evaluation=evaluate_policy(folder) if num_steps == NUM_STEPS else None,
+        evaluation=evaluate_policy(folder, recipe.task) if num_steps == recipe.num_steps else None,
     )
     (folder / "made.json").write_text(json.dumps(asdict(result), indent=2) + "\n")
     return result
@@ -130,20 +134,18 @@ def _add_to_json(path: Path, entries: dict[str, object]) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | entries, indent=2) + "\n")
 
 
-def _batches(seed: int) -> Iterator[list[tuple[Prompt, str]]]:
-    rng = random.Random(f"slips {seed}")
-    problems = train_problems(seed=seed, epoch=0)
-    while batch := [(problem.prompt, _worked_answer(problem, rng)) for problem in islice(problems, BATCH_SIZE)]:
+def _batches(recipe: Recipe, seed: int) -> Iterator[Sequence[Conversation]]:
+    conversations = recipe.conversations(seed)
+    while batch := list(islice(conversations, recipe.batch_size)):
         yield batch
-
-
-def _worked_answer(problem: Problem, rng: random.Random) -> str:
-    return rng.choice(problem.slips) if rng.random() < SLIP_SHARE else problem.demonstration
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="headrace make-demo-policy", description="Make the demo's warm-started policy."
+        prog="headrace make-demo-policy", description="Make one of the demo's warm-started policies."
+    )
+    parser.add_argument(
+        "task", nargs="?", choices=sorted(RECIPES), default="arithmetic", help="the policy's task; default: arithmetic"
     )
     parser.add_argument(
         "--folder", type=Path, default=Path("demo-policy"), help="folder to write; default: demo-policy"
@@ -151,12 +153,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    recipe = RECIPES[arguments.task]
 
     def show(step: int, loss: float) -> None:
         if step % 100 == 0:
-            print(f"step {step} of {NUM_STEPS}, loss {loss:.4f}", flush=True)
+            print(f"step {step} of {recipe.num_steps}, loss {loss:.4f}", flush=True)
 
-    result = make_policy(arguments.folder, seed=arguments.seed, on_progress=show)
+    result = make_policy(recipe, arguments.folder, seed=arguments.seed, on_progress=show)
     print(f"{arguments.folder}: {result.evaluation}")
 
 
