@@ -2,8 +2,10 @@
 
 import asyncio
 import functools
+import json
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ import redis
 from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadScopeScheduling
 
-from headrace.common.config import EngineConfig
+from headrace.common.config import EngineConfig, EnvironmentConfig
 from headrace.common.hardware.device import has_gpu
 from headrace.common.redis.client import connect
 from headrace.common.redis.keys import Keys
@@ -51,10 +53,18 @@ def fake() -> Iterator[FakeSglang]:
 
 @pytest.fixture(scope="session")
 def engine_server(demo_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineServer]:
-    """The real SGLang on a CPU, started by the first test that needs it; its weights change as tests swap them."""
-    server = EngineServer(EngineConfig(device="cpu"), "float32", tmp_path_factory.mktemp("sglang") / "sglang.log")
+    """The real SGLang on a CPU, started by the first test that needs it; its weights change as tests swap them.
+
+    It is the engine of a task with `rollout`, with a prefix cache. Its generation config must not matter.
+    """
+    folder = tmp_path_factory.mktemp("sglang")
+    shutil.copytree(demo_policy, folder / "policy")
+    generation_config = folder / "policy" / "generation_config.json"
+    misleading = {"top_k": 1, "temperature": 0.01, "repetition_penalty": 2.0}
+    generation_config.write_text(json.dumps(json.loads(generation_config.read_text()) | misleading))
+    server = EngineServer(EngineConfig(device="cpu"), "float32", folder / "sglang.log", environment=EnvironmentConfig())
     children_before = set(psutil.Process().children())
-    asyncio.run(server.start(demo_policy, FIRST_VERSION))
+    asyncio.run(server.start(folder / "policy", FIRST_VERSION))
     started = [child for child in psutil.Process().children(recursive=True) if child not in children_before]
     yield server
     asyncio.run(server.stop())

@@ -81,7 +81,11 @@ async def assemble_replica(
             stack.push_async_callback(server.stop)
             engine_url = server.url
         engine = Engine(
-            engine_url, swap_mode=settings.engine.swap_mode, completion_timeout_s=settings.completion_timeout_s
+            engine_url,
+            swap_mode=settings.engine.swap_mode,
+            completion_timeout_s=settings.completion_timeout_s,
+            tool_call_parser=config.environment.tool_call_parser,
+            reasoning_parser=config.environment.reasoning_parser,
         )
         stack.push_async_callback(engine.aclose)
         supervisor = EngineSupervisor(

@@ -1,6 +1,7 @@
 """What `generation.engine.extra_args` may not have: the setting that is meant is named, or why there is none."""
 
 import importlib.util
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from headrace.common.config import EngineConfig
+from headrace.common.config import EngineConfig, EnvironmentConfig
 from headrace.common.config.engine_args import CACHED, ONE_AT_MOST, QUANTIZED, SET_BY_REPLICA, SETTINGS
 from headrace.generation.engine.command import launch_command
 
@@ -54,6 +55,9 @@ def test_other_arguments_are_taken_as_they_are(extra_args: list[str]) -> None:
 
 def test_in_place_goes_with_neither_tensor_parallelism_nor_a_cache() -> None:
     assert EngineConfig(tp_size=2).tp_size == 2
+    with pytest.raises(ValidationError, match="prefix_cache true: swap_mode in_place would give KV of earlier"):
+        EngineConfig(swap_mode="in_place", prefix_cache=True)
+    EngineConfig(swap_mode="in_place", prefix_cache=False)
     with pytest.raises(ValidationError, match="tp_size 2: swap_mode in_place can deadlock"):
         EngineConfig(swap_mode="in_place", tp_size=2)
     with pytest.raises(ValidationError, match="--enable-hierarchical-cache in extra_args: the cache would give KV"):
@@ -64,11 +68,11 @@ def sglang_options() -> set[str]:
     """Its fields are read, not imported, which takes seconds."""
     sglang = importlib.util.find_spec("sglang")
     assert sglang is not None and sglang.origin is not None
-    fields = Path(sglang.origin).parent / "srt" / "arg_groups" / "fields"
-    text = "\n".join(path.read_text() for path in fields.glob("*.py"))
+    server = Path(sglang.origin).parent / "srt"
+    text = "\n".join(path.read_text() for path in (server / "arg_groups" / "fields").glob("*.py"))
     names = {"--" + name.replace("_", "-") for name in re.findall(r"^    (\w+): A\[", text, re.M)}
     assert len(names) > 500
-    return names | set(re.findall(r'"(--[\w-]+)"', text))
+    return names | set(re.findall(r'"(--[\w-]+)"', text + (server / "server_args.py").read_text()))
 
 
 def test_the_flags_that_are_refused_and_those_that_are_given_are_sglangs() -> None:
@@ -80,7 +84,7 @@ def test_the_flags_that_are_refused_and_those_that_are_given_are_sglangs() -> No
         {"device": "cuda", "swap_mode": "in_place", "extra_args": ["--chunked-prefill-size", "2048"]},
         {"device": "cpu"},
     ]
-    for settings in chosen:
-        command = launch_command(EngineConfig(**settings), "bfloat16", "model", 1, 1)
+    for settings, environment in itertools.product(chosen, (None, EnvironmentConfig())):
+        command = launch_command(EngineConfig(**settings), "bfloat16", "model", 1, 1, environment, "template.jinja")
         given = [word for word in command if word.startswith("--")]
         assert set(given) <= options and len(given) == len(set(given)), given

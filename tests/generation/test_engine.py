@@ -462,5 +462,5 @@ def test_swaps_in_place_label_every_token_correctly_and_leave_no_stale_kv(
 
 
 def test_an_engine_with_its_overlap_schedule_is_refused_in_place(engine_url: str, policies: list[Path]) -> None:
-    with pytest.raises(EngineError, match=r"swap_mode in_place needs .* has overlap schedule on, radix cache off"):
+    with pytest.raises(EngineError, match=r"swap_mode in_place needs .* has overlap schedule on, radix cache on"):
         run(engine_url, lambda engine: engine.swap(policies[0], 99), swap_mode="in_place")

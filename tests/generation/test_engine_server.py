@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from headrace.common.config import EngineConfig
+from headrace.common.config import EngineConfig, EnvironmentConfig
 from headrace.common.preflight.recipe import check_engine_installed
 from headrace.generation.engine.client import EngineError
 from headrace.generation.engine.command import launch_command, launch_environment
@@ -131,7 +131,7 @@ def test_extra_arguments_come_last_and_cuda_runs_the_plain_server(monkeypatch: p
     environment = launch_environment(settings)
     assert "secret" not in environment.values()
     ours = {name: value for name, value in os.environ.items() if value != "secret"}
-    assert environment == ours | {"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"}
+    assert environment == ours | {"SGLANG_RETURN_ORIGINAL_LOGPROB": "0", "SGLANG_FORWARD_UNKNOWN_TOOLS": "1"}
     assert "secret" not in launch_environment(EngineConfig(device="cpu")).values()
 
 
@@ -176,6 +176,34 @@ def test_the_launch_arguments_follow_from_the_swap_mode() -> None:
     for device in ("cpu", "cuda"):
         assert needed <= {*launch_command(EngineConfig(device=device, swap_mode="in_place"), "float32", "m", 1, 1)}
     assert not needed & {*launch_command(EngineConfig(device="cuda"), "float32", "m", 1, 1)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_on", "is_on_in_episodes"),
+    [
+        ({"device": "cpu"}, False, True),
+        ({"device": "cuda"}, True, True),
+        ({"device": "cpu", "prefix_cache": True}, True, True),
+        ({"device": "cuda", "prefix_cache": False}, False, False),
+        ({"device": "cuda", "swap_mode": "in_place"}, False, False),
+    ],
+)
+def test_prefixes_are_cached_where_that_is_exact_and_helps(
+    settings: dict[str, Any], is_on: bool, is_on_in_episodes: bool
+) -> None:
+    for environment, expected in ((None, is_on), (EnvironmentConfig(), is_on_in_episodes)):
+        command = launch_command(EngineConfig(**settings), "float32", "m", 1, 1, environment)
+        assert ("--disable-radix-cache" not in command) == expected
+
+
+def test_parsers_and_template_reach_the_engine_of_a_task_with_rollout() -> None:
+    named = EnvironmentConfig(tool_call_parser="hermes")
+    command = launch_command(EngineConfig(device="cpu"), "float32", "m", 1, 1, named, "template.jinja")
+    assert value_of("--tool-call-parser", command) == "hermes"
+    assert value_of("--reasoning-parser", command) == "auto"
+    assert value_of("--chat-template", command) == "template.jinja"
+    command = launch_command(EngineConfig(device="cpu"), "float32", "m", 1, 1, None, "template.jinja")
+    assert not {"--tool-call-parser", "--reasoning-parser", "--chat-template"} & {*command}
 
 
 def test_the_servers_temporary_files_are_deleted_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

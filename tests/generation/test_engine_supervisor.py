@@ -17,17 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from headrace.common.config import EngineConfig
 from headrace.generation.engine.client import Engine, EngineError
+from headrace.generation.engine.completions import Sample, SampledTurn, TurnRequest, Unconfirmed, to_completion
 from headrace.generation.engine.server import POLL_S, EngineServer
 from headrace.generation.engine.supervisor import EngineDown, EngineSupervisor
-from tests.support.factories import make_ticket
+from tests.support.factories import SAMPLING, make_ticket
 from tests.support.fake_sglang import FakeSglang, a_fake_sglang, sample
 from tests.support.guard import GUARD_S
 from tests.support.replicas import until
 
+TURN = TurnRequest([5, 6, 7], SAMPLING, "0-7")
 SILENCE_S = 1.0
 """The liveness timeout from when an engine is to be found silent. Until then it is `GUARD_S`."""
 
@@ -47,7 +50,7 @@ def fake() -> Iterator[FakeSglang]:
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> EngineServer:
     """An engine server that is not started yet."""
     program = [sys.executable, "-m", "tests.support.fake_sglang"]
-    monkeypatch.setattr("headrace.generation.engine.server.launch_command", lambda *given: [*program, str(given[-1])])
+    monkeypatch.setattr("headrace.generation.engine.server.launch_command", lambda *given: [*program, str(given[4])])
     return EngineServer(EngineConfig(device="cpu", startup_timeout_s=GUARD_S), "float32", tmp_path / "sglang.log")
 
 
@@ -81,10 +84,17 @@ async def script(supervisor: EngineSupervisor, *hanging: str, burn_s: float = 0.
         await http.post(f"{supervisor.engine.url}/script", json={"hanging": hanging, "burn_s": burn_s})
 
 
-async def requests_in_flight(supervisor: EngineSupervisor, count: int) -> list[asyncio.Task[object]]:
-    requests = [asyncio.create_task(supervisor.generate(make_ticket(f"0-{index}"))) for index in range(count)]
+async def requests_in_flight(supervisor: EngineSupervisor, count: int) -> list[asyncio.Task[Any]]:
+    """Tickets and turns, in turn."""
+    asked = [
+        supervisor.sample_turn(TURN._replace(rid=str(index)))
+        if index % 2
+        else supervisor.generate(make_ticket(f"0-{index}"))
+        for index in range(count)
+    ]
+    requests: list[asyncio.Task[Any]] = [asyncio.ensure_future(one) for one in asked]
     await until(lambda: len(supervisor._requests) == count)
-    return requests  # type: ignore[return-value]
+    return requests
 
 
 @pytest.mark.parametrize("hit", [signal.SIGSTOP, signal.SIGKILL])
@@ -109,6 +119,8 @@ def test_an_engine_that_hangs_or_dies_is_restarted_and_its_requests_are_not_at_f
                 assert not supervisor.serving.is_set() and "restarting it" in supervisor.problem
                 with pytest.raises(EngineDown):
                     await supervisor.generate(make_ticket("0-9"))
+                with pytest.raises(EngineDown):
+                    await supervisor.parse_reply("x", [])
             await until(supervisor.serving.is_set)
             assert (
                 supervisor.incarnation == 2
@@ -307,6 +319,8 @@ def test_an_error_counts_against_the_ticket_only_if_the_engine_still_answers(fak
             fake.replies["/health"] = (503, {})
             with pytest.raises(EngineDown, match="ticket 0-0: /generate answered 500"):
                 await supervisor.generate(make_ticket())
+            with pytest.raises(EngineDown, match="turn 0-7: /generate answered 500"):
+                await supervisor.sample_turn(TURN)
             assert supervisor.serving.is_set(), "known before the silence has lasted long enough to act"
 
     asyncio.run(scenario())
@@ -333,7 +347,7 @@ def programs(monkeypatch: pytest.MonkeyPatch, *sources: str | None) -> list[int]
         starts.append(1)
         return [
             sys.executable,
-            *(["-m", "tests.support.fake_sglang", str(given[-1])] if source is None else ["-c", source]),
+            *(["-m", "tests.support.fake_sglang", str(given[4])] if source is None else ["-c", source]),
         ]
 
     monkeypatch.setattr("headrace.generation.engine.server.launch_command", command)
@@ -402,6 +416,11 @@ def test_unverified_weights_do_not_count_against_the_request(fake: FakeSglang, t
                 await supervisor.engine.swap(tmp_path, 5)
             with pytest.raises(EngineDown, match="may hold other weights than it reports"):
                 await supervisor.generate(make_ticket())
+            with pytest.raises(EngineDown, match="may hold other weights than it reports"):
+                await supervisor.sample_turn(TURN)
+            turn = SampledTurn(to_completion(msgspec.convert(sample(), Sample)), 0, Unconfirmed(frozenset({5}), 0))
+            with pytest.raises(EngineDown, match="has not been confirmed"):
+                await supervisor.wait_until_confirmed([turn])
             assert supervisor.serving.is_set()
 
     asyncio.run(scenario())

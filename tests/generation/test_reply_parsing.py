@@ -25,12 +25,14 @@ CALL = '<tool_call>{"name": "calculate", "arguments": {"expression": "1 + 1"}}</
 WRITTEN = ParsedCall("calculate", '{"expression": "1 + 1"}')
 
 
-def parse(url: str, text: str, tools: Sequence[dict[str, Any]] = TOOLS, **settings: Any) -> ParsedReply:
+def parse(
+    url: str, text: str, tools: Sequence[dict[str, Any]] = TOOLS, opening: str = "", **settings: Any
+) -> ParsedReply:
     async def run() -> ParsedReply:
         parsers: Any = {"tool_call_parser": "hermes", "reasoning_parser": "qwen3"}
         engine = Engine(url, **parsers | settings)
         try:
-            return await engine.parse_reply(text, tools)
+            return await engine.parse_reply(text, tools, opening)
         finally:
             await engine.aclose()
 
@@ -59,6 +61,10 @@ def url(request: pytest.FixtureRequest) -> str:
         ("<think>two</think>\n42", ParsedReply("\n42", "two")),
         ("<think>cut", ParsedReply("", "cut")),
         ("<think>", ParsedReply("<think>")),
+        (
+            '<tool_call>{"name": "unknown", "arguments": {}}</tool_call>',
+            ParsedReply("", "", [ParsedCall("unknown", "{}")]),
+        ),
     ],
 )
 def test_a_reply_has_reasoning_content_and_calls(url: str, text: str, expected: ParsedReply) -> None:
@@ -68,6 +74,29 @@ def test_a_reply_has_reasoning_content_and_calls(url: str, text: str, expected: 
         expected.reasoning,
         list(expected.tool_calls),
     )
+
+
+ROLE = "<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("opening", "parser", "text", "expected"),
+    [
+        (ROLE, "qwen3", "42", ("42", "")),
+        (ROLE, "qwen3", "<think>two</think>42", ("42", "two")),
+        (f"{ROLE}<think>\n", "qwen3", "two</think>42", ("42", "two")),
+        (f"{ROLE}<think>\n", "qwen3", "cut", ("", "cut")),
+        (f"{ROLE}<think>\n\n</think>\n\n", "qwen3", "42", ("42", "")),
+        (f"{ROLE}<think>\n\n</think>\n\n", "deepseek-r1", "42", ("42", "")),
+        ("<｜Assistant｜>", "deepseek-r1", "two</think>42", ("42", "two")),
+        ("<｜Assistant｜><think>\n", "deepseek-r1", "two</think>42", ("42", "two")),
+        ("<|im_assistant|>assistant<|im_middle|>◁think▷", "kimi", "two◁/think▷42", ("42", "two")),
+    ],
+)
+def test_reasoning_may_begin_in_what_the_template_writes(
+    engine_url: str, opening: str, parser: str, text: str, expected: tuple[str, str]
+) -> None:
+    assert parse(engine_url, text, [], opening, reasoning_parser=parser) == ParsedReply(*expected)
 
 
 @pytest.mark.parametrize(

@@ -234,7 +234,7 @@ def test_an_own_engine_that_failed_halfway_is_restarted_on_the_last_verified_ver
 ) -> None:
     starts: list[tuple[Path, int | None]] = []
 
-    def command(_settings: object, _dtype: str, model: Path, version: int | None, port: int) -> list[str]:
+    def command(_settings: object, _dtype: str, model: Path, version: int | None, port: int, *_: object) -> list[str]:
         starts.append((model, version))
         return [sys.executable, "-m", "tests.support.fake_sglang", str(port), str(version or "default")]
 

@@ -91,12 +91,11 @@ class FakeSglang(ScriptedServer):
         self.serve_version(self.replies["/model_info"][1]["weight_version"])  # type: ignore[call-overload]
 
     def reply_to(self, path: str, body: Any) -> tuple[int, Json]:
+        parsers = {"/parse_function_call": parse_calls, "/separate_reasoning": separate_reasoning}
+        if path in parsers and path not in self.replies:
+            return 200, parsers[path](body)
         status, reply = self.replies.get(path, (404, {"detail": "Not Found"}))
-        if path == "/parse_function_call" and path not in self.replies:
-            return 200, parse_calls(body["text"], body["tools"])
-        if path == "/separate_reasoning" and path not in self.replies:
-            return 200, separate_reasoning(body["text"])
-        if status == 200 and path == "/generate" and body["input_ids"][:1] and type(body["input_ids"][0]) is int:
+        if status == 200 and path == "/generate" and isinstance(body.get("rid"), str):
             return status, self.sample_turn(body["input_ids"], reply[0] if isinstance(reply, list) else reply)
         if status == 200 and path == "/update_weights_from_disk" and self.takes_weights:
             return self.take_weights(Path(body["model_path"]), body["weight_version"]) or (status, reply)
@@ -205,23 +204,20 @@ def num_common(first: list[int], second: list[int]) -> int:
     return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))))
 
 
-def parse_calls(text: str, tools: list[dict[str, Any]]) -> dict[str, Any]:
-    """As SGLang's parser `hermes`: a call of an unknown name is left out, and where JSON is broken, all calls are."""
-    known = {tool["function"]["name"] for tool in tools}
+def parse_calls(body: dict[str, Any]) -> dict[str, Any]:
+    """As SGLang's parser `hermes`: where any JSON is broken, there is no call."""
+    text: str = body["text"]
     try:
         found = [json.loads(written) for written in re.findall(r"<tool_call>(.*?)(?:</tool_call>|$)", text, re.DOTALL)]
     except ValueError:
         return {"normal_text": text, "calls": []}
-    calls = [
-        {"tool_index": 0, "name": call["name"], "parameters": json.dumps(call["arguments"])}
-        for call in found
-        if call["name"] in known
-    ]
+    calls = [{"tool_index": 0, "name": call["name"], "parameters": json.dumps(call["arguments"])} for call in found]
     return {"normal_text": text.split("<tool_call>")[0].strip() if found else text, "calls": calls}
 
 
-def separate_reasoning(text: str) -> dict[str, Any]:
+def separate_reasoning(body: dict[str, Any]) -> dict[str, Any]:
     """As SGLang's parser `qwen3`."""
+    text: str = body["text"]
     if "<think>" not in text:
         return {"reasoning_text": "", "text": text}
     reasoning, _, content = text.removeprefix("<think>").partition("</think>")

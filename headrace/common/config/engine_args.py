@@ -12,6 +12,7 @@ SETTINGS = {
     "--context-length": "generation.engine.context_tokens",
     "--cuda-graph-max-bs-decode": "generation.engine.max_running_requests",
     "--device": "generation.engine.device",
+    "--disable-radix-cache": "generation.engine.prefix_cache",
     "--dtype": "model.dtype",
     "--enable-fp32-lm-head": "model.dtype, with which it goes",
     "--max-running-requests": "generation.engine.max_running_requests",
@@ -19,8 +20,10 @@ SETTINGS = {
     "--mem-fraction-static": "generation.engine.memory_fraction",
     "--model": "model.path",
     "--model-path": "model.path",
+    "--reasoning-parser": "environment.reasoning_parser",
     "--revision": "model.revision",
     "--tensor-parallel-size": "generation.engine.tp_size",
+    "--tool-call-parser": "environment.tool_call_parser",
     "--tp-size": "generation.engine.tp_size",
     "--trust-remote-code": "model.trust_remote_code",
 }

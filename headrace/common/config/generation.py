@@ -57,6 +57,11 @@ class EngineConfig(Section):
         "but tokens after a swap match no version exactly, and the engine must run without overlap schedule, radix "
         "cache and tensor parallelism.",
     )
+    prefix_cache: bool | Literal["auto"] = Field(
+        "auto",
+        description="Whether KV of earlier requests is kept for later ones that begin alike, until the weights change. "
+        "auto: on a GPU, and for tasks with `rollout`; off with swap_mode in_place, which cannot have it.",
+    )
     extra_args: list[str] = Field(
         [], description="Further arguments of sglang.launch_server; arguments that a setting covers are refused."
     )
@@ -64,6 +69,15 @@ class EngineConfig(Section):
     @model_validator(mode="after")
     def _check_extra_args(self) -> Self:
         check_extra_args(self.extra_args, self.swap_mode, self.tp_size)
+        return self
+
+    @model_validator(mode="after")
+    def _check_prefix_cache(self) -> Self:
+        if self.prefix_cache is True and self.swap_mode == "in_place":
+            raise ValueError(
+                "prefix_cache true: swap_mode in_place would give KV of earlier weights to later requests; expected "
+                "prefix_cache auto, or swap_mode retract"
+            )
         return self
 
 

@@ -131,10 +131,10 @@ class Engine:
         """Ends the turn `rid` in the engine, if it is there; never raises an `EngineError`."""
         await self._abort([rid_of(rid)])
 
-    async def parse_reply(self, text: str, tools: Sequence[dict[str, Any]]) -> ParsedReply:
+    async def parse_reply(self, text: str, tools: Sequence[dict[str, Any]], opening: str = "") -> ParsedReply:
         """The parts of a reply to a request that offered `tools` (`ReplyParser.parse`); a reply that was cut at its
         limit has no calls, so pass no tools then."""
-        return await self._reply_parser.parse(text, tools)
+        return await self._reply_parser.parse(text, tools, opening)
 
     async def check_tool_calls(self) -> None:
         """Raises `EngineError` if the engine cannot parse tool calls; for tasks whose prompts have tools."""

@@ -14,6 +14,8 @@ import msgspec
 from headrace.generation.engine.http_calls import EngineCalls, EngineError, EngineFault, Reply
 
 AUTO = "auto"
+WORD = "word"
+MAX_OPENING_CHARS = 64
 _log = logging.getLogger(__name__)
 
 
@@ -61,14 +63,20 @@ class ReplyParser:
         self._calls = calls
         self._named = _Parsers(tool_call_parser, reasoning_parser)
         self._parsers: _Parsers | None = None
+        self._beginnings: dict[str, str] = {}
+        """By opening."""
 
-    async def parse(self, text: str, tools: Sequence[dict[str, Any]]) -> ParsedReply:
-        """The parts of a reply to a request that offered `tools`, as in OpenAI's API. Raises `EngineError` if the
-        engine cannot be reached, refuses the tools, or has no parser for tool calls."""
+    async def parse(self, text: str, tools: Sequence[dict[str, Any]], opening: str = "") -> ParsedReply:
+        """The parts of a reply to a request that offered `tools`, as in OpenAI's API.
+
+        `opening`: what the chat template writes before a reply, such as `<|im_start|>assistant\n<think>\n`; reasoning
+        may have begun there. Raises `EngineError` if the engine cannot be reached, refuses the tools, or has no parser
+        for tool calls.
+        """
         parsers = await self._read_parsers()
         content, reasoning = text, ""
         if parsers.reasoning_parser is not None:
-            content, reasoning = await self._separate_reasoning(text, parsers.reasoning_parser)
+            content, reasoning = await self._separate_reasoning(text, opening, parsers.reasoning_parser)
         if not tools:
             return ParsedReply(content, reasoning)
         await self.check_tool_calls()
@@ -86,13 +94,30 @@ class ReplyParser:
                 "environment.tool_call_parser, for a task whose prompts have tools"
             )
 
-    async def _separate_reasoning(self, text: str, parser: str) -> tuple[str, str]:
+    async def _separate_reasoning(self, text: str, opening: str, parser: str) -> tuple[str, str]:
         """Content and reasoning."""
+        if opening not in self._beginnings:
+            self._beginnings[opening] = await self._beginning(opening[-MAX_OPENING_CHARS:], parser)
+        parts = await self._split(self._beginnings[opening] + text, parser)
+        return parts if parts is not None and any(parts) else (text, "")
+
+    async def _beginning(self, opening: str, parser: str) -> str:
+        """The end of the opening that a reply is to be parsed with: the longest of which the parser leaves nothing."""
+        for start, character in enumerate(opening):
+            if not (character.isalnum() or character.isspace()):
+                parts = await self._split(opening[start:] + WORD, parser)
+                if parts is not None and sorted(part.strip() for part in parts) == ["", WORD]:
+                    return opening[start:].rstrip()
+        return ""
+
+    async def _split(self, text: str, parser: str) -> tuple[str, str] | None:
+        """Content and reasoning, which is empty if it is blank; None if the parser fails."""
         body = {"text": text, "reasoning_parser": parser}
         parts = await self._ask("/separate_reasoning", _SeparatedReasoning, body)
-        if parts is None or not (parts.text or parts.reasoning_text):
-            return text, ""
-        return parts.text or "", parts.reasoning_text or ""
+        if parts is None:
+            return None
+        reasoning = parts.reasoning_text or ""
+        return parts.text or "", reasoning if reasoning.strip() else ""
 
     async def _read_parsers(self) -> _Parsers:
         if self._parsers is None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import httpx
 
-from headrace.common.config import EngineConfig
+from headrace.common.config import EngineConfig, EnvironmentConfig
 from headrace.common.hardware.device import resolve_device
 from headrace.common.http.addresses import free_port
 from headrace.common.preflight.recipe import check_engine_installed
@@ -46,9 +46,14 @@ class EngineServer:
         log_path: Path,
         learner_fraction: float | None = None,
         trust_remote_code: bool = False,
+        environment: EnvironmentConfig | None = None,
+        chat_template: str | None = None,
     ) -> None:
-        """`learner_fraction`: the learner's share of the GPU's memory, if engine and learner share a GPU."""
+        """`learner_fraction`: the learner's share of the GPU's memory, if engine and learner share a GPU. The last two
+        are those of `launch_command`; the attribute `environment` may be set until a start."""
         self.settings = settings
+        self.environment = environment
+        self.chat_template = chat_template
         self.trust_remote_code = trust_remote_code
         self.dtype = dtype
         self.log_path = log_path
@@ -81,7 +86,9 @@ class EngineServer:
         settings = self.settings
         if self.learner_fraction is not None:
             settings = await asyncio.to_thread(settings_beside_learner, settings, self.learner_fraction)
-        command = launch_command(settings, self.dtype, model_path, weight_version, self.port)
+        command = launch_command(
+            settings, self.dtype, model_path, weight_version, self.port, self.environment, self.chat_template
+        )
         command += ["--trust-remote-code"] * self.trust_remote_code
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = tempfile.mkdtemp(prefix="headrace-engine-")  # for its sockets, which it does not delete

@@ -84,9 +84,9 @@ class EngineSupervisor:
         """As `Engine.sample_turn`. An `EngineError` is about this turn, `EngineDown` is not."""
         return await self._request(lambda: self.engine.sample_turn(request))
 
-    async def parse_reply(self, text: str, tools: Sequence[dict[str, Any]]) -> ParsedReply:
+    async def parse_reply(self, text: str, tools: Sequence[dict[str, Any]], opening: str = "") -> ParsedReply:
         """As `Engine.parse_reply`, with errors as those of `sample_turn`."""
-        return await self._request(lambda: self.engine.parse_reply(text, tools))
+        return await self._request(lambda: self.engine.parse_reply(text, tools, opening))
 
     async def check_tool_calls(self) -> None:
         """As `Engine.check_tool_calls`, with errors as those of `sample_turn`."""

@@ -2,8 +2,8 @@
 
 The hidden state of a token depends only on the token and those before it. So of all tokens of a batch that are equal
 after equal prefixes, only one goes through embeddings, projections and MLPs. Attention runs on all of them: every
-sequence has its own keys and values, and SGLang's memory layout is unchanged. A prefix cache would rarely help, because
-the completions of a group arrive together and every new weight version empties it.
+sequence has its own keys and values, and SGLang's memory layout is unchanged. A prefix cache does not help where the
+completions of a group arrive together; with one, sequences behind cached tokens are left as they are.
 
 Installed by SGLang's plugin hooks. Anything beyond a plain prefill of text (LoRA, images, states beside keys and
 values, …) is left to SGLang. Imported in SGLang's processes only.
