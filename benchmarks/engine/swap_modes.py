@@ -45,7 +45,7 @@ from headrace.common.wire import Sampling, Ticket
 from headrace.generation.engine.client import Engine, SwapTimings
 from headrace.generation.engine.completions import Completion, Sample, generate_body, to_completion
 from headrace.generation.engine.server import EngineServer
-from headrace.generation.engine.swap_checks import SwapMode
+from headrace.generation.engine.swaps.checks import SwapMode
 
 POLICY = ROOT / "headrace" / "demo" / "policy"
 RESULTS = ROOT / "benchmarks" / "results" / "swap_modes.json"

@@ -30,7 +30,7 @@ from headrace.common.process.waiting import Waits
 from headrace.common.wire import Ticket, VersionSpan
 from headrace.generation import assembly
 from headrace.generation.engine.completions import Completion
-from headrace.generation.engine.swapping import SwapTimings
+from headrace.generation.engine.swaps.swapping import SwapTimings
 from headrace.generation.http_api import make_app
 
 NUM_REMEMBERED = 64

@@ -14,8 +14,8 @@ import pytest
 import safetensors.numpy
 
 from headrace.common.wire import Sampling, Ticket
-from headrace.generation.engine import confirmation
 from headrace.generation.engine.client import Engine, EngineError, UnconfirmedWeights
+from headrace.generation.engine.swaps import confirmation
 from tests.support.fake_sglang import FakeSglang, a_fake_sglang, sample, server_info, sha256
 from tests.support.guard import GUARD_S
 
@@ -391,7 +391,7 @@ def test_a_cancelled_swap_continues_and_stays_cancelled(
     fake: FakeSglang, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also if continuing fails: its error must not replace the cancellation, or a drain would wait for ever."""
-    monkeypatch.setattr("headrace.generation.engine.swapping.CANCELLED_CONTINUE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("headrace.generation.engine.swaps.swapping.CANCELLED_CONTINUE_TIMEOUT_S", 1.0)
     fake.hanging = {"/update_weights_from_disk", "/continue_generation"}
 
     async def scenario() -> None:

@@ -20,7 +20,7 @@ from headrace.common.weights.files import version_folder
 from headrace.generation.engine.client import Engine, SwapTimings
 from headrace.generation.engine.server import EngineServer
 from headrace.generation.engine.supervisor import EngineDown, EngineSupervisor
-from headrace.generation.engine.swap_checks import SwapMode
+from headrace.generation.engine.swaps.checks import SwapMode
 from headrace.generation.weights import version_fetch
 from headrace.generation.weights.downloads import Fetcher
 from headrace.generation.weights.local_weights import LocalWeights

@@ -1,22 +1,18 @@
 """The replica's client of one SGLang server: generates, swaps the weights, reads the served version.
 
-`generate` checks the engine's replies: every token has a finite behaviour log-probability and belongs to one version
-span, as reported by the engine, of a version that the engine has been confirmed to hold. `swap` lets requests in
-flight continue under the new weights, always ends with generation continued, and returns only after the engine has
-confirmed the version. `wait_for_progress` delays the next swap until those requests have made progress. Every call has
-a deadline. Nothing is retried here: a failure is an `EngineError` that names the ticket or the call, and the caller
-decides.
+`generate` answers a ticket, `sample_turn` one request of an episode. Both check the engine's reply: every token has a
+finite behaviour log-probability and belongs to one version span, as reported by the engine, of a version that the
+engine has been confirmed to hold (for turns, `wait_until_confirmed` asks). `swap` lets requests in flight continue
+under the new weights, always ends with generation continued, and returns only after the engine has confirmed the
+version. `wait_for_progress` delays the next swap until those requests have made progress. Every call has a deadline.
+Nothing is retried here: a failure is an `EngineError` that names the ticket or the call, and the caller decides.
 """
 
 import asyncio
-import time
 import uuid
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from headrace.common.wire import Ticket
 from headrace.generation.engine.completions import (
@@ -32,15 +28,13 @@ from headrace.generation.engine.completions import (
 from headrace.generation.engine.deadlines import CompletionDeadlines
 from headrace.generation.engine.http_calls import CONTROL_TIMEOUT_S, EngineCalls, EngineError, Reply
 from headrace.generation.engine.reply_parsing import AUTO, ParsedReply, ReplyParser
-from headrace.generation.engine.swap_checks import SwapMode
-from headrace.generation.engine.swapping import SwapTimings, UnconfirmedWeights, WeightSwapper
+from headrace.generation.engine.swaps.checks import SwapMode
+from headrace.generation.engine.swaps.progress import RequestProgress
+from headrace.generation.engine.swaps.swapping import SwapTimings, UnconfirmedWeights, WeightSwapper
 
 __all__ = ["Engine", "EngineError", "SwapTimings", "UnconfirmedWeights"]
 
 ABORT_TIMEOUT_S = 1.0
-RECOMPUTE_TIMEOUT_S = 60.0
-POLL_S = 0.02
-ONE_TOKEN = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1}}
 
 
 class Engine:
@@ -60,8 +54,7 @@ class Engine:
         self.calls = EngineCalls(url)
         self._reply_parser = ReplyParser(self.calls, tool_call_parser, reasoning_parser)
         self._swapper = WeightSwapper(self.calls, swap_mode, swap_timeout_s)
-        self._recomputes = swap_mode == "retract"
-        self._in_flight: set[object] = set()
+        self._progress = RequestProgress(self.calls, recomputes=swap_mode == "retract")
         self._deadlines = CompletionDeadlines(completion_timeout_s)
 
     @property
@@ -142,12 +135,8 @@ class Engine:
 
     async def generate_unchecked(self, body: dict[str, Any], reply_type: type[Reply]) -> Reply:
         """Returns the engine's reply to `/generate`, unchecked and without a deadline."""
-        request = object()
-        self._in_flight.add(request)
-        try:
+        with self._progress.in_flight():
             return await self.calls.call("/generate", reply_type, body, timeout_s=None)
-        finally:
-            self._in_flight.discard(request)
 
     async def swap(self, folder: Path, version: int) -> SwapTimings:
         """Loads the safetensors in `folder` as weight `version`; requests in flight continue under them.
@@ -158,18 +147,8 @@ class Engine:
         return await self._swapper.swap(folder, version)
 
     async def wait_for_progress(self, swapped: SwapTimings) -> None:
-        """Returns when the requests in flight have ended, or have run for as long as the swap and recomputation took.
-
-        Without this wait, versions that arrive faster than KV caches are recomputed would leave each request one token
-        per version, or none.
-        """
-        in_flight = set(self._in_flight) if self._recomputes else set()
-        going_on = asyncio.create_task(self._wait_for_recompute(swapped))
-        try:
-            while not (going_on.done() or in_flight.isdisjoint(self._in_flight)):
-                await asyncio.wait([going_on], timeout=POLL_S)
-        finally:
-            going_on.cancel()
+        """Returns when the requests in flight have made progress (`RequestProgress`)."""
+        await self._progress.wait(swapped)
 
     async def weight_version(self) -> int | None:
         """The version that the engine reports; None if it was started without one."""
@@ -182,16 +161,6 @@ class Engine:
         except EngineError:
             return False
         return True
-
-    async def _wait_for_recompute(self, swapped: SwapTimings) -> None:
-        """Sends a one-token request and waits for as long again as the swap took.
-
-        SGLang recomputes retracted requests in the order of arrival, so the reply means that they have been recomputed.
-        """
-        asked_s = time.monotonic()
-        with suppress(EngineError):  # the engine is down, or so slow that it has had enough time
-            await self.calls.call("/generate", msgspec.Raw, ONE_TOKEN, RECOMPUTE_TIMEOUT_S)
-            await asyncio.sleep(swapped.pause_s + swapped.confirm_s + time.monotonic() - asked_s)
 
     async def _sample(
         self, name: str, body: dict[str, Any], rids: list[str], max_new_tokens: int, reply_type: type[Reply]

@@ -22,9 +22,9 @@ from pathlib import Path
 import msgspec
 
 from headrace.generation.engine.completions import Unconfirmed, to_version
-from headrace.generation.engine.confirmation import ExpectedWeights, SwapConfirmer
 from headrace.generation.engine.http_calls import CONTROL_TIMEOUT_S, EngineCalls, EngineError
-from headrace.generation.engine.swap_checks import ServerInfo, SwapMode, check_folder, check_server
+from headrace.generation.engine.swaps.checks import ServerInfo, SwapMode, check_folder, check_server
+from headrace.generation.engine.swaps.confirmation import ExpectedWeights, SwapConfirmer
 from headrace.generation.tensors.shapes import Shapes, expected_shapes
 
 CANCELLED_CONTINUE_TIMEOUT_S = 2.0
