@@ -205,7 +205,7 @@ def test_prompts_that_can_be_no_tickets_are_refused(train: str, text: str, demo_
 def test_what_the_run_passes_over_is_a_note(train: str, text: str, demo_policy: Path) -> None:
     config = config_of(told(train=train), demo_policy)
     found = try_prompts(config, 100)
-    (note,) = trial_notes(found, config)
+    (note,) = trial_notes(found)
     assert text in note
     assert [len(one.lengths) + len(one.refused) for one in found.splits.values()] == [2, 1]
     assert decode_ticket(found.splits["held_out"].ticket).kind == "eval"
@@ -238,7 +238,7 @@ def test_what_a_model_costs_whose_prompts_cannot_be_shared(demo_policy: Path, tm
 def test_completions_that_no_prompt_leaves_room_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Held against what the children say, without starting them."""
     config = config_of({"name": "arithmetic"}, sampling={"max_new_tokens": 1000})
-    found = TaskTrial(context=1024, splits={"train": SplitTrial([25, 30]), "held_out": SplitTrial([24])})
+    found = TaskTrial(context=1024, splits={"train": SplitTrial([25, 30]), "held_out": SplitTrial([24])}, min_new_tokens=1000)
 
     class Answers:
         def __init__(self, answer: bytes) -> None:
@@ -256,11 +256,11 @@ def test_completions_that_no_prompt_leaves_room_for_are_refused(monkeypatch: pyt
         return Answers(msgspec.msgpack.encode(found) if "prompt" in module else b"")
 
     monkeypatch.setattr(trial, "_child", child)
-    with pytest.raises(ValueError, match="is 1,000, and none of the first 2 train prompts fits") as caught:
+    with pytest.raises(ValueError, match="none of the first 2 train prompts leaves room for .*max_new_tokens 1,000") as caught:
         try_task(config)
     assert "(the shortest has 25); expected at most 999" in str(caught.value)
     found.splits["train"].lengths.append(24)
-    (note,) = trial_notes(try_task(config), config)
+    (note,) = trial_notes(try_task(config))
     assert note.startswith("2 of the first 3 train prompts do not fit")
 
 

@@ -38,7 +38,10 @@ class EnvironmentConfig(Section):
         120.0, gt=0, description="Longest time of the environment between a reply and its next request, or its end."
     )
     episode_deadline_s: float = Field(
-        1800.0, gt=0, description="Longest time of an episode, with the time that the engine takes."
+        1200.0,
+        gt=0,
+        description="Longest time of an episode, with the time that the engine takes; less than "
+        "learner.starvation_deadline_s.",
     )
     episode_attempts: int = Field(
         2, ge=1, description="Number of times that an episode is begun before its ticket has failed."

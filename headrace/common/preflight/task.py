@@ -13,13 +13,15 @@ from typing import Any
 
 from headrace.common.config import RunConfig
 from headrace.common.models.hub import is_hub_name
+from headrace.common.preflight.environment import check_environment
 from headrace.common.preflight.recipe import UnavailableHere, one_line
-from headrace.common.tasks import BadRow, Prompt, Split, Task, load_task
+from headrace.common.tasks import BadRow, Prompt, Split, Task, has_rollout, load_task
 
 DATA_SUFFIXES = {".csv", ".json", ".jsonl", ".parquet"}
 SPLITS: tuple[Split, Split] = ("train", "held_out")
 PROMPTS = "def prompts(self, split, *, seed, epoch)"
 REWARD = "def reward(self, completion, ticket)"
+ROLLOUT = "async def rollout(self, chat, ticket)"
 
 
 def check_task(config: RunConfig) -> Task:
@@ -43,12 +45,17 @@ def load_checked_task(config: RunConfig) -> Task:
         raise ValueError(
             f"task {name!r} with its settings {config.task.settings}: {describe_exception(error)}"
         ) from error
+    is_episodic = has_rollout(task)
+    if is_episodic and callable(getattr(task, "reward", None)):
+        raise ValueError(f"task {name!r} has `reward` and `rollout`; expected one of them")
     for method, arguments, keywords, expected in (
         ("prompts", ["train"], {"seed": 0, "epoch": 0}, PROMPTS),
-        ("reward", ["", None], {}, REWARD),
+        ("rollout", [None, None], {}, ROLLOUT) if is_episodic else ("reward", ["", None], {}, REWARD),
     ):
         if problem := _call_problem(getattr(task, method, None), arguments, keywords):
-            raise ValueError(f"task {name!r}: its {method!r} {problem}; expected `{expected}`")
+            other = f", or `{ROLLOUT}`" * (expected == REWARD)
+            raise ValueError(f"task {name!r}: its {method!r} {problem}; expected `{expected}`{other}")
+    check_environment(config, is_episodic)
     return task
 
 

@@ -1,7 +1,9 @@
 """Tasks: the source of prompts, and the reward of completions.
 
 A task is a class with two methods, chosen by name or by import path (`package.module:Class`). The learner calls
-`prompts`, the replicas' reward workers call `reward`; nothing else of a task is used.
+`prompts`. The second is `reward`, which the replicas' reward workers call for each completion, or `rollout`, which their
+environment workers call for each episode of several turns. Nothing else of a task is used, except that one with
+`rollout` may be an asynchronous context manager.
 """
 
 import difflib
@@ -60,13 +62,31 @@ class Task(Protocol):
         """
         ...
 
-    def reward(self, completion: str, ticket: Ticket) -> float | Awaitable[float]:
+
+class RewardTask(Task, Protocol):
+    def reward(self, completion: str, ticket: Ticket) -> float | Outcome | Awaitable[float | Outcome]:
         """A finite number for one completion of the ticket's prompt. May raise: the completion is then scored again.
 
         May be an `async def`: the completions of a group are then scored concurrently, on one event loop that lives as
         long as the worker.
         """
         ...
+
+
+class RolloutTask(Task, Protocol):
+    def rollout(self, chat: Any, ticket: Ticket) -> float | Outcome | Awaitable[float | Outcome]:
+        """Plays one episode: talks with the model by `chat`, for as many turns as it likes, and returns a reward.
+
+        An `async def` gets a `headrace.common.environments.Chat` and runs on its worker's event loop, beside other
+        episodes. A plain `def` gets a `BlockingChat` and runs in a thread. If it raises, the episode is begun again: it
+        must be one that can be begun again from its ticket and `chat.seed`.
+        """
+        ...
+
+
+def has_rollout(task: Task) -> bool:
+    """Whether the task plays episodes."""
+    return callable(getattr(task, "rollout", None))
 
 
 def add_import_folder(folder: Path) -> None:

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Iterator
 from typing import Any
 
-from headrace.common.tasks import Task
+from headrace.common.tasks import RewardTask
 from headrace.generation.rewards.worker import CompletionScore, ScoreRequest, failed_score
 from headrace.generation.workers.outcomes import outcome_of
 
@@ -17,7 +17,7 @@ class ConcurrentScoring:
     def __init__(self) -> None:
         self._runner = asyncio.Runner()
 
-    def score_group(self, task: Task, request: ScoreRequest) -> Iterator[CompletionScore]:
+    def score_group(self, task: RewardTask, request: ScoreRequest) -> Iterator[CompletionScore]:
         """A failed completion, or one past the deadline, does not affect the others."""
         return iter(self._runner.run(_scores(task, request)))
 

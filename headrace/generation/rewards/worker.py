@@ -5,10 +5,11 @@ An exception of a reward is reported in the reply.
 
 import inspect
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import msgspec
 
-from headrace.common.tasks import Outcome, Task
+from headrace.common.tasks import Outcome, RewardTask, has_rollout
 from headrace.common.wire import Ticket
 from headrace.generation.workers.outcomes import outcome_of
 from headrace.generation.workers.program import SetupReply, describe_error, load_for_parent, receive, send
@@ -41,22 +42,18 @@ def run_worker() -> None:
     if loaded is None:
         return
     with loaded.connection.makefile("rwb") as parent:
-        if is_episodic(loaded.task):
+        if has_rollout(loaded.task):
             send(parent, SetupReply(has_rollout=True))
             return
         send(parent, SetupReply())
-        score_group = choose_scoring(loaded.task)
+        task = cast(RewardTask, loaded.task)
+        score_group = choose_scoring(task)
         while request := receive(parent, ScoreRequest):
-            for score in score_group(loaded.task, request):
+            for score in score_group(task, request):
                 send(parent, score)
 
 
-def is_episodic(task: Task) -> bool:
-    """Whether the task has `rollout` in place of `reward`."""
-    return callable(getattr(task, "rollout", None))
-
-
-def choose_scoring(task: Task) -> Callable[[Task, ScoreRequest], Iterator[CompletionScore]]:
+def choose_scoring(task: RewardTask) -> Callable[[RewardTask, ScoreRequest], Iterator[CompletionScore]]:
     """The completions of an `async def reward` are scored concurrently, others one after the other."""
     if not inspect.iscoroutinefunction(task.reward):
         return score_group
@@ -65,7 +62,7 @@ def choose_scoring(task: Task) -> Callable[[Task, ScoreRequest], Iterator[Comple
     return ConcurrentScoring().score_group
 
 
-def score_group(task: Task, request: ScoreRequest) -> Iterator[CompletionScore]:
+def score_group(task: RewardTask, request: ScoreRequest) -> Iterator[CompletionScore]:
     """Computes the rewards of one group. A failed completion does not affect the others."""
     for index, completion in enumerate(request.completions):
         try:

@@ -24,4 +24,4 @@ def preflight_notes(config: RunConfig) -> list[str]:
     inputs = EstimateInputs(config, try_task(config), shape, [])
     for note_in in (learner, host, disk, times):
         note_in(inputs)
-    return [*trial_notes(inputs.found, config), *inputs.notes]
+    return [*trial_notes(inputs.found), *inputs.notes]

@@ -63,7 +63,7 @@ def _try(config: RunConfig, notes: list[str]) -> TaskTrial:
     except UnavailableHere as problem:
         notes.append(str(problem))
         return TaskTrial()
-    notes += trial_notes(found, config)
+    notes += trial_notes(found)
     return found
 
 

@@ -17,14 +17,16 @@ from typing import Any
 import msgspec
 
 from headrace.common.config import RunConfig
+from headrace.common.environments.limits import episode_limits
 from headrace.common.models.context_length import context_tokens, load_model_config
 from headrace.common.models.hub import is_hub_name
 from headrace.common.models.prompt_cost import unshared_prompt_note
 from headrace.common.models.template_probe import TemplateProbe
+from headrace.common.preflight.environment import check_model_context, check_template
 from headrace.common.preflight.recipe import UnavailableHere, one_line
 from headrace.common.preflight.task import SPLITS, check_task, checked_prompts, load_checked_task
-from headrace.common.tasks import BadRow, Prompt, Split
-from headrace.common.wire import Sampling, encode
+from headrace.common.tasks import BadRow, Prompt, Split, has_rollout
+from headrace.common.wire import Limits, Sampling, decode_ticket, encode
 from headrace.launcher.estimates.duration import measure_flops
 
 
@@ -44,7 +46,10 @@ class TaskTrial(msgspec.Struct):
     is_only_here: bool = False
     """The problem may not exist on another machine."""
     context: int = 0
-    """Longest sequence that the engine accepts, in tokens."""
+    """Longest sequence that the engine accepts, in tokens; of a task with `rollout`, longest conversation."""
+    min_new_tokens: int = 1
+    """Tokens that a prompt must leave room for in the context."""
+    has_rollout: bool = False
     splits: dict[str, SplitTrial] = {}
     cost: str = ""
     """The cost of prompts that the model cannot share within a group; empty if it can."""
@@ -76,15 +81,24 @@ def try_prompts(config: RunConfig, num_prompts: int) -> TaskTrial:
     chat, model_config = _load(config)
     context = context_tokens(model_config, config.generation.engine.context_tokens)
     found = TaskTrial(context=context, flops=measure_flops(), template=_template_probe(chat, config))
+    found.min_new_tokens = config.sampling.max_new_tokens
+    limits = None
+    if has_rollout(task):
+        check_model_context(config, context)
+        limits = episode_limits(config, context)
+        found.has_rollout, found.context, found.min_new_tokens = True, limits.max_context_tokens, 1
     for split in SPLITS:
         count = num_prompts if split == "train" else min(num_prompts, config.evaluation.num_prompts)
         prompts = itertools.islice(checked_prompts(task, config, split), count)
         trial = found.splits[split] = SplitTrial()
         for row, prompt in enumerate(prompts):
-            _try(chat, config, split, row, prompt, trial)
+            _try(chat, config, split, row, prompt, trial, limits)
         if not trial.lengths:
             why = trial.refused[0] if trial.refused else f"it has no {split} prompts"
             raise ValueError(f"task {config.task.name!r}: {why}")
+    if has_rollout(task) and found.template is not None:
+        tickets = [decode_ticket(trial.ticket) for trial in found.splits.values()]
+        check_template(config, found.template, has_tools=any(ticket.tools for ticket in tickets))
     typical = int(statistics.median(found.splits["train"].lengths))
     found.cost = unshared_prompt_note(model_config, config.actor.group_size, typical, config.learner.groups_per_step)
     return found
@@ -127,7 +141,15 @@ def _template_probe(chat: Any, config: RunConfig) -> TemplateProbe:
     return probe_template(Bridge(chat, stop_token_ids(chat, generation)))
 
 
-def _try(chat: Any, config: RunConfig, split: Split, row: int, prompt: Prompt | BadRow, trial: SplitTrial) -> None:
+def _try(
+    chat: Any,
+    config: RunConfig,
+    split: Split,
+    row: int,
+    prompt: Prompt | BadRow,
+    trial: SplitTrial,
+    limits: Limits | None,
+) -> None:
     from headrace.common.models.chat_template import PromptError
 
     is_train = split == "train"
@@ -142,6 +164,7 @@ def _try(chat: Any, config: RunConfig, split: Split, row: int, prompt: Prompt | 
             num_completions=config.actor.group_size if is_train else config.evaluation.completions_per_prompt,
             sampling=Sampling(config.sampling.temperature, config.sampling.max_new_tokens, []),
             min_weight_version=1,
+            limits=limits,
         )
     except PromptError as error:
         trial.refused.append(f"{split} prompt {row}: {error}")

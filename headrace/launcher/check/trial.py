@@ -1,8 +1,9 @@
-"""Tries a recipe's prompts and reward before anything starts, in processes of their own.
+"""Tries a recipe's prompts and its reward or rollout before anything starts, in processes of their own.
 
 The first hundred prompts of each split are rendered, tokenized and encoded as the learner does it, and compared with
-the engine's context; then a reward worker scores an empty completion of each split. A problem that would end the run is
-raised. A prompt that the run would skip is a note.
+the engine's context; then a reward worker scores an empty completion of each split, or an environment worker plays an
+episode of each with empty replies. A problem that would end the run is raised. A prompt that the run would skip is a
+note.
 """
 
 import os
@@ -25,7 +26,7 @@ NUM_PROMPTS = 100
 DEADLINE_S = 900.0
 """Long enough to download a data set."""
 MISSING = "ModuleNotFoundError"
-"""Text in a reward worker's error that means that a library is missing, which another machine may have."""
+"""Text in a worker's error that means that a library is missing, which another machine may have."""
 
 
 def try_task(config: RunConfig, is_model_here: bool = True) -> TaskTrial:
@@ -35,24 +36,23 @@ def try_task(config: RunConfig, is_model_here: bool = True) -> TaskTrial:
     """
     name, plain = config.task.name, config.model_copy(update={"redis_url": None}).model_dump_json()
     with (
-        _child("headrace.generation.rewards.trial", plain) as reward,
+        _child("headrace.generation.task_trial", plain) as computed,
         _child("headrace.launcher.check.prompt_trial", plain, str(NUM_PROMPTS * is_model_here)) as prompts,
     ):
         found = msgspec.msgpack.decode(prompts.answer(name), type=TaskTrial)
         if found.problem:
             raise (UnavailableHere if found.is_only_here else ValueError)(found.problem)
         for split, trial in found.splits.items():
-            if trial.lengths and not count_fitting(trial, config, found.context):
-                raise ValueError(_none_fits(split, trial, config, found.context))
+            if trial.lengths and not count_fitting(trial, found):
+                raise ValueError(_none_fits(split, trial, found))
         tickets = [trial.ticket for trial in found.splits.values()]
-        problem = reward.answer(name, msgspec.msgpack.encode(tickets)).decode()
+        problem = computed.answer(name, msgspec.msgpack.encode(tickets)).decode()
     if problem:
-        text = f"task {name!r}: its reward of an empty completion: {problem}; expected a finite number"
-        raise (UnavailableHere if MISSING in problem else ValueError)(text)
+        raise (UnavailableHere if MISSING in problem else ValueError)(f"task {name!r}: {problem}; expected a finite number")
     return found
 
 
-def trial_notes(found: TaskTrial, config: RunConfig) -> Iterator[str]:
+def trial_notes(found: TaskTrial) -> Iterator[str]:
     """Notes on prompts that the run will skip."""
     for split, trial in found.splits.items():
         tried = len(trial.lengths) + len(trial.refused)
@@ -61,29 +61,32 @@ def trial_notes(found: TaskTrial, config: RunConfig) -> Iterator[str]:
                 f"{len(trial.refused)} of the first {tried} {split} prompts cannot become tickets and are skipped: "
                 f"{trial.refused[0]}"
             )
-        skipped = len(trial.lengths) - count_fitting(trial, config, found.context)
+        skipped = len(trial.lengths) - count_fitting(trial, found)
         if skipped:
             longest = max(trial.lengths)
             yield (
                 f"{skipped} of the first {tried} {split} prompts do not fit the context and are skipped: the longest "
                 f"has {longest:,} tokens, and of {found.context:,} that leaves {max(0, found.context - longest):,} for "
-                f"sampling.max_new_tokens {config.sampling.max_new_tokens:,}"
+                f"{_room_wanted(found)}"
             )
 
 
-def count_fitting(trial: SplitTrial, config: RunConfig, context: int) -> int:
-    """The number of prompts that leave room for the completion in the context."""
-    return sum(fits_context(length, config.sampling.max_new_tokens, context) for length in trial.lengths)
+def count_fitting(trial: SplitTrial, found: TaskTrial) -> int:
+    """The number of prompts that leave room for a completion, or for the first token of an episode."""
+    return sum(fits_context(length, found.min_new_tokens, found.context) for length in trial.lengths)
 
 
-def _none_fits(split: str, trial: SplitTrial, config: RunConfig, context: int) -> str:
+def _none_fits(split: str, trial: SplitTrial, found: TaskTrial) -> str:
     shortest = min(trial.lengths)
-    instead = f"at most {context - shortest:,}" if shortest < context else "shorter prompts"
+    instead = f"at most {found.context - shortest:,}" if shortest < found.context else "shorter prompts"
     return (
-        f"sampling.max_new_tokens is {config.sampling.max_new_tokens:,}, and none of the first {len(trial.lengths)} "
-        f"{split} prompts fits with it into the context of {context:,} tokens (the shortest has {shortest:,}); "
-        f"expected {instead}"
+        f"none of the first {len(trial.lengths)} {split} prompts leaves room for {_room_wanted(found)} in the context of "
+        f"{found.context:,} tokens (the shortest has {shortest:,}); expected {instead}"
     )
+
+
+def _room_wanted(found: TaskTrial) -> str:
+    return "an episode's first token" if found.has_rollout else f"sampling.max_new_tokens {found.min_new_tokens:,}"
 
 
 class _Child:

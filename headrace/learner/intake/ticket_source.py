@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 import msgspec
 
 from headrace.common.config import RunConfig
+from headrace.common.environments.limits import episode_limits
 from headrace.common.models.chat_template import ChatTemplate, PromptError
 from headrace.common.models.context_length import fits_context
-from headrace.common.tasks import BadRow, Prompt, Task
+from headrace.common.tasks import BadRow, Prompt, Task, has_rollout
 from headrace.common.wire import MIN_TEMPERATURE, Sampling, Ticket
+from headrace.common.wire.structs import MAX_SEQUENCE_TOKENS
 from headrace.common.wire.ledger import TicketId, parse_ticket_id
 from headrace.learner.intake.data_fingerprint import Fingerprint
 from headrace.learner.intake.group_source import IssueResult
@@ -55,7 +57,7 @@ class TicketSource:
         chat: ChatTemplate,
         stop_token_ids: list[int],
         cursor: Cursor,
-        max_sequence_tokens: int | None = None,
+        max_sequence_tokens: int = MAX_SEQUENCE_TOKENS,
         data: Fingerprint | None = None,
     ) -> None:
         """`max_sequence_tokens`: the longest prompt with its completion that the engine takes. `data`: the fingerprint
@@ -78,12 +80,13 @@ class TicketSource:
         self.config = config
         sampling = config.sampling
         self.sampling = Sampling(sampling.temperature, sampling.max_new_tokens, self.stop_token_ids, sampling.stop)
+        self.limits = episode_limits(config, self.max_sequence_tokens) if has_rollout(self.task) else None
 
     def issue(self, store: LearnerStore, count: int, step: int, version: int) -> IssueResult:
         """Adds `count` tickets, those to be issued again first; fewer if many positions of the data are unusable."""
         again = [self._to_reissue.popleft() for _ in range(min(count, len(self._to_reissue)))]
         gone, self._unrecoverable = self._unrecoverable, []
-        now = {"min_weight_version": version, "issued_step": step, "sampling": self.sampling}
+        now = {"min_weight_version": version, "issued_step": step, "sampling": self.sampling, "limits": self.limits}
         tickets = [msgspec.structs.replace(ticket, **now) for ticket in again]
         new, unusable = self._draw(count - len(again), step, version)
         store.add_tickets(store.keys.tickets, [*tickets, *new], self.cursor, [*gone, *unusable])
@@ -235,8 +238,11 @@ class TicketSource:
             sampling=self.sampling,
             min_weight_version=version,
             issued_step=step,
+            limits=self.limits,
         )
         limit, longest, length = self.max_sequence_tokens, self.sampling.max_new_tokens, len(ticket.prompt_tokens)
-        if limit is not None and not fits_context(length, longest, limit):
+        if self.limits is not None:
+            limit, longest = self.limits.max_context_tokens, 1
+        if not fits_context(length, longest, limit):
             raise PromptTooLong(f"{length} tokens and {longest} new ones do not fit the context of {limit}")
         return ticket
