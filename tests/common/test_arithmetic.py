@@ -3,10 +3,11 @@
 import operator
 import re
 from itertools import islice
+from typing import cast
 
 import pytest
 
-from headrace.common.tasks import load_task
+from headrace.common.tasks import RewardTask, load_task
 from headrace.common.tasks.arithmetic import (
     HELD_OUT_SHARE,
     HELD_OUT_SIZE,
@@ -151,4 +152,4 @@ def test_only_the_exact_answer_after_the_last_mark_is_rewarded(completion: str, 
         sampling=Sampling(temperature=1.0, max_new_tokens=32, stop_token_ids=[1]),
         min_weight_version=0,
     )
-    assert load_task("arithmetic", {}).reward(completion, ticket) == reward
+    assert cast(RewardTask, load_task("arithmetic", {})).reward(completion, ticket) == reward

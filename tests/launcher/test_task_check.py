@@ -238,7 +238,9 @@ def test_what_a_model_costs_whose_prompts_cannot_be_shared(demo_policy: Path, tm
 def test_completions_that_no_prompt_leaves_room_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Held against what the children say, without starting them."""
     config = config_of({"name": "arithmetic"}, sampling={"max_new_tokens": 1000})
-    found = TaskTrial(context=1024, splits={"train": SplitTrial([25, 30]), "held_out": SplitTrial([24])}, min_new_tokens=1000)
+    found = TaskTrial(
+        context=1024, splits={"train": SplitTrial([25, 30]), "held_out": SplitTrial([24])}, min_new_tokens=1000
+    )
 
     class Answers:
         def __init__(self, answer: bytes) -> None:
@@ -256,7 +258,9 @@ def test_completions_that_no_prompt_leaves_room_for_are_refused(monkeypatch: pyt
         return Answers(msgspec.msgpack.encode(found) if "prompt" in module else b"")
 
     monkeypatch.setattr(trial, "_child", child)
-    with pytest.raises(ValueError, match="none of the first 2 train prompts leaves room for .*max_new_tokens 1,000") as caught:
+    with pytest.raises(
+        ValueError, match=r"none of the first 2 train prompts leaves room for sampling\.max_new_tokens 1,000"
+    ) as caught:
         try_task(config)
     assert "(the shortest has 25); expected at most 999" in str(caught.value)
     found.splits["train"].lengths.append(24)

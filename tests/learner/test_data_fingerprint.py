@@ -121,7 +121,7 @@ def test_other_data_begin_with_the_next_epoch_once(client: redis.Redis, keys: Ke
         cursor, data = store_fingerprint(store, cursor, known, resolved(known, Rows(GOOD), new=True))
         assert store.cursor() == cursor
         assert (cursor, data.first_epoch) == (Cursor(3, 0), 3)
-    source = TicketSource(make_config(), Rows(GOOD), plain_chat(), [1], cursor, None, data)
+    source = TicketSource(make_config(), Rows(GOOD), plain_chat(), [1], cursor, data=data)
     assert [ticket.id for ticket in source.next_tickets(2, 0, 1)] == ["3-0", "4-0"]
     with pytest.raises(ValueError, match="ticket 2-0: the data of epoch 2 are gone: the run has others since epoch 3"):
         source.rebuild(["2-0"], 0, 1)

@@ -52,7 +52,7 @@ BAD = {
 }
 
 
-def source_of(*rows: Any, max_sequence_tokens: int | None = 1100, **task: Any) -> TicketSource:
+def source_of(*rows: Any, max_sequence_tokens: int = 1100, **task: Any) -> TicketSource:
     return TicketSource(make_config(), Rows(*rows, **task), plain_chat(), [1], Cursor(0, 0), max_sequence_tokens)
 
 

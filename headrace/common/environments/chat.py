@@ -36,7 +36,7 @@ class _Conversation:
         self.seed = seed
         """Of this episode: the same whenever it is done again."""
         self.attempt = attempt
-        """How often the episode failed before."""
+        """How often the episode was begun before."""
         self.base_url = base_url
         """Of the model's OpenAI-compatible endpoint, for agents with a client of their own."""
         self.api_key = api_key

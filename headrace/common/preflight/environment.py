@@ -14,8 +14,8 @@ def check_environment(config: RunConfig, has_rollout: bool) -> None:
     if not has_rollout:
         if environment != EnvironmentConfig():
             raise ValueError(
-                f"the section environment is for tasks with `rollout`, and task {task!r} has `reward`; expected no such "
-                "section"
+                f"the section environment is for tasks with `rollout`, and task {task!r} has `reward`; expected no "
+                "such section"
             )
         return
     longest, micro_batch = environment.max_context_tokens, config.learner.micro_batch_tokens

@@ -1,8 +1,8 @@
 """Tasks: the source of prompts, and the reward of completions.
 
 A task is a class with two methods, chosen by name or by import path (`package.module:Class`). The learner calls
-`prompts`. The second is `reward`, which the replicas' reward workers call for each completion, or `rollout`, which their
-environment workers call for each episode of several turns. Nothing else of a task is used, except that one with
+`prompts`. The second is `reward`, which the replicas' reward workers call for each completion, or `rollout`, which
+their environment workers call for each episode of several turns. Nothing else of a task is used, except that one with
 `rollout` may be an asynchronous context manager.
 """
 

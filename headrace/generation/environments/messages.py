@@ -13,7 +13,7 @@ class EpisodeStart(msgspec.Struct, frozen=True, tag=True):
     place: int
     """Of the episode in its group."""
     attempt: int
-    """How often it failed before."""
+    """How often it was begun before."""
     seed: int
     base_url: str
     api_key: str

@@ -109,11 +109,8 @@ class EnvironmentPool:
         self._free.release()
 
     async def _start_worker(self) -> EnvironmentWorker:
-        worker = await EnvironmentWorker.start(PROGRAM)
+        worker = await EnvironmentWorker.start(PROGRAM, self._check_open)
         self._running = {worker, *(other for other in self._running if not other.has_ended)}
-        if not self._is_open:
-            worker.kill()
-        self._check_open()
         await worker.set_up(self._setup, START_DEADLINE_S)
         worker.watch()
         return worker

@@ -1,5 +1,7 @@
-"""Plays an episode of each ticket without a model: the first reply is empty, and at the next the episode is at its limit
-of turns. Whatever an environment does, it must be able to end then."""
+"""Plays an episode of each ticket without a model: the first reply is empty, and then the limit of turns is reached.
+
+Whatever an environment does, it must be able to end then.
+"""
 
 import time
 from collections import Counter

@@ -131,11 +131,12 @@ class RewardPool:
             self._free.put_nowait(worker)
 
     async def _start_worker(self) -> RewardWorker:
-        worker = await RewardWorker.start(PROGRAM)
+        worker = await RewardWorker.start(PROGRAM, self._check_open)
         self._running = {worker, *(other for other in self._running if not other.has_ended)}
-        if not self._is_open:
-            worker.kill()
-            raise RewardError("the reward pool was closed")
         if (await worker.set_up(self._setup, START_DEADLINE_S)).has_rollout:
             raise HasRollout("the task has `rollout`")
         return worker
+
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise RewardError("the reward pool was closed")

@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Self, TypeVar
 
 import msgspec
@@ -42,12 +42,17 @@ class WorkerProcess:
         self._is_killed = False
 
     @classmethod
-    async def start(cls, module: str) -> Self:
-        """Starts `module` as a worker. The calling thread must outlive it: Linux ends a worker with the thread that
-        started it."""
+    async def start(cls, module: str, check_open: Callable[[], None]) -> Self:
+        """Starts `module` as a worker, unless `check_open` raises just before. The calling thread must outlive it:
+        Linux ends a worker with the thread that started it."""
         parent_end, worker_end = socket.socketpair()
         replies, requests = await asyncio.open_unix_connection(sock=parent_end)
         with worker_end:
+            try:
+                check_open()
+            except Exception:
+                requests.close()
+                raise
             return cls(_spawn(module, worker_end), replies, requests)
 
     @property

@@ -48,7 +48,8 @@ def try_task(config: RunConfig, is_model_here: bool = True) -> TaskTrial:
         tickets = [trial.ticket for trial in found.splits.values()]
         problem = computed.answer(name, msgspec.msgpack.encode(tickets)).decode()
     if problem:
-        raise (UnavailableHere if MISSING in problem else ValueError)(f"task {name!r}: {problem}; expected a finite number")
+        text = f"task {name!r}: {problem}; expected a finite number"
+        raise (UnavailableHere if MISSING in problem else ValueError)(text)
     return found
 
 
@@ -80,8 +81,8 @@ def _none_fits(split: str, trial: SplitTrial, found: TaskTrial) -> str:
     shortest = min(trial.lengths)
     instead = f"at most {found.context - shortest:,}" if shortest < found.context else "shorter prompts"
     return (
-        f"none of the first {len(trial.lengths)} {split} prompts leaves room for {_room_wanted(found)} in the context of "
-        f"{found.context:,} tokens (the shortest has {shortest:,}); expected {instead}"
+        f"none of the first {len(trial.lengths)} {split} prompts leaves room for {_room_wanted(found)} in the context "
+        f"of {found.context:,} tokens (the shortest has {shortest:,}); expected {instead}"
     )
 
 

@@ -20,8 +20,8 @@ from headrace.common.models.chat_template import ChatTemplate, PromptError
 from headrace.common.models.context_length import fits_context
 from headrace.common.tasks import BadRow, Prompt, Task, has_rollout
 from headrace.common.wire import MIN_TEMPERATURE, Sampling, Ticket
-from headrace.common.wire.structs import MAX_SEQUENCE_TOKENS
 from headrace.common.wire.ledger import TicketId, parse_ticket_id
+from headrace.common.wire.structs import MAX_SEQUENCE_TOKENS
 from headrace.learner.intake.data_fingerprint import Fingerprint
 from headrace.learner.intake.group_source import IssueResult
 from headrace.learner.store.store import LearnerStore
