@@ -11,14 +11,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from headrace.common.tasks import load_task
+from headrace.common.tasks import RewardTask, load_task
 from headrace.common.wire import Sampling, Ticket
 
 LOGGED = {
@@ -56,7 +56,7 @@ class Clock(TrainerCallback):  # type: ignore[misc]  # transformers has no types
 
 
 def reward_of(task_name: str, settings: dict[str, Any]) -> Callable[..., list[float]]:
-    task = load_task(task_name, settings)
+    task = cast(RewardTask, load_task(task_name, settings))
 
     def reward(completions: list[list[dict[str, str]]], answer: list[str], **_: Any) -> list[float]:
         texts = [completion[0]["content"] for completion in completions]

@@ -10,7 +10,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from headrace.common.config import RunConfig
 from headrace.common.models.chat_template import ChatTemplate, stop_token_ids
 from headrace.common.models.tokenizer import load_tokenizer
-from headrace.common.tasks import Task, load_task
+from headrace.common.tasks import RewardTask, load_task
 from headrace.common.wire import Group, Rollout, Ticket, Timings, VersionSpan
 from headrace.common.wire.desired_state import Settings
 from headrace.learner.algorithm.guard import GuardState
@@ -44,7 +44,8 @@ def run(config: RunConfig, num_held_out: int, evaluate_every: int) -> Iterator[d
     """Rows of steps and of evaluations; deterministic, except for times."""
     torch.set_num_threads(1)
     torch.manual_seed(config.seed)
-    task, tokenizer = load_task(config.task.name, config.task.settings), load_tokenizer(config.model)
+    task = cast(RewardTask, load_task(config.task.name, config.task.settings))
+    tokenizer = load_tokenizer(config.model)
     chat = ChatTemplate(tokenizer, config.model, config.task.system_prompt)
     trainer = Trainer(config, Policy(config.model, config.learner))
     model = trainer.policy.model
@@ -113,7 +114,7 @@ def sample(
     return found
 
 
-def _groups(model: Any, tickets: list[Ticket], version: int, task: Task, tokenizer: Any) -> Iterator[Group]:
+def _groups(model: Any, tickets: list[Ticket], version: int, task: RewardTask, tokenizer: Any) -> Iterator[Group]:
     """Groups of `num_completions` each."""
     wanted = [ticket for ticket in tickets for _ in range(ticket.num_completions)]
     sampling = tickets[0].sampling
@@ -142,7 +143,7 @@ def _groups(model: Any, tickets: list[Ticket], version: int, task: Task, tokeniz
         yield Group(ticket, rollouts, "benchmark", NOW)
 
 
-def _accuracy(model: Any, tickets: list[Ticket], task: Task, tokenizer: Any) -> float:
+def _accuracy(model: Any, tickets: list[Ticket], task: RewardTask, tokenizer: Any) -> float:
     groups = _groups(model, tickets, 1, task, tokenizer)
     return float(np.mean([reward for group in groups for reward in group.rewards]))
 
