@@ -17,7 +17,13 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 
 from headrace.common.http.host_header import HostHeaderCheck, is_loopback
-from headrace.common.http.limits import KEEP_ALIVE_S, MAX_CONNECTIONS, BoundedBody, BoundedConnection
+from headrace.common.http.limits import (
+    KEEP_ALIVE_S,
+    MAX_BODY_BYTES,
+    MAX_CONNECTIONS,
+    BoundedBody,
+    BoundedConnection,
+)
 from headrace.common.http.problems import add_problem_handlers
 
 STARTUP_TIMEOUT_S = 30.0
@@ -36,10 +42,10 @@ def require_token(token: str) -> Callable[[Request], Awaitable[None]]:
     return check
 
 
-def new_app(title: str, **settings: Any) -> FastAPI:
+def new_app(title: str, max_body_bytes: int = MAX_BODY_BYTES, **settings: Any) -> FastAPI:
     """An app whose errors are problem details and whose requests are bounded in size and time."""
     app = FastAPI(title=title, **settings)
-    app.add_middleware(BoundedBody)
+    app.add_middleware(BoundedBody, max_bytes=max_body_bytes)
     add_problem_handlers(app)
     return app
 

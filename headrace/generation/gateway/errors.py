@@ -4,6 +4,8 @@ from typing import Any
 
 from headrace.common.wire import one_line
 
+EPISODE_OVER = "the episode is over"
+
 
 class GatewayError(Exception):
     """Answered with `status`; the text is one line that says what was found and what was expected."""

@@ -56,6 +56,8 @@ class EpisodeRecord:
     def __init__(self, ticket: Ticket, rendering: Rendering) -> None:
         assert ticket.limits is not None, "an episode has limits"
         self.num_turns = 0
+        self.text = ""
+        """Of the last reply."""
         self.unconfirmed: list[SampledTurn] = []
         """Turns whose versions the engine was still confirming."""
         self._ticket = ticket
@@ -67,7 +69,6 @@ class EpisodeRecord:
         self._under_way: set[PlannedTurn] = set()
         self._num_sampled = 0
         self._finish_reason: FinishReason = "stop"
-        self._text = ""
         self._is_sealed = False
 
     def plan(self, conversation: Conversation, max_tokens: int | None, now_s: float) -> PlannedTurn:
@@ -103,7 +104,7 @@ class EpisodeRecord:
         self.num_turns += 1
         self._num_sampled += len(sampled.completion.tokens)
         self._finish_reason = sampled.completion.finish_reason
-        self._text = sampled.completion.text
+        self.text = sampled.completion.text
         if sampled.unconfirmed is not None:
             self.unconfirmed.append(sampled)
 
@@ -125,7 +126,7 @@ class EpisodeRecord:
             segments=[segment.to_wire(prompts.place(segment.prompt)) for segment in self._segments],
             reward=reward,
             finish_reason=self._finish_reason,
-            text=self._text,
+            text=self.text,
             turns=[turn for place, segment in enumerate(self._segments) for turn in segment.turns(place)],
             metrics=dict(metrics),
             failed_episodes=failed_episodes,
