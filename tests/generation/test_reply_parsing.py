@@ -3,12 +3,16 @@
 import asyncio
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from headrace.common.config import EngineConfig, EnvironmentConfig
 from headrace.generation.engine.client import Engine, EngineError
 from headrace.generation.engine.reply_parsing import ParsedCall, ParsedReply
+from headrace.generation.engine.server import EngineServer
+from tests.support.chat_families import TEMPLATES
 from tests.support.fake_sglang import FakeSglang
 
 TOOLS = [
@@ -172,3 +176,20 @@ def test_tools_without_a_parser_are_one_clear_error(fake: FakeSglang) -> None:
     asyncio.run(run(Engine(fake.url)))
     fake.have_parsers("hermes")
     asyncio.run(Engine(fake.url).check_tool_calls())
+
+
+@pytest.mark.slow
+def test_parsers_are_found_in_the_chat_template(demo_policy: Path, tmp_path: Path) -> None:
+    template = str(TEMPLATES / "qwen3.jinja")
+    server = EngineServer(
+        EngineConfig(device="cpu"), "float32", tmp_path / "log", environment=EnvironmentConfig(), chat_template=template
+    )
+    asyncio.run(server.start(demo_policy, 1))
+    try:
+        called = CALL.replace("<tool_call>", "<tool_call>\n").replace("</tool_call>", "\n</tool_call>")
+        found = parse(
+            server.url, f"<think>two</think>{called}", tool_call_parser="auto", reasoning_parser="auto", opening=ROLE
+        )
+    finally:
+        asyncio.run(server.stop())
+    assert found == ParsedReply("", "two", [WRITTEN])
