@@ -24,13 +24,13 @@ from headrace.learner.distributed.ranks import Ranks
 from headrace.learner.intake.group_source import GroupSource
 from headrace.learner.intake.intake import Intake
 from headrace.learner.intake.recording_source import RecordingSource
-from headrace.learner.intake.samples import TokenTexts
 from headrace.learner.intake.ticket_source import TicketSource
 from headrace.learner.intake.validation import GroupLimits
 from headrace.learner.loop import Loop
 from headrace.learner.model.policy import Policy
 from headrace.learner.reporting.reporter import RunReporter
 from headrace.learner.reporting.summary import METRICS_FILE, MetricsFile
+from headrace.learner.reporting.token_texts import TokenTexts
 from headrace.learner.reporting.trackers import Trackers
 from headrace.learner.resume import load_newest, open_store, resume_progress, resume_settings
 from headrace.learner.scaling.advice import ReplicaAdviser

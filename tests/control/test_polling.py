@@ -19,6 +19,7 @@ from headrace.control.models.status import Status
 from tests.support.control_service import Control, a_control
 from tests.support.fake_sglang import FakeSglang
 from tests.support.seeded_run import group_sample, heartbeat, seed_run, step_rows
+from tests.support.shown_episodes import episode_group
 
 WAITS = [{"reason": "waiting_for_groups", "text": "few groups", "for_s": 2.0}]
 
@@ -179,6 +180,34 @@ def test_groups_are_listed_and_read_token_by_token(control: Control, client: red
     control.refresh()
     assert control.http.get("/groups", params={"state": "stale"}).json()["groups"][0]["id"] == "0-1"
     assert control.http.get("/groups").json()["num_kept"] == 24
+
+
+def test_an_episode_is_read_turn_by_turn(control: Control, client: redis.Redis, keys: Keys) -> None:
+    sample = episode_group()
+    client.xadd(keys.samples, {"group": msgspec.json.encode(sample)})
+    control.refresh()
+    detail = GroupDetail.model_validate(control.http.get(f"/groups/{sample.id}").json())
+    rollout, lost = detail.rollouts
+    assert [turn.role for turn in rollout.turns] == ["assistant", "tool"] * 3 + ["assistant"]
+    assert "".join(rollout.tokens[rollout.turns[-1].start :]) == "He sells 123 bags.\n#### 123<|im_end|>"
+    assert rollout.turns[1].text == sample.rollouts[0].turns[1].text and "408" in rollout.turns[1].text
+    assert [(one.origin, one.prompt) for one in rollout.segments] == [("conversation", 0), ("history", 1)]
+    assert detail.prompts == sample.prompts and rollout.metrics == {"tool_calls": 3.0, "tool_errors": 0.0}
+    assert (lost.finish_reason, lost.failed_episodes, lost.num_omitted_turns) == ("max_turns", 1, 0)
+
+
+def test_messages_need_no_text(control: Control, client: redis.Redis, keys: Keys) -> None:
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    for prompt in (
+        [],
+        [{"role": "assistant", "content": None, "tool_calls": [call]}],
+        [{"role": "user", "content": [{"type": "text", "text": "?"}]}],
+    ):
+        sample = msgspec.structs.replace(group_sample(0, 40, 1.0), prompt=prompt)
+        client.xadd(keys.samples, {"group": msgspec.json.encode(sample)})
+        control.refresh()
+        detail = control.http.get(f"/groups/{sample.id}").json()
+        assert detail["prompt"] == "" and detail["messages"] == prompt
 
 
 def test_recent_events_have_a_text(control: Control, client: redis.Redis, keys: Keys) -> None:

@@ -1,8 +1,11 @@
 """The groups that people may read: token by token, bounded, and what the trainer knows of them."""
 
+import functools
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -14,16 +17,16 @@ from transformers import PreTrainedTokenizerFast
 from headrace.common.config import ModelConfig
 from headrace.common.models.tokenizer import load_tokenizer
 from headrace.common.redis.keys import Keys
-from headrace.common.wire import VersionSpan
-from headrace.common.wire.group_samples import MAX_SAMPLE_BYTES, GroupSample
+from headrace.common.wire import Group, Rollout, Segment, Turn, VersionSpan
+from headrace.common.wire.group_samples import MAX_SAMPLE_BYTES, MAX_TEXT_CHARS, GroupSample, SegmentSample
 from headrace.learner.intake.samples import (
     MAX_SAMPLED,
     DecidedGroup,
     SampleCollector,
-    TokenTexts,
     TrainedRollout,
-    group_sample,
 )
+from headrace.learner.reporting.group_samples import group_sample
+from headrace.learner.reporting.token_texts import TokenTexts
 from tests.learner.test_trainer import STEPS as VERSION_STEPS
 from tests.learner.test_trainer import make_batch, make_config, make_trainer
 from tests.support.factories import make_group, make_rollout
@@ -41,6 +44,31 @@ def byte_level() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def episode_group(tokenizer: Any, turns: Sequence[tuple[str, str, str]], num_rollouts: int = 1) -> Group:
+    """Of segment, role and text of each turn. The first segment has the ticket's prompt and version 3; the next ones
+    have prompts and versions of their own."""
+    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
+    segments: list[Segment] = []
+    recorded: list[Turn] = []
+    for index, name in enumerate(dict.fromkeys(name for name, _, _ in turns)):
+        tokens: list[int] = []
+        mask = b""
+        for role, text in ((role, text) for segment, role, text in turns if segment == name):
+            new = encode(text)
+            place, at = (len(tokens), len(tokens) + len(new)), 10.0 + len(recorded) / 2
+            recorded.append(Turn(role, index, *place, at, at + 0.5, cached_tokens=len(recorded)))  # type: ignore[arg-type]
+            tokens += new
+            mask += (b"\1" if role == "assistant" else b"\0") * len(new)
+        num = mask.count(1)
+        spans, logprobs = [VersionSpan(3 + index, 0, num)], np.full(num, -0.5, np.float32)
+        origin = "history" if index else "conversation"
+        segments.append(Segment(np.array(tokens, np.int32), mask, logprobs, spans, index, origin))  # type: ignore[arg-type]
+    rollout = Rollout(segments, 1.0, "stop", turns=recorded, metrics={"calls": 1.0}, failed_episodes=2)
+    prompts = [np.array(encode(f"prompt of {name}"), np.int32) for name in ("b", "c")[: len(segments) - 1]]
+    group = make_group(rewards=(1.0,) * num_rollouts)
+    return msgspec.structs.replace(group, rollouts=[rollout] * num_rollouts, prompts=prompts)
 
 
 def test_tokens_joined_read_as_the_text(byte_level: PreTrainedTokenizerFast) -> None:
@@ -105,6 +133,62 @@ def test_completions_that_would_make_a_group_too_large_are_left_out(byte_level: 
     assert 0 < len(shown.rollouts) < 8 and len(shown.rollouts) + shown.num_left_out == 8
     size = len(msgspec.json.encode(shown))
     assert MAX_SAMPLE_BYTES * 0.7 < size < MAX_SAMPLE_BYTES
+
+
+def test_an_episode_is_shown_as_its_turns(byte_level: PreTrainedTokenizerFast) -> None:
+    group = episode_group(
+        byte_level,
+        [("a", "assistant", "ask"), ("a", "tool", " 7é "), ("a", "assistant", "né"), ("b", "assistant", "x")],
+    )
+    proximal = np.linspace(-1, 0, 7, dtype=np.float32)
+    shown = group_sample(
+        DecidedGroup(group, "trained", 7, 1, 9.0), [TrainedRollout(1.0, proximal)], TokenTexts(byte_level)
+    )
+    (one,) = shown.rollouts
+    assert shown.prompts == ["prompt of b"] and one.segments == [
+        SegmentSample("conversation"),
+        SegmentSample("history", 1),
+    ]
+    assert [(turn.role, turn.segment, turn.start, turn.end, turn.text) for turn in one.turns] == [
+        ("assistant", 0, 0, 3, ""),
+        ("tool", 0, 3, 3, " 7é "),
+        ("assistant", 0, 3, 6, ""),
+        ("assistant", 1, 6, 7, ""),
+    ]
+    assert (one.turns[1].began_s, one.turns[1].ended_s, one.turns[2].cached_tokens) == (10.5, 11.0, 2)
+    assert one.tokens == ["a", "s", "k", "n", "", "é", "x"] and one.versions == [3] * 6 + [4]
+    assert one.proximal_logprobs == pytest.approx(proximal, abs=1e-4) and len(one.behaviour_logprobs) == 7
+    assert (one.metrics, one.failed_episodes, one.num_turns_left_out) == ({"calls": 1.0}, 2, 0)
+
+
+def test_special_tokens_of_the_environment_are_shown(demo_policy: Path) -> None:
+    tokenizer = load_tokenizer(ModelConfig(path=str(demo_policy)))
+    said = f"{tokenizer.eos_token}12 + 3"
+    group = episode_group(tokenizer, [("a", "assistant", "15"), ("a", "user", said), ("a", "assistant", "15")])
+    shown = group_sample(DecidedGroup(group, "stale", 7, 1, 9.0), [], TokenTexts(tokenizer))
+    assert shown.rollouts[0].turns[1].text == said
+
+
+def test_the_middle_of_a_long_text_is_left_out(byte_level: PreTrainedTokenizerFast) -> None:
+    said = "b" + "-" * MAX_TEXT_CHARS + "e"
+    group = episode_group(byte_level, [("a", "assistant", "x"), ("a", "tool", said), ("a", "assistant", "y")])
+    (one,) = group_sample(DecidedGroup(group, "stale", 7, 1, 9.0), [], TokenTexts(byte_level)).rollouts
+    text = one.turns[1].text
+    assert text.startswith("b-") and text.endswith("-e") and "\n… 2 characters are left out …\n" in text
+    assert one.tokens == ["x", "y"]
+
+
+def test_the_last_turns_of_an_episode_that_would_be_too_large_are_left_out(byte_level: PreTrainedTokenizerFast) -> None:
+    turns = [("a", role, "s" * 3000) for _ in range(12) for role in ("assistant", "tool")]
+    turns += [("b", role, "s" * 3000) for _ in range(6) for role in ("assistant", "tool")]
+    group = episode_group(byte_level, turns, num_rollouts=3)
+    shown = group_sample(DecidedGroup(group, "uniform", 1, 0, 0.0), [], TokenTexts(byte_level))
+    assert MAX_SAMPLE_BYTES * 0.8 < len(msgspec.json.encode(shown)) < MAX_SAMPLE_BYTES
+    *whole, cut = shown.rollouts
+    assert all(len(one.turns) == 36 and not one.num_turns_left_out for one in whole) and cut.num_turns_left_out > 0
+    assert len(cut.turns) + cut.num_turns_left_out == 36 and len(shown.rollouts) + shown.num_left_out == 3
+    assert len(cut.tokens) == len(cut.versions) == len(cut.behaviour_logprobs) == cut.turns[-1].end
+    assert len(cut.segments) == cut.turns[-1].segment + 1
 
 
 def test_a_sample_is_the_first_of_each_state_until_the_next_step() -> None:

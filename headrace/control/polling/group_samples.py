@@ -11,8 +11,8 @@ import msgspec
 
 from headrace.common.redis.keys import MAX_SAMPLES
 from headrace.common.wire import name_problem
-from headrace.common.wire.group_samples import MAX_SAMPLE_BYTES, GroupSample, RolloutSample
-from headrace.control.models.groups import GroupDetail, GroupSummary, Rollout
+from headrace.common.wire.group_samples import MAX_SAMPLE_BYTES, GroupSample, RolloutSample, TurnSample
+from headrace.control.models.groups import GroupDetail, GroupSummary, Rollout, Segment, Turn
 from headrace.control.polling.redis_poll import Entry
 
 MAX_KEPT_BYTES = 64 << 20
@@ -67,7 +67,7 @@ def _decode(payload: bytes) -> GroupSample | None:
 
 
 def _summary(group: GroupSample) -> GroupSummary:
-    question = group.prompt[-1].get("content", "") if group.prompt else ""
+    question = group.prompt[-1].get("content") if group.prompt else None
     return GroupSummary(
         id=group.id,
         kind=group.kind,
@@ -77,7 +77,7 @@ def _summary(group: GroupSample) -> GroupSummary:
         replica=group.replica,
         rewards=[rollout.reward for rollout in group.rollouts],
         num_tokens=sum(len(rollout.tokens) for rollout in group.rollouts),
-        prompt=question[-MAX_PROMPT_CHARS:],
+        prompt=question[-MAX_PROMPT_CHARS:] if isinstance(question, str) else "",
         decided_at=group.decided_s,
     )
 
@@ -86,6 +86,7 @@ def _detail(summary: GroupSummary, group: GroupSample) -> GroupDetail:
     return GroupDetail(
         **summary.model_dump(),
         messages=group.prompt,
+        prompts=group.prompts,
         rollouts=[_rollout(rollout) for rollout in group.rollouts],
         issued_step=group.issued_step,
         leased_at=group.leased_s,
@@ -105,4 +106,22 @@ def _rollout(sample: RolloutSample) -> Rollout:
         weight_versions=sample.versions,
         behaviour_logprobs=sample.behaviour_logprobs,
         proximal_logprobs=sample.proximal_logprobs,
+        segments=[Segment(origin=one.origin, prompt=one.prompt) for one in sample.segments],
+        turns=[_turn(one) for one in sample.turns],
+        metrics=sample.metrics,
+        failed_episodes=sample.failed_episodes,
+        num_omitted_turns=sample.num_turns_left_out,
+    )
+
+
+def _turn(sample: TurnSample) -> Turn:
+    return Turn(
+        role=sample.role,
+        segment=sample.segment,
+        start=sample.start,
+        end=sample.end,
+        text=sample.text,
+        began_at=sample.began_s,
+        ended_at=sample.ended_s,
+        cached_tokens=sample.cached_tokens,
     )

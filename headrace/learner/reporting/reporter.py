@@ -16,8 +16,9 @@ from headrace.learner.checkpoints.checkpoint import num_bytes_in
 from headrace.learner.checkpoints.progress import Progress
 from headrace.learner.intake.intake import Intake
 from headrace.learner.intake.pending_groups import PendingGroup
-from headrace.learner.intake.samples import TokenTexts, group_sample
+from headrace.learner.reporting.group_samples import group_sample
 from headrace.learner.reporting.summary import MetricsFile
+from headrace.learner.reporting.token_texts import TokenTexts
 from headrace.learner.reporting.trackers import Trackers
 from headrace.learner.scaling.advice import Advice, ReplicaAdviser
 from headrace.learner.steering.live_config import LiveConfig
