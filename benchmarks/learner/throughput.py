@@ -134,10 +134,7 @@ def samples_of(prompt: int, lengths: list[int]) -> list[Sample]:
         for one in (np.array(tokens, np.int32) for tokens in completions)
     ]
     group = Group(ticket, rollouts, "benchmark", Timings(0, 0, 0))
-    return [
-        Sample(group, rollout, rollout.segments[0], 1.0, np.zeros(rollout.num_trained_tokens, np.int64))
-        for rollout in rollouts
-    ]
+    return [Sample(group, rollout, 1.0, np.zeros(rollout.num_trained_tokens, np.int64)) for rollout in rollouts]
 
 
 def padded(prompt: int, lengths: list[int]) -> tuple[Tensor, list[int]]:

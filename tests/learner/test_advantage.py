@@ -55,8 +55,13 @@ def test_token_weighted_batch_normalisation() -> None:
 
 def test_overlong_penalty_is_linear_to_the_limit() -> None:
     actor = ActorConfig(overlong_tokens=10, overlong_penalty_factor=2.0)
-    assert overlong_penalty(torch.tensor([50, 90, 95, 100]), 100, actor).tolist() == [0.0, 0.0, -1.0, -2.0]
-    assert overlong_penalty(torch.tensor([100]), 100, ActorConfig()).tolist() == [0.0]
+    assert overlong_penalty(torch.tensor([50, 90, 95, 100]), torch.full((4,), 100), actor).tolist() == [
+        0.0,
+        0.0,
+        -1.0,
+        -2.0,
+    ]
+    assert overlong_penalty(torch.tensor([100]), torch.tensor([100]), ActorConfig()).tolist() == [0.0]
 
 
 def test_shapes_are_checked() -> None:

@@ -47,6 +47,7 @@ def test_a_result_is_of_the_version_that_was_asked_for() -> None:
         "pass_at_1": 0.25,
         "pass_at_2": 0.5,
         "first_token_step_mean": 4.0,
+        "num_versions": 1,
         "num_completions": 4,
         "num_dead": 1,
     }

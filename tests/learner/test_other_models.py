@@ -40,7 +40,7 @@ def a_micro_batch() -> MicroBatch:
             mask = bytes([1, *generator.integers(0, 2, length - 1).tolist()])
             tokens = tuple(generator.integers(5, VOCABULARY, length).tolist())
             rollout = make_rollout(tokens=tokens, loss_mask=mask, behaviour_logprobs=np.zeros(sum(mask), np.float32))
-            samples.append(Sample(group, rollout, rollout.segments[0], 1.0, np.zeros(sum(mask), int)))
+            samples.append(Sample(group, rollout, 1.0, np.zeros(sum(mask), int)))
     (micro_batch,) = pack(samples, 10_000)
     return micro_batch
 
@@ -49,12 +49,13 @@ def plain_logprobs(folder: Path, micro_batch: MicroBatch) -> tuple[Tensor, dict[
     """Log-probabilities of each sequence alone, by transformers; and the gradient of `weighted`, by parameter."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     found = []
-    for sample in micro_batch.rows:
-        prompt, completion = sample.group.ticket.prompt_tokens, sample.segment.tokens.tolist()
+    for sample in micro_batch.samples:
+        (segment,) = sample.rollout.segments
+        prompt, completion = sample.group.ticket.prompt_tokens, segment.tokens.tolist()
         ids = torch.tensor([[*prompt, *completion]])
         logprobs = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
         each = logprobs[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None]).squeeze(1)
-        found.append(each[torch.frombuffer(bytearray(sample.segment.loss_mask), dtype=torch.bool)])
+        found.append(each[torch.frombuffer(bytearray(segment.loss_mask), dtype=torch.bool)])
     return torch.cat(found), gradients(model, torch.cat(found))
 
 

@@ -31,7 +31,7 @@ def as_sample(prompt: list[int], rollout: Rollout, temperature: float) -> Sample
     sampling = Sampling(temperature, 64, [1])
     ticket = make_ticket(f"0-{len(prompt)}", prompt_tokens=prompt, num_completions=1, sampling=sampling)
     group = Group(ticket, [rollout], "r", Timings(0, 0, 0))
-    return Sample(group, rollout, rollout.segments[0], 1.0, np.zeros(rollout.num_trained_tokens, int))
+    return Sample(group, rollout, 1.0, np.zeros(rollout.num_trained_tokens, int))
 
 
 def test_equals_a_plain_forward_pass_whatever_the_lengths_and_the_temperature(
@@ -50,7 +50,7 @@ def test_equals_a_plain_forward_pass_whatever_the_lengths_and_the_temperature(
         ours = policy.logprobs(micro_batch)
     for row, sample in enumerate(sorted(samples, key=lambda s: -s.num_tokens)):
         prompt = sample.group.ticket.prompt_tokens
-        ids = torch.tensor([prompt + sample.segment.tokens.tolist()])
+        ids = torch.tensor([prompt + sample.rollout.segments[0].tokens.tolist()])
         with torch.no_grad():
             logits = plain_model(ids).logits[0].double() / sample.group.ticket.sampling.temperature
         plain = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None]).squeeze(1)

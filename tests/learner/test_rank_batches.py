@@ -17,6 +17,7 @@ from headrace.learner.distributed.state_files import read_state, rows_of, write_
 from headrace.learner.model.packing import Sample
 from headrace.learner.training.rank_batches import (
     EMPTY_MICRO_BATCH,
+    EMPTY_PASS,
     StepOutcome,
     encode_outcome,
     merge_outcomes,
@@ -30,12 +31,13 @@ def test_every_sample_is_on_one_rank_and_tokens_are_even(samples: list[Sample], 
     mini_batch = split_among_ranks(samples, budget, num_ranks, is_all_computed=True)
     assert sorted(a for m in mini_batch.micro_batches for a in m.advantages) == sorted(s.advantage for s in samples)
     assert mini_batch.num_sequences == len(samples)
-    tokens = [sum(sample.num_tokens for m in share for sample in m.rows) for share in mini_batch.shares]
+    tokens = [sum(sample.num_tokens for m in share for sample in m.samples) for share in mini_batch.shares]
     longest = max(sample.num_tokens for sample in samples)
     assert sum(tokens) == sum(sample.num_tokens for sample in samples)
     assert max(tokens) - sum(tokens) / num_ranks <= longest
     passes = [mini_batch.of_rank(rank) for rank in range(num_ranks)]
-    assert len({len(own) for own in passes}) == 1 and any(own[-1] is not EMPTY_MICRO_BATCH for own in passes)
+    assert any(own[-1] is not EMPTY_MICRO_BATCH for own in passes)
+    assert len({tuple(len(m.passes) for m in own) for own in passes}) == 1, "forward passes are collective"
 
 
 @given(batches(), st.integers(4, 40), st.integers(1, 5))
@@ -44,7 +46,7 @@ def test_samples_of_advantage_0_are_counted_and_not_computed(
 ) -> None:
     """The first sample of these batches has advantage 0."""
     mini_batch = split_among_ranks(samples, budget, num_ranks, is_all_computed=False)
-    computed = [row for m in mini_batch.micro_batches for row in m.rows]
+    computed = [row for m in mini_batch.micro_batches for row in m.samples]
     assert len(computed) == max(1, len(samples) - 1)
     assert all(row.advantage != 0 for row in computed) or len(samples) == 1
     assert mini_batch.num_sequences == len(samples)
@@ -131,4 +133,4 @@ def test_a_single_rank_sends_nothing() -> None:
     norm = torch.tensor(2.0)
     assert ranks.total_norm(norm) is norm
     ranks.exit_all(0)
-    assert np.all(EMPTY_MICRO_BATCH.input_ids == 0)
+    assert np.all(EMPTY_PASS.input_ids == 0)

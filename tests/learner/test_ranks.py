@@ -15,6 +15,7 @@ from headrace.launcher.estimates.model_size import shape_in
 from headrace.learner.distributed.ranks import Ranks
 from headrace.learner.distributed.state_files import read_state
 from headrace.learner.model.policy import Policy
+from tests.learner.test_segments import cut, make_conversations
 from tests.learner.test_trainer import make_batch, make_config, make_trainer
 from tests.support.tiny_models import make_checkpoint
 from tests.support.trainer_ranks import Job, do, do_on_ranks
@@ -32,6 +33,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
     # Each mini-batch is one group of two completions: one of three ranks has none.
     "a_rank_without_work": {"actor": {"num_mini_batches": 4}, "optimizer": {"max_grad_norm": 1e9}},
+    # Rollouts of one to four segments: most are longer than the budget, and take two passes or more.
+    "episodes": {"actor": {"num_mini_batches": 2, "kl_coef": 0.1}, "learner": {"micro_batch_tokens": 20}},
     "bfloat16": {"model": {"dtype": "bfloat16"}, "learner": {"micro_batch_tokens": 48}},
     "experts": {"actor": {"num_mini_batches": 2}, "learner": {"micro_batch_tokens": 48}},
     "gated_delta_nets": {"learner": {"micro_batch_tokens": 48, "gradient_checkpointing": True}},
@@ -50,7 +53,10 @@ def jobs(demo_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Jo
     found = []
     for name, case in CASES.items():
         model = make_checkpoint(tmp_path_factory.mktemp(name), KINDS[name]) if name in KINDS else demo_policy
-        groups = make_batch(make_trainer(make_config(model)), drift=0.1)
+        trainer = make_trainer(make_config(model))
+        groups = (
+            cut(make_conversations(trainer), "everywhere") if name == "episodes" else make_batch(trainer, drift=0.1)
+        )
         actor, lr = {"group_size": 2} | case.get("actor", {}), {"lr": 1e-4} | case.get("optimizer", {})
         config = make_config(model, **{**case, "actor": actor, "optimizer": lr})
         found.append(Job(name, config.model_dump(mode="json"), [encode(group) for group in groups]))

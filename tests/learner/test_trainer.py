@@ -40,7 +40,7 @@ def make_trainer(config: RunConfig) -> Trainer:
 
 
 def sample_of(group: Group, rollout: Rollout) -> Sample:
-    return Sample(group, rollout, rollout.segments[0], 0.0, np.zeros(rollout.num_trained_tokens, int))
+    return Sample(group, rollout, 0.0, np.zeros(rollout.num_trained_tokens, int))
 
 
 def make_batch(trainer: Trainer, drift: float = 0.0) -> list[Group]:

@@ -40,18 +40,20 @@ def use(group: Group) -> None:
     """Everything the learner computes from a group; all of it must be finite numbers."""
     actor = ActorConfig(advantage_std="none", overlong_tokens=4)
     lengths = torch.tensor([rollout.num_trained_tokens for rollout in group.rollouts])
-    rewards = torch.tensor(group.rewards, dtype=torch.float64) + overlong_penalty(lengths, 16, actor)
+    rewards = torch.tensor(group.rewards, dtype=torch.float64) + overlong_penalty(
+        lengths, torch.full_like(lengths, 16), actor
+    )
     advantages = group_advantages(rewards, torch.zeros(len(rewards), dtype=torch.int64), actor)
     assert normalise_over_tokens(advantages, lengths).isfinite().all()
     samples = [
-        Sample(group, rollout, segment, advantage, token_staleness(segment, STEP, VERSION_STEPS, None))
+        Sample(group, rollout, advantage, token_staleness(rollout, STEP, VERSION_STEPS, None))
         for rollout, advantage in zip(group.rollouts, advantages.tolist(), strict=True)
-        for segment in rollout.segments
     ]
     (mini_batch,) = split_mini_batches(samples, ActorConfig(num_mini_batches=1), "seed")
     micro_batches = pack(mini_batch, LIMITS.max_sequence_tokens)
     for micro_batch in micro_batches:
-        assert (1 / micro_batch.temperature).max() < np.inf and micro_batch.input_ids.max() < LIMITS.vocab_size
+        for one in micro_batch.passes:
+            assert (1 / one.temperature).max() < np.inf and one.input_ids.max() < LIMITS.vocab_size
     rows = [train(micro_batch) for micro_batch in micro_batches]
     evaluation = Evaluation(STEP, 1, {group.ticket.id})
     evaluation.collect(group, VERSION_STEPS)

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 from msgspec.structs import replace
 
-from headrace.common.wire import Group, Heartbeat, Rollout, Sampling, Ticket, VersionSpan, encode
+from headrace.common.wire import Group, Heartbeat, Rollout, Sampling, Segment, Ticket, VersionSpan, encode
 from headrace.learner.intake.validation import GroupLimits
 from tests.support.factories import make_group, make_rollout, make_ticket
 from tests.support.poisons import SURROGATE, Poison, poisons
+from tests.support.segmented import as_episodes, part_of, reply_starts
 
 LIMITS = GroupLimits(vocab_size=512, group_size=2, num_eval_samples=3, max_sequence_tokens=64, highest_version=9)
 """What valid groups are within."""
@@ -72,12 +73,44 @@ def rollouts(draw: DrawFn) -> Rollout:
     )
 
 
+def groups() -> SearchStrategy[Group]:
+    return completions() | episodes()
+
+
 @st.composite
-def groups(draw: DrawFn) -> Group:
+def completions(draw: DrawFn) -> Group:
     ticket = draw(tickets())
     count = ticket.num_completions
     several = draw(st.lists(rollouts(), min_size=count, max_size=count))
     return replace(make_group(), ticket=ticket, rollouts=several)
+
+
+@st.composite
+def episodes(draw: DrawFn) -> Group:
+    """Of one or several segments, some of them behind prompts of the group."""
+    group = draw(completions())
+    begun = [replace(one, segments=[_from_a_reply_on(one.segments[0])]) for one in group.rollouts]
+    cuts = [[place for place in reply_starts(one) if draw(st.booleans())] for one in begun]
+    group = as_episodes(replace(group, rollouts=begun), cuts)
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    reasons = st.sampled_from(["stop", "max_turns", "max_tokens", "max_segments", "context"])
+    return replace(
+        group,
+        ticket=replace(group.ticket, tools=draw(st.sampled_from([[], [tool]]))),
+        rollouts=[
+            replace(
+                one,
+                finish_reason=draw(reasons),
+                metrics=draw(st.dictionaries(st.sampled_from(["guesses", "a/b"]), st.floats(-9, 9), max_size=2)),
+                failed_episodes=draw(st.integers(0, 2)),
+            )
+            for one in group.rollouts
+        ],
+    )
+
+
+def _from_a_reply_on(segment: Segment) -> Segment:
+    return part_of(segment, segment.loss_mask.index(1), len(segment.tokens), 0)
 
 
 @st.composite
@@ -98,7 +131,7 @@ def heartbeats(draw: DrawFn) -> Heartbeat:
 
 
 def poison_groups() -> SearchStrategy[Poison]:
-    return groups().flatmap(lambda group: st.sampled_from(poisons(group)))
+    return completions().flatmap(lambda group: st.sampled_from(poisons(group)))
 
 
 def mutated_tickets() -> SearchStrategy[bytes]:

@@ -47,10 +47,26 @@ TEXTS = {
     "truncated_share": "Share of the batch's completions that reached the limit of tokens.",
     "batch_tokens": "Tokens of the batch.",
     "multi_version_share": "Share of the batch's completions sampled by more than one weight version.",
-    "num_versions": "Weight versions that sampled the batch.",
+    "num_versions": "Weight versions that sampled the batch, or the evaluation.",
     "sampling_s_mean": "Mean time from a group's lease until its last token.",
     "scoring_s_mean": "Mean time of a group's rewards.",
     "padding_share": "Share of padding in the rows of the learner's attention.",
+    "turns_mean": "Mean number of replies of the batch's episodes.",
+    "turns_max": "Largest number of replies of one of the batch's episodes.",
+    "segments_mean": "Mean number of token sequences of the batch's episodes.",
+    "split_share": "Share of the batch's episodes that are more than one token sequence.",
+    "environment_token_share": "Share of tokens, of those behind the prompts, that the environments said.",
+    "finished_stop_share": "Share of the batch's episodes that ended by themselves.",
+    "finished_length_share": "Share of the batch's episodes whose last reply reached max_new_tokens.",
+    "finished_max_turns_share": "Share of the batch's episodes that reached environment.max_turns.",
+    "finished_max_tokens_share": "Share of the batch's episodes that reached environment.max_tokens.",
+    "finished_max_segments_share": "Share of the batch's episodes that reached environment.max_segments.",
+    "finished_context_share": "Share of the batch's episodes that reached environment.max_context_tokens.",
+    "model_s_mean": "Mean time of an episode's replies.",
+    "environment_s_mean": "Mean time of an episode between its replies.",
+    "prefix_cache_share": "Share of the replies' contexts, by tokens, that engines had in their prefix cache.",
+    "episodes_failed_share": "Share of episodes that failed, of these and the batch's.",
+    "environment": "Mean of what the task measured of the batch's rollouts, by its name.",
     "run_uniform_share": "Share of all groups so far that were uniform.",
     "skipped_prompts": "Prompts so far that were too long for the context with max_new_tokens, and not issued.",
     "run_stale_share": "Share of all groups so far that were stale.",
@@ -71,6 +87,7 @@ TEXTS = {
 """Help texts of the numbers in a step's row."""
 EVALUATION_TEXTS = {
     "held_out": "pass@1 of the latest evaluation.",
+    "held_out_metric": "Mean of what the task measured in the latest evaluation, by its name.",
     "pass_at": "pass@k of the latest evaluation.",
     "first_token_step_mean": "Mean step of the weights that answered the latest evaluation.",
     "num_completions": "Completions of the latest evaluation.",
@@ -80,6 +97,8 @@ _STEP_TIMES = {f"{phase}_s": f"step_{phase}_s" for phase in PHASES}
 """Metric names, by the row's name, where the row's own name would be ambiguous."""
 _LABELLED = {"kl_at_staleness": "staleness", "pass_at": "k"}
 """The number at the end of the name is a label."""
+_OF_THE_TASK = {"environment": "environment", "held_out": "held_out_metric"}
+"""Families of the names that a task chose, which are a label, by what stands before them in the row's name."""
 _SAID_ELSEWHERE = {"kind", "step", "time_s", "at", "weight_version", "is_best"}
 
 
@@ -105,6 +124,9 @@ def _add(families: Families, row: Mapping[str, Any], prefix: str) -> None:
 
 
 def _labelled(name: str) -> tuple[str, dict[str, str]]:
+    family, separator, chosen = name.partition("/")
+    if separator:
+        return _OF_THE_TASK.get(family, family), {"name": chosen}
     for family, label in _LABELLED.items():
         if number := re.fullmatch(rf"{family}_(\d+)", name):
             return family, {label: number[1]}

@@ -18,7 +18,8 @@ from headrace.control.models.history import Evaluation
 from headrace.control.polling.redis_poll import Entry, parse_entry_id
 
 MAX_COLUMNS = 200
-NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+NAME = re.compile(r"[a-z][a-z0-9_]{0,63}|environment/[!-~]{1,100}")
+"""Of the numbers of a row; a task chooses what is behind environment/."""
 MAX_ANSWERS = 16
 """Encoded responses in the cache, for many pages with the same request."""
 RENAMED = {"time_s": "at"}

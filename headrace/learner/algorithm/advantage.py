@@ -56,14 +56,15 @@ def normalise_over_tokens(advantages: Tensor, num_tokens: Tensor) -> Tensor:
     return ((values - mean) / (variance.sqrt() + EPSILON)).to(advantages.dtype)
 
 
-def overlong_penalty(num_tokens: Tensor, max_new_tokens: int, settings: ActorConfig) -> Tensor:
-    """The penalty, at most 0, to add to the raw rewards of completions of `num_tokens` `(B,)`; float64.
+def overlong_penalty(num_tokens: Tensor, max_tokens: Tensor, settings: ActorConfig) -> Tensor:
+    """The penalty, at most 0, to add to the raw rewards of rollouts of `num_tokens` sampled tokens, `(B,)`; float64.
 
-    DAPO (arXiv 2503.14476, eq. 13): linear from 0 at `max_new_tokens - overlong_tokens`.
+    `max_tokens` `(B,)`: how many each may have. DAPO (arXiv 2503.14476, eq. 13): linear from 0 at
+    `max_tokens - overlong_tokens`.
     """
     if settings.overlong_tokens == 0:
         return torch.zeros_like(num_tokens, dtype=torch.float64)
-    excess = num_tokens.double() - (max_new_tokens - settings.overlong_tokens)
+    excess = num_tokens.double() - (max_tokens - settings.overlong_tokens)
     return (-excess / settings.overlong_tokens * settings.overlong_penalty_factor).clamp(max=0.0)
 
 

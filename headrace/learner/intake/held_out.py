@@ -4,6 +4,9 @@ An evaluation belongs to the step after which it was issued; its tickets need at
 counts as the version of its first token; the mean step of these versions is reported beside the mean reward. A dead
 evaluation ticket is left out, and counted.
 
+An episode counts like a completion. `num_versions` says how many versions sampled: long episodes may be finished by
+later weights. `held_out/<name>` is the mean of what the task measured besides the reward.
+
 `held_out` is the mean reward of all completions. `pass_at_<k>` is the unbiased estimate (arXiv 2107.03374, section 2.1)
 of the probability that one of k completions of a prompt passes; a completion passes if its reward is at least 1. With
 rewards of 0 and 1 `held_out` and `pass_at_1` are equal.
@@ -13,6 +16,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from headrace.common.metrics.task_metrics import mean_metrics
 from headrace.common.wire import Group, Ticket
 from headrace.learner.algorithm.staleness import step_of
 
@@ -32,6 +36,10 @@ class Evaluation:
     rewards: list[list[float]] = field(default_factory=list)
     """For each prompt, the rewards of its completions."""
     first_token_steps: list[int] = field(default_factory=list)
+    versions: set[int] = field(default_factory=set)
+    """All that sampled, not only first tokens."""
+    measured: list[dict[str, float]] = field(default_factory=list)
+    """Of each completion, what the task measured besides the reward."""
 
     @classmethod
     def of(cls, step: int, version: int, tickets: Iterable[Ticket]) -> "Evaluation":
@@ -44,6 +52,8 @@ class Evaluation:
         self.rewards.append(group.rewards)
         for rollout in group.rollouts:
             self.first_token_steps.append(step_of(rollout.version_spans[0].version, version_steps))
+            self.versions |= {span.version for span in rollout.version_spans}
+            self.measured.append(rollout.metrics)
 
     def mark_dead(self, ticket_id: str, reason: str) -> None:
         self.waiting_for.discard(ticket_id)
@@ -67,8 +77,10 @@ class Evaluation:
             "held_out": sum(map(sum, self.rewards)) / num_completions,
             **pass_at(self.rewards),
             "first_token_step_mean": sum(self.first_token_steps) / num_completions,
+            "num_versions": len(self.versions),
             "num_completions": num_completions,
             "num_dead": self.num_dead,
+            **mean_metrics(self.measured, "held_out"),
         }
 
 

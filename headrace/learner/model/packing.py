@@ -1,13 +1,15 @@
 """From a batch of groups to micro-batches of a token budget: pure functions on numpy arrays.
 
-A mini-batch has whole groups or a part of each. A micro-batch has the rollouts of a group next to each other, behind
-one copy of their prompt (shared_prefix.py); only attention has padding.
+A mini-batch has whole groups or a part of each. A rollout is one sequence of the loss, whatever its number of segments,
+and is never divided between micro-batches. A forward pass has segments with the same prompt next to each other, behind
+one copy of it (shared_prefix.py); only attention has padding.
 """
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -19,36 +21,50 @@ from headrace.learner.model.shared_prefix import Layout
 
 @dataclass(frozen=True)
 class Sample:
-    """One segment of a rollout. `advantage` is the rollout's; `token_staleness` is `(n,)` int64, in steps."""
+    """A rollout with its advantage: one sequence of the loss."""
 
     group: Group
     rollout: Rollout
-    segment: Segment
     advantage: float
     token_staleness: np.ndarray
+    """`(n,)` int64, in steps: of the trained tokens of its segments, one segment after another."""
+
+    @cached_property
+    def widths(self) -> list[int]:
+        """Of each segment, its number of tokens with its prompt."""
+        return [len(self.group.prompt(segment)) + len(segment.tokens) for segment in self.rollout.segments]
 
     @property
     def num_tokens(self) -> int:
-        return len(self.group.prompt(self.segment)) + len(self.segment.tokens)
+        return sum(self.widths)
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """B rollouts in one row of T tokens, of which N are trained. `sequence_offsets` splits arrays of length N by
-    rollout."""
+class Pass:
+    """What one forward pass computes: a row of T tokens with one or more segments, of which n tokens are trained."""
 
     input_ids: np.ndarray
     """`(1, T)` int64."""
     layout: Layout
-    """Where each prompt and completion is in the row."""
+    """Where each prompt and segment is in the row."""
     positions: np.ndarray
-    """`(N,)` int64: the index in the row of the token that predicts each trained token; for a completion's first token
+    """`(n,)` int64: the index in the row of the token that predicts each trained token; for a segment's first token
     that is the prompt's last."""
     targets: np.ndarray
-    """`(N,)` int64."""
-    behaviour_logprobs: np.ndarray
-    """`(N,)` float32."""
+    """`(n,)` int64."""
     temperature: np.ndarray
+    """`(n,)` float32."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """B rollouts with N trained tokens, one rollout after another, each segment by segment. `sequence_offsets` splits
+    arrays of length N by rollout."""
+
+    passes: Sequence[Pass]
+    """Their trained tokens, joined, are the N. There are several only for a single rollout of more segments than the
+    budget has room for."""
+    behaviour_logprobs: np.ndarray
     """`(N,)` float32."""
     token_staleness: np.ndarray
     """`(N,)` int64, in steps."""
@@ -56,7 +72,7 @@ class MicroBatch:
     """`(B,)` float32."""
     sequence_offsets: np.ndarray
     """`(B + 1,)` int64."""
-    rows: Sequence[Sample]
+    samples: Sequence[Sample]
 
     @property
     def num_sequences(self) -> int:
@@ -64,7 +80,7 @@ class MicroBatch:
 
     @property
     def num_trained_tokens(self) -> int:
-        return len(self.targets)
+        return len(self.behaviour_logprobs)
 
 
 def current_version(step: int, version_steps: Mapping[int, int]) -> int | None:
@@ -73,14 +89,14 @@ def current_version(step: int, version_steps: Mapping[int, int]) -> int | None:
     return max((version for version, made_by in list(version_steps.items()) if made_by == step), default=None)
 
 
-def token_staleness(segment: Segment, step: int, version_steps: Mapping[int, int], current: int | None) -> np.ndarray:
-    """Steps since the version that sampled each trained token was made, `(n,)` int64.
+def token_staleness(rollout: Rollout, step: int, version_steps: Mapping[int, int], current: int | None) -> np.ndarray:
+    """Steps since the version that sampled each trained token was made, `(n,)` int64, over all segments.
 
     0 means a fresh token, sampled by `current`, the version after `step` steps. Tokens of other versions count at least
     1: an earlier start of the learner may have published other weights for the same or a later step.
     """
     parts = []
-    for span in segment.version_spans:
+    for span in rollout.version_spans:
         lowest = 0 if span.version == current else 1
         staleness = max(lowest, version_staleness(span.version, step, version_steps))
         parts.append(np.full(span.end - span.start, staleness, np.int64))
@@ -105,59 +121,75 @@ def split_mini_batches(samples: Sequence[Sample], settings: ActorConfig, seed: s
 
 def pack(samples: Sequence[Sample], max_tokens: int) -> list[MicroBatch]:
     """Micro-batches of at most `max_tokens` tokens, counted as attention computes them: with padding and with one copy
-    of the prompt per completion. A longer sample gets a micro-batch of its own."""
-    return [_micro_batch(rows) for rows in _within_budget(longest_groups_first(samples), max_tokens)]
+    of the prompt per segment. A rollout that alone is longer gets a micro-batch of its own, of several passes that keep
+    the budget; a segment that alone is longer gets a pass of its own."""
+    ordered = longest_groups_first(samples)
+    parts = _within_budget([sample.widths for sample in ordered], max_tokens)
+    return [_micro_batch(ordered[start:end], max_tokens) for start, end in parts]
 
 
 def longest_groups_first(samples: Sequence[Sample]) -> list[Sample]:
-    """The order of packing: groups by their longest sample, so that samples of similar length are adjacent."""
+    """The order of packing: groups by their longest segment, so that segments of similar length are adjacent."""
     longest: dict[str, int] = {}
     for sample in samples:
         name = sample.group.ticket.id
-        longest[name] = max(longest.get(name, 0), sample.num_tokens)
+        longest[name] = max(longest.get(name, 0), *sample.widths)
     return sorted(samples, key=lambda sample: (-longest[sample.group.ticket.id], sample.group.ticket.id))
 
 
-def _within_budget(samples: list[Sample], max_tokens: int) -> Iterator[list[Sample]]:
-    rows: list[Sample] = []
-    width = 0
-    for sample in samples:
-        width_with = max(width, sample.num_tokens)
-        if rows and width_with * (len(rows) + 1) > max_tokens:
-            yield rows
-            rows, width_with = [], sample.num_tokens
-        rows.append(sample)
-        width = width_with
-    if rows:
-        yield rows
+def _within_budget(widths: Sequence[Sequence[int]], max_tokens: int) -> Iterator[tuple[int, int]]:
+    """Consecutive items, from the first to before the last, that fit together; `widths`: of the rows of each item."""
+    start, num_rows, width = 0, 0, 0
+    for index, own in enumerate(widths):
+        num_rows, width = num_rows + len(own), max(width, *own)
+        if index > start and width * num_rows > max_tokens:
+            yield start, index
+            start, num_rows, width = index, len(own), max(own)
+    if widths:
+        yield start, len(widths)
 
 
-def _micro_batch(rows: list[Sample]) -> MicroBatch:
-    groups = [list(one) for _, one in groupby(rows, lambda sample: sample.group.ticket.id)]
-    layout = Layout(
-        [len(one[0].group.ticket.prompt_tokens) for one in groups],
-        [[len(sample.segment.tokens) for sample in one] for one in groups],
+def _micro_batch(samples: list[Sample], max_tokens: int) -> MicroBatch:
+    rows = [(sample, segment) for sample in samples for segment in sample.rollout.segments]
+    widths = [[width] for sample in samples for width in sample.widths]
+    counts = [sample.rollout.num_trained_tokens for sample in samples]
+    return MicroBatch(
+        passes=[_pass(rows[start:end]) for start, end in _within_budget(widths, max_tokens)],
+        behaviour_logprobs=np.concatenate([segment.behaviour_logprobs for _, segment in rows]),
+        token_staleness=np.concatenate([sample.token_staleness for sample in samples]),
+        advantages=np.array([sample.advantage for sample in samples], np.float32),
+        sequence_offsets=np.cumsum([0, *counts]),
+        samples=samples,
     )
+
+
+def _pass(rows: list[tuple[Sample, Segment]]) -> Pass:
+    """Segments that share a prompt stand together in the row; trained tokens are in the order of `rows`."""
+    by_prompt: dict[tuple[str, int], list[int]] = {}
+    for index, (sample, segment) in enumerate(rows):
+        by_prompt.setdefault((sample.group.ticket.id, segment.prompt), []).append(index)
+    sharing = list(by_prompt.values())
+    prompts = [rows[first][0].group.prompt(rows[first][1]) for first, *_ in sharing]
+    layout = Layout([len(prompt) for prompt in prompts], [[len(rows[i][1].tokens) for i in some] for some in sharing])
     input_ids = np.concatenate(
-        [part for one in groups for part in (one[0].group.ticket.prompt_tokens, *(s.segment.tokens for s in one))]
+        [
+            part
+            for prompt, some in zip(prompts, sharing, strict=True)
+            for part in (prompt, *(rows[i][1].tokens for i in some))
+        ]
     ).astype(np.int64)
-    positions, targets, counts = [], [], [0]
-    for sample, (prompt, completion) in zip(rows, layout.spans, strict=True):
-        trained = np.flatnonzero(np.frombuffer(sample.segment.loss_mask, np.uint8))
+    spans = dict(zip((index for some in sharing for index in some), layout.spans, strict=True))
+    positions, targets = [], []
+    for index, (_, segment) in enumerate(rows):
+        prompt, completion = spans[index]
+        trained = np.flatnonzero(np.frombuffer(segment.loss_mask, np.uint8))
         positions.append(np.where(trained > 0, completion.start + trained - 1, prompt.stop - 1))
         targets.append(input_ids[completion.start + trained])
-        counts.append(len(trained))
-    return MicroBatch(
+    temperatures = np.array([sample.group.ticket.sampling.temperature for sample, _ in rows], np.float32)
+    return Pass(
         input_ids=input_ids[None],
         layout=layout,
         positions=np.concatenate(positions),
         targets=np.concatenate(targets),
-        behaviour_logprobs=np.concatenate([sample.segment.behaviour_logprobs for sample in rows]),
-        temperature=np.repeat(
-            np.array([sample.group.ticket.sampling.temperature for sample in rows], np.float32), counts[1:]
-        ),
-        token_staleness=np.concatenate([sample.token_staleness for sample in rows]),
-        advantages=np.array([sample.advantage for sample in rows], np.float32),
-        sequence_offsets=np.cumsum(counts),
-        rows=rows,
+        temperature=np.repeat(temperatures, [len(some) for some in targets]),
     )

@@ -25,7 +25,7 @@ from headrace.learner.model.checkpoint_layout import stored_tensors
 from headrace.learner.model.host_snapshots import Weight
 from headrace.learner.model.loading import DTYPES, LoadedModel, load_empty, load_pretrained
 from headrace.learner.model.logprobs import TokenScores, score_tokens
-from headrace.learner.model.packing import MicroBatch
+from headrace.learner.model.packing import MicroBatch, Pass
 from headrace.learner.model.shared_prefix import LayoutTensors, hidden_states, layout_tensors, use_shared_prompts
 
 
@@ -123,12 +123,16 @@ class Policy:
 
     def score(self, micro_batch: MicroBatch) -> TokenScores:
         """The log-probabilities of `logprobs`, and the entropy of the distribution that each trained token is from."""
+        scored = [self.score_pass(one) for one in micro_batch.passes]
+        return scored[0] if len(scored) == 1 else TokenScores(*map(torch.cat, zip(*scored, strict=True)))
+
+    def score_pass(self, one: Pass) -> TokenScores:
         scored: TokenScores = self.scorer(
-            self.to_device(micro_batch.input_ids),
-            layout_tensors(micro_batch.layout, self.device),
-            self.to_device(micro_batch.positions),
-            self.to_device(micro_batch.targets),
-            self.to_device(micro_batch.temperature),
+            self.to_device(one.input_ids),
+            layout_tensors(one.layout, self.device),
+            self.to_device(one.positions),
+            self.to_device(one.targets),
+            self.to_device(one.temperature),
         )
         return scored
 

@@ -20,15 +20,14 @@ def training_samples(
     ]
     lengths = torch.tensor([rollout.num_trained_tokens for _, _, rollout in rollouts])
     rewards = torch.tensor([rollout.reward for _, _, rollout in rollouts], dtype=torch.float64)
-    rewards += overlong_penalty(lengths, config.sampling.max_new_tokens, actor)
+    rewards += overlong_penalty(lengths, torch.tensor([_max_tokens(group, config) for _, group, _ in rollouts]), actor)
     advantages = group_advantages(rewards, torch.tensor([index for index, _, _ in rollouts]), actor)
     if actor.batch_advantage_norm:
         advantages = normalise_over_tokens(advantages, lengths)
     current = current_version(step, version_steps)
     return [
-        Sample(group, rollout, segment, advantage, token_staleness(segment, step, version_steps, current))
+        Sample(group, rollout, advantage, token_staleness(rollout, step, version_steps, current))
         for (_, group, rollout), advantage in zip(rollouts, advantages.tolist(), strict=True)
-        for segment in rollout.segments
     ]
 
 
@@ -36,7 +35,11 @@ def probe_samples(group: Group, step: int, version_steps: Mapping[int, int]) -> 
     """All rollouts of a group that is scored and not trained; their advantages are 0."""
     current = current_version(step, version_steps)
     return [
-        Sample(group, rollout, segment, 0.0, token_staleness(segment, step, version_steps, current))
+        Sample(group, rollout, 0.0, token_staleness(rollout, step, version_steps, current))
         for rollout in group.rollouts
-        for segment in rollout.segments
     ]
+
+
+def _max_tokens(group: Group, config: RunConfig) -> int:
+    """The largest number of tokens that may be sampled for a rollout of the group."""
+    return group.ticket.limits.max_tokens if group.ticket.limits else config.sampling.max_new_tokens

@@ -2,11 +2,12 @@
 
 Pure functions of the batch: every rank computes the whole split and takes its share, so that ranks need not communicate
 for it. Forward and backward passes are collective, so every rank does as many as the one with the most micro-batches;
-the others pad with empty micro-batches, which add exactly 0.
+the others pad with empty micro-batches and passes, which add exactly 0.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import NamedTuple
 
 import msgspec
@@ -15,22 +16,25 @@ import torch
 from torch import Tensor
 
 from headrace.learner.algorithm.loss import PolicyLoss
-from headrace.learner.model.packing import MicroBatch, Sample, longest_groups_first, pack
+from headrace.learner.model.packing import MicroBatch, Pass, Sample, longest_groups_first, pack
 from headrace.learner.model.shared_prefix import Layout
 
-EMPTY_MICRO_BATCH = MicroBatch(
+EMPTY_PASS = Pass(
     input_ids=np.zeros((1, 1), np.int64),
     layout=Layout([1], [[0]]),
     positions=np.zeros(0, np.int64),
     targets=np.zeros(0, np.int64),
-    behaviour_logprobs=np.zeros(0, np.float32),
     temperature=np.zeros(0, np.float32),
+)
+"""A single position that no trained token is predicted from."""
+EMPTY_MICRO_BATCH = MicroBatch(
+    passes=(EMPTY_PASS,),
+    behaviour_logprobs=np.zeros(0, np.float32),
     token_staleness=np.zeros(0, np.int64),
     advantages=np.zeros(0, np.float32),
     sequence_offsets=np.zeros(1, np.int64),
-    rows=(),
+    samples=(),
 )
-"""A single position that no trained token is predicted from."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +54,14 @@ class MiniBatch:
         return [micro_batch for share in self.shares for micro_batch in share]
 
     def of_rank(self, rank: int) -> list[MicroBatch]:
-        """The micro-batches that a rank computes: as many as every other rank."""
-        num_passes = max(len(share) for share in self.shares)
-        return self.shares[rank] + [EMPTY_MICRO_BATCH] * (num_passes - len(self.shares[rank]))
+        """The micro-batches that a rank computes: as many as every other rank, each with as many passes as theirs."""
+        columns = zip_longest(*self.shares, fillvalue=EMPTY_MICRO_BATCH)
+        return [_pad_passes(column[rank], max(len(one.passes) for one in column)) for column in columns]
+
+
+def _pad_passes(micro_batch: MicroBatch, count: int) -> MicroBatch:
+    missing = count - len(micro_batch.passes)
+    return replace(micro_batch, passes=[*micro_batch.passes, *[EMPTY_PASS] * missing]) if missing else micro_batch
 
 
 def split_among_ranks(
@@ -73,7 +82,7 @@ def split_among_ranks(
     middles = ends - np.array([sample.num_tokens for sample in ordered]) / 2
     ranks = (middles * num_ranks / ends[-1]).astype(int)
     shares = [[s for s, owner in zip(ordered, ranks, strict=True) if owner == rank] for rank in range(num_ranks)]
-    num_trained_tokens = sum(sample.segment.num_trained_tokens for sample in samples)
+    num_trained_tokens = sum(sample.rollout.num_trained_tokens for sample in samples)
     return MiniBatch([pack(share, max_tokens) for share in shares], len(samples), num_trained_tokens)
 
 

@@ -2,7 +2,7 @@
 
 To add a metric, add a key to one of these dictionaries. A new key of a row travels by itself to Redis, `/history`, the
 trackers and Prometheus, if its value is a single number and its name is lower-case letters, digits and `_` (at most
-64). A list goes to the event and `metrics.jsonl` alone, unless `StepTotals` puts it into a histogram
+64); names of a task's own metrics are `environment/` and any ASCII. A list goes to the event and `metrics.jsonl` alone, unless `StepTotals` puts it into a histogram
 (`group_durations_s`). The key's help text in Prometheus is its line in `TEXTS` of `headrace/common/metrics/steps.py`.
 The page draws it once it is a series in `headrace/control/page/chart_specs.js`. `/history` keeps at most 200 columns.
 
@@ -140,7 +140,7 @@ def staleness_metrics(levels: Sequence[Staleness]) -> dict[str, float]:
 
 def padding_share(micro_batches: Sequence[MicroBatch]) -> float:
     """The share of padding in the rows that attention computes; nothing else is padded."""
-    if not micro_batches:
-        return 0.0
-    lengths = [[sample.num_tokens for sample in m.rows] for m in micro_batches]
-    return 1 - sum(map(sum, lengths)) / sum(len(part) * max(part) for part in lengths)
+    widths = [
+        [len(prompt) + len(segment) for prompt, segment in one.layout.spans] for m in micro_batches for one in m.passes
+    ]
+    return 1 - sum(map(sum, widths)) / sum(len(part) * max(part) for part in widths) if widths else 0.0

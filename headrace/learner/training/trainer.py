@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from headrace.common.config import RunConfig
+from headrace.common.metrics.task_metrics import mean_metrics
 from headrace.common.process.atomic_files import FileEntry
 from headrace.common.wire import Group, decode_group, encode
 from headrace.learner.algorithm.loss import PolicyLoss, policy_loss, reference_kl
@@ -23,6 +24,8 @@ from headrace.learner.model.host_snapshots import Snapshot, SnapshotPool
 from headrace.learner.model.packing import MicroBatch, pack, split_mini_batches
 from headrace.learner.model.policy import Policy
 from headrace.learner.training.batch_samples import probe_samples, training_samples
+from headrace.learner.training.episode_metrics import episode_metrics
+from headrace.learner.training.gradient_passes import backward, score_for_gradient
 from headrace.learner.training.optimizer import MasterAdamW, learning_rate
 from headrace.learner.training.random_state import random_state, set_random_state
 from headrace.learner.training.rank_batches import (
@@ -119,6 +122,8 @@ class Trainer:
             **off_policy_metrics(micro_batches, logprobs),
             **logprob_gaps(micro_batches, logprobs, probed),
             **group_metrics(groups, self.config.actor.truncated),
+            **episode_metrics(groups),
+            **mean_metrics((rollout.metrics for group in groups for rollout in group.rollouts), "environment"),
             "padding_share": padding_share(micro_batches),
         }
 
@@ -127,7 +132,7 @@ class Trainer:
         that were not computed."""
         found: dict[int, TrainedRollout] = {}
         for micro_batch, logprobs in self._latest:
-            for sample, (start, end) in zip(micro_batch.rows, pairwise(micro_batch.sequence_offsets), strict=True):
+            for sample, (start, end) in zip(micro_batch.samples, pairwise(micro_batch.sequence_offsets), strict=True):
                 if sample.group is group:
                     found[id(sample.rollout)] = TrainedRollout(sample.advantage, logprobs[start:end].cpu().numpy())
         return [found.get(id(rollout)) for rollout in group.rollouts]
@@ -184,7 +189,7 @@ class Trainer:
         total = mini_batch.num_sequences if per_sequence else mini_batch.num_trained_tokens
         losses = []
         for index, micro_batch in enumerate(mini_batch.of_rank(self.ranks.rank)):
-            policy_logprobs, entropy = self.policy.score(micro_batch)
+            policy_logprobs, entropy = scores = score_for_gradient(self.policy, micro_batch)
             if not is_known:
                 proximal.append(policy_logprobs.detach())
             one = policy_loss(
@@ -201,7 +206,7 @@ class Trainer:
             if self.reference is not None:
                 share = micro_batch.num_trained_tokens / mini_batch.num_trained_tokens
                 loss = loss + self._kl_loss(self.reference, micro_batch, policy_logprobs) * share
-            loss.backward()
+            backward(self.policy, micro_batch, loss, scores)
             losses.append(one)
         return losses
 
