@@ -138,5 +138,5 @@ def test_masks_and_versions_survive_a_round_trip_through_a_sample() -> None:
     mask, logprobs = bytes([1, 1, 0, 1]), np.zeros(3, np.float32)
     rollout = make_rollout(tokens=(8, 9, 50, 1), loss_mask=mask, behaviour_logprobs=logprobs)
     sample = as_sample([5], rollout, 1.0)
-    (micro_batch,) = pack([sample], 100)
-    assert micro_batch.targets.tolist() == [8, 9, 1]
+    ((one,),) = [micro_batch.passes for micro_batch in pack([sample], 100)]
+    assert one.targets.tolist() == [8, 9, 1]

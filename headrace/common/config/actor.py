@@ -76,19 +76,20 @@ class ActorConfig(Section):
     )
     truncated: Literal["train", "mask"] = Field(
         "train",
-        description="Treatment of completions that reached max_new_tokens. train: like any other, with their reward. "
-        "mask: as if they had not been sampled; they count neither in the loss nor in their group's mean, deviation "
-        "and uniformity.",
+        description="Treatment of completions that reached max_new_tokens, and of episodes that reached a limit. "
+        "train: like any other, with their reward. mask: as if they had not been sampled; they count neither in the "
+        "loss nor in their group's mean, deviation and uniformity.",
     )
     overlong_tokens: int = Field(
         0,
         ge=0,
-        description="Width in tokens of the range below max_new_tokens where length is penalised (DAPO); 0: none.",
+        description="Width in tokens of the range below max_new_tokens, or of an episode below environment.max_tokens, "
+        "where length is penalised (DAPO); 0: none.",
     )
     overlong_penalty_factor: float = Field(
         1.0,
         ge=0,
-        description="Penalty of a completion of max_new_tokens; shorter ones in the range get less, linearly.",
+        description="Penalty at the upper end of that range; shorter completions in it get less, linearly.",
     )
 
     importance_sampling_level: Literal["sequence", "token"] = Field(

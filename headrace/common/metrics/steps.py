@@ -55,6 +55,7 @@ TEXTS = {
     "turns_max": "Largest number of replies of one of the batch's episodes.",
     "segments_mean": "Mean number of token sequences of the batch's episodes.",
     "split_share": "Share of the batch's episodes that are more than one token sequence.",
+    "rewritten_share": "Share of the batch's episodes whose agent rewrote its history.",
     "environment_token_share": "Share of tokens, of those behind the prompts, that the environments said.",
     "finished_stop_share": "Share of the batch's episodes that ended by themselves.",
     "finished_length_share": "Share of the batch's episodes whose last reply reached max_new_tokens.",
@@ -126,7 +127,7 @@ def _add(families: Families, row: Mapping[str, Any], prefix: str) -> None:
 def _labelled(name: str) -> tuple[str, dict[str, str]]:
     family, separator, chosen = name.partition("/")
     if separator:
-        return _OF_THE_TASK.get(family, family), {"name": chosen}
+        return _OF_THE_TASK.get(family, family), {"metric": chosen}
     for family, label in _LABELLED.items():
         if number := re.fullmatch(rf"{family}_(\d+)", name):
             return family, {label: number[1]}

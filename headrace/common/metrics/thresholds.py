@@ -32,6 +32,23 @@ THRESHOLDS = (
         "learner.stale_policy train, a higher learner.max_staleness, or a lower learner.max_mean_staleness",
     ),
 )
+EPISODE_THRESHOLDS = (
+    Threshold(
+        "episodes_failed_share",
+        0.05,
+        0.25,
+        "episodes fail",
+        "see the replicas' logs for the reasons; a failed episode is begun again and never trained",
+    ),
+    Threshold(
+        "rewritten_share",
+        0.1,
+        1.0,
+        "the agent rewrites its history, so that the same tokens are computed in several segments",
+        "let it append to the conversation",
+    ),
+)
+"""Of steps that have episodes."""
 TRAINED_KL = Threshold("trained_kl", 0.05, 0.1, "what is trained is far from the policy that sampled it", OFF_POLICY)
 """The guard's threshold for KL(behaviour ‖ proximal) times the share of tokens that the behaviour clip leaves to train.
 Its alarm is lower than the verdict's for `kl_behaviour_proximal`: in the runs of docs/staleness.md that collapse, an

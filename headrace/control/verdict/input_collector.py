@@ -9,7 +9,13 @@ from collections import deque
 from typing import NamedTuple
 
 from headrace.common.config import RunConfig
-from headrace.common.metrics.thresholds import SMOOTHED_STEPS, THRESHOLDS, has_exact_numerics, logprob_gap_threshold
+from headrace.common.metrics.thresholds import (
+    EPISODE_THRESHOLDS,
+    SMOOTHED_STEPS,
+    THRESHOLDS,
+    has_exact_numerics,
+    logprob_gap_threshold,
+)
 from headrace.common.process.waiting import Reason, decode_waits
 from headrace.common.wire import Heartbeat
 from headrace.control.polling.history import RunHistory
@@ -19,7 +25,7 @@ from headrace.control.verdict.check_inputs import FINAL_PHASES, RECENT_DEAD_WIND
 
 RATE_WINDOW_S = 30.0
 DEAD_SAMPLE_S = 10.0
-WATCHED_METRICS = (*(one.name for one in THRESHOLDS), "skipped_updates")
+WATCHED_METRICS = (*(one.name for one in (*THRESHOLDS, *EPISODE_THRESHOLDS)), "skipped_updates")
 LOGPROB_GAP = logprob_gap_threshold(is_exact=True).name
 """Only steps with fresh tokens have it; its last value counts until a later step has one."""
 

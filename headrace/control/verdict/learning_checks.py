@@ -3,14 +3,21 @@
 Thresholds apply to medians over the last steps, so a single odd batch raises no alarm.
 """
 
-from headrace.common.metrics.thresholds import SMOOTHED_STEPS, THRESHOLDS, Threshold, logprob_gap_threshold
+from headrace.common.metrics.thresholds import (
+    EPISODE_THRESHOLDS,
+    SMOOTHED_STEPS,
+    THRESHOLDS,
+    Threshold,
+    logprob_gap_threshold,
+)
 from headrace.common.wire import one_line
 from headrace.control.models.status import Level
 from headrace.control.verdict.check_inputs import FINAL_PHASES, CheckInputs, CheckResult, check_result
 
 
 def learning_checks(inputs: CheckInputs) -> list[CheckResult]:
-    thresholds = [*THRESHOLDS, logprob_gap_threshold(inputs.is_exact)]
+    of_episodes = [one for one in EPISODE_THRESHOLDS if inputs.recent.get(one.name)]
+    thresholds = [*THRESHOLDS, logprob_gap_threshold(inputs.is_exact), *of_episodes]
     return [*(_metric(inputs, threshold) for threshold in thresholds), _skipped_updates(inputs), _guard(inputs)]
 
 

@@ -21,6 +21,7 @@ def episode_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "turns_max": float(max(turns)),
         "segments_mean": sum(len(episode.segments) for episode in episodes) / count,
         "split_share": sum(len(episode.segments) > 1 for episode in episodes) / count,
+        "rewritten_share": sum(_is_rewritten(episode) for episode in episodes) / count,
         "environment_token_share": 1 - sum(group.num_trained_tokens for group in groups) / tokens,
         **_finish_shares(episodes),
         "model_s_mean": sum(_seconds(turn) for one in episodes for turn in one.turns if turn.role == "assistant")
@@ -35,6 +36,10 @@ def episode_metrics(groups: Sequence[Group]) -> dict[str, float]:
 def _finish_shares(episodes: Sequence[Rollout]) -> dict[str, float]:
     reasons = [episode.finish_reason for episode in episodes]
     return {f"finished_{reason}_share": reasons.count(reason) / len(reasons) for reason in get_args(FinishReason)}
+
+
+def _is_rewritten(episode: Rollout) -> bool:
+    return any(segment.origin == "history" for segment in episode.segments)
 
 
 def _seconds(turn: Turn) -> float:

@@ -2,9 +2,10 @@
 
 To add a metric, add a key to one of these dictionaries. A new key of a row travels by itself to Redis, `/history`, the
 trackers and Prometheus, if its value is a single number and its name is lower-case letters, digits and `_` (at most
-64); names of a task's own metrics are `environment/` and any ASCII. A list goes to the event and `metrics.jsonl` alone, unless `StepTotals` puts it into a histogram
-(`group_durations_s`). The key's help text in Prometheus is its line in `TEXTS` of `headrace/common/metrics/steps.py`.
-The page draws it once it is a series in `headrace/control/page/chart_specs.js`. `/history` keeps at most 200 columns.
+64); names of a task's own metrics are `environment/` and any ASCII. A list goes to the event and `metrics.jsonl` alone,
+unless `StepTotals` puts it into a histogram (`group_durations_s`). The key's help text in Prometheus is its line in
+`TEXTS` of `headrace/common/metrics/steps.py`. The page draws it once it is a series in
+`headrace/control/page/chart_specs.js`. `/history` keeps at most 200 columns.
 
 Off-policy metrics compare behaviour with proximal log-probabilities token by token, over the whole batch and by token
 staleness. A fresh token was sampled with the same weights that compute its proximal log-probability, so its gap is due
