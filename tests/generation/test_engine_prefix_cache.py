@@ -42,6 +42,7 @@ class Episode:
             self.tokens += BRIDGE
         request = TurnRequest([*self.prompt, *self.tokens], Sampling(temperature, max_new_tokens, []), uuid.uuid4().hex)
         turn = await self.engine.sample_turn(request)
+        assert turn.cached_tokens < len(request.prompt_tokens), "the last one is always computed"
         self.turns.append((len(self.tokens), turn))
         self.tokens += turn.completion.tokens
         return turn

@@ -74,6 +74,11 @@ def test_the_engine_says_how_many_tokens_it_had_cached(turns: FakeSglang, tmp_pa
     assert [turn.cached_tokens for turn in take(turns, REQUEST, longer, longer)] == [0, 5, 5]
 
 
+def test_no_more_tokens_are_cached_than_were_sent(turns: FakeSglang) -> None:
+    turns.replies["/generate"] = 200, sample(cached_tokens=9)
+    assert [turn.cached_tokens for turn in take(turns, REQUEST)] == [3]
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [

@@ -112,7 +112,8 @@ class Engine:
         if meta.prompt_tokens != len(request.prompt_tokens):
             raise EngineError(f"{name}: sampled behind {meta.prompt_tokens} tokens, sent {len(request.prompt_tokens)}")
         unconfirmed = self._swapper.unconfirmed(_versions([completion]), num_failed_swaps)
-        return SampledTurn(completion, meta.cached_tokens, unconfirmed)
+        # SGLang counts again what it finds when it goes on with a request that it had put back.
+        return SampledTurn(completion, min(meta.cached_tokens, meta.prompt_tokens), unconfirmed)
 
     async def wait_until_confirmed(self, turns: Iterable[SampledTurn]) -> None:
         """Waits for swaps that were being confirmed when a turn ended; raises `UnconfirmedWeights` if one fails."""
