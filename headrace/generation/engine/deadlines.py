@@ -7,8 +7,8 @@ tokens. It has an upper limit, so that a request that the engine has lost is det
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 
 TOKENS_PER_TIMEOUT = 4096
 """Requests for more new tokens get proportionally more time."""
@@ -16,19 +16,14 @@ MAX_ALLOWANCES = 4
 """A request fails after this many allowances, even if other tickets are answered."""
 
 
-@dataclass(eq=False)
-class _Deadline:
-    timeout: asyncio.Timeout
-    allowance_s: float
-    last_at: float
-
-
 class CompletionDeadlines:
-    """Deadlines of one engine's tickets. `timeout_s` is the allowance for up to `TOKENS_PER_TIMEOUT` new tokens."""
+    """Deadlines of one engine's tickets and turns. `timeout_s` is the allowance for up to `TOKENS_PER_TIMEOUT` new
+    tokens."""
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        self._waiting: set[_Deadline] = set()
+        self._answered_at = -math.inf
+        """Time of the latest answer, by the event loop's clock."""
 
     def allowance_s(self, max_new_tokens: int) -> float:
         return self._timeout_s * max(1.0, max_new_tokens / TOKENS_PER_TIMEOUT)
@@ -37,13 +32,22 @@ class CompletionDeadlines:
     async def enforce(self, max_new_tokens: int) -> AsyncIterator[None]:
         """Raises `TimeoutError` when the block takes too long. An end without an error counts as an answer."""
         loop, allowance_s = asyncio.get_running_loop(), self.allowance_s(max_new_tokens)
-        async with asyncio.timeout(allowance_s) as timeout:
-            deadline = _Deadline(timeout, allowance_s, loop.time() + MAX_ALLOWANCES * allowance_s)
-            self._waiting.add(deadline)
+        began_at = loop.time()
+        check: asyncio.TimerHandle
+
+        def expire_if_due() -> None:
+            nonlocal check
+            due_at = max(began_at, self._answered_at) + allowance_s
+            due_at = min(due_at, began_at + MAX_ALLOWANCES * allowance_s)
+            if loop.time() >= due_at:
+                timeout.reschedule(loop.time())
+            else:
+                check = loop.call_at(due_at, expire_if_due)
+
+        async with asyncio.timeout(None) as timeout:
+            check = loop.call_at(began_at + allowance_s, expire_if_due)
             try:
                 yield
             finally:
-                self._waiting.discard(deadline)
-        for other in self._waiting:
-            if not other.timeout.expired():
-                other.timeout.reschedule(min(loop.time() + other.allowance_s, other.last_at))
+                check.cancel()
+        self._answered_at = loop.time()
