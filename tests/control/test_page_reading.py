@@ -97,7 +97,17 @@ def test_an_episode_is_read_as_a_conversation(
         assert "reward 1 · tool_calls 3 · tool_errors 0 · advantage" in episode.locator("h4").inner_text()
         assert "in 4 replies · 4.0 s in the model, 130 ms in the environment" in episode.locator("h4").inner_text()
         rules = episode.locator(".turns > *").evaluate_all("all => all.map((one) => one.className)")
-        assert rules == ["turn reply", "turn", "turn reply", "turn", "segment-rule", "turn", "turn reply", "turn", "turn reply"]
+        assert rules == [
+            "turn reply",
+            "turn",
+            "turn reply",
+            "turn",
+            "segment-rule",
+            "turn",
+            "turn reply",
+            "turn",
+            "turn reply",
+        ]
         assert episode.locator(".segment-rule").inner_text() == "history rewritten by the agent"
         assert episode.locator(".call").first.inner_text() == 'calls calculate(expression = "17 * 24")'
         assert "408" in episode.locator(".said").first.inner_text() and episode.locator(".said span").count() == 0

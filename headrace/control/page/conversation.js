@@ -45,7 +45,7 @@ function opening(group, segment, isRuled) {
 }
 
 /** What was not sampled. */
-const said = (role, text) => el("p", { class: "said text", tabindex: "0", role: "group", "aria-label": `Text of ${role}` }, text);
+const said = (role, text) => el("p", { class: "said text", tabindex: "0", role: "group", "aria-label": `Text of ${role}` }, edgesVisible(text));
 
 function turnBlock(rollout, turn, label, addTokens) {
   const isReply = turn.role === "assistant";
@@ -73,5 +73,8 @@ function replyFacts(rollout, turn) {
     turn.cached_tokens ? `${plural(turn.cached_tokens, "token")} of context cached` : null,
   ].filter(Boolean);
 }
+
+/** Line ends at both edges as signs, which take no line of their own. */
+const edgesVisible = (text) => text.replace(/^\n+|\n+$/g, (ends) => "⏎".repeat(ends.length));
 
 const lasted = (turn) => shortTime(turn.ended_at - turn.began_at);

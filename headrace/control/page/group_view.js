@@ -46,7 +46,7 @@ function pages(group) {
   const numbers = el(
     "p",
     { class: "token-numbers", role: "status" },
-    "Point at a token, or focus a completion and press → or ←.",
+    "Point at a token, or focus a completion or reply and press → or ←.",
   );
   const rollouts = group.rollouts.map((_, i) => new RolloutView(group, i, numbers));
   if (!group.rollouts.some(tone.has)) tone = TONES.find((one) => one.name === "surprise");
