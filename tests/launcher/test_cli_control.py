@@ -1,6 +1,7 @@
 """The commands that look at a run and steer it, against the real control service on a run that stands in Redis."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -9,24 +10,27 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
+import msgspec
 import pytest
 import redis
 from typer.testing import CliRunner
 
 from headrace.common.http.addresses import free_port
 from headrace.common.redis.keys import Keys
-from headrace.common.wire import DecidedState, TicketKind
+from headrace.common.wire import DecidedState, FinishReason, SegmentOrigin, TicketKind
 from headrace.common.wire.desired_state import parse_desired_state
+from headrace.control.http.page import PAGE
 from headrace.launcher.__main__ import app
 from headrace.launcher.commands import observe
 from headrace.launcher.commands.logs import Level
 from headrace.launcher.run.control_client import ControlClient
 from headrace.launcher.run.errors import NotRunning
 from headrace.launcher.run.log_files import LEVELS
-from headrace.launcher.terminal.render import GAPS, group_text, spans
+from headrace.launcher.terminal.group_text import ENDS, GAPS, ORIGINS, group_text, spans
 from tests.support.control_service import TOKEN, Control, a_control
 from tests.support.fake_sglang import FakeSglang
 from tests.support.seeded_run import seed_run
+from tests.support.shown_episodes import episode_group
 
 Result = Any
 Command = Callable[..., Result]
@@ -258,6 +262,9 @@ def test_a_token_is_coloured_by_how_far_learner_and_engine_are_apart() -> None:
         "weight_versions": [3, 3, 4],
         "tokens": ["a", "b\x1b[2J", "c"],
         "behaviour_logprobs": [-1.0, -1.0, -1.0],
+        "turns": [],
+        "metrics": {},
+        "failed_episodes": 0,
     }
     group: dict[str, Any] = {"id": "0-1", "kind": "train", "state": "trained", "step": 4, "issued_step": 3}
     group |= {"replica": "g", "rewards": [], "staleness": 1, "num_omitted": 0}
@@ -267,6 +274,32 @@ def test_a_token_is_coloured_by_how_far_learner_and_engine_are_apart() -> None:
     styled = [(text.plain[span.start : span.end], span.style) for span in text.spans]
     assert (styled[-2], styled[-1]) == (("b�[2J", GAPS[2][1]), ("c", GAPS[4][1]))
     assert spans([3, 3, 4]) == "3 (2 tokens), 4 (1)" and spans([3]) == "3"
+
+
+def test_an_episode_is_printed_as_a_conversation(
+    headrace: Command, runs: Path, client: redis.Redis, keys: Keys, control: Control
+) -> None:
+    sample = episode_group()
+    client.xadd(keys.samples, {"group": msgspec.json.encode(sample)})
+    control.refresh()
+    shown = headrace("groups", sample.id).stdout
+    roles = [
+        line.split()[0] for line in shown.splitlines() if re.match(r"   (assistant|tool) \(|   ────|   prompt:", line)
+    ]
+    solved, lost = ["assistant", "tool"] * 2, ["assistant", "tool", "assistant"]
+    assert roles == [*solved, "────", "prompt:", "assistant", "tool", "assistant", *lost]
+    assert "──── history rewritten by the agent ────" in shown and "Summary: 17 * 24 = 408" in shown
+    assert "1. reward 1.00, tool_calls 3, tool_errors 0, advantage +0.71, weight versions 41 (" in shown
+    assert "4.04 s in the model, 0.13 s in the environment" in shown
+    assert "failed episodes before it: 1, ended by the limit of turns" in shown
+
+
+def test_every_reason_has_words() -> None:
+    """In the terminal, in the report and on the page."""
+    assert set(ORIGINS) == set(get_args(SegmentOrigin)) and set(ENDS) == set(get_args(FinishReason))
+    for name, words in (("conversation.js", ORIGINS), ("rollout_view.js", ENDS)):
+        script = (PAGE / name).read_text()
+        assert all(f"{word}: " in script for word, text in words.items() if text), name
 
 
 def test_the_choices_of_options_are_the_protocols() -> None:

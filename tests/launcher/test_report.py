@@ -21,6 +21,7 @@ from headrace.launcher.report.headline import settings
 from headrace.launcher.report.problems import incidents, unhealthy_spans
 from tests.launcher.test_cli_logs import LEARNER
 from tests.support.seeded_run import evaluation_row, group_sample, seed_run, step_rows
+from tests.support.shown_episodes import episode_group
 
 AT = 1_795_000_000.0
 HOSTILE = "</pre></script><script>alert(1)</script><img src=//evil.example/x onerror=alert(2)>\x1b[2J\"'"
@@ -117,6 +118,21 @@ def test_it_needs_nothing_else_and_runs_nothing(
         "version 4, engine -1.000, learner -3.000",
     ) in page.attributes
     assert "dead" in page.text and "violations" in page.text, "the audit's account"
+
+
+def test_an_episode_is_shown_as_a_conversation(
+    runs: Path, keys: Keys, redis_url: str, client: redis.Redis, tmp_path: Path
+) -> None:
+    seed_run(client, keys, at=AT, num_groups=0)
+    client.xadd(keys.samples, {"group": msgspec.json.encode(episode_group(at=AT))})
+    output = tmp_path / "out.html"
+    report(runs, keys.run, "--redis-url", redis_url, "--output", str(output))
+    page = Page(output.read_text())
+    for said in ("history rewritten by the agent", "Summary: 17 * 24 = 408", "reward 1, tool_calls 3, tool_errors 0"):
+        assert said in page.text, said
+    assert "tool 0.05 s" in page.text and "assistant 0.77 s, versions 42" in page.text
+    assert "failed episodes before it: 1, ended by the limit of turns" in page.text
+    assert page.text.count("ZeroDivisionError") == 1
 
 
 def test_what_is_not_there_is_refused(runs: Path, keys: Keys) -> None:

@@ -94,7 +94,8 @@ def groups(
     runs_folder: RunsFolderOption = RUNS,
 ) -> None:
     """Show samples of recent groups; with TICKET one group, coloured where learner and engine differ."""
-    from headrace.launcher.terminal.render import group_text, groups_table
+    from headrace.launcher.terminal.group_text import group_text
+    from headrace.launcher.terminal.render import groups_table
 
     with control_of(run, url, runs_folder) as control:
         if ticket is not None:

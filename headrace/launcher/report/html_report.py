@@ -21,8 +21,9 @@ import redis
 from headrace.common.config import yaml_text
 from headrace.common.metrics.thresholds import has_exact_numerics
 from headrace.common.redis.keys import Keys
-from headrace.common.wire.group_samples import GroupSample, RolloutSample
+from headrace.common.wire.group_samples import GroupSample
 from headrace.launcher.report import curves
+from headrace.launcher.report.example_blocks import blocks
 from headrace.launcher.report.headline import headline, settings
 from headrace.launcher.report.panels import panels
 from headrace.launcher.report.problems import incidents, unhealthy_spans
@@ -31,21 +32,14 @@ from headrace.launcher.run.log_files import LogFilter, log_files, read_logs
 from headrace.launcher.run.open_run import open_run
 from headrace.launcher.run.processes import REDIS_URL_VARIABLE
 from headrace.launcher.run.redis_server import short_timeout_client
-from headrace.launcher.terminal.render import duration, spans
+from headrace.launcher.terminal.group_text import ENDS, message_text, spans
+from headrace.launcher.terminal.render import duration
 
 REPORT_FILE = "report.html"
 AUDIT_TIMEOUT_S = 300.0
 WANTED_EXAMPLES = {"trained": 4, "uniform": 2, "stale": 1, "evaluated": 2}
-MAX_ROLLOUTS, MAX_TOKENS = 4, 600
+MAX_ROLLOUTS = 4
 """Rollouts that are shown of one example."""
-GAPS = (0.01, 0.05, 0.2, 1.0)
-"""Gaps between learner and engine in a token's log-probability: the classes g1 to g4 of the page."""
-
-
-class Token(NamedTuple):
-    text: str
-    level: int
-    title: str
 
 
 class RedisContent(NamedTuple):
@@ -75,6 +69,8 @@ def render(run: str, rows: Sequence[Row], config: Row, summary: Row | None, cont
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.filters |= {"clock": _clock, "duration": duration, "spans": spans, "readable": curves.format_number}
+    environment.filters |= {"said": message_text}
+    environment.globals |= {"ENDS": ENDS}
     told, num_left_out = incidents(read_logs(logs, LogFilter(level="WARNING")) if log_files(logs) else [])
     dtype = (config.get("model") or {}).get("dtype")
     engine = (config.get("generation") or {}).get("engine") or {}
@@ -91,7 +87,9 @@ def render(run: str, rows: Sequence[Row], config: Row, summary: Row | None, cont
         num_left_out=num_left_out,
         settings=settings(config),
         content=content,
-        examples=[(group, [(one, _tokens(one)) for one in group.rollouts[:MAX_ROLLOUTS]]) for group in content.groups],
+        examples=[
+            (group, [(one, blocks(group, one)) for one in group.rollouts[:MAX_ROLLOUTS]]) for group in content.groups
+        ],
     )
 
 
@@ -127,19 +125,6 @@ def _examples(url: str, keys: Keys) -> list[GroupSample]:
                 left[group.state] -= 1
                 found.append(group)
     return sorted(found, key=lambda group: (list(WANTED_EXAMPLES).index(group.state), -group.step))
-
-
-def _tokens(rollout: RolloutSample) -> list[Token]:
-    learner = rollout.proximal_logprobs or rollout.behaviour_logprobs
-    parts = zip(rollout.tokens, rollout.versions, learner, rollout.behaviour_logprobs, strict=False)
-    return [
-        Token(
-            text,
-            sum(abs(proximal - behaviour) > gap for gap in GAPS),
-            f"version {version}, engine {behaviour:.3f}, learner {proximal:.3f}",
-        )
-        for text, version, proximal, behaviour in list(parts)[:MAX_TOKENS]
-    ]
 
 
 def _rows(path: Path) -> list[Row]:

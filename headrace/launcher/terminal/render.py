@@ -12,8 +12,6 @@ from headrace.common.process.redaction import printable
 Answer = dict[str, Any]
 
 COLOURS = {"healthy": "green", "waiting": "cyan", "warning": "yellow", "critical": "bold red", "ended": "blue"}
-GAPS = ((0.01, ""), (0.05, "on grey19"), (0.2, "black on yellow"), (1.0, "black on dark_orange"), (9e9, "white on red"))
-"""(largest |learner - engine| log-probability of a token, its colour)."""
 GROUP_STATES = ("trained", "uniform", "stale", "evaluated", "dead_letters")
 MINUTE_S, HOUR_S = 60, 3600
 
@@ -126,43 +124,6 @@ def evaluations_table(evaluations: Sequence[Answer]) -> Table:
         for one in evaluations
     ]
     return table(columns, rows)
-
-
-def group_text(group: Answer) -> Text:
-    """Prompt and completions; a token is the darker the more learner and engine disagree about it."""
-    text = Text(f"ticket {group['id']}, {group['kind']}, {group['state']} at step {group['step']}")
-    text.append(f", asked for at step {group['issued_step']}, answered by {printable(group['replica'])}")
-    if group["staleness"] is not None:
-        text.append(f", {group['staleness']} steps stale")
-    for message in group["messages"]:
-        text.append(f"\n{printable(message.get('role', '?'))}: ", "bold").append(printable(message.get("content", "")))
-    for place, rollout in enumerate(group["rollouts"], start=1):
-        text.append(f"\n{place}. reward {number(rollout['reward'])}", "bold")
-        if rollout["advantage"] is not None:
-            text.append(f", advantage {rollout['advantage']:+.2f}")
-        text.append(f", weight versions {spans(rollout['weight_versions'])}, {len(rollout['weight_versions'])} tokens")
-        text.append(", cut off" if rollout["finish_reason"] == "length" else "").append("\n   ")
-        text.append_text(_tokens(rollout))
-    if group["num_omitted"]:
-        text.append(f"\n{group['num_omitted']} more completions were left out", "dim")
-    return text
-
-
-def _tokens(rollout: Answer) -> Text:
-    text = Text()
-    proximal = rollout["proximal_logprobs"] or rollout["behaviour_logprobs"]
-    for token, learner, engine in zip(rollout["tokens"], proximal, rollout["behaviour_logprobs"], strict=False):
-        gap = abs(learner - engine)
-        text.append(printable(token).replace("\n", "\n   "), next((style for most, style in GAPS if gap <= most), ""))
-    return text
-
-
-def spans(versions: Sequence[int]) -> str:
-    """The spans of equal versions, such as `12 (5 tokens), 13 (8)`."""
-    counted = [(version, versions.count(version)) for version in dict.fromkeys(versions)]
-    if len(counted) == 1:
-        return str(counted[0][0])
-    return ", ".join(f"{version} ({count}{' tokens' if i == 0 else ''})" for i, (version, count) in enumerate(counted))
 
 
 def table(columns: Iterable[str], rows: Iterable[Sequence[str | Text]]) -> Table:
