@@ -23,6 +23,7 @@ from tests.support.page_in_chromium import (
     open_page,
 )
 from tests.support.seeded_run import group_sample, heartbeat, seed_run
+from tests.support.shown_episodes import episode_group
 
 HOSTILE = "<img src=x onerror=\"alert('x');window.taken=1\"><script>alert(1)</script>\u202egnp.exe</p>{{7*7}}"
 
@@ -78,6 +79,53 @@ def test_a_group_is_read_token_by_token(page: Any, tmp_path: Path) -> None:
     name = page.url.split("#")[1]
     page.reload()
     page.locator("#reader-title").filter(has_text=name.removeprefix("group/")).wait_for()
+
+
+@pytest.mark.parametrize(("width", "name"), [(1280, "episode"), (390, "episode-narrow")])
+def test_an_episode_is_read_as_a_conversation(
+    browser: Any, control: str, client: redis.Redis, tmp_path: Path, width: int, name: str
+) -> None:
+    group = episode_group(at=time.time())
+    add_group(client, Keys("test-page-reading"), group)
+    with a_page(browser, width, 1500) as page:
+        open_page(page, control)
+        page.evaluate("(id) => { location.hash = `#group/${id}`; }", group.id)
+        episode = page.locator(".completion").filter(has_text="Episode 1")
+        episode.locator(".turn").nth(7).wait_for()
+        roles = episode.locator(".turn-head b").all_inner_texts()
+        assert roles == ["assistant", "tool", "assistant", "tool", "prompt", "assistant", "tool", "assistant"]
+        assert "reward 1 · tool_calls 3 · tool_errors 0 · advantage" in episode.locator("h4").inner_text()
+        assert "in 4 replies · 4.0 s in the model, 130 ms in the environment" in episode.locator("h4").inner_text()
+        rules = episode.locator(".turns > *").evaluate_all("all => all.map((one) => one.className)")
+        assert rules == [
+            "turn reply",
+            "turn",
+            "turn reply",
+            "turn",
+            "segment-rule",
+            "turn",
+            "turn reply",
+            "turn",
+            "turn reply",
+        ]
+        assert episode.locator(".segment-rule").inner_text() == "history rewritten by the agent"
+        assert episode.locator(".call").first.inner_text() == 'calls calculate(expression = "17 * 24")'
+        assert "408" in episode.locator(".said").first.inner_text() and episode.locator(".said span").count() == 0
+        heads = episode.locator(".turn-head").all_inner_texts()
+        assert "1.3 s in the model" in heads[0] and "v41" in heads[0] and "50 ms in the environment" in heads[3]
+        assert "v42" in heads[5] and "of context cached" in heads[5]
+        page.get_by_role("button", name="weight version").click()
+        coloured = episode.locator(".tokens").evaluate_all("all => all.map((one) => one.lastChild.className)")
+        assert coloured == ["t-v0", "t-v0", "t-v1", "t-v1"]
+        episode.locator(".tokens").nth(1).locator("span").first.hover()
+        first = group.rollouts[0].turns[2].start
+        assert f"token {first + 1} of {len(group.rollouts[0].tokens)}:" in page.locator(".token-numbers").inner_text()
+        lost = page.locator(".completion").filter(has_text="Episode 2").locator("h4").inner_text()
+        assert "after 1 failed episode" in lost and "ended by the limit of turns" in lost
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        assert faults_of(page) == []
+        page.locator("#reader").screenshot(path=tmp_path / "reader.png")
+        keep_shot(page, tmp_path, name)
 
 
 def test_groups_that_were_not_trained_have_no_gap(page: Any) -> None:

@@ -279,19 +279,21 @@ def as_packed(sequences: list[dict[str, list[float]]], variant: ActorConfig) -> 
 
 
 def as_padded(sequences: list[dict[str, list[float]]], variant: ActorConfig) -> tuple[PolicyLoss, list[Tensor]]:
-    """Prompt and padding positions hold NaN: nothing outside the mask may matter."""
-    width = max(len(q["policy"]) for q in sequences) + 2
+    """Positions of prompts, of an environment after every second token, and of padding hold NaN, advantages too:
+    nothing outside the mask may matter."""
+    places = [[1 + i + i // 2 for i in range(len(q["policy"]))] for q in sequences]
+    width = max(place[-1] for place in places) + 2
     columns = {name: torch.full((len(sequences), width), math.nan, dtype=torch.float64) for name in sequences[0]}
     mask = torch.zeros(len(sequences), width)
     for row, q in enumerate(sequences):
-        mask[row, 1 : 1 + len(q["policy"])] = 1
+        mask[row, places[row]] = 1
         for name, values in q.items():
-            columns[name][row, 1 : 1 + len(values)] = torch.tensor(values, dtype=torch.float64)
+            columns[name][row, places[row]] = torch.tensor(values, dtype=torch.float64)
     policy = columns["policy"].requires_grad_()
     result = policy_loss(policy, columns["proximal"], columns["behaviour"], columns["advantages"], mask, variant)
     result.loss.backward()
-    assert policy.grad is not None
-    return result, [policy.grad[row, 1 : 1 + len(q["policy"])] for row, q in enumerate(sequences)]
+    assert policy.grad is not None and not policy.grad[mask == 0].any()
+    return result, [policy.grad[row, place] for row, place in enumerate(places)]
 
 
 @settings(max_examples=200)

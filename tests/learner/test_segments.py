@@ -114,6 +114,24 @@ def test_a_rollout_cut_into_segments_has_the_loss_and_the_gradient_of_the_whole(
     assert max(len(m.passes) for m, _ in trainer._latest) == 1, "the last was cut nowhere"
 
 
+@pytest.mark.parametrize("loss", ["default", "sequence_mean"])
+def test_any_order_of_packing_gives_the_same_gradient(
+    demo_policy: Path, loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of groups, of a group's rollouts, and in micro-batches and passes of any size."""
+    actor = {"group_size": 2, "num_mini_batches": 1} | LOSSES[loss]
+    trainer = make_trainer(make_config(demo_policy, actor=actor))
+    groups = cut(make_conversations(trainer), "everywhere")
+    expected, row = step_of(trainer, groups, monkeypatch)
+    turned = [replace(group, rollouts=group.rollouts[::-1]) for group in groups[::-1]]
+    for some, budget in ((turned, 4096), (turned, 33), (groups[2:] + groups[:2], 57)):
+        learner = trainer.config.learner.model_copy(update={"micro_batch_tokens": budget})
+        trainer.config = trainer.config.model_copy(update={"learner": learner})
+        gradient, same = step_of(trainer, some, monkeypatch)
+        assert (gradient - expected).norm() < 1e-5 * expected.norm(), budget
+        assert same["loss"] == pytest.approx(row["loss"], rel=1e-4, abs=1e-6)
+
+
 def test_a_rollout_longer_than_the_budget_is_computed_in_passes(
     demo_policy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,6 +67,9 @@ export function duration(seconds) {
   return `${Math.floor(hours / 24)} d ${hours % 24} h`;
 }
 
+/** For example 40 ms, 1.3 s, or 2 min. */
+export const shortTime = (seconds) => (seconds < 100 ? milliseconds(1000 * seconds) : duration(seconds));
+
 export function clock(unixSeconds) {
   if (isNone(unixSeconds)) return NONE;
   const at = new Date(unixSeconds * 1000);

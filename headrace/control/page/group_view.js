@@ -1,10 +1,11 @@
-/* One group: its prompt, and each completion as coloured tokens. Below are the numbers of the token under the pointer or
-   at the position of the arrow keys. */
+/* One group: its prompt, and each completion as coloured tokens, or each episode as a conversation. Below are the numbers
+   of the token under the pointer or at the position of the arrow keys. */
 
 import { RequestFailed, get } from "./api.js";
-import { Completion } from "./completion.js";
+import { callLine } from "./conversation.js";
 import { byId, el, setText } from "./dom.js";
 import { clock, duration, plural } from "./format.js";
+import { RolloutView } from "./rollout_view.js";
 import { TONES, toneOf } from "./token_colours.js";
 
 let tone = TONES[0];
@@ -45,9 +46,9 @@ function pages(group) {
   const numbers = el(
     "p",
     { class: "token-numbers", role: "status" },
-    "Point at a token, or focus a completion and press → or ←.",
+    "Point at a token, or focus a completion or reply and press → or ←.",
   );
-  const completions = group.rollouts.map((rollout, i) => new Completion(rollout, i, numbers));
+  const rollouts = group.rollouts.map((_, i) => new RolloutView(group, i, numbers));
   if (!group.rollouts.some(tone.has)) tone = TONES.find((one) => one.name === "surprise");
 
   const choices = TONES.map((one) => {
@@ -63,21 +64,21 @@ function pages(group) {
     const { classOf, legend: entries } = toneOf(tone, group.rollouts);
     for (const button of choices) button.setAttribute("aria-pressed", String(button.dataset.tone === tone.name));
     legend.replaceChildren(...entries.map((one) => el("li", {}, el("i", { class: `tone ${one.tone}` }), one.text)));
-    for (const completion of completions) completion.colour(classOf);
+    for (const rollout of rollouts) rollout.colour(classOf);
   }
   paint(tone);
   return [
     el("p", { class: "muted" }, summary(group)),
-    el("section", { class: "prompt-text", "aria-label": "Prompt" }, ...group.messages.map(message)),
+    group.messages.length ? el("section", { class: "prompt-text", tabindex: "0", "aria-label": "Prompt" }, ...group.messages.map(message)) : null,
     el(
       "div",
       { class: "colouring" },
       el("div", { class: "choice", role: "group", "aria-label": "Colour tokens by" }, ...choices),
       legend,
     ),
-    ...completions.map((one) => one.root),
+    ...rollouts.map((one) => one.root),
     group.num_omitted
-      ? el("p", { class: "muted" }, `${plural(group.num_omitted, "completion")} more, omitted because of their size.`)
+      ? el("p", { class: "muted" }, `${plural(group.num_omitted, unit(group))} more, omitted because of their size.`)
       : null,
     numbers,
   ].filter(Boolean);
@@ -91,14 +92,25 @@ function summary(group) {
   );
 }
 
-function message({ role, content, ...rest }) {
+const unit = (group) => (group.rollouts.some((one) => one.turns.length) ? "episode" : "completion");
+
+function message({ role, content, tool_calls: calls, ...rest }) {
   const others = Object.entries(rest)
-    .map(([name, value]) => `${name}: ${value}`)
+    .map(([name, value]) => `${name}: ${asText(value)}`)
     .join("\n");
   return el(
     "div",
     { class: "message" },
-    el("b", {}, role ?? "prompt"),
-    el("p", { class: "text" }, [content ?? "", others].filter(Boolean).join("\n")),
+    el("b", {}, asText(role ?? "prompt")),
+    el("p", { class: "text" }, [contentText(content), others].filter(Boolean).join("\n")),
+    ...(Array.isArray(calls) ? calls.map(callLine) : []),
   );
 }
+
+/** Of a message's content: a text, or parts. */
+function contentText(content) {
+  if (!Array.isArray(content)) return asText(content ?? "");
+  return content.map((part) => (typeof part?.text === "string" ? part.text : asText(part))).join("\n");
+}
+
+const asText = (value) => (typeof value === "string" ? value : JSON.stringify(value));

@@ -110,7 +110,7 @@ function write(item, group) {
   setText(head.children[0], `step ${group.step}`);
   setText(head.children[1], STATE_TEXT[group.state] ?? group.state);
   setText(head.children[2], clock(group.decided_at));
-  setText(prompt, group.prompt || "(an empty prompt)");
+  setText(prompt, group.prompt || "(a prompt without text)");
   setText(foot.children[0], rewardsText(group.rewards));
   setText(foot.children[1], group.replica);
 }

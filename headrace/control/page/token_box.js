@@ -1,73 +1,49 @@
-/* One completion as coloured tokens; the pointer and the arrow keys select the token whose numbers are shown. */
+/* Sampled tokens in colours; the pointer and the arrow keys select the token whose numbers are shown. */
 
 import { el, setText } from "./dom.js";
-import { NONE, count, number, plural, signed } from "./format.js";
+import { NONE, count, number, signed } from "./format.js";
 
 const FIRST_TOKENS = 3000;
 
-/** `numbers`: the element that shows the numbers of the selected token. */
-export class Completion {
-  constructor(rollout, index, numbers) {
-    this.rollout = rollout;
-    this.numbers = numbers;
+/** The tokens [start, end) of a rollout. */
+export class TokenBox {
+  /** `numbers`: the element that shows the numbers of the selected token. */
+  constructor(rollout, start, end, label, numbers) {
+    Object.assign(this, { rollout, start, end, numbers });
     this.at = -1;
-    const { reward, advantage, finish_reason: finish, tokens } = rollout;
-    this.box = el("p", {
-      class: "tokens",
-      tabindex: "0",
-      role: "listbox",
-      "aria-orientation": "horizontal",
-      "aria-label": `Tokens of completion ${index + 1}`,
-    });
+    this.box = el("p", { class: "tokens", tabindex: "0", role: "listbox", "aria-orientation": "horizontal", "aria-label": label });
+    const left = end - start - FIRST_TOKENS;
     this.more =
-      tokens.length > FIRST_TOKENS
-        ? el(
-            "button",
-            { type: "button", class: "quiet", onclick: () => this.#rest() },
-            `The other ${count(tokens.length - FIRST_TOKENS)} tokens`,
-          )
+      left > 0
+        ? el("button", { type: "button", class: "quiet", onclick: () => this.#rest() }, `The other ${count(left)} tokens`)
         : null;
-    const cut = finish === "length" ? ", cut off at the token limit" : "";
-    this.root = el(
-      "section",
-      { class: "completion" },
-      el(
-        "h4",
-        {},
-        `Completion ${index + 1}`,
-        el(
-          "span",
-          { class: "unit" },
-          ` reward ${number(reward)} · advantage ${advantage === null ? NONE : signed(advantage)} · ${plural(tokens.length, "token")}${cut}`,
-        ),
-      ),
-      this.box,
-      this.more,
-    );
-    this.#add(0, Math.min(tokens.length, FIRST_TOKENS));
-    if (!tokens.length) this.box.replaceWith(el("p", { class: "text" }, rollout.text || "(nothing)"));
+    this.#add(Math.min(end, start + FIRST_TOKENS));
     this.box.addEventListener("pointerover", (event) => this.#showNumbers(this.#indexOf(event.target)));
     this.box.addEventListener("keydown", (event) => this.#key(event));
     this.box.addEventListener("focus", () => this.#go(Math.max(0, this.at)));
-    this.box.addEventListener("blur", () => this.box.querySelector(".now")?.classList.remove("now"));
+    this.box.addEventListener("blur", () => this.#unmark(this.box.children[this.at]));
+  }
+
+  get elements() {
+    return [this.box, this.more];
   }
 
   colour(classOf) {
     this.classOf = classOf;
     [...this.box.children].forEach((token, i) => {
-      token.className = classOf(this.rollout, i);
+      token.className = classOf(this.rollout, this.start + i);
     });
   }
 
-  #add(from, to) {
+  #add(end) {
     const made = [];
-    for (let i = from; i < to; i++)
+    for (let i = this.start + this.box.children.length; i < end; i++)
       made.push(el("span", { role: "option", "aria-selected": "false" }, visible(this.rollout.tokens[i])));
     this.box.append(...made);
   }
 
   #rest() {
-    this.#add(this.box.children.length, this.rollout.tokens.length);
+    this.#add(this.end);
     this.more.remove();
     this.colour(this.classOf);
     this.box.focus();
@@ -86,13 +62,8 @@ export class Completion {
   }
 
   #go(index) {
-    const before = this.box.children[this.at],
-      now = this.box.children[index];
-    if (before) {
-      before.removeAttribute("id");
-      before.setAttribute("aria-selected", "false");
-      before.classList.remove("now");
-    }
+    const now = this.box.children[index];
+    this.#unmark(this.box.children[this.at]);
     if (!now) return;
     this.at = index;
     now.id = "token-now";
@@ -103,9 +74,18 @@ export class Completion {
     this.#showNumbers(index);
   }
 
-  #showNumbers(i) {
-    if (i < 0) return;
+  #unmark(token) {
+    if (!token) return;
+    token.removeAttribute("id");
+    token.setAttribute("aria-selected", "false");
+    token.classList.remove("now");
+    this.box.removeAttribute("aria-activedescendant");
+  }
+
+  #showNumbers(index) {
+    if (index < 0) return;
     const { tokens, weight_versions: versions, behaviour_logprobs: behaviour, proximal_logprobs: proximal, advantage } = this.rollout;
+    const i = this.start + index;
     const gap = proximal === null ? null : proximal[i] - behaviour[i];
     setText(
       this.numbers,
