@@ -33,6 +33,8 @@ class JoinedRun(NamedTuple):
     keys: Keys
     config: RunConfig
     token: str
+    has_rollout: bool
+    """The task has `rollout` in place of `reward`, as the learner has found."""
 
 
 def service_parser(service: str) -> argparse.ArgumentParser:
@@ -65,11 +67,12 @@ def join_run(redis_url: str, run: str | None, token_file: Path | None, waits: Wa
         keys = Keys(run) if run else _wait_for(lambda: _only_run(client), "no learner has begun any run", waits)
         what = f"run {run!r} has no configuration in Redis: no learner has begun it"
         config = _read_config(_wait_for(lambda: client.get(keys.config), what, waits))
+        has_rollout = client.get(keys.task_method) == b"rollout"
     if token is None:
         assert token_file is not None
         token = _wait_for(lambda: read_token_file(token_file), f"no token in {token_file}", waits)
     add_process_fields(run=keys.run)
-    return JoinedRun(keys, config, token)
+    return JoinedRun(keys, config, token, has_rollout)
 
 
 def _only_run(client: redis.Redis) -> Keys | None:

@@ -2,7 +2,8 @@
 
     HEADRACE_REDIS_URL=redis://10.0.0.1:6379 HEADRACE_TOKEN=... python -m headrace.generation
 
-SIGTERM and SIGINT drain it. It and all its processes end within `EXIT_DEADLINE_S` seconds of the signal.
+SIGTERM drains it: episodes have `environment.drain_s` to end. SIGINT, or a second signal, gives them no time. It and
+all its processes end within `EXIT_DEADLINE_S` seconds after that.
 Exit codes: 0 drained, 1 failed, 2 refused before anything started.
 """
 
@@ -87,38 +88,43 @@ def _parse_arguments() -> argparse.Namespace:
 async def _serve(arguments: argparse.Namespace, joined: JoinedRun, sock: socket.socket, waits: Waits) -> None:
     task, url = asyncio.current_task(), socket_url(sock)
     assert task is not None
-    _on_signals(task.cancel)
+    _on_signals(lambda _: task.cancel())
     try:
         name, log_folder = arguments.name, arguments.log_folder
         run = (joined.config, joined.keys, arguments.redis_url, joined.token)
-        assembling = assemble_replica(*run, name, url, log_folder, waits, arguments.shares_gpu)
+        assembling = assemble_replica(*run, name, url, log_folder, waits, joined.has_rollout, arguments.shares_gpu)
         async with assembling as replica, serve_in_loop(make_app(replica, joined.token), sock):
-            _on_signals(replica.drain)
+            _on_signals(replica.drain, replica.rollouts.drain_s)
             await replica.serve()
     finally:
         _exit_by_deadline()  # a library's thread may keep the process alive
 
 
-def _on_signals(end: Callable[[], object]) -> None:
-    """Calls `end` in the event loop. asyncio's own handlers are not used: they do not run while the loop is blocked."""
+def _on_signals(end: Callable[[bool], object], drain_s: float = 0.0) -> None:
+    """Calls `end` in the event loop, with whether it is to hurry. asyncio's own handlers are not used: they do not run
+    while the loop is blocked."""
     loop = asyncio.get_running_loop()
+    received: list[int] = []
 
-    def receive(*_: object) -> None:
-        _exit_by_deadline()
-        loop.call_soon_threadsafe(end)
+    def receive(number: int, _: object) -> None:
+        is_hurried = number == signal.SIGINT or bool(received)
+        received.append(number)
+        _exit_by_deadline(0.0 if is_hurried else drain_s)
+        loop.call_soon_threadsafe(end, is_hurried)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, receive)
 
 
-def _exit_by_deadline() -> None:
-    """Ends the process after `EXIT_DEADLINE_S` if it hangs; the engine and the reward workers die with it."""
+def _exit_by_deadline(drain_s: float = 0.0) -> None:
+    """Ends the process after `drain_s` and `EXIT_DEADLINE_S` if it hangs; the engine and the workers die with it."""
+    deadline_s = drain_s + EXIT_DEADLINE_S
 
     def give_up() -> None:
-        _log.error("the replica has not ended within %g s of the request; exiting now", EXIT_DEADLINE_S)
+        _log.error("the replica has not ended within %g s of the request; exiting now", deadline_s)
         os._exit(1)
 
-    timer = threading.Timer(EXIT_DEADLINE_S, give_up)
+    timer = threading.Timer(deadline_s, give_up)
     timer.daemon = True
     timer.start()
 

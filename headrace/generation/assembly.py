@@ -13,8 +13,10 @@ from headrace.common.redis.keys import Keys
 from headrace.generation.engine.client import Engine, SwapTimings
 from headrace.generation.engine.server import EngineServer
 from headrace.generation.engine.supervisor import EngineSupervisor
+from headrace.generation.episode_rollouts import EpisodeRollouts
 from headrace.generation.loop import Replica
 from headrace.generation.rewards.pool import RewardPool
+from headrace.generation.rollouts import RewardedCompletions, RolloutSource
 from headrace.generation.tickets.store import TicketStore
 from headrace.generation.weights.downloads import Fetcher
 from headrace.generation.weights.free_space import check_capacity
@@ -37,12 +39,14 @@ async def assemble_replica(
     url: str,
     log_folder: Path,
     waits: Waits,
+    has_rollout: bool = False,
     shares_gpu: bool = False,
 ) -> AsyncIterator[Replica]:
     """A replica that is ready to `serve`; all of its parts are closed when the block ends.
 
-    `shares_gpu`: the engine gets the part of the GPU's memory that `learner.memory_fraction` leaves. Raises
-    `InsufficientSpace` if the weights do not fit into the folder for them.
+    `has_rollout`: the task has `rollout` in place of `reward`. `shares_gpu`: the engine gets the part of the GPU's
+    memory that `learner.memory_fraction` leaves. Raises `InsufficientSpace` if the weights do not fit into the folder
+    for them.
     """
     settings = config.generation
     async with contextlib.AsyncExitStack() as stack:
@@ -50,14 +54,6 @@ async def assemble_replica(
         stack.push_async_callback(client.aclose)
         tickets = TicketStore(client, keys, name)
         await tickets.open()
-        rewards = RewardPool(
-            config.task.name,
-            config.task.settings,
-            num_workers=settings.reward_workers,
-            deadline_s=settings.reward_deadline_s,
-            memory_bytes=settings.reward_memory_bytes,
-        )
-        stack.push_async_callback(rewards.close)
 
         async def announce(timings: SwapTimings, fetched: FetchedVersion) -> None:
             event = {"replica": name, "weight_version": fetched.local.manifest.version, "bytes": fetched.num_bytes}
@@ -77,7 +73,15 @@ async def assemble_replica(
             log = log_folder / f"sglang-{name}.log"
             learner_fraction = config.learner.memory_fraction if shares_gpu else None
             trusted = config.model.trust_remote_code
-            server = EngineServer(settings.engine, config.model.dtype, log, learner_fraction, trusted)
+            server = EngineServer(
+                settings.engine,
+                config.model.dtype,
+                log,
+                learner_fraction,
+                trusted,
+                environment=config.environment if has_rollout else None,
+                chat_template=config.model.chat_template,
+            )
             stack.push_async_callback(server.stop)
             engine_url = server.url
         engine = Engine(
@@ -95,7 +99,28 @@ async def assemble_replica(
             liveness_timeout_s=settings.engine.liveness_timeout_s,
             busy_timeout_s=settings.completion_timeout_s,
         )
-        yield Replica(name, url, settings, tickets, supervisor, rewards, weights, waits, config.num_eval_slots)
+        make_rollouts = _episodes if has_rollout else _completions
+        rollouts = make_rollouts(config, supervisor, stack)
+        yield Replica(name, url, settings, tickets, supervisor, rollouts, weights, waits, config.num_eval_slots)
+
+
+def _completions(config: RunConfig, supervisor: EngineSupervisor, stack: contextlib.AsyncExitStack) -> RolloutSource:
+    settings = config.generation
+    rewards = RewardPool(
+        config.task.name,
+        config.task.settings,
+        num_workers=settings.reward_workers,
+        deadline_s=settings.reward_deadline_s,
+        memory_bytes=settings.reward_memory_bytes,
+    )
+    stack.push_async_callback(rewards.close)
+    return RewardedCompletions(supervisor, rewards)
+
+
+def _episodes(config: RunConfig, supervisor: EngineSupervisor, stack: contextlib.AsyncExitStack) -> RolloutSource:
+    episodes = EpisodeRollouts(config, supervisor)
+    stack.push_async_callback(episodes.close)
+    return episodes
 
 
 async def _model_folder(model: ModelConfig) -> Path:

@@ -24,7 +24,7 @@ class WeightsHint(BaseModel):
 
 def make_app(replica: Replica, token: str) -> FastAPI:
     app = new_app("Headrace generation replica")
-    parts = (replica.waits, replica.supervisor, replica.weights, replica.tickets, replica.rewards)
+    parts = (replica.waits, replica.supervisor, replica.weights, replica.tickets, replica.rollouts)
     mount_metrics(app, ReplicaMetrics(replica.heartbeat, *parts))
     app.include_router(weights_router(replica.weights.file_server, token))
     guarded = [Depends(require_token(token))]
@@ -60,7 +60,7 @@ def make_app(replica: Replica, token: str) -> FastAPI:
 
     @app.post("/drain", dependencies=guarded)
     async def drain() -> dict[str, Any]:
-        """Finishes or hands back the tickets in flight, then ends the replica."""
+        """Finishes or hands back the tickets in flight, then ends the replica. Episodes have `environment.drain_s`."""
         replica.drain()
         return status()
 

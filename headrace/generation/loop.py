@@ -14,7 +14,7 @@ from headrace.common.config import GenerationConfig
 from headrace.common.process.waiting import Waits
 from headrace.common.wire import Heartbeat
 from headrace.generation.engine.supervisor import EngineSupervisor
-from headrace.generation.rewards.pool import RewardPool
+from headrace.generation.rollouts import RolloutSource
 from headrace.generation.status import FIRST_VERSION_TIMEOUT_S, ReplicaStatus
 from headrace.generation.ticket_processor import ShutdownBudget, TicketProcessor
 from headrace.generation.tickets.in_flight import InFlight
@@ -39,7 +39,7 @@ class Replica:
         config: GenerationConfig,
         tickets: TicketStore,
         supervisor: EngineSupervisor,
-        rewards: RewardPool,
+        rollouts: RolloutSource,
         weights: WeightUpdater,
         waits: Waits,
         num_eval_slots: int,
@@ -50,16 +50,18 @@ class Replica:
         self.config = config
         self.tickets = tickets
         self.supervisor = supervisor
-        self.rewards = rewards
+        self.rollouts = rollouts
         self.weights = weights
         self.waits = waits
         self._num_eval_slots = num_eval_slots
         self._shutdown_budget = ShutdownBudget()
-        self._processor = TicketProcessor(config, tickets, supervisor, rewards, weights, self._shutdown_budget)
+        self._processor = TicketProcessor(config, tickets, rollouts, weights, self._shutdown_budget)
         self._retry_elsewhere = RetryElsewhere(tickets.client, tickets.keys, name)
         self._in_flight = InFlight()
-        self.status = ReplicaStatus(config, supervisor, weights, rewards, self._in_flight, waits)
+        self.status = ReplicaStatus(config, supervisor, weights, rollouts, self._in_flight, waits)
         self._draining = asyncio.Event()
+        self._hurried = asyncio.Event()
+        """Set when a drain waits no longer for episodes."""
         self._heartbeat_due = asyncio.Event()
         """Set when the next heartbeat must not wait for its interval."""
 
@@ -79,10 +81,13 @@ class Replica:
                 task.cancel()
         await self._shutdown_budget.run(self.tickets.delete_heartbeat())
 
-    def drain(self) -> None:
-        """Finishes or hands back the tickets in flight; `serve` then returns."""
+    def drain(self, is_hurried: bool = False) -> None:
+        """Finishes or hands back the tickets in flight; `serve` then returns. Episodes have `environment.drain_s` to
+        end, unless it is hurried, by this call or a later one."""
         self.status.is_draining = True
         self._draining.set()
+        if is_hurried:
+            self._hurried.set()
 
     def heartbeat(self) -> Heartbeat:
         self.status.update_waits()
@@ -115,8 +120,8 @@ class Replica:
             draining.cancel()
 
     async def _get_ready(self) -> None:
-        """Starts the reward workers while the engine starts, which takes longer."""
-        await self.rewards.start()
+        """Starts the workers while the engine starts, which takes longer."""
+        await self.rollouts.start()
         await self.weights.wait_for_version(1, FIRST_VERSION_TIMEOUT_S)
 
     async def _process_tickets(self) -> None:
@@ -129,9 +134,19 @@ class Replica:
                 tasks.create_task(self._fill_slots(*stream, tasks), name=stream[0]) for stream in streams.items()
             ]
             await self._draining.wait()
-            await asyncio.wait([*workers, *self._in_flight.tasks], timeout=DRAIN_TIMEOUT_S)
+            await self._wait_for_tickets(workers)
             for task in (*workers, *self._in_flight.tasks):
                 task.cancel()
+
+    async def _wait_for_tickets(self, workers: list[asyncio.Task[None]]) -> None:
+        """Waits for the tickets in flight, as long as a drain may take."""
+        finished = asyncio.create_task(asyncio.wait([*workers, *self._in_flight.tasks]))
+        hurried = asyncio.create_task(self._hurried.wait())
+        drain_s = self.rollouts.drain_s
+        await asyncio.wait([finished, hurried], timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([finished], timeout=DRAIN_TIMEOUT_S)
+        finished.cancel()
+        hurried.cancel()
 
     async def _fill_slots(self, stream: str, num_slots: int, tasks: asyncio.TaskGroup) -> None:
         """Keeps up to `num_slots` tickets of `stream` in flight; tickets of dead replicas come first."""

@@ -8,7 +8,7 @@ from headrace.common.metrics.replicas import add_replica, add_replica_waits
 from headrace.common.process.waiting import Waits
 from headrace.common.wire import Heartbeat
 from headrace.generation.engine.supervisor import EngineSupervisor
-from headrace.generation.rewards.pool import RewardPool
+from headrace.generation.rollouts import RolloutSource
 from headrace.generation.tickets.store import TicketStore
 from headrace.generation.weights.downloads import Fetcher
 from headrace.generation.weights.updater import WeightUpdater
@@ -26,14 +26,14 @@ class ReplicaMetrics:
         supervisor: EngineSupervisor,
         weights: WeightUpdater,
         tickets: TicketStore,
-        rewards: RewardPool,
+        rollouts: RolloutSource,
     ) -> None:
         self._heartbeat = heartbeat
         self._waits = waits
         self._supervisor = supervisor
         self._weights = weights
         self._tickets = tickets
-        self._rewards = rewards
+        self._rollouts = rollouts
 
     def __call__(self) -> Families:
         heartbeat, families = self._heartbeat(), Families(run=self._tickets.keys.run)
@@ -62,12 +62,7 @@ class ReplicaMetrics:
                 replica=name,
                 outcome=outcome,
             )
-        families.histogram(
-            "headrace_replica_reward_seconds",
-            "Seconds that a worker took for a group's rewards.",
-            self._rewards.seconds,
-            replica=name,
-        )
+        self._rollouts.collect(families, name)
         return families
 
 

@@ -4,7 +4,7 @@ from headrace.common.config import GenerationConfig
 from headrace.common.process.waiting import Reason, Waits
 from headrace.common.wire import ReplicaState
 from headrace.generation.engine.supervisor import EngineSupervisor
-from headrace.generation.rewards.pool import RewardPool
+from headrace.generation.rollouts import RolloutSource
 from headrace.generation.tickets.in_flight import InFlight
 from headrace.generation.weights.updater import WeightUpdater
 
@@ -27,7 +27,7 @@ class ReplicaStatus:
         config: GenerationConfig,
         supervisor: EngineSupervisor,
         weights: WeightUpdater,
-        rewards: RewardPool,
+        rollouts: RolloutSource,
         in_flight: InFlight,
         waits: Waits,
     ) -> None:
@@ -36,7 +36,7 @@ class ReplicaStatus:
         self._config = config
         self._supervisor = supervisor
         self._weights = weights
-        self._rewards = rewards
+        self._rollouts = rollouts
         self._in_flight = in_flight
         self._waits = waits
 
@@ -81,6 +81,6 @@ class ReplicaStatus:
             return Reason.WAITING_FOR_WEIGHTS, detail, FIRST_VERSION_TIMEOUT_S if is_first else config.weights_timeout_s
         if self.is_paused:
             return Reason.PAUSED, "", None
-        if self._rewards.problem:
-            return Reason.REWARDS_FAILING, self._rewards.problem, None
+        if self._rollouts.problem:
+            return Reason.REWARDS_FAILING, self._rollouts.problem, None
         return (Reason.NO_TICKETS, "", None) if self.state == "running" and not self._in_flight else None

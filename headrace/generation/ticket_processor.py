@@ -11,18 +11,17 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable
 
-import numpy as np
 import redis
 
 from headrace.common.config import GenerationConfig
 from headrace.common.process.logs import log_context
-from headrace.common.tasks import Outcome
-from headrace.common.wire import Group, Rollout, Timings, WireError, check_group
+from headrace.common.wire import MAX_GROUP_BYTES, Group, Ticket, Timings, WireError, check_group, encode
 from headrace.generation.engine.client import EngineError
-from headrace.generation.engine.completions import Completion
-from headrace.generation.engine.supervisor import EngineDown, EngineSupervisor
-from headrace.generation.rewards.pool import RewardPool
+from headrace.generation.engine.supervisor import EngineDown
+from headrace.generation.environments.episodes import EpisodesFailed
+from headrace.generation.environments.process import EpisodeInterrupted
 from headrace.generation.rewards.process import RewardError
+from headrace.generation.rollouts import RolloutSource, SampledRollouts
 from headrace.generation.tickets.retry_elsewhere import HAND_BACK_DELAY_S
 from headrace.generation.tickets.store import Lease, TicketStore
 from headrace.generation.weights.updater import WeightUpdater
@@ -57,8 +56,7 @@ class TicketProcessor:
         self,
         config: GenerationConfig,
         tickets: TicketStore,
-        supervisor: EngineSupervisor,
-        rewards: RewardPool,
+        rollouts: RolloutSource,
         weights: WeightUpdater,
         shutdown_budget: ShutdownBudget,
     ) -> None:
@@ -66,8 +64,7 @@ class TicketProcessor:
         self.tokens_generated = 0
         self._config = config
         self._tickets = tickets
-        self._supervisor = supervisor
-        self._rewards = rewards
+        self._rollouts = rollouts
         self._weights = weights
         self._shutdown_budget = shutdown_budget
 
@@ -104,9 +101,8 @@ class TicketProcessor:
         ticket, leased_s = lease.ticket, time.time()
         try:
             await self._weights.wait_for_version(ticket.min_weight_version, self._config.weights_timeout_s)
-            completions = await self._supervisor.generate(ticket)
-            group = await self._score(lease, completions, leased_s)
-        except EngineDown as error:
+            group = self._group(ticket, await self._rollouts.rollouts_of(ticket), leased_s)
+        except (EngineDown, EpisodeInterrupted) as error:
             await self._tickets.requeue_interrupted(lease, str(error))
         except TimeoutError:
             _log.warning(
@@ -115,7 +111,7 @@ class TicketProcessor:
                 self._config.weights_timeout_s,
             )
             await self._tickets.hand_back(lease)
-        except RewardError as error:
+        except (RewardError, EpisodesFailed) as error:
             await self._tickets.fail(lease, str(error), max_attempts, error.completions)
         except (EngineError, WireError) as error:
             await self._tickets.fail(lease, str(error), max_attempts)
@@ -128,22 +124,11 @@ class TicketProcessor:
             versions = f"{group.oldest_version} to {group.newest_version}"
             _log.info("committed, sampled by versions %s", versions, extra={"version": group.newest_version})
 
-    async def _score(self, lease: Lease, completions: list[Completion], leased_s: float) -> Group:
-        sampled_s = time.time()
-        outcomes = await self._rewards.score(lease.ticket, [completion.text for completion in completions])
-        rollouts = [_rollout(completion, outcome) for completion, outcome in zip(completions, outcomes, strict=True)]
-        group = Group(lease.ticket, rollouts, self._tickets.replica, Timings(leased_s, sampled_s, time.time()))
+    def _group(self, ticket: Ticket, found: SampledRollouts, leased_s: float) -> Group:
+        """Raises `WireError` if the learner would refuse it."""
+        timings = Timings(leased_s, found.sampled_s, time.time())
+        group = Group(ticket, found.rollouts, self._tickets.replica, timings, found.prompts)
         check_group(group)
+        if ticket.limits is not None and (size := len(encode(group))) > MAX_GROUP_BYTES:
+            raise WireError(f"ticket {ticket.id} has a group of {size:,} bytes, more than {MAX_GROUP_BYTES:,}")
         return group
-
-
-def _rollout(completion: Completion, outcome: Outcome) -> Rollout:
-    return Rollout.of_completion(
-        tokens=np.array(completion.tokens, np.int32),
-        behaviour_logprobs=completion.behaviour_logprobs,
-        version_spans=completion.version_spans,
-        reward=outcome.reward,
-        finish_reason=completion.finish_reason,
-        text=completion.text,
-        metrics=outcome.metrics,
-    )

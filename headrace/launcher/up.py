@@ -9,6 +9,7 @@ launcher at a time can hold a run.
 
 import json
 import os
+import signal
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -100,7 +101,8 @@ def up(
         if is_target_cleared:
             target.clear()
         learner = _learner(folder, url, view, is_new_epoch, devices)
-        replicas = Replicas(lambda index: _replica(folder, index, url, devices), target)
+        drain_s = recipe.config.environment.drain_s
+        replicas = Replicas(lambda index: _replica(folder, index, url, devices, drain_s), target)
         control = _control(folder, url, host, page_port)
         try:
             Supervisor(learner, replicas, control, redis, view, signals).run()
@@ -151,8 +153,8 @@ def _learner(folder: Path, url: str, view: ProgressView, is_new_epoch: bool, dev
     )
 
 
-def _replica(folder: Path, index: int, url: str, devices: Devices) -> SupervisedProcess:
-    """Always restarted on the same devices."""
+def _replica(folder: Path, index: int, url: str, devices: Devices, drain_s: float) -> SupervisedProcess:
+    """Always restarted on the same devices. At the end of a run it does not wait for its episodes."""
     name, logs = f"generation-{index}", folder / "logs"
     arguments = ["--run", folder.name, "--token-file", str(folder / "token"), "--name", name, "--log-folder", str(logs)]
     arguments, environment = arguments + devices.arguments, devices.replica_environment(index)
@@ -162,6 +164,8 @@ def _replica(folder: Path, index: int, url: str, devices: Devices) -> Supervised
         progress=time.monotonic,
         min_progress=SERVICE_UP_S,
         no_restart_codes={REFUSED},
+        end_signal=signal.SIGINT,
+        drain_s=drain_s,
     )
 
 

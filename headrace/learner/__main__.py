@@ -34,7 +34,7 @@ from headrace.common.process.run_token import load_or_create_token
 from headrace.common.process.waiting import Waits
 from headrace.common.redis.client import OUTAGE_DEADLINE_S, connect, durability_problem
 from headrace.common.redis.keys import Keys
-from headrace.common.tasks import add_import_folder
+from headrace.common.tasks import add_import_folder, has_rollout
 from headrace.learner.context import LearnerContext
 from headrace.learner.distributed.engine_wait import wait_for_engine
 from headrace.learner.distributed.launch import run_ranks
@@ -131,7 +131,8 @@ def _run(arguments: argparse.Namespace, config: RunConfig, recording: Recording 
     waits, switches = Waits(), Switches()
     stopping = switches.stop.is_set
     client = connect(redis_url, waits, deadline_s=OUTAGE_DEADLINE_S, is_stopping=stopping, is_one_master=True)
-    client.set(keys.config, config.model_dump_json(exclude={"redis_url"}))
+    client.set(keys.task_method, "rollout" if has_rollout(task) else "reward")
+    client.set(keys.config, config.model_dump_json(exclude={"redis_url"}))  # replicas wait for this
     sock = listen_with_overrides(config.learner, arguments.host, arguments.port)
     folder = arguments.runs_folder / arguments.run
     folder.mkdir(parents=True, exist_ok=True)

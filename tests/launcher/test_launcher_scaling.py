@@ -123,7 +123,8 @@ while True:
     signal.pause()
 """,
     )
-    process = fakes.up("--replicas", "2", settings=f"{QUICK}; up.REPLICA_GRACE_S = 1.0")
+    at_once = ("--set", "environment.drain_s=0")
+    process = fakes.up("--replicas", "2", *at_once, settings=f"{QUICK}; up.REPLICA_GRACE_S = 1.0")
     fakes.wait_for(*serving(0, 1))
     scaled(fakes, "1")
     fakes.wait_for("generation asked generation-1")

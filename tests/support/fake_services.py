@@ -21,7 +21,7 @@ from tests.support.guard import GUARD_S
 ROOT = Path(__file__).parents[2]
 RECIPE = "configs/tiny-cpu.yaml"
 SERVES = "note('serves'); signal.pause()"
-"""Until SIGTERM, of which it dies."""
+"""Until a signal, of which it dies."""
 IDLES = "signal.pause()"
 """The same, and it says nothing."""
 
@@ -53,8 +53,11 @@ def redis(*words):
                 raise OSError(answer)
     return answer
 
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 def on(number, act):
-    signal.signal(number, lambda *_: act())
+    for one in (number, signal.SIGINT):
+        signal.signal(one, lambda *_: act())
 
 def tell_learner(**fields):
     for name, value in fields.items():

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from headrace.common.environments import BlockingChat, Chat
+from headrace.common.environments import BlockingChat, Chat, ChatError
 from headrace.common.tasks import Outcome, Prompt, Split
 from headrace.common.wire import Ticket
 from tests.support.faulty_tasks import chatter, eat_memory, spy
@@ -39,6 +39,15 @@ class Environment:
                 return await _replies(chat, int(argument))
             case "parallel":
                 await asyncio.gather(*(chat.reply() for _ in range(int(argument))))
+                return 1.0
+            case "fail":  # until it was begun so often
+                text = (await chat.reply()).text
+                if chat.attempt < int(argument):
+                    raise ValueError(f"not yet at attempt {chat.attempt}")
+                return Outcome(1.0, {"seed": chat.seed, "length": len(text)})
+            case "late":
+                await chat.reply()
+                self._late = asyncio.create_task(_ask_later(chat, Path(argument)))
                 return 1.0
             case "meet":
                 await self._meet(int(argument))
@@ -156,6 +165,16 @@ async def _replies(chat: Chat, count: int) -> float:
     for _ in range(count):
         await chat.reply("Go on.")
     return float(count)
+
+
+async def _ask_later(chat: Chat, noted: Path) -> None:
+    """After the episode is over."""
+    while True:
+        try:
+            await chat.reply()
+        except ChatError as error:
+            noted.write_text(str(error))
+            return
 
 
 async def _never_end() -> None:

@@ -22,6 +22,7 @@ from headrace.generation.engine.server import EngineServer
 from headrace.generation.engine.supervisor import EngineSupervisor
 from headrace.generation.loop import Replica
 from headrace.generation.rewards.pool import RewardPool
+from headrace.generation.rollouts import RewardedCompletions, RolloutSource
 from headrace.generation.tickets.store import TicketStore
 from headrace.generation.weights.downloads import Fetcher
 from headrace.generation.weights.local_weights import LocalWeights
@@ -91,7 +92,6 @@ async def running_replica(
     client = connect_async(redis_url, waits)
     tickets = TicketStore(client, keys, name)
     await tickets.open()
-    rewards = RewardPool(task, {}, num_workers=1, deadline_s=GUARD_S, memory_bytes=4 << 30)
 
     async def announce(timings: SwapTimings, fetched: FetchedVersion) -> None:
         event = {"weight_version": fetched.local.manifest.version, "pause_ms": timings.pause_s * 1e3}
@@ -105,13 +105,15 @@ async def running_replica(
     http = Engine(url, swap_mode=config.engine.swap_mode, completion_timeout_s=config.completion_timeout_s)
     timeouts = {"liveness_timeout_s": liveness_timeout_s, "busy_timeout_s": config.completion_timeout_s}
     supervisor = EngineSupervisor(http, server, weights.startup_weights, **timeouts)
+    rewards = RewardPool(task, {}, num_workers=1, deadline_s=GUARD_S, memory_bytes=4 << 30)
+    rollouts: RolloutSource = RewardedCompletions(supervisor, rewards)
     replica = Replica(
         name,
         "http://127.0.0.1:1",
         config,
         tickets,
         supervisor,
-        rewards,
+        rollouts,
         weights,
         waits,
         config.max_eval_groups_in_flight,

@@ -18,6 +18,7 @@ weights       hash                        newest version, its manifest's SHA-256
 swap_slots    sorted set                  replicas that swap, by when their slot expires        replicas
 versions      hash                        weight version -> the step that made it               learner
 config        string                      the resolved configuration, for replicas that join    learner
+task_method   string                      `reward` or `rollout`, whichever the task has         learner
 control       hash                        desired state (common/wire/desired_state.py)          control, command line
 launcher      string, TTL                 host and process of the launcher that follows it      launcher
 events        stream, bounded             what happened, for the page and the command line      everybody
@@ -71,6 +72,7 @@ class Keys:
         self.swap_slots = prefix + "swap_slots"
         self.versions = prefix + "versions"
         self.config = prefix + "config"
+        self.task_method = prefix + "task_method"
         self.control = prefix + "control"
         self.launcher = prefix + "launcher"
         self.events = prefix + "events"

@@ -22,6 +22,9 @@ PROGRAM = "headrace.generation.environments.worker"
 START_DEADLINE_S = 300.0
 """Large libraries of environments take a minute to import on a busy machine."""
 
+MAX_ISOLATED = 8
+"""Largest number of processes, besides the workers, that hold an episode alone."""
+
 
 @dataclass
 class _Slot:
@@ -39,7 +42,7 @@ class EnvironmentPool:
         self._is_open = False
         self._slots: list[_Slot] = []
         self._free = asyncio.Semaphore(settings.workers * settings.episodes_per_worker)
-        self._isolated = asyncio.Semaphore(settings.workers)
+        self._isolated = asyncio.Semaphore(MAX_ISOLATED)
         self._running: set[EnvironmentWorker] = set()
         """Every worker whose process may not have ended yet."""
 

@@ -3,8 +3,7 @@
     python -m headrace.launcher.check.prompt_trial OUTPUT NUM_PROMPTS < config.json
     (headrace/launcher/check/trial.py)
 
-So the launcher loads neither the task, which is foreign code, nor the tokenizer. Transformers is imported without
-torch, which its tokenizers and settings do not need: with torch the import takes three times as long.
+So the launcher loads neither the task, which is foreign code, nor the tokenizer.
 """
 
 import itertools
@@ -18,10 +17,13 @@ import msgspec
 
 from headrace.common.config import RunConfig
 from headrace.common.environments.limits import episode_limits
+from headrace.common.models.chat_template import ChatTemplate, PromptError
 from headrace.common.models.context_length import context_tokens, load_model_config
 from headrace.common.models.hub import is_hub_name
 from headrace.common.models.prompt_cost import unshared_prompt_note
-from headrace.common.models.template_probe import TemplateProbe
+from headrace.common.models.template_loading import bridge_of, torch_kept_out
+from headrace.common.models.template_probe import TemplateProbe, probe_template
+from headrace.common.models.tokenizer import load_tokenizer
 from headrace.common.preflight.environment import check_model_context, check_template
 from headrace.common.preflight.recipe import UnavailableHere, one_line
 from headrace.common.preflight.task import SPLITS, check_task, checked_prompts, load_checked_task
@@ -80,7 +82,7 @@ def try_prompts(config: RunConfig, num_prompts: int) -> TaskTrial:
     task = load_checked_task(config)
     chat, model_config = _load(config)
     context = context_tokens(model_config, config.generation.engine.context_tokens)
-    found = TaskTrial(context=context, flops=measure_flops(), template=_template_probe(chat, config))
+    found = TaskTrial(context=context, flops=measure_flops(), template=probe_template(bridge_of(chat, config.model)))
     found.min_new_tokens = config.sampling.max_new_tokens
     limits = None
     if has_rollout(task):
@@ -106,39 +108,14 @@ def try_prompts(config: RunConfig, num_prompts: int) -> TaskTrial:
 
 def _load(config: RunConfig) -> tuple[Any, Any]:
     """The chat template with the tokenizer, and the model's configuration."""
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # otherwise it warns that torch is missing
-    is_imported = not sys.modules.keys().isdisjoint({"torch", "transformers"})
-    is_kept_out = not is_imported and not config.model.trust_remote_code
-    if is_kept_out:
-        sys.modules["torch"] = None  # type: ignore[assignment]
-    try:
-        from headrace.common.models.chat_template import ChatTemplate
-        from headrace.common.models.tokenizer import load_tokenizer
-
-        chat = ChatTemplate(load_tokenizer(config.model), config.model, config.task.system_prompt)
-        return chat, load_model_config(config.model)
-    except ValueError as error:
-        if is_hub_name(config.model.path) and os.environ.get("HF_HUB_OFFLINE"):
-            raise UnavailableHere(f"the prompts were not tried: {one_line(error)}") from error
-        raise
-    finally:
-        if is_kept_out:
-            del sys.modules["torch"]  # the task may want it
-
-
-def _template_probe(chat: Any, config: RunConfig) -> TemplateProbe:
-    """Raises `ValueError` if no end token is known."""
-    from transformers import GenerationConfig
-
-    from headrace.common.models.bridge import Bridge
-    from headrace.common.models.chat_template import stop_token_ids
-    from headrace.common.models.template_probe import probe_template
-
-    try:
-        generation = GenerationConfig.from_pretrained(config.model.location, revision=config.model.revision)
-    except OSError:
-        generation = None
-    return probe_template(Bridge(chat, stop_token_ids(chat, generation)))
+    with torch_kept_out(config.model):
+        try:
+            chat = ChatTemplate(load_tokenizer(config.model), config.model, config.task.system_prompt)
+            return chat, load_model_config(config.model)
+        except ValueError as error:
+            if is_hub_name(config.model.path) and os.environ.get("HF_HUB_OFFLINE"):
+                raise UnavailableHere(f"the prompts were not tried: {one_line(error)}") from error
+            raise
 
 
 def _try(
@@ -150,8 +127,6 @@ def _try(
     trial: SplitTrial,
     limits: Limits | None,
 ) -> None:
-    from headrace.common.models.chat_template import PromptError
-
     is_train = split == "train"
     if isinstance(prompt, BadRow):
         trial.refused.append(f"{split} prompt {row}: {prompt.reason}")

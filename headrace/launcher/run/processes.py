@@ -57,9 +57,9 @@ class Service:
     def returncode(self) -> int | None:
         return self.process.poll()
 
-    def ask_to_stop(self) -> None:
+    def ask_to_stop(self, number: int = signal.SIGTERM) -> None:
         if self.process.poll() is None:
-            self.process.terminate()
+            self.process.send_signal(number)
 
     def kill(self) -> None:
         self.process.kill()

@@ -84,8 +84,8 @@ class Replicas:
             if not process.is_running:
                 del self._draining[index]
                 yield f"{process.service.name} has left"
-            elif time.monotonic() - asked_at > process.grace_s:
-                yield f"{process.service.name} did not leave within {process.grace_s:.0f} s: killing it"
+            elif time.monotonic() - asked_at > (grace_s := process.drain_s + process.grace_s):
+                yield f"{process.service.name} did not leave within {grace_s:.0f} s: killing it"
                 process.service.kill()
 
     def _restart_if_ended(self, index: int) -> str | None:

@@ -1,5 +1,6 @@
 """The restart policy: a service that ends unexpectedly is restarted after growing pauses, a limited number of times."""
 
+import signal
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -30,6 +31,10 @@ class SupervisedProcess:
     """Exit codes after which a restart would end the same way."""
     exit_reason: Callable[[], str] = lambda: ""
     """The reason that the service reported for its exit; if empty, its log is searched."""
+    end_signal: int = signal.SIGTERM
+    """The request to stop at the end of a run."""
+    drain_s: float = 0.0
+    """How much longer it may take to stop while the run goes on."""
     service: Service = field(init=False)
     restarts_without_progress: int = 0
     _restart_at: float | None = None

@@ -106,7 +106,7 @@ class Supervisor:
 
     def _end(self, processes: Sequence[SupervisedProcess], is_redis_needed: bool = False) -> None:
         for process in processes:
-            process.service.ask_to_stop()
+            process.service.ask_to_stop(process.end_signal)
         asked_at = time.monotonic()
         while running := [process for process in processes if process.is_running]:
             for process in running:
