@@ -45,13 +45,16 @@ SetOption = Annotated[
 @app.command(rich_help_panel=START)
 def init(
     folder: Annotated[Path, typer.Argument(help="Folder for the files; it is created if necessary.")] = Path(),
+    environment: Annotated[
+        bool, typer.Option("--environment", help="Write a task of several turns, with `rollout` in place of `reward`.")
+    ] = False,
 ) -> None:
     """Write a recipe and a task of your own to begin with: a small example that runs on a CPU."""
     from headrace.launcher.commands.init import init as write_files
     from headrace.launcher.commands.init import next_commands
 
     with one_line_errors(OSError):
-        for path in write_files(folder):
+        for path in write_files(folder, "environment" if environment else "task"):
             print(f"wrote {path}")
     print("\nNext:")
     for command in next_commands(folder):

@@ -7,20 +7,24 @@ import shlex
 from pathlib import Path
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
-FILES = ("recipe.yaml", "my_task.py")
+FILES = {
+    "task": ("recipe.yaml", "my_task.py"),
+    "environment": ("recipe.yaml", "my_environment.py"),
+}
+"""By the kind of task."""
 
 
-def init(folder: Path) -> list[Path]:
-    """Writes the files and returns their paths. Raises `ValueError` if one of them exists."""
-    paths = [folder / name for name in FILES]
-    if existing := [str(path) for path in paths if path.exists()]:
+def init(folder: Path, kind: str) -> list[Path]:
+    """Writes the files of a kind of task and returns their paths. Raises `ValueError` if one of them exists."""
+    names = FILES[kind]
+    if existing := [str(folder / name) for name in names if (folder / name).exists()]:
         raise ValueError(
-            f"{', '.join(existing)}: already there; expected another folder, or none of {', '.join(FILES)}"
+            f"{', '.join(existing)}: already there; expected another folder, or none of {', '.join(names)}"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    for path in paths:
-        path.write_text(template(path.name))
-    return paths
+    for name in names:
+        (folder / name).write_text(template(kind, name))
+    return [folder / name for name in names]
 
 
 def next_commands(folder: Path) -> list[str]:
@@ -29,5 +33,5 @@ def next_commands(folder: Path) -> list[str]:
     return [f"headrace check {recipe}", f"headrace up {recipe} --run first", "headrace status --watch --run first"]
 
 
-def template(name: str) -> str:
-    return (TEMPLATES / name).read_text()
+def template(kind: str, name: str) -> str:
+    return (TEMPLATES / kind / name).read_text()

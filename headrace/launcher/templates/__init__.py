@@ -1,1 +1,2 @@
-"""The files that `headrace init` writes: a recipe and a task module. docs/tasks.md quotes both, held by a test."""
+"""The files that `headrace init` writes, a folder for each kind of task: `task` has one whose completions are rewarded,
+`environment` one of several turns. docs/tasks.md and docs/environments.md quote them, held by a test."""
