@@ -16,22 +16,12 @@ ROOT = Path(__file__).parents[2]
 def headrace(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "headrace.launcher", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    return subprocess.run(
-        command,
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=GUARD_S,
-    )
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=GUARD_S)
 
 
 @pytest.mark.parametrize(
     ("kind", "options", "task"),
-    [
-        ("task", (), "my_task:MyTask"),
-        ("environment", ("--environment",), "my_environment:MyEnvironment"),
-    ],
+    [("task", (), "my_task:MyTask"), ("environment", ("--environment",), "my_environment:MyEnvironment")],
 )
 def test_what_init_writes_passes_check_in_an_empty_folder(
     kind: str, options: tuple[str, ...], task: str, tmp_path: Path

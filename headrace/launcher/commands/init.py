@@ -7,10 +7,7 @@ import shlex
 from pathlib import Path
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
-FILES = {
-    "task": ("recipe.yaml", "my_task.py"),
-    "environment": ("recipe.yaml", "my_environment.py"),
-}
+FILES = {"task": ("recipe.yaml", "my_task.py"), "environment": ("recipe.yaml", "my_environment.py")}
 """By the kind of task."""
 
 

@@ -22,10 +22,7 @@ class MyEnvironment:
         random.Random(f"{seed} {split} {epoch if split == 'train' else 0}").shuffle(games)
         for player, secret in games:
             question = f"Lena thinks of a number from 1 to {self.largest}. {player} guesses."
-            yield Prompt(
-                messages=[{"role": "user", "content": question}],
-                reference={"secret": secret},
-            )
+            yield Prompt(messages=[{"role": "user", "content": question}], reference={"secret": secret})
 
     async def rollout(self, chat: Chat, ticket: Ticket) -> Outcome:
         """Plays one game. Returns a finite number as the reward, and what else is worth a curve."""
