@@ -2,6 +2,7 @@
 
     python -m chaos --seed 7
     python -m chaos --seed 7 --faults 3 --kinds kill_redis --no-undisturbed
+    python -m chaos --seed 20 --faults 20 --episodes
 
 A run `chaos-SEED` of an earlier call is deleted first. Ctrl-C stops everything that was started.
 """
@@ -19,12 +20,14 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from chaos.episodes.groups import GroupChecks
 from chaos.launched import Launched
 from chaos.matrix import KillMatrix
 from chaos.report import print_table, problems, summarise, write_summary
-from chaos.schedule import Kind, schedule
+from chaos.schedule import EPISODE_KINDS, KINDS, Kind, schedule
 from chaos.test_bed import TestBed, clear
 
+RECIPE, EPISODES_RECIPE = Path("configs/tiny-cpu.yaml"), Path("chaos/episodes/recipe.yaml")
 UNDISTURBED_START_S = 600.0
 UNDISTURBED_STEP_S = 30.0
 POLL_S = 0.5
@@ -66,8 +69,18 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--no-undisturbed", dest="undisturbed", action="store_false", help="skip the second run, without faults"
     )
-    parser.add_argument("--kinds", type=_kinds, default=list(Kind), help=f"some of {','.join(Kind)}")
-    return parser.parse_args()
+    parser.add_argument(
+        "--episodes", action="store_true", help="a task of several turns, and faults in the middle of its episodes"
+    )
+    parser.add_argument(
+        "--kinds", type=_kinds, help=f"some of {','.join(Kind)}; default: all, or all that are possible"
+    )
+    arguments = parser.parse_args()
+    if arguments.kinds is None:
+        arguments.kinds = [*KINDS, *EPISODE_KINDS * 2] if arguments.episodes else list(KINDS)
+    elif not arguments.episodes and (foreign := set(arguments.kinds) & set(EPISODE_KINDS)):
+        parser.error(f"{', '.join(sorted(foreign))}: expected --episodes")
+    return arguments
 
 
 def _kinds(text: str) -> list[Kind]:
@@ -80,18 +93,22 @@ def _kinds(text: str) -> list[Kind]:
 def _measure(arguments: argparse.Namespace, say: Any) -> dict[str, Any]:
     run, runs_folder = f"chaos-{arguments.seed}", arguments.runs_folder
     (runs_folder / "chaos" / "summary.json").unlink(missing_ok=True)
-    with TestBed(run, runs_folder, arguments.replicas) as test_bed:
+    recipe = EPISODES_RECIPE if arguments.episodes else RECIPE
+    settings = yaml.safe_load(recipe.read_text())
+    checks = GroupChecks.of_episodes(Path(settings["model"]["path"])) if arguments.episodes else GroupChecks()
+    with TestBed(run, runs_folder, recipe, arguments.replicas, checks) as test_bed:
         problem = test_bed.disk.problem
         kinds = _possible(arguments.kinds, problem, say)
         faults = schedule(arguments.seed, arguments.faults, kinds)
         say(f"{len(faults)} faults on run {run} in {runs_folder / run}, seed {arguments.seed}")
-        results = KillMatrix(test_bed, faults, _groups_per_step(), say).run()
+        results = KillMatrix(test_bed, faults, settings["learner"]["groups_per_step"], say).run()
     held_out = undisturbed = None
     if not results.failure:
         held_out = _held_out(runs_folder / run)
         say(f"held-out pass@1 {held_out} after step {results.num_steps}")
     if arguments.undisturbed and not results.failure:
-        undisturbed = _run_undisturbed(f"{run}-undisturbed", runs_folder, arguments.replicas, results.num_steps, say)
+        launched = Launched(f"{run}-undisturbed", runs_folder, recipe, None, arguments.replicas)
+        undisturbed = _run_undisturbed(launched, results.num_steps, say)
     return summarise(results, arguments.seed, held_out, undisturbed, problem)
 
 
@@ -106,11 +123,10 @@ def _possible(kinds: Sequence[Kind], disk_problem: str, say: Any) -> list[Kind]:
     return [kind for kind in kinds if kind is not Kind.FILL_DISK]
 
 
-def _run_undisturbed(run: str, runs_folder: Path, num_replicas: int, num_steps: int, say: Any) -> float | None:
+def _run_undisturbed(launched: Launched, num_steps: int, say: Any) -> float | None:
     """Runs the same number of steps without faults; returns the final accuracy."""
-    clear(runs_folder / run)
-    launched = Launched(run, runs_folder, None, num_replicas)
-    say(f"the same without faults: run {run}, {num_steps} steps")
+    clear(launched.folder)
+    say(f"the same without faults: run {launched.run}, {num_steps} steps")
     deadline = time.monotonic() + UNDISTURBED_START_S + UNDISTURBED_STEP_S * num_steps
     launched.start(num_steps)
     try:
@@ -122,20 +138,13 @@ def _run_undisturbed(run: str, runs_folder: Path, num_replicas: int, num_steps: 
         launched.close()
     if launched.returncode != 0:
         raise RuntimeError(f"the undisturbed run ended with {launched.returncode}; its log is {launched.log}")
-    held_out = _held_out(runs_folder / run)
+    held_out = _held_out(launched.folder)
     say(f"held-out pass@1 {held_out} after {num_steps} undisturbed steps")
     return held_out
 
 
 def _held_out(folder: Path) -> float | None:
     found: float | None = json.loads((folder / "summary.json").read_text())["held_out_after"]
-    return found
-
-
-def _groups_per_step() -> int:
-    from chaos.launched import RECIPE
-
-    found: int = yaml.safe_load(Path(RECIPE).read_text())["learner"]["groups_per_step"]
     return found
 
 

@@ -9,10 +9,11 @@ from collections.abc import Callable
 import psutil
 
 from chaos.disk import readable_checkpoints, truncate
+from chaos.episodes.faults import freeze_environment_worker, kill_agent, kill_environment_worker
 from chaos.replacement import replace_learner
 from chaos.schedule import Fault, Kind
 from chaos.targets import engine_process, running_learner, running_replica
-from chaos.test_bed import InjectedFault, TestBed
+from chaos.test_bed import InjectedFault, TestBed, after
 from headrace.common.process.waiting import Reason, decode_waits
 
 CHECKPOINTS_TIMEOUT_S = 180.0
@@ -59,7 +60,7 @@ def _kill_redis(test_bed: TestBed, fault: Fault) -> InjectedFault:
     """The harness restarts it."""
     began_s = time.time()
     test_bed.redis.kill()
-    return InjectedFault(fault, "Redis", began_s, is_over=_after(fault.hold_s), end=test_bed.redis.restart)
+    return InjectedFault(fault, "Redis", began_s, is_over=after(fault.hold_s), end=test_bed.redis.restart)
 
 
 def _freeze_redis(test_bed: TestBed, fault: Fault) -> InjectedFault:
@@ -69,18 +70,18 @@ def _freeze_redis(test_bed: TestBed, fault: Fault) -> InjectedFault:
 def _cut_connections(test_bed: TestBed, fault: Fault) -> InjectedFault:
     began_s = time.time()
     test_bed.proxy.cut()
-    return InjectedFault(fault, "connections to Redis", began_s, _after(fault.hold_s), test_bed.proxy.pass_on)
+    return InjectedFault(fault, "connections to Redis", began_s, after(fault.hold_s), test_bed.proxy.pass_on)
 
 
 def _delay_connections(test_bed: TestBed, fault: Fault) -> InjectedFault:
     test_bed.proxy.delay(fault.delay_s)
     target = f"connections to Redis, by {fault.delay_s * 1e3:.0f} ms"
-    return InjectedFault(fault, target, time.time(), _after(fault.hold_s), test_bed.proxy.pass_on)
+    return InjectedFault(fault, target, time.time(), after(fault.hold_s), test_bed.proxy.pass_on)
 
 
 def _stall_connections(test_bed: TestBed, fault: Fault) -> InjectedFault:
     test_bed.proxy.stall()
-    return InjectedFault(fault, "connections to Redis", time.time(), _after(fault.hold_s), test_bed.proxy.pass_on)
+    return InjectedFault(fault, "connections to Redis", time.time(), after(fault.hold_s), test_bed.proxy.pass_on)
 
 
 def _fill_disk(test_bed: TestBed, fault: Fault) -> InjectedFault:
@@ -88,7 +89,7 @@ def _fill_disk(test_bed: TestBed, fault: Fault) -> InjectedFault:
     injected_fault = InjectedFault(
         fault, "the checkpoints' disk", time.time(), end=test_bed.disk.free, needs_checkpoint=True
     )
-    is_late = _after(fault.hold_s)
+    is_late = after(fault.hold_s)
     test_bed.disk.fill()
 
     def is_over() -> bool:
@@ -141,6 +142,9 @@ INJECTIONS: dict[Kind, Callable[[TestBed, Fault], InjectedFault]] = {
     Kind.STALL_CONNECTIONS: _stall_connections,
     Kind.FILL_DISK: _fill_disk,
     Kind.TRUNCATE_CHECKPOINT: _truncate_checkpoint,
+    Kind.KILL_ENVIRONMENT_WORKER: kill_environment_worker,
+    Kind.FREEZE_ENVIRONMENT_WORKER: freeze_environment_worker,
+    Kind.KILL_AGENT: kill_agent,
 }
 
 
@@ -153,9 +157,4 @@ def _killed(fault: Fault, process: psutil.Process, name: str) -> InjectedFault:
 def _frozen(fault: Fault, process: psutil.Process, name: str) -> InjectedFault:
     began_s = time.time()
     process.suspend()
-    return InjectedFault(fault, f"{name} ({process.pid})", began_s, is_over=_after(fault.hold_s), end=process.resume)
-
-
-def _after(seconds: float) -> Callable[[], bool]:
-    until = time.monotonic() + seconds
-    return lambda: time.monotonic() >= until
+    return InjectedFault(fault, f"{name} ({process.pid})", began_s, is_over=after(fault.hold_s), end=process.resume)

@@ -14,7 +14,7 @@ import psutil
 
 from headrace.launcher.run.processes import Service, python_service
 
-RECIPE = "configs/tiny-cpu.yaml"
+ENVIRONMENT_WORKER = "headrace.generation.environments.worker"
 CHECKPOINT_EVERY = 2
 SETTINGS = (
     f"learner.checkpoint_interval_steps={CHECKPOINT_EVERY}",
@@ -36,8 +36,9 @@ POLL_S = 0.1
 class Launched:
     """One run by its name. It can be stopped and started again, and continues where it stopped."""
 
-    def __init__(self, run: str, runs_folder: Path, redis_url: str | None, num_replicas: int) -> None:
+    def __init__(self, run: str, runs_folder: Path, recipe: Path, redis_url: str | None, num_replicas: int) -> None:
         """Without a URL the run has a Redis server of its own."""
+        self.recipe = recipe
         self.run = run
         self.runs_folder = runs_folder
         self.folder = runs_folder / run
@@ -59,7 +60,7 @@ class Launched:
         if self.redis_url is not None:
             settings.append(f"redis_url={self.redis_url}")
         chosen = [part for setting in settings for part in ("--set", setting)]
-        command = [sys.executable, "-m", "headrace.launcher", "up", RECIPE, "--run", self.run]
+        command = [sys.executable, "-m", "headrace.launcher", "up", str(self.recipe), "--run", self.run]
         self._service = Service("headrace up", [*command, "--runs-folder", str(self.runs_folder), *chosen], self.log)
 
     def ask_to_stop(self) -> None:
@@ -82,13 +83,13 @@ class Launched:
         psutil.wait_procs(left, timeout=STOP_TIMEOUT_S)
 
     def learner(self) -> psutil.Process | None:
-        found = [process for process in self._children() if "headrace.learner" in _words(process)]
+        found = [process for process in self._children() if "headrace.learner" in words_of(process)]
         return found[0] if found else None
 
     def replica(self, index: int) -> psutil.Process | None:
         name = f"generation-{index}"
         for process in self._children():
-            words = _words(process)
+            words = words_of(process)
             if "headrace.generation" in words and name in words:
                 return process
         return None
@@ -98,13 +99,18 @@ class Launched:
         replica = self.replica(index)
         servers = [
             process
-            for process in _children(replica)
-            if "headrace.generation.engine.cpu.launch_server" in _words(process)
+            for process in children_of(replica)
+            if "headrace.generation.engine.cpu.launch_server" in words_of(process)
         ]
         if not servers:
             return []
-        schedulers = [process for process in _children(servers[0]) if "scheduler" in " ".join(_words(process))]
+        schedulers = [process for process in children_of(servers[0]) if "scheduler" in " ".join(words_of(process))]
         return [servers[0], schedulers[0]] if schedulers else []
+
+    def environment_workers(self, index: int) -> list[psutil.Process]:
+        """Of a replica whose task plays episodes."""
+        replica = self.replica(index)
+        return [process for process in children_of(replica) if ENVIRONMENT_WORKER in words_of(process)]
 
     def start_replacement(self, redis_url: str) -> Service:
         """Starts a second learner beside the launcher, with the launcher's arguments."""
@@ -120,32 +126,32 @@ class Launched:
         if self._service is None or not self.is_running:
             return []
         try:
-            return _children(psutil.Process(self._service.process.pid))
+            return children_of(psutil.Process(self._service.process.pid))
         except psutil.NoSuchProcess:
             return []
 
     def _descendants(self) -> list[psutil.Process]:
         found = self._children()
-        return [*found, *(grandchild for child in found for grandchild in _children(child, recursive=True))]
+        return [*found, *(grandchild for child in found for grandchild in children_of(child, recursive=True))]
 
 
-def _children(process: psutil.Process | None, recursive: bool = False) -> list[psutil.Process]:
+def children_of(process: psutil.Process | None, recursive: bool = False) -> list[psutil.Process]:
     """The children that are alive."""
     try:
         found = [] if process is None else process.children(recursive=recursive)
     except psutil.Error:
         return []
-    return [child for child in found if _is_alive(child)]
+    return [child for child in found if is_alive(child)]
 
 
-def _is_alive(process: psutil.Process) -> bool:
+def is_alive(process: psutil.Process) -> bool:
     try:
         return bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
         return False
 
 
-def _words(process: psutil.Process) -> list[str]:
+def words_of(process: psutil.Process) -> list[str]:
     try:
         return [str(word) for word in process.cmdline()]
     except psutil.Error:

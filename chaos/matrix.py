@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from chaos.accounting import STUCK_AFTER_STEPS, Violation, check, dead_tickets, gather, run_audit, stuck_groups
 from chaos.disk import readable_checkpoints
+from chaos.episodes.groups import GroupCounts
 from chaos.faults import inject
 from chaos.launched import CHECKPOINT_EVERY
 from chaos.replacement import STEPS_AHEAD
@@ -37,6 +38,7 @@ class Results:
     dead: dict[str, str] = field(default_factory=dict)
     num_steps: int = 0
     num_audits: int = 0
+    groups: GroupCounts = field(default_factory=GroupCounts)
     failure: str = ""
     """The reason why the schedule was not completed."""
 
@@ -49,7 +51,7 @@ class KillMatrix:
         self.faults = faults
         self.groups_per_step = groups_per_step
         self.say = say
-        self.results = Results()
+        self.results = Results(groups=test_bed.observer.group_checks.counts)
         self._unrecovered: list[InjectedFault] = []
         self._prefix = test_bed.observer.keys.tickets.removesuffix("tickets")
 
@@ -98,7 +100,7 @@ class KillMatrix:
             PARTS[injected_fault.fault.kind] in AUDITED_PARTS for injected_fault in self._unrecovered
         )
         self._unrecovered.clear()
-        self._look_for_stuck_groups(last.fault.number)
+        self._look_at_groups(last.fault.number)
         if is_audit_due:
             self._audit(last.fault.number)
 
@@ -127,8 +129,9 @@ class KillMatrix:
         self._report(run_audit(launched.run, launched.runs_folder, self.test_bed.redis.url), number)
         self.results.num_audits += 1
 
-    def _look_for_stuck_groups(self, number: int) -> None:
+    def _look_at_groups(self, number: int) -> None:
         observer = self.test_bed.observer
+        self._report(observer.group_checks.violations, number)
         self._report(
             stuck_groups(observer.client, self._prefix, self.test_bed.launched.folder, observer.ended_s), number
         )
@@ -147,7 +150,7 @@ class KillMatrix:
         test_bed = self.test_bed
         seen_at = test_bed.observer.step + STUCK_AFTER_STEPS + CHECKPOINT_EVERY
         test_bed.wait_until(lambda: test_bed.observer.step > seen_at, RECOVERY_TIMEOUT_S, f"step {seen_at + 1}")
-        self._look_for_stuck_groups(len(self.faults))
+        self._look_at_groups(len(self.faults))
         test_bed.launched.ask_to_stop()
         self._await_end("the run to stop with a checkpoint")
         step = read_record(readable_checkpoints(test_bed.checkpoints)[-1]).step
@@ -159,6 +162,7 @@ class KillMatrix:
         client = test_bed.observer.client
         evidence = gather(client, self._prefix, test_bed.launched.folder)
         self._report(check(evidence, self.results.num_steps, self.groups_per_step), 0)
+        self._report(test_bed.observer.group_checks.violations, 0)
         self.results.dead = dead_tickets(client, self._prefix)
 
     def _await_end(self, what: str) -> None:

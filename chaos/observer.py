@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import redis
 
+from chaos.episodes.groups import GroupChecks
 from headrace.common.redis.keys import Keys
 from headrace.common.wire import WireError, decode_heartbeat
 from headrace.launcher.run.redis_server import short_timeout_client
@@ -41,10 +42,11 @@ class _Answer(msgspec.Struct):
 class Observer:
     """Observes the run; `poll` must be called regularly. All times are unix times in seconds."""
 
-    def __init__(self, url: str, keys: Keys, num_replicas: int) -> None:
+    def __init__(self, url: str, keys: Keys, num_replicas: int, group_checks: GroupChecks) -> None:
         self.client = short_timeout_client(url, REDIS_TIMEOUT_S)
         self.keys = keys
         self.num_replicas = num_replicas
+        self.group_checks = group_checks
         self.step = 0
         """The step that was completed last; a restarted learner repeats some."""
         self.step_began_s = 0.0
@@ -52,7 +54,8 @@ class Observer:
         self.ended_s: dict[int, float] = {}
         """When each step was completed, the last time if it was repeated."""
         self._seen_event = "-"
-        self._seen_group = "-"
+        self._seen_groups = {keys.groups: "-", keys.eval_groups: "-"}
+        """By stream: after which entry to read on."""
         self._beats: dict[str, tuple[int, float, str]] = {}
         """By replica: remaining time to live of its heartbeat, when that last came, its state."""
         self._leased_s: dict[str, float] = {}
@@ -61,7 +64,8 @@ class Observer:
     def poll(self) -> None:
         with suppress(redis.RedisError):
             self._take_steps()
-            self._take_groups()
+            for stream in self._seen_groups:
+                self._take_groups(stream)
             self._take_heartbeats()
 
     def has_recovered(self, began_s: float, ended_s: float) -> bool:
@@ -111,11 +115,13 @@ class Observer:
                 self.step_ended_s = self.ended_s[event.step] = event.time_s
                 self.step_began_s = event.time_s - event.step_s
 
-    def _take_groups(self) -> None:
-        for entry_id, fields in self._new_entries(self.keys.groups, self._seen_group):
-            self._seen_group = f"({entry_id}"
+    def _take_groups(self, stream: str) -> None:
+        for entry_id, fields in self._new_entries(stream, self._seen_groups[stream]):
+            self._seen_groups[stream] = f"({entry_id}"
+            payload = fields.get(b"group", b"")
+            self.group_checks.take(entry_id, fields.get(b"id", b"?").decode(), payload)
             with suppress(msgspec.MsgspecError):
-                answer = msgspec.msgpack.decode(fields.get(b"group", b""), type=_Answer)
+                answer = msgspec.msgpack.decode(payload, type=_Answer)
                 newest = max(answer.timings.leased_s, self._leased_s.get(answer.replica, 0.0))
                 self._leased_s[answer.replica] = newest
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,6 +33,7 @@ def summarise(
         "held_out_after_undisturbed": undisturbed,
         "steps": results.num_steps,
         "audits": results.num_audits,
+        "groups": asdict(results.groups),
         "dead": results.dead,
         "failure": results.failure,
         "not_tried": {"fill_disk": disk_problem} if disk_problem else {},
@@ -99,6 +101,9 @@ def print_table(summary: dict[str, Any], console: Console) -> None:
         beside = "not measured" if against is None else f"{against:.3f}"
         console.print(f"held-out pass@1 after the run {summary['held_out_after']:.3f}, undisturbed {beside}")
     console.print(f"{len(summary['dead'])} dead tickets; {summary['audits']} audits")
+    console.print(
+        "seen: " + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary["groups"].items())
+    )
 
 
 def _kinds(results: Results) -> list[str]:

@@ -1,7 +1,8 @@
 """Draws the faults of a seed: the same seed, number and kinds give the same schedule everywhere. Pure.
 
-Every kind occurs equally often, give or take one, in a shuffled order. Every fourth fault is injected without waiting
-for the recovery from the one before, if two can be found that hit different parts.
+Every kind occurs equally often, give or take one, in a shuffled order; one that is listed twice occurs twice as often.
+Every fourth fault is injected without waiting for the recovery from the one before, if two can be found that hit
+different parts.
 """
 
 import random
@@ -33,6 +34,16 @@ class Kind(StrEnum):
     FILL_DISK = "fill_disk"
     TRUNCATE_CHECKPOINT = "truncate_checkpoint"
     """The newest checkpoint is truncated and the learner killed."""
+    KILL_ENVIRONMENT_WORKER = "kill_environment_worker"
+    FREEZE_ENVIRONMENT_WORKER = "freeze_environment_worker"
+    KILL_AGENT = "kill_agent"
+    """A program that an episode has started, in the middle of the episode."""
+
+
+EPISODE_KINDS = (Kind.KILL_ENVIRONMENT_WORKER, Kind.FREEZE_ENVIRONMENT_WORKER, Kind.KILL_AGENT)
+"""Only of runs that play episodes."""
+KINDS = tuple(kind for kind in Kind if kind not in EPISODE_KINDS)
+"""Of every run."""
 
 
 PARTS = {
@@ -50,6 +61,9 @@ PARTS = {
     Kind.STALL_CONNECTIONS: "connections",
     Kind.FILL_DISK: "disk",
     Kind.TRUNCATE_CHECKPOINT: "learner",
+    Kind.KILL_ENVIRONMENT_WORKER: "environment",
+    Kind.FREEZE_ENVIRONMENT_WORKER: "environment",
+    Kind.KILL_AGENT: "environment",
 }
 HOLD_S = {
     Kind.FREEZE_LEARNER: (2.0, 20.0),
@@ -61,6 +75,7 @@ HOLD_S = {
     Kind.DELAY_CONNECTIONS: (3.0, 8.0),
     Kind.STALL_CONNECTIONS: (3.0, 14.0),  # Redis clients give up after 10
     Kind.FILL_DISK: (20.0, 30.0),  # or until the learner says that it cannot write
+    Kind.FREEZE_ENVIRONMENT_WORKER: (5.0, 40.0),  # its replica may have ended it by then
 }
 """How long a lasting fault lasts; for a killed Redis, how long it is away."""
 
@@ -86,7 +101,7 @@ class Fault:
         return int(self.choice * num_targets)
 
 
-def schedule(seed: int, num_faults: int, kinds: Sequence[Kind] = tuple(Kind)) -> list[Fault]:
+def schedule(seed: int, num_faults: int, kinds: Sequence[Kind] = KINDS) -> list[Fault]:
     rng = random.Random(f"{seed} {num_faults} {','.join(kinds)}")
     rounds, rest = divmod(num_faults, len(kinds))
     order = list(kinds) * rounds + rng.sample(list(kinds), rest)

@@ -16,6 +16,7 @@ from typing import Self
 import psutil
 
 from chaos.disk import SmallDisk, unmount
+from chaos.episodes.groups import GroupChecks
 from chaos.launched import Launched
 from chaos.observer import Observer
 from chaos.proxy import Proxy
@@ -61,13 +62,19 @@ class InjectedFault:
             self.ended_s = time.time()
 
 
+def after(seconds: float) -> Callable[[], bool]:
+    """Whether so much time has passed since this call."""
+    until = time.monotonic() + seconds
+    return lambda: time.monotonic() >= until
+
+
 class TestBed:
     """The test bed of one run; all its files are in the run's folder."""
 
     __test__ = False
     """Not a test case of pytest."""
 
-    def __init__(self, run: str, runs_folder: Path, num_replicas: int) -> None:
+    def __init__(self, run: str, runs_folder: Path, recipe: Path, num_replicas: int, group_checks: GroupChecks) -> None:
         folder = runs_folder / run
         clear(folder)
         (folder / "logs").mkdir(parents=True)
@@ -81,9 +88,9 @@ class TestBed:
             self._stack.callback(lambda: self.redis.kill())
             self.redis.wait_until_it_answers()
             self.proxy = self._stack.enter_context(Proxy(self.redis.port))
-            self.observer = Observer(self.redis.url, Keys(run), num_replicas)
+            self.observer = Observer(self.redis.url, Keys(run), num_replicas, group_checks)
             self._stack.callback(self.observer.close)
-            self.launched = Launched(run, runs_folder, self.proxied_url, num_replicas)
+            self.launched = Launched(run, runs_folder, recipe, self.proxied_url, num_replicas)
             self._stack.callback(self.launched.close)
             self._stack.callback(self.end_faults)
         except BaseException:
