@@ -18,12 +18,13 @@ import redis
 
 from chaos.accounting import STUCK_AFTER_STEPS, Evidence, Violation, check, stuck_groups
 from chaos.disk import is_readable, readable_checkpoints, truncate
+from chaos.episodes.groups import GroupChecks
 from chaos.launched import Launched
 from chaos.matrix import Results
 from chaos.observer import Observer
 from chaos.proxy import Proxy
 from chaos.report import problems, summarise
-from chaos.schedule import HOLD_S, PARTS, Fault, Kind, schedule
+from chaos.schedule import EPISODE_KINDS, HOLD_S, KINDS, PARTS, Fault, Kind, schedule
 from chaos.test_bed import InjectedFault
 from headrace.common.process.atomic_files import file_entry
 from headrace.common.redis.keys import Keys
@@ -54,12 +55,12 @@ def test_the_schedule_of_a_seed_does_not_change() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("num_faults", [len(Kind), LONG])
+@pytest.mark.parametrize("num_faults", [len(KINDS), LONG])
 def test_every_kind_comes_and_as_often_as_the_others(seed: int, num_faults: int) -> None:
     faults = schedule(seed, num_faults)
     times = Counter(fault.kind for fault in faults)
     assert [fault.number for fault in faults] == list(range(1, num_faults + 1))
-    assert set(times) == set(Kind)
+    assert set(times) == set(KINDS)
     assert max(times.values()) - min(times.values()) <= 1
 
 
@@ -71,6 +72,15 @@ def test_about_every_fourth_fault_overlaps_one_that_strikes_something_else(seed:
     for before, fault in pairs:
         assert PARTS[before.kind] != PARTS[fault.kind]
         assert Kind.REPLACE_LEARNER not in (before.kind, fault.kind)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_kind_that_is_listed_twice_comes_twice_as_often(seed: int) -> None:
+    faults = schedule(seed, 20, [*KINDS, *EPISODE_KINDS * 2])
+    assert Counter(fault.kind for fault in faults) == dict.fromkeys(KINDS, 1) | dict.fromkeys(EPISODE_KINDS, 2)
+    assert all(
+        PARTS[before.kind] != PARTS[fault.kind] for before, fault in itertools.pairwise(faults) if fault.overlaps
+    )
 
 
 def test_one_kind_alone_never_overlaps() -> None:
@@ -323,7 +333,7 @@ def test_a_truncated_checkpoint_is_unreadable_and_the_one_before_is_not(
 
 @pytest.fixture
 def observer(redis_url: str, keys: Keys) -> Iterator[Observer]:
-    seeing = Observer(redis_url, keys, num_replicas=2)
+    seeing = Observer(redis_url, keys, num_replicas=2, group_checks=GroupChecks())
     yield seeing
     seeing.close()
 
@@ -388,7 +398,7 @@ def test_a_heartbeat_from_before_the_fault_counts_for_nothing(
 def test_a_redis_that_is_away_is_nothing_new(keys: Keys) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as nobody:
         port = nobody.getsockname()[1]
-    seeing = Observer(f"redis://127.0.0.1:{port}", keys, 1)
+    seeing = Observer(f"redis://127.0.0.1:{port}", keys, 1, GroupChecks())
     seeing.poll()
     assert seeing.learner() == {} and seeing.epoch() == 0 and not seeing.has_recovered(0.0, 0.0)
     seeing.close()
@@ -466,7 +476,8 @@ def test_a_strike_ends_once(redis_url: str) -> None:
 
 
 def test_nothing_is_found_of_a_launcher_that_was_not_started(tmp_path: Path) -> None:
-    launched = Launched("faked", tmp_path, None, 1)
+    launched = Launched("faked", tmp_path, Path("recipe.yaml"), None, 1)
     assert launched.learner() is None and launched.replica(0) is None and launched.engine(0) == []
+    assert launched.environment_workers(0) == []
     launched.close()
     assert not launched.is_running and launched.returncode is None
