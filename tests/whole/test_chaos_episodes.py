@@ -131,8 +131,8 @@ async def hit(inject: Inject) -> tuple[InjectedFault, Outcome | Exception, ChatE
         injected = await asyncio.to_thread(inject, TestBed(), fault)
         may_answer.set()
         injected.end()
-        results: list[Any] = await asyncio.gather(playing, return_exceptions=True)
-    return injected, results[0], endpoint
+        await asyncio.wait([playing])
+    return injected, playing.exception() or playing.result(), endpoint
 
 
 @pytest.mark.parametrize("inject", [kill_agent, kill_environment_worker])
