@@ -116,7 +116,7 @@ class TestBed:
 Inject = Callable[[Any, Fault], InjectedFault]
 
 
-async def hit(inject: Inject) -> tuple[InjectedFault, Outcome | Exception, ChatEndpoint]:
+async def hit(inject: Inject) -> tuple[InjectedFault, Outcome | BaseException, ChatEndpoint]:
     """An episode that is hit between its first reply and the second; the fault is ended afterwards."""
     may_answer = asyncio.Event()
 
