@@ -109,8 +109,8 @@ def test_the_defaults_suit_both_kinds_of_tasks() -> None:
 
 
 def test_a_conversation_longer_than_the_models_context_is_refused(demo_policy: Path) -> None:
-    config = config_of(model=demo_policy, environment={"max_context_tokens": 1025})
-    with pytest.raises(ValueError, match=r"environment\.max_context_tokens 1025 is more than the context of 1024"):
+    config = config_of(model=demo_policy, environment={"max_context_tokens": 1019})
+    with pytest.raises(ValueError, match=r"environment\.max_context_tokens 1019 is more than 1018, which"):
         try_prompts(config, 1)
 
 
@@ -131,7 +131,7 @@ def test_tickets_have_limits_and_tools(demo_policy: Path) -> None:
     config = config_of(model=demo_policy, environment={"max_turns": 5, "max_segments": 3})
     for split, trial in try_prompts(config, 1).splits.items():
         ticket = decode_ticket(trial.ticket)
-        assert ticket.limits == Limits(5, 5 * 40, 1024, 3), split
+        assert ticket.limits == Limits(5, 5 * 40, 1018, 3), split
         assert ticket.tools == []
     opened = try_prompts(config_of(model=demo_policy, settings={"is_open": True}), 1)
     assert decode_ticket(opened.splits["train"].ticket).prompt_tokens == []

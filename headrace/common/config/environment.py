@@ -24,8 +24,8 @@ class EnvironmentConfig(Section):
         None,
         ge=2,
         le=MAX_SEQUENCE_TOKENS,
-        description="Longest conversation in tokens; default: the smaller of the model's context and "
-        "learner.micro_batch_tokens.",
+        description="Longest conversation in tokens; default: the smaller of learner.micro_batch_tokens and the "
+        "model's context, of which SGLang uses all but the last 6 tokens.",
     )
     max_segments: int = Field(
         16,

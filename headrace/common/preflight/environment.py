@@ -5,6 +5,7 @@ Every check raises `ValueError` with one line that names the value and what was 
 
 from headrace.common.config import RunConfig
 from headrace.common.config.environment import EnvironmentConfig
+from headrace.common.environments.limits import END_OF_CONTEXT
 from headrace.common.models.template_probe import TemplateProbe
 
 
@@ -40,11 +41,12 @@ def check_environment(config: RunConfig, has_rollout: bool) -> None:
 
 
 def check_model_context(config: RunConfig, context: int) -> None:
-    """`context`: the longest sequence that the engine accepts, in tokens."""
-    longest = config.environment.max_context_tokens
-    if longest is not None and longest > context:
+    """`context`: the model's, in tokens."""
+    longest, usable = config.environment.max_context_tokens, context - END_OF_CONTEXT
+    if longest is not None and longest > usable:
         raise ValueError(
-            f"environment.max_context_tokens {longest} is more than the context of {context}, which the engine accepts"
+            f"environment.max_context_tokens {longest} is more than {usable}, which the engine can use of the model's "
+            f"context of {context}"
         )
 
 

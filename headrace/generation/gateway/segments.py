@@ -12,6 +12,7 @@ from typing import Literal
 from headrace.common.wire import FinishReason, Message, Rollout, SegmentOrigin, Ticket
 from headrace.generation.engine.completions import SampledTurn
 from headrace.generation.gateway.conversation import Conversation
+from headrace.generation.gateway.errors import BadRequest
 from headrace.generation.gateway.group_prompts import GroupPrompts
 from headrace.generation.gateway.messages import to_message
 from headrace.generation.gateway.recorded_segment import RecordedSegment
@@ -63,8 +64,7 @@ class EpisodeRecord:
         self._ticket = ticket
         self._limits = ticket.limits
         self._rendering = rendering
-        messages = [to_message(message, place) for place, message in enumerate(ticket.messages)]
-        self._begin = Conversation(messages, ticket.tools)
+        self._question = _question(ticket)
         self._segments: list[RecordedSegment] = []
         self._under_way: set[PlannedTurn] = set()
         self._num_sampled = 0
@@ -162,7 +162,7 @@ class EpisodeRecord:
         return next(found, None)
 
     def _whole(self, conversation: Conversation) -> list[int]:
-        if self._ticket.prompt_tokens and conversation.equals(self._begin):
+        if self._ticket.prompt_tokens and self._question is not None and conversation.equals(self._question):
             return self._ticket.prompt_tokens
         return self._rendering.whole(conversation.messages, conversation.tools)
 
@@ -187,3 +187,11 @@ class EpisodeRecord:
     def _expect_open(self) -> None:
         if self._is_sealed:
             raise EpisodeOver
+
+
+def _question(ticket: Ticket) -> Conversation | None:
+    """Of the ticket; None if its messages are not understood, as a request that repeats them is told."""
+    try:
+        return Conversation([to_message(message, place) for place, message in enumerate(ticket.messages)], ticket.tools)
+    except BadRequest:
+        return None

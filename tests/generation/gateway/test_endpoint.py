@@ -188,6 +188,15 @@ def test_a_template_that_refuses_the_messages_is_the_clients_mistake(play: Play)
     play(run, name="gemma3")
 
 
+def test_a_ticket_whose_messages_are_not_understood_is_told_so_at_its_first_request(play: Play) -> None:
+    async def run(client: Client, sampler: FakeSampler) -> None:
+        response = await client.post(odd)
+        assert response.status_code == 400 and "messages[0].role is 'robot'" in response.json()["error"]["message"]
+
+    odd = {"role": "robot", "content": "3 + 4 = ?"}
+    play(run, ticket={"messages": [odd], "prompt_tokens": [5, 6]})
+
+
 def test_a_request_beyond_the_largest_size_is_refused(play: Play) -> None:
     async def run(client: Client, sampler: FakeSampler) -> None:
         response = await client.http.post("/chat/completions", content=b" " * (MAX_REQUEST_BYTES + 1))

@@ -9,11 +9,13 @@ import pytest
 
 from headrace.common.config import ModelConfig
 from headrace.common.config.environment import EnvironmentConfig
+from headrace.common.environments.limits import END_OF_CONTEXT
 from headrace.common.models.bridge import Bridge
 from headrace.common.models.chat_template import ChatTemplate
 from headrace.common.models.tokenizer import load_tokenizer
 from headrace.common.wire import Group, Limits, Sampling, Segment, Ticket, check_group
-from headrace.generation.engine.client import Engine
+from headrace.generation.engine.client import Engine, EngineError
+from headrace.generation.engine.completions import TurnRequest
 from headrace.generation.gateway.group_prompts import GroupPrompts
 from headrace.generation.gateway.server import Gateway
 from tests.generation.test_engine import next_version, reference_logprobs, run, until_running, write_endless_policy
@@ -21,6 +23,8 @@ from tests.support.episodes import group_of
 from tests.support.gateways import Client, a_client
 
 QUESTION = {"role": "user", "content": "3 + 4 = "}
+CONTEXT = 1024
+"""Of the demo's policy."""
 LIMITS = Limits(max_turns=8, max_tokens=2000, max_context_tokens=1000, max_segments=2)
 STOPS = [1]
 
@@ -91,3 +95,21 @@ def expect_prefilled(demo_policy: Path, weights: dict[int, Path], prompt: list[i
         assert error[span.start : span.end].max() < 1e-4
         others = np.delete(error, slice(span.start, span.end))
         assert not len(others) or others.max() > 1e-2, "the other tokens are another policy's"
+
+
+def test_up_to_the_end_of_the_usable_context_the_engine_samples_as_many_tokens_as_are_asked_for(
+    engine_url: str, policies: list[Path]
+) -> None:
+    async def body(engine: Engine) -> list[int]:
+        await engine.swap(policies[0], await next_version(engine))
+        usable = CONTEXT - END_OF_CONTEXT
+        prompts = [list(range(40, 60)) * 50 + [40] * more for more in (10, usable - 1 - 1000)]
+        requests = [
+            TurnRequest(prompt, Sampling(1.0, usable - len(prompt), []), f"{len(prompt)}") for prompt in prompts
+        ]
+        turns = [await engine.sample_turn(request) for request in requests]
+        with pytest.raises(EngineError, match="Input length"):
+            await engine.sample_turn(TurnRequest([40] * usable, Sampling(1.0, 1, []), "beyond"))
+        return [len(turn.completion.tokens) for turn in turns]
+
+    assert run(engine_url, body) == [8, 1]
