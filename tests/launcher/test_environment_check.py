@@ -13,7 +13,9 @@ from headrace.common.preflight.environment import check_template
 from headrace.common.preflight.task import load_checked_task
 from headrace.common.tasks import Prompt, Split
 from headrace.common.wire import Limits, Ticket, decode_ticket
-from headrace.launcher.check.prompt_trial import try_prompts
+from headrace.launcher.check.estimate_inputs import EstimateInputs
+from headrace.launcher.check.prompt_trial import TaskTrial, try_prompts
+from headrace.launcher.check.sections import episodes
 from headrace.launcher.check.trial import try_task
 
 PREFIX = "tests.launcher.test_environment_check:"
@@ -135,6 +137,14 @@ def test_tickets_have_limits_and_tools(demo_policy: Path) -> None:
         assert ticket.tools == []
     opened = try_prompts(config_of(model=demo_policy, settings={"is_open": True}), 1)
     assert decode_ticket(opened.splits["train"].ticket).prompt_tokens == []
+
+
+def test_the_check_says_how_many_episodes_there_are() -> None:
+    config = config_of(environment={"workers": 2, "episodes_per_worker": 16}, generation={"max_groups_in_flight": 3})
+    section = episodes(EstimateInputs(config, TaskTrial(has_rollout=True), None, []))
+    assert section is not None
+    assert section.value == {"wanted": 3 * config.actor.group_size, "room": 32}
+    assert episodes(EstimateInputs(config, TaskTrial(), None, [])) is None
 
 
 def test_an_episode_is_tried_with_empty_replies(demo_policy: Path) -> None:

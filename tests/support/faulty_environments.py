@@ -45,6 +45,11 @@ class Environment:
                 if chat.attempt < int(argument):
                     raise ValueError(f"not yet at attempt {chat.attempt}")
                 return Outcome(1.0, {"seed": chat.seed, "length": len(text)})
+            case "until":
+                await chat.reply()
+                while not Path(argument).exists():
+                    await asyncio.sleep(0.01)
+                return 1.0
             case "late":
                 await chat.reply()
                 self._late = asyncio.create_task(_ask_later(chat, Path(argument)))

@@ -9,7 +9,7 @@ from pathlib import Path
 import redis
 from safetensors.torch import load_file
 
-from headrace.common.config import GenerationConfig, ModelConfig
+from headrace.common.config import GenerationConfig, ModelConfig, RunConfig
 from headrace.common.http.addresses import listen, socket_url
 from headrace.common.http.service import serve_in_thread
 from headrace.common.models.tokenizer import load_tokenizer
@@ -20,6 +20,7 @@ from headrace.common.wire import Sampling, decode_heartbeat
 from headrace.generation.engine.client import Engine, SwapTimings
 from headrace.generation.engine.server import EngineServer
 from headrace.generation.engine.supervisor import EngineSupervisor
+from headrace.generation.episode_rollouts import EpisodeRollouts
 from headrace.generation.loop import Replica
 from headrace.generation.rewards.pool import RewardPool
 from headrace.generation.rollouts import RewardedCompletions, RolloutSource
@@ -84,9 +85,11 @@ async def running_replica(
     name: str = "a",
     task: str = "arithmetic",
     liveness_timeout_s: float = GUARD_S,
+    environment: dict[str, object] | None = None,
     **settings: object,
 ) -> AsyncIterator[Replica]:
-    """Serves until the block ends, then drains. An engine that is a URL is somebody else's."""
+    """Serves until the block ends, then drains. An engine that is a URL is somebody else's. `environment`: the settings
+    of a task with `rollout`."""
     config = GenerationConfig.model_validate({"ticket_lease_s": 1.0, "max_attempts": 2, **settings})
     waits = Waits()
     client = connect_async(redis_url, waits)
@@ -107,6 +110,11 @@ async def running_replica(
     supervisor = EngineSupervisor(http, server, weights.startup_weights, **timeouts)
     rewards = RewardPool(task, {}, num_workers=1, deadline_s=GUARD_S, memory_bytes=4 << 30)
     rollouts: RolloutSource = RewardedCompletions(supervisor, rewards)
+    closing = rewards.close
+    if environment is not None:
+        run = {"model": {"path": str(model)}, "task": {"name": task}, "environment": environment}
+        rollouts = episodes = EpisodeRollouts(RunConfig.model_validate(run), supervisor)
+        closing = episodes.close
     replica = Replica(
         name,
         "http://127.0.0.1:1",
@@ -126,8 +134,8 @@ async def running_replica(
     finally:
         serving.cancel()
         await asyncio.gather(serving, return_exceptions=True)
-        for closing in (http.aclose(), rewards.close(), weights.close(), client.aclose()):
-            await closing
+        for close in (http.aclose, closing, weights.close, client.aclose):
+            await close()
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = GUARD_S) -> None:

@@ -82,6 +82,21 @@ def template(inputs: EstimateInputs) -> Section | None:
     return Section("template", lines, msgspec.to_builtins(found), is_estimate=False)
 
 
+def episodes(inputs: EstimateInputs) -> Section | None:
+    """How many episodes a replica plays at a time, of a task with `rollout`."""
+    if not inputs.found.has_rollout:
+        return None
+    config, environment = inputs.config, inputs.config.environment
+    num_wanted = config.generation.max_groups_in_flight * config.actor.group_size
+    room = environment.workers * environment.episodes_per_worker
+    lines = [
+        f"{min(num_wanted, room):>10,}  episodes at a time in a replica: generation.max_groups_in_flight "
+        f"{config.generation.max_groups_in_flight} of {config.actor.group_size}, and room for {room:,} in its "
+        f"environment workers. One that waits for its environment holds no place in the engine"
+    ]
+    return Section("episodes", lines, {"wanted": num_wanted, "room": room}, is_estimate=False)
+
+
 def devices(inputs: EstimateInputs) -> Section | None:
     """The devices of each service."""
     lines = plan_lines(inputs.config, inputs.notes)
@@ -184,6 +199,7 @@ def times(inputs: EstimateInputs) -> Section | None:
 SECTIONS: list[Callable[[EstimateInputs], Section | None]] = [
     prompts,
     template,
+    episodes,
     devices,
     learner,
     engine,
