@@ -5,17 +5,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import redis
 
+from headrace.common.metrics.steps import TEXTS
+from headrace.common.metrics.thresholds import EPISODE_THRESHOLDS
 from headrace.common.redis.keys import Keys
+from headrace.common.wire import Limits, Turn
 from headrace.control.http.page import PAGE
 from headrace.control.verdict.check_inputs import CheckInputs
 from headrace.control.verdict.verdict import all_checks
+from headrace.learner.training.episode_metrics import episode_metrics
+from tests.support.factories import make_group, make_rollout, make_ticket
 from tests.support.page_in_chromium import a_browser, a_control, a_page, add_row, keep_shot, open_page
 from tests.support.seeded_run import seed_run, step_rows
 
 NUM_STEPS = 60
+SPECS = (PAGE / "chart_specs.js").read_text()
+EPISODE_SPECS = SPECS[SPECS.index("export const EPISODES") :]
 LEARNING, ENTROPY = "#charts-learning .chart", "#charts-health .chart:nth-child(5)"
 
 
@@ -41,13 +49,13 @@ def page(browser: Any, control: str) -> Iterator[Any]:
         yield opened
 
 
-def open_charts(page: Any, control: str) -> None:
+def open_charts(page: Any, control: str, num_steps: int = NUM_STEPS) -> None:
     """On a page that is tall enough for all charts; opens the tables of two of them."""
     open_page(page, control)
     page.wait_for_function("() => document.querySelectorAll('.plot canvas').length >= 10")
     for chart in (LEARNING, ENTROPY):
         page.locator(f"{chart} summary").click()
-    wait_for_steps(page, ENTROPY, 1, NUM_STEPS)
+    wait_for_steps(page, ENTROPY, 1, num_steps)
 
 
 def steps_of(page: Any, chart: str) -> list[int]:
@@ -153,10 +161,36 @@ def test_a_chart_is_zoomed_and_read_by_keyboard(page: Any) -> None:
     page.locator("#zoom-reset").wait_for(state="hidden")
 
 
+def test_charts_of_episodes_are_there_once_a_step_has_episodes(
+    browser: Any, redis_url: str, client: redis.Redis, tmp_path: Path
+) -> None:
+    keys, chart = Keys("test-page-episode-charts"), "#charts-episodes .chart"
+    seed_run(client, keys, 3)
+    with a_control(redis_url, keys) as control, a_page(browser, height=3000) as page:
+        open_charts(page, control, 3)
+        assert page.locator("#charts-episodes").is_hidden()
+        rollout = make_rollout(turns=[Turn("assistant", 0, 0, 3, 1.0, 2.5)])
+        ticket = make_ticket(num_completions=1, limits=Limits(4, 100, 100, 4))
+        group = msgspec.structs.replace(make_group(rewards=(1.0,)), ticket=ticket, rollouts=[rollout])
+        row = step_rows(4, 0)[-1] | episode_metrics([group])
+        assert set(re.findall(r'column\("(\w+)"\)', EPISODE_SPECS)) <= set(row), "a chart names what no step has"
+        add_row(client, keys, "step", row)
+        page.locator(f"{chart} canvas").nth(3).wait_for()
+        assert page.locator(f"{chart}:nth-child(2) .legend b").all_inner_texts() == ["1.5", "0"]
+        keep_shot(page, tmp_path, "episode-charts")
+
+
+def test_charts_name_existing_metrics() -> None:
+    wanted = set(re.findall(r'column\("(\w+)"\)', SPECS.removesuffix(EPISODE_SPECS)))
+    assert len(wanted) >= 20
+    assert wanted <= set(TEXTS)
+
+
 def test_thresholds_are_drawn_for_checks_that_exist() -> None:
-    wanted = set(re.findall(r'check: "(\w+)"', (PAGE / "chart_specs.js").read_text()))
+    wanted = set(re.findall(r'check: "(\w+)"', SPECS))
     assert len(wanted) >= 4
-    assert wanted <= {result.check.name for result in all_checks(CheckInputs())}
+    inputs = CheckInputs(recent={one.name: [0.0] for one in EPISODE_THRESHOLDS})
+    assert wanted <= {result.check.name for result in all_checks(inputs)}
 
 
 def test_the_chart_library_is_served_from_here_with_its_licence() -> None:

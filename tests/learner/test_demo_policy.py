@@ -3,6 +3,7 @@
 
 import json
 from collections.abc import Iterator
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from headrace.common.tasks.arithmetic import Problem, train_problems
 from headrace.learner.demo_policy import finetuning, make
 from headrace.learner.demo_policy.arithmetic import ARITHMETIC
+from headrace.learner.demo_policy.calculator import CALCULATOR
 from headrace.learner.demo_policy.conversations import Conversation, answered
 from headrace.learner.demo_policy.evaluation import evaluate_policy
 from headrace.learner.demo_policy.guessing import GUESSING, SHARES, bisect
 from headrace.learner.demo_policy.recipe import Recipe
+from headrace.learner.demo_policy.sampling import read_message
 from headrace.learner.demo_policy.tokenizer import VOCAB_SIZE, make_tokenizer
 
 DEMO = Path(__file__).parents[2] / "headrace" / "demo"
-FOLDERS = {"arithmetic": DEMO / "policy", "guessing": DEMO / "guessing-policy"}
+FOLDERS = {"arithmetic": DEMO / "policy"} | {name: DEMO / f"{name}-policy" for name in ("guessing", "calculator")}
 POLICY = FOLDERS["arithmetic"]
 PREFIX_TOLERANCE = 1e-3
 """Relative tolerance of a loss in the first 30 steps: other kernels and thread counts sum in another order."""
@@ -48,7 +51,12 @@ def made(recipe: Recipe) -> dict[str, Any]:
 
 
 def new_tokenizer(recipe: Recipe) -> Any:
-    return make_tokenizer(recipe.texts(), recipe.token_boundaries, recipe.chat_template)
+    return _new_tokenizer(recipe.task)
+
+
+@cache
+def _new_tokenizer(task: str) -> Any:
+    return make_tokenizer(make.RECIPES[task])
 
 
 @every_policy
@@ -125,6 +133,45 @@ def test_every_reply_of_a_conversation_is_labelled() -> None:
     assert torch.equal(labels[labels >= 0], ids[labels >= 0])
 
 
+def test_calls_are_labelled_and_their_results_are_not() -> None:
+    tokenizer = new_tokenizer(CALCULATOR)
+    conversation = next(one for one in CALCULATOR.conversations(0) if len(one.messages) == 4)
+    ids, labels = finetuning.encode(tokenizer, [conversation])
+    _, call, result, _ = conversation.messages
+    function = json.dumps(call["tool_calls"][0]["function"])
+    value = result["content"]
+    assert tokenizer.decode(labels[labels >= 0]) == f"<tool_call>{function}</tool_call><|end|>{value}<|end|>"
+    whole = tokenizer.decode(ids[0])
+    assert whole.startswith(f"<|system|>{json.dumps([conversation.tools[0]['function']])}<|end|><|user|>")
+    assert whole.endswith(f"</tool_call><|end|><|tool|>{value}<|end|><|assistant|>{value}<|end|>")
+
+
+def test_a_call_has_at_most_24_tokens_and_decoding_keeps_its_tags() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(FOLDERS["calculator"])
+    call = '<tool_call>{"name": "calculate", "arguments": {"expression": "(99 + 99) * 99"}}</tool_call>'
+    tokens = tokenizer(call).input_ids
+    assert len(tokens) <= 24
+    assert tokenizer.decode(tokens, skip_special_tokens=True) == call
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        ("12", "12", []),
+        ('<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>', "", [("f", {"a": 1})]),
+        ('x<tool_call>{"name": "f", "arguments": {}}</tool_call>', "x", [("f", {})]),
+        ('<tool_call>{"name": "f"</tool_call>', '<tool_call>{"name": "f"</tool_call>', []),
+        ('<tool_call>{"name": "f"}</tool_call>', '<tool_call>{"name": "f"}</tool_call>', []),
+        ("<tool_call>3</tool_call>", "<tool_call>3</tool_call>", []),
+    ],
+)
+def test_tool_calls_are_read(text: str, content: str, calls: list[Any]) -> None:
+    message = read_message(text)
+    functions = [call["function"] for call in message.get("tool_calls", [])]
+    assert message["content"] == content
+    assert [(function["name"], json.loads(function["arguments"])) for function in functions] == calls
+
+
 def test_the_loss_is_the_mean_over_the_assistants_tokens_whatever_the_padding() -> None:
     tokenizer = new_tokenizer(ARITHMETIC)
     model = make.make_model(tokenizer, seed=0)
@@ -144,13 +191,20 @@ def test_the_loss_is_the_mean_over_the_assistants_tokens_whatever_the_padding() 
 @every_policy
 def test_the_first_steps_of_training_give_the_recorded_losses(recipe: Recipe, tmp_path: Path) -> None:
     committed, random_state = made(recipe), torch.random.get_rng_state()
+    num_steps = {"arithmetic": 30, "guessing": 10, "calculator": 10}[recipe.task]
     told: list[tuple[int, float]] = []
     prefix = make.make_policy(
-        recipe, tmp_path, seed=committed["seed"], steps=30, on_progress=lambda step, loss: told.append((step, loss))
+        recipe,
+        tmp_path,
+        seed=committed["seed"],
+        steps=num_steps,
+        on_progress=lambda step, loss: told.append((step, loss)),
     )
-    assert [step for step, _ in told] == list(range(1, 31))
+    assert [step for step, _ in told] == list(range(1, num_steps + 1))
     assert prefix.early_losses == {
-        int(step): pytest.approx(loss, rel=PREFIX_TOLERANCE) for step, loss in committed["early_losses"].items()
+        step: pytest.approx(committed["early_losses"][str(step)], rel=PREFIX_TOLERANCE)
+        for step in make.EARLY_STEPS
+        if step <= num_steps
     }
     assert prefix.evaluation is None
     assert torch.equal(torch.random.get_rng_state(), random_state)
@@ -165,7 +219,7 @@ def test_more_steps_than_the_recipe_has_are_refused(tmp_path: Path) -> None:
 @every_policy
 def test_the_committed_policy_has_the_results_in_made_json(recipe: Recipe) -> None:
     """The tolerances are three and a half standard errors of the problems with 4 samples each."""
-    committed, num_prompts = made(recipe), {"arithmetic": 256, "guessing": 128}[recipe.task]
+    committed, num_prompts = made(recipe), {"arithmetic": 256, "guessing": 96, "calculator": 64}[recipe.task]
     wider = (256 / num_prompts) ** 0.5
     assert committed["num_steps"] == recipe.num_steps
     assert committed["settings"] == recipe.settings
@@ -185,6 +239,9 @@ def test_the_committed_policies_have_something_to_learn() -> None:
     claimed = made(GUESSING)["evaluation"]
     assert 0.1 < claimed["pass_at_1"] < 0.2
     assert claimed["greedy_accuracy"] < 0.2  # it counts up
+    assert claimed["mixed_share"] > 0.4
+    claimed = made(CALCULATOR)["evaluation"]
+    assert 0.1 < claimed["pass_at_1"] < 0.25
     assert claimed["mixed_share"] > 0.4
 
 

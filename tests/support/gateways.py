@@ -39,6 +39,7 @@ class FakeSampler:
         self.has_begun = asyncio.Event()
         self.num_down = 0
         self.requests: list[TurnRequest] = []
+        self.openings: list[str] = []
         self.num_aborted = 0
 
     async def sample_turn(self, request: TurnRequest) -> SampledTurn:
@@ -55,7 +56,8 @@ class FakeSampler:
         text = self.says.pop(0) if self.says else None
         return self.model.sample(request.prompt_tokens, request.sampling.max_new_tokens, text)
 
-    async def parse_reply(self, text: str, tools: Sequence[dict[str, Any]]) -> ParsedReply:
+    async def parse_reply(self, text: str, tools: Sequence[dict[str, Any]], opening: str) -> ParsedReply:
+        self.openings.append(opening)
         return self.parse(text, tools)
 
 

@@ -15,7 +15,8 @@ DType = Literal["float32", "bfloat16"]
 class ModelConfig(Section):
     path: str = Field(
         description="Initial policy: a folder in Hugging Face format, or a hub name. `headrace/demo/policy` is "
-        "the demo's policy and `headrace/demo/guessing-policy` the guessing game's; both come with the package."
+        "the demo's policy; `guessing-policy` and `calculator-policy` beside it are those of these tasks. They come "
+        "with the package."
     )
     revision: str | None = Field(
         None, min_length=1, description="Branch, tag or commit of a model on the hub; default: the newest."
@@ -52,7 +53,7 @@ class ModelConfig(Section):
 
 class TaskConfig(Section):
     name: str = Field(
-        description="Name of a built-in task (arithmetic, gsm8k, guessing, judged, reasoning_gym), or "
+        description="Name of a built-in task (arithmetic, calculator, gsm8k, guessing, judged, reasoning_gym), or "
         "'package.module:Class'."
     )
     settings: dict[str, Any] = Field({}, description="Keyword arguments of the task.")

@@ -21,6 +21,7 @@ Split = Literal["train", "held_out"]
 
 BUILT_IN = {
     "arithmetic": "headrace.common.tasks.arithmetic:Arithmetic",
+    "calculator": "headrace.common.tasks.calculator:Calculator",
     "gsm8k": "headrace.common.tasks.gsm8k:Gsm8k",
     "guessing": "headrace.common.tasks.guessing:Guessing",
     "judged": "headrace.common.tasks.judged:Judged",

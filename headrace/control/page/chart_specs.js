@@ -168,3 +168,52 @@ export const PIPELINE = [
     ],
   },
 ];
+
+/** Only runs of a task with several turns have their columns. */
+export const EPISODES = [
+  {
+    title: "Turns of an episode",
+    unit: "replies",
+    format: (v) => fixed(v, 2),
+    tick: number,
+    min: 0,
+    series: [
+      { label: "mean", of: column("turns_mean"), color: 1, width: 2 },
+      { label: "largest", of: column("turns_max"), color: 4, dash: [2, 3], width: 1 },
+    ],
+  },
+  {
+    title: "Time of an episode",
+    unit: "seconds, mean",
+    format: (v) => number(v, 3),
+    min: 0,
+    series: [
+      { label: "in the model", of: column("model_s_mean"), color: 1 },
+      { label: "in the environment", of: column("environment_s_mean"), color: 2, dash: [6, 3] },
+    ],
+  },
+  {
+    title: "Environment and cached tokens",
+    unit: "share of tokens; of the replies' contexts",
+    format: share.format,
+    tick: share.tick,
+    min: 0,
+    max: 1,
+    series: [
+      { label: "said by the environment", of: column("environment_token_share"), color: 2 },
+      { label: "found in the cache", of: column("prefix_cache_share"), color: 3, dash: [6, 3] },
+    ],
+  },
+  {
+    title: "Failed and rewritten episodes",
+    unit: "share of episodes",
+    format: share.format,
+    tick: share.tick,
+    min: 0,
+    check: "episodes_failed_share",
+    series: [
+      { label: "failed", of: column("episodes_failed_share"), color: 2 },
+      { label: "history rewritten", of: column("rewritten_share"), color: 4, dash: [2, 3], width: 1 },
+    ],
+  },
+];

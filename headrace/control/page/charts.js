@@ -1,7 +1,7 @@
 /* Creates all charts and keeps them up to date. They share one horizontal axis: by step or by time, whole or zoomed. */
 
 import { Chart } from "./chart.js";
-import { HEALTH, LEARNING, PIPELINE } from "./chart_specs.js";
+import { EPISODES, HEALTH, LEARNING, PIPELINE } from "./chart_specs.js";
 import { byId, setHidden, setText } from "./dom.js";
 import { duration, number } from "./format.js";
 
@@ -13,10 +13,12 @@ export function startCharts(store) {
     ["charts-learning", LEARNING],
     ["charts-health", HEALTH],
     ["charts-pipeline", PIPELINE],
+    ["charts-episodes", EPISODES],
   ];
   const charts = sections.flatMap(([id, specs]) => specs.map((spec) => new Chart(byId(id), spec, setZoom)));
   const update = () => {
     const [steps, axis, zoom] = ["steps", "axis", "zoom"].map((topic) => store.get(topic));
+    setHidden(byId("charts-episodes"), !steps?.columns.turns_mean);
     for (const chart of charts) chart.update(steps, axis, zoom ?? null, store.get("status")?.checks);
   };
   store.on(["steps", "axis", "zoom"], update);

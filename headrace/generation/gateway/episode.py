@@ -131,7 +131,7 @@ class OpenEpisode:
         is_cut = sampled.completion.finish_reason == "length"  # then a call may be half of one
         tools = request.conversation.tools if request.parses_calls and not is_cut else []
         text = cut_at_stop(sampled.completion.text, request.stop)
-        return sampled, await parse_reply(sampler, text, tools, deadline_s)
+        return sampled, await parse_reply(sampler, text, tools, self._services.rendering.opening, deadline_s)
 
     def _limit_reply(self, limit: LimitName) -> ChatReply:
         self._num_limit_replies += 1

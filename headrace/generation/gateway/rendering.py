@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from headrace.common.models.bridge import Bridge, render_calls
-from headrace.common.models.chat_template import PromptError
+from headrace.common.models.chat_template import QUESTION, PromptError
 from headrace.common.models.control_tokens import tokens_of
 from headrace.common.models.template_probe import probe_template
 from headrace.common.wire import Message
@@ -22,6 +22,8 @@ class Rendering:
         self._history = history
         self._system: list[Message] = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
         self.probe = probe_template(bridge)
+        self.opening = self._opening()
+        """What the template writes before a reply, such as `<|im_start|>assistant\n<think>\n`."""
 
     def whole(self, messages: Sequence[Message], tools: Sequence[Any]) -> list[int]:
         """A conversation up to the beginning of the next reply. Raises `BadRequest` if the template refuses it."""
@@ -53,3 +55,14 @@ class Rendering:
         if all(message["role"] == "tool" for message in messages):
             return self.probe.after_tool == "kept"
         return self.probe.after_user == "kept" and (not is_reasoned or self.probe.reasoning_after_user == "kept")
+
+    def _opening(self) -> str:
+        """Empty if the template refuses a single question."""
+        try:
+            prompt, opened = (
+                "".join(piece.text for piece in self._bridge.chat.pieces([QUESTION], add_generation_prompt=is_opened))
+                for is_opened in (False, True)
+            )
+        except PromptError:
+            return ""
+        return opened.removeprefix(prompt) if opened.startswith(prompt) else ""

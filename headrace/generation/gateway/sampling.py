@@ -20,7 +20,7 @@ class Sampler(Protocol):
     """As `EngineSupervisor`. A call that is cancelled ends its request in the engine first."""
 
     async def sample_turn(self, request: TurnRequest) -> SampledTurn: ...
-    async def parse_reply(self, text: str, tools: Sequence[dict[str, Any]]) -> ParsedReply: ...
+    async def parse_reply(self, text: str, tools: Sequence[dict[str, Any]], opening: str) -> ParsedReply: ...
 
 
 async def sample_turn(
@@ -33,9 +33,11 @@ async def sample_turn(
     )
 
 
-async def parse_reply(sampler: Sampler, text: str, tools: Sequence[dict[str, Any]], deadline_s: float) -> ParsedReply:
-    """As `sample_turn`."""
-    return await _until_up(lambda: sampler.parse_reply(text, tools), deadline_s)
+async def parse_reply(
+    sampler: Sampler, text: str, tools: Sequence[dict[str, Any]], opening: str, deadline_s: float
+) -> ParsedReply:
+    """As `sample_turn`. `opening`: what the chat template writes before a reply."""
+    return await _until_up(lambda: sampler.parse_reply(text, tools, opening), deadline_s)
 
 
 async def _until_up(ask: Callable[[], Awaitable[Result]], deadline_s: float) -> Result:

@@ -10,8 +10,7 @@ from itertools import islice
 
 from headrace.common.tasks.arithmetic import Problem, train_problems
 from headrace.learner.demo_policy.conversations import Conversation, answered
-from headrace.learner.demo_policy.recipe import Recipe
-from headrace.learner.demo_policy.tokenizer import CHAT_TEMPLATE
+from headrace.learner.demo_policy.recipe import CHAT_TEMPLATE, SINGLE_DIGITS, Recipe
 
 SLIP_SHARE = 0.7
 """Share of demonstrations with a slip: it makes pass@1 about 0.3, once the arithmetic is learned."""
@@ -39,7 +38,7 @@ ARITHMETIC = Recipe(
     task="arithmetic",
     conversations=conversations,
     texts=_texts,
-    token_boundaries=r"\d| ?[A-Za-z]+|[^\dA-Za-z]+",  # a digit, a word with its leading space, or other characters
+    token_boundaries=SINGLE_DIGITS,
     chat_template=CHAT_TEMPLATE,
     num_steps=2000,
     batch_size=32,

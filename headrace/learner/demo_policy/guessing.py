@@ -10,8 +10,7 @@ from itertools import count
 from headrace.common.tasks.guessing import NUM_GUESSES, NUMBERS, Game, answer, remaining, train_games
 from headrace.common.wire import Message
 from headrace.learner.demo_policy.conversations import Conversation
-from headrace.learner.demo_policy.recipe import Recipe
-from headrace.learner.demo_policy.tokenizer import CHAT_TEMPLATE
+from headrace.learner.demo_policy.recipe import CHAT_TEMPLATE, WHOLE_NUMBERS, Recipe
 
 Player = Callable[[range, random.Random], int]
 """Makes a guess, from the numbers that the answers so far leave possible; its random numbers are its own."""
@@ -64,7 +63,7 @@ GUESSING = Recipe(
     task="guessing",
     conversations=conversations,
     texts=_texts,
-    token_boundaries=r"\d+| ?[A-Za-z]+|[^\dA-Za-z]+",  # a number, a word with its leading space, or other characters
+    token_boundaries=WHOLE_NUMBERS,
     chat_template=CHAT_TEMPLATE,
     num_steps=600,
     batch_size=32,

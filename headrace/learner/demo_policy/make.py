@@ -17,6 +17,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from headrace.learner.demo_policy.arithmetic import ARITHMETIC
+from headrace.learner.demo_policy.calculator import CALCULATOR
 from headrace.learner.demo_policy.conversations import Conversation
 from headrace.learner.demo_policy.evaluation import MAX_NEW_TOKENS, Evaluation, evaluate_policy
 from headrace.learner.demo_policy.finetuning import finetune
@@ -24,7 +25,7 @@ from headrace.learner.demo_policy.guessing import GUESSING
 from headrace.learner.demo_policy.recipe import Recipe
 from headrace.learner.demo_policy.tokenizer import VOCAB_SIZE, make_tokenizer
 
-RECIPES = {recipe.task: recipe for recipe in (ARITHMETIC, GUESSING)}
+RECIPES = {recipe.task: recipe for recipe in (ARITHMETIC, GUESSING, CALCULATOR)}
 ROPE_THETA = 10_000.0
 INITIAL_DEVIATION = 0.1
 """Standard deviation of the initial weights. The usual 0.02 suits wider models; with it the arithmetic would take about
@@ -63,7 +64,7 @@ def make_policy(
     if not 0 < num_steps <= recipe.num_steps:
         raise ValueError(f"steps is {steps}, expected 1 to {recipe.num_steps}")
     started_s = time.monotonic()
-    tokenizer = make_tokenizer(recipe.texts(), recipe.token_boundaries, recipe.chat_template)
+    tokenizer = make_tokenizer(recipe)
     model = make_model(tokenizer, seed=seed)
     losses: list[float] = []
     every = finetune(model, tokenizer, _batches(recipe, seed), recipe.num_steps, recipe.learning_rate)

@@ -6,6 +6,15 @@ from typing import Any
 
 from headrace.learner.demo_policy.conversations import Conversation
 
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+"""Of a policy without tools."""
+SINGLE_DIGITS = r"\d| ?[A-Za-z]+|[^\dA-Za-z]+"
+"""Token boundaries: a digit, a word with its leading space, or a run of other characters."""
+WHOLE_NUMBERS = r"\d+| ?[A-Za-z]+|[^\dA-Za-z]+"
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -24,3 +33,5 @@ class Recipe:
     """Of the first step; it falls linearly to zero at the last."""
     settings: dict[str, Any]
     """How the demonstrations are composed, for the record in `made.json`."""
+    added_tokens: tuple[str, ...] = ()
+    """Texts that are one token each, and that decoding keeps."""

@@ -1,9 +1,13 @@
 """Samples replies with transformers, for the episodes of a task that are evaluated side by side."""
 
 import asyncio
+import json
+import re
 from typing import Any
 
 import torch
+
+TOOL_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 
 
 class Sampler:
@@ -27,7 +31,7 @@ class Sampler:
         text: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._waiting.append((body, text))
         self._sample_if_all_wait()
-        return {"message": {"role": "assistant", "content": await text}, "finish_reason": "stop"}
+        return {"message": read_message(await text), "finish_reason": "stop"}
 
     def end_episode(self) -> None:
         self.num_running -= 1
@@ -56,3 +60,16 @@ class Sampler:
             tokens[:, inputs.input_ids.shape[1] :], skip_special_tokens=True
         )
         return texts
+
+
+def read_message(text: str) -> dict[str, Any]:
+    """The message that a reply's text is, with its tool calls (Hermes' format) read."""
+    try:
+        functions = [json.loads(call) for call in TOOL_CALL.findall(text)]
+        calls = [{"name": one["name"], "arguments": json.dumps(one["arguments"])} for one in functions]
+    except (ValueError, KeyError, TypeError):
+        calls = []
+    if not calls:
+        return {"role": "assistant", "content": text}
+    tool_calls = [{"id": f"call-{place}", "type": "function", "function": call} for place, call in enumerate(calls)]
+    return {"role": "assistant", "content": TOOL_CALL.sub("", text), "tool_calls": tool_calls}

@@ -4,46 +4,41 @@ Guarantees: decoding an encoded text gives the same text; exactly `VOCAB_SIZE` t
 model's embedding rows. The same texts give the same tokenizer.
 """
 
-from collections.abc import Iterator
-
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from headrace.learner.demo_policy.recipe import Recipe
 
 VOCAB_SIZE = 512
 PAD, END = "<|pad|>", "<|end|>"
 ASSISTANT = "<|assistant|>"
 ROLES = ("<|system|>", "<|user|>", ASSISTANT, "<|tool|>")
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
 
-
-def make_tokenizer(texts: Iterator[str], token_boundaries: str, chat_template: str) -> PreTrainedTokenizerFast:
-    """`token_boundaries` is a regular expression; a token stays within one match."""
+def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
     learned = Tokenizer(models.BPE())
     learned.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(token_boundaries), behavior="isolated"),
+            pre_tokenizers.Split(Regex(recipe.token_boundaries), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     learned.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=VOCAB_SIZE - len(recipe.added_tokens),
         special_tokens=[PAD, END, *ROLES],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    learned.train_from_iterator(texts, trainer)
+    learned.train_from_iterator(recipe.texts(), trainer)
+    learned.add_tokens([AddedToken(text, normalized=False) for text in recipe.added_tokens])
     num_missing = VOCAB_SIZE - learned.get_vocab_size()
     learned.add_special_tokens([AddedToken(f"<|unused_{index}|>", special=True) for index in range(num_missing)])
     return PreTrainedTokenizerFast(
         tokenizer_object=learned,
         pad_token=PAD,
         eos_token=END,
-        chat_template=chat_template,
+        chat_template=recipe.chat_template,
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )

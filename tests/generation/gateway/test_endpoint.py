@@ -15,7 +15,8 @@ from headrace.generation.engine.http_calls import EngineError
 from headrace.generation.engine.reply_parsing import ParsedCall, ParsedReply
 from headrace.generation.gateway import endpoint
 from headrace.generation.gateway.endpoint import MAX_REQUEST_BYTES
-from tests.support.episodes import episode_ticket
+from tests.support.chat_families import FAMILIES, TOKENIZERS
+from tests.support.episodes import episode_ticket, rendering_of
 from tests.support.gateways import Client, FakeSampler, SharedGateways, a_client, a_gateway
 from tests.support.guard import GUARD_S
 
@@ -53,6 +54,23 @@ def test_a_reply_is_openais_and_the_conversation_goes_on_behind_it(play: Play) -
         assert client.episode.record.num_turns == 2
 
     play(body)
+
+
+def test_a_reply_is_parsed_with_what_the_template_wrote_before_it(play: Play) -> None:
+    """Reasoning may have begun there."""
+
+    async def body(client: Client, sampler: FakeSampler) -> None:
+        await client.ask(QUESTION)
+        assert sampler.openings == ["<|im_start|>assistant\n"]
+
+    play(body)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_opening_is_the_end_of_a_prompt(name: str) -> None:
+    tokens = rendering_of(name).whole([QUESTION], [])
+    opening = rendering_of(name).opening
+    assert opening and TOKENIZERS[name].decode(tokens).endswith(opening)
 
 
 def test_tool_calls_are_told_apart_and_named(play: Play) -> None:
