@@ -4,6 +4,7 @@ The task's metrics say what an episode saw (guessing_with_agents.py). A rollout 
 failed one, or of parts of two would have other tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,7 +59,7 @@ class GroupChecks:
             self._take_rollout(group, place, rollout)
 
     def _take_rollout(self, group: Group, place: int, rollout: Rollout) -> None:
-        counts, texts = self.counts, self._texts(rollout)
+        counts, texts = self.counts, self._texts(rollout, group.ticket.sampling.stop_token_ids)
         counts.rollouts += 1
         counts.turns += len(texts)
         counts.with_agent += rollout.metrics.get("is_agent") == 1
@@ -74,12 +75,13 @@ class GroupChecks:
         if earlier != f"{group.ticket.id} {place}":
             self._report(group.ticket.id, f"rollout {place} is of the episode of rollout {earlier}")
 
-    def _texts(self, rollout: Rollout) -> list[str]:
-        """Of the sampled turns, in the order of time."""
+    def _texts(self, rollout: Rollout, stops: Sequence[int]) -> list[str]:
+        """Of the sampled turns, in the order of time, without the stop token at the end."""
         assert self.tokenizer is not None
         turns = sorted((turn for turn in rollout.turns if turn.role == "assistant"), key=lambda turn: turn.began_s)
         tokens = [rollout.segments[turn.segment].tokens[turn.start : turn.end].tolist() for turn in turns]
-        return [self.tokenizer.decode(one, skip_special_tokens=True) for one in tokens]
+        said = [one[: -1 if one[-1] in stops else None] for one in tokens]
+        return [self.tokenizer.decode(one, skip_special_tokens=False) for one in said]
 
     def _report(self, ticket: str, text: str) -> None:
         self.violations.append(Violation(ticket, text))

@@ -159,14 +159,14 @@ def tokenizer() -> Tokenizer:
 
 
 def rollout(tokenizer: Tokenizer, texts: Sequence[str], episode: float = 1.0, **changes: Any) -> Rollout:
-    """Of an episode that saw these replies, `higher` between them."""
+    """Of an episode that saw these replies, `higher` between them; a stop token ends each text."""
     tokens: list[int] = []
     turns: list[Turn] = []
     mask = b""
     for index, text in enumerate(texts):
         for role, said in (("user", "higher"), ("assistant", text))[index == 0 :]:
             start = len(tokens)
-            tokens += tokenizer.encode(said, add_special_tokens=False).ids
+            tokens += [*tokenizer.encode(said, add_special_tokens=False).ids, *TICKET.sampling.stop_token_ids]
             mask += bytes([role == "assistant"]) * (len(tokens) - start)
             turns.append(Turn(role, 0, start, len(tokens), float(index), float(index)))  # type: ignore[arg-type]
     num_sampled = mask.count(1)
@@ -194,7 +194,7 @@ def found(tokenizer: Tokenizer, *payloads: bytes) -> list[str]:
 
 def test_groups_of_what_their_episodes_saw_are_sound(tokenizer: Tokenizer) -> None:
     checks = GroupChecks(tokenizer)
-    late = rollout(tokenizer, ["7"], 3.0, failed_episodes=1)
+    late = rollout(tokenizer, ["5<|user|>5"], 3.0, failed_episodes=1)
     checks.take("1-0", "0-0", group(rollout(tokenizer, ["32", "48"], 1.0), rollout(tokenizer, ["32"], 2.0)))
     checks.take("2-0", "0-1", group(late))
     assert checks.violations == []
