@@ -377,6 +377,7 @@ def test_a_secret_opens_its_own_episode_while_that_is_open() -> None:
             over = {"Authorization": f"Bearer {one.episode.api_key}"}
             response = await stranger.post("/chat/completions", headers=over, json={"messages": [QUESTION]})
             assert response.status_code == 409 and response.json()["error"]["message"] == "the episode is over"
+            assert (await stranger.get("/models", headers=over)).status_code == 409
 
     asyncio.run(run())
 
