@@ -1,10 +1,12 @@
 """The demo on several seeds: `python -m benchmarks.demo` runs `headrace up` for each of them and prints a table.
 
     python -m benchmarks.demo --seeds 0 1 2 --at-least 0.80
+    python -m benchmarks.demo --recipe configs/guessing-cpu.yaml
     python -m benchmarks.demo --vary generation.engine.swap_mode=retract generation.engine.swap_mode=in_place
 
-Writes its rows to `benchmarks/results/demo.json`, with `--vary` to `demo-varied.json` there. The exit code is 1 if a
-run fails or its held-out accuracy is below `--at-least`.
+Writes its rows to `benchmarks/results/demo.json`, with `--vary` to `demo-varied.json` there, and those of another
+recipe to a file with its name (`demo-guessing-cpu.json`). The exit code is 1 if a run fails or its held-out accuracy is
+below `--at-least`.
 """
 
 import argparse
@@ -29,6 +31,7 @@ GPUS = Path("/proc/driver/nvidia/gpus")
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo")
+    parser.add_argument("--recipe", type=Path, default=Path(RECIPE), help=f"default: {RECIPE}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--at-least", type=float, default=0.0, help="lowest held-out accuracy that counts as success")
     parser.add_argument(
@@ -36,10 +39,11 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     settings = [["--set", setting] for setting in arguments.vary] or [[]]
-    rows = [run_demo(seed, *setting) for seed in arguments.seeds for setting in settings]
+    rows = [run_demo(str(arguments.recipe), seed, *setting) for seed in arguments.seeds for setting in settings]
     machine = this_machine()
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / ("demo-varied.json" if arguments.vary else "demo.json")).write_text(
+    name = "demo" + (f"-{arguments.recipe.stem}" if arguments.recipe != Path(RECIPE) else "")
+    (RESULTS / f"{name}{'-varied' if arguments.vary else ''}.json").write_text(
         json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n"
     )
     print_table(rows, machine)
@@ -50,11 +54,11 @@ def headrace_up(recipe: str, run: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "headrace.launcher", "up", str(ROOT / recipe), "--run", run, *arguments]
 
 
-def run_demo(seed: int, *setting: str) -> dict[str, Any]:
+def run_demo(recipe: str, seed: int, *setting: str) -> dict[str, Any]:
     """One whole run; `total_s` is the duration of the command, which a user would wait."""
     run = f"benchmark-{time.strftime('%Y%m%d-%H%M%S')}-seed-{seed}"
     started = time.monotonic()
-    subprocess.run(headrace_up(RECIPE, run, "--seed", str(seed), *setting), cwd=ROOT, check=True)
+    subprocess.run(headrace_up(recipe, run, "--seed", str(seed), *setting), cwd=ROOT, check=True)
     summary: dict[str, Any] = json.loads((ROOT / "runs" / run / "summary.json").read_text())
     return {"seed": seed, "setting": " ".join(setting[1:]), "total_s": round(time.monotonic() - started, 1), **summary}
 

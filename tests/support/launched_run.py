@@ -37,9 +37,16 @@ def short_run(steps: int) -> list[str]:
 class Launched:
     """`headrace up` of the run; its lines can be waited for, and its processes killed."""
 
-    def __init__(self, runs: Path, seen: set[psutil.Process], settings: Sequence[str], run: str = "short") -> None:
+    def __init__(
+        self,
+        runs: Path,
+        seen: set[psutil.Process],
+        settings: Sequence[str],
+        run: str = "short",
+        recipe: str = "configs/tiny-cpu.yaml",
+    ) -> None:
         """`seen` gathers every process that it is seen to have."""
-        command = [sys.executable, "-c", START, "up", "configs/tiny-cpu.yaml", "--run", run]
+        command = [sys.executable, "-c", START, "up", recipe, "--run", run]
         chosen = [part for setting in settings for part in ("--set", setting)]
         self.process = subprocess.Popen(
             [*command, "--runs-folder", str(runs), *chosen],

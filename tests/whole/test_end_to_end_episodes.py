@@ -1,0 +1,36 @@
+"""The demos of several turns by the one command, shortened: they learn, and engine and learner agree."""
+
+import json
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.guard import GUARD_S
+from tests.support.launched_run import Launched, rows_of, steps_in
+
+NUM_STEPS = 12
+SETTINGS = [
+    f"learner.steps={NUM_STEPS}",
+    f"evaluation.interval_steps={NUM_STEPS}",
+    f"generation.engine.liveness_timeout_s={GUARD_S:g}",
+]
+GAIN = 0.3
+"""Of held-out reward. In 12 steps the guessing game gains 0.6 and the calculator 0.4."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["guessing", "calculator"])
+def test_a_demo_of_several_turns_learns(name: str, tmp_path: Path) -> None:
+    launched = Launched(tmp_path, set[psutil.Process](), SETTINGS, recipe=f"configs/{name}-cpu.yaml")
+    try:
+        output = launched.end()
+    finally:
+        launched.process.kill()
+    assert steps_in(launched.run) == list(range(1, NUM_STEPS + 1)), output
+    summary = json.loads((launched.run / "summary.json").read_text())
+    assert summary["held_out_after"] > summary["held_out_before"] + GAIN
+    assert summary["groups"]["dead"] == 0
+    fresh = [row for row in rows_of(launched.run, "step") if row["fresh_tokens"]]
+    assert fresh and max(row["fresh_logprob_gap_p999"] for row in fresh) < 1e-4
+    assert all(row["turns_mean"] > 1 and row["split_share"] == 0 for row in rows_of(launched.run, "step"))
