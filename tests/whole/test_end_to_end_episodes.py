@@ -15,13 +15,12 @@ SETTINGS = [
     f"evaluation.interval_steps={NUM_STEPS}",
     f"generation.engine.liveness_timeout_s={GUARD_S:g}",
 ]
-GAIN = 0.3
-"""Of held-out reward. In 12 steps the guessing game gains 0.6 and the calculator 0.4."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["guessing", "calculator"])
-def test_a_demo_of_several_turns_learns(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "gain"), [("guessing", 0.4), ("calculator", 0.15)])
+def test_a_demo_of_several_turns_learns(name: str, gain: float, tmp_path: Path) -> None:
+    """By `gain` of held-out reward at least."""
     launched = Launched(tmp_path, set[psutil.Process](), SETTINGS, recipe=f"configs/{name}-cpu.yaml")
     try:
         output = launched.end()
@@ -29,7 +28,7 @@ def test_a_demo_of_several_turns_learns(name: str, tmp_path: Path) -> None:
         launched.process.kill()
     assert steps_in(launched.run) == list(range(1, NUM_STEPS + 1)), output
     summary = json.loads((launched.run / "summary.json").read_text())
-    assert summary["held_out_after"] > summary["held_out_before"] + GAIN
+    assert summary["held_out_after"] > summary["held_out_before"] + gain
     assert summary["groups"]["dead"] == 0
     fresh = [row for row in rows_of(launched.run, "step") if row["fresh_tokens"]]
     assert fresh and max(row["fresh_logprob_gap_p999"] for row in fresh) < 1e-4
