@@ -8,6 +8,7 @@ Exit codes: 0 done, 1 failed, 2 refused (an invalid request), 3 nothing is runni
 import subprocess
 import sys
 import time
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ import typer
 
 from headrace.launcher.commands import logs, observe, results, steer
 from headrace.launcher.commands.options import (
+    FAILED,
     RUNS,
     START,
     JsonOption,
@@ -40,6 +42,13 @@ SetOption = Annotated[
         "--set", metavar="SECTION.KEY=VALUE", help="Setting that overrides the recipe's; may be given several times."
     ),
 ]
+
+
+class SplitName(StrEnum):
+    """`headrace.common.tasks.Split`, without the import."""
+
+    TRAIN = "train"
+    HELD_OUT = "held_out"
 
 
 @app.command(rich_help_panel=START)
@@ -73,6 +82,32 @@ def check(
 
     with one_line_errors():
         check_recipe(_load(config, seed, overrides), console(), as_json)
+
+
+@app.command(name="try", rich_help_panel=START)
+def try_(
+    config: ConfigArgument = DEMO_RECIPE,
+    split: Annotated[SplitName, typer.Option(help="Split of the prompts.")] = SplitName.TRAIN,
+    num: Annotated[int, typer.Option(min=1, max=256, help="Number of prompts, from the beginning of the split.")] = 4,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            help="OpenAI-compatible endpoint in place of an engine on the recipe's model; its key: OPENAI_API_KEY."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Name of the model at that endpoint; default: its only one.")
+    ] = None,
+    seed: SeedOption = None,
+    overrides: SetOption = [],  # noqa: B006 - typer copies it
+) -> None:
+    """Play a few episodes of a recipe's task, or score a few completions, and print the conversations."""
+    from headrace.launcher.trial.command import try_recipe
+
+    with one_line_errors():
+        recipe = _load(config, seed, overrides)
+        if not try_recipe(recipe.config, console(), split.value, num, url, model):
+            raise typer.Exit(FAILED)
 
 
 @app.command(rich_help_panel=START)

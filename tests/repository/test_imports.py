@@ -16,10 +16,10 @@ FOLDERS = {
         "algorithm distributed model store steering intake training checkpoints weights scaling reporting stages "
         "commands demo_policy"
     ),
-    "generation": "tensors engine gateway workers rewards environments tickets weights",
+    "generation": "tensors engine gateway workers rewards environments tickets weights trial",
     "control": "models polling verdict view http",
     "demo": "",
-    "launcher": "templates run estimates placement check terminal supervision report commands",
+    "launcher": "templates run estimates placement check terminal trial supervision report commands",
 }
 """The folders of each part, from the lowest to the highest: each imports only those before it. The modules beside them
 (`__main__`, `assembly`, `loop` and what these alone need) put the folders together; no folder imports them."""

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import NamedTuple, Protocol
 
@@ -24,7 +24,6 @@ from headrace.generation.environments.pool import EnvironmentPool
 from headrace.generation.environments.process import EpisodeFailed, EpisodeInterrupted
 from headrace.generation.environments.seeds import seed_of
 from headrace.generation.gateway.group_prompts import GroupPrompts
-from headrace.generation.gateway.segments import EpisodeRecord
 from headrace.generation.workers.process import WorkerError
 
 MAX_INTERRUPTIONS = 10
@@ -33,13 +32,28 @@ NEVER_SAMPLED = "it ended without a reply of the model: there is nothing to trai
 _log = logging.getLogger(__name__)
 
 
+class Record(Protocol):
+    """What is recorded of an episode: `EpisodeRecord`, or one without tokens."""
+
+    num_turns: int
+    text: str
+    """Of the last reply."""
+    unconfirmed: list[SampledTurn]
+
+    def rollout(
+        self, reward: float, metrics: Mapping[str, float], prompts: GroupPrompts, failed_episodes: int = 0
+    ) -> Rollout: ...
+
+
 class OpenEpisode(Protocol):
     """An episode that may use the gateway."""
 
     base_url: str
     api_key: str
     model: str
-    record: EpisodeRecord
+
+    @property
+    def record(self) -> Record: ...
 
     @property
     def environment_s(self) -> float:
@@ -63,7 +77,7 @@ class GroupOfEpisodes(NamedTuple):
 
 
 class _Ended(NamedTuple):
-    record: EpisodeRecord
+    record: Record
     outcome: Outcome
     num_failed: int
 
@@ -107,7 +121,7 @@ class Episodes:
         return GroupOfEpisodes(rollouts, prompts.further)
 
     async def _play(self, ticket: Ticket, place: int) -> _Ended:
-        failed: list[EpisodeRecord] = []
+        failed: list[Record] = []
         interrupted: list[EpisodeInterrupted] = []
         while True:
             start = (ticket, place, len(failed) + len(interrupted))
@@ -130,7 +144,7 @@ class Episodes:
 
     async def _play_once(
         self, ticket: Ticket, place: int, attempt: int, is_suspect: bool
-    ) -> tuple[EpisodeRecord, Outcome | EpisodeFailed | EpisodeInterrupted]:
+    ) -> tuple[Record, Outcome | EpisodeFailed | EpisodeInterrupted]:
         """The sealed record, and what came of the episode."""
         async with self._open_episode(ticket) as episode:
             endpoint = (episode.base_url, episode.api_key, episode.model)

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headrace.common.http.limits import CLOSING
 from headrace.common.http.service import new_app
-from headrace.generation.gateway.episode import OpenEpisode
+from headrace.generation.gateway.answering import AnsweredEpisode
 from headrace.generation.gateway.errors import GatewayError
 from headrace.generation.gateway.exchanges import Exchange
 from headrace.generation.gateway.replies import KEEP_ALIVE, event
@@ -24,7 +24,7 @@ MAX_REQUEST_BYTES = 16 << 20
 KEEP_ALIVE_S = 5.0
 """Between two comments of a stream whose reply is being sampled; before the first, an error still has its status."""
 EVENTS = "text/event-stream"
-Authenticate = Callable[[str], OpenEpisode]
+Authenticate = Callable[[str], AnsweredEpisode]
 """Returns the episode that the value of an `Authorization` header opens; raises `GatewayError`."""
 
 

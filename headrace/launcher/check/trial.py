@@ -36,8 +36,8 @@ def try_task(config: RunConfig, is_model_here: bool = True) -> TaskTrial:
     """
     name, plain = config.task.name, config.model_copy(update={"redis_url": None}).model_dump_json()
     with (
-        _child("headrace.generation.task_trial", plain) as computed,
-        _child("headrace.launcher.check.prompt_trial", plain, str(NUM_PROMPTS * is_model_here)) as prompts,
+        child("headrace.generation.task_trial", plain) as computed,
+        child("headrace.launcher.check.prompt_trial", plain, str(NUM_PROMPTS * is_model_here)) as prompts,
     ):
         found = msgspec.msgpack.decode(prompts.answer(name), type=TaskTrial)
         if found.problem:
@@ -109,7 +109,7 @@ class _Child:
 
 
 @contextmanager
-def _child(module: str, config: str, *arguments: str) -> Iterator[_Child]:
+def child(module: str, config: str, *arguments: str) -> Iterator[_Child]:
     """Starts a module with this process's import path; its first input line is the configuration."""
     with (
         tempfile.NamedTemporaryFile(prefix="headrace-trial-") as output,
