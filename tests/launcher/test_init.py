@@ -36,6 +36,15 @@ def test_what_init_writes_passes_check_in_an_empty_folder(
     assert task in checked.stdout and "  train prompts tried: " in checked.stdout
 
 
+@pytest.mark.slow
+def test_the_environment_that_init_writes_is_played_by_its_model(tmp_path: Path) -> None:
+    assert headrace("init", "mine", "--environment", cwd=tmp_path).returncode == 0
+    played = headrace("try", "mine/recipe.yaml", "--num", "2", cwd=tmp_path)
+    assert played.returncode == 0, played
+    assert played.stdout.count("\n   reward ") == 2 and "Lena thinks of a number from 1 to 63." in played.stdout
+    assert ", 1 segment, " in played.stdout and "\n2 episodes: reward " in played.stdout
+
+
 def test_init_overwrites_nothing(tmp_path: Path) -> None:
     (tmp_path / "my_task.py").write_text("mine")
     with pytest.raises(ValueError, match=r"my_task\.py: already there; expected another folder"):

@@ -27,7 +27,12 @@ def init(folder: Path, kind: str) -> list[Path]:
 def next_commands(folder: Path) -> list[str]:
     """The commands to run after `headrace init`."""
     recipe = shlex.quote(str(folder / "recipe.yaml"))
-    return [f"headrace check {recipe}", f"headrace up {recipe} --run first", "headrace status --watch --run first"]
+    return [
+        f"headrace check {recipe}",
+        f"headrace try {recipe}",
+        f"headrace up {recipe} --run first",
+        "headrace status --watch --run first",
+    ]
 
 
 def template(kind: str, name: str) -> str:
