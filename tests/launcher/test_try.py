@@ -18,6 +18,7 @@ from rich.console import Console
 
 from headrace.common.config import RunConfig
 from headrace.common.tasks import Split
+from headrace.launcher.run.errors import ControlFailed
 from headrace.launcher.trial.command import NO_TOKENS, try_recipe
 from headrace.launcher.trial.endpoint import find_endpoint
 from tests.support.fake_sglang import FakeSglang, ScriptedServer, in_a_thread, sample
@@ -114,6 +115,11 @@ def test_episodes_are_printed_with_what_would_be_recorded(fake: FakeSglang, demo
     assert "──── segment 2: history rewritten by the agent ────\n   (1 message as above)\n" in rewrites
     assert "2 turns, 2 segments, 4 sampled tokens, 0 of the environment" in rewrites
     assert "\n3 episodes: reward 0.500 in the mean, 0.50 to 0.50, 1 failed\n" in text
+
+
+def test_an_engine_that_does_not_answer_is_said_at_once(demo_policy: Path) -> None:
+    with pytest.raises(ControlFailed, match=r"/model_info at http://127\.0\.0\.1:1: "):
+        tried(config_of(demo_policy, "Chatty", ["good"], "http://127.0.0.1:1"))
 
 
 def test_completions_are_scored(fake: FakeSglang, demo_policy: Path) -> None:

@@ -119,6 +119,7 @@ async def _start_engine(config: RunConfig, has_rollout: bool, stack: AsyncExitSt
         reasoning_parser=environment.reasoning_parser,
     )
     stack.push_async_callback(engine.aclose)
+    await engine.weight_version()  # raises if an external engine does not answer
     return engine
 
 

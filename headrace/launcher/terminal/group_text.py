@@ -55,8 +55,12 @@ def message_text(message: dict[str, Any]) -> str:
     """Its content, and its tool calls as `name(arguments)`."""
     content = message.get("content") or ""
     calls = [call.get("function") for call in message.get("tool_calls") or () if isinstance(call, dict)]
-    said = [f"{call.get('name')}({call.get('arguments')})" for call in calls if isinstance(call, dict)]
-    return "\n".join(filter(None, [content if isinstance(content, str) else json.dumps(content), *said]))
+    said = [f"{call.get('name')}({_as_text(call.get('arguments'))})" for call in calls if isinstance(call, dict)]
+    return "\n".join(filter(None, [_as_text(content), *said]))
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _facts(rollout: Answer) -> Iterator[str]:

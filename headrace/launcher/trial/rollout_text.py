@@ -28,7 +28,7 @@ def rollout_text(place: int, report: RolloutReport) -> Text:
         text.append(f"{INDENT}reward {number(report.reward, 3)}", "bold")
         text.append("".join(f", {printable(name)} {value:.4g}" for name, value in report.metrics.items()))
         text.append(f", {end}" if (end := ENDS[report.finish_reason]) else "")
-    return text.append(f"{INDENT}{', '.join(_facts(report))}", "dim")
+    return text.append(f"{INDENT}{', '.join(_facts(report))}", "dim") if report.replies else text
 
 
 def _append_messages(text: Text, segment: SegmentReport, num_shown: int) -> None:
