@@ -37,20 +37,20 @@ def main() -> int:
     arguments = _parse_arguments()
     started = time.monotonic()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    path = arguments.runs_folder / "chaos" / "summary.json"
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
 
     def say(text: str) -> None:
         console.print(f"[{time.monotonic() - started:7.1f} s] {text}", markup=False, soft_wrap=True)
 
     try:
-        summary = _measure(arguments, say)
+        summary = _measure(arguments, path, say)
     except (RuntimeError, ValueError) as error:
         say(f"FAILED: {error}")
         return 1
     except KeyboardInterrupt:
         say("stopped")
         return 130
-    path = arguments.runs_folder / "chaos" / "summary.json"
     write_summary(summary, path)
     print_table(summary, console)
     console.print(f"  {path}")
@@ -90,9 +90,10 @@ def _kinds(text: str) -> list[Kind]:
         raise argparse.ArgumentTypeError(f"{error}; expected some of {','.join(Kind)}") from error
 
 
-def _measure(arguments: argparse.Namespace, say: Any) -> dict[str, Any]:
+def _measure(arguments: argparse.Namespace, path: Path, say: Any) -> dict[str, Any]:
+    """The summary; `path` has it as soon as the disturbed run is complete."""
     run, runs_folder = f"chaos-{arguments.seed}", arguments.runs_folder
-    (runs_folder / "chaos" / "summary.json").unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
     recipe = EPISODES_RECIPE if arguments.episodes else RECIPE
     settings = yaml.safe_load(recipe.read_text())
     checks = GroupChecks.of_episodes(Path(settings["model"]["path"])) if arguments.episodes else GroupChecks()
@@ -106,6 +107,7 @@ def _measure(arguments: argparse.Namespace, say: Any) -> dict[str, Any]:
     if not results.failure:
         held_out = _held_out(runs_folder / run)
         say(f"held-out pass@1 {held_out} after step {results.num_steps}")
+    write_summary(summarise(results, arguments.seed, held_out, None, problem), path)
     if arguments.undisturbed and not results.failure:
         launched = Launched(f"{run}-undisturbed", runs_folder, recipe, None, arguments.replicas)
         undisturbed = _run_undisturbed(launched, results.num_steps, say)

@@ -1,9 +1,10 @@
 """The protocol against a plain model: any order of events, with a crash between any two Redis commands.
 
 All is real but the policy, the trainer and the answers. Learners are put together by `assembly`, take steps and
-checkpoints by `Loop`, and read by `Intake`, whose thread's turns are taken here; replicas are `TicketStore`s. A learner
-dies, sleeps while its successor starts and then goes on, sends a command twice, finds Redis full, or empty, or its
-newest checkpoint corrupt. A replica that dies leaves nothing but its leases, so every lease may still be acted on.
+checkpoints by `Loop`, and read by `Intake`, whose thread's turns are taken here; replicas are `TicketStore`s, and play
+episodes a step at a time (stepwise_episodes.py). A learner dies, sleeps while its successor starts and then goes on,
+sends a command twice, finds Redis full, or empty, or its newest checkpoint corrupt. A replica that dies leaves nothing
+but its leases, so every lease may still be acted on.
 
 The model is what each learner's weights have seen (`Line`), hence what each checkpoint must hold, and how the ledger
 may go on (`AFTER`). Guaranteed after every event: a ticket once issued has one state; the streams hold what the marks
@@ -77,6 +78,7 @@ from headrace.learner.weights import publisher
 from tests.learner.test_intake import Counting, PlainTokenizer
 from tests.support.crashing_redis import Crash, Fault, Trap, faults
 from tests.support.factories import make_rollout
+from tests.support.stepwise_episodes import StepwiseLease
 
 NUM_EXAMPLES = int(os.environ.get("HEADRACE_EXAMPLES", "40"))
 NUM_PROMPTS, FUTURE = 7, 1_000_000
@@ -104,6 +106,9 @@ STREAMS = (*WORK, *ANSWERS, "dead_letters")
 HOMES = {"open": WORK, "answered": ANSWERS, "dead": ("dead_letters", "dead_letters")}
 KINDS = ["mixed", "mixed", "mixed", "uniform", "old", "future", "fail", "hand back"]
 """What a replica does with a ticket; a group of a future version is refused by the learner."""
+EPISODE_STEPS: st.SearchStrategy[Any] = st.tuples(
+    st.integers(0, 1), st.sampled_from(["turn", "turn", "finish", "finish", "fail", "interrupt"])
+) | st.sampled_from(["the worker ends", "the replica drains", "the replica dies"])
 JUNK = [{"id": "9-99", "group": "?"}, {"id": "x", "ticket": "?"}, {"unheard": "of"}]
 NUM_COMMANDS = {"turn": 4, "step": 9, "publish": 4, "look": 4, "evaluate": 1, "checkpoint": 1, "write": 3}
 """About how many a learner sends."""
@@ -300,6 +305,7 @@ class Protocol(RuleBasedStateMachine):
         asynchronous = self.trap.guard_async(server.new_async_client())
         self.replicas = [TicketStore(asynchronous, self.keys, name) for name in "abc"]
         self.leases: list[tuple[TicketStore, Lease]] = []
+        self.played: list[StepwiseLease] = []
         self.life: Life | None = None
         self.sleeper: Life | None = None
         self.as_overtaken: object = None
@@ -409,6 +415,24 @@ class Protocol(RuleBasedStateMachine):
         good = [(store, lease) for store, lease in self.leases if self._is_open(lease)]
         some = good if good and not is_late else self.leases
         self._answer(*some[-1 - which % len(some)], kind, fault)
+
+    @precondition(lambda self: self.leases)
+    @rule(
+        which=st.integers(0, 30),
+        is_new=st.booleans(),
+        steps=st.lists(EPISODE_STEPS, min_size=1, max_size=6),
+        fault=REPLICA_FAULT,
+    )
+    def play(self, which: int, is_new: bool, steps: list[Any], fault: Fault | None) -> None:
+        """A replica plays the episodes of a lease, and goes on with them in later calls, whatever happens between."""
+        good = [(store, lease) for store, lease in self.leases if self._is_open(lease) and is_training(lease.ticket.id)]
+        if good and (is_new or not self.played):
+            played = StepwiseLease(CONFIG, *good[-1 - which % len(good)], self._version)
+            self.played.append(played)
+            self._advance(played, played.begin(), fault)
+        for step in steps:
+            if self.played:
+                self._step_episode(self.played[which % len(self.played)], step, fault)
 
     @rule(what=st.sampled_from([retry, purge]), which=st.none() | st.integers(0, 3), fault=REPLICA_FAULT)
     def tell_dead(self, what: Callable[..., object], which: int | None, fault: Fault | None) -> None:
@@ -646,7 +670,7 @@ class Protocol(RuleBasedStateMachine):
         name, was, is_open = lease.ticket.id, self._ledger().get(lease.ticket.id), self._is_open(lease)
         if kind in ("fail", "future") and not is_training(name) and not name.endswith("-0"):
             kind = "mixed"  # an evaluation of which all is dead stops the learner
-        version = {"old": 1, "future": FUTURE}.get(kind, self.life.loop.versions.current if self.life else 1)
+        version = {"old": 1, "future": FUTURE}.get(kind, self._version())
         rewards = (1.0, 1.0) if kind == "uniform" else (1.0, 0.0)
         group = Group(lease.ticket, [make_rollout(r, version=version) for r in rewards], "r", Timings(0, 0, 0))
         if kind == "fail":
@@ -660,6 +684,47 @@ class Protocol(RuleBasedStateMachine):
         assert (mark != was) == is_open or self.trap.sprung in ("before", "full")
         if mark is not None and mark != was:
             self.groups[name, mark.entry_id] = (kind, group)
+        if not self.is_lost:
+            self._compare(self._ledger())
+
+    def _version(self) -> int:
+        """Of the weights that a replica has now."""
+        return self.life.loop.versions.current if self.life else 1
+
+    def _step_episode(self, played: StepwiseLease, step: Any, fault: Fault | None) -> None:
+        if step == "the worker ends":
+            self._advance(played, played.end_worker(), fault)
+        elif step == "the replica drains":
+            self._advance(played, played.cancel(), fault)
+        elif step == "the replica dies":
+            self._advance(played, played.cancel(), Fault("before", 0))
+        else:
+            self._advance(played, played.step(*step), fault)
+
+    def _advance(self, played: StepwiseLease, act: Coroutine[Any, Any, None], fault: Fault | None) -> None:
+        """While its episodes go on nothing is seen of them. A group has the episodes that finished, and no other."""
+        lease, num_attempts = played.lease, CONFIG.environment.episode_attempts
+        name, was, is_open = lease.ticket.id, self._ledger().get(lease.ticket.id), self._is_open(lease)
+        with self.trap.armed(fault):
+            self.server.runner.run(act)
+        mark = self._ledger().get(name)
+        assert played.task is not None
+        if not played.task.done():
+            assert mark == was and max(played.num_failed.values(), default=0) < num_attempts
+            return
+        self.played.remove(played)
+        death = None if played.task.cancelled() else played.task.exception()
+        assert isinstance(death, Crash | redis.OutOfMemoryError | None), death
+        assert (mark != was) == is_open or self.trap.sprung in ("before", "full")
+        if mark is not None and mark != was and mark.state == "answered":
+            assert played.group is not None
+            self.groups[name, mark.entry_id] = ("mixed", played.group)
+        if played.group is not None:
+            made = [(rollout.text, rollout.failed_episodes) for rollout in played.group.rollouts]
+            assert made == [(played.finished[place], played.num_failed[place]) for place in range(len(made))]
+            assert (
+                len(made) == lease.ticket.num_completions and max(played.num_failed.values(), default=0) < num_attempts
+            )
         if not self.is_lost:
             self._compare(self._ledger())
 
@@ -699,6 +764,8 @@ class Protocol(RuleBasedStateMachine):
         assert queued == {entry.decode() for rows in streams[:-1] for entry, _ in rows} and not pending
 
     def teardown(self) -> None:
+        for played in [*self.played]:
+            self._step_episode(played, "the replica dies", None)
         try:
             if sys.exc_info()[0] is None:
                 self._drain()
