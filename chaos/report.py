@@ -101,9 +101,8 @@ def print_table(summary: dict[str, Any], console: Console) -> None:
         beside = "not measured" if against is None else f"{against:.3f}"
         console.print(f"held-out pass@1 after the run {summary['held_out_after']:.3f}, undisturbed {beside}")
     console.print(f"{len(summary['dead'])} dead tickets; {summary['audits']} audits")
-    console.print(
-        "seen: " + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary["groups"].items())
-    )
+    seen = (f"{count} {name.replace('_', ' ')}" for name, count in summary["groups"].items() if count)
+    console.print(f"seen: {', '.join(seen)}")
 
 
 def _kinds(results: Results) -> list[str]:
