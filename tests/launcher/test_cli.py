@@ -76,7 +76,10 @@ def settings_of(config: RunConfig) -> Iterator[str]:
         ((TINY, "--set", "model.path=configs/nope"), "expected a folder with a config.json"),
         ((TINY, "--set", "task.name=arithmetik"), "did you mean 'arithmetic'?"),
         ((TINY, "--run", "../elsewhere"), "run '../elsewhere': expected"),
-        ((TINY, "--set", "sampling.max_new_tokens=1010"), "fits with it into the context of 1,024 tokens"),
+        (
+            (TINY, "--set", "sampling.max_new_tokens=1010"),
+            "leaves room for sampling.max_new_tokens 1,010 in the context of 1,024 tokens",
+        ),
         (("configs/nope.yaml",), "configs/nope.yaml: cannot be read"),
     ],
 )

@@ -100,9 +100,9 @@ def test_both_services_do_as_they_are_told_of_sharing(
     monkeypatch.setattr(learner_process, "_learn", learn)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
 
-    async def fraction_of_engine(*sharing: bool) -> float | None:
+    async def fraction_of_engine(is_shared: bool) -> float | None:
         replica = ("r", "http://127.0.0.1:1", tmp_path, Waits())
-        async with assemble_replica(config, keys, redis_url, "token", *replica, *sharing) as found:
+        async with assemble_replica(config, keys, redis_url, "token", *replica, shares_gpu=is_shared) as found:
             assert found.supervisor.server is not None
             return found.supervisor.server.learner_fraction
 
@@ -110,7 +110,7 @@ def test_both_services_do_as_they_are_told_of_sharing(
         given = ["learner", "--run", keys.run, "--runs-folder", str(tmp_path), "--redis-url", redis_url, *sharing]
         monkeypatch.setattr(sys, "argv", given)
         assert learner_process._run(learner_process._parse_arguments(), config, None, None) == 0
-        assert asyncio.run(fraction_of_engine(*[True] * len(sharing))) == (0.6 if sharing else None)
+        assert asyncio.run(fraction_of_engine(bool(sharing))) == (0.6 if sharing else None)
     assert done == ["learns", "waits", "learns"]
 
 

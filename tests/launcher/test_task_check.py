@@ -257,7 +257,7 @@ def test_completions_that_no_prompt_leaves_room_for_are_refused(monkeypatch: pyt
     def child(module: str, *_: str) -> Answers:
         return Answers(msgspec.msgpack.encode(found) if "prompt" in module else b"")
 
-    monkeypatch.setattr(trial, "_child", child)
+    monkeypatch.setattr(trial, "child", child)
     with pytest.raises(
         ValueError, match=r"none of the first 2 train prompts leaves room for sampling\.max_new_tokens 1,000"
     ) as caught:

@@ -161,7 +161,7 @@ def prometheus(redis_url: str, demo_policy: Path, tmp_path_factory: pytest.TempP
 def go_on(prometheus: Prometheus, client: redis.Redis, control_url: str) -> None:
     """Two steps more of the seeded run, each seen by Prometheus."""
     for step in (41, 42):
-        row = step_rows(step, time.time())[-1]
+        row = step_rows(step, time.time())[-1] | {"episodes_failed_share": 0.0}
         client.xadd(SEEDED.history, {"kind": "step", "row": msgspec.json.encode(row)})
         client.hset(SEEDED.learner, mapping={"step": step, "weight_version": step + 1})
         for replica in ("generation-0", "generation-1"):
