@@ -38,7 +38,16 @@ from headrace.launcher.estimates.duration import (
     format_seconds,
     measure_flops,
 )
-from headrace.launcher.estimates.host_memory import STATE_BYTES, disk_rows, host_rows, shared_memory_problem
+from headrace.launcher.estimates.host_memory import (
+    ENVIRONMENT_WORKER_BYTES,
+    EPISODES_BYTES,
+    REWARD_WORKER_BYTES,
+    STATE_BYTES,
+    TOKEN_BYTES,
+    disk_rows,
+    host_rows,
+    shared_memory_problem,
+)
 from headrace.launcher.estimates.model_size import Shape, read_shape, shape_in
 from headrace.launcher.estimates.model_size import shape_of as shape_of_run
 from headrace.launcher.estimates.traffic import delta_share, full_length_group, traffic_bytes
@@ -338,6 +347,15 @@ def test_the_learners_host_memory_is_of_all_ranks_only_where_they_compute_there(
     assert sum(on_cpu[1].values()) - sum(on_gpu[1].values()) == 1 << 20
     url = {"engine": {"url": "http://127.0.0.1:30000"}}
     assert len(host_rows(shape, config_of(generation=url), 0, 0, (True, True))[1]) == 2, "the engine is elsewhere"
+
+
+def test_a_replica_that_plays_episodes_has_environment_workers_in_place_of_reward_workers() -> None:
+    shape, config = read_shape(QWEN_1_5B), config_of(environment={"workers": 3}, generation={"reward_workers": 2})
+    (own, rewards, *_), (with_gateway, workers, *_) = (
+        host_rows(shape, config, 0, 0, (True, True), has_rollout)[1].values() for has_rollout in (False, True)
+    )
+    assert rewards == 2 * REWARD_WORKER_BYTES and workers == 3 * ENVIRONMENT_WORKER_BYTES
+    assert with_gateway == own + EPISODES_BYTES + shape.vocab * TOKEN_BYTES, "it has a tokenizer"
 
 
 def test_weights_that_do_not_fit_into_shared_memory_are_refused_before_anything_starts(

@@ -138,7 +138,7 @@ def host(inputs: EstimateInputs) -> Section | None:
     config, replicas = inputs.config, inputs.config.generation.replicas
     on_device = sum(learner_bytes(inputs.shape, config).values()), sum(_engine_rows(inputs, inputs.shape).values())
     on_cpu = inputs.device_of_learner == "cpu", inputs.device_of_engine == "cpu"
-    rows, of_replica = host_rows(inputs.shape, config, *on_device, on_cpu)
+    rows, of_replica = host_rows(inputs.shape, config, *on_device, on_cpu, inputs.found.has_rollout)
     rows |= {f"weights in {SHARED_MEMORY}, for all replicas here": SHARED_VERSIONS * weight_bytes(inputs.shape, config)}
     total = sum(rows.values()) + replicas * sum(of_replica.values())
     here = machine_memory_bytes()

@@ -19,6 +19,8 @@ SHARED_MEMORY = Path("/dev/shm")
 LAUNCHER_BYTES, CONTROL_BYTES, REDIS_BYTES = 85 * MIB, 82 * MIB, 17 * MIB
 LEARNER_BYTES = 512 * MIB
 REPLICA_BYTES, REWARD_WORKER_BYTES = 97 * MIB, 33 * MIB
+EPISODES_BYTES, ENVIRONMENT_WORKER_BYTES = 39 * MIB, 53 * MIB
+"""Of a task with `rollout`: what the replica has for its gateway, and a worker without the task's own libraries."""
 SERVER_BYTES, SCHEDULER_BYTES, DETOKENIZER_BYTES = 680 * MIB, 609 * MIB, 493 * MIB
 """SGLang's three processes; the server starts the other two."""
 TOKEN_BYTES = 2300
@@ -38,11 +40,17 @@ ANCHORS, MAX_DELTAS = 2, 32
 
 
 def host_rows(
-    shape: Shape, config: RunConfig, learner: int, engine: int, on_cpu: tuple[bool, bool]
+    shape: Shape,
+    config: RunConfig,
+    learner: int,
+    engine: int,
+    on_cpu: tuple[bool, bool],
+    has_rollout: bool = False,
 ) -> tuple[Rows, Rows]:
     """Host memory of the run, and of each replica.
 
     `learner` and `engine`: bytes of their devices; `on_cpu`: whether each of these is in the host's memory.
+    `has_rollout`: the task has `rollout` in place of `reward`.
     """
     copies = shape.num_parameters * (WEIGHT_COPIES * BYTES[config.model.dtype] + STATE_BYTES)
     ranks, settings, tokens = config.learner.num_ranks, config.generation, shape.vocab * TOKEN_BYTES
@@ -53,10 +61,14 @@ def host_rows(
     }
     # On the learner's machine a replica takes versions as files; elsewhere it applies deltas, with up to 4 copies.
     largest = shape.vocab * shape.hidden * BYTES[config.model.dtype]
-    replica = {
-        "a replica's own process": REPLICA_BYTES + largest,
-        "its reward workers": REWARD_WORKER_BYTES * settings.reward_workers,
-    }
+    replica = {"a replica's own process": REPLICA_BYTES + largest}
+    if has_rollout:
+        replica["a replica's own process"] += EPISODES_BYTES + tokens
+        replica["its environment workers, without what the task loads"] = (
+            ENVIRONMENT_WORKER_BYTES * config.environment.workers
+        )
+    else:
+        replica["its reward workers"] = REWARD_WORKER_BYTES * settings.reward_workers
     if settings.engine.url is None:
         replica["its engine: the scheduler"] = SCHEDULER_BYTES + tokens + engine * on_cpu[1]
         replica["its engine: server and detokenizer"] = SERVER_BYTES + DETOKENIZER_BYTES + 2 * tokens
