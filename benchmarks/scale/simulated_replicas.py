@@ -27,6 +27,7 @@ from headrace.common.http.addresses import listen, socket_url
 from headrace.common.http.service import serve_in_loop
 from headrace.common.metrics.families import SHORT_S, Histogram
 from headrace.common.process.waiting import Waits
+from headrace.common.tasks import Outcome
 from headrace.common.wire import Ticket, VersionSpan
 from headrace.generation import assembly
 from headrace.generation.engine.completions import Completion
@@ -110,11 +111,11 @@ class Rewards:
         self.seconds = Histogram(SHORT_S)
         self.problem = ""
 
-    async def start(self) -> None:
-        pass
+    async def start(self) -> bool:
+        return True
 
-    async def score(self, ticket: Ticket, completions: list[str]) -> list[float]:
-        return [float(text.partition(" ")[0]) for text in completions]
+    async def score(self, ticket: Ticket, completions: list[str]) -> list[Outcome]:
+        return [Outcome(float(text.partition(" ")[0])) for text in completions]
 
     async def close(self) -> None:
         pass
