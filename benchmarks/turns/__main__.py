@@ -175,7 +175,7 @@ async def measure_sleeping() -> Row:
         wall_s, after = time.monotonic() - began_s, process.cpu_times()
         row = {
             "episodes": NUM_SLEEPING,
-            "worker_core_share": (after.user + after.system - times.user - times.system) / wall_s,
+            "worker_core_share": max(0.0, (after.user + after.system - times.user - times.system) / wall_s),
             "replica_core_share": (time.process_time() - own_s) / wall_s,
             "worker_rss_bytes": process.memory_info().rss,
         }
