@@ -37,6 +37,7 @@ MAX_STOPS, MAX_STOP_CHARS = 32, 60
 """SGLang accepts 32 patterns of 256 bytes and searches for each of them after every token."""
 
 MAX_TURNS = 4096
+"""Replies of an episode; what stands between them is a turn of its own."""
 MAX_SEGMENTS = 1024
 MAX_METRICS, MAX_METRIC_CHARS = 64, 100
 
@@ -170,7 +171,7 @@ class Rollout(msgspec.Struct, frozen=True, gc=False):
     finish_reason: FinishReason
     text: str = ""
     """Of the last reply."""
-    turns: Annotated[list[Turn], msgspec.Meta(max_length=MAX_TURNS)] = []
+    turns: Annotated[list[Turn], msgspec.Meta(max_length=2 * MAX_TURNS)] = []
     """Of an episode, by segment and place; empty for one completion."""
     metrics: Annotated[dict[str, float], msgspec.Meta(max_length=MAX_METRICS)] = {}
     """What the task measured besides the reward; never trained on."""
